@@ -1,4 +1,5 @@
-"""Command line: `megalite VERB --help` describes each verb. Heavy imports wait until a verb needs them."""
+"""Command line: `megalite VERB --help` describes each verb. Heavy imports wait until a verb needs
+them."""
 
 from __future__ import annotations
 
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb with the arguments `argv` (default: those of the process). Return the exit status, one of
-    `exit_codes.py`. A user's mistake is explained without a traceback."""
+    """Run one verb with the arguments `argv` (default: those of the process). Return the exit
+    status, one of `exit_codes.py`. A user's mistake is explained without a traceback."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse collects positional arguments only once: overrides behind an option are left over in `rest`.
-    if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+    # argparse collects positional arguments only once: overrides behind an option are left over in
+    # `rest`.
+    if rest and not (
+        hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
@@ -38,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments) or Exit.DONE
     except (ConfigError, DataError, CheckpointError) as error:
-        rank = os.environ.get("RANK")  # a bad disk, unlike a mistake in the config, may be one rank's alone
+        rank = os.environ.get(
+            "RANK"
+        )  # a bad disk, unlike a mistake in the config, may be one rank's alone
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         error_file.leave(str(error))
         mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
@@ -47,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(killed_by(signal.SIGINT))
     except Exception as error:
-        # Printed here, not by Python, to hide passwords in messages of libraries. The rank comes first, as in torch's.
+        # Printed here, not by Python, to hide passwords in messages of libraries. The rank comes
+        # first, as in torch's.
         rank = os.environ.get("RANK")
         _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
         error_file.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -57,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(status: int) -> int:
-    """Return `status`. In a distributed run, end the process with it at once: Python's normal exit may be aborted by
-    threads of the process groups, and the launcher must learn this status."""
+    """Return `status`. In a distributed run, end the process with it at once: Python's normal exit
+    may be aborted by threads of the process groups, and the launcher must learn this status."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
         flush_output()
@@ -103,24 +110,36 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a verb that takes a config."""
     parser.add_argument("config", type=Path, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """Add the argument of a verb that takes a model."""
-    parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
+    parser.add_argument(
+        "model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder"
+    )
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
     """Add the options of a verb that can run over ranks."""
-    parser.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
-    parser.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun"
+    )
+    parser.add_argument(
+        "--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun"
+    )
 
 
 def _add_train(verbs: Verbs) -> None:
-    parser = verbs.add_parser("train", help="train as a config says; run it alone, under torchrun or under srun")
+    parser = verbs.add_parser(
+        "train", help="train as a config says; run it alone, under torchrun or under srun"
+    )
     _add_config(parser)
-    parser.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
+    parser.add_argument(
+        "--print-plan", action="store_true", help="show what follows from the config, and stop"
+    )
     parser.set_defaults(verb=_train)
 
 
@@ -145,7 +164,9 @@ def _train(arguments: argparse.Namespace) -> Exit:
 
                 from megalite.engine.deepspeed import deepspeed_config
 
-                print(f"DeepSpeed's configuration:\n{json.dumps(deepspeed_config(config, plan), indent=2)}")
+                print(
+                    f"DeepSpeed's configuration:\n{json.dumps(deepspeed_config(config, plan), indent=2)}"
+                )
         return Exit.DONE
     from megalite.comm.mesh import leave
     from megalite.train import train
@@ -156,9 +177,13 @@ def _train(arguments: argparse.Namespace) -> Exit:
 
 
 def _add_sweep(verbs: Verbs) -> None:
-    parser = verbs.add_parser("sweep", help="search for a config's best settings; each trial is a run")
+    parser = verbs.add_parser(
+        "sweep", help="search for a config's best settings; each trial is a run"
+    )
     parser.add_argument("sweep", type=Path, help="YAML file; see docs/sweep.md")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as trials=40")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as trials=40"
+    )
     parser.set_defaults(verb=_sweep)
 
 
@@ -173,15 +198,22 @@ def _add_job(verbs: Verbs) -> None:
         "job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder"
     )
     _add_config(parser)
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)")
     parser.add_argument(
-        "--ranks-per-node", type=int, default=0, metavar="N", help="such as GPUs (default: what the config needs)"
+        "--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)"
+    )
+    parser.add_argument(
+        "--ranks-per-node",
+        type=int,
+        default=0,
+        metavar="N",
+        help="such as GPUs (default: what the config needs)",
     )
     parser.set_defaults(verb=_job)
 
 
 def _job(arguments: argparse.Namespace) -> None:
-    """Print the ranks per node, the number of nodes and the run's folder, on one line for shell scripts."""
+    """Print the ranks per node, the number of nodes and the run's folder, on one line for shell
+    scripts."""
     from megalite.config_file import load_config
     from megalite.models import weight_table
     from megalite.plan import nodes_that_fit, smallest_world
@@ -193,7 +225,9 @@ def _job(arguments: argparse.Namespace) -> None:
 
 
 def _add_preflight(verbs: Verbs) -> None:
-    parser = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
+    parser = verbs.add_parser(
+        "preflight", help="look whether all nodes are fit for a run; start it as the run is"
+    )
     _add_config(parser)
     parser.add_argument(
         "--interconnect",
@@ -215,25 +249,36 @@ def _preflight(arguments: argparse.Namespace) -> Exit:
 
 def _add_plan(verbs: Verbs) -> None:
     parser = verbs.add_parser(
-        "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
+        "plan",
+        help="predict memory, step time and MFU of a config on a cluster; find its best layout",
     )
     _add_config(parser)
     parser.add_argument("--gpus", type=int, required=True, help="how many, all together")
     parser.add_argument(
-        "--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file with the same fields"
-    )
-    parser.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
-    parser.add_argument(
-        "--interconnect", help="a name from configs/interconnects.yaml, or a YAML file (default: ib-ndr)"
+        "--gpu",
+        required=True,
+        help="a name from configs/chips.yaml, or a YAML file with the same fields",
     )
     parser.add_argument(
-        "--tokens", help="of the whole training, such as 300B or 15T (default: those of the config's steps)"
+        "--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)"
     )
     parser.add_argument(
-        "--search", action="store_true", help="rank all layouts that fit, and write the best as a config"
+        "--interconnect",
+        help="a name from configs/interconnects.yaml, or a YAML file (default: ib-ndr)",
     )
     parser.add_argument(
-        "--output", type=Path, help="where --search writes it (default: best.yaml, if there is none yet)"
+        "--tokens",
+        help="of the whole training, such as 300B or 15T (default: those of the config's steps)",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="rank all layouts that fit, and write the best as a config",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where --search writes it (default: best.yaml, if there is none yet)",
     )
     parser.add_argument("--picture", type=Path, help="PNG to draw the step's timeline to")
     parser.set_defaults(verb=_plan)
@@ -262,16 +307,25 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _add_dryrun(verbs: Verbs) -> None:
     parser = verbs.add_parser(
-        "dryrun", help="run the training program as ranks of a cluster that is not there: memory, messages, waits"
+        "dryrun",
+        help="run the training program as ranks of a cluster that is not there: memory, messages, waits",
     )
     _add_config(parser)
     parser.add_argument("--gpus", type=at_least(1), required=True, help="how many, all together")
-    parser.add_argument("--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file as for `plan`")
-    parser.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
     parser.add_argument(
-        "--ranks", default="roles", help="roles: those that differ; all; or numbers such as 0,384 (default: roles)"
+        "--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file as for `plan`"
     )
-    parser.add_argument("--steps", type=at_least(2), default=3, help="steps that each rank makes (default: 3)")
+    parser.add_argument(
+        "--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)"
+    )
+    parser.add_argument(
+        "--ranks",
+        default="roles",
+        help="roles: those that differ; all; or numbers such as 0,384 (default: roles)",
+    )
+    parser.add_argument(
+        "--steps", type=at_least(2), default=3, help="steps that each rank makes (default: 3)"
+    )
     parser.set_defaults(verb=_dryrun)
 
 
@@ -297,16 +351,30 @@ def _add_generate(verbs: Verbs) -> None:
     )
     _add_model(parser)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--chat", action="store_true", help="the prompt is a message, put as the chat template says")
-    parser.add_argument("--max-tokens", type=int, help="of the answer (default: as the model says, else 128)")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message, put as the chat template says"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help="of the answer (default: as the model says, else 128)"
+    )
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
-    parser.add_argument("--top-p", type=float, help="only the likeliest tokens that together are as likely as this")
-    parser.add_argument("--min-p", type=float, help="only tokens at least this share as likely as the likeliest")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    parser.add_argument(
+        "--top-p", type=float, help="only the likeliest tokens that together are as likely as this"
+    )
+    parser.add_argument(
+        "--min-p", type=float, help="only tokens at least this share as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beams", type=at_least(1), help="beam search with so many (encoder-decoders)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="its power of the length (default: 1)")
+    parser.add_argument(
+        "--beams", type=at_least(1), help="beam search with so many (encoder-decoders)"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, help="its power of the length (default: 1)"
+    )
     _add_layout(parser)
     parser.set_defaults(verb=_generate)
 
@@ -330,12 +398,18 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.beams:
         raise ConfigError(f"--beams is for encoder-decoders; {folder} holds a decoder")
     if arguments.chat:
-        ChatTemplate.of(folder, load_tokenizer(folder))  # fails before the weights are read, which takes long
+        ChatTemplate.of(
+            folder, load_tokenizer(folder)
+        )  # fails before the weights are read, which takes long
     generator = Generator.open(folder, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     said = arguments.prompt
-    prompt = generator.chat_ids([{"role": "user", "content": said}]) if arguments.chat else generator.prompt_ids(said)
+    prompt = (
+        generator.chat_ids([{"role": "user", "content": said}])
+        if arguments.chat
+        else generator.prompt_ids(said)
+    )
     most = arguments.max_tokens
     most = generator.habits.most_tokens(len(prompt), 128) if most is None else most
     request = generator.request(prompt, most, replace(generator.sampling, **asked), arguments.stop)
@@ -354,7 +428,9 @@ def _generate_target(arguments: argparse.Namespace) -> None:
     from megalite.infer.seq2seq import Beams, TargetGenerator
 
     if arguments.chat or arguments.stop or arguments.tensor * arguments.pipeline > 1:
-        raise ConfigError("an encoder-decoder has no --chat and no --stop, and answers on one device")
+        raise ConfigError(
+            "an encoder-decoder has no --chat and no --stop, and answers on one device"
+        )
     generator = TargetGenerator.open(arguments.model)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -368,8 +444,17 @@ def _add_fill(verbs: Verbs) -> None:
     parser = verbs.add_parser("fill", help="have an encoder tell what stands in the gaps of texts")
     _add_model(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="with [MASK] for each gap")
-    parser.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="a text a line; .jsonl")
-    parser.add_argument("--top-k", type=int, default=5, help="guesses for each gap (default: %(default)s)")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text a line; .jsonl",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=5, help="guesses for each gap (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each text")
     parser.set_defaults(verb=_fill)
 
@@ -387,7 +472,11 @@ def _fill(arguments: argparse.Namespace) -> None:
     filled = Encoder.open(arguments.model, fills=True).fill(texts, arguments.top_k)
     for text, gaps in zip(texts, filled, strict=True):
         if arguments.json:
-            print(json.dumps({"text": text, "gaps": [[guess._asdict() for guess in gap] for gap in gaps]}))
+            print(
+                json.dumps(
+                    {"text": text, "gaps": [[guess._asdict() for guess in gap] for gap in gaps]}
+                )
+            )
             continue
         print(text)
         for gap in gaps:
@@ -398,11 +487,26 @@ def _add_embed(verbs: Verbs) -> None:
     parser = verbs.add_parser("embed", help="make a vector of each text with an encoder")
     _add_model(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT")
-    parser.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="a text a line; .jsonl")
-    parser.add_argument("--output", type=Path, help=".npy, or .jsonl (default: JSON lines to the console)")
-    parser.add_argument("--pooling", choices=("mean", "cls"), help="of tokens (default: as the model says, else mean)")
     parser.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction, help="to length 1 (default: as the model says, else not)"
+        "--input",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text a line; .jsonl",
+    )
+    parser.add_argument(
+        "--output", type=Path, help=".npy, or .jsonl (default: JSON lines to the console)"
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=("mean", "cls"),
+        help="of tokens (default: as the model says, else mean)",
+    )
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="to length 1 (default: as the model says, else not)",
     )
     parser.set_defaults(verb=_embed)
 
@@ -428,19 +532,43 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def _add_evaluate(verbs: Verbs) -> None:
-    parser = verbs.add_parser("eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers")
+    parser = verbs.add_parser(
+        "eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers"
+    )
     _add_model(parser)
-    parser.add_argument("--tasks", default="", metavar="NAME,NAME", help="names or YAML files of tasks")
+    parser.add_argument(
+        "--tasks", default="", metavar="NAME,NAME", help="names or YAML files of tasks"
+    )
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks are")
-    parser.add_argument("--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ...")
+    parser.add_argument(
+        "--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ..."
+    )
     parser.add_argument("--limit", type=int, help="only so many documents of each task")
-    parser.add_argument("--shots", type=int, help="examples before each document (default: as the task says)")
+    parser.add_argument(
+        "--shots", type=int, help="examples before each document (default: as the task says)"
+    )
     parser.add_argument("--chat", action="store_true", help="put prompts as the chat template says")
-    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer to a prompt of --data")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends such an answer; repeatable")
-    parser.add_argument("--output", type=Path, help="JSON file (default: in the folder `evaluations` of the run)")
-    parser.add_argument("--samples", action="store_true", help="beside it, what was asked, said and wanted, as jsonl")
-    parser.add_argument("--slots", type=int, default=8, help="answers generated at a time (default: 8)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="of an answer to a prompt of --data"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends such an answer; repeatable",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: in the folder `evaluations` of the run)"
+    )
+    parser.add_argument(
+        "--samples",
+        action="store_true",
+        help="beside it, what was asked, said and wanted, as jsonl",
+    )
+    parser.add_argument(
+        "--slots", type=int, default=8, help="answers generated at a time (default: 8)"
+    )
     _add_layout(parser)
     parser.set_defaults(verb=_evaluate)
 
@@ -450,31 +578,62 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megalite.infer.evaluate import Asked, evaluate_model
 
     names = {name: getattr(arguments, name) for name in Asked._fields}
-    asked = Asked(**names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]})
+    asked = Asked(
+        **names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]}
+    )
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     evaluate_model(arguments.model, asked, arguments.output, arguments.slots, **layout)
     leave()
 
 
 def _add_serve(verbs: Verbs) -> None:
-    parser = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model")
+    parser = verbs.add_parser(
+        "serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model"
+    )
     _add_model(parser)
     parser.add_argument("--name", help="of the model, for clients (default: that of the folder)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of this machine's (default: %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 for all of this machine's (default: %(default)s)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)")
     parser.add_argument(
-        "--max-length", type=int, default=4096, help="tokens of prompt and answer (default: %(default)s)"
+        "--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--api-key-file", type=Path, help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)"
+        "--max-length",
+        type=int,
+        default=4096,
+        help="tokens of prompt and answer (default: %(default)s)",
     )
-    parser.add_argument("--ratings", type=Path, default=Path("ratings"), help="folder for them (default: %(default)s)")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)",
+    )
+    parser.add_argument(
+        "--ratings",
+        type=Path,
+        default=Path("ratings"),
+        help="folder for them (default: %(default)s)",
+    )
     parser.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)")
-    parser.add_argument("--grace", type=float, default=20.0, help="seconds to end after SIGTERM (default: %(default)s)")
-    parser.add_argument("--log-prompts", action="store_true", help="also log what is asked; it is not otherwise")
+    parser.add_argument(
+        "--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=20.0,
+        help="seconds to end after SIGTERM (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-prompts", action="store_true", help="also log what is asked; it is not otherwise"
+    )
     parser.set_defaults(verb=_serve)
 
 
@@ -519,10 +678,18 @@ def _add_average(verbs: Verbs) -> None:
         help="average the weights of checkpoints or models",
         description="Checkpoints of the flat part of a wsd schedule averaged are about what a decay would end in.",
     )
-    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="checkpoints, or Hugging Face folders")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a new Hugging Face folder")
-    parser.add_argument("--shares", type=float, nargs="+", metavar="X", help="weigh the models (default: all alike)")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as stored)")
+    parser.add_argument(
+        "models", type=Path, nargs="+", metavar="MODEL", help="checkpoints, or Hugging Face folders"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="a new Hugging Face folder"
+    )
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="X", help="weigh the models (default: all alike)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as stored)"
+    )
     parser.set_defaults(verb=_average)
 
 
@@ -557,11 +724,20 @@ def _add_quantize(verbs: Verbs) -> None:
         help="to the nearest number, or making up for errors by --data (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--group", type=at_least(1), default=128, help="columns of a w4a16 scale, size of a block (default: 128)"
+        "--group",
+        type=at_least(1),
+        default=128,
+        help="columns of a w4a16 scale, size of a block (default: 128)",
     )
-    parser.add_argument("--data", metavar="PREFIX", help="token files to calibrate and measure with")
-    parser.add_argument("--rows", type=at_least(2), default=128, help="rows taken from them (default: 128)")
-    parser.add_argument("--length", type=at_least(1), default=512, help="tokens of a row (default: 512)")
+    parser.add_argument(
+        "--data", metavar="PREFIX", help="token files to calibrate and measure with"
+    )
+    parser.add_argument(
+        "--rows", type=at_least(2), default=128, help="rows taken from them (default: 128)"
+    )
+    parser.add_argument(
+        "--length", type=at_least(1), default=512, help="tokens of a row (default: 512)"
+    )
     parser.set_defaults(verb=_quantize)
 
 
@@ -578,24 +754,42 @@ def _quantize(arguments: argparse.Namespace) -> None:
     folder, runs = find_model(arguments.model), None
     if arguments.data:
         runs = LayerRuns.from_tokens(folder, arguments.data, arguments.rows, arguments.length)
-    model, report = quantised(folder, make_scheme(arguments.scheme, arguments.group), arguments.method, runs)
+    model, report = quantised(
+        folder, make_scheme(arguments.scheme, arguments.group), arguments.method, runs
+    )
     write_model(model, arguments.output, console=Console(stderr=True))
     of = "outputs" if runs else "weights"
-    print(f"{arguments.output}: {len(report.errors)} matrices, mean error of their {of} {report.mean_error:.2e}")
+    print(
+        f"{arguments.output}: {len(report.errors)} matrices, mean error of their {of} {report.mean_error:.2e}"
+    )
     if runs and report.perplexities:
         before, after = report.perplexities
         print(f"perplexity of {len(runs.held_out)} rows held out: {before:.4f} → {after:.4f}")
 
 
 def _add_inspect(verbs: Verbs) -> None:
-    parser = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
-    parser.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of a config, such as data.packing=best_fit"
+    parser = verbs.add_parser(
+        "inspect", help="show what is in token files, or what a config makes of them"
     )
-    parser.add_argument("--count", type=int, default=2, help="documents or samples to print (default: 2)")
-    parser.add_argument("--start", type=int, default=0, help="number of the first of them (default: 0)")
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="train", help="of a config")
+    parser.add_argument(
+        "what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="of a config, such as data.packing=best_fit",
+    )
+    parser.add_argument(
+        "--count", type=int, default=2, help="documents or samples to print (default: 2)"
+    )
+    parser.add_argument(
+        "--start", type=int, default=0, help="number of the first of them (default: 0)"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test"), default="train", help="of a config"
+    )
     parser.add_argument("--tokenizer", type=Path, help="for token files; a config names its own")
     parser.set_defaults(verb=_inspect)
 
@@ -624,9 +818,14 @@ def _add_parity(verbs: Verbs) -> None:
     )
     parser.add_argument("a", type=Path, metavar="A", help="folder of a run")
     parser.add_argument("b", type=Path, metavar="B", help="folder of another")
-    parser.add_argument("--step", type=int, action="append", default=[], help="compare this step (default: all)")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-5, help="largest relative difference (default: %(default)s, for fp32)"
+        "--step", type=int, action="append", default=[], help="compare this step (default: all)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest relative difference (default: %(default)s, for fp32)",
     )
     parser.set_defaults(verb=_parity)
 
@@ -641,7 +840,9 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 
 def _add_ops(verbs: Verbs) -> None:
-    parser = verbs.add_parser("ops", help="list what computes each fused operation on this machine, and why")
+    parser = verbs.add_parser(
+        "ops", help="list what computes each fused operation on this machine, and why"
+    )
     parser.set_defaults(verb=_ops)
 
 
@@ -651,7 +852,9 @@ def _ops(arguments: argparse.Namespace) -> None:
 
     from megalite.kernels.library import OPERATIONS, explain
 
-    devices = {"cpu": "CPU"} | ({"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    devices = {"cpu": "CPU"} | (
+        {"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    )
     for device, name in devices.items():
         print(f"{name}:")
         for operation in OPERATIONS:

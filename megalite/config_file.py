@@ -19,29 +19,37 @@ from megalite.utils.urls import check_no_secret
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file `path`, apply `overrides` such as `train.steps=100` (values are YAML too) and check
-    everything.
+    """Read the YAML file `path`, apply `overrides` such as `train.steps=100` (values are YAML too)
+    and check everything.
 
     Raise ConfigError."""
     return parse_config(read_yaml(path), overrides, origin=str(path))
 
 
-def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
-    """Return the config of `values` already read, with `overrides` applied. `origin` names their source in messages.
-    Raise ConfigError that lists every mistake."""
+def parse_config(
+    values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config"
+) -> Config:
+    """Return the config of `values` already read, with `overrides` applied. `origin` names their
+    source in messages. Raise ConfigError that lists every mistake."""
     values = with_overrides(values, overrides)
     _refuse_secrets(values, origin)
-    # The model is read first, since its fields depend on its family; its mistakes join those of the rest.
+    # The model is read first, since its fields depend on its family; its mistakes join those of the
+    # rest.
     mistakes = []
     model = values.get("model")
     if isinstance(model, dict):
         try:
             model = model_config(model)
         except ConfigError as error:
-            mistakes = [line if line.startswith("model") else f"model: {line}" for line in str(error).split("\n  ")]
+            mistakes = [
+                line if line.startswith("model") else f"model: {line}"
+                for line in str(error).split("\n  ")
+            ]
             model = None
     elif isinstance(model, str):
-        mistakes = [f"model = {model!r}: must be a section; for a preset write `model: {{preset: {model}}}`"]
+        mistakes = [
+            f"model = {model!r}: must be a section; for a preset write `model: {{preset: {model}}}`"
+        ]
     values = values | {"model": model} if "model" in values else values
     if isinstance(values.get("lora"), dict):
         try:
@@ -60,8 +68,8 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
 
 
 def _refuse_secrets(values: dict[str, Any], origin: str) -> None:
-    """Raise ConfigError for a value that holds a secret, because the config is written to the run's folder and to its
-    checkpoints. The message does not repeat it."""
+    """Raise ConfigError for a value that holds a secret, because the config is written to the run's
+    folder and to its checkpoints. The message does not repeat it."""
     for key, text in _texts(values, ""):
         try:
             check_no_secret(text)
@@ -76,7 +84,13 @@ def _refuse_secrets(values: dict[str, Any], origin: str) -> None:
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Yield (key, text) for every text in nested values, keys included."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     for name, inner in items:
         yield key or "a key", str(name)
         yield from _texts(inner, f"{key}.{name}" if key else str(name))

@@ -6,15 +6,18 @@ class ConfigError(ValueError):
 
 
 class DataError(ValueError):
-    """Raised for data that cannot be used. The message names the file, what is wrong with it and what to do."""
+    """Raised for data that cannot be used. The message names the file, what is wrong with it and
+    what to do."""
 
 
 class NotFinite(DataError):
-    """Raised for a model whose logits are NaN or infinite, so that its output would mean nothing."""
+    """Raised for a model whose logits are NaN or infinite, so that its output would mean
+    nothing."""
 
 
 class TemplateLimit(DataError):
-    """Raised for a chat template that does not end, or produces more text than its input justifies."""
+    """Raised for a chat template that does not end, or produces more text than its input
+    justifies."""
 
 
 class Unreachable(DataError):
@@ -22,4 +25,5 @@ class Unreachable(DataError):
 
 
 class CheckpointError(RuntimeError):
-    """Raised for a checkpoint that cannot be used. The message names the folder and what is wrong with it."""
+    """Raised for a checkpoint that cannot be used. The message names the folder and what is wrong
+    with it."""

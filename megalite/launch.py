@@ -1,13 +1,14 @@
-"""torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite train CONFIG`.
+"""torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite
+train CONFIG`.
 
 It differs from torchrun in five ways:
 
 - Its exit status is that of the rank that failed first; torchrun's is always 1.
-- A signal that asks for a stop is passed on to the ranks, and their end awaited however long the checkpoint takes;
-  torchrun kills them after 30 s.
+- A signal that asks for a stop is passed on to the ranks, and their end awaited however long the
+  checkpoint takes; torchrun kills them after 30 s.
 - Once a rank has failed, the others have 5 s to end, not 30.
-- It ends with the error of the rank that failed first, which otherwise stands above those of the ranks that lost it,
-  and with one line that says what became of this node's ranks.
+- It ends with the error of the rank that failed first, which otherwise stands above those of the
+  ranks that lost it, and with one line that says what became of this node's ranks.
 - If `--rdzv-endpoint` names no port, nodes meet at a port derived from their Slurm step."""
 
 from __future__ import annotations
@@ -39,18 +40,22 @@ FAREWELL_S = 5
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks of this node with torchrun's `arguments`. Return the exit status when all have ended."""
-    # Use Slurm's name of this node: it resolves to the node, which the node's own hostname may not, and ranks are
-    # numbered in the order of these names.
+    """Start the ranks of this node with torchrun's `arguments`. Return the exit status when all
+    have ended."""
+    # Use Slurm's name of this node: it resolves to the node, which the node's own hostname may not,
+    # and ranks are numbered in the order of these names.
     name = os.environ.get("SLURMD_NODENAME")
     message = trace = ""
     options = [f"--local-addr={name}"] if name else []
     asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
-    if asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint:  # only inside the step is its number known
+    if (
+        asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint
+    ):  # only inside the step is its number known
         asked.rdzv_endpoint += f":{step_port()}"
     for number in SIGNALS:
         signal.signal(number, _leave_or_pass_on)
-    # Silence torchrun's own report of a failed rank: the last line printed here says the same, apart from file and pid.
+    # Silence torchrun's own report of a failed rank: the last line printed here says the same,
+    # apart from file and pid.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.run(asked)
@@ -60,10 +65,14 @@ def main(arguments: Sequence[str]) -> int:
         status = failure.exitcode if failure.exitcode > 0 else killed_by(-failure.exitcode)
         who = f"rank {rank}"
         message, trace = error_file.read(failure)
-        # The first node's launcher hosts the rendezvous: wait, so that other launchers first see how their ranks end.
+        # The first node's launcher hosts the rendezvous: wait, so that other launchers first see
+        # how their ranks end.
         time.sleep(0 if asked.standalone else LINGER_S)
     except RendezvousError:
-        status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
+        status, who = (
+            int(Exit.FAILED),
+            "the launcher of another node is gone, which held the rendezvous",
+        )
     except SignalException as error:
         status, who = killed_by(error.sigval), "the launcher"
     for number in SIGNALS:  # the ranks have ended: only the report is left
@@ -75,20 +84,23 @@ def main(arguments: Sequence[str]) -> int:
     return status
 
 
-def _close(ranks: PContext, death_sig: signal.Signals | None = None, timeout: int = FAREWELL_S) -> None:
+def _close(
+    ranks: PContext, death_sig: signal.Signals | None = None, timeout: int = FAREWELL_S
+) -> None:
     """Replace `PContext.close`: end the ranks, with at most FAREWELL_S seconds of grace."""
     _torchruns_close(ranks, death_sig, min(timeout, FAREWELL_S))
 
 
-# A run that has lost a rank cannot save any more, and a stopped rank never leaves by itself. torchrun has an option for
-# how long it waits, but ignores it after a failure (2.13).
+# A run that has lost a rank cannot save any more, and a stopped rank never leaves by itself.
+# torchrun has an option for how long it waits, but ignores it after a failure (2.13).
 _torchruns_close = PContext.close
 PContext.close = _close  # type: ignore[assignment, method-assign]
 
 
 def _start(ranks: PContext) -> None:
     """Replace `PContext.start`: start the ranks, then take over the signals again."""
-    # torchrun installs signal handlers here that make its agent end the ranks: ours must come after.
+    # torchrun installs signal handlers here that make its agent end the ranks: ours must come
+    # after.
     _torchruns_start(ranks)
     for number in SIGNALS:
         signal.signal(number, _pass_on)
@@ -106,8 +118,8 @@ def _leave_or_pass_on(number: int, frame: FrameType | None) -> None:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Pass a signal on to the ranks. If they have ended it does nothing: how they ended counts, even while other nodes
-    are awaited."""
+    """Pass a signal on to the ranks. If they have ended it does nothing: how they ended counts,
+    even while other nodes are awaited."""
     for pid in _children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -1,6 +1,8 @@
-"""The plan of a run: mesh, stages, batch arithmetic and sizes that follow from a config and a number of ranks.
+"""The plan of a run: mesh, stages, batch arithmetic and sizes that follow from a config and a
+number of ranks.
 
-It is pure arithmetic, and so runs on a laptop for any cluster. Step time and activation memory are in `planner/`."""
+It is pure arithmetic, and so runs on a laptop for any cluster. Step time and activation memory are
+in `planner/`."""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from megalite.errors import ConfigError
 make_callable(__name__)  # as `plan`, below
 
 Place = int | Literal["first", "last", "both"]
-"""Where a weight is used: in a layer (its number), before the first one, after the last one, or tied at both ends."""
+"""Where a weight is used: in a layer (its number), before the first one, after the last one, or
+tied at both ends."""
 
 
 class Cut(NamedTuple):
@@ -57,8 +60,8 @@ W = TypeVar("W", bound=Sized)
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Holds the part of the model that one pipeline stage computes: layers [start, stop), and possibly an end of the
-    model."""
+    """Holds the part of the model that one pipeline stage computes: layers [start, stop), and
+    possibly an end of the model."""
 
     index: int
     start: int
@@ -67,11 +70,13 @@ class StageSpan:
     last: bool = True
 
     def holds(self, place: Place) -> bool:
-        """Return whether a weight used at `place` belongs to this stage. A tied embedding belongs to the first and the
-        last."""
+        """Return whether a weight used at `place` belongs to this stage. A tied embedding belongs
+        to the first and the last."""
         if isinstance(place, int):
             return self.start <= place < self.stop
-        return (self.first and place in ("first", "both")) or (self.last and place in ("last", "both"))
+        return (self.first and place in ("first", "both")) or (
+            self.last and place in ("last", "both")
+        )
 
     def weights(self, weights: Sequence[W]) -> list[W]:
         """Return the stage's rows of the table, in the order in which a forward pass uses them."""
@@ -102,7 +107,8 @@ class Plan:
     stages: tuple[StageSpan, ...]
     """Stages in the order of the model. Stage s is on pipeline rank s % pipeline."""
     micro_batch_size: int
-    """Sequences per forward pass: the config's, or fewer with `parallel.elastic` if only that fits."""
+    """Sequences per forward pass: the config's, or fewer with `parallel.elastic` if only that
+    fits."""
     micro_batches: int
     """Forward passes of each rank per optimizer step."""
     tokens_per_step: int
@@ -116,12 +122,13 @@ class Plan:
     num_trained: int
     """Number of trained parameters; the others are frozen."""
     memory_bytes: dict[str, int]
-    """Bytes that the fullest rank holds through the whole step: weights, gradients, optimizer state. Activations come
-    on top."""
+    """Bytes that the fullest rank holds through the whole step: weights, gradients, optimizer
+    state. Activations come on top."""
 
     @property
     def replicas(self) -> int:
-        """Return the number of ranks that hold the same part of the weights and share its gradient: data × context."""
+        """Return the number of ranks that hold the same part of the weights and share its gradient:
+        data × context."""
         return self.data * self.context
 
     @property
@@ -134,12 +141,13 @@ class Plan:
         return self.experts if weight.is_expert else Cut(self.tensor)
 
     def replicas_of(self, cut: Cut) -> int:
-        """Return the number of ranks that hold the same part of what is cut so, and share its gradient."""
+        """Return the number of ranks that hold the same part of what is cut so, and share its
+        gradient."""
         return self.replicas * self.tensor // cut.holders
 
     def rank_at(self, pipeline: int, replica: int, holder: int, cut: Cut | None = None) -> int:
-        """Return the global rank at these coordinates: `holder`, the tensor rank or of experts the holder under their
-        `cut`, innermost, then `replica`, and `pipeline` outermost."""
+        """Return the global rank at these coordinates: `holder`, the tensor rank or of experts the
+        holder under their `cut`, innermost, then `replica`, and `pipeline` outermost."""
         stage = self.replicas * self.tensor
         # The inverse of `Mesh.place_of`.
         return pipeline * stage + replica * (cut or Cut(self.tensor)).holders + holder
@@ -151,12 +159,21 @@ class Plan:
 
     def weights_of(self, pipeline_rank: int, weights: Sequence[W]) -> list[W]:
         """Return the rows of the table that a pipeline rank holds."""
-        return [weight for stage in self.stages_of(pipeline_rank) for weight in stage.weights(weights)]
+        return [
+            weight for stage in self.stages_of(pipeline_rank) for weight in stage.weights(weights)
+        ]
 
     def describe(self) -> str:
         """Return the plan as lines of text for the console."""
-        axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
-        product = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1 or name == "data")
+        axes = {
+            "pipeline": self.pipeline,
+            "data": self.data,
+            "context": self.context,
+            "tensor": self.tensor,
+        }
+        product = " × ".join(
+            f"{name} {size}" for name, size in axes.items() if size > 1 or name == "data"
+        )
         tensor, expert = self.experts
         folded = f"expert {expert} × expert tensor {tensor}, on {self.replicas_of(self.experts)} replicas"
         lines = [
@@ -165,19 +182,32 @@ class Plan:
             ("sequence parallel", "on" if self.sequence else "off"),
             *([("context parallel", self.context_method)] if self.context > 1 else []),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
-            ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank"),
+            (
+                "parameters",
+                f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank",
+            ),
             *([("trained", f"{self.num_trained:,}")] if self.num_trained < self.num_params else []),
             ("micro-batches per step", f"{self.micro_batches} of {self.micro_batch_size}"),
             (
                 "tokens",
                 f"{self.tokens_per_step:,} a step, "
-                + (f"{self.tokens:,} in {self.steps:,} steps" if self.steps else "in train.epochs of the data"),
+                + (
+                    f"{self.tokens:,} in {self.steps:,} steps"
+                    if self.steps
+                    else "in train.epochs of the data"
+                ),
             ),
-            *((f"memory: {name}", f"{size / 2**20:,.1f} MiB a rank") for name, size in self.memory_bytes.items()),
+            *(
+                (f"memory: {name}", f"{size / 2**20:,.1f} MiB a rank")
+                for name, size in self.memory_bytes.items()
+            ),
         ]
         if self.pipeline > 1:
             counts = ", ".join(str(stage.stop - stage.start) for stage in self.stages)
-            lines.insert(2, ("pipeline", f"{self.schedule}, layers of its {len(self.stages)} stages: {counts}"))
+            lines.insert(
+                2,
+                ("pipeline", f"{self.schedule}, layers of its {len(self.stages)} stages: {counts}"),
+            )
         return "\n".join(f"{name:<24}{text}" for name, text in lines)
 
 
@@ -195,15 +225,18 @@ def expert_cut(parallel: ParallelConfig) -> Cut:
 def plan(config: Config, ranks: int) -> Plan:
     """Return the plan of `config` on `ranks` ranks: mesh, stages, batch arithmetic and memory.
 
-    Raise ConfigError with the setting to change if the layout does not fit the ranks, the model or the batch."""
-    from megalite.models import weight_table  # imports torch, which the arithmetic of a plan does without
+    Raise ConfigError with the setting to change if the layout does not fit the ranks, the model or
+    the batch."""
+    from megalite.models import (
+        weight_table,
+    )  # imports torch, which the arithmetic of a plan does without
 
     return make_plan(config, weight_table(config.model, config.lora), ranks)
 
 
 def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:
-    """Return the plan of `config` for a table of `weights` on `world_size` ranks. Raise ConfigError with the setting to
-    change if the layout does not fit the ranks, the model or the batch."""
+    """Return the plan of `config` for a table of `weights` on `world_size` ranks. Raise ConfigError
+    with the setting to change if the layout does not fit the ranks, the model or the batch."""
     parallel, train = config.parallel, config.train
     tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
     unit = smallest_world(config)
@@ -274,8 +307,9 @@ class Held(NamedTuple):
 def _fullest_rank(
     config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan], ranks: int
 ) -> tuple[Held, ...]:
-    """Return what the rank holds that holds most, which decides whether a layout fits: of dense weights, and of
-    experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight cannot be cut."""
+    """Return what the rank holds that holds most, which decides whether a layout fits: of dense
+    weights, and of experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight
+    cannot be cut."""
     pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
     dense = Cut(config.parallel.tensor)
     local: dict[str, int] = {}
@@ -284,10 +318,18 @@ def _fullest_rank(
         try:
             local[weight.name] = prod(weight.local_shape(*cut))
         except ValueError as error:
-            names = {"expert": "expert", "tensor": "expert_tensor"} if cut != dense else {"tensor": "tensor"}
-            asked = ", ".join(f"parallel.{name} = {getattr(cut, axis)}" for axis, name in names.items())
+            names = (
+                {"expert": "expert", "tensor": "expert_tensor"}
+                if cut != dense
+                else {"tensor": "tensor"}
+            )
+            asked = ", ".join(
+                f"parallel.{name} = {getattr(cut, axis)}" for axis, name in names.items()
+            )
             raise ConfigError(f"{asked}: {error}") from None
-    kept = {weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights}
+    kept = {
+        weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights
+    }
     per_rank = []
     for rank in range(pipeline):
         rows = [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)]
@@ -309,12 +351,14 @@ def _fullest_rank(
     return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
 
 
-def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int) -> int:
-    """Return how many of `nodes` nodes with `ranks_per_node` ranks each the layout can use: all, or with
-    `parallel.elastic` as many as possible.
+def nodes_that_fit(
+    config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int
+) -> int:
+    """Return how many of `nodes` nodes with `ranks_per_node` ranks each the layout can use: all, or
+    with `parallel.elastic` as many as possible.
 
-    Tensor, pipeline and context parallelism and the global batch stay as in `config`; `weights` is the model's table.
-    Raise ConfigError if no number fits."""
+    Tensor, pipeline and context parallelism and the global batch stay as in `config`; `weights` is
+    the model's table. Raise ConfigError if no number fits."""
     refused: dict[int, ConfigError] = {}
     for count in range(nodes, 0 if config.parallel.elastic else nodes - 1, -1):
         try:
@@ -325,18 +369,26 @@ def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_p
             return count
     if len(refused) == 1:
         raise refused[nodes]
-    raise ConfigError(f"no number of nodes up to {nodes} fits; of {nodes}: {refused[nodes]}; of 1: {refused[1]}")
+    raise ConfigError(
+        f"no number of nodes up to {nodes} fits; of {nodes}: {refused[nodes]}; of 1: {refused[1]}"
+    )
 
 
 def _micro_batch_size(config: Config, data: int) -> int:
-    """Return the micro-batch size: the config's, or with `parallel.elastic` the largest smaller one that divides the
-    global batch. Raise ConfigError."""
+    """Return the micro-batch size: the config's, or with `parallel.elastic` the largest smaller one
+    that divides the global batch. Raise ConfigError."""
     size, sizes = config.train.micro_batch_size, [size for size, _ in config.train.batch_sizes]
     # Every batch size of a ramp must come out even.
-    fitting = [fewer for fewer in range(1, size + 1) if all(whole % (fewer * data) == 0 for whole in sizes)]
+    fitting = [
+        fewer for fewer in range(1, size + 1) if all(whole % (fewer * data) == 0 for whole in sizes)
+    ]
     if size in fitting or (fitting and config.parallel.elastic):
         return fitting[-1]
-    advice = f"micro_batch_size = {fitting[-1]} would fit" if fitting else "choose another global_batch_size"
+    advice = (
+        f"micro_batch_size = {fitting[-1]} would fit"
+        if fitting
+        else "choose another global_batch_size"
+    )
     whole = next(whole for whole in reversed(sizes) if whole % (size * data))
     key = "global_batch_size" if whole == sizes[-1] else "batch_ramp: a batch"
     raise ConfigError(
@@ -346,8 +398,8 @@ def _micro_batch_size(config: Config, data: int) -> int:
 
 
 def _check_engine(config: Config) -> None:
-    """Raise ConfigError for what an engine cannot do: `native` lacks stage 3 and offload, `deepspeed` lacks
-    pipelines."""
+    """Raise ConfigError for what an engine cannot do: `native` lacks stage 3 and offload,
+    `deepspeed` lacks pipelines."""
     parallel = config.parallel
     offload = {name: where for name, where in parallel.offload if where in ("cpu", "nvme")}
     if parallel.engine == "native":
@@ -357,7 +409,9 @@ def _check_engine(config: Config) -> None:
             )
         if offload:
             name = next(iter(offload))
-            raise ConfigError(f"parallel.offload.{name} = {offload[name]!r} needs parallel.engine: deepspeed")
+            raise ConfigError(
+                f"parallel.offload.{name} = {offload[name]!r} needs parallel.engine: deepspeed"
+            )
         return
     for key, value in (
         ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
@@ -367,7 +421,9 @@ def _check_engine(config: Config) -> None:
         ("the selection bias of routers", config.model.bias_rate if config.lora is None else None),
     ):  # fmt: skip
         if value:
-            raise ConfigError(f"{key} needs parallel.engine: native; deepspeed has no such thing here")
+            raise ConfigError(
+                f"{key} needs parallel.engine: native; deepspeed has no such thing here"
+            )
     if config.optimizer.name != "adamw":
         raise ConfigError(
             f"optimizer.name = {config.optimizer.name!r} needs parallel.engine: native; deepspeed has adamw here"
@@ -379,7 +435,9 @@ def _check_engine(config: Config) -> None:
             "with zero_stage: 3, which also spreads the weights"
         )
     if parallel.zero_stage == 0:
-        raise ConfigError("parallel.zero_stage = 0 needs parallel.engine: native; deepspeed has stages 1, 2 and 3 here")
+        raise ConfigError(
+            "parallel.zero_stage = 0 needs parallel.engine: native; deepspeed has stages 1, 2 and 3 here"
+        )
     if "parameters" in offload and parallel.zero_stage != 3:
         raise ConfigError(
             f"parallel.offload.parameters = {offload['parameters']!r} needs parallel.zero_stage: 3, "
@@ -393,7 +451,8 @@ def _check_engine(config: Config) -> None:
 
 
 def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
-    """Raise ConfigError for a pipeline schedule that does not fit `virtual` or the number of micro-batches."""
+    """Raise ConfigError for a pipeline schedule that does not fit `virtual` or the number of
+    micro-batches."""
     pipeline, virtual, schedule = parallel.pipeline, parallel.virtual, parallel.schedule
     if pipeline == 1:
         if virtual > 1:
@@ -424,7 +483,11 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
 def _check_sequence(config: Config, sequence: bool) -> None:
     """Raise ConfigError for a length of sequences that does not divide."""
     for length in config.data.seq_lengths:
-        key = "data.seq_length" if length == config.data.seq_length else "data.seq_length_warmup: seq_length"
+        key = (
+            "data.seq_length"
+            if length == config.data.seq_length
+            else "data.seq_length_warmup: seq_length"
+        )
         _check_length(key, length, config, sequence)
     if config.lengths.source:
         _check_length("the decoder's length", config.lengths.target, config, sequence)
@@ -439,8 +502,14 @@ def _check_length(key: str, length: int, config: Config, sequence: bool) -> None
             "one piece from the front and one from the back"
         )
     if sequence and (length // context) % tensor:
-        by = f"parallel.tensor = {tensor}" if context == 1 else f"parallel.context × tensor = {context} × {tensor}"
-        raise ConfigError(f"{key} = {length} must be a multiple of {by} for parallel.sequence: true")
+        by = (
+            f"parallel.tensor = {tensor}"
+            if context == 1
+            else f"parallel.context × tensor = {context} × {tensor}"
+        )
+        raise ConfigError(
+            f"{key} = {length} must be a multiple of {by} for parallel.sequence: true"
+        )
 
 
 def _check_model(config: Config) -> None:
@@ -460,7 +529,9 @@ def _check_model(config: Config) -> None:
                 "context_method: ulysses; the attention that travels a ring cannot bend its scores"
             )
         ranks = config.parallel.tensor * context
-        if config.parallel.context_method == "ulysses" and (mixer.num_heads % ranks or mixer.num_kv_heads % ranks):
+        if config.parallel.context_method == "ulysses" and (
+            mixer.num_heads % ranks or mixer.num_kv_heads % ranks
+        ):
             raise ConfigError(
                 f"parallel.context_method: ulysses gives each of tensor × context = {config.parallel.tensor} × "
                 f"{context} ranks whole heads, but the model has {mixer.num_heads} of them and {mixer.num_kv_heads} "
@@ -489,17 +560,26 @@ def _check_stacks(config: Config) -> None:
     ):  # fmt: skip
         if value != only:
             needs = f"{key}: {'null' if only is None else only}" if only != () else f"no {key}"
-            raise ConfigError(f"model.family = {config.model.family!r}, of two stacks, needs {needs}")
+            raise ConfigError(
+                f"model.family = {config.model.family!r}, of two stacks, needs {needs}"
+            )
 
 
 def _check_experts(config: Config, weights: Sequence[Sized], sequence: bool) -> None:
-    """Raise ConfigError for settings that cannot be combined with ranks of their own for experts."""
+    """Raise ConfigError for settings that cannot be combined with ranks of their own for
+    experts."""
     parallel, cut = config.parallel, expert_cut(config.parallel)
     if cut == Cut(parallel.tensor):
         return
-    key = f"parallel.expert = {cut.expert}" if cut.expert > 1 else f"parallel.expert_tensor = {cut.tensor}"
+    key = (
+        f"parallel.expert = {cut.expert}"
+        if cut.expert > 1
+        else f"parallel.expert_tensor = {cut.tensor}"
+    )
     if not any(weight.is_expert for weight in weights):
-        raise ConfigError(f"{key} needs a model with experts; model.family = {config.model.family!r} has none")
+        raise ConfigError(
+            f"{key} needs a model with experts; model.family = {config.model.family!r} has none"
+        )
     if parallel.engine != "native":
         raise ConfigError(f"{key} needs parallel.engine: native, not {parallel.engine}")
     if cut.tensor != parallel.tensor and parallel.tensor > 1 and not sequence:
@@ -510,7 +590,8 @@ def _check_experts(config: Config, weights: Sequence[Sized], sequence: bool) -> 
 
 
 def _check_qk_clip(config: Config) -> None:
-    """Raise ConfigError where scaling the projections of queries and keys cannot bound the attention logits."""
+    """Raise ConfigError where scaling the projections of queries and keys cannot bound the
+    attention logits."""
     if config.optimizer.qk_clip is None:
         return
     from megalite.models.architecture import LatentSpec  # here: models import this module
@@ -527,7 +608,9 @@ def _check_qk_clip(config: Config) -> None:
             "keys, so that scaling their projections changes no attention logit"
         )
     if config.lora is not None:
-        raise ConfigError("optimizer.qk_clip must be null with lora, which keeps the projections as they are")
+        raise ConfigError(
+            "optimizer.qk_clip must be null with lora, which keeps the projections as they are"
+        )
 
 
 def _check_noise_scale(config: Config, data: int, micro_batches: int) -> None:
@@ -584,8 +667,8 @@ def _check_compile(config: Config) -> None:
 
 
 def _stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ...]:
-    """Return the stages of the pipeline, balanced unless `parallel.stage_layers` gives their layers. Raise
-    ConfigError."""
+    """Return the stages of the pipeline, balanced unless `parallel.stage_layers` gives their
+    layers. Raise ConfigError."""
     parallel, num_layers = config.parallel, config.model.num_layers
     num_stages = parallel.pipeline * parallel.virtual
     if parallel.stage_layers is not None:
@@ -609,11 +692,12 @@ def _stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ...]:
 
 
 def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
-    """Return the number of layers of each of `num_stages` stages, at least one each, such that the slowest stage is as
-    fast as possible.
+    """Return the number of layers of each of `num_stages` stages, at least one each, such that the
+    slowest stage is as fast as possible.
 
-    `head_cost` is the output head's time in units of a layer; the embedding, a look-up, counts as none. Of equally good
-    stages the later one gets a layer, since a 1F1B schedule holds fewer activations there."""
+    `head_cost` is the output head's time in units of a layer; the embedding, a look-up, counts as
+    none. Of equally good stages the later one gets a layer, since a 1F1B schedule holds fewer
+    activations there."""
     # Each has one layer; the others go one by one to the stage that is quickest so far.
     cost = [1.0] * (num_stages - 1) + [1.0 + head_cost]
     counts = [1] * num_stages
@@ -625,18 +709,20 @@ def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
 
 
 def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
-    """Return the multiplications of the output head in units of an average layer's, with attention over half the
-    sequence included."""
+    """Return the multiplications of the output head in units of an average layer's, with attention
+    over half the sequence included."""
     model = config.model
     # A matrix multiplies as often per token as it has parameters, so that sizes stand for time.
     layers = sum(weight.multiplied for weight in weights if isinstance(weight.place, int))
-    attention = sum(layer.mixer.products(config.data.seq_length) for layer in model.architecture.layers) / 2
+    attention = (
+        sum(layer.mixer.products(config.data.seq_length) for layer in model.architecture.layers) / 2
+    )
     return model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
 
 
 def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:
-    """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and optimizer state, of all
-    that is `held`."""
+    """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and
+    optimizer state, of all that is `held`."""
     is_bf16 = config.train.precision == "bf16"
     weights = gradients = optimizer = 0
     for params, trained, states, replicas in held:
@@ -645,4 +731,8 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
         # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
         kept = states + trained * is_bf16
         optimizer += -(-kept // replicas) if zero_stage >= 1 else kept
-    return {"weights": weights * (2 if is_bf16 else 4), "gradients": gradients * 4, "optimizer": optimizer * 4}
+    return {
+        "weights": weights * (2 if is_bf16 else 4),
+        "gradients": gradients * 4,
+        "optimizer": optimizer * 4,
+    }

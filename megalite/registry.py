@@ -1,16 +1,16 @@
 """Extension points of megalite: a registry for each kind of part.
 
-A config asks for a part by its name. megalite's own are listed here with the module that defines them, and are
-imported on demand. Another package adds its own by an entry point:
+A config asks for a part by its name. megalite's own are listed here with the module that defines
+them, and are imported on demand. Another package adds its own by an entry point:
 
     # pyproject.toml of the package            # my_parts.py
     [project.entry-points."megalite.plugins"]  from megalite.registry import schedules
     my_parts = "my_parts"                      @schedules.register("rsqrt")
                                                class InverseSquareRoot(ScheduleConfig): ...
 
-The modules named by entry points are imported when a name is requested that megalite itself does not have, so that
-users without plugins do not wait for it. `docs/extend/README.md` says how a package is made, and the pages beside it
-have an example of each.
+The modules named by entry points are imported when a name is requested that megalite itself does
+not have, so that users without plugins do not wait for it. `docs/extend/README.md` says how a
+package is made, and the pages beside it have an example of each.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Registry(Generic[Part]):
     """Holds the parts of one kind by name."""
 
     def __init__(self, key: str, own: Mapping[str, str]):
-        """Create a registry. `key` is the setting that chooses a part; `own` gives for each of megalite's own the
-        place: "module" or "module:attribute"."""
+        """Create a registry. `key` is the setting that chooses a part; `own` gives for each of
+        megalite's own the place: "module" or "module:attribute"."""
         self.key, self.own, self._places = key, tuple(own), own
         self._found: dict[str, Part] = {}
 
@@ -57,8 +57,8 @@ class Registry(Generic[Part]):
         return part
 
     def get(self, name: str) -> Part:
-        """Return the part called `name`, imported on demand. Raise ConfigError that lists the known names if there is
-        none."""
+        """Return the part called `name`, imported on demand. Raise ConfigError that lists the known
+        names if there is none."""
         if name not in self._found:
             if name in self.own:
                 self._found[name] = _import(self._places[name])
@@ -67,12 +67,14 @@ class Registry(Generic[Part]):
         return self._found[name]
 
     def names(self) -> tuple[str, ...]:
-        """Return all names, those of plugins last. Raise ConfigError if a plugin cannot be imported."""
+        """Return all names, those of plugins last. Raise ConfigError if a plugin cannot be
+        imported."""
         import_plugins()
         return (*self.own, *sorted(self._found.keys() - set(self.own)))
 
     def __contains__(self, name: object) -> bool:
-        """Return whether there is a part of this name. Plugins are imported only if it is not megalite's own."""
+        """Return whether there is a part of this name. Plugins are imported only if it is not
+        megalite's own."""
         return name in self.own or name in self.names()
 
 
@@ -87,7 +89,8 @@ families: Registry[Family] = Registry(
         )
     },
 )  # fmt: skip
-"""Model families by Hugging Face's `model_type`. SmolLM 1 and 2, and others, call themselves llama."""
+"""Model families by Hugging Face's `model_type`. SmolLM 1 and 2, and others, call themselves
+llama."""
 
 optimizers: Registry[type[OptimizerConfig]] = Registry(
     "optimizer.name",
@@ -136,20 +139,28 @@ tokenizer_readers: Registry[Callable[[Path], Tokenizer]] = Registry(
 )
 """Readers of tokenizers by the names of their files."""
 kernels: Registry[object] = Registry("kernels", {})
-"""Kernels by operation and name, such as "activation.mine": a module, or another object, with functions that replace
-those of the same names in `megalite.kernels`. Plain torch computes what it does not have."""
+"""Kernels by operation and name, such as "activation.mine": a module, or another object, with
+functions that replace those of the same names in `megalite.kernels`. Plain torch computes what it
+does not have."""
 
 
 @functools.cache
 def import_plugins() -> None:
-    """Import the modules that installed packages register. Raise ConfigError that names the package if that fails."""
-    for entry in sorted(importlib.metadata.entry_points(group=PLUGINS), key=lambda entry: entry.name):
+    """Import the modules that installed packages register. Raise ConfigError that names the package
+    if that fails."""
+    for entry in sorted(
+        importlib.metadata.entry_points(group=PLUGINS), key=lambda entry: entry.name
+    ):
         try:
             entry.load()
         except Exception as error:  # code of others can raise anything
             package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "a package"
-            what = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-            raise ConfigError(f"the plugin {entry.name!r} of {package} cannot be imported: {what}") from error
+            what = (
+                str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            )
+            raise ConfigError(
+                f"the plugin {entry.name!r} of {package} cannot be imported: {what}"
+            ) from error
 
 
 def hint(name: object, known: Iterable[str]) -> str:

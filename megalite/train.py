@@ -1,5 +1,6 @@
-"""Run training from its start to its end: pretraining and finetuning, on one process or on a thousand. The steps
-themselves are in training/loop.py, and what is done beside them in training/hooks.py."""
+"""Run training from its start to its end: pretraining and finetuning, on one process or on a
+thousand. The steps themselves are in training/loop.py, and what is done beside them in
+training/hooks.py."""
 
 from __future__ import annotations
 
@@ -52,11 +53,11 @@ MOST_EPOCHS = 10
 
 
 def train(config: Config) -> Exit:
-    """Train as `config` says, on the ranks this process was started among; resumes by itself. Returns DONE; STOPPED
-    after a signal, BAD_NUMBERS or CORRUPTED for what `health` checks.
+    """Train as `config` says, on the ranks this process was started among; resumes by itself.
+    Returns DONE; STOPPED after a signal, BAD_NUMBERS or CORRUPTED for what `health` checks.
 
-    Raises ConfigError, DataError or CheckpointError, before the first step, where something asked for cannot be done;
-    NotSaved after the last step."""
+    Raises ConfigError, DataError or CheckpointError, before the first step, where something asked
+    for cannot be done; NotSaved after the last step."""
     set_defaults(config.train.deterministic)
     launch = Launch.from_environment()
     # Before the data is opened, which may take minutes: a rank that dies meanwhile is noticed.
@@ -85,9 +86,13 @@ def train_on(
 ) -> Exit:
     """Train on a `mesh` of ranks that have met; a run that is sent back begins again here.
 
-    `config`, `plan` and `data` are alike on all ranks; `tokenizer` and `tasks` are None where the run needs none."""
+    `config`, `plan` and `data` are alike on all ranks; `tokenizer` and `tasks` are None where the
+    run needs none."""
     check_same_everywhere(config, data, mesh)
-    limit, sent_back = config.health.bad_steps_limit, Counter[int]()  # how often the run was sent back, by step
+    limit, sent_back = (
+        config.health.bad_steps_limit,
+        Counter[int](),
+    )  # how often the run was sent back, by step
     ended: Ending | None = None
     with StopRequests(mesh) as requests:
         parts = build(config, plan, mesh)
@@ -104,7 +109,8 @@ def train_on(
             finally:
                 if run.recorder:
                     run.recorder.close(status)
-        # A launcher that sees one rank leave unfinished ends the others: no rank goes before all are ready to.
+        # A launcher that sees one rank leave unfinished ends the others: no rank goes before all
+        # are ready to.
         all_agree(True, mesh)
     return ended.status
 
@@ -118,13 +124,15 @@ def open_run(
     tasks: TasksInTraining | None,
     sent_back: Ending | None,
 ) -> tuple[Run, Start]:
-    """Find the checkpoint or model to begin from, and check that it fits `config`, `plan` and `data`; only then is
-    anything written. `sent_back` is the ending that sent the run back to a checkpoint, or None; `tokenizer` and
-    `tasks` are those of `train_on`.
+    """Find the checkpoint or model to begin from, and check that it fits `config`, `plan` and
+    `data`; only then is anything written. `sent_back` is the ending that sent the run back to a
+    checkpoint, or None; `tokenizer` and `tasks` are those of `train_on`.
 
     Raises ConfigError, CheckpointError or DataError."""
     # A run that was sent back goes on from what it saved itself, whatever it began with.
-    resume = "auto" if sent_back and config.checkpoint.resume == "never" else config.checkpoint.resume
+    resume = (
+        "auto" if sent_back and config.checkpoint.resume == "never" else config.checkpoint.resume
+    )
     root, train = config.run.folder / "checkpoints", data["train"]
     assert train is not None
     checkpoint, told = find_checkpoint(root, resume, mesh, config.health.bad_steps_limit)
@@ -138,7 +146,11 @@ def open_run(
         state["data"]["skipped"] = sent_back.skipped
     else:
         told += no_effect(config, int(state["step"]), mesh.world.size)
-    samples = SamplesInTraining(config, tokenizer) if config.observe.samples.prompts and tokenizer else None
+    samples = (
+        SamplesInTraining(config, tokenizer)
+        if config.observe.samples.prompts and tokenizer
+        else None
+    )
     start = Start(state, initial_state(config, mesh, checkpoint), base)
     all_agree(True, mesh)  # a start that any rank refuses has written nothing
     recorder = None
@@ -152,17 +164,30 @@ def open_run(
     return run, start
 
 
-def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
-    """Open the recorder of a run after `state`, and put the `tokenizer` and the run's starting point into its folder.
-    `plan` gives the layout that is recorded."""
+def open_recorder(
+    config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None
+) -> Recorder:
+    """Open the recorder of a run after `state`, and put the `tokenizer` and the run's starting
+    point into its folder. `plan` gives the layout that is recorded."""
     folder = config.run.folder
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)
-    axes = {"data": plan.data, "pipeline": plan.pipeline, "context": plan.context, "tensor": plan.tensor}
-    layout: dict[str, object] = {name: size for name, size in axes.items() if size > 1 or name == "data"}
+    axes = {
+        "data": plan.data,
+        "pipeline": plan.pipeline,
+        "context": plan.context,
+        "tensor": plan.tensor,
+    }
+    layout: dict[str, object] = {
+        name: size for name, size in axes.items() if size > 1 or name == "data"
+    }
     layout |= {"sequence": plan.sequence} if plan.tensor > 1 else {}
-    layout |= {"expert": plan.experts.expert, "expert_tensor": plan.experts.tensor} if plan.folds_experts else {}
+    layout |= (
+        {"expert": plan.experts.expert, "expert_tensor": plan.experts.tensor}
+        if plan.folds_experts
+        else {}
+    )
     layout |= {"schedule": plan.schedule, "virtual": plan.virtual} if plan.pipeline > 1 else {}
     layout |= {"engine": plan.engine, "zero": plan.zero_stage}
     return Recorder(
@@ -176,7 +201,8 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
 
 
 def _epochs(config: Config, train: Mixture) -> Iterator[str]:
-    """Yield lines for the console: how often the run goes through its sources, and what a step is of that."""
+    """Yield lines for the console: how often the run goes through its sources, and what a step is
+    of that."""
     epochs = train.epochs(config.train.samples_after(config.train.steps))
     most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
     share = config.train.global_batch_size / train.num_samples
@@ -193,8 +219,11 @@ def _epochs(config: Config, train: Mixture) -> Iterator[str]:
             )
 
 
-def train_from(run: Run, parts: RankModel, data: Data, start: Start, requests: StopRequests) -> Ending:
-    """Train from `start` to the end of this run; return why it ended. `requests` tells of signals to stop.
+def train_from(
+    run: Run, parts: RankModel, data: Data, start: Start, requests: StopRequests
+) -> Ending:
+    """Train from `start` to the end of this run; return why it ended. `requests` tells of signals
+    to stop.
 
     Raises NotSaved where the last checkpoint could not be written."""
     config, folder, state = run.config, run.config.run.folder, start.state
@@ -205,9 +234,13 @@ def train_from(run: Run, parts: RankModel, data: Data, start: Start, requests: S
     if isinstance(parts.objective, DPO):
         prepare_references(run, parts, data)
     parts.engine.load(start.weights, state.get("updates", state["step"]))
-    read = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()), ramps=True)
+    read = make_loader(
+        data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()), ramps=True
+    )
     loader = config.objective.batches(read, run, parts)
-    tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
+    tokenizer = (
+        load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
+    )
     table = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
     saver = Saver(
         folder / "checkpoints",

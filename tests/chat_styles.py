@@ -1,6 +1,8 @@
-"""Chat templates in the manners of well-known models, tokenizers of the kinds that they have, and random chats.
+"""Chat templates in the manners of well-known models, tokenizers of the kinds that they have, and
+random chats.
 
-Each template is written anew after how the model's own behaves: what it trims, drops, refuses, numbers and ends."""
+Each template is written anew after how the model's own behaves: what it trims, drops, refuses,
+numbers and ends."""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ LLAMA3 = """\
 {%- else %}{{- message.content | trim + '<|eot_id|>' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-# Tools stand before the last turn of the user, so that no prefix of a conversation renders as a prefix.
+# Tools stand before the last turn of the user, so that no prefix of a conversation renders as a
+# prefix.
 MISTRAL = """\
 {%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
 {{- bos_token }}
@@ -74,7 +77,8 @@ PHI3 = """\
 {%- else %}{{- message.content + '<|end|>\\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% else %}{{- eos_token }}{% endif %}"""
-# Thoughts are kept behind the last turn of the user alone, and stand there also where there are none.
+# Thoughts are kept behind the last turn of the user alone, and stand there also where there are
+# none.
 QWEN3 = """\
 {%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
 {%- set ns = namespace(last=0) %}
@@ -178,12 +182,15 @@ WORDS = (
 # GPT-2's letters for bytes: printable ones stand for themselves, the others for what follows 255.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + n): byte for n, byte in enumerate(_OTHERS)
+}
 TEXTS = [" ".join(WORDS[start:] + WORDS[:start]) for start in range(len(WORDS))]
 
 
 def without_generation(template: str) -> str:
-    """The same template as most models have it: with nothing that says what the model is to learn."""
+    """The same template as most models have it: with nothing that says what the model is to
+    learn."""
     template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
     return re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", template)
 
@@ -206,11 +213,20 @@ def random_chat(random: random.Random, style: str) -> list[dict[str, Any]]:
 
     def text(number: int = 0) -> str:
         words = random.choices(WORDS, k=random.randint(1, 6))
-        return " ".join(words).replace("x", f"#{number}") + f"#{number}" + random.choice(("", "", " ", "\n", "✓"))
+        return (
+            " ".join(words).replace("x", f"#{number}")
+            + f"#{number}"
+            + random.choice(("", "", " ", "\n", "✓"))
+        )
 
-    messages = [{"role": "system", "content": text()}] * (style not in WITHOUT_SYSTEM and random.random() < 0.4)
+    messages = [{"role": "system", "content": text()}] * (
+        style not in WITHOUT_SYSTEM and random.random() < 0.4
+    )
     for number in range(random.randint(1, 3)):
-        messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": text(1 + number)}]
+        messages += [
+            {"role": "user", "content": text()},
+            {"role": "assistant", "content": text(1 + number)},
+        ]
     if style not in ALTERNATES and random.random() < 0.2:
         messages.append({"role": "user", "content": text()})
     return messages
@@ -232,7 +248,10 @@ def answers_of(messages: list[dict[str, Any]], style: str) -> list[str]:
 def surfaces(kind: str, tokens: list[str]) -> list[bytes] | None:
     """The bytes of each token, for kinds that lose nothing: told by the vocabulary alone."""
     if kind.startswith("bytes"):
-        return [token.encode() if token in ADDED else bytes(BYTES[letter] for letter in token) for token in tokens]
+        return [
+            token.encode() if token in ADDED else bytes(BYTES[letter] for letter in token)
+            for token in tokens
+        ]
     if kind == "wordpiece":
         return None
     found = []
@@ -245,8 +264,8 @@ def surfaces(kind: str, tokens: list[str]) -> list[bytes] | None:
 
 
 def wanted_mask(surface: list[bytes], text: str, spans: list[tuple[int, int]]) -> list[int]:
-    """1 for each token that holds a byte of a span of characters. A space that only the tokenizer puts somewhere is no
-    byte of the text, and belongs to what it stands before."""
+    """1 for each token that holds a byte of a span of characters. A space that only the tokenizer
+    puts somewhere is no byte of the text, and belongs to what it stands before."""
     whole, mask, place = text.encode(), [], 0
     learned = [(len(text[:a].encode()), len(text[:b].encode())) for a, b in spans]
     for piece in surface:
@@ -269,7 +288,9 @@ def _trained(kind: str) -> tokenizers.Tokenizer:
         tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer: Any = trainers.WordPieceTrainer(vocab_size=500, special_tokens=list(CONTROLS), show_progress=False)
+        trainer: Any = trainers.WordPieceTrainer(
+            vocab_size=500, special_tokens=list(CONTROLS), show_progress=False
+        )
     else:
         tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
         if kind.startswith("bytes"):
@@ -280,32 +301,59 @@ def _trained(kind: str) -> tokenizers.Tokenizer:
             scheme = "first" if kind == "metaspace-first" else "always"
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
             tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme, split=True)
-        alphabet = pre_tokenizers.ByteLevel.alphabet() if kind.startswith("bytes") else list("[]{}<>|:/_#\"'\n\t ")
-        trainer = trainers.BpeTrainer(
-            vocab_size=600, special_tokens=list(CONTROLS), initial_alphabet=alphabet, show_progress=False
+        alphabet = (
+            pre_tokenizers.ByteLevel.alphabet()
+            if kind.startswith("bytes")
+            else list("[]{}<>|:/_#\"'\n\t ")
         )
-    tokenizer.train_from_iterator([*TEXTS, *STYLES.values(), "#1✓ #2✓ #3✓ #0✓ 4 5 6 7 8 9 [4]"], trainer)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in NOT_SPECIAL])
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=list(CONTROLS),
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(
+        [*TEXTS, *STYLES.values(), "#1✓ #2✓ #3✓ #0✓ 4 5 6 7 8 9 [4]"], trainer
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=False) for token in NOT_SPECIAL]
+    )
     return tokenizer
 
 
 def _unigram(has_space: bool) -> tokenizers.Tokenizer:
-    """As Llama's was made of a SentencePiece model: bytes stand for letters it does not know, a space before texts.
-    Where it has no space alone, the one before such letters is told by bytes as well."""
+    """As Llama's was made of a SentencePiece model: bytes stand for letters it does not know, a
+    space before texts. Where it has no space alone, the one before such letters is told by bytes as
+    well."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.UnigramTrainer(
         vocab_size=400, special_tokens=[*CONTROLS, *names], unk_token="<unk>", show_progress=False
     )
-    tokenizer.train_from_iterator(["the capital of France is Paris", "say hello to the world"] * 5, trainer)
+    tokenizer.train_from_iterator(
+        ["the capital of France is Paris", "say hello to the world"] * 5, trainer
+    )
     values = json.loads(tokenizer.to_str())
-    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in names]
+    values["added_tokens"] = [
+        token for token in values["added_tokens"] if token["content"] not in names
+    ]
     values["model"] |= {"byte_fallback": True, "unk_id": 0}
     if not has_space:
-        values["model"]["vocab"] = [[f"{p}-" if p == "▁" else p, score] for p, score in values["model"]["vocab"]]
+        values["model"]["vocab"] = [
+            [f"{p}-" if p == "▁" else p, score] for p, score in values["model"]["vocab"]
+        ]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in NOT_SPECIAL])
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=False) for token in NOT_SPECIAL]
+    )
     return tokenizer

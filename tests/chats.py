@@ -12,7 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>")
 TURN = "'<|im_start|>' + message['role'] + '\\n'"
 CHATML = (
-    "{% for message in messages %}{{ " + TURN + " + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ "
+    + TURN
+    + " + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARKED = (
@@ -25,9 +27,12 @@ MARKED_WITHOUT_END = MARKED.replace(
     "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
     "{{ message['content'] }}{% endgeneration %}<|im_end|>",
 )
-# The last turn is rendered in another way than those before it, as by templates that drop old thoughts.
+# The last turn is rendered in another way than those before it, as by templates that drop old
+# thoughts.
 FORGETFUL = (
-    "{% for message in messages %}{{ " + TURN + " }}{% if loop.last and message['role'] == 'assistant' %}thinking "
+    "{% for message in messages %}{{ "
+    + TURN
+    + " }}{% if loop.last and message['role'] == 'assistant' %}thinking "
     "{% endif %}{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

@@ -5,18 +5,32 @@ from typing import NoReturn
 
 import pytest
 
-# Ranks and test processes share the two cores of a small machine; torch must not start a thread a core in each.
+# Ranks and test processes share the two cores of a small machine; torch must not start a thread a
+# core in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# DeepSpeed's operators are compiled into this checkout: a build that another one left locked cannot hold up the tests.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / "build" / "torch_extensions"))
+# DeepSpeed's operators are compiled into this checkout: a build that another one left locked cannot
+# hold up the tests.
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / "build" / "torch_extensions")
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cuda", action="store_true", help="let tests see the GPUs, as tools/gpu_check.sh does")
-    parser.addoption("--whole", action="store_true", help="run complete sweeps, of which a sample is run otherwise")
-    parser.addoption("--nvme", action="store_true", help="run the test that compiles DeepSpeed's async_io (5 minutes)")
+    parser.addoption(
+        "--cuda", action="store_true", help="let tests see the GPUs, as tools/gpu_check.sh does"
+    )
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="run complete sweeps, of which a sample is run otherwise",
+    )
+    parser.addoption(
+        "--nvme",
+        action="store_true",
+        help="run the test that compiles DeepSpeed's async_io (5 minutes)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,8 +1,10 @@
-"""A folder whose every file operation is recorded, to be seen as a crash at any moment would leave it.
+"""A folder whose every file operation is recorded, to be seen as a crash at any moment would leave
+it.
 
-A killed process leaves what it has done. A power cut leaves at least what was made durable: a file's content as of its
-last fsync, and a folder's entries as of its own. What lies between may be there or not: names whose folder was not
-synced, and files that have their name but not their content. `Recorded.crashes` gives the extremes of it.
+A killed process leaves what it has done. A power cut leaves at least what was made durable: a
+file's content as of its last fsync, and a folder's entries as of its own. What lies between may be
+there or not: names whose folder was not synced, and files that have their name but not their
+content. `Recorded.crashes` gives the extremes of it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Crash:
 
     moment: int
     kind: str
-    """killed: all is there; lost: only what is durable; torn: all names, but contents only where they are durable."""
+    """killed: all is there; lost: only what is durable; torn: all names, but contents only where
+    they are durable."""
     files: dict[str, bytes | None]
     """Paths below the folder; None: a folder."""
     claimed: tuple[Any, ...]
@@ -51,10 +54,16 @@ class Recorded:
 
     root: Path
     contents: list[bytes] = field(default_factory=list)
-    _known: dict[tuple[int, int, int], int] = field(default_factory=dict)  # (inode, size, mtime) → content
-    _held: dict[int, int] = field(default_factory=dict)  # inode → a descriptor that keeps its number its own
+    _known: dict[tuple[int, int, int], int] = field(
+        default_factory=dict
+    )  # (inode, size, mtime) → content
+    _held: dict[int, int] = field(
+        default_factory=dict
+    )  # inode → a descriptor that keeps its number its own
     _synced: dict[int, int] = field(default_factory=dict)  # inode of a file → content
-    _entries: dict[int, dict[str, int]] = field(default_factory=dict)  # inode of a folder → name → inode
+    _entries: dict[int, dict[str, int]] = field(
+        default_factory=dict
+    )  # inode of a folder → name → inode
     _folders: set[int] = field(default_factory=set)
     _moments: list[tuple[Tree, Tree, Tree, tuple[Any, ...]]] = field(default_factory=list)
     _claimed: tuple[Any, ...] = ()
@@ -77,7 +86,9 @@ class Recorded:
         if settle:
             for folder in (self.root, *(path for path in self.root.rglob("*") if path.is_dir())):
                 self._sync_folder(folder)
-        self._moments.append((now, dict(self._durable(self.root.stat().st_ino, "")), torn, self._claimed))
+        self._moments.append(
+            (now, dict(self._durable(self.root.stat().st_ino, "")), torn, self._claimed)
+        )
 
     def synced(self, descriptor: int) -> None:
         """What is open under this descriptor has become durable."""
@@ -103,7 +114,9 @@ class Recorded:
                 key = (tuple(sorted(tree.items())), claimed)
                 if key not in seen:
                     seen.add(key)
-                    files = {path: None if n is None else self.contents[n] for path, n in tree.items()}
+                    files = {
+                        path: None if n is None else self.contents[n] for path, n in tree.items()
+                    }
                     yield Crash(moment, kind, files, claimed)
 
     def _hold(self, path: Path) -> int | None:
@@ -133,7 +146,9 @@ class Recorded:
     def _sync_folder(self, path: Path) -> None:
         inodes = {entry.name: self._hold(Path(entry.path)) for entry in os.scandir(path)}
         self._folders |= {entry.inode() for entry in os.scandir(path) if entry.is_dir()}
-        self._entries[path.stat().st_ino] = {name: inode for name, inode in inodes.items() if inode is not None}
+        self._entries[path.stat().st_ino] = {
+            name: inode for name, inode in inodes.items() if inode is not None
+        }
 
     def _durable(self, folder: int, prefix: str) -> Iterator[tuple[str, int | None]]:
         for name, inode in self._entries.get(folder, {}).items():
@@ -170,7 +185,8 @@ _installed: list[bool] = []
 
 @contextmanager
 def recorded(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
-    """Record what is done below a folder, by any thread. What is there at first counts as durable."""
+    """Record what is done below a folder, by any thread. What is there at first counts as
+    durable."""
     if not _installed:  # an audit hook cannot be taken away again
         sys.addaudithook(_hook)
         _installed.append(True)

@@ -1,4 +1,5 @@
-"""Many configs run dry at once: processes that have imported what ranks need are forked for all of them."""
+"""Many configs run dry at once: processes that have imported what ranks need are forked for all of
+them."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ def run_dry(cases: Mapping[str, Case], folder: Path, steps: int = 2) -> dict[str
         jobs += own
         found.append((config, plan, len(own)))
     records = iter(run_jobs(jobs, folder))
-    whole = [Dry(config, plan, [next(records) for _ in range(count)]) for config, plan, count in found]
+    whole = [
+        Dry(config, plan, [next(records) for _ in range(count)]) for config, plan, count in found
+    ]
     for name, dry in zip(cases, whole, strict=True):
         for record in dry.records:
             assert not record.error, f"{name}, rank {record.rank}: {record.error}\n{record.trace}"

@@ -29,12 +29,16 @@ def write_words(folder: Path) -> Path:
     """A tokenizer whose word "w7" has the id 7."""
     names = {number: f"w{number}" for number in range(VOCAB)} | dict(enumerate(T5_SPECIAL.values()))
     names |= {token: f"<extra_id_{number}>" for number, token in enumerate(SENTINELS)}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({name: token for token, name in names.items()}, unk_token="w2"))
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({name: token for token, name in names.items()}, unk_token="w2")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [*T5_SPECIAL.values(), *(names[token] for token in SENTINELS)]
     tokenizer.add_special_tokens(special)
     end = T5_SPECIAL["eos"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, 1)]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     extra = T5_SETTINGS | {"additional_special_tokens": special[2:]}
@@ -53,7 +57,10 @@ def write_rows(prefix: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
     """Rows of a source and a target, each of which the end token (1) is put behind."""
     with IndexedWriter(prefix, np.uint16, np.uint8) as writer:
         for source, target in rows:
-            ids, values = [*source, 1, *target, 1], [0] * (len(source) + 1) + [1] * (len(target) + 1)
+            ids, values = (
+                [*source, 1, *target, 1],
+                [0] * (len(source) + 1) + [1] * (len(target) + 1),
+            )
             writer.add_documents(np.array(ids, np.uint16), [len(ids)], np.array(values, np.uint8))
     prefix.with_name(f"{prefix.name}.json").write_text('{"format": "seq2seq"}')
     return prefix

@@ -21,11 +21,16 @@ MODEL: dict[str, Any] = {
 
 def write_words(folder: Path) -> Path:
     """A tokenizer whose word "w7" has the id 7; the first ids are BERT's special tokens."""
-    words = {token: number for number, token in enumerate([*BERT.values(), *(f"w{n}" for n in range(5, VOCAB))])}
+    words = {
+        token: number
+        for number, token in enumerate([*BERT.values(), *(f"w{n}" for n in range(5, VOCAB))])
+    }
     tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token=BERT["unk"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([*BERT.values()])
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"])
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_tokenizer_config(folder, None, more=BERT_SETTINGS)
@@ -35,4 +40,6 @@ def write_words(folder: Path) -> Path:
 def masked_config(folder: Path, *overrides: str, model: dict[str, Any] = MODEL) -> Config:
     """Sixteen steps of an encoder on small_runs' corpus."""
     tokenizer = write_words(folder / "tokenizer")
-    return make_config(folder, model, f"data.tokenizer={tokenizer}", "objective.name=masked_lm", *overrides)
+    return make_config(
+        folder, model, f"data.tokenizer={tokenizer}", "objective.name=masked_lm", *overrides
+    )

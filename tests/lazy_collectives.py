@@ -1,8 +1,9 @@
 """Collectives that do nothing until they are waited for.
 
-gloo over loopback has nearly always finished before its result is read, so that a missing wait goes unseen on a CPU and
-reads weights in flight on a cluster. Here `start_*` only takes note; messages begin in the wait. Whoever reads a result
-too early finds what was there before, and whoever changes a buffer that is still to be sent sends the change.
+gloo over loopback has nearly always finished before its result is read, so that a missing wait goes
+unseen on a CPU and reads weights in flight on a cluster. Here `start_*` only takes note; messages
+begin in the wait. Whoever reads a result too early finds what was there before, and whoever changes
+a buffer that is still to be sent sends the change.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _LazyDistributed:
 
 @contextmanager
 def lazy_collectives() -> Iterator[None]:
-    """Make the collectives of this process lazy. All ranks must, as messages otherwise wait for each other."""
+    """Make the collectives of this process lazy. All ranks must, as messages otherwise wait for
+    each other."""
     collectives.dist = _LazyDistributed()  # type: ignore[assignment]
     try:
         yield

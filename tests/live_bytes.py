@@ -1,5 +1,5 @@
-"""What a real training step allocates: every tensor that exists is counted, from its first appearance until it is
-freed."""
+"""What a real training step allocates: every tensor that exists is counted, from its first
+appearance until it is freed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from megalite.training.run import initial_state
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations have touched and that are still alive; `peak` is the most there
-    were at once. What a kernel allocates for itself and frees before it returns is not seen."""
+    """Counts the bytes of all storages that operations have touched and that are still alive;
+    `peak` is the most there were at once. What a kernel allocates for itself and frees before it
+    returns is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +53,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure_step(rank: int, world_size: int, config: Config) -> dict[str, int]:
-    """Bytes of this rank: `resident` between two steps, and `peak` within the second step (the first one allocates what
-    later ones keep)."""
+    """Bytes of this rank: `resident` between two steps, and `peak` within the second step (the
+    first one allocates what later ones keep)."""
     torch.manual_seed(rank)
     plan = make_plan(config, weight_table(config.model, config.lora), world_size)
     with LiveBytes() as live:

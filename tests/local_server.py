@@ -1,4 +1,5 @@
-"""A server in this process, of a model that takes a step when it is told to, and a clock that is set by hand."""
+"""A server in this process, of a model that takes a step when it is told to, and a clock that is
+set by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +70,11 @@ class Local:
     def client(self, key: str = "none") -> openai.OpenAI:
         http = openai.DefaultHttpxClient(verify=False)  # which takes its time to find certificates
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S, http_client=http
+            base_url=f"{self.url}/v1",
+            api_key=key,
+            max_retries=0,
+            timeout=PATIENCE_S,
+            http_client=http,
         )
 
     def terminate(self) -> None:
@@ -106,13 +111,17 @@ class Local:
 
 
 @contextlib.contextmanager
-def serving(model: Generator | Encoder | Gated, folder: Path, grace_s: float = 1.0, **settings: Any) -> Iterator[Local]:
+def serving(
+    model: Generator | Encoder | Gated, folder: Path, grace_s: float = 1.0, **settings: Any
+) -> Iterator[Local]:
     """Ratings go to the folder."""
     asked = Settings("tiny", folder, **settings)
     if isinstance(model, Gated):
         app = make_app(Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0)), asked)
     else:
-        app = make_encoder_app(model, asked) if isinstance(model, Encoder) else make_app(model, asked)
+        app = (
+            make_encoder_app(model, asked) if isinstance(model, Encoder) else make_app(model, asked)
+        )
     listening = socket.create_server(("127.0.0.1", 0))
     server = make_server(app, grace_s)
     thread = threading.Thread(target=server.run, args=([listening],))

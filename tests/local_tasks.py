@@ -1,4 +1,5 @@
-"""Tasks of one's own for lm-evaluation-harness: a folder of YAML and jsonl that needs no network; and a tokenizer."""
+"""Tasks of one's own for lm-evaluation-harness: a folder of YAML and jsonl that needs no network;
+and a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 ANIMALS = ("cat", "dog", "hen", "cow", "fox", "owl", "bee", "pig", "ant")
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 NAMES = ("sounds", "letters", "story", "next_word")
-"""multiple choice; of one letter, some of which are what the model would say; rolling perplexity; generation"""
+"""multiple choice; of one letter, some of which are what the model would say; rolling perplexity;
+generation"""
 
 JUDGE = """
 import zlib
@@ -66,7 +68,11 @@ def write_tasks(folder: Path) -> Path:
     for name, task in tasks.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
-        source = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+        source = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+        }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(source | {"test_split": "test"} | task))
     with (folder / "next_word.yaml").open("a") as file:
         file.write("process_results: !function judges.judge\n")
@@ -75,18 +81,26 @@ def write_tasks(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 290, begins: bool = False) -> Path:
-    """A byte-level BPE. `begins`: with a token that it puts before every text, and a chat template that does, too."""
+    """A byte-level BPE. `begins`: with a token that it puts before every text, and a chat template
+    that does, too."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<s>"] if begins else ["<|endoftext|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(ANIMALS), "What does the say on day? The met a."] * 9, trainer)
+    tokenizer.train_from_iterator(
+        [" ".join(ANIMALS), "What does the say on day? The met a."] * 9, trainer
+    )
     if begins:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}

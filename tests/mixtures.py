@@ -51,5 +51,11 @@ def config_of(seed: int = 0, steps: int = 10, batch: int = 4, **data: Any) -> Co
     model = {"preset": "llama-1m", "max_positions": 4096}
     train = {"steps": steps, "global_batch_size": batch, "seed": seed}
     return parse_config(
-        {"run": {"name": "test"}, "model": model, "data": data, "train": train, "optimizer": {"lr": 1e-3}}
+        {
+            "run": {"name": "test"},
+            "model": model,
+            "data": data,
+            "train": train,
+            "optimizer": {"lr": 1e-3},
+        }
     )

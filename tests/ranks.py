@@ -1,4 +1,5 @@
-"""Real ranks for tests: `run_ranks(world_size, function, *arguments)` starts processes joined over gloo."""
+"""Real ranks for tests: `run_ranks(world_size, function, *arguments)` starts processes joined over
+gloo."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from dies_with_parent import end_with_parent
 
-# Ranks are forked from a process that has imported what takes long: they start within a tenth of a second.
+# Ranks are forked from a process that has imported what takes long: they start within a tenth of a
+# second.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -32,8 +34,8 @@ SERVER.set_forkserver_preload(
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(rank, world_size, *arguments)` returned on each rank. It must be importable (not a local
-    function).
+    """What `function(rank, world_size, *arguments)` returned on each rank. It must be importable
+    (not a local function).
 
     A failing rank fails the test with its own traceback."""
     with tempfile.TemporaryDirectory() as folder:
@@ -42,16 +44,23 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         try:
             while not ranks.join():
                 pass
-        except BaseException:  # a test out of time, or stopped by hand: its ranks would hold up pytest's end for ever
+        except (
+            BaseException
+        ):  # a test out of time, or stopped by hand: its ranks would hold up pytest's end for ever
             for process in ranks.processes:
                 process.kill()
             raise
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
 
 
-def cases_asked_for(request: pytest.FixtureRequest, test: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Parameters of the cases of a test that pytest was asked for, by -k or by name: what many cases share one spawn
-    for need not do the others."""
+def cases_asked_for(
+    request: pytest.FixtureRequest, test: Callable[..., Any]
+) -> list[dict[str, Any]]:
+    """Parameters of the cases of a test that pytest was asked for, by -k or by name: what many
+    cases share one spawn for need not do the others."""
     asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
     return [item.callspec.params for item in asked if item.function is test]
 
@@ -61,7 +70,11 @@ def become(rank: int, world_size: int, environment: dict[str, str]) -> None:
     end_with_parent()
     torch.set_num_threads(1)
     os.environ.clear()
-    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= environment | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+    }
 
 
 def _rank(
@@ -74,7 +87,9 @@ def _rank(
 ) -> None:
     become(rank, world_size, environment)
     if world_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+        )
     try:
         torch.save(function(rank, world_size, *arguments), Path(folder) / f"{rank}.pt")
     except BaseException:

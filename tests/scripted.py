@@ -16,7 +16,8 @@ MORE = {256: b"", 257: "né".encode()[:2], 258: "é".encode()[1:] + b"!", 259: "
 
 
 class Bytes(Tokenizer):
-    """Token i < 256 is a byte; more tokens stand for several bytes, also such as end inside a character."""
+    """Token i < 256 is a byte; more tokens stand for several bytes, also such as end inside a
+    character."""
 
     eod_id: int | None = 256
     vocab_size = 260

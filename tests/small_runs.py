@@ -28,7 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write_corpus(prefix: Path, num_tokens: int = 16 * 33 + 1, seed: int = 0) -> Path:
-    """Tokens that each follow from the one before with some noise, so that there is something to learn."""
+    """Tokens that each follow from the one before with some noise, so that there is something to
+    learn."""
     rng = np.random.default_rng(seed)
     tokens = np.empty(num_tokens, np.int64)
     tokens[0] = 1

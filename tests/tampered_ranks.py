@@ -25,7 +25,8 @@ class Ranks:
     processes: list[BaseProcess]
 
     def exit_codes(self, of: Sequence[int] = (), patience_s: float = 120.0) -> list[int | None]:
-        """Of all ranks, when those `of` (all, where none is given) have left; None of one that has not."""
+        """Of all ranks, when those `of` (all, where none is given) have left; None of one that has
+        not."""
         deadline = time.monotonic() + patience_s
         for rank in of or range(len(self.processes)):
             self.processes[rank].join(max(0.0, deadline - time.monotonic()))
@@ -36,9 +37,11 @@ class Ranks:
 
 
 @contextmanager
-def started(world_size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Iterator[Ranks]:
-    """`function(rank, world_size, folder, *arguments)`, which is importable, on every rank; what it returns is the
-    rank's exit status. What it prints goes to files in the folder."""
+def started(
+    world_size: int, folder: Path, function: Callable[..., Any], *arguments: Any
+) -> Iterator[Ranks]:
+    """`function(rank, world_size, folder, *arguments)`, which is importable, on every rank; what it
+    returns is the rank's exit status. What it prints goes to files in the folder."""
     task = (world_size, folder, dict(os.environ), function, arguments)
     processes: list[BaseProcess] = [
         SERVER.Process(target=_rank, args=(rank, *task), daemon=True) for rank in range(world_size)
@@ -60,8 +63,12 @@ def training(
     return started(world_size, folder, _train, config, tamper)
 
 
-def _train(rank: int, world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]) -> int:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+def _train(
+    rank: int, world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]
+) -> int:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+    )
     tamper(rank)
     status = train(config)
     dist.destroy_process_group()

@@ -26,7 +26,17 @@ def test_ops() -> None:
 
 
 def test_gpu_step() -> None:
-    lines = run("gpu_step.py", "--preset", "llama-1m", "--seq-length", "32", "--steps", "2", "--only", "megalite")
+    lines = run(
+        "gpu_step.py",
+        "--preset",
+        "llama-1m",
+        "--seq-length",
+        "32",
+        "--steps",
+        "2",
+        "--only",
+        "megalite",
+    )
     measured = json.loads(lines[-1])
     assert len(measured["seconds"]) == len(measured["ceilings"]) == 2
     assert min(measured["seconds"] + measured["ceilings"]) > 0

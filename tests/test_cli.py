@@ -24,9 +24,16 @@ QUICKSTART = str(configs_dir() / "quickstart.yaml")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
     )
 
 
@@ -112,23 +119,33 @@ def test_a_mistake_is_explained_without_a_traceback(tmp_path: Path) -> None:
         (["train", "CONFIG", "steps"], "section.key=value"),
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "CONFIG", "--print-plan"], "parallel.tensor"),
-        (["train", "CONFIG", "data.split=[98, 2]"], "data.split: value number 3 of its list is missing"),
+        (
+            ["train", "CONFIG", "data.split=[98, 2]"],
+            "data.split: value number 3 of its list is missing",
+        ),
         (["job", "CONFIG", "train.steps=0"], "greater than 0"),
-        (["generate", "TMP", "--prompt", "x"], "neither a run with a checkpoint nor a Hugging Face folder"),
+        (
+            ["generate", "TMP", "--prompt", "x"],
+            "neither a run with a checkpoint nor a Hugging Face folder",
+        ),
     ],
 )
 def test_mistakes_exit_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     config = write(tmp_path, parallel={"tensor": 5, "sequence": False})
-    assert main([{"CONFIG": config, "TMP": str(tmp_path)}.get(word, word) for word in arguments]) == 2
+    assert (
+        main([{"CONFIG": config, "TMP": str(tmp_path)}.get(word, word) for word in arguments]) == 2
+    )
     found = capsys.readouterr()
     assert found.out == ""
     assert found.err.startswith("error: ")
     assert words in found.err
 
 
-def test_a_folder_of_another_architecture_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_another_architecture_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "attention_bias": true}')
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "error: config.json has attention_bias = True" in capsys.readouterr().err
@@ -145,13 +162,27 @@ def test_a_rank_says_which_one_it_is(
 def test_what_a_launcher_must_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["job", QUICKSTART]) == 0
     assert main(["job", QUICKSTART, "parallel.tensor=1", "run.name=x"]) == 0
-    assert main(["job", QUICKSTART, "--nodes=2", "--ranks-per-node=4", "train.micro_batch_size=1", "run.name=y"]) == 0
+    assert (
+        main(
+            [
+                "job",
+                QUICKSTART,
+                "--nodes=2",
+                "--ranks-per-node=4",
+                "train.micro_batch_size=1",
+                "run.name=y",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "2 1 runs/quickstart\n1 1 runs/x\n4 2 runs/y\n"
     assert main(["job", QUICKSTART, "--nodes=3", "--ranks-per-node=1"]) == 2
     assert "start a multiple of 2 ranks" in capsys.readouterr().err
 
 
-def test_print_plan_shows_the_numbers_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_plan_shows_the_numbers_and_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write(tmp_path, parallel={"tensor": 2})
     assert main(["train", config, "train.micro_batch_size=4", "--print-plan"]) == 0
     found = capsys.readouterr().out
@@ -188,10 +219,14 @@ def test_ops_names_what_computes_each_operation(
     _, cpu, gpu = re.split("CPU:|NVIDIA H100:", capsys.readouterr().out)
     for found, device in ((cpu, "cpu"), (gpu, "cuda")):
         rows = [line.split(maxsplit=2) for line in found.strip().splitlines()]
-        assert rows == [[operation, *library.explain(operation, device)] for operation in library.OPERATIONS]
+        assert rows == [
+            [operation, *library.explain(operation, device)] for operation in library.OPERATIONS
+        ]
 
 
-def test_ops_says_that_kernels_are_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops_says_that_kernels_are_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "megalite._ops", None)
     library.own.cache_clear()
     try:
@@ -222,7 +257,9 @@ def test_a_disk_that_is_gone_for_a_while_is_no_mistake(
     assert main(["train", config, "--print-plan"]) == status
 
 
-def test_a_store_that_does_not_answer_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "ATTEMPTS", 1)
     for error, status in ((ConnectionError("gone"), 1), (PermissionError("no"), 2)):
 

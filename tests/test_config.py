@@ -1,4 +1,5 @@
-"""Every mistake is explained in words a user can act on: the key, the value, what is allowed, the nearest spelling."""
+"""Every mistake is explained in words a user can act on: the key, the value, what is allowed, the
+nearest spelling."""
 
 from __future__ import annotations
 
@@ -49,7 +50,13 @@ def test_yaml_file_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(BASE))
     config = load_config(
-        path, ["train.steps=7", "optimizer.schedule.name=linear", "data.train=[{path: x}]", "observe.wandb.tags=[a, b]"]
+        path,
+        [
+            "train.steps=7",
+            "optimizer.schedule.name=linear",
+            "data.train=[{path: x}]",
+            "observe.wandb.tags=[a, b]",
+        ],
     )
     assert config.train.steps == 7
     assert config.optimizer.schedule.name == "linear"
@@ -57,11 +64,16 @@ def test_yaml_file_and_overrides(tmp_path: Path) -> None:
     assert config.observe.wandb.tags == ("a", "b")
     assert config.train.global_batch_size == 8, "an override leaves its neighbours alone"
     assert config.run.folder == Path("runs/test")
-    assert parse_config(BASE, ["train.steps=1", "train.steps=2"]).train.steps == 2, "the last one wins"
+    assert parse_config(BASE, ["train.steps=1", "train.steps=2"]).train.steps == 2, (
+        "the last one wins"
+    )
 
 
-# YAML 1.1 reads a number without a dot as a string: 3e-4 is the way everybody writes a learning rate.
-@pytest.mark.parametrize(("text", "lr"), [("3e-4", 3e-4), ("3.0e-4", 3e-4), ("1E-3", 1e-3), (".5", 0.5), ("1", 1.0)])
+# YAML 1.1 reads a number without a dot as a string: 3e-4 is the way everybody writes a learning
+# rate.
+@pytest.mark.parametrize(
+    ("text", "lr"), [("3e-4", 3e-4), ("3.0e-4", 3e-4), ("1E-3", 1e-3), (".5", 0.5), ("1", 1.0)]
+)
 def test_numbers_in_every_notation(text: str, lr: float) -> None:
     assert parse_config(BASE, [f"optimizer.lr={text}"]).optimizer.lr == lr
     assert parse_config(BASE | {"optimizer": yaml.safe_load(f"lr: {text}")}).optimizer.lr == lr
@@ -74,16 +86,40 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         # unknown keys, at every depth
         ("trian.steps=3", ["my.yaml", "unknown key trian", "did you mean 'train'"]),
         ("train.stpes=3", ["train.stpes", "3", "did you mean 'steps'"]),
-        ("optimizer.schedule.warm_up_steps=3", ["optimizer.schedule.warm_up_steps", "did you mean 'warmup_steps'"]),
+        (
+            "optimizer.schedule.warm_up_steps=3",
+            ["optimizer.schedule.warm_up_steps", "did you mean 'warmup_steps'"],
+        ),
         ("observe.wandb.projct=x", ["observe.wandb.projct", "'x'", "did you mean 'project'"]),
-        ("train.zzz=1", ["train.zzz", "micro_batch_size, patience, precision, recompute, recompute_layers, seed"]),
-        ("model.hiden_size=3", ["model", "unknown key", "hiden_size", "3", "did you mean 'hidden_size'"]),
-        ("model.rope_scaling={factor: 2, low_frq_factor: 1}", ["rope_scaling.low_frq_factor", "'low_freq_factor'"]),
-        ("model.hidden_dropout=0.1", ["model", "hidden_dropout", "rope_theta"]),  # another family's key
+        (
+            "train.zzz=1",
+            [
+                "train.zzz",
+                "micro_batch_size, patience, precision, recompute, recompute_layers, seed",
+            ],
+        ),
+        (
+            "model.hiden_size=3",
+            ["model", "unknown key", "hiden_size", "3", "did you mean 'hidden_size'"],
+        ),
+        (
+            "model.rope_scaling={factor: 2, low_frq_factor: 1}",
+            ["rope_scaling.low_frq_factor", "'low_freq_factor'"],
+        ),
+        (
+            "model.hidden_dropout=0.1",
+            ["model", "hidden_dropout", "rope_theta"],
+        ),  # another family's key
         # wrong literals
-        ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16' or 'fp32'", "did you mean 'bf16'"]),
+        (
+            "train.precision=fp16",
+            ["train.precision", "'fp16'", "'bf16' or 'fp32'", "did you mean 'bf16'"],
+        ),
         ("parallel.zero_stage=4", ["parallel.zero_stage = 4", "0, 1, 2 or 3"]),
-        ("optimizer.schedule.name=cosin", ["optimizer.schedule.name", "'cosin'", "did you mean 'cosine'"]),
+        (
+            "optimizer.schedule.name=cosin",
+            ["optimizer.schedule.name", "'cosin'", "did you mean 'cosine'"],
+        ),
         ("data.order=random", ["data.order", "'random'", "'shuffle', 'sequential' or 'megatron'"]),
         # wrong types
         ("train.steps=ten", ["train.steps", "'ten'", "integer"]),
@@ -92,9 +128,18 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         ("optimizer.clip=on", ["optimizer", "clip = True", "number"]),
         ("checkpoint.resume=nevr", ["checkpoint.resume", "nevr", "'never'"]),
         ("train.steps=", ["train: give the length of the run: steps, tokens or epochs"]),
-        ("train={tokens: 1x, global_batch_size: 8}", ["train.tokens", "'1x'", "such as 1e12, 300B or 15T"]),
-        ("train={tokens: 1e3, epochs: 2, global_batch_size: 8}", ["tokens 1000 and epochs 2.0 are two lengths"]),
-        ("train.tokens=1M", ["train.steps 100 and train.tokens 1000000, which is", "null for the other"]),
+        (
+            "train={tokens: 1x, global_batch_size: 8}",
+            ["train.tokens", "'1x'", "such as 1e12, 300B or 15T"],
+        ),
+        (
+            "train={tokens: 1e3, epochs: 2, global_batch_size: 8}",
+            ["tokens 1000 and epochs 2.0 are two lengths"],
+        ),
+        (
+            "train.tokens=1M",
+            ["train.steps 100 and train.tokens 1000000, which is", "null for the other"],
+        ),
         ("parallel.sequence=maybe", ["parallel.sequence", "'maybe'", "boolean"]),
         ("data.train=foo", ["data.train", "'foo'"]),
         ("train=3", ["train = 3"]),
@@ -141,8 +186,14 @@ def test_mistake_in_an_override_is_explained(override: str, words: list[str]) ->
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda v: v["data"]["train"][1].update(wieght=2), ["data.train.1.wieght", "2", "did you mean 'weight'"]),
-        (lambda v: v["data"]["train"][0].update(weight=0), ["data.train.0.weight", "0", "greater than 0"]),
+        (
+            lambda v: v["data"]["train"][1].update(wieght=2),
+            ["data.train.1.wieght", "2", "did you mean 'weight'"],
+        ),
+        (
+            lambda v: v["data"]["train"][0].update(weight=0),
+            ["data.train.0.weight", "0", "greater than 0"],
+        ),
         (lambda v: v["data"]["train"][0].pop("path"), ["data.train.0.path", "required"]),
         (lambda v: v["data"].update(train=["data/a"]), ["data.train.0", "'data/a'"]),
         (lambda v: v.pop("model"), ["model is required"]),
@@ -150,26 +201,41 @@ def test_mistake_in_an_override_is_explained(override: str, words: list[str]) ->
         (lambda v: v.update(train=None), ["train", "None"]),
         (lambda v: v.update(model={}), ["model", "`preset`", "`hf`", "`family`"]),
         (lambda v: v["model"].pop("intermediate_size"), ["model", "intermediate_size", "required"]),
-        (lambda v: v.update(model=GPT2 | {"hiden_size": 3}), ["model", "hiden_size", "did you mean 'hidden_size'"]),
-        (lambda v: v.update(model=GPT2 | {"num_kv_heads": 3}), ["model", "unknown key", "num_kv_heads"]),
-        (lambda v: v.update(model=GPT2 | {"hidden_dropout": 1}), ["model", "hidden_dropout", "less than 1"]),
+        (
+            lambda v: v.update(model=GPT2 | {"hiden_size": 3}),
+            ["model", "hiden_size", "did you mean 'hidden_size'"],
+        ),
+        (
+            lambda v: v.update(model=GPT2 | {"num_kv_heads": 3}),
+            ["model", "unknown key", "num_kv_heads"],
+        ),
+        (
+            lambda v: v.update(model=GPT2 | {"hidden_dropout": 1}),
+            ["model", "hidden_dropout", "less than 1"],
+        ),
         (
             lambda v: v["data"].update(split=[0.9, 0.1, 0], valid=[{"path": "c"}]),
             ["data", "`split`", "`valid`", "not both"],
         ),
     ],
 )
-def test_mistake_in_the_file_is_explained(edit: Callable[[dict[str, Any]], Any], words: list[str]) -> None:
+def test_mistake_in_the_file_is_explained(
+    edit: Callable[[dict[str, Any]], Any], words: list[str]
+) -> None:
     found = mistake(edited(edit))
     assert [word for word in words if word not in found] == [], found
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     found = mistake(BASE, "trian=1", "train.stpes=2", "optimizer.lr=-1", "model.hiden_size=3")
-    assert all(word in found for word in ("trian", "train.stpes", "optimizer.lr", "hiden_size")), found
+    assert all(word in found for word in ("trian", "train.stpes", "optimizer.lr", "hiden_size")), (
+        found
+    )
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: 1\n\tb: 2", "!!python/object/apply:os.system ['false']"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: 1\n\tb: 2", "!!python/object/apply:os.system ['false']"]
+)
 def test_bad_yaml_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -231,13 +297,16 @@ def test_nothing_can_be_changed_afterwards() -> None:
 
 def test_overrides_leave_what_was_read_alone() -> None:
     values = copy.deepcopy(BASE)
-    parse_config(values, ["train.steps=3", "optimizer.schedule.name=linear", "model.hidden_size=32"])
+    parse_config(
+        values, ["train.steps=3", "optimizer.schedule.name=linear", "model.hidden_size=32"]
+    )
     assert values == BASE
 
 
 MODELS: list[dict[str, Any]] = [
     LLAMA,
-    LLAMA | {"rope_scaling": {"factor": 4}, "head_dim": 8, "tie_embeddings": True, "norm_eps": 1e-6},
+    LLAMA
+    | {"rope_scaling": {"factor": 4}, "head_dim": 8, "tie_embeddings": True, "norm_eps": 1e-6},
     GPT2 | {"attention_dropout": 0.1, "intermediate_size": 40},
     {"preset": "llama-8b"},
     {"preset": "gpt2-1m", "vocab_size": 77},
@@ -248,7 +317,13 @@ MODELS: list[dict[str, Any]] = [
 def test_yaml_that_is_written_means_the_same(tmp_path: Path, model: dict[str, Any]) -> None:
     asked = BASE | {"model": model}
     config = parse_config(
-        asked, ["optimizer.lr=3e-4", "train.stop_at=5", "checkpoint.resume=runs/x", "data.split=[9, 1, 0]"]
+        asked,
+        [
+            "optimizer.lr=3e-4",
+            "train.stop_at=5",
+            "checkpoint.resume=runs/x",
+            "data.split=[9, 1, 0]",
+        ],
     )
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
@@ -259,10 +334,15 @@ def test_yaml_that_is_written_means_the_same(tmp_path: Path, model: dict[str, An
 
 
 def test_a_changed_preset_does_not_change_what_a_run_wrote() -> None:
-    """The config of a run holds every field, so that a later preset of the same name cannot alter it."""
-    written = yaml.safe_load(parse_config(BASE | {"model": {"preset": "llama-1m", "vocab_size": 77}}).to_yaml())
+    """The config of a run holds every field, so that a later preset of the same name cannot alter
+    it."""
+    written = yaml.safe_load(
+        parse_config(BASE | {"model": {"preset": "llama-1m", "vocab_size": 77}}).to_yaml()
+    )
     alone = {key: value for key, value in written["model"].items() if key != "preset"}
-    assert model_config(alone).model_copy(update={"preset": "llama-1m"}) == parse_config(written).model
+    assert (
+        model_config(alone).model_copy(update={"preset": "llama-1m"}) == parse_config(written).model
+    )
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2])
@@ -280,7 +360,10 @@ def test_fields_of_a_hugging_face_folder(tmp_path: Path, model: dict[str, Any]) 
     ("text", "words"),
     [
         ("{", ["config.json is not valid JSON"]),
-        ('{"model_type": "lama"}', ["config.json", "'lama'", "nearest in name is 'llama'", "known: bert, "]),
+        (
+            '{"model_type": "lama"}',
+            ["config.json", "'lama'", "nearest in name is 'llama'", "known: bert, "],
+        ),
         ('{"model_type": "mamba"}', ["config.json", "'mamba'", "gpt2, gpt_neox, granite, llama"]),
         ("{}", ["config.json", "model_type"]),
         ('{"model_type": "llama", "vocab_size": 3}', ["config.json", "llama", "hidden_size"]),

@@ -1,5 +1,5 @@
-"""Random numbers as a function of (key, index). All bounds are fixed numbers of standard deviations; nothing here is
-random from run to run, so a test that passes once passes always."""
+"""Random numbers as a function of (key, index). All bounds are fixed numbers of standard
+deviations; nothing here is random from run to run, so a test that passes once passes always."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ NUM = 1 << 18
 KEY = key_of(1234, "a")
 
 
-# Published first outputs of splitmix64 seeded with 0 (Vigna's splitmix64.c); its n-th is index n of key 0.
+# Published first outputs of splitmix64 seeded with 0 (Vigna's splitmix64.c); its n-th is index n of
+# key 0.
 def test_is_splitmix64() -> None:
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
     assert [bits % 2**64 for bits in random_bits(0, torch.arange(1, 5)).tolist()] == published
@@ -36,9 +37,14 @@ def test_pinned_initial_weights() -> None:
     weight = Weight("embedding.weight", (8, 2), ("e",), init=0.5)
     found = weight.initial_rows(1234, 0, 2, None)
     wanted = [0.21397683024406433, -0.8848334550857544, -2.9010772705078125, 0.20935599505901337]
-    # The C library's log and cos may differ in the last bit of a double: one rounding of fp32 at most.
+    # The C library's log and cos may differ in the last bit of a double: one rounding of fp32 at
+    # most.
     assert found.tolist() == pytest.approx([0.5 * x for x in wanted], rel=2e-7)
-    assert uniform(KEY, torch.arange(3)).tolist() == [0.3411927819252014, 0.9235959649085999, 0.5341400504112244]
+    assert uniform(KEY, torch.arange(3)).tolist() == [
+        0.3411927819252014,
+        0.9235959649085999,
+        0.5341400504112244,
+    ]
 
 
 def test_keys_differ_whenever_their_parts_do() -> None:
@@ -70,7 +76,9 @@ def test_keys_as_tensors_and_as_numbers_agree() -> None:
     keys = torch.tensor([[3], [-5]])
     index = torch.arange(7)
     together = random_bits(keys, index)
-    assert torch.equal(together, torch.stack([random_bits(3, index), random_bits(2**64 - 5, index)]))
+    assert torch.equal(
+        together, torch.stack([random_bits(3, index), random_bits(2**64 - 5, index)])
+    )
 
 
 def ks_distance(values: Tensor, cdf: Tensor) -> float:
@@ -103,20 +111,27 @@ def test_normal_distribution(key: int) -> None:
     assert ks_distance(ordered, torch.special.ndtr(ordered)) < KS_BOUND
     # Four standard deviations of the sample moments: √(1/n), √(2/n), √(15/n), √(96/n).
     for power, moment, variance in [(1, 0.0, 1), (2, 1.0, 2), (3, 0.0, 15), (4, 3.0, 96)]:
-        assert abs((ordered**power).mean().item() - moment) < 4 * math.sqrt(variance / NUM), f"moment {power}"
+        assert abs((ordered**power).mean().item() - moment) < 4 * math.sqrt(variance / NUM), (
+            f"moment {power}"
+        )
     assert 4.0 < ordered[-1] < 6.8, "tails are there: 2^-32 reaches 6.7"
 
 
 def test_every_bit_is_fair() -> None:
     bits = random_bits(KEY, torch.arange(NUM))
     share = torch.stack([(bits >> i & 1).double().mean() for i in range(64)])
-    assert ((share - 0.5).abs() < 5 * 0.5 / math.sqrt(NUM)).all()  # five standard deviations, 64 bits
+    assert (
+        (share - 0.5).abs() < 5 * 0.5 / math.sqrt(NUM)
+    ).all()  # five standard deviations, 64 bits
 
 
 def pairs() -> dict[str, tuple[Tensor, Tensor]]:
     index = torch.arange(NUM)
     first = uniform(KEY, index)
-    found = {f"indices {lag} apart": (first, uniform(KEY, index + lag)) for lag in (1, 2, 64, 4096, 1 << 30)}
+    found = {
+        f"indices {lag} apart": (first, uniform(KEY, index + lag))
+        for lag in (1, 2, 64, 4096, 1 << 30)
+    }
     found |= {f"keys {lag} apart": (first, uniform(KEY + lag, index)) for lag in (1, 2, 1 << 32)}
     sites = [key_of(1234, f"layers.{i}.mlp.up.weight") for i in (0, 1)]
     found["layers"] = uniform(sites[0], index), uniform(sites[1], index)
@@ -134,4 +149,6 @@ def test_neighbours_are_independent(name: str) -> None:
     cells = torch.bincount((x * 16).long() * 16 + (y * 16).long(), minlength=256).double()
     expected = NUM / 256
     chi_squared = ((cells - expected) ** 2 / expected).sum().item()
-    assert chi_squared < 255 + 5 * math.sqrt(2 * 255)  # mean and five standard deviations at 255 degrees of freedom
+    assert chi_squared < 255 + 5 * math.sqrt(
+        2 * 255
+    )  # mean and five standard deviations at 255 degrees of freedom

@@ -1,5 +1,5 @@
-"""What one GPU computes against what the CPU does, and that no step waits for it. `pytest --cuda` on a machine with a
-GPU; elsewhere there is nothing to run."""
+"""What one GPU computes against what the CPU does, and that no step waits for it. `pytest --cuda`
+on a machine with a GPU; elsewhere there is nothing to run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.training.parts import RankModel, build, forward_backward
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, or pytest runs without --cuda")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU, or pytest runs without --cuda"
+)
 
 SEED, STEPS, BATCH, LENGTH, VOCAB = 7, 3, 4, 64, 193
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -103,12 +105,19 @@ def take_step(
 
 
 def train(config: Config, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss and gradient norm of every step [STEPS,2], weights and moments after them), on the CPU."""
+    """(loss and gradient norm of every step [STEPS,2], weights and moments after them), on the
+    CPU."""
     parts, mesh = start(config, device)
-    curve = [torch.stack(take_step(parts, mesh, batch_of(step, config, device))) for step in range(STEPS)]
+    curve = [
+        torch.stack(take_step(parts, mesh, batch_of(step, config, device))) for step in range(STEPS)
+    ]
     owners = {weight.name: 0 for weight in weight_table(config.model)}
     kinds = ("weight", *parts.engine.states)
-    state = {f"{kind} of {name}": x for kind in kinds for name, x in parts.engine.gather(kind, owners).items()}
+    state = {
+        f"{kind} of {name}": x
+        for kind in kinds
+        for name, x in parts.engine.gather(kind, owners).items()
+    }
     return torch.stack(curve).cpu(), {name: x.cpu() for name, x in state.items()}
 
 
@@ -118,7 +127,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize(("model", "variant"), FP32)
 def test_equals_the_cpu(model: str, variant: str) -> None:
-    """Within the project's bound for every layout: sums in another order differ by about 1e-7 per operation."""
+    """Within the project's bound for every layout: sums in another order differ by about 1e-7 per
+    operation."""
     config = config_of(model, variant)
     curve, state = train(config, CUDA)
     wanted_curve, wanted_state = train(config, CPU)

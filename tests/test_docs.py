@@ -15,14 +15,21 @@ from megalite.config import OptimizerConfig
 from megalite.runtime.environment import ALWAYS, DETERMINISTIC, OLD_ALLOCATOR, set_defaults
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 # Of the repository; what commands make, such as runs/, is not there yet.
 FOLDERS = "megalite|csrc|tools|tests|configs|slurm|docs"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "tools" / "draw_architecture.py")
+    spec = importlib.util.spec_from_file_location(
+        "draw_architecture", ROOT / "tools" / "draw_architecture.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -30,7 +37,9 @@ def tool() -> ModuleType:
     return module
 
 
-def test_names_in_the_pictures_are_in_the_code(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_the_pictures_are_in_the_code(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tool.missing_names() == []
     gone = tool.Step("", (), ("engine.native:NativeEngine.no_such_method", "no_such_module:f"))
     monkeypatch.setitem(tool.CHECKPOINT, "gone", gone)
@@ -39,7 +48,9 @@ def test_names_in_the_pictures_are_in_the_code(tool: ModuleType, monkeypatch: py
 
 def test_pictures_are_what_the_script_draws(tool: ModuleType) -> None:
     for name, picture in tool.PICTURES.items():
-        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == picture(), "run tools/draw_architecture.py"
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == picture(), (
+            "run tools/draw_architecture.py"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -49,25 +60,42 @@ def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     paths = re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()}
-    assert [anchor for anchor in re.findall(r"\]\(#([^)]*)\)", text) if anchor not in headings] == []
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+    }
+    assert [
+        anchor for anchor in re.findall(r"\]\(#([^)]*)\)", text) if anchor not in headings
+    ] == []
 
 
-def test_the_page_of_clusters_lists_the_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8").partition("## What your network")[0]
+def test_the_page_of_clusters_lists_the_variables_that_are_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (
+        (ROOT / "docs/cluster.md").read_text(encoding="utf-8").partition("## What your network")[0]
+    )
     listed = dict(re.findall(r"^\| `(\w+)` \| `(\S+)` \|", text, re.M))
     assert listed == ALWAYS | DETERMINISTIC
     for known, deterministic, wanted in (
         ({}, False, ALWAYS),
         ({}, True, listed),
-        ({OLD_ALLOCATOR: "a", "TORCH_NCCL_HIGH_PRIORITY": "0"}, False, {"TORCH_NCCL_HIGH_PRIORITY": "0"}),
+        (
+            {OLD_ALLOCATOR: "a", "TORCH_NCCL_HIGH_PRIORITY": "0"},
+            False,
+            {"TORCH_NCCL_HIGH_PRIORITY": "0"},
+        ),
     ):
         monkeypatch.setattr(os, "environ", dict(known))
         set_defaults(deterministic)
-        assert {name: value for name, value in os.environ.items() if name != OLD_ALLOCATOR} == wanted
+        assert {
+            name: value for name, value in os.environ.items() if name != OLD_ALLOCATOR
+        } == wanted
 
 
-SETTINGS = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/optimizers.md").read_text(encoding="utf-8"), re.M | re.S)
+SETTINGS = re.findall(
+    r"^```yaml\n(.*?)^```$", (ROOT / "docs/optimizers.md").read_text(encoding="utf-8"), re.M | re.S
+)
 
 
 @pytest.mark.parametrize("block", SETTINGS)

@@ -1,4 +1,5 @@
-"""Fewer ranks than before: the same samples in the same order, and the same losses but for rounding."""
+"""Fewer ranks than before: the same samples in the same order, and the same losses but for
+rounding."""
 
 from __future__ import annotations
 
@@ -62,8 +63,14 @@ def samples_of(folder: Path, ranks: int, steps: range) -> dict[int, list[int]]:
 
 
 def elastic(folder: Path, name: str, *overrides: str) -> Config:
-    settings = ("train.global_batch_size=12", "train.micro_batch_size=4", f"checkpoint.every={SAVED_EVERY}")
-    return make_config(folder, "llama", f"run.name={name}", "parallel.elastic=true", *settings, *overrides)
+    settings = (
+        "train.global_batch_size=12",
+        "train.micro_batch_size=4",
+        f"checkpoint.every={SAVED_EVERY}",
+    )
+    return make_config(
+        folder, "llama", f"run.name={name}", "parallel.elastic=true", *settings, *overrides
+    )
 
 
 def test_three_ranks_then_two_then_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +89,16 @@ def test_three_ranks_then_two_then_one(tmp_path: Path, monkeypatch: pytest.Monke
     checkpoints = config.run.folder / "checkpoints"
     lost = complete_steps(checkpoints)[-1]
     assert 0 < lost < LOST_IN
-    with training(2, folders[2], elastic(tmp_path, "test", "train.stop_at=12"), watch_samples) as ranks:
+    with training(
+        2, folders[2], elastic(tmp_path, "test", "train.stop_at=12"), watch_samples
+    ) as ranks:
         assert ranks.exit_codes() == [Exit.DONE] * 2, ranks.said(0)
     with training(1, folders[3], config, watch_samples) as ranks:
         assert ranks.exit_codes() == [Exit.DONE], ranks.said(0)
-    found = [samples_of(tmp_path, 3, range(1, lost + 1)), samples_of(tmp_path, 2, range(lost + 1, 13))]
+    found = [
+        samples_of(tmp_path, 3, range(1, lost + 1)),
+        samples_of(tmp_path, 2, range(lost + 1, 13)),
+    ]
     assert found[0] | found[1] | samples_of(tmp_path, 1, range(13, 17)) == wanted
     assert len(wanted) == 16
     # Sums over other ranks and micro-batches, in fp32, which 16 steps amplify a little.
@@ -103,14 +115,22 @@ def test_nodes_that_can_be_used(tmp_path: Path) -> None:
     assert [nodes(config, count) for count in range(1, 9)] == [1, 2, 3, 4, 4, 6, 6, 6]
     assert [nodes(config, count, 4) for count in (1, 2, 3)] == [1, 1, 3]
     wide = elastic(tmp_path, "test", "parallel.tensor=2", "parallel.pipeline=2")
-    assert [nodes(wide, count, 2) for count in (2, 3, 4)] == [2, 2, 4], "tensor and pipeline stay as they are"
-    with pytest.raises(ConfigError, match=r"no number of nodes up to 3 fits; of 3: .*; of 1: .*a multiple of 4 ranks"):
+    assert [nodes(wide, count, 2) for count in (2, 3, 4)] == [2, 2, 4], (
+        "tensor and pipeline stay as they are"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"no number of nodes up to 3 fits; of 3: .*; of 1: .*a multiple of 4 ranks",
+    ):
         nodes(wide, 3, 1)
 
 
 def test_the_micro_batch_is_the_largest_that_fits(tmp_path: Path) -> None:
     config = elastic(tmp_path, "test")
-    plans = [make_plan(config, weight_table(config.model), world_size) for world_size in (1, 2, 3, 4, 6, 12)]
+    plans = [
+        make_plan(config, weight_table(config.model), world_size)
+        for world_size in (1, 2, 3, 4, 6, 12)
+    ]
     assert [(plan.micro_batch_size, plan.micro_batches) for plan in plans] == [
         (4, 3), (3, 2), (4, 1), (3, 1), (2, 1), (1, 1)
     ]  # fmt: skip

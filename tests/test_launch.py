@@ -34,19 +34,37 @@ sys.exit(main(sys.argv[1:]))
 
 def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -> None:
     """The other rank's, that it lost the connection, comes within the same second."""
-    config = make_config(tmp_path, "llama", "train.steps=100000", "observe.eval_every=0", "checkpoint.every=0")
+    config = make_config(
+        tmp_path, "llama", "train.steps=100000", "observe.eval_every=0", "checkpoint.every=0"
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
-    launcher = ["-m", "megalite.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, str(tmp_path / "fails.py"), "train", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    launcher = [
+        "-m",
+        "megalite.launch",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]
+    command = [
+        sys.executable,
+        *launcher,
+        str(tmp_path / "fails.py"),
+        "train",
+        str(tmp_path / "config.yaml"),
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
     assert done.returncode == 1
     assert re.search(
         r"\[rank0\]: RuntimeError: .*(closed|reset) by peer", done.stdout
     )  # it left by itself, and at once
     *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)
     assert 'raise ValueError("the planted error")' in words
-    assert re.match(r"== .*: rank 1: exit status 1 \(failed: .*\): ValueError: the planted error\n$", last)
+    assert re.match(
+        r"== .*: rank 1: exit status 1 \(failed: .*\): ValueError: the planted error\n$", last
+    )
 
 
 ONE_OF_TWO = """
@@ -60,8 +78,21 @@ while len(list(pathlib.Path(sys.argv[1]).glob("step-*"))) < 2:
 def test_two_steps_of_a_job_meet_apart(tmp_path: Path) -> None:
     """Each of one process, though both are given the same place and the same name to meet at."""
     (tmp_path / "task.py").write_text(ONE_OF_TWO)
-    launcher = [sys.executable, "-m", "megalite.launch", "--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-    command = [*launcher, "--rdzv-id=7.0-train", "--rdzv-endpoint=127.0.0.1", str(tmp_path / "task.py"), str(tmp_path)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "megalite.launch",
+        "--nnodes=1",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+    ]
+    command = [
+        *launcher,
+        "--rdzv-id=7.0-train",
+        "--rdzv-endpoint=127.0.0.1",
+        str(tmp_path / "task.py"),
+        str(tmp_path),
+    ]
     started = [
         subprocess.Popen(
             [*command, f"step-{step}"],
@@ -99,7 +130,8 @@ def test_ranks_are_found_while_threads_come_and_go() -> None:
             rank.kill()
 
 
-# The signal comes while the launcher waits for the other nodes: before its ranks begin, and after they have ended.
+# The signal comes while the launcher waits for the other nodes: before its ranks begin, and after
+# they have ended.
 SIGNALLED = """
 import os, signal, sys
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
@@ -123,6 +155,8 @@ print("ended with", launch.main(options))
 
 def test_a_signal_that_comes_when_the_ranks_have_ended_changes_nothing() -> None:
     command = [sys.executable, "-c", SIGNALLED]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
     assert f"left with {128 + signal.SIGUSR1}\n" in done.stdout
     assert done.stdout.endswith("ended with 0\n")

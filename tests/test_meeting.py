@@ -1,4 +1,5 @@
-"""Ranks that die, or never start, before there is a process group: named in minutes, not waited for half an hour."""
+"""Ranks that die, or never start, before there is a process group: named in minutes, not waited for
+half an hour."""
 
 from __future__ import annotations
 
@@ -67,11 +68,21 @@ def meet(folder: Path, ways: list[str]) -> tuple[list[int | None], list[str], fl
     ("ways", "statuses", "said"),
     [
         (["comes", "comes", "is slow"], [0, 0, 0], "met [0, 1, 2]"),
-        (["comes", "dies", "comes"], [76, 9, 76], "error: not heard of for 3 s, before the ranks met: rank 1 on "),
-        (["comes", "comes", "never starts"], [76, 76, None], "the ranks met: rank 2, which never came"),
+        (
+            ["comes", "dies", "comes"],
+            [76, 9, 76],
+            "error: not heard of for 3 s, before the ranks met: rank 1 on ",
+        ),
+        (
+            ["comes", "comes", "never starts"],
+            [76, 76, None],
+            "the ranks met: rank 2, which never came",
+        ),
     ],
 )
-def test_who_is_missing_is_named(tmp_path: Path, ways: list[str], statuses: list[int | None], said: str) -> None:
+def test_who_is_missing_is_named(
+    tmp_path: Path, ways: list[str], statuses: list[int | None], said: str
+) -> None:
     found, logs, seconds = meet(tmp_path, ways)
     assert found == statuses, logs
     assert said in logs[0]

@@ -81,8 +81,11 @@ def test_srun_ranks_meet_on_the_first_host(bare: pytest.MonkeyPatch, tmp_path: P
     assert len(set(ports)) == 1
 
 
-def test_steps_that_are_under_way_together_meet_apart(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Those of a job, those of jobs that share a node, and what slurm/pretrain.sh starts in them."""
+def test_steps_that_are_under_way_together_meet_apart(
+    bare: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of a job, those of jobs that share a node, and what slurm/pretrain.sh starts in
+    them."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\nprintf "first-of-$3\\nother\\n"\n')
     scontrol.chmod(0o755)
@@ -90,7 +93,13 @@ def test_steps_that_are_under_way_together_meet_apart(bare: pytest.MonkeyPatch, 
     found = {}
     for job in (7, 8, 9):
         for step in range(4):
-            set_all(bare, SLURM_JOB_ID=job, SLURM_JOB_NODELIST="job", SLURM_STEP_NODELIST="step", SLURM_STEP_ID=step)
+            set_all(
+                bare,
+                SLURM_JOB_ID=job,
+                SLURM_JOB_NODELIST="job",
+                SLURM_STEP_NODELIST="step",
+                SLURM_STEP_ID=step,
+            )
             places = mesh._slurm_rendezvous()
             assert places["MASTER_ADDR"] == "first-of-step"
             found[job, step] = int(places["MASTER_PORT"])
@@ -121,12 +130,20 @@ def coordinates(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def folded(rank: int, world_size: int, folder: Path) -> dict[str, tuple[int, int]]:
-    """Places and sums of ranks in the groups of experts, of pipeline 2 × (tensor 2 × data 2 = expert 2 × ...)."""
+    """Places and sums of ranks in the groups of experts, of pipeline 2 × (tensor 2 × data 2 =
+    expert 2 × ...)."""
     model = MODELS["llama"] | {"family": "mixtral", "num_experts": 4, "experts_per_token": 2}
     config = make_config(
-        folder, model, "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "parallel.expert_tensor=1"
+        folder,
+        model,
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.expert=2",
+        "parallel.expert_tensor=1",
     )
-    experts = make_mesh(make_plan(config, weight_table(config.model), world_size), torch.device("cpu")).experts
+    experts = make_mesh(
+        make_plan(config, weight_table(config.model), world_size), torch.device("cpu")
+    ).experts
     found = {}
     for name in ("holders", "replicas", "expert", "tensor"):
         axis, sum_ = getattr(experts, name), torch.tensor(rank)
@@ -159,15 +176,31 @@ def test_tensor_groups_are_neighbours(tmp_path: Path) -> None:
 
 
 def test_of_gpus_only_the_world_has_connections_between_hosts(tmp_path: Path) -> None:
-    overrides = ("parallel.pipeline=2", "parallel.context=2", "parallel.tensor=2", "train.global_batch_size=4")
+    overrides = (
+        "parallel.pipeline=2",
+        "parallel.context=2",
+        "parallel.tensor=2",
+        "train.global_batch_size=4",
+    )
     config = make_config(tmp_path, "llama", *overrides)
     plan = make_plan(config, weight_table(config.model), 16)
-    torch.distributed.init_process_group("cpu:fake,cuda:fake", rank=5, world_size=16, store=FakeStore())
+    torch.distributed.init_process_group(
+        "cpu:fake,cuda:fake", rank=5, world_size=16, store=FakeStore()
+    )
     try:
         made = make_mesh(plan, torch.device("cuda", 0))
         both = {torch.device("cpu"), torch.device("cuda")}
         assert set(made.world.group._device_types) == both  # type: ignore[union-attr]
-        for axis in (made.pipeline, made.data, made.context, made.tensor, made.replicas, made.stage):
-            assert torch.distributed.get_backend_config(axis.group) != "cpu:fake,cuda:fake", axis.name
+        for axis in (
+            made.pipeline,
+            made.data,
+            made.context,
+            made.tensor,
+            made.replicas,
+            made.stage,
+        ):
+            assert torch.distributed.get_backend_config(axis.group) != "cpu:fake,cuda:fake", (
+                axis.name
+            )
     finally:
         torch.distributed.destroy_process_group()

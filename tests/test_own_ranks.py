@@ -1,4 +1,5 @@
-"""pytest leaves no rank behind, however it is ended: it would compute on, and hold its memory, until somebody looks."""
+"""pytest leaves no rank behind, however it is ended: it would compute on, and hold its memory,
+until somebody looks."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ def members(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is Linux that ends processes with their parent")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="it is Linux that ends processes with their parent"
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_rank_outlives_pytest(tmp_path: Path, number: signal.Signals, pytestconfig: pytest.Config) -> None:
+def test_no_rank_outlives_pytest(
+    tmp_path: Path, number: signal.Signals, pytestconfig: pytest.Config
+) -> None:
     if number == signal.SIGKILL and not pytestconfig.getoption("--whole"):
         pytest.skip("of the two, SIGTERM is the one that jobs get")
     (tmp_path / "test_endless.py").write_text(ENDLESS)

@@ -16,13 +16,15 @@ from megalite.models import model_config, weight_table
 from megalite.plan import Cut, Plan, balance, make_plan, smallest_world
 from megalite.utils.resources import configs_dir
 
-# Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last norm 8.
+# Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last
+# norm 8.
 TINY: dict[str, Any] = {
     "family": "llama", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 12, "num_layers": 2,
     "num_attention_heads": 4, "num_kv_heads": 2, "max_positions": 64,
 }  # fmt: skip
 TINY_PARAMS = 2 * 800 + 2 * 496 + 8
-# Over two tensor ranks: 50 rows of the vocabulary are padded to 64; all of a layer but its norms is halved.
+# Over two tensor ranks: 50 rows of the vocabulary are padded to 64; all of a layer but its norms is
+# halved.
 TINY_PARAMS_HALF = 2 * 64 * 8 + 2 * (16 + 480 // 2) + 8
 
 
@@ -44,9 +46,18 @@ def plan_of(world_size: int, *overrides: str, model: dict[str, Any] | None = Non
 
 @pytest.mark.parametrize(
     ("world_size", "tensor", "micro", "data", "micro_batches"),
-    [(1, 1, 2, 1, 12), (2, 1, 2, 2, 6), (4, 2, 2, 2, 6), (2, 2, 24, 1, 1), (12, 1, 2, 12, 1), (6, 2, 1, 3, 8)],
+    [
+        (1, 1, 2, 1, 12),
+        (2, 1, 2, 2, 6),
+        (4, 2, 2, 2, 6),
+        (2, 2, 24, 1, 1),
+        (12, 1, 2, 12, 1),
+        (6, 2, 1, 3, 8),
+    ],
 )
-def test_batch_arithmetic(world_size: int, tensor: int, micro: int, data: int, micro_batches: int) -> None:
+def test_batch_arithmetic(
+    world_size: int, tensor: int, micro: int, data: int, micro_batches: int
+) -> None:
     plan = plan_of(world_size, f"parallel.tensor={tensor}", f"train.micro_batch_size={micro}")
     assert (plan.data, plan.tensor, plan.micro_batches) == (data, tensor, micro_batches)
     assert plan.micro_batches * micro * plan.data == 24, "every sequence once"
@@ -65,7 +76,8 @@ def test_sizes_by_hand() -> None:
     assert (half.num_params, half.params_per_rank) == (TINY_PARAMS, TINY_PARAMS_HALF)
 
 
-# Bytes a parameter: weights, gradients (fp32), optimizer (two fp32 moments, and an fp32 master copy of bf16 weights).
+# Bytes a parameter: weights, gradients (fp32), optimizer (two fp32 moments, and an fp32 master copy
+# of bf16 weights).
 @pytest.mark.parametrize(
     ("precision", "zero", "weights", "gradients", "optimizer"),
     [
@@ -73,8 +85,12 @@ def test_sizes_by_hand() -> None:
         ("fp32", 0, 4, 4, 8), ("fp32", 1, 4, 4, 8 / 4), ("fp32", 2, 4, 4 / 4, 8 / 4),
     ],
 )  # fmt: skip
-def test_memory_by_hand(precision: str, zero: int, weights: float, gradients: float, optimizer: float) -> None:
-    plan = plan_of(4, f"train.precision={precision}", f"parallel.zero_stage={zero}", "train.micro_batch_size=1")
+def test_memory_by_hand(
+    precision: str, zero: int, weights: float, gradients: float, optimizer: float
+) -> None:
+    plan = plan_of(
+        4, f"train.precision={precision}", f"parallel.zero_stage={zero}", "train.micro_batch_size=1"
+    )
     wanted = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     assert plan.memory_bytes == {name: size * TINY_PARAMS for name, size in wanted.items()}
 
@@ -111,8 +127,12 @@ def test_refuses_a_sequence_that_cannot_be_cut() -> None:
     assert "data.seq_length = 31" in found
     assert "parallel.tensor = 2" in found
     assert "parallel.sequence" in found
-    assert plan_of(2, "parallel.tensor=2", "data.seq_length=31", "parallel.sequence=false").tensor == 2
-    assert "multiple of 2 × parallel.context = 4" in refusal(2, "parallel.context=2", "data.seq_length=30")
+    assert (
+        plan_of(2, "parallel.tensor=2", "data.seq_length=31", "parallel.sequence=false").tensor == 2
+    )
+    assert "multiple of 2 × parallel.context = 4" in refusal(
+        2, "parallel.context=2", "data.seq_length=30"
+    )
 
 
 def test_refuses_a_weight_that_cannot_be_cut() -> None:
@@ -123,7 +143,17 @@ def test_refuses_a_weight_that_cannot_be_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [TINY, {"family": "gpt2", "vocab_size": 9, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 6}]
+    "model",
+    [
+        TINY,
+        {
+            "family": "gpt2",
+            "vocab_size": 9,
+            "hidden_size": 24,
+            "num_layers": 1,
+            "num_attention_heads": 6,
+        },
+    ],
 )
 def test_refuses_to_cut_through_a_head(model: dict[str, Any]) -> None:
     assert "heads" in refusal(4, "parallel.tensor=4", model=model | {"max_positions": 64})
@@ -138,7 +168,13 @@ def test_smallest_world_is_the_layout_without_data_parallelism() -> None:
 
 def test_description_has_the_numbers() -> None:
     text = plan_of(4, "parallel.tensor=2").describe()
-    for part in ("4 = data 2 × tensor 2", f"{TINY_PARAMS:,}", f"{TINY_PARAMS_HALF:,}", "768 a step", "7,680 in 10"):
+    for part in (
+        "4 = data 2 × tensor 2",
+        f"{TINY_PARAMS:,}",
+        f"{TINY_PARAMS_HALF:,}",
+        "768 a step",
+        "7,680 in 10",
+    ):
         assert part in text, text
 
 
@@ -160,7 +196,9 @@ def layers_of(plan: Plan) -> list[int]:
         (4, 4, 9.0, [1, 1, 1, 1]),
     ],
 )
-def test_stages_are_balanced_by_the_cost_of_the_head(layers: int, stages: int, head: float, wanted: list[int]) -> None:
+def test_stages_are_balanced_by_the_cost_of_the_head(
+    layers: int, stages: int, head: float, wanted: list[int]
+) -> None:
     assert balance(layers, stages, head) == wanted
 
 
@@ -186,7 +224,9 @@ def test_stages_go_round_the_pipeline_and_hold_every_weight() -> None:
     table = weight_table(config_of(EIGHT).model)
     names = [w.name for rank in (0, 1) for w in plan.weights_of(rank, table)]
     assert sorted(names) == sorted(w.name for w in table)
-    assert plan.params_per_rank == max(sum(w.numel for w in plan.weights_of(rank, table)) for rank in (0, 1))
+    assert plan.params_per_rank == max(
+        sum(w.numel for w in plan.weights_of(rank, table)) for rank in (0, 1)
+    )
 
 
 def test_both_ends_hold_a_tied_embedding() -> None:
@@ -206,20 +246,36 @@ def test_both_ends_hold_a_tied_embedding() -> None:
         (["pipeline=2", "virtual=8", "schedule=interleaved"], ["16 stages", "8 layers"]),
         (["pipeline=2", "stage_layers=[4, 3]"], ["[4, 3]", "2 counts", "8 layers"]),
         (["pipeline=2", "stage_layers=[8]"], ["[8]", "2 counts"]),
-        (["pipeline=2", "engine=deepspeed"], ["deepspeed cannot run a pipeline", "engine: native", "zero_stage: 3"]),
+        (
+            ["pipeline=2", "engine=deepspeed"],
+            ["deepspeed cannot run a pipeline", "engine: native", "zero_stage: 3"],
+        ),
         (["zero_stage=3"], ["zero_stage = 3", "engine: deepspeed"]),
         (["offload={optimizer: cpu}"], ["parallel.offload.optimizer = 'cpu'", "engine: deepspeed"]),
         (["engine=deepspeed", "zero_stage=0"], ["zero_stage = 0", "engine: native"]),
-        (["engine=deepspeed", "offload={parameters: cpu}"], ["offload.parameters", "zero_stage: 3, not 1"]),
-        (["engine=deepspeed", "offload={optimizer: nvme, nvme_path: /x}"], ["'nvme'", "zero_stage: 3", "'cpu' works"]),
+        (
+            ["engine=deepspeed", "offload={parameters: cpu}"],
+            ["offload.parameters", "zero_stage: 3, not 1"],
+        ),
+        (
+            ["engine=deepspeed", "offload={optimizer: nvme, nvme_path: /x}"],
+            ["'nvme'", "zero_stage: 3", "'cpu' works"],
+        ),
         (["context=3"], ["seq_length = 32", "2 × parallel.context = 6"]),
         (["context=4", "tensor=3"], ["seq_length = 32", "4 × 3"]),
-        (["pipeline=4", "context=2"], ["parallel.pipeline = 4 × parallel.context = 2", "multiple of 8"]),
+        (
+            ["pipeline=4", "context=2"],
+            ["parallel.pipeline = 4 × parallel.context = 2", "multiple of 8"],
+        ),
     ],
 )
 def test_refuses_what_does_not_go_together(overrides: list[str], words: list[str]) -> None:
-    world = {"context=3": 3, "context=4": 12}.get(overrides[0], 4 if "pipeline=4" in overrides else 8)
-    found = refusal(world, *(f"parallel.{o}" for o in overrides), "train.micro_batch_size=1", model=EIGHT)
+    world = {"context=3": 3, "context=4": 12}.get(
+        overrides[0], 4 if "pipeline=4" in overrides else 8
+    )
+    found = refusal(
+        world, *(f"parallel.{o}" for o in overrides), "train.micro_batch_size=1", model=EIGHT
+    )
     for word in words:
         assert word in found
 
@@ -228,8 +284,14 @@ ROUTED = {"family": "mixtral", "num_experts": 6, "experts_per_token": 2}
 
 
 def test_experts_have_ranks_of_their_own() -> None:
-    """Of pipeline 2 × tensor 2 × data 2: whole experts, a third of them on each rank, would need three ranks."""
-    layout = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.expert_tensor=1", "train.micro_batch_size=1")
+    """Of pipeline 2 × tensor 2 × data 2: whole experts, a third of them on each rank, would need
+    three ranks."""
+    layout = (
+        "parallel.pipeline=2",
+        "parallel.tensor=2",
+        "parallel.expert_tensor=1",
+        "train.micro_batch_size=1",
+    )
     plan = plan_of(8, *layout, "parallel.expert=2", model=TINY | ROUTED)
     assert (plan.experts, plan.replicas_of(plan.experts), plan.data) == (Cut(1, 2), 2, 2)
     assert plan.rank_at(1, 1, 1, plan.experts) == 7
@@ -238,10 +300,17 @@ def test_experts_have_ranks_of_their_own() -> None:
     config = config_of(TINY | ROUTED, *layout, "parallel.expert=3")
     assert smallest_world(config) == 12
     assert plan_of(12, *layout, "parallel.expert=3", model=TINY | ROUTED).data == 3
-    # Twelve features in three matrices of eight columns a expert, two layers: on one stage, one layer's.
+    # Twelve features in three matrices of eight columns a expert, two layers: on one stage, one
+    # layer's.
     dense = plan_of(2, "parallel.pipeline=2", "train.micro_batch_size=1", model=TINY | ROUTED)
     whole = 2 * 12 * 3 * 8 * 3  # three of six experts
-    halves = plan_of(4, "parallel.pipeline=2", "parallel.expert=2", "train.micro_batch_size=1", model=TINY | ROUTED)
+    halves = plan_of(
+        4,
+        "parallel.pipeline=2",
+        "parallel.expert=2",
+        "train.micro_batch_size=1",
+        model=TINY | ROUTED,
+    )
     assert dense.params_per_rank - halves.params_per_rank == whole // 2
 
 
@@ -249,8 +318,14 @@ def test_experts_have_ranks_of_their_own() -> None:
     ("overrides", "words"),
     [
         (["expert=4"], ["parallel.expert = 4", "6 experts, which do not divide by 4"]),
-        (["expert=2", "engine=deepspeed"], ["parallel.expert = 2", "engine: native, not deepspeed"]),
-        (["expert=2", "expert_tensor=1", "tensor=2", "sequence=false"], ["sequence: true", "would send each twice"]),
+        (
+            ["expert=2", "engine=deepspeed"],
+            ["parallel.expert = 2", "engine: native, not deepspeed"],
+        ),
+        (
+            ["expert=2", "expert_tensor=1", "tensor=2", "sequence=false"],
+            ["sequence: true", "would send each twice"],
+        ),
         (["expert_tensor=8"], ["12 features, which do not divide by 8"]),
     ],
 )
@@ -261,7 +336,9 @@ def test_refuses_what_experts_cannot_do(overrides: list[str], words: list[str]) 
     )  # fmt: skip
     for word in words:
         assert word in found
-    assert "model.family = 'llama' has none" in refusal(8, "parallel.expert=2", "train.micro_batch_size=1")
+    assert "model.family = 'llama' has none" in refusal(
+        8, "parallel.expert=2", "train.micro_batch_size=1"
+    )
 
 
 def test_refuses_too_few_micro_batches_for_a_pipeline() -> None:
@@ -274,7 +351,13 @@ def test_refuses_too_few_micro_batches_for_a_pipeline() -> None:
 
 
 def test_refuses_dropout_on_attention_that_travels() -> None:
-    model = {"family": "gpt2", "vocab_size": 9, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 6}
+    model = {
+        "family": "gpt2",
+        "vocab_size": 9,
+        "hidden_size": 24,
+        "num_layers": 1,
+        "num_attention_heads": 6,
+    }
     model |= {"max_positions": 64, "attention_dropout": 0.1}
     assert "attention_dropout = 0.1" in refusal(2, "parallel.context=2", model=model)
 
@@ -311,14 +394,17 @@ SIZES = {
 UNITS = {"m": 1e6, "b": 1e9}
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (configs_dir() / "model").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "preset", sorted(path.stem for path in (configs_dir() / "model").glob("*.yaml"))
+)
 def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     config = model_config({"preset": preset})
     size = sum(weight.numel for weight in weight_table(config))
     if preset in PUBLISHED:
         assert size == PUBLISHED[preset]
     named = SIZES.get(preset) or preset.split("-")[1]
-    # Names are rounded by custom: the widest are 799,584 as "1m", 1.24e9 as "1b" and 109.5e6 as "125m" (vocabulary).
+    # Names are rounded by custom: the widest are 799,584 as "1m", 1.24e9 as "1b" and 109.5e6 as
+    # "125m" (vocabulary).
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
     name = preset.split("-")[0]
     families = {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral", "qwen3-30b-a3b": "qwen3_moe",
@@ -326,7 +412,8 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     assert config.family == families.get(preset, families.get(name, name))
 
 
-# Vocabulary, hidden size, intermediate size, layers, heads, key/value heads, and head size where it is its own.
+# Vocabulary, hidden size, intermediate size, layers, heads, key/value heads, and head size where it
+# is its own.
 OF_FAMILIES = {
     "mistral": ((32000, 4096, 14336, 32, 32, 8), 7_241_732_096),  # 7B
     "mixtral": ((32000, 4096, 14336, 32, 32, 8), 46_702_792_704),  # 8x7B
@@ -344,8 +431,18 @@ OF_FAMILIES = {
 @pytest.mark.parametrize("family", OF_FAMILIES)
 def test_families_have_the_sizes_their_models_were_published_with(family: str) -> None:
     sizes, wanted = OF_FAMILIES[family]
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_attention_heads", "num_kv_heads")
-    values = dict(zip((*names, "head_dim"), sizes, strict=False)) | {"family": family, "max_positions": 2048}
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_attention_heads",
+        "num_kv_heads",
+    )
+    values = dict(zip((*names, "head_dim"), sizes, strict=False)) | {
+        "family": family,
+        "max_positions": 2048,
+    }
     tied = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
     window = {"sliding_window": 1024} if "gemma" in family else {}
     experts = {
@@ -357,7 +454,9 @@ def test_families_have_the_sizes_their_models_were_published_with(family: str) -
             "shared_expert_intermediate_size": 5632,
         },
     }
-    config = config_of(values | {"tie_embeddings": tied} | window | experts.get(family, {}), "parallel.tensor=1")  # type: ignore[operator]
+    config = config_of(
+        values | {"tie_embeddings": tied} | window | experts.get(family, {}), "parallel.tensor=1"
+    )  # type: ignore[operator]
     assert make_plan(config, weight_table(config.model), 1).num_params == wanted
 
 

@@ -1,4 +1,5 @@
-"""What `from megalite import …` offers: it costs nothing until it is used, and means the same in any order."""
+"""What `from megalite import …` offers: it costs nothing until it is used, and means the same in
+any order."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def test_from_a_preset_to_an_answer(tmp_path: Path) -> None:
     preprocess([str(text)], tmp_path / "corpus", tmp_path / "tokenizer", append_eod=True)
     (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
 
-    config = assert_type(load_config(tmp_path / "config.yaml", ["train.steps=2", "parallel.zero_stage=1"]), Config)
+    config = assert_type(
+        load_config(tmp_path / "config.yaml", ["train.steps=2", "parallel.zero_stage=1"]), Config
+    )
     assert (config.train.steps, config.model.num_layers) == (2, 1)
     planned = assert_type(plan(config, 2), Plan)
     assert (planned.data, planned.zero_stage, planned.tokens_per_step) == (2, 1, 32)
@@ -91,7 +94,9 @@ print(sorted({{*sys.modules}} - before))
 def test_its_names() -> None:
     assert set(megalite.__all__) <= set(dir(megalite))
     assert all(getattr(megalite, name) for name in megalite.__all__)
-    with pytest.raises(AttributeError, match=r"no attribute 'Trainer'; it has Config, Generator, load_config, plan"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'Trainer'; it has Config, Generator, load_config, plan"
+    ):
         megalite.Trainer  # noqa: B018
 
 

@@ -1,4 +1,5 @@
-"""Parts by name: megalite's own, those of plugins, and what is said of names and settings that do not go together."""
+"""Parts by name: megalite's own, those of plugins, and what is said of names and settings that do
+not go together."""
 
 from __future__ import annotations
 
@@ -54,7 +55,11 @@ def test_a_name_or_setting_that_does_not_go_with_the_others_is_explained(overrid
 
 def test_configs_in_which_all_kinds_have_all_settings_still_open() -> None:
     config = parse_config(
-        BASE, ["objective={name: next_token, beta: 0.1}", "optimizer.schedule={name: linear, decay_steps: null}"]
+        BASE,
+        [
+            "objective={name: next_token, beta: 0.1}",
+            "optimizer.schedule={name: linear, decay_steps: null}",
+        ],
     )
     assert set(config.objective.model_fields_set) <= {"name"}
     assert parse_config(config.model_dump(mode="json")) == config
@@ -88,7 +93,9 @@ def test_a_plugin_is_imported_when_its_name_is_asked_for(
 ) -> None:
     plugins.append(EntryPoint("mine", "a_package", registry.PLUGINS))
     imported = []
-    monkeypatch.setattr(EntryPoint, "load", lambda self: imported.append(self.name) or register_halving())
+    monkeypatch.setattr(
+        EntryPoint, "load", lambda self: imported.append(self.name) or register_halving()
+    )
     parse_config(BASE, ["optimizer.schedule.name=linear"])
     assert not imported
     config = parse_config(BASE, ["optimizer.schedule={name: halving, every: 2}"])
@@ -102,7 +109,9 @@ def test_a_plugin_is_imported_when_its_name_is_asked_for(
 def test_a_plugin_that_cannot_be_imported_is_named(plugins: list[EntryPoint]) -> None:
     plugins.append(EntryPoint("broken", "no_such_module_anywhere", registry.PLUGINS))
     parse_config(BASE)
-    with pytest.raises(ConfigError, match=r"the plugin 'broken' of .* cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(
+        ConfigError, match=r"the plugin 'broken' of .* cannot be imported: ModuleNotFoundError"
+    ):
         parse_config(BASE, ["optimizer.name=lamb"])
 
 
@@ -131,7 +140,9 @@ def test_two_parts_of_one_name_are_refused(plugins: list[EntryPoint]) -> None:
 
 def test_a_part_of_another_kind_is_refused(plugins: list[EntryPoint]) -> None:
     registry.schedules.register("adam", OptimizerConfig)
-    with pytest.raises(ConfigError, match="'adam': is registered by a class that is no ScheduleConfig"):
+    with pytest.raises(
+        ConfigError, match="'adam': is registered by a class that is no ScheduleConfig"
+    ):
         parse_config(BASE, ["optimizer.schedule.name=adam"])
 
 

@@ -1,4 +1,5 @@
-"""What is kept of checkpoints: the newest, the best, and while steps with bad numbers last, one that is good."""
+"""What is kept of checkpoints: the newest, the best, and while steps with bad numbers last, one
+that is good."""
 
 from __future__ import annotations
 
@@ -33,7 +34,13 @@ LAYOUTS = {
 KILLS = ("step", "before the name", "after the name", "half deleted")
 SAMPLE = [("one", "after the name"), ("pipeline-2", "step"), ("data-2-zero-1", "half deleted")]
 """All of both are tried by `pytest --whole`."""
-RUN = ("train.steps=9", "checkpoint.every=1", "checkpoint.keep=1", "observe.eval_every=0", "health.bad_steps_limit=3")
+RUN = (
+    "train.steps=9",
+    "checkpoint.every=1",
+    "checkpoint.keep=1",
+    "observe.eval_every=0",
+    "health.bad_steps_limit=3",
+)
 
 
 def killed_at(when: str, folder: Path) -> None:
@@ -61,19 +68,27 @@ def killed_at(when: str, folder: Path) -> None:
         kill_before(writing.Target, "prune", lambda *_: is_saved())
     else:
         kill_before(
-            folder_module, "remove", lambda path: is_saved() and path.name.endswith(".old.tmp") and path.exists()
+            folder_module,
+            "remove",
+            lambda path: is_saved() and path.name.endswith(".old.tmp") and path.exists(),
         )
 
 
-def train_with(rank: int, world_size: int, folder: Path, config: Config, blown: bool, kill: str) -> int:
+def train_with(
+    rank: int, world_size: int, folder: Path, config: Config, blown: bool, kill: str
+) -> int:
     """`blown`: the rate of step 5 makes weights of which no loss is finite."""
     import torch.distributed as dist
 
     if world_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+        )
     rate = megalite.training.loop.learning_rate
     if blown:
-        megalite.training.loop.learning_rate = lambda step, *more: 1e38 if step == 5 else rate(step, *more)
+        megalite.training.loop.learning_rate = lambda step, *more: (
+            1e38 if step == 5 else rate(step, *more)
+        )
     if kill and rank == 0:
         killed_at(kill, config.run.folder / "checkpoints")
     return int(train(config))
@@ -83,15 +98,17 @@ def train_with(rank: int, world_size: int, folder: Path, config: Config, blown: 
 def test_a_run_whose_weights_blew_up_goes_on_from_before(
     tmp_path: Path, layout: str, kill: str, request: pytest.FixtureRequest
 ) -> None:
-    """Killed amid the steps that are refused, started again as it was until it gives up, then with the rate mended:
-    with keep: 1, and a checkpoint of every step, the blown one included."""
+    """Killed amid the steps that are refused, started again as it was until it gives up, then with
+    the rate mended: with keep: 1, and a checkpoint of every step, the blown one included."""
     if (layout, kill) not in SAMPLE and not request.config.getoption("--whole"):
         pytest.skip("one of the cases of --whole")
     ranks, overrides = LAYOUTS[layout]
     config = make_config(tmp_path, "llama", *RUN, *overrides)
     root = config.run.folder / "checkpoints"
 
-    def start(name: str, of: Config, blown: bool = False, kill: str = "") -> tuple[set[int | None], str]:
+    def start(
+        name: str, of: Config, blown: bool = False, kill: str = ""
+    ) -> tuple[set[int | None], str]:
         folder = tmp_path / name
         folder.mkdir()
         with started(ranks, folder, train_with, of, blown, kill) as processes:
@@ -114,7 +131,9 @@ def test_a_run_whose_weights_blew_up_goes_on_from_before(
     assert codes == {Exit.DONE}, said
     assert f"going back to {step_folder(root, 4)}, the newest that is known to be good" in said
     assert [path.name for path in root.glob("*.refused")] == ["step-00000008.refused"]
-    assert complete_steps(root) == [8, 9], "of which no step has followed the last, as the loss of step 6 is finite too"
+    assert complete_steps(root) == [8, 9], (
+        "of which no step has followed the last, as the loss of step 6 is finite too"
+    )
     never = make_config(tmp_path, "llama", *RUN, *overrides, "run.name=never")
     assert start("never", never)[0] == {Exit.DONE}
     assert curve_of(config) == curve_of(never)
@@ -125,13 +144,18 @@ def test_a_model_is_not_taken_from_just_before_the_step_that_stopped_the_run(
 ) -> None:
     config = make_config(tmp_path, "llama", *RUN, "health.not_finite=stop")
     rate = megalite.training.loop.learning_rate
-    monkeypatch.setattr(megalite.training.loop, "learning_rate", lambda n, *more: 1e38 if n == 5 else rate(n, *more))
+    monkeypatch.setattr(
+        megalite.training.loop, "learning_rate", lambda n, *more: 1e38 if n == 5 else rate(n, *more)
+    )
     assert train(config) == Exit.BAD_NUMBERS
     root = config.run.folder / "checkpoints"
     assert complete_steps(root)[-1] == 5, "which step 6 finds blown"
     assert find_model(config.run.folder) == step_folder(root, 4)
     said = capsys.readouterr().err
-    assert f"{step_folder(root, 5)} was saved before a step with bad numbers, which ended the run" in said
+    assert (
+        f"{step_folder(root, 5)} was saved before a step with bad numbers, which ended the run"
+        in said
+    )
     assert f"{step_folder(root, 4)}, the newest that is known to be good, is taken" in said
 
 
@@ -142,7 +166,9 @@ def write(root: Path, step: int, refused: int, valid_loss: float | None) -> None
     noted = {"refused": refused} if step % 2 else {"numbers": {"in_a_row": refused}}
     state = json.dumps({"step": step, "valid_loss": valid_loss} | noted)
     (folder / "train_state.json").write_text(state)
-    (folder / "manifest.json").write_text(json.dumps({"files": {"train_state.json": {"size": len(state)}}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"files": {"train_state.json": {"size": len(state)}}})
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -171,19 +197,27 @@ def test_nothing_displaces_what_is_worth_more(tmp_path: Path, seed: int) -> None
         assert kept >= set(sorted(losses, key=lambda step: (losses[step], -step))[:keep_best])
         known = [one for one in saved if one < step - refused]
         assert kept >= set(known[-1:]), "known by a good step after it"
-        assert kept >= set([one for one in saved if one <= step - refused][-1:]), "from before the refused steps"
+        assert kept >= set([one for one in saved if one <= step - refused][-1:]), (
+            "from before the refused steps"
+        )
         assert len(kept) <= keep + keep_best + (2 if refused else 1)
         assert kept <= before
 
 
-def test_a_run_is_asked_by_the_newest_that_is_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Step 5 made weights that are beyond repair: what is saved of it and later is no model to talk to."""
+def test_a_run_is_asked_by_the_newest_that_is_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 5 made weights that are beyond repair: what is saved of it and later is no model to talk
+    to."""
     root = tmp_path / "checkpoints"
     for step, refused in ((4, 0), (5, 0), (8, 3)):
         write(root, step, refused, None)
     assert find_model(tmp_path) == step_folder(root, 4)
     said = capsys.readouterr().err
-    assert f"{step_folder(root, 8)} was saved after 3 steps in a row with bad numbers; {step_folder(root, 4)}" in said
+    assert (
+        f"{step_folder(root, 8)} was saved after 3 steps in a row with bad numbers; {step_folder(root, 4)}"
+        in said
+    )
     discard(step_folder(root, 4))
     assert find_model(tmp_path) == step_folder(root, 8)
     assert capsys.readouterr().err.endswith("with bad numbers; there is none from before them\n")
@@ -194,11 +228,18 @@ def test_a_run_is_asked_by_the_newest_that_is_good(tmp_path: Path, capsys: pytes
 def test_the_best_is_kept_and_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    best = ("checkpoint.keep_best=1", "checkpoint.keep=1", "checkpoint.every=2", "observe.eval_every=2")
+    best = (
+        "checkpoint.keep_best=1",
+        "checkpoint.keep=1",
+        "checkpoint.every=2",
+        "observe.eval_every=2",
+    )
     config = make_config(tmp_path, "llama", *best, "train.steps=8")
     losses = {2: 4.5, 4: 3.25, 6: 3.5, 8: 4.0}
     found = iter(losses.values())
-    monkeypatch.setattr("megalite.training.hooks.validate", lambda *arguments: {"loss": next(found)})
+    monkeypatch.setattr(
+        "megalite.training.hooks.validate", lambda *arguments: {"loss": next(found)}
+    )
     assert train(config) == Exit.DONE
     step = 4
     root = config.run.folder / "checkpoints"
@@ -215,6 +256,8 @@ def test_the_best_is_kept_and_named(
         (("observe.eval_every=0",), "checkpoint.every 8 is no multiple of observe.eval_every 0"),
     ],
 )
-def test_the_best_by_no_validation_is_refused(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
+def test_the_best_by_no_validation_is_refused(
+    tmp_path: Path, overrides: tuple[str, ...], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         make_config(tmp_path, "llama", "checkpoint.keep_best=1", *overrides)

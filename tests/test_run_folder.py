@@ -1,5 +1,5 @@
-"""A run folder has one run at a time: another one's lines in its metrics and files in its checkpoints would be the end
-of both."""
+"""A run folder has one run at a time: another one's lines in its metrics and files in its
+checkpoints would be the end of both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def test_a_second_start_waits_and_ends_without_having_written(
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         holder = f"process {other.pid} on {os.uname().nodename}"
-        with pytest.raises(ConfigError, match=f"is being written by {re.escape(holder)}.*; end that run") as error:
+        with pytest.raises(
+            ConfigError, match=f"is being written by {re.escape(holder)}.*; end that run"
+        ) as error:
             train(config)
         assert f"waiting for {holder}" in capsys.readouterr().out
         assert passes(error.value), "a launcher comes again"

@@ -1,5 +1,5 @@
-"""What a start does before its first step: one that is refused leaves the run as it was; one that goes on keeps what it
-replaces, and says which of its settings lose to something else."""
+"""What a start does before its first step: one that is refused leaves the run as it was; one that
+goes on keeps what it replaces, and says which of its settings lose to something else."""
 
 from __future__ import annotations
 
@@ -43,11 +43,23 @@ def refused(rank: int, world_size: int, cases: list[tuple[Config, type[Exception
 
 
 REFUSED = {
-    "model": (("model.rope_theta=5e5",), CheckpointError, r"model\.rope_theta = 500000\.0, there 10000\.0"),
+    "model": (
+        ("model.rope_theta=5e5",),
+        CheckpointError,
+        r"model\.rope_theta = 500000\.0, there 10000\.0",
+    ),
     "shape": (("model.hidden_size=64",), CheckpointError, r"model\.hidden_size = 64, there 32"),
     "data": (("train.seed=9",), DataError, r"train\.seed 3 → 9"),
-    "steps": (("train.steps=3",), ConfigError, r"train\.steps = 3, but \S+step-00000004 has 4 steps done already"),
-    "foreign": (("checkpoint.resume={other}",), CheckpointError, r"up to step-00000004, which did not begin there"),
+    "steps": (
+        ("train.steps=3",),
+        ConfigError,
+        r"train\.steps = 3, but \S+step-00000004 has 4 steps done already",
+    ),
+    "foreign": (
+        ("checkpoint.resume={other}",),
+        CheckpointError,
+        r"up to step-00000004, which did not begin there",
+    ),
 }
 
 
@@ -59,13 +71,25 @@ def test_a_refused_start_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     assert "config.yaml" in before
     other = step_folder(tmp_path / "runs" / "other" / "checkpoints", 2)
     cases = [
-        (make_config(tmp_path, "llama", *SHORT, *(text.format(other=other) for text in overrides)), error, words)
+        (
+            make_config(
+                tmp_path, "llama", *SHORT, *(text.format(other=other) for text in overrides)
+            ),
+            error,
+            words,
+        )
         for overrides, error, words in REFUSED.values()
     ]
     run_ranks(1, refused, cases)
     assert contents(run.run.folder) == before
-    layouts = [make_config(tmp_path, "llama", *SHORT, "model.norm_eps=1e-3", layout) for layout in LAYOUTS]
-    run_ranks(2, refused, [(config, CheckpointError, r"model\.norm_eps = 0\.001, there 1e-05") for config in layouts])
+    layouts = [
+        make_config(tmp_path, "llama", *SHORT, "model.norm_eps=1e-3", layout) for layout in LAYOUTS
+    ]
+    run_ranks(
+        2,
+        refused,
+        [(config, CheckpointError, r"model\.norm_eps = 0\.001, there 1e-05") for config in layouts],
+    )
     assert contents(run.run.folder) == before
 
 
@@ -85,10 +109,16 @@ def test_what_a_start_replaces_is_kept(tmp_path: Path, capfd: pytest.CaptureFixt
     assert f"the config before is kept as {kept}" in said
     assert kept.read_text() == first.to_yaml()
     assert (folder / "config.yaml").read_text() == second.to_yaml()
-    assert f"{folder / 'metrics.jsonl'}: lines of steps 3 to 4, done again, go to metrics.replaced.jsonl" in said
+    assert (
+        f"{folder / 'metrics.jsonl'}: lines of steps 3 to 4, done again, go to metrics.replaced.jsonl"
+        in said
+    )
 
     def replaced() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (folder / "metrics.replaced.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (folder / "metrics.replaced.jsonl").read_text().splitlines()
+        ]
 
     assert replaced() == [line for line in lines if line["step"] > 2]
     lines = metrics_of(second)
@@ -105,7 +135,9 @@ def test_a_checkpoint_that_is_asked_for_is_taken_and_a_requeued_job_goes_on(
     config = make_config(tmp_path, "llama", *SHORT)
     train(config)
     root, lines = config.run.folder / "checkpoints", metrics_of(config)
-    back = make_config(tmp_path, "llama", *SHORT, f"checkpoint.resume={step_folder(root, 2)}", "train.stop_at=4")
+    back = make_config(
+        tmp_path, "llama", *SHORT, f"checkpoint.resume={step_folder(root, 2)}", "train.stop_at=4"
+    )
     capfd.readouterr()
     assert train(back) == Exit.DONE
     said = capfd.readouterr().out
@@ -113,7 +145,10 @@ def test_a_checkpoint_that_is_asked_for_is_taken_and_a_requeued_job_goes_on(
     assert "resumed after step 2" in said
     assert "changed since step 2: train.stop_at null → 4; checkpoint.resume auto → " in said
     assert complete_steps(root) == [2, 4]
-    assert sorted(path.name[:18] for path in root.glob("*.left-*")) == ["step-00000004.left", "step-00000006.left"]
+    assert sorted(path.name[:18] for path in root.glob("*.left-*")) == [
+        "step-00000004.left",
+        "step-00000006.left",
+    ]
     again = make_config(tmp_path, "llama", *SHORT, f"checkpoint.resume={step_folder(root, 2)}")
     assert train(again) == Exit.DONE
     said = capfd.readouterr().out
@@ -150,5 +185,9 @@ def test_a_setting_that_loses_is_named(tmp_path: Path, override: str) -> None:
 
 
 def test_settings_that_work_are_not_named(tmp_path: Path) -> None:
-    working = ("profile={steps: [5, 16], ranks: [1]}", "train.stop_at=16", "observe.wandb={mode: offline, project: x}")
+    working = (
+        "profile={steps: [5, 16], ranks: [1]}",
+        "train.stop_at=16",
+        "observe.wandb={mode: offline, project: x}",
+    )
     assert no_effect(make_config(tmp_path, "llama", *working), start_step=4, world_size=2) == []

@@ -1,4 +1,5 @@
-"""Signals: one rank is asked, all save after the same step and leave; a second signal ends a process at once."""
+"""Signals: one rank is asked, all save after the same step and leave; a second signal ends a
+process at once."""
 
 from __future__ import annotations
 
@@ -63,14 +64,20 @@ def train_with_a_signal(config: Config, number: signal.Signals) -> tuple[Exit, l
 def test_a_signal_saves_and_the_rest_is_bitwise_the_same(
     tmp_path: Path, number: signal.Signals, handlers: dict[int, Any]
 ) -> None:
-    unbroken, broken = (make_config(tmp_path, "gpt2", f"run.name={name}", "checkpoint.every=0") for name in "ab")
+    unbroken, broken = (
+        make_config(tmp_path, "gpt2", f"run.name={name}", "checkpoint.every=0") for name in "ab"
+    )
     train(unbroken)
     assert signal.getsignal(number) is handlers[number]
     status, saved = train_with_a_signal(broken, number)
     assert status == Exit.STOPPED
-    assert saved == [SIGNALLED + 1], "the ranks compare notes at the beginning of a step, and stop at its end"
+    assert saved == [SIGNALLED + 1], (
+        "the ranks compare notes at the beginning of a step, and stop at its end"
+    )
     assert not any("valid_loss" in line for line in metrics_of(broken))  # there is no time for it
-    for late in SIGNALS:  # what comes twice to one node, or later than to others, changes nothing any more
+    for (
+        late
+    ) in SIGNALS:  # what comes twice to one node, or later than to others, changes nothing any more
         if late == signal.SIGINT:
             assert signal.getsignal(late) is handlers[late], "a person's"
         else:
@@ -86,7 +93,8 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     assert metrics_of(config)[-1]["valid_loss"]
 
 
-# The main thread hangs as if it waited for a rank which is gone: in C, where no handler of Python's ever runs.
+# The main thread hangs as if it waited for a rank which is gone: in C, where no handler of Python's
+# ever runs.
 HANGING = """
 import ctypes, types, megalite.health.signals
 from megalite.comm.mesh import ALONE, Mesh
@@ -108,7 +116,9 @@ with megalite.health.signals.StopRequests(Mesh.alone()):
 
 
 def test_a_second_signal_ends_a_hanging_process_at_once() -> None:
-    with subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
@@ -130,12 +140,23 @@ def rank_process(agent: int, rank: int) -> int | None:
 
 def test_torchrun_hands_on_what_became_of_its_ranks(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
-    config = make_config(tmp_path, "llama", "train.steps=3000", "checkpoint.every=0", "observe.eval_every=0")
+    config = make_config(
+        tmp_path, "llama", "train.steps=3000", "checkpoint.every=0", "observe.eval_every=0"
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "megalite.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "megalite.launch",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]
     command += ["-m", "megalite", "train", str(tmp_path / "config.yaml")]
     metrics = config.run.folder / "metrics.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as agent:
         try:
             deadline = time.monotonic() + 120
             while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
@@ -154,7 +175,8 @@ def test_torchrun_hands_on_what_became_of_its_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(0, "done"), (2, "mistake"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"), (9, "9")]
+    ("status", "words"),
+    [(0, "done"), (2, "mistake"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"), (9, "9")],
 )
 def test_every_status_has_words(status: int, words: str) -> None:
     assert words in describe(status)

@@ -44,7 +44,10 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_one_line(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text(json.dumps({"text": "a b c"}))

@@ -1,4 +1,5 @@
-"""The loop: resuming is bitwise, layouts can change between two parts of a run, and the curve is transformers' own."""
+"""The loop: resuming is bitwise, layouts can change between two parts of a run, and the curve is
+transformers' own."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ from small_runs import curve_of, make_config, metrics_of, train_on_rank, write_c
 
 def tensors_of(config: Config, step: int) -> dict[str, torch.Tensor]:
     folder = step_folder(config.run.folder / "checkpoints", step)
-    return {f"{path.name}/{k}": v for path in sorted(folder.rglob("*.safetensors")) for k, v in load_file(path).items()}
+    return {
+        f"{path.name}/{k}": v
+        for path in sorted(folder.rglob("*.safetensors"))
+        for k, v in load_file(path).items()
+    }
 
 
 RESUMED = [
@@ -74,7 +79,9 @@ def test_resumed_run_is_bitwise_the_unbroken_one(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_deterministic_runs_forbid_torch_everything_else_and_change_nothing_on_cpus(tmp_path: Path) -> None:
+def test_deterministic_runs_forbid_torch_everything_else_and_change_nothing_on_cpus(
+    tmp_path: Path,
+) -> None:
     curves = []
     for number, overrides in enumerate((["train.deterministic=true"], [])):
         config = make_config(tmp_path, "gpt2", "train.steps=2", f"run.name=run{number}", *overrides)
@@ -90,7 +97,9 @@ def test_loss_falls_and_metrics_are_complete(tmp_path: Path) -> None:
     steps = [line for line in metrics_of(config) if "loss" in line]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     wanted = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s", "tflops"}
-    assert all(line.keys() == wanted for line in steps)  # no mfu: the peak of this chip is not known
+    assert all(
+        line.keys() == wanted for line in steps
+    )  # no mfu: the peak of this chip is not known
     assert steps[-1]["tokens"] == 30 * 4 * 16
     evaluations = [line for line in metrics_of(config) if "valid_loss" in line]
     assert [line["step"] for line in evaluations] == [8, 16, 24, 30]
@@ -133,19 +142,29 @@ CHANGES = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path, case: str) -> None:
-    """On the curve of one unbroken process, validation included. The ranks' numbers differ in the last bits and
-    training amplifies that; 1e-4 is the bound the project asks of curves."""
-    given = {"llama": ("data.document_mask=true",), "gpt2": ()}.get(case, (f"optimizer.name={case}",))
+    """On the curve of one unbroken process, validation included. The ranks' numbers differ in the
+    last bits and training amplifies that; 1e-4 is the bound the project asks of curves."""
+    given = {"llama": ("data.document_mask=true",), "gpt2": ()}.get(
+        case, (f"optimizer.name={case}",)
+    )
     model = case if case == "gpt2" else "llama"
     unbroken = make_config(tmp_path, model, "run.name=unbroken", *given)
     train(unbroken)
     for ranks, overrides in CHANGES[case]:
-        run_ranks(ranks, train_on_rank, [make_config(tmp_path, model, "run.name=changing", *given, *overrides)])
+        run_ranks(
+            ranks,
+            train_on_rank,
+            [make_config(tmp_path, model, "run.name=changing", *given, *overrides)],
+        )
     changing = make_config(tmp_path, model, "run.name=changing", *given)
     for mine, theirs in zip(curve_of(changing), curve_of(unbroken), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
-    wanted = {line["step"]: line["valid_loss"] for line in metrics_of(unbroken) if "valid_loss" in line}
-    found = {line["step"]: line["valid_loss"] for line in metrics_of(changing) if "valid_loss" in line}
+    wanted = {
+        line["step"]: line["valid_loss"] for line in metrics_of(unbroken) if "valid_loss" in line
+    }
+    found = {
+        line["step"]: line["valid_loss"] for line in metrics_of(changing) if "valid_loss" in line
+    }
     assert found.keys() > wanted.keys()  # a part that stops is validated at its end
     assert {step: found[step] for step in wanted} == pytest.approx(wanted, rel=1e-4)
 
@@ -177,9 +196,12 @@ def transformers_curve(folder: Path, config: Config) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",), ("parallel.zero_stage=2",)], ids=["1", "tp2", "dp2"])
+@pytest.mark.parametrize(
+    "overrides", [(), ("parallel.tensor=2",), ("parallel.zero_stage=2",)], ids=["1", "tp2", "dp2"]
+)
 def test_curve_equals_transformers(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    """20 steps from an exported checkpoint: fp32, within 1e-4 of LlamaForCausalLM with torch.optim.AdamW."""
+    """20 steps from an exported checkpoint: fp32, within 1e-4 of LlamaForCausalLM with
+    torch.optim.AdamW."""
     exported = make_config(tmp_path, "llama", "run.name=exported", "train.steps=3")
     train(exported)
     folder = step_folder(exported.run.folder / "checkpoints", 3)
@@ -191,7 +213,9 @@ def test_curve_equals_transformers(tmp_path: Path, overrides: tuple[str, ...]) -
     assert len(found) == 20
 
 
-def test_validation_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_is_that_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the first samples each time, without dropout, over all their labels."""
     from transformers import AutoModelForCausalLM
 
@@ -202,9 +226,13 @@ def test_validation_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.
         return forward(self, *arguments)
 
     monkeypatch.setattr(Stage, "forward", noted)
-    config = make_config(tmp_path, "gpt2", "train.steps=2", "observe.eval_every=1", "observe.eval_batches=2")
+    config = make_config(
+        tmp_path, "gpt2", "train.steps=2", "observe.eval_every=1", "observe.eval_batches=2"
+    )
     train(config)
-    model = AutoModelForCausalLM.from_pretrained(step_folder(config.run.folder / "checkpoints", 2)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        step_folder(config.run.folder / "checkpoints", 2)
+    ).eval()
     data = build_mixtures(config)["valid"]
     assert data is not None
     tokens = torch.from_numpy(windows(data, range(2 * 4)))
@@ -212,7 +240,10 @@ def test_validation_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.
         wanted = model(input_ids=tokens, labels=tokens).loss.item()
     assert modes == {(True, True), (False, False)}, "modules of a family of one's own may ask"
     found = metrics_of(config)[-1]
-    assert (found["step"], found["valid_loss"]) == (2, pytest.approx(wanted, rel=1e-5))  # sums of fp32
+    assert (found["step"], found["valid_loss"]) == (
+        2,
+        pytest.approx(wanted, rel=1e-5),
+    )  # sums of fp32
     assert found["valid_perplexity"] == pytest.approx(math.exp(found["valid_loss"]))
 
 
@@ -229,10 +260,17 @@ def test_other_model_is_refused_on_resume(tmp_path: Path) -> None:
         train(make_config(tmp_path, "llama", "model.hidden_size=64"))
 
 
-def test_another_optimizer_takes_over_what_fits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_optimizer_takes_over_what_fits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     first = make_config(tmp_path, "llama", "train.stop_at=4", "train.precision=bf16")
     rest = make_config(
-        tmp_path, "llama", "train.stop_at=5", "train.precision=bf16", "optimizer.name=muon", "optimizer.ema=0.9"
+        tmp_path,
+        "llama",
+        "train.stop_at=5",
+        "train.precision=bf16",
+        "optimizer.name=muon",
+        "optimizer.ema=0.9",
     )
     train(first)
     before = tensors_of(first, 4)
@@ -240,13 +278,19 @@ def test_another_optimizer_takes_over_what_fits(tmp_path: Path, capfd: pytest.Ca
     train(rest)
     said = capfd.readouterr().out
     assert "optimizer.name adamw → muon" in said
-    assert re.search(r"has no momentum_buffer of \d+ weights; these optimizer states begin at zero", said)
+    assert re.search(
+        r"has no momentum_buffer of \d+ weights; these optimizer states begin at zero", said
+    )
     after = tensors_of(rest, 5)
     embedding, matrix = "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"
     # The embedding's moments went on; the matrix has momentum alone, of one gradient.
-    grad = (after[f"exp_avg.safetensors/{embedding}"] - 0.9 * before[f"exp_avg.safetensors/{embedding}"]) / 0.1
+    grad = (
+        after[f"exp_avg.safetensors/{embedding}"] - 0.9 * before[f"exp_avg.safetensors/{embedding}"]
+    ) / 0.1
     wanted = 0.95 * before[f"exp_avg_sq.safetensors/{embedding}"] + 0.05 * grad * grad
-    torch.testing.assert_close(after[f"exp_avg_sq.safetensors/{embedding}"], wanted, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        after[f"exp_avg_sq.safetensors/{embedding}"], wanted, rtol=1e-3, atol=1e-9
+    )
     assert f"exp_avg.safetensors/{matrix}" not in after
     assert after[f"momentum_buffer.safetensors/{matrix}"].any()
     # The average began as the exact weights: at step 5 its decay is 6/15.
@@ -269,9 +313,12 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_token_id_the_model_does_not_have_is_named(tmp_path: Path) -> None:
-    """Megatron's own files say nothing of their vocabulary; a cut vocabulary would train on nonsense silently."""
+    """Megatron's own files say nothing of their vocabulary; a cut vocabulary would train on
+    nonsense silently."""
     config = make_config(tmp_path)
-    (tmp_path / "corpus.bin").write_bytes((tmp_path / "corpus.bin").read_bytes()[:-2] + b"\x61\x00")  # 97
+    (tmp_path / "corpus.bin").write_bytes(
+        (tmp_path / "corpus.bin").read_bytes()[:-2] + b"\x61\x00"
+    )  # 97
     with pytest.raises(DataError, match=r"sample 32 holds token id 97, but model.vocab_size = 97"):
         train(config)
 
@@ -288,11 +335,15 @@ def other_corpus_on_rank_1(rank: int, world_size: int, folder: Path) -> str:
 def test_a_rank_that_reads_other_files_is_named(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    assert all("rank 1 has another" in text for text in run_ranks(2, other_corpus_on_rank_1, tmp_path))
+    assert all(
+        "rank 1 has another" in text for text in run_ranks(2, other_corpus_on_rank_1, tmp_path)
+    )
 
 
 def test_test_split_is_evaluated_once_at_the_end(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "llama", "train.steps=3", f"data.test=[{{path: {tmp_path / 'corpus'}}}]")
+    config = make_config(
+        tmp_path, "llama", "train.steps=3", f"data.test=[{{path: {tmp_path / 'corpus'}}}]"
+    )
     train(config)
     found = [line for line in metrics_of(config) if "test_loss" in line]
     assert [line["step"] for line in found] == [3]
@@ -304,7 +355,11 @@ def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("def f(x): return x + 1\n" * 50)
     train_tokenizer([str(tmp_path / "text.txt")], str(tmp_path / "tokenizer"), 300)
     config = make_config(
-        tmp_path, "llama", "model.vocab_size=320", "train.steps=1", f"data.tokenizer={tmp_path / 'tokenizer'}"
+        tmp_path,
+        "llama",
+        "model.vocab_size=320",
+        "train.steps=1",
+        f"data.tokenizer={tmp_path / 'tokenizer'}",
     )
     (tmp_path / "corpus.json").write_text('{"vocab_size": 97, "tokenizer_fingerprint": "other"}')
     with pytest.raises(DataError, match="made with another tokenizer"):
@@ -312,11 +367,24 @@ def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "llama", "parallel.tensor=2", "train.steps=2", "observe.log_every=1")
+    config = make_config(
+        tmp_path, "llama", "parallel.tensor=2", "train.steps=2", "observe.log_every=1"
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megalite"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "megalite",
+    ]
     done = subprocess.run(
-        [*command, "train", str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=120
+        [*command, "train", str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"step +2/2 +loss", done.stdout)
@@ -325,15 +393,24 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [("parallel.pipeline=2",), ("parallel.context=2", "data.document_mask=true"), ("train.micro_batch_size=2",)],
+    [
+        ("parallel.pipeline=2",),
+        ("parallel.context=2", "data.document_mask=true"),
+        ("train.micro_batch_size=2",),
+    ],
     ids=["pipeline-2", "context-2", "data-2"],
 )
 def test_each_source_is_followed_on_its_own(tmp_path: Path, layout: tuple[str, ...]) -> None:
     """What was consumed of it, through phases of other weights, and its loss in validation."""
-    sources = [f"{{path: {write_corpus(tmp_path / name, 16 * n + 1, n)}}}" for name, n in (("web", 20), ("code", 8))]
+    sources = [
+        f"{{path: {write_corpus(tmp_path / name, 16 * n + 1, n)}}}"
+        for name, n in (("web", 20), ("code", 8))
+    ]
     both = (f"data.train=[{','.join(sources)}]", f"data.valid=[{','.join(sources)}]")
     phases = "data.phases=[{after_step: 5, weights: {web: 1}}, {after_step: 8, weights: {code: 1, web: 1}}]"
-    config = make_config(tmp_path, "llama", *both, phases, *layout, "run.name=both", "observe.eval_batches=2")
+    config = make_config(
+        tmp_path, "llama", *both, phases, *layout, "run.name=both", "observe.eval_batches=2"
+    )
     alone = [  # half as many samples, all of one source
         make_config(
             tmp_path, "llama", both[0], phases, *layout, f"data.valid=[{source}]", f"run.name=alone-{number}",
@@ -357,4 +434,6 @@ def test_each_source_is_followed_on_its_own(tmp_path: Path, layout: tuple[str, .
         assert len(wanted) == 2
         assert [line[f"valid_loss/{name}"] for line in found] == pytest.approx(wanted, rel=1e-6)
     for line in found:  # as many rows of each: the mean of all is the mean of both
-        assert line["valid_loss"] == pytest.approx((line["valid_loss/web"] + line["valid_loss/code"]) / 2, rel=1e-6)
+        assert line["valid_loss"] == pytest.approx(
+            (line["valid_loss/web"] + line["valid_loss/code"]) / 2, rel=1e-6
+        )

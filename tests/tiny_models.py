@@ -1,4 +1,5 @@
-"""Configs of two-layer Hugging Face models, a few for each family: what `transformers.AutoConfig.for_model` takes."""
+"""Configs of two-layer Hugging Face models, a few for each family: what
+`transformers.AutoConfig.for_model` takes."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ GEMMA3 = GROUPED | {
     "model_type": "gemma3_text", "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
-# Sequences of 32 and 40 go past the original 16 positions, and a head's six frequencies fall into all three bands.
+# Sequences of 32 and 40 go past the original 16 positions, and a head's six frequencies fall into
+# all three bands.
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
@@ -90,7 +92,11 @@ T5: dict[str, Any] = {
     "relative_attention_max_distance": 24, "dropout_rate": 0.0,
 }  # fmt: skip
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-OLMO3 = GROUPED | {"model_type": "olmo3", "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+OLMO3 = GROUPED | {
+    "model_type": "olmo3",
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 GRANITE = GROUPED | {
     "model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7,
     "logits_scaling": 1.5,
@@ -227,7 +233,8 @@ MASKED = ("bert", "modernbert", "roberta")
 SEQ2SEQ = ("mt5", "t5")
 """Families of encoder-decoders."""
 OWN_HEAD = ("mt5", "t5-gated")
-"""Cases of these whose head is not the embedding, as published; transformers 5 ties it where none is loaded."""
+"""Cases of these whose head is not the embedding, as published; transformers 5 ties it where none
+is loaded."""
 
 
 def auto_class(family: str) -> Any:
@@ -236,11 +243,14 @@ def auto_class(family: str) -> Any:
 
     if family in SEQ2SEQ:
         return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
+    return (
+        transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
+    )
 
 
 def their_logits(model: Any, tokens: Tensor, **options: Any) -> Tensor:
-    """What a model of transformers says of tokens; of an encoder-decoder's target, whose source they are, too."""
+    """What a model of transformers says of tokens; of an encoder-decoder's target, whose source
+    they are, too."""
     if model.config.is_encoder_decoder:
         return model(input_ids=source_of(tokens), decoder_input_ids=tokens, **options).logits
     return model(tokens, **options).logits
@@ -260,14 +270,17 @@ def source_of(tokens: Tensor) -> Tensor:
 
 
 def randomize(model: nn.Module, own_head: bool = False) -> None:
-    """Draw all weights, norms and biases too: left at 1 and 0 they could be swapped unseen. `own_head`: that of an
-    encoder-decoder, which transformers would tie."""
+    """Draw all weights, norms and biases too: left at 1 and 0 they could be swapped unseen.
+    `own_head`: that of an encoder-decoder, which transformers would tie."""
     if own_head:
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # A bias that all features share would drown what distinguishes tokens behind a post-norm.
-            parameter.normal_(mean=0.5 * (parameter.dim() == 1 and not name.endswith("bias")), std=0.25)
+            # A bias that all features share would drown what distinguishes tokens behind a
+            # post-norm.
+            parameter.normal_(
+                mean=0.5 * (parameter.dim() == 1 and not name.endswith("bias")), std=0.25
+            )
         # By which routers choose experts.
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -275,14 +288,15 @@ def randomize(model: nn.Module, own_head: bool = False) -> None:
 
 
 def size_of(name: str, grads: Mapping[str, Tensor]) -> Tensor:
-    """The norm that an error in the gradient `name` is compared with: its own. That of a bias of keys is exactly 0
-    without RoPE, as a softmax does not see what all scores have in common; there it is that of the queries'."""
+    """The norm that an error in the gradient `name` is compared with: its own. That of a bias of
+    keys is exactly 0 without RoPE, as a softmax does not see what all scores have in common; there
+    it is that of the queries'."""
     return grads[name.replace(".key.bias", ".query.bias")].norm()
 
 
 def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names, and in the pieces, that lie in files, from those of transformers' modules: each expert's
-    apart."""
+    """Tensors by the names, and in the pieces, that lie in files, from those of transformers'
+    modules: each expert's apart."""
     found = {}
     for name, tensor in tensors.items():
         if family == "gpt_neox" and name == "lm_head.weight":
@@ -295,6 +309,12 @@ def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         gate, up, down = PROJECTIONS.get(family, GATE_UP_DOWN)
         for number, matrix in enumerate(tensor):
-            parts = {gate: matrix.chunk(2)[0], up: matrix.chunk(2)[1]} if which == "gate_up_proj" else {down: matrix}
-            found |= {f"{block}.experts.{number}.{part}.weight": rows for part, rows in parts.items()}
+            parts = (
+                {gate: matrix.chunk(2)[0], up: matrix.chunk(2)[1]}
+                if which == "gate_up_proj"
+                else {down: matrix}
+            )
+            found |= {
+                f"{block}.experts.{number}.{part}.weight": rows for part, rows in parts.items()
+            }
     return found

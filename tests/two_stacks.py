@@ -1,7 +1,8 @@
-"""A family of an encoder and a decoder, as small as it can be: what any model of several stacks needs of megalite.
+"""A family of an encoder and a decoder, as small as it can be: what any model of several stacks
+needs of megalite.
 
-Both read the same tokens, by an embedding each. The encoder's hidden states go on beside the decoder's, which attends
-to them."""
+Both read the same tokens, by an embedding each. The encoder's hidden states go on beside the
+decoder's, which attends to them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ Pair = tuple[Tensor, Tensor]
 
 class TwoStacksConfig(LlamaLike):
     family: Literal["two_stacks"] = "two_stacks"
-    encoder_layers: int = Field(gt=0, description="How many of the layers, the first ones, are the encoder's.")
+    encoder_layers: int = Field(
+        gt=0, description="How many of the layers, the first ones, are the encoder's."
+    )
 
     def attention(self, layer: int) -> AttentionKind:
         return AttentionKind(causal=layer >= self.encoder_layers)
@@ -57,7 +60,10 @@ class CrossAttention(nn.Module):
     def __init__(self, config: LlamaLike):
         super().__init__()
         hidden, self.head_size = config.hidden_size, config.head_size
-        self.q, self.kv = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, 2 * hidden, bias=False)
+        self.q, self.kv = (
+            nn.Linear(hidden, hidden, bias=False),
+            nn.Linear(hidden, 2 * hidden, bias=False),
+        )
         self.core = CoreAttention(kind=AttentionKind(causal=False))
         self.out = nn.Linear(hidden, hidden, bias=False)
 
@@ -114,7 +120,12 @@ class TwoStacksFamily:
     def weights(config: TwoStacksConfig) -> Iterator[Weight]:
         shape = (config.vocab_size, config.hidden_size)
         yield Weight(
-            "source_embedding.weight", shape, ("model.source.weight",), "vocab", used=0.0, init=config.init_std
+            "source_embedding.weight",
+            shape,
+            ("model.source.weight",),
+            "vocab",
+            used=0.0,
+            init=config.init_std,
         )
         yield from table(config, lambda layer: tuple(_layer(config, layer)))
 
@@ -135,10 +146,19 @@ def _layer(config: TwoStacksConfig, layer: int) -> Iterator[Weight]:
     norm, *rows = layer_table(config)
     num_attention = len(attention_rows(config))
     yield from (norm, *rows[:num_attention], norm_row(config, "cross_norm", "cross_norm"))
-    yield Weight("cross.q.weight", (hidden, hidden), ("cross.q.weight",), "column", unit=unit, init=std)
+    yield Weight(
+        "cross.q.weight", (hidden, hidden), ("cross.q.weight",), "column", unit=unit, init=std
+    )
     halves, names = (hidden, hidden), ("cross.k.weight", "cross.v.weight")
     yield Weight("cross.kv.weight", (2 * hidden, hidden), names, "column", halves, unit, init=std)
-    yield Weight("cross.out.weight", (hidden, hidden), ("cross.o.weight",), "row", unit=unit, init=residual_std(config))
+    yield Weight(
+        "cross.out.weight",
+        (hidden, hidden),
+        ("cross.o.weight",),
+        "row",
+        unit=unit,
+        init=residual_std(config),
+    )
     yield from rows[num_attention:]
     if layer == config.encoder_layers:
         yield norm_row(config, "memory_norm", "memory_norm")

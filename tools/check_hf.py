@@ -1,5 +1,5 @@
-"""Open a checkpoint with transformers' AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM, and compare
-its logits with megalite's own, both in fp32."""
+"""Open a checkpoint with transformers' AutoModelForCausalLM, AutoModelForMaskedLM or
+AutoModelForSeq2SeqLM, and compare its logits with megalite's own, both in fp32."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def auto_class(folder: Path) -> str:
     """Return the name of transformers' class that opens a model with its head for tokens."""
     kind = str(read_hf_config(folder).get("model_type"))
     predicts = families.get(kind).CONFIG.PREDICTS if kind in families else "causal"
-    return {"masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}.get(predicts, "AutoModelForCausalLM")
+    return {"masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}.get(
+        predicts, "AutoModelForCausalLM"
+    )
 
 
 def largest_difference(folder: Path, num_tokens: int = 256) -> float:
-    """Return the largest absolute difference between transformers' and megalite's logits, fp32, on random tokens: two
-    rows of `num_tokens`, or as many as the model has positions."""
+    """Return the largest absolute difference between transformers' and megalite's logits, fp32, on
+    random tokens: two rows of `num_tokens`, or as many as the model has positions."""
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
@@ -55,10 +57,14 @@ def largest_difference(folder: Path, num_tokens: int = 256) -> float:
 def main() -> int:
     """Compare the models, print the difference, and return 1 where it is above TOLERANCE."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
+    parser.add_argument(
+        "model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder"
+    )
     folder = find_model(parser.parse_args().model)
     difference = largest_difference(folder)
-    print(f"{auto_class(folder)}.from_pretrained({str(folder)!r}): largest logit difference {difference:.1e} (fp32)")
+    print(
+        f"{auto_class(folder)}.from_pretrained({str(folder)!r}): largest logit difference {difference:.1e} (fp32)"
+    )
     if not difference <= TOLERANCE:  # NaN fails too
         print(f"error: more than {TOLERANCE:.0e}", file=sys.stderr)
         return 1

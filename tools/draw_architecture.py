@@ -1,9 +1,11 @@
-"""Draw the pictures of docs/architecture.md as SVG: a gradient's way through a step, and a checkpoint's way.
+"""Draw the pictures of docs/architecture.md as SVG: a gradient's way through a step, and a
+checkpoint's way.
 
     python tools/draw_architecture.py            # write docs/gradient.svg and docs/checkpoint.svg
     python tools/draw_architecture.py --check    # name what the code no longer has, and files that are not up to date
 
-All names of the code that a picture shows stand in its table of steps, GRADIENT or CHECKPOINT, as MODULE:NAME.
+All names of the code that a picture shows stand in its table of steps, GRADIENT or CHECKPOINT, as
+MODULE:NAME.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 class Step(NamedTuple):
-    """A row of a picture: what happens, in lines of at most LONGEST characters, and the code that does it."""
+    """A row of a picture: what happens, in lines of at most LONGEST characters, and the code that
+    does it."""
 
     title: str
     lines: tuple[str, ...]
@@ -32,12 +35,18 @@ class Step(NamedTuple):
 GRADIENT = {
     "cut": Step(
         "The weight is cut over the tensor ranks",
-        ("Each holds its rows of a column-parallel matrix,", "as a view into a flat bucket of many weights."),
+        (
+            "Each holds its rows of a column-parallel matrix,",
+            "as a view into a flat bucket of many weights.",
+        ),
         ("models.weights:Weight.local_shape", "engine.layout:make_buckets"),
     ),
     "backward": Step(
         "Backward of a column-parallel linear",
-        ("The gradient of its input is summed over the tensor", "ranks while that of its weight is computed."),
+        (
+            "The gradient of its input is summed over the tensor",
+            "ranks while that of its weight is computed.",
+        ),
         ("kernels.linear:_Linear.backward", "comm.collectives:start_reduce_whole"),
     ),
     "bucket": Step(
@@ -93,37 +102,62 @@ GRADIENT = {
 CHECKPOINT = {
     "state": Step(
         "The state of one step is set aside",
-        ("On CPUs a thread copies it beside the next passes;", "on GPUs it is gathered to the host at once."),
+        (
+            "On CPUs a thread copies it beside the next passes;",
+            "on GPUs it is gathered to the host at once.",
+        ),
         ("checkpoint.save:Saver.save", "engine.native:NativeEngine.gather_later"),
     ),
     "whole": Step(
         "Shards become whole logical tensors",
-        ("Over the replicas to the owner of the bucket, then over", "the tensor ranks to the owner of the weight."),
+        (
+            "Over the replicas to the owner of the bucket, then over",
+            "the tensor ranks to the owner of the weight.",
+        ),
         ("engine.layout:choose_owners", "engine.gather:Gather", "models.weights:Weight.assemble"),
     ),
     "files": Step(
         "Every owner writes its files",
-        ("Safetensors with Hugging Face's names, also for the", "optimizer's state; with fsync and SHA-256."),
-        ("checkpoint.writing:Writing._write_part", "models.weights:Weight.to_hf", "checkpoint.folder:digest"),
+        (
+            "Safetensors with Hugging Face's names, also for the",
+            "optimizer's state; with fsync and SHA-256.",
+        ),
+        (
+            "checkpoint.writing:Writing._write_part",
+            "models.weights:Weight.to_hf",
+            "checkpoint.folder:digest",
+        ),
     ),
     "seal": Step(
         "Rank 0 writes the manifest last",
-        ("It waits for the sizes and digests of all ranks, and", "syncs every other file and the folder itself."),
+        (
+            "It waits for the sizes and digests of all ranks, and",
+            "syncs every other file and the folder itself.",
+        ),
         ("checkpoint.board:Board", "checkpoint.writing:Writing._seal"),
     ),
     "name": Step(
         "A rename makes it a checkpoint",
-        ("A crash before it leaves a .tmp folder, which no", "resume takes; older checkpoints are untouched."),
+        (
+            "A crash before it leaves a .tmp folder, which no",
+            "resume takes; older checkpoints are untouched.",
+        ),
         ("checkpoint.writing:Writing._give_name",),
     ),
     "find": Step(
         "A resume takes the newest undamaged one",
-        ("Each rank hashes a share of the files; all agree. A", "damaged checkpoint is set aside under another name."),
+        (
+            "Each rank hashes a share of the files; all agree. A",
+            "damaged checkpoint is set aside under another name.",
+        ),
         ("checkpoint.resume:find_checkpoint", "checkpoint.resume:find_damage"),
     ),
     "read": Step(
         "Each rank reads its own slices, on any layout",
-        ("The rows of the table of weights say which. Master", "weights and moments are read in the same way."),
+        (
+            "The rows of the table of weights say which. Master",
+            "weights and moments are read in the same way.",
+        ),
         (
             "checkpoint.load:from_checkpoint",
             "models.weights:Weight.read_local",
@@ -132,7 +166,7 @@ CHECKPOINT = {
     ),
 }
 
-# --- what both are drawn with ---------------------------------------------------------------------------------------
+# --- what both are drawn with ---------------------------------------------------------------------
 
 WIDTH, LEFT, TEXT = 900, 24, 46
 LONGEST = 55
@@ -168,14 +202,17 @@ class Drawing:
     def __init__(self) -> None:
         self.elements: list[str] = []
 
-    def rect(self, x: float, y: float, width: float, height: float, kind: str, radius: float = 2) -> None:
-        """Draw a rectangle of `width` and `height` whose upper left corner is (x, y); `kind` is its class in STYLE."""
+    def rect(
+        self, x: float, y: float, width: float, height: float, kind: str, radius: float = 2
+    ) -> None:
+        """Draw a rectangle of `width` and `height` whose upper left corner is (x, y); `kind` is its
+        class in STYLE."""
         size = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"'
         self.elements.append(f'<rect {size} class="{kind}"/>')
 
     def text(self, x: float, y: float, words: str, kind: str = "ink") -> None:
-        """Write the line `words` on the base line y. It begins at x, or with `middle` in `kind`, its class in STYLE,
-        has its middle there."""
+        """Write the line `words` on the base line y. It begins at x, or with `middle` in `kind`,
+        its class in STYLE, has its middle there."""
         self.elements.append(f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(words)}</text>')
 
     def path(self, points: str, kind: str = "flow") -> None:
@@ -185,7 +222,11 @@ class Drawing:
     def tip(self, x: float, y: float, dx: float, dy: float) -> None:
         """Draw the head of an arrow that ends at (x, y) and comes along (dx, dy), a unit vector."""
         back, side = (x - 8 * dx, y - 8 * dy), (4.5 * dy, -4.5 * dx)
-        corners = [(x, y), (back[0] + side[0], back[1] + side[1]), (back[0] - side[0], back[1] - side[1])]
+        corners = [
+            (x, y),
+            (back[0] + side[0], back[1] + side[1]),
+            (back[0] - side[0], back[1] - side[1]),
+        ]
         points = " ".join(f"{a:g},{b:g}" for a, b in corners)
         self.elements.append(f'<polygon points="{points}" class="tip"/>')
 
@@ -201,14 +242,15 @@ class Drawing:
         self.tip(right, y, 1, 0)
 
     def bridge(self, left: float, right: float, y: float, depth: float) -> None:
-        """Draw an arrow with two heads, at `left` and `right`, that leaves y downwards by `depth` and comes back up to
-        it."""
+        """Draw an arrow with two heads, at `left` and `right`, that leaves y downwards by `depth`
+        and comes back up to it."""
         self.path(f"M{left:g} {y + 7:g}V{y + depth:g}H{right:g}V{y + 7:g}")
         self.tip(left, y, 0, -1)
         self.tip(right, y, 0, -1)
 
     def bar(self, middle: float, y: float, parts: Sequence[str], height: float = HEIGHT) -> None:
-        """Draw a flat buffer of this `height` around x = `middle`, in equal `parts` of these kinds."""
+        """Draw a flat buffer of this `height` around x = `middle`, in equal `parts` of these
+        kinds."""
         width = BAR / len(parts)
         for number, kind in enumerate(parts):
             self.rect(middle - BAR / 2 + number * width + 0.5, y, width - 1, height, kind)
@@ -217,10 +259,13 @@ class Drawing:
         """Write a `name` of the tables at (x, y), as FILE NAME."""
         module, _, inside = name.partition(":")
         file = f'<tspan class="mute">{module.replace(".", "/")}.py</tspan>'
-        self.elements.append(f'<text x="{x:g}" y="{y:g}" class="code name">{file} {escape(inside)}</text>')
+        self.elements.append(
+            f'<text x="{x:g}" y="{y:g}" class="code name">{file} {escape(inside)}</text>'
+        )
 
     def svg(self, height: float, label: str) -> str:
-        """Return the file, on a card of its own colour, so that it can be read on a page of any colour."""
+        """Return the file, on a card of its own colour, so that it can be read on a page of any
+        colour."""
         card = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1:g}" rx="8" class="card"/>'
         size = f'width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} {height:g}"'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(label)}">'
@@ -231,9 +276,12 @@ Draw = Callable[[Drawing, float], None]
 """Function that draws what happens in a step, from this y on."""
 
 
-def draw(title: str, steps: dict[str, Step], rows: dict[str, tuple[float, Draw]], header: Draw) -> str:
-    """Return a picture of all steps under a `title`, one below the other: words and code on the left, `rows` on the
-    right, each with the least height that it needs. `header` is drawn above the first."""
+def draw(
+    title: str, steps: dict[str, Step], rows: dict[str, tuple[float, Draw]], header: Draw
+) -> str:
+    """Return a picture of all steps under a `title`, one below the other: words and code on the
+    left, `rows` on the right, each with the least height that it needs. `header` is drawn above the
+    first."""
     assert steps.keys() == rows.keys()
     drawing, y = Drawing(), 92.0
     drawing.text(LEFT, 36, title, "head ink")
@@ -254,7 +302,7 @@ def draw(title: str, steps: dict[str, Step], rows: dict[str, tuple[float, Draw]]
     return drawing.svg(y + 8, title)
 
 
-# --- a gradient's way -----------------------------------------------------------------------------------------------
+# --- a gradient's way -----------------------------------------------------------------------------
 
 TENSOR = ("t0", "t1", "t0", "t1")
 MIDDLE = (COLUMNS[0] + COLUMNS[3]) / 2
@@ -277,7 +325,13 @@ def ranks_header(drawing: Drawing, y: float) -> None:
 def draw_cut(drawing: Drawing, y: float) -> None:
     for number, x in enumerate(COLUMNS):
         for half in (0, 1):
-            drawing.rect(x - 26, y + half * 18, 52, 17, TENSOR[number] if half == number % 2 else "ghost dashed")
+            drawing.rect(
+                x - 26,
+                y + half * 18,
+                52,
+                17,
+                TENSOR[number] if half == number % 2 else "ghost dashed",
+            )
         drawing.down(x - BAR / 8, y + 40, y + 60)
         drawing.bar(x, y + 62, ("ghost", TENSOR[number], "ghost", "ghost"))
     drawing.text(MIDDLE, y + 96, "a weight, and its place in a bucket", "middle small mute")
@@ -298,7 +352,9 @@ def draw_bucket(drawing: Drawing, y: float) -> None:
         drawing.down(x - BAR / 8, y + 4, y + 34)
         drawing.text(x + 6, y + 24, "+=", "code word")
         drawing.bar(x, y + 36, ("ghost", TENSOR[number], "ghost", "ghost"))
-    drawing.text(MIDDLE, y + 74, "the gradients of a bucket’s weights, whole, in fp32", "middle small mute")
+    drawing.text(
+        MIDDLE, y + 74, "the gradients of a bucket’s weights, whole, in fp32", "middle small mute"
+    )
 
 
 def draw_over_replicas(drawing: Drawing, y: float, words: str) -> None:
@@ -322,7 +378,9 @@ def draw_norm(drawing: Drawing, y: float) -> None:
         drawing.path(f"M{x:g} {y + HEIGHT + 3:g}V{y + 36:g}")
     drawing.path(f"M{COLUMNS[0] - 1} {y + 36:g}H{COLUMNS[3] + 1}")
     drawing.down(MIDDLE, y + 36, y + 54)
-    drawing.text(MIDDLE, y + 70, "all-reduce: ‖gradient‖, the same number on all ranks", "middle small word")
+    drawing.text(
+        MIDDLE, y + 70, "all-reduce: ‖gradient‖, the same number on all ranks", "middle small word"
+    )
 
 
 def draw_states(drawing: Drawing, y: float) -> None:
@@ -330,7 +388,12 @@ def draw_states(drawing: Drawing, y: float) -> None:
     for number, x in enumerate(COLUMNS):
         for line, state in enumerate(("w", "m", "v")):
             drawing.bar(x, y + line * 20, shard(number), HEIGHT + 1)
-            drawing.text(x - BAR / 4 if number < 2 else x + BAR / 4, y + line * 20 + 12, state, "middle small onfill")
+            drawing.text(
+                x - BAR / 4 if number < 2 else x + BAR / 4,
+                y + line * 20 + 12,
+                state,
+                "middle small onfill",
+            )
 
 
 def draw_update(drawing: Drawing, y: float) -> None:
@@ -338,7 +401,9 @@ def draw_update(drawing: Drawing, y: float) -> None:
     for number, x in enumerate(COLUMNS):
         drawing.down(x - BAR / 4 if number < 2 else x + BAR / 4, y + 61, y + 81)
         drawing.bar(x, y + 83, shard(number))
-    drawing.text(MIDDLE, y + 117, "master weights and moments → new weights, in bf16", "middle small mute")
+    drawing.text(
+        MIDDLE, y + 117, "master weights and moments → new weights, in bf16", "middle small mute"
+    )
 
 
 def draw_gather(drawing: Drawing, y: float) -> None:
@@ -361,14 +426,16 @@ def gradient() -> str:
     return draw("A gradient’s way: tensor 2 × ZeRO-1", GRADIENT, rows, ranks_header)
 
 
-# --- a checkpoint's way ---------------------------------------------------------------------------------------------
+# --- a checkpoint's way ---------------------------------------------------------------------------
 
 
 def draw_state(drawing: Drawing, y: float) -> None:
     for number, x in enumerate(COLUMNS):
         drawing.bar(x, y, (TENSOR[number], TENSOR[number]))
     draw_states(drawing, y + 24)
-    drawing.text(MIDDLE, y + 100, "weights; shards of master weights and moments", "middle small mute")
+    drawing.text(
+        MIDDLE, y + 100, "weights; shards of master weights and moments", "middle small mute"
+    )
 
 
 def draw_whole(drawing: Drawing, y: float) -> None:
@@ -383,7 +450,9 @@ def draw_whole(drawing: Drawing, y: float) -> None:
     drawing.text(MIDDLE, y + 162, "whole weights, spread over all ranks", "middle small mute")
 
 
-def draw_folder(drawing: Drawing, y: float, name: str, files: Sequence[str], kind: str = "") -> None:
+def draw_folder(
+    drawing: Drawing, y: float, name: str, files: Sequence[str], kind: str = ""
+) -> None:
     left, right = COLUMNS[0] - BAR / 2, COLUMNS[3] + BAR / 2
     tab, low = left + 196, y + 34 + 19 * len(files)
     outline = f"M{left:g} {low:g}V{y:g}H{tab - 8:g}L{tab:g} {y + 22:g}H{right:g}V{low:g}Z"
@@ -406,7 +475,11 @@ def draw_files(drawing: Drawing, y: float) -> None:
 
 def draw_seal(drawing: Drawing, y: float) -> None:
     draw_folder(
-        drawing, y, "step-00000500.tmp/", ('manifest.json: {"size": …, "sha256": …}', "of every file"), "dashed"
+        drawing,
+        y,
+        "step-00000500.tmp/",
+        ('manifest.json: {"size": …, "sha256": …}', "of every file"),
+        "dashed",
     )
 
 
@@ -419,7 +492,12 @@ def draw_find(drawing: Drawing, y: float) -> None:
     for line, step in enumerate((300, 400, 500)):
         damaged = step == 500
         drawing.rect(left, y + line * 26, 150, 22, "ghost dashed" if damaged else "ghost", 3)
-        drawing.text(left + 10, y + line * 26 + 15, f"step-{step:08d}/", "code mute" if damaged else "code ink")
+        drawing.text(
+            left + 10,
+            y + line * 26 + 15,
+            f"step-{step:08d}/",
+            "code mute" if damaged else "code ink",
+        )
     drawing.text(left + 164, y + 42, "← all ranks go on from here", "small word")
     drawing.text(left + 164, y + 68, "a file is not what was written", "small mute")
 
@@ -430,7 +508,12 @@ def draw_read(drawing: Drawing, y: float) -> None:
         drawing.bar(x, y + 18, ("full",) * 3)
         for line, state in enumerate(("w", "m", "v")):
             low = y + 42 + line * 20
-            drawing.bar(x, low, ["full" if part == rank else "ghost dashed" for part in range(3)], HEIGHT + 1)
+            drawing.bar(
+                x,
+                low,
+                ["full" if part == rank else "ghost dashed" for part in range(3)],
+                HEIGHT + 1,
+            )
             drawing.text(x + (rank - 1) * BAR / 3, low + 12, state, "middle small onfill")
     drawing.text(MIDDLE, y + 120, "here: tensor 1, data 3 × ZeRO-1", "middle small mute")
 
@@ -448,7 +531,7 @@ def checkpoint() -> str:
     return draw("A checkpoint’s way", CHECKPOINT, rows, ranks_header)
 
 
-# --- the files ------------------------------------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------------------
 
 PICTURES = {"gradient.svg": gradient, "checkpoint.svg": checkpoint}
 
@@ -467,8 +550,12 @@ def missing_names() -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something is wrong")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 where something is wrong"
+    )
     if not parser.parse_args().check:
         for name, picture in PICTURES.items():
             (DOCS / name).write_text(picture(), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Clean, deduplicate and split raw text as CONFIG says. See megalite/corpus/run.py.
 
-Interrupted, it goes on where it was when the same command is given again. Bad input is counted and reported in the
-output's report.json and report.html; the exit status is then still 0, unless no document is left."""
+Interrupted, it goes on where it was when the same command is given again. Bad input is counted and
+reported in the output's report.json and report.html; the exit status is then still 0, unless no
+document is left."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ from megalite.runtime.exit_codes import explained
 
 
 def main() -> int:
-    """Prepare the corpus as the command line says; return the exit status. Raises DataError where no document is
-    left."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prepare the corpus as the command line says; return the exit status. Raises DataError where
+    no document is left."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", metavar="CONFIG", help="YAML, such as configs/corpus/web.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as language.min_score=0.5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="such as language.min_score=0.5"
+    )
     args = parser.parse_args()
     # A cancelled job ends like an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -36,7 +41,9 @@ def main() -> int:
     except ImportError as error:
         raise ConfigError(f"{error}; pip install 'megalite[corpus]'") from None
     if report is None:
-        print(f"submitted; {config.output}/report.html comes at the end, and the same command resubmits what failed")
+        print(
+            f"submitted; {config.output}/report.html comes at the end, and the same command resubmits what failed"
+        )
         return 0
     read, seconds = report["stages"][0]["kept"], time.monotonic() - start
     kept = {side: f"{count['documents']:,} {side}" for side, count in report["splits"].items()}
@@ -45,7 +52,9 @@ def main() -> int:
         f"({read['num_bytes'] / 1e6:,.1f} MB) in {seconds:.1f} s; see {config.output}/report.html"
     )
     if not any(count["documents"] for count in report["splits"].values()):
-        raise DataError(f"no document is left; {config.output}/report.html says what was left out, and why")
+        raise DataError(
+            f"no document is left; {config.output}/report.html says what was left out, and why"
+        )
     return 0
 
 

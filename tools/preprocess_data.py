@@ -1,13 +1,15 @@
 """Tokenize text into Megatron's .bin/.idx files. See megalite/data/preprocess.py.
 
-Inputs are JSON lines (plain, .gz, .zst), parquet, Arrow, plain text (a document each), folders and globs of these.
-Lines that cannot be used are counted, reported and left out; the exit status is then still 0.
+Inputs are JSON lines (plain, .gz, .zst), parquet, Arrow, plain text (a document each), folders and
+globs of these. Lines that cannot be used are counted, reported and left out; the exit status is
+then still 0.
 
-Several jobs share the work by --shard 0/4, 1/4, …: each writes its part, keeps it if it is there already, and the one
-that completes the last part joins them into the files that a single job would have written. slurm/preprocess.sh runs
-them as a Slurm array.
+Several jobs share the work by --shard 0/4, 1/4, …: each writes its part, keeps it if it is there
+already, and the one that completes the last part joins them into the files that a single job would
+have written. slurm/preprocess.sh runs them as a Slurm array.
 
-With --format, inputs are rows of labelled data: JSON lines, JSON arrays, parquet, or folders of the datasets library.
+With --format, inputs are rows of labelled data: JSON lines, JSON arrays, parquet, or folders of the
+datasets library.
 
     chat             {"messages": [{"role": …, "content": …}, …]}, or ShareGPT's conversations; the answers are learned,
                      but for those of "weight": 0. Beside them may be "tools" and "system"
@@ -18,8 +20,9 @@ With --format, inputs are rows of labelled data: JSON lines, JSON arrays, parque
     classification   {"text": …, "label": …}
     labels           {"tokens": [words], "labels": [one for each]}, or ner_tags
 
-They become P.bin, .idx and .json, and P.mask, which says what is learned from each token. A row that cannot be used is
-an error that shows it, and nothing is written, unless --bad-rows allows for it."""
+They become P.bin, .idx and .json, and P.mask, which says what is learned from each token. A row
+that cannot be used is an error that shows it, and nothing is written, unless --bad-rows allows for
+it."""
 
 from __future__ import annotations
 
@@ -41,38 +44,75 @@ MOST_SHARDS = 99_999
 
 def main() -> int:
     """Tokenize the inputs as the command line says; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument(
-        "--output-prefix", required=True, help="P of P_KEY_document.bin, .idx and .json; with --format, of P.bin"
+        "--output-prefix",
+        required=True,
+        help="P of P_KEY_document.bin, .idx and .json; with --format, of P.bin",
     )
-    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json, or a tokenizer file")
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder with tokenizer.json, or a tokenizer file"
+    )
     parser.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY",
         help="keys or columns of texts, which become token files each (default: text)",
     )  # fmt: skip
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document token"
+    )
     parser.add_argument(
         "--prepend-bos", action=argparse.BooleanOptionalAction, default=None,
         help="begin each document with the BOS token (default: where the tokenizer has every text begin with it)",
     )  # fmt: skip
     # A job may have fewer cores than its machine; only Linux can say so.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=at_least(1), default=cores, help="threads or processes (default: one a core)")
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least(1),
+        default=cores,
+        help="threads or processes (default: one a core)",
+    )
     parser.add_argument(
         "--exact", action="store_true",
         help="take Hugging Face's tokenizers, not gigatoken, which is faster and compared with them on samples",
     )  # fmt: skip
-    parser.add_argument("--shard", type=_shard, metavar="I/N", help="only part I (from 0) of N of the input")
-    parser.add_argument("--format", choices=FORMATS, help="the inputs are rows of labelled data, such as these")
-    parser.add_argument("--last-only", action="store_true", help="of a chat, learn the last answer only")
-    parser.add_argument("--labels", nargs="+", default=[], help="names of the classes, in order (default: those there)")
     parser.add_argument(
-        "--problem", choices=PROBLEMS, default="single_label", help="of --format classification (default: %(default)s)"
+        "--shard", type=_shard, metavar="I/N", help="only part I (from 0) of N of the input"
     )
-    parser.add_argument("--bad-rows", type=at_least(0), default=0, metavar="N", help="rows that may be left out")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="the inputs are rows of labelled data, such as these"
+    )
+    parser.add_argument(
+        "--last-only", action="store_true", help="of a chat, learn the last answer only"
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        default=[],
+        help="names of the classes, in order (default: those there)",
+    )
+    parser.add_argument(
+        "--problem",
+        choices=PROBLEMS,
+        default="single_label",
+        help="of --format classification (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bad-rows", type=at_least(0), default=0, metavar="N", help="rows that may be left out"
+    )
     args = parser.parse_args()
-    for_text = args.append_eod or args.exact or args.shard or args.json_keys != ["text"] or args.prepend_bos is not None
+    for_text = (
+        args.append_eod
+        or args.exact
+        or args.shard
+        or args.json_keys != ["text"]
+        or args.prepend_bos is not None
+    )
     if args.format and for_text:
         parser.error(
             "--append-eod, --prepend-bos, --exact, --shard and --json-keys are for plain text, not for --format"
@@ -81,8 +121,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
     if args.format:
-        settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels), args.problem)
-        result = preprocess_rows(args.input, args.output_prefix, settings, args.workers, args.bad_rows, console)
+        settings = Settings(
+            args.format, args.tokenizer, args.last_only, tuple(args.labels), args.problem
+        )
+        result = preprocess_rows(
+            args.input, args.output_prefix, settings, args.workers, args.bad_rows, console
+        )
         print(result)
         return 0
     for key in args.json_keys:

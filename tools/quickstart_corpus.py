@@ -1,4 +1,5 @@
-"""Write the Python standard library's own source files, found on this machine, as train.jsonl and valid.jsonl."""
+"""Write the Python standard library's own source files, found on this machine, as train.jsonl and
+valid.jsonl."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ def main() -> None:
             text = path.read_text(encoding="utf-8", errors="replace")
             files[split].write(json.dumps({"text": text, "path": name}) + "\n")
             counts[split] += len(text)
-    print(", ".join(f"{split}: {count / 1e6:.1f} MB" for split, count in counts.items()), f"of Python from {root}")
+    print(
+        ", ".join(f"{split}: {count / 1e6:.1f} MB" for split, count in counts.items()),
+        f"of Python from {root}",
+    )
 
 
 if __name__ == "__main__":

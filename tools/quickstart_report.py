@@ -1,5 +1,5 @@
-"""Report what the quickstart's run has learned: its validation loss beside that of a unigram model, and both in
-loss.png."""
+"""Report what the quickstart's run has learned: its validation loss beside that of a unigram model,
+and both in loss.png."""
 
 from __future__ import annotations
 
@@ -24,25 +24,39 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     run = parser.parse_args().run
     config = load_config(run / "config.yaml")
-    train, valid = (IndexedDataset(sources[0].path) for sources in (config.data.train, config.data.valid))
+    train, valid = (
+        IndexedDataset(sources[0].path) for sources in (config.data.train, config.data.valid)
+    )
     unigram = unigram_loss(train, valid, config.model.vocab_size)
     metrics = run / "metrics.jsonl"
-    losses = [loss for record in read_metrics(metrics) if (loss := record.get("valid_loss")) is not None]
+    losses = [
+        loss for record in read_metrics(metrics) if (loss := record.get("valid_loss")) is not None
+    ]
     plot_loss(metrics, run / "loss.png", {"unigram model": unigram})
-    print(f"validation loss {losses[-1]:.3f}, of a unigram model of the same tokens {unigram:.3f} (nats per token)")
+    print(
+        f"validation loss {losses[-1]:.3f}, of a unigram model of the same tokens {unigram:.3f} (nats per token)"
+    )
     print(f"picture: {run / 'loss.png'}")
     if config.model.task == "masked" and config.data.tokenizer:
         special = load_tokenizer(config.data.tokenizer).special_ids
-        told = [record["valid_accuracy"] for record in read_metrics(metrics) if "valid_accuracy" in record][-1]
+        told = [
+            record["valid_accuracy"]
+            for record in read_metrics(metrics)
+            if "valid_accuracy" in record
+        ][-1]
         often = unigram_accuracy(train, valid, config.model.vocab_size, special)
-        print(f"masked tokens told rightly {told:.1%}; the most frequent token is right in {often:.1%}")
+        print(
+            f"masked tokens told rightly {told:.1%}; the most frequent token is right in {often:.1%}"
+        )
         if not told > 2 * often:
             print("error: the model has learned too little", file=sys.stderr)
             return 1
         return 0
     if isinstance(config.objective, SpanCorruptionConfig):
         # Of what the decoder tells, all but the sentinels and the end are tokens of the text.
-        _, spans = num_hidden(config.lengths.read, config.objective.density, config.objective.mean_length)
+        _, spans = num_hidden(
+            config.lengths.read, config.objective.density, config.objective.mean_length
+        )
         of_text = unigram * (1 - (spans + 1) / config.lengths.target)
         print(f"of a unigram model that is told where spans begin and end {of_text:.3f}")
         unigram = of_text + 0.5

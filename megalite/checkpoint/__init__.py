@@ -1,4 +1,5 @@
-"""Checkpoints: Hugging Face model folders with the optimizer state beside the weights, independent of the layout.
+"""Checkpoints: Hugging Face model folders with the optimizer state beside the weights, independent
+of the layout.
 
     step-00000100/
       config.json, tokenizer…, model-*.safetensors, model.safetensors.index.json     what transformers and vLLM open
@@ -6,5 +7,6 @@
       train_state.json                                                               step, data position, recent losses
       manifest.json                                                                  size and SHA-256 of every file
 
-A folder without a valid manifest does not count: it is written as step-N.tmp, and renamed when complete and on disk.
+A folder without a valid manifest does not count: it is written as step-N.tmp, and renamed when
+complete and on disk.
 """

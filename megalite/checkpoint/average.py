@@ -1,5 +1,5 @@
-"""Averages models of one shape, weight by weight: checkpoints of a run (a decay that is never made, Li et al. 2025), or
-finetuned models (model soups, Wortsman et al. 2022)."""
+"""Averages models of one shape, weight by weight: checkpoints of a run (a decay that is never made,
+Li et al. 2025), or finetuned models (model soups, Wortsman et al. 2022)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ NEUTRAL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 def average_of(folders: Sequence[Path], shares: Sequence[float] | None = None) -> Model:
-    """Return the average of the models in `folders`, with everything but the weights taken from the last.
+    """Return the average of the models in `folders`, with everything but the weights taken from the
+    last.
 
-    `shares` weighs them, and is scaled to a sum of 1; without it all count alike. The sums are in fp64 over exact
-    weights (the fp32 master weights of checkpoints), and rounded once. Raises ConfigError for shares that make no
-    average, CheckpointError for models that differ in more than their weights."""
+    `shares` weighs them, and is scaled to a sum of 1; without it all count alike. The sums are in
+    fp64 over exact weights (the fp32 master weights of checkpoints), and rounded once. Raises
+    ConfigError for shares that make no average, CheckpointError for models that differ in more than
+    their weights."""
     shares = [1.0] * len(folders) if shares is None else shares
     if len(shares) != len(folders):
         raise ConfigError(f"{len(shares)} shares for {len(folders)} models; give one for each")

@@ -1,7 +1,8 @@
-"""Messages between the threads that write a checkpoint, through the store at which the ranks met (torchrun's).
+"""Messages between the threads that write a checkpoint, through the store at which the ranks met
+(torchrun's).
 
-The threads must not use collectives, because the training loop has its own in flight; nor the disk, which may be what
-fails.
+The threads must not use collectives, because the training loop has its own in flight; nor the disk,
+which may be what fails.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Board:
     ) -> list[Any]:
         """Wait until there is a value under each of `keys`, and return them.
 
-        Raises TimeoutError after `patience_s`, with what `late` says of the indices of missing keys, and Abandoned."""
+        Raises TimeoutError after `patience_s`, with what `late` says of the indices of missing
+        keys, and Abandoned."""
         deadline = time.monotonic() + patience_s
         pause = 0.005
         # Polled, because a blocking wait of the store could not be abandoned.
@@ -59,7 +61,9 @@ class Board:
                 raise Abandoned("training ended before every rank had written its part")
             if time.monotonic() > deadline:
                 # Only now one by one: `check` of all at once does not say which are missing.
-                missing = [number for number, key in enumerate(keys) if not self._store.check([key])]
+                missing = [
+                    number for number, key in enumerate(keys) if not self._store.check([key])
+                ]
                 raise TimeoutError(late(missing))
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
@@ -71,7 +75,8 @@ class Board:
         patience_s: float,
         late: Callable[[list[int]], str],
     ) -> list[Any]:
-        """Read `keys` as `read` does, with `patience_s` and `late`, and delete them: the store keeps all in memory."""
+        """Read `keys` as `read` does, with `patience_s` and `late`, and delete them: the store
+        keeps all in memory."""
         found = self.read(keys, patience_s, late)
         for key in keys:
             self._store.delete_key(key)

@@ -1,5 +1,5 @@
-"""Converts a stored model to a plain Hugging Face folder: a checkpoint without its optimizer state, an adapter merged
-into its model, a model in another precision, a checkpoint of Megatron-LM.
+"""Converts a stored model to a plain Hugging Face folder: a checkpoint without its optimizer state,
+an adapter merged into its model, a model in another precision, a checkpoint of Megatron-LM.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Model:
     read: Callable[[Weight], Tensor]
     """Returns the logical tensor of a weight: whole, whatever the layout it was written in."""
     read_exact: Callable[[Weight], Tensor] | None = None
-    """Does the same without rounding: fp32 master weights of a run, an adapter merged in fp32. None: `read` rounds
-    nothing."""
+    """Does the same without rounding: fp32 master weights of a run, an adapter merged in fp32.
+    None: `read` rounds nothing."""
     extras: tuple[Path, ...] = ()
     """Folders with a tokenizer and generation_config.json, the first of them preferred."""
     encode: Callable[[Weight, dict[str, Tensor]], dict[str, Tensor]] | None = None
@@ -56,14 +56,18 @@ class Model:
 
 
 def open_source(path: Path, vocab_size: int | None = None, ema: bool = False) -> Model:
-    """Open a Hugging Face folder, a checkpoint, a PEFT adapter with its model, or a checkpoint of Megatron-LM.
+    """Open a Hugging Face folder, a checkpoint, a PEFT adapter with its model, or a checkpoint of
+    Megatron-LM.
 
-    `vocab_size` is for the last one only: its vocabulary without padding. With `ema`, the weights are the average that
-    a checkpoint holds beside them. Names and shapes are checked. Raises ConfigError or CheckpointError."""
+    `vocab_size` is for the last one only: its vocabulary without padding. With `ema`, the weights
+    are the average that a checkpoint holds beside them. Names and shapes are checked. Raises
+    ConfigError or CheckpointError."""
     if (path / "config.json").is_file() or peft.is_adapter(path):
         return _open_hf(path, ema)
     if ema:
-        raise CheckpointError(f"{path} holds no average of weights; a checkpoint of a run with optimizer.ema does")
+        raise CheckpointError(
+            f"{path} holds no average of weights; a checkpoint of a run with optimizer.ema does"
+        )
     if (megatron := find_megatron(path)) is None:
         raise CheckpointError(
             f"{path} is none of: a folder with a config.json or an adapter_config.json, a checkpoint of Megatron-LM's"
@@ -74,7 +78,9 @@ def open_source(path: Path, vocab_size: int | None = None, ema: bool = False) ->
 
 def _open_hf(folder: Path, ema: bool) -> Model:
     if ema and not any((folder / "optimizer").glob(f"{EMA}[.-]*")):
-        raise CheckpointError(f"{folder} holds no average of weights; a checkpoint of a run with optimizer.ema does")
+        raise CheckpointError(
+            f"{folder} holds no average of weights; a checkpoint of a run with optimizer.ema does"
+        )
     model = model_config({"hf": str(folder)})
     weights = weight_table(model)
     # Two readers of one folder: the rounded weights, and the fp32 ones beside them in optimizer/.
@@ -103,9 +109,9 @@ def write_model(
 ) -> None:
     """Write `model` to the new Hugging Face folder `folder`, which appears only when complete.
 
-    Files have at most `shard_bytes`, unless a single weight is larger. `dtype` is one of DTYPES; None leaves each
-    weight as it is. `console` shows the progress. Raises CheckpointError if the folder exists or cannot be written, or
-    a weight exceeds the range of `dtype`."""
+    Files have at most `shard_bytes`, unless a single weight is larger. `dtype` is one of DTYPES;
+    None leaves each weight as it is. `console` shows the progress. Raises CheckpointError if the
+    folder exists or cannot be written, or a weight exceeds the range of `dtype`."""
     if folder.exists():
         raise CheckpointError(f"{folder} exists; name a new folder")
     temporary = folder.with_name(f"{folder.name}.tmp")
@@ -113,9 +119,12 @@ def write_model(
         # Of an earlier conversion that did not come to its end.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files are open already.
+        # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files
+        # are open already.
         copy_files(model.extras, temporary, "generation_config.json")
-        found = _write_tensors(model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console)
+        found = _write_tensors(
+            model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console
+        )
         name = str(found).removeprefix("torch.")
         # "torch_dtype" is the key that every version of transformers and vLLM reads.
         write_json(temporary / "config.json", model.config | {"torch_dtype": name})
@@ -134,10 +143,12 @@ def _write_tensors(
     shard_bytes: int,
     console: Console | None,
 ) -> torch.dtype:
-    """Write the weights, with an index if there are several files. Returns the precision of most bytes."""
+    """Write the weights, with an index if there are several files. Returns the precision of most
+    bytes."""
     shards: list[list[str]] = []
     sizes: dict[torch.dtype, int] = {}
-    # The names hold the number of files, which is known only at the end: until then they are called N.part.
+    # The names hold the number of files, which is known only at the end: until then they are called
+    # N.part.
     for shard in _shards(model, dtype, shard_bytes, console):
         path = folder / f"{len(shards)}.part"
         save_file(shard, path, metadata={"format": "pt"})
@@ -166,8 +177,8 @@ def _shards(
     shard_bytes: int,
     console: Console | None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield Hugging Face tensors, as many at a time as fit into a file. Raises CheckpointError for what fp16 cannot
-    hold."""
+    """Yield Hugging Face tensors, as many at a time as fit into a file. Raises CheckpointError for
+    what fp16 cannot hold."""
     shard: dict[str, Tensor] = {}
     shown = console is not None and console.is_terminal
     # Exact weights are rounded once, to the wanted precision; rounded ones would be rounded twice.
@@ -178,7 +189,9 @@ def _shards(
         # bf16 has fp32's range and only loses digits; fp16 ends at 65,504.
         if dtype == torch.float16 and not torch.equal(written.isinf(), logical.isinf()):
             largest = logical.abs().max().item()
-            raise CheckpointError(f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32")
+            raise CheckpointError(
+                f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32"
+            )
         tensors = weight.to_hf(written)
         if model.encode:
             tensors = model.encode(weight, tensors)

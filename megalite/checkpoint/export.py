@@ -1,5 +1,6 @@
-"""Writes what makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the
-tokenizer; or a PEFT adapter: adapter_config.json. A run that started from such a model keeps that model's files.
+"""Writes what makes a folder of safetensors a Hugging Face model: config.json,
+generation_config.json and the tokenizer; or a PEFT adapter: adapter_config.json. A run that started
+from such a model keeps that model's files.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from megalite.utils.outside import read_object
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"
-"""Subfolder of the run's with the files of the model it started from, which may be gone when the run is resumed."""
+"""Subfolder of the run's with the files of the model it started from, which may be gone when the
+run is resumed."""
 GENERATION = "generation_config.json"
 
 
 def keep_source(config: Config) -> None:
-    """Copy what a Hugging Face model has beside its weights into the run's folder, if the run starts from one."""
+    """Copy what a Hugging Face model has beside its weights into the run's folder, if the run
+    starts from one."""
     folder = config.run.folder / SOURCE
     if config.model.hf is None or folder.exists():
         return
-    # Renamed when complete: a start that is interrupted must not leave a part that later starts take for all.
+    # Renamed when complete: a start that is interrupted must not leave a part that later starts
+    # take for all.
     temporary = folder.with_name(f"{SOURCE}.tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
@@ -41,12 +45,14 @@ def keep_source(config: Config) -> None:
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Write config.json, generation_config.json, tokenizer and the run's own config.yaml to a checkpoint's `folder`.
+    """Write config.json, generation_config.json, tokenizer and the run's own config.yaml to a
+    checkpoint's `folder`.
 
     `tokenizer` is the run's; without one, the files of the model it started from are taken."""
     source = config.run.folder / SOURCE
     (folder / "config.yaml").write_text(config.to_yaml())
-    # All ids are written, also as null: for missing ones transformers takes those of the family's first model.
+    # All ids are written, also as null: for missing ones transformers takes those of the family's
+    # first model.
     model = to_hf_config(config.model)
     ids: dict[str, Any] = {name: model[name] for name in SPECIAL}
     ids["eos_token_id"] = tokenizer.eod_id if tokenizer else None
@@ -55,11 +61,13 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         # What the starting model said wins over what the tokenizer says.
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
     if config.model.task == "classification" and ids["pad_token_id"] is None:
-        # transformers finds the last token of each text in a batch by the padding after it. The end token serves: no
-        # text to classify ends with it.
+        # transformers finds the last token of each text in a batch by the padding after it. The end
+        # token serves: no text to classify ends with it.
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    is_answered = config.model.task == "seq2seq"  # a source has one answer, which begins with a token of its own
+    is_answered = (
+        config.model.task == "seq2seq"
+    )  # a source has one answer, which begins with a token of its own
     start = {"decoder_start_token_id": config.model.START_TOKEN} if is_answered else {}
     write_json(folder / GENERATION, ids | start | {"do_sample": not is_answered})
     if (source / GENERATION).is_file():
@@ -85,8 +93,9 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
 
 
 def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
-    """Add the tokens by which the folder's chat template ends an answer to eos_token_id of generation_config.json, so
-    that whoever generates with the folder stops there. `ends` are used if the file has none."""
+    """Add the tokens by which the folder's chat template ends an answer to eos_token_id of
+    generation_config.json, so that whoever generates with the folder stops there. `ends` are used
+    if the file has none."""
     if not _has_template(folder):
         return
     file = folder / GENERATION
@@ -106,7 +115,8 @@ def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
 
 
 def _has_template(folder: Path) -> bool:
-    """Return whether the folder has a chat template, without importing transformers, which takes long."""
+    """Return whether the folder has a chat template, without importing transformers, which takes
+    long."""
     if (folder / "chat_template.jinja").is_file():
         return True
     settings = folder / "tokenizer_config.json"

@@ -87,7 +87,8 @@ def read_manifest(folder: Path) -> Files | Damage:
 
 
 def parse_manifest(data: bytes) -> Files:
-    """Parse a manifest so strictly that no flipped bit goes unnoticed, here or by the files that are named.
+    """Parse a manifest so strictly that no flipped bit goes unnoticed, here or by the files that
+    are named.
 
     Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
     # The manifest itself has no checksum. A flipped bit in it must make it invalid, or name a file
@@ -103,7 +104,8 @@ def parse_manifest(data: bytes) -> Files:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary of JSON's pairs. A flipped bit may turn a file's name into another file's: refuse that."""
+    """Make a dictionary of JSON's pairs. A flipped bit may turn a file's name into another file's:
+    refuse that."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")
@@ -127,11 +129,14 @@ def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
 
 
 def set_aside(folder: Path, why: str = "damaged") -> Path:
-    """Rename a checkpoint that must not be resumed from: it is then neither found, nor counted by pruning, nor lost.
+    """Rename a checkpoint that must not be resumed from: it is then neither found, nor counted by
+    pruning, nor lost.
 
     The new name ends in `why`. Returns the new path."""
     aside = folder.with_name(f"{folder.name}.{why}-{time.time_ns()}")
-    with contextlib.suppress(OSError):  # if it cannot be renamed now, the next start passes over it again
+    with contextlib.suppress(
+        OSError
+    ):  # if it cannot be renamed now, the next start passes over it again
         folder.rename(aside)
     return aside
 
@@ -149,7 +154,8 @@ def steps_in(root: Path) -> list[int]:
 
 
 def complete_steps(root: Path) -> list[int]:
-    """Return the steps that have a complete checkpoint, oldest first. Compares sizes, not contents."""
+    """Return the steps that have a complete checkpoint, oldest first. Compares sizes, not
+    contents."""
     return [step for step in steps_in(root) if _complete(step_folder(root, step))]
 
 
@@ -176,7 +182,8 @@ class Worth:
 
     @property
     def updated(self) -> int:
-        """Step whose update made the weights. Only the step after it shows whether they are sound."""
+        """Step whose update made the weights. Only the step after it shows whether they are
+        sound."""
         return self.step - self.refused
 
 
@@ -195,28 +202,35 @@ def read_worth(folder: Path, step: int) -> Worth:
 
 
 def best_steps(root: Path, steps: Sequence[int], count: int) -> list[int]:
-    """Return up to `count` of these `steps` below `root` with the lowest validation loss, the best first.
+    """Return up to `count` of these `steps` below `root` with the lowest validation loss, the best
+    first.
 
     Of equal losses the later step is the better."""
     worth = [read_worth(step_folder(root, step), step) for step in steps] if count else []
     # Ascending by loss; the negated step puts the later one of two equals first.
-    judged = sorted((each.valid_loss, -each.step) for each in worth if math.isfinite(each.valid_loss))
+    judged = sorted(
+        (each.valid_loss, -each.step) for each in worth if math.isfinite(each.valid_loss)
+    )
     return [-step for _, step in judged[:count]]
 
 
 def sound_steps(steps: Sequence[int], newest: Worth) -> list[int]:
-    """Return those of `steps` whose weights were followed by a good step; `newest` tells which steps were bad.
+    """Return those of `steps` whose weights were followed by a good step; `newest` tells which
+    steps were bad.
 
-    A step's own loss proves nothing: weights beyond repair may have a finite loss, and only its gradient shows it."""
+    A step's own loss proves nothing: weights beyond repair may have a finite loss, and only its
+    gradient shows it."""
     # A step's update is known to be good when the step after it had good numbers.
     return [step for step in steps if step < newest.updated]
 
 
 def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None) -> None:
-    """Delete all complete checkpoints below `root` but the newest `keep` and the best `keep_best` by validation loss.
+    """Delete all complete checkpoints below `root` but the newest `keep` and the best `keep_best`
+    by validation loss.
 
-    Incomplete ones do not count, and stay for a person to look at. Beside `newest`, the state that is being saved, two
-    more stay: the newest that a good step has followed, and the newest from before the refused steps."""
+    Incomplete ones do not count, and stay for a person to look at. Beside `newest`, the state that
+    is being saved, two more stay: the newest that a good step has followed, and the newest from
+    before the refused steps."""
     # Sets of reasons to stay; what no reason keeps is deleted below.
     steps = complete_steps(root)
     kept = {*steps[-keep:], *best_steps(root, steps, keep_best)}
@@ -262,7 +276,8 @@ def remove_unfinished(root: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder with its contents, a file, or a link (not its target). Does nothing if there is none."""
+    """Delete a folder with its contents, a file, or a link (not its target). Does nothing if there
+    is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,5 +1,5 @@
-"""Reads the initial weights of a run: from a checkpoint, a Hugging Face folder, or the seed. Each rank reads only its
-slices.
+"""Reads the initial weights of a run: from a checkpoint, a Hugging Face folder, or the seed. Each
+rank reads only its slices.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ VALUES = ("weight", "master", EMA)
 
 
 def from_seed(seed: int, mesh: Mesh, device: torch.device | str = "cpu") -> ReadState:
-    """Return a reader of initial weights from `seed`, the same on every layout, and of zero moments.
+    """Return a reader of initial weights from `seed`, the same on every layout, and of zero
+    moments.
 
     `mesh` says which part of each a rank holds; `device` is where they are computed."""
 
-    # A reader takes (weight, kind, start, stop): elements start..stop of this rank's part of it, flattened.
+    # A reader takes (weight, kind, start, stop): elements start..stop of this rank's part of it,
+    # flattened.
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         # Whatever is asked for is drawn by its place in the logical tensor: no rank draws what it
         # does not hold.
         if kind not in VALUES:
             return torch.zeros(stop - start)
-        return _local(weight, lambda w, *rows: w.initial_rows(seed, *rows, device), mesh, start, stop)
+        return _local(
+            weight, lambda w, *rows: w.initial_rows(seed, *rows, device), mesh, start, stop
+        )
 
     return read
 
@@ -52,13 +56,15 @@ def from_hf(
     seed: int | None = None,
     exact: str | None = None,
 ) -> ReadState:
-    """Return a reader of the `weights` of a Hugging Face `folder`, which are also the master weights, and zero moments.
+    """Return a reader of the `weights` of a Hugging Face `folder`, which are also the master
+    weights, and zero moments.
 
-    For the folder of an adapter, it reads the weights of the model with the adapter merged in fp32: rounded to the
-    model's precision as weights, exact as master weights. With `exact`, the master weights are those that a
-    checkpoint keeps beside its rounded weights: "master", or "ema", their average. A head for classes, or for masked
-    tokens, that the folder's model lacks is initialized from `seed`; without one it is an error. `model` is the model
-    to load into, `mesh` says which part of each weight a rank holds.
+    For the folder of an adapter, it reads the weights of the model with the adapter merged in fp32:
+    rounded to the model's precision as weights, exact as master weights. With `exact`, the master
+    weights are those that a checkpoint keeps beside its rounded weights: "master", or "ema", their
+    average. A head for classes, or for masked tokens, that the folder's model lacks is initialized
+    from `seed`; without one it is an error. `model` is the model to load into, `mesh` says which
+    part of each weight a rank holds.
 
     Raises CheckpointError if names or shapes are not those of the model."""
     if peft.is_adapter(folder):
@@ -78,8 +84,8 @@ def from_hf(
 def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
     """Return the precision to compute in with the weights of a Hugging Face folder.
 
-    It is that of the tensors. If they have several, such as fp32 norms among bf16 matrices, it is the one config.json
-    names, as in transformers, or else that of most bytes."""
+    It is that of the tensors. If they have several, such as fp32 norms among bf16 matrices, it is
+    the one config.json names, as in transformers, or else that of most bytes."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
@@ -91,17 +97,20 @@ def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
     return max(sizes, key=lambda kind: sizes[kind])
 
 
-def from_checkpoint(config: Config, weights: Sequence[Weight], folder: Path, mesh: Mesh) -> ReadState:
-    """Return a reader of the weights, master weights and optimizer states of a checkpoint, whatever layout it was
-    written on.
+def from_checkpoint(
+    config: Config, weights: Sequence[Weight], folder: Path, mesh: Mesh
+) -> ReadState:
+    """Return a reader of the weights, master weights and optimizer states of a checkpoint, whatever
+    layout it was written on.
 
-    `folder` is the checkpoint, `weights` the table of the config's model, `mesh` says which part of each a rank holds.
-    Raises CheckpointError if names or shapes are not those of the model."""
+    `folder` is the checkpoint, `weights` the table of the config's model, `mesh` says which part of
+    each a rank holds. Raises CheckpointError if names or shapes are not those of the model."""
     return _from_folder(folder, weights, config.model, mesh, _with_masters(folder, config, weights))
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config a checkpoint was saved under, or None if it has none. Raises CheckpointError."""
+    """Return the config a checkpoint was saved under, or None if it has none. Raises
+    CheckpointError."""
     file = checkpoint / "config.yaml"
     if not file.exists():
         return None
@@ -120,29 +129,43 @@ UNLESS_SET: Mapping[str, Any] = {"name": "adamw", "groups": [], EMA: None}
 """Settings of the optimizer that decide which states are kept, and their defaults."""
 
 
-def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:
-    """Return for each optimizer state of `config` the weights that a checkpoint holds it for, `trained` being all; as
-    rows of the state, whose shape may be another.
+def states_held(
+    folder: Path, config: Config, trained: Sequence[Weight]
+) -> dict[str, Sequence[Weight]]:
+    """Return for each optimizer state of `config` the weights that a checkpoint holds it for,
+    `trained` being all; as rows of the state, whose shape may be another.
 
-    Those are the ones that need it, unless the optimizer is another one since: then what fits is carried over."""
+    Those are the ones that need it, unless the optimizer is another one since: then what fits is
+    carried over."""
     states = config.optimizer.all_states
     before = (stored_config(folder) or {}).get("optimizer") or {}
     now = config.optimizer.model_dump(mode="json")
     # Another optimizer than the checkpoint's: look at what is there, and begin the rest at zero.
     # With the same one a missing file is damage, and must be an error.
     if any(before.get(key, default) != now[key] for key, default in UNLESS_SET.items()):
-        found = {state: TensorFolder(folder / "optimizer", state).files for state in _files_of(folder, states)}
+        found = {
+            state: TensorFolder(folder / "optimizer", state).files
+            for state in _files_of(folder, states)
+        }
         # Of a fused weight any of its Hugging Face tensors: `check` will ask for the others.
-        held = {state: [w for w in trained if files.keys() & set(w.hf)] for state, files in found.items()}
+        held = {
+            state: [w for w in trained if files.keys() & set(w.hf)]
+            for state, files in found.items()
+        }
     else:
         needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
-        held = {state: [weight for weight in trained if state in needed[weight.name]] for state in states}
+        held = {
+            state: [weight for weight in trained if state in needed[weight.name]]
+            for state in states
+        }
     row = config.optimizer.state_row
     # There are no files of a state that no weight has, such as AdamW's beside Muon in a LoRA run.
     return {state: [row(weight, state) for weight in some] for state, some in held.items() if some}
 
 
-def _with_masters(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:
+def _with_masters(
+    folder: Path, config: Config, trained: Sequence[Weight]
+) -> dict[str, Sequence[Weight]]:
     return dict.fromkeys(_masters_in(folder), trained) | states_held(folder, config, trained)
 
 
@@ -163,11 +186,13 @@ def for_adapters(
     mesh: Mesh,
     device: torch.device | str,
 ) -> ReadState:
-    """Return a reader for a LoRA run: frozen weights from the model it started from, adapters from elsewhere.
+    """Return a reader for a LoRA run: frozen weights from the model it started from, adapters from
+    elsewhere.
 
-    Adapters and their moments come from `checkpoint`; without one, from `config.lora.adapter` or the seed. `weights` is
-    the table with the adapters, `mesh` says which part of each a rank holds; `device` computes initial weights. Raises
-    CheckpointError if names or shapes are not those of the model, ConfigError if that is an adapter itself."""
+    Adapters and their moments come from `checkpoint`; without one, from `config.lora.adapter` or
+    the seed. `weights` is the table with the adapters, `mesh` says which part of each a rank holds;
+    `device` computes initial weights. Raises CheckpointError if names or shapes are not those of
+    the model, ConfigError if that is an adapter itself."""
     assert config.lora is not None
     assert config.model.hf is not None
     if peft.is_adapter(config.model.hf):
@@ -201,7 +226,8 @@ def _with_adapter(
     mesh: Mesh,
     exact: str | None,
 ) -> ReadState:
-    """Return a reader that merges the adapter in `folder` into the weights of its model, slice by slice."""
+    """Return a reader that merges the adapter in `folder` into the weights of its model, slice by
+    slice."""
     lora = LoraConfig.model_validate(peft.read_lora(folder))
     base = from_hf(peft.base_of(folder), weights, model, mesh)
     # A fused weight may have several adapters, one for each of the Hugging Face modules in it.
@@ -229,7 +255,8 @@ def _with_adapter(
         if kind not in VALUES or not own:
             return base(weight, kind, start, stop)
         before = local(base, weight)
-        # The whole shard is merged for a slice of it: a product of two factors has no cheaper slice.
+        # The whole shard is merged for a slice of it: a product of two factors has no cheaper
+        # slice.
         whole = merged(before, own, lora.scale, mesh.tensor.size).flatten()[start:stop]
         return whole.to(before.dtype) if kind == "weight" else whole
 
@@ -245,8 +272,8 @@ def _from_folder(
     stem: str = "model",
     new_head: ReadState | None = None,
 ) -> ReadState:
-    """Return a reader of the files STEM.safetensors in `folder`, and of `states` in its subfolder optimizer/,
-    each with the weights that have it there; it is zero for others."""
+    """Return a reader of the files STEM.safetensors in `folder`, and of `states` in its subfolder
+    optimizer/, each with the weights that have it there; it is zero for others."""
     source = TensorFolder(folder, stem)
     sources = {"weight": source}
     new: set[str] = set()  # weights of a head that the folder lacks
@@ -262,7 +289,9 @@ def _from_folder(
         new = lacking_head(model, weights, source.files) if new_head else new
         spare = unneeded(source, model, head_is_replaced=bool(new))
     # All is checked before anything is read: a mistake must not cost a start of minutes.
-    stored = {weight.name: weight.as_stored(source.files) for weight in weights if weight.name not in new}
+    stored = {
+        weight.name: weight.as_stored(source.files) for weight in weights if weight.name not in new
+    }
     source.check([*stored.values()], ignore=spare)
     holders: dict[str, set[str]] = {}
     for state, held in states.items():
@@ -274,8 +303,11 @@ def _from_folder(
         if new_head and weight.name in new:
             return new_head(weight, kind, start, stop)
         if kind in VALUES and weight.name not in holders.get(kind, ()):
-            # An average begins as the exact weights, and weights that nothing is kept beside are exact.
-            kind = "master" if kind == EMA and weight.name in holders.get("master", ()) else "weight"
+            # An average begins as the exact weights, and weights that nothing is kept beside are
+            # exact.
+            kind = (
+                "master" if kind == EMA and weight.name in holders.get("master", ()) else "weight"
+            )
         elif weight.name not in holders.get(kind, ()):
             # An optimizer state that the checkpoint does not have begins at zero.
             return torch.zeros(stop - start)
@@ -290,4 +322,6 @@ def _from_folder(
 def _local(weight: Weight, read_rows: RowReader, mesh: Mesh, start: int, stop: int) -> Tensor:
     """Return elements [start, stop) of this rank's part of a weight."""
     fold = mesh.fold_of(weight)
-    return weight.read_local(read_rows, fold.holders.rank, fold.tensor.size, start, stop, fold.expert.size)
+    return weight.read_local(
+        read_rows, fold.holders.rank, fold.tensor.size, start, stop, fold.expert.size
+    )

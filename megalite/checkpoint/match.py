@@ -1,7 +1,9 @@
-"""Checks whether a checkpoint belongs to the run that a config describes, before the run writes anything.
+"""Checks whether a checkpoint belongs to the run that a config describes, before the run writes
+anything.
 
-What gives the checkpoint's state its meaning must not change: the model, the tokenizer, the frozen model beside
-adapters, and which samples of the data it has seen. Everything else may change, and is reported.
+What gives the checkpoint's state its meaning must not change: the model, the tokenizer, the frozen
+model beside adapters, and which samples of the data it has seen. Everything else may change, and is
+reported.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from megalite.training.schedules import learning_rate
 from megalite.utils.changes import Change, changes, spelled, with_defaults
 
 NEUTRAL = {"preset", "hf", "init_std"}
-"""Settings of `model` that say only where its fields and initial weights came from. (Dropout may change as well.)"""
+"""Settings of `model` that say only where its fields and initial weights came from. (Dropout may
+change as well.)"""
 SAME_MODEL = {
     "lora",
     "lora.rank",
@@ -62,9 +65,9 @@ def check_match(
 ) -> list[str]:
     """Return what has changed since `checkpoint` was saved, in lines for the console.
 
-    `state` is its train_state.json; `config`, `tokenizer` and `train` are the run's now; `base` is what `base_files`
-    finds now. Raises CheckpointError if its model, tokenizer or base is another one, DataError if its data is, and
-    ConfigError if it is further than the run is to go."""
+    `state` is its train_state.json; `config`, `tokenizer` and `train` are the run's now; `base` is
+    what `base_files` finds now. Raises CheckpointError if its model, tokenizer or base is another
+    one, DataError if its data is, and ConfigError if it is further than the run is to go."""
     if state["step"] > config.train.steps:
         raise ConfigError(
             f"train.steps = {config.train.steps}, but {checkpoint} has {state['step']} steps done already; give at "
@@ -91,15 +94,25 @@ def check_match(
 
 
 def _new_states(checkpoint: Path, config: Config) -> list[str]:
-    """Say which states a changed optimizer begins at zero, since the checkpoint has none for these weights."""
+    """Say which states a changed optimizer begins at zero, since the checkpoint has none for these
+    weights."""
     trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
-    held = {state: {row.name for row in rows} for state, rows in states_held(checkpoint, config, trained).items()}
+    held = {
+        state: {row.name for row in rows}
+        for state, rows in states_held(checkpoint, config, trained).items()
+    }
     new = Counter[str]()
     for weight in trained:
-        needed = [state for state in config.optimizer.states_of(weight) if state != EMA]  # begins as the weights
+        needed = [
+            state for state in config.optimizer.states_of(weight) if state != EMA
+        ]  # begins as the weights
         new.update(state for state in needed if weight.name not in held.get(state, ()))
     missing = ", no ".join(f"{state} of {count} weights" for state, count in new.items())
-    return [f"warning: {checkpoint} has no {missing}; these optimizer states begin at zero"] if missing else []
+    return (
+        [f"warning: {checkpoint} has no {missing}; these optimizer states begin at zero"]
+        if missing
+        else []
+    )
 
 
 def _check_model(
@@ -111,14 +124,19 @@ def _check_model(
     """Raise CheckpointError if one of the changed settings makes another model."""
     other = [change for change in changed if not _says_the_same(change, before, config)]
     if other:
-        named = [f"{each.key} = {spelled(each.now)}, there {spelled(each.was)}" for each in other[:SHOWN]]
+        named = [
+            f"{each.key} = {spelled(each.now)}, there {spelled(each.was)}" for each in other[:SHOWN]
+        ]
         if len(other) > SHOWN:
             named.append(f"and {len(other) - SHOWN} more")
-        raise CheckpointError(f"{checkpoint} is of another model than the config's: {'; '.join(named)}; {KEEPS}")
+        raise CheckpointError(
+            f"{checkpoint} is of another model than the config's: {'; '.join(named)}; {KEEPS}"
+        )
 
 
 def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) -> bool:
-    """Return whether two spellings stand for one model: a size left to the family, or all-linear and its modules."""
+    """Return whether two spellings stand for one model: a size left to the family, or all-linear
+    and its modules."""
     # A stored config that is no longer valid proves nothing: then the change stands.
     with contextlib.suppress(ConfigError, ValidationError, ValueError, KeyError, TypeError):
         # A stored config has every field written out: where they came from is not read again.
@@ -130,7 +148,9 @@ def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) ->
             was = {adapter.module for adapter in adapters_of(table, lora)}
             now = {adapter.module for adapter in adapters_of(table, config.lora)}
             return was == now
-        if change.key.startswith("model.") and not (change.was and change.now):  # 0 or null: as the family has it
+        if change.key.startswith("model.") and not (
+            change.was and change.now
+        ):  # 0 or null: as the family has it
             now_model = config.model.model_copy(update={change.key.partition(".")[2]: change.was})
             return to_hf_config(now_model) == to_hf_config(config.model)
     return False
@@ -172,10 +192,11 @@ def _difference(mine: Tokenizer, other: Tokenizer) -> str:
 
 
 def base_files(config: Config) -> dict[str, str]:
-    """Return a digest of each file of the frozen model beside a run's own weights: the base of adapters, or DPO's
-    reference.
+    """Return a digest of each file of the frozen model beside a run's own weights: the base of
+    adapters, or DPO's reference.
 
-    A digest covers the size and 64 slices of a file. Empty for other runs, and where the model is gone."""
+    A digest covers the size and 64 slices of a file. Empty for other runs, and where the model is
+    gone."""
     if config.model.hf is None or not (config.lora or config.objective.HAS_REFERENCE):
         return {}
     found = {}
@@ -190,7 +211,8 @@ def base_files(config: Config) -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
-    """Return a digest of a file's size and of 64 slices spread over it: reading all would take minutes."""
+    """Return a digest of a file's size and of 64 slices spread over it: reading all would take
+    minutes."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -207,7 +229,8 @@ def _check_base(
     was: Mapping[str, str],
     now: Mapping[str, str],
 ) -> None:
-    """Raise CheckpointError if the frozen model has other files or contents than when the checkpoint was saved."""
+    """Raise CheckpointError if the frozen model has other files or contents than when the
+    checkpoint was saved."""
     if not was or not now:  # saved before this was kept, or the base is gone: loading says so
         return
     for name in sorted(was.keys() | now.keys()):
@@ -235,7 +258,8 @@ def _decides_samples(key: str, config: Config) -> bool:
     for name in names:
         if key == f"data.{name}" or key.startswith((f"data.{name}.", f"data.{name}[")):
             return True
-    # Megatron's order depends on how many samples a run has; phases begin at a step, and so at a batch.
+    # Megatron's order depends on how many samples a run has; phases begin at a step, and so at a
+    # batch.
     is_megatron = config.data.order == "megatron"
     if key == "train.global_batch_size" or key.startswith("train.batch_ramp"):
         return bool(config.data.phases) or is_megatron
@@ -245,7 +269,8 @@ def _decides_samples(key: str, config: Config) -> bool:
 
 
 def _jump(before: Mapping[str, Any], config: Config, step: int) -> list[str]:
-    """Warn if the learning rate of the next step is not what the schedule before would have given it."""
+    """Warn if the learning rate of the next step is not what the schedule before would have given
+    it."""
     with contextlib.suppress(ValidationError, KeyError, TypeError):
         optimizer = OptimizerConfig.model_validate(before["optimizer"])
         steps = int(before["train"]["steps"])

@@ -3,8 +3,9 @@
     torch        mp_rank_TT/model_optim_rng.pt, or mp_rank_TT_PPP/…: a file for each tensor and pipeline rank
     torch_dist   .metadata, common.pt, __R_N.distcp: whole tensors in pieces, those of all layers stacked into one
 
-A tensor rank's shard of a weight is what a rank of megalite holds, but for two things: Megatron stores queries, keys
-and values group by group, and pads the vocabulary. So the weight table assembles the shards.
+A tensor rank's shard of a weight is what a rank of megalite holds, but for two things: Megatron
+stores queries, keys and values group by group, and pads the vocabulary. So the weight table
+assembles the shards.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ ENDS = {
     "decoder.final_norm.weight": "norm.weight",
     "output_layer.weight": "head.weight",
 }
-"""Megatron's names and ours. Of several names for one weight, the first is that of Megatron-core with Transformer
-Engine; then come Megatron-core without it, and the models before Megatron-core."""
+"""Megatron's names and ours. Of several names for one weight, the first is that of Megatron-core
+with Transformer Engine; then come Megatron-core without it, and the models before Megatron-core."""
 LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": "attention_norm.weight",
     "input_layernorm.weight": "attention_norm.weight",
@@ -55,7 +56,9 @@ LAYER = {
     "mlp.linear_fc2.weight": "mlp.down.weight",
     "mlp.dense_4h_to_h.weight": "mlp.down.weight",
 }
-NO_WEIGHTS = re.compile(r"_extra_state\d*$|inv_freq$|^(optimizer|rng_state|rerun_state_machine_state)\b")
+NO_WEIGHTS = re.compile(
+    r"_extra_state\d*$|inv_freq$|^(optimizer|rng_state|rerun_state_machine_state)\b"
+)
 
 
 class Parts(Protocol):
@@ -77,13 +80,20 @@ class Parts(Protocol):
 
 
 def find_megatron(folder: Path) -> Path | None:
-    """Find the folder of an iteration: `folder` itself, or the latest one that it names. None if it is neither."""
+    """Find the folder of an iteration: `folder` itself, or the latest one that it names. None if it
+    is neither."""
     if (folder / LATEST).is_file():
         with reading(folder / LATEST, CheckpointError):
-            word = read_limited(folder / LATEST, CheckpointError, 1000).decode(errors="replace").strip()
+            word = (
+                read_limited(folder / LATEST, CheckpointError, 1000)
+                .decode(errors="replace")
+                .strip()
+            )
         # The file may come from anywhere: it must not lead out of the folder.
         if Path(word).name != word or word == "..":
-            raise CheckpointError(f"{folder / LATEST} names {shown(word)}, which is no folder beside it")
+            raise CheckpointError(
+                f"{folder / LATEST} names {shown(word)}, which is no folder beside it"
+            )
         folder = folder / (f"iter_{int(word):07d}" if word.isdecimal() else word)
     is_one = (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*/model_optim_rng.pt"))
     return folder if is_one else None
@@ -92,10 +102,12 @@ def find_megatron(folder: Path) -> Path | None:
 def open_megatron(
     folder: Path, vocab_size: int | None
 ) -> tuple[ModelConfig, tuple[Weight, ...], Callable[[Weight], Tensor]]:
-    """Open the checkpoint of an iteration. Returns its model, its weight table, and a reader of logical tensors.
+    """Open the checkpoint of an iteration. Returns its model, its weight table, and a reader of
+    logical tensors.
 
-    `vocab_size` is the vocabulary without padding; without it, that of the checkpoint's arguments, or the padded one.
-    Raises ConfigError for a model that is not like Llama, CheckpointError for unexpected files."""
+    `vocab_size` is the vocabulary without padding; without it, that of the checkpoint's arguments,
+    or the padded one. Raises ConfigError for a model that is not like Llama, CheckpointError for
+    unexpected files."""
     parts: Parts = _Pieces(folder) if (folder / ".metadata").is_file() else _RankFiles(folder)
     model = model_config(_fields(parts.args, vocab_size))
     weights = weight_table(model)
@@ -111,7 +123,9 @@ def open_megatron(
     if wanted != names:
         missing = sorted(wanted - names)[:5]
         extra = sorted(names - wanted)[:5]
-        raise CheckpointError(f"{folder}: missing weights: {missing}; weights of no {model.family} model: {extra}")
+        raise CheckpointError(
+            f"{folder}: missing weights: {missing}; weights of no {model.family} model: {extra}"
+        )
     _check_shapes(weights, parts, folder)
 
     def read(weight: Weight) -> Tensor:
@@ -134,9 +148,11 @@ def open_megatron(
 
 
 def _check_shapes(weights: Sequence[Weight], parts: Parts, folder: Path) -> None:
-    """Raise CheckpointError unless the shards of every weight have the shapes that its row gives them.
+    """Raise CheckpointError unless the shards of every weight have the shapes that its row gives
+    them.
 
-    Shards of a vocabulary, whose padding is Megatron's own, must be equally long, and long enough together."""
+    Shards of a vocabulary, whose padding is Megatron's own, must be equally long, and long enough
+    together."""
     for weight in weights:
         found = parts.shapes(weight.name)
         try:
@@ -154,11 +170,14 @@ def _check_shapes(weights: Sequence[Weight], parts: Parts, folder: Path) -> None
                 )
         rows = sum(shape[0] for shape in found)
         if weight.shard == "vocab" and rows < weight.shape[0]:
-            raise CheckpointError(f"{folder}: its vocabulary has {rows} rows, not {weight.shape[0]}")
+            raise CheckpointError(
+                f"{folder}: its vocabulary has {rows} rows, not {weight.shape[0]}"
+            )
 
 
 def _as_ours(weight: Weight, part: Tensor, model: Any, tensor: int) -> Tensor:
-    """Reorder a shard of Megatron's: the fused query, key and value weight has all queries first in megalite."""
+    """Reorder a shard of Megatron's: the fused query, key and value weight has all queries first in
+    megalite."""
     if not weight.name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
         return part
     size = model.head_size
@@ -172,7 +191,8 @@ def _as_ours(weight: Weight, part: Tensor, model: Any, tensor: int) -> Tensor:
 
 
 def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
-    """Translate Megatron's arguments into the `model:` section. Raises ConfigError for what models like Llama lack."""
+    """Translate Megatron's arguments into the `model:` section. Raises ConfigError for what models
+    like Llama lack."""
     # Arguments that change what the model computes, with the values that are known.
     only = {
         "swiglu": (True,), "normalization": ("RMSNorm",), "position_embedding_type": ("rope",),
@@ -198,7 +218,9 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
             "intermediate_size": args["ffn_hidden_size"],
             "num_layers": args["num_layers"],
             "num_attention_heads": heads,
-            "num_kv_heads": args["num_query_groups"] if args.get("group_query_attention") else heads,
+            "num_kv_heads": args["num_query_groups"]
+            if args.get("group_query_attention")
+            else heads,
             "head_dim": args.get("kv_channels") or 0,
             "max_positions": args["max_position_embeddings"],
             "norm_eps": args.get("norm_epsilon") or args["layernorm_epsilon"],
@@ -215,7 +237,9 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
         }
     qk_norm, qkv_bias = args.get("qk_layernorm"), args.get("add_qkv_bias")
     if qk_norm and qkv_bias:
-        raise ConfigError("Megatron's checkpoint has both qk_layernorm and add_qkv_bias, as no known family has")
+        raise ConfigError(
+            "Megatron's checkpoint has both qk_layernorm and add_qkv_bias, as no known family has"
+        )
     fields["family"] = "llama"
     if qk_norm:
         fields["family"] = "qwen3"
@@ -230,7 +254,8 @@ def _args(saved: Any, path: Path) -> dict[str, Any]:
     state = args.state if isinstance(args, Unknown) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} does not hold the arguments of the run that wrote it")
-    # Only numbers, words and truth values are asked for. Anything else might make a message endless.
+    # Only numbers, words and truth values are asked for. Anything else might make a message
+    # endless.
     plain = (int, float, str, type(None))
     return {name: value for name, value in state.items() if isinstance(value, plain)}
 
@@ -251,7 +276,8 @@ def _ours(name: str, first_layer: int = 0) -> str | None:
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every value of nested dictionaries, by its whole dotted name.
 
-    Raises CheckpointError if a dictionary is in two places, or within itself: the walk might never end."""
+    Raises CheckpointError if a dictionary is in two places, or within itself: the walk might never
+    end."""
     seen = {id(values)}
     pending = [("", values)]
     while pending:
@@ -261,7 +287,9 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if not isinstance(value, Mapping):
                 yield name, value
             elif id(value) in seen:
-                raise CheckpointError(f"{prefix}{shown(key)} is a dictionary that is elsewhere as well")
+                raise CheckpointError(
+                    f"{prefix}{shown(key)} is a dictionary that is elsewhere as well"
+                )
             else:
                 seen.add(id(value))
                 pending.append((f"{name}.", value))
@@ -291,7 +319,9 @@ class _RankFiles:
         for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt")):
             match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.parent.name)
             if match is None:
-                raise CheckpointError(f"{path.parent}: neither mp_rank_TENSOR nor mp_rank_TENSOR_PIPELINE")
+                raise CheckpointError(
+                    f"{path.parent}: neither mp_rank_TENSOR nor mp_rank_TENSOR_PIPELINE"
+                )
             tensor_rank, pipeline_rank = int(match[1]), int(match[2] or 0)
             grid.setdefault(pipeline_rank, {})[tensor_rank] = path
         self.tensor = len(grid[0]) if 0 in grid else 0
@@ -300,26 +330,34 @@ class _RankFiles:
         saved = []
         for _, paths in sorted(grid.items()):
             saved.append([TorchFile(path).load() for _, path in sorted(paths.items())])
-        # What the folder holds must be what its arguments say: a lost file would go unnoticed otherwise.
+        # What the folder holds must be what its arguments say: a lost file would go unnoticed
+        # otherwise.
         if any(len(row) != self.tensor for row in saved):
-            raise CheckpointError(f"{folder}: files of some ranks are missing: {sum(map(len, saved))} are there")
+            raise CheckpointError(
+                f"{folder}: files of some ranks are missing: {sum(map(len, saved))} are there"
+            )
         self.args = _args(saved[0][0], folder)
         for axis, found in (("tensor", self.tensor), ("pipeline", len(saved))):
             if (size := self.args.get(f"{axis}_model_parallel_size", found)) != found:
-                raise CheckpointError(f"{folder}: was written over {axis} {shown(size)}, but has files of {found}")
+                raise CheckpointError(
+                    f"{folder}: was written over {axis} {shown(size)}, but has files of {found}"
+                )
         first = 0
         with reading(f"{folder}: what its files hold", CheckpointError):
             whole = saved[0][0]
             chunks = ["model"]
             if "model" not in whole:
                 chunks = [key for key in whole if re.fullmatch(r"model\d+", str(key))]
-            for chunk in chunks:  # interleaved: the first chunks of all ranks come before the second of any
+            for (
+                chunk
+            ) in chunks:  # interleaved: the first chunks of all ranks come before the second of any
                 for of_ranks in saved:
                     shards = [dict(_flat(rank[chunk])) for rank in of_ranks]
                     first += self._take(shards, first)
 
     def _take(self, ranks: list[dict[str, Any]], first: int) -> int:
-        """Take the weights of one model chunk, as each tensor rank stores them. Returns its number of layers.
+        """Take the weights of one model chunk, as each tensor rank stores them. Returns its number
+        of layers.
 
         `first` is the number of its first layer in the whole model."""
         # Layers that this chunk brings; the next chunk's numbers go on behind them.
@@ -336,7 +374,9 @@ class _RankFiles:
                 raise CheckpointError(f"{self.folder}: {name} is not a tensor on every tensor rank")
             # The last pipeline stage stores a tied embedding again.
             if not _equal(self._found.setdefault(ours, values), values):
-                raise CheckpointError(f"{self.folder}: {ours} is stored twice, with different values")
+                raise CheckpointError(
+                    f"{self.folder}: {ours} is stored twice, with different values"
+                )
             if ours.startswith("layers."):
                 layers.add(ours.split(".")[1])
         return len(layers)
@@ -358,7 +398,8 @@ def _equal(first: list[Any], second: list[Any]) -> bool:
 
 
 class _Pieces:
-    """Reads the format "torch_dist", files of torch.distributed.checkpoint: pieces of whole tensors."""
+    """Reads the format "torch_dist", files of torch.distributed.checkpoint: pieces of whole
+    tensors."""
 
     tensor = 1
 
@@ -373,7 +414,8 @@ class _Pieces:
         """By Megatron's name: the offset of each piece in the tensor, and where its bytes are."""
         self._where: dict[str, tuple[str, int | None]] = {}
         """By megalite's name: Megatron's, and the layer in a tensor of all layers."""
-        # Indices and places are dataclasses of torch, which stand here as `Unknown` with their attributes.
+        # Indices and places are dataclasses of torch, which stand here as `Unknown` with their
+        # attributes.
         with reading(f"{folder}/.metadata of torch.distributed.checkpoint", CheckpointError):
             for name, stored in metadata.state["state_dict_metadata"].items():
                 if "size" in stored.state and not NO_WEIGHTS.search(name):
@@ -382,22 +424,29 @@ class _Pieces:
                 if isinstance(name := index.state["fqn"], str) and name in self._shapes:
                     offset = _sizes(index.state["offset"] or ())
                     self._pieces.setdefault(name, []).append((offset, place.state))
-        # A number takes a byte at least: no damaged shape may make us allocate more than the files hold.
+        # A number takes a byte at least: no damaged shape may make us allocate more than the files
+        # hold.
         most = sum(path.stat().st_size for path in folder.glob("*.distcp"))
         for name, shape in self._shapes.items():
             if math.prod(shape) > most:
-                raise CheckpointError(f"{folder}: {name} has shape {shown(shape)}, which is more than its files hold")
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {shown(shape)}, which is more than its files hold"
+                )
             plain = name.removeprefix("model.")
             stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", plain)
             if stacked and (shape[:1] != (self.args.get("num_layers"),) or shape[0] > MOST_LAYERS):
-                raise CheckpointError(f"{folder}: {name} is of another number of layers than the model")
+                raise CheckpointError(
+                    f"{folder}: {name} is of another number of layers than the model"
+                )
             numbers = range(shape[0]) if stacked else [None]
             for number in numbers:
                 ours = _ours(f"decoder.layers.{number}.{stacked[1]}" if stacked else plain)
                 if ours is None:
                     raise _unknown(folder, name)
                 if ours in self._where:
-                    raise CheckpointError(f"{folder}: {ours} is stored twice: {self._where[ours][0]} and {name}")
+                    raise CheckpointError(
+                        f"{folder}: {ours} is stored twice: {self._where[ours][0]} and {name}"
+                    )
                 self._where[ours] = (name, number)
 
     def names(self) -> set[str]:
@@ -414,7 +463,8 @@ class _Pieces:
             return [self._read(stored, layer)]
 
     def _read(self, stored: str, layer: int | None) -> Tensor:
-        """Put a whole tensor together from its pieces; of a tensor of all layers, that of one `layer`."""
+        """Put a whole tensor together from its pieces; of a tensor of all layers, that of one
+        `layer`."""
         shape = self._shapes[stored]
         whole: Tensor | None = None
         # Which elements have come: pieces must cover all of the tensor, and none of it twice.
@@ -434,7 +484,9 @@ class _Pieces:
                 begin = begin[1:]
             if whole is None:
                 whole = piece.new_empty(filled.shape)
-            where = tuple(slice(low, low + size) for low, size in zip(begin, piece.shape, strict=True))
+            where = tuple(
+                slice(low, low + size) for low, size in zip(begin, piece.shape, strict=True)
+            )
             if filled[where].any():
                 raise CheckpointError(f"{self.folder}: a piece of {stored} is there twice")
             whole[where] = piece

@@ -1,6 +1,6 @@
-"""Tensors that are stored as small numbers with scales, read as what they stand for: fp8 in blocks (DeepSeek-V3's files
-on the hub), MXFP4 (gpt-oss's), and what `quantization` writes (compressed-tensors). They look like slices of
-safetensors."""
+"""Tensors that are stored as small numbers with scales, read as what they stand for: fp8 in blocks
+(DeepSeek-V3's files on the hub), MXFP4 (gpt-oss's), and what `quantization` writes
+(compressed-tensors). They look like slices of safetensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class Fp8Blocks:
         self._numbers, self._scales = numbers, scales
         shape, given = tuple(numbers.get_shape()), tuple(scales.get_shape())
         if len(shape) != 2 or given != tuple(-(-size // BLOCK) for size in shape):
-            raise ValueError(f"numbers of shape {list(shape)} and scales of {list(given)} are no blocks of {BLOCK}")
+            raise ValueError(
+                f"numbers of shape {list(shape)} and scales of {list(given)} are no blocks of {BLOCK}"
+            )
         self._shape = shape
 
     def get_shape(self) -> tuple[int, ...]:
@@ -41,7 +43,9 @@ class Fp8Blocks:
     def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
         """Read and scale a slice of two dimensions, fp32."""
         bounds = [part.indices(size)[:2] for part, size in zip(where, self._shape, strict=True)]
-        scales = self._scales[tuple(slice(low // BLOCK, -(-high // BLOCK)) for low, high in bounds)].float()
+        scales = self._scales[
+            tuple(slice(low // BLOCK, -(-high // BLOCK)) for low, high in bounds)
+        ].float()
         for dim, (low, high) in enumerate(bounds):
             first = low - low // BLOCK * BLOCK
             scales = scales.repeat_interleave(BLOCK, dim).narrow(dim, first, high - low)
@@ -49,8 +53,8 @@ class Fp8Blocks:
 
 
 class Mxfp4:
-    """Matrices [experts, in, out] in MXFP4, stored as [experts, out, groups, 16] pairs of numbers along the input and a
-    power of 2 for each group of 32."""
+    """Matrices [experts, in, out] in MXFP4, stored as [experts, out, groups, 16] pairs of numbers
+    along the input and a power of 2 for each group of 32."""
 
     ENDS = ("_blocks", "_scales")
 
@@ -59,7 +63,9 @@ class Mxfp4:
         self._numbers, self._scales = numbers, scales
         shape, given = tuple(numbers.get_shape()), tuple(scales.get_shape())
         if len(shape) != 4 or shape[3] != GROUP // 2 or given != shape[:3]:
-            raise ValueError(f"numbers of shape {list(shape)} and scales of {list(given)} are no groups of {GROUP}")
+            raise ValueError(
+                f"numbers of shape {list(shape)} and scales of {list(given)} are no groups of {GROUP}"
+            )
         self._shape = (shape[0], shape[2] * GROUP, shape[1])
 
     def get_shape(self) -> tuple[int, ...]:
@@ -73,15 +79,19 @@ class Mxfp4:
         experts, inputs, outputs = where
         low, high, _ = inputs.indices(self._shape[1])
         groups = slice(low // GROUP, -(-high // GROUP))
-        pairs, powers = self._numbers[experts, outputs, groups, :], self._scales[experts, outputs, groups]
+        pairs, powers = (
+            self._numbers[experts, outputs, groups, :],
+            self._scales[experts, outputs, groups],
+        )
         halves = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
         values = torch.tensor(FP4)[halves.int()].ldexp(powers[..., None].int() - 127)
         return values.flatten(-2).narrow(-1, low % GROUP, high - low).transpose(-1, -2)
 
 
 class Scaled:
-    """A matrix [out, in] of int8 or fp8 (compressed-tensors), with a scale for each row, for each group of columns of
-    a row, or for each block of rows and columns: whatever shape the scales have cuts the matrix evenly."""
+    """A matrix [out, in] of int8 or fp8 (compressed-tensors), with a scale for each row, for each
+    group of columns of a row, or for each block of rows and columns: whatever shape the scales have
+    cuts the matrix evenly."""
 
     ENDS = ("", "_scale")
 
@@ -93,9 +103,13 @@ class Scaled:
         if (
             len(self._shape) != 2
             or len(given) != 2
-            or any(not parts or size % parts for size, parts in zip(self._shape, given, strict=True))
+            or any(
+                not parts or size % parts for size, parts in zip(self._shape, given, strict=True)
+            )
         ):
-            raise ValueError(f"scales of shape {list(given)} do not cut a matrix of {list(self._shape)} evenly")
+            raise ValueError(
+                f"scales of shape {list(given)} do not cut a matrix of {list(self._shape)} evenly"
+            )
         self._block = tuple(size // parts for size, parts in zip(self._shape, given, strict=True))
 
     def _size(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,7 +131,8 @@ class Scaled:
         every = (*where, slice(None))[:2]
         bounds = [part.indices(size)[:2] for part, size in zip(every, self._shape, strict=True)]
         parts = tuple(
-            slice(low // block, -(-high // block)) for (low, high), block in zip(bounds, self._block, strict=True)
+            slice(low // block, -(-high // block))
+            for (low, high), block in zip(bounds, self._block, strict=True)
         )
         stored = self._scales[parts]
         scales = stored.float()
@@ -127,7 +142,8 @@ class Scaled:
 
 
 class Packed(Scaled):
-    """The same of integers of 4 bits, eight in an int32, the first in its lowest bits, each with 8 added."""
+    """The same of integers of 4 bits, eight in an int32, the first in its lowest bits, each with 8
+    added."""
 
     ENDS = ("_packed", "_scale")
     EXTRA = "_shape"
@@ -138,7 +154,11 @@ class Packed(Scaled):
     def _read(self, rows: slice, columns: slice) -> Tensor:
         words: Tensor = self._numbers[rows, slice(columns.start // 8, -(-columns.stop // 8))]
         numbers = (words[..., None] >> torch.arange(0, 32, 4)) & 15
-        return (numbers.flatten(-2) - 8).narrow(-1, columns.start % 8, columns.stop - columns.start).float()
+        return (
+            (numbers.flatten(-2) - 8)
+            .narrow(-1, columns.start % 8, columns.stop - columns.start)
+            .float()
+        )
 
 
 Kind = type[Fp8Blocks] | type[Mxfp4] | type[Scaled]
@@ -149,8 +169,8 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 
 
 def pairs(names: Any, dtype_of: Callable[[str], str]) -> dict[str, tuple[Kind, str, str]]:
-    """Return what tensors of a file are quantised: (kind, name of the numbers, name of the scales) by the name of the
-    tensor that these stand for. `dtype_of` gives the stored dtype of a name."""
+    """Return what tensors of a file are quantised: (kind, name of the numbers, name of the scales)
+    by the name of the tensor that these stand for. `dtype_of` gives the stored dtype of a name."""
     found: dict[str, tuple[Kind, str, str]] = {}
     for name in names:
         for kind, dtypes in KINDS.items():

@@ -1,4 +1,5 @@
-"""Finds the checkpoint a run resumes from: all ranks agree on the newest one whose files match its manifest."""
+"""Finds the checkpoint a run resumes from: all ranks agree on the newest one whose files match its
+manifest."""
 
 from __future__ import annotations
 
@@ -43,11 +44,13 @@ def find_checkpoint(
 ) -> tuple[Path | None, list[str]]:
     """Return (the folder to resume from or None for a fresh start, messages about it).
 
-    `resume` is "auto" (the newest undamaged checkpoint below `root`), "never", or a folder: one to begin from while the
-    run has no checkpoint of its own, or one of its own to go back to. A checkpoint saved after `bad_steps_limit` steps
-    in a row with bad numbers gives way to the newest that is known to be good. Damaged ones are set aside.
+    `resume` is "auto" (the newest undamaged checkpoint below `root`), "never", or a folder: one to
+    begin from while the run has no checkpoint of its own, or one of its own to go back to. A
+    checkpoint saved after `bad_steps_limit` steps in a row with bad numbers gives way to the newest
+    that is known to be good. Damaged ones are set aside.
 
-    All ranks of `mesh` call it, and each reads a share of the files. Raises CheckpointError on all."""
+    All ranks of `mesh` call it, and each reads a share of the files. Raises CheckpointError on
+    all."""
     # What one rank sees counts for all: on a shared disk listings may differ, and ranks that
     # decided by themselves would wait for each other in different collectives.
     steps = _of_rank_0(lambda: _steps_in(root), mesh)
@@ -73,21 +76,26 @@ def find_checkpoint(
         ) from cause
     if newest is None:
         return None, []
-    # A restarted job has the same config: a run that has begun at `asked` goes on with its own checkpoints.
+    # A restarted job has the same config: a run that has begun at `asked` goes on with its own
+    # checkpoints.
     if asked and not _has_begun_at(newest, asked):
         if asked.resolve().parent != root.resolve():
             raise CheckpointError(
                 f"checkpoint.resume = {asked}, but the run has checkpoints of its own up to {newest.name}, which did "
                 "not begin there; leave it out to go on from them, or choose another run.name"
             )
-        return _undamaged(asked, mesh), [f"checkpoint.resume: going back to {asked} from {newest.name}"]
+        return _undamaged(asked, mesh), [
+            f"checkpoint.resume: going back to {asked} from {newest.name}"
+        ]
     folder, why = _sound(root, steps, newest, damaged, mesh, bad_steps_limit)
     if mesh.world.rank == 0:
         for other in damaged:
             set_aside(other)
     told = []
     for other, what in damaged.items():
-        told.append(f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}")
+        told.append(
+            f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
+        )
     if asked and not _is_same(asked, newest):
         told.append(f"checkpoint.resume: the run has begun at {asked}")
     return folder, told + why
@@ -96,7 +104,9 @@ def find_checkpoint(
 def _undamaged(folder: Path, mesh: Mesh) -> Path:
     """Return the folder. Raises CheckpointError if it is damaged."""
     if damage := find_damage(folder, mesh):
-        raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {_tell(damage)}")
+        raise CheckpointError(
+            f"checkpoint.resume = {folder}: no undamaged checkpoint there: {_tell(damage)}"
+        )
     return folder
 
 
@@ -117,7 +127,8 @@ def _newest_undamaged(
 
 
 def _has_begun_at(folder: Path, asked: Path) -> bool:
-    """Return whether a run's own checkpoint is `asked` itself, or comes from a start that was asked for the same."""
+    """Return whether a run's own checkpoint is `asked` itself, or comes from a start that was asked
+    for the same."""
     if _is_same(folder, asked):
         return True
     before = (stored_config(folder) or {}).get("checkpoint", {}).get("resume", "auto")
@@ -136,7 +147,8 @@ def _sound(
     mesh: Mesh,
     limit: int | None,
 ) -> tuple[Path, list[str]]:
-    """Return the newest checkpoint, or the one before the bad steps that ended the run, and messages about it.
+    """Return the newest checkpoint, or the one before the bad steps that ended the run, and
+    messages about it.
 
     Those found damaged on the way are added to `damaged`."""
 
@@ -151,7 +163,9 @@ def _sound(
     bad = f"{newest} was saved after {refused} steps in a row with bad numbers (health.bad_steps_limit)"
     before = _newest_undamaged(root, sound, damaged, mesh)
     if before is None:
-        return newest, [f"warning: {bad}, and there is none from before them: move it away to start the run afresh"]
+        return newest, [
+            f"warning: {bad}, and there is none from before them: move it away to start the run afresh"
+        ]
     return before, [f"warning: {bad}; going back to {before}, the newest that is known to be good"]
 
 
@@ -168,15 +182,19 @@ def way_back(root: Path, bad_steps_limit: int) -> list[str]:
         return ["no checkpoint is left that is known to be good; another run.name begins afresh"]
     folder = step_folder(root, before[-1])
     if worth.refused >= bad_steps_limit:
-        return [f"started again, the run goes back to {folder}, the newest that is known to be good"]
-    return [f"if it comes again, checkpoint.resume={folder} goes back to the newest that is known to be good"]
+        return [
+            f"started again, the run goes back to {folder}, the newest that is known to be good"
+        ]
+    return [
+        f"if it comes again, checkpoint.resume={folder} goes back to the newest that is known to be good"
+    ]
 
 
 def leave_newer(root: Path, step: int) -> list[str]:
     """Set aside the checkpoints after `step`, to which a run goes back, and say so.
 
-    Those with the same weights, because no step between them was good, are deleted but for the last one. That replaces
-    the one that was kept for the same reason before."""
+    Those with the same weights, because no step between them was good, are deleted but for the last
+    one. That replaces the one that was kept for the same reason before."""
     newer = [other for other in steps_in(root) if other > step]
     if not newer:
         return []
@@ -200,10 +218,12 @@ def leave_newer(root: Path, step: int) -> list[str]:
 
 
 def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
-    """Return what is wrong with a checkpoint's files, by name. Each rank reads a share; all get the same result."""
+    """Return what is wrong with a checkpoint's files, by name. Each rank reads a share; all get the
+    same result."""
     files = read_manifest(folder)
     names = [] if isinstance(files, Damage) else sorted(files)
-    # Ranks may see different manifests: they must agree on the number of files before they share them out.
+    # Ranks may see different manifests: they must agree on the number of files before they share
+    # them out.
     count = start_highest(len(names), mesh)()
     found = torch.zeros(count + 1, dtype=torch.int64)  # one a file, and the last for the manifest
     if isinstance(files, Damage):
@@ -215,7 +235,9 @@ def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
             name = names[number]
             # Every world.size-th file: together the ranks read each file once.
             found[number] = damage_of(folder / name, files[name])
-            NOW.beats += 1  # progress for the watchdog: all files together may take longer than its timeout
+            NOW.beats += (
+                1  # progress for the watchdog: all files together may take longer than its timeout
+            )
     # The larger Damage wins, see the enum.
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
@@ -237,7 +259,8 @@ def _steps_in(root: Path) -> list[int]:
 
 
 def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
-    """Return what rank 0 finds, on all ranks: their file systems may have cached different listings."""
+    """Return what rank 0 finds, on all ranks: their file systems may have cached different
+    listings."""
     found = look() if mesh.world.rank == 0 else []
     if mesh.world.size == 1:
         return found

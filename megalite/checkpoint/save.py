@@ -1,5 +1,5 @@
-"""Saves checkpoints while training goes on: the loop waits at most for tensors to be gathered into host memory, a
-thread does the rest.
+"""Saves checkpoints while training goes on: the loop waits at most for tensors to be gathered into
+host memory, a thread does the rest.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from megalite.runtime.activity import NOW
 class Saver:
     """Writes checkpoints of a run. Every rank has one and calls it at the same steps.
 
-    A failed save does not harm the training: it is reported, and tried again until the next one is due. Older
-    checkpoints stay untouched, and no incomplete folder gets the name of a checkpoint."""
+    A failed save does not harm the training: it is reported, and tried again until the next one is
+    due. Older checkpoints stay untouched, and no incomplete folder gets the name of a
+    checkpoint."""
 
     def __init__(
         self,
@@ -53,9 +54,10 @@ class Saver:
     ):
         """Write below `root`, which no other run uses. A collective.
 
-        `keep` newest and `keep_best` best checkpoints stay. `owners` says which rank writes each of `weights`, from the
-        state of `engine`. `write_extras`, called by rank 0, writes everything but tensors (config.json, tokenizer) to a
-        folder. Files of weights begin with `stem`. `state_row` is that of the optimizer's config."""
+        `keep` newest and `keep_best` best checkpoints stay. `owners` says which rank writes each of
+        `weights`, from the state of `engine`. `write_extras`, called by rank 0, writes everything
+        but tensors (config.json, tokenizer) to a folder. Files of weights begin with `stem`.
+        `state_row` is that of the optimizer's config."""
         table = {weight.name: weight for weight in weights}
 
         def row(name: str, kind: str) -> Weight:
@@ -72,11 +74,15 @@ class Saver:
         self._began = 0.0
         self._hurry = threading.Event()
         self._abandoned = threading.Event()
-        self._news = deque[str]()  # never replaced by another one: the writing thread appends to it meanwhile
+        self._news = deque[
+            str
+        ]()  # never replaced by another one: the writing thread appends to it meanwhile
         # Unique among all savers that share a store, and counted up with every save.
         self._number = start_highest(time.time_ns() if mesh.world.rank == 0 else 0, mesh)()
         if mesh.world.rank == 0:
-            with contextlib.suppress(OSError):  # what cannot be deleted now is deleted at a later start
+            with contextlib.suppress(
+                OSError
+            ):  # what cannot be deleted now is deleted at a later start
                 remove_unfinished(root)
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
@@ -106,24 +112,29 @@ class Saver:
         if self.mesh.device.type == "cuda":
             # The next step may change the weights only once they are copied.
             torch.cuda.current_stream(self.mesh.device).synchronize()
-        self._thread = threading.Thread(target=self._write, args=(folder, collect, train_state), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, collect, train_state), name="checkpoint"
+        )
         self._thread.start()
 
     def _wait_for_others(self) -> list[int]:
-        """Wait until no rank writes any more, PATIENCE_S at most. Returns the ranks that still do, alike on all."""
+        """Wait until no rank writes any more, PATIENCE_S at most. Returns the ranks that still do,
+        alike on all."""
         while True:
             busy = self._thread is not None and self._thread.is_alive()
             late = self.mesh.world.rank == 0 and time.monotonic() - self._began > PATIENCE_S
             # In short rounds: a rank that waits in one long collective would be taken for hanging.
-            found = start_sharing(busy + 2 * late, self.mesh)().int().tolist()  # bit 0: busy; bit 1, rank 0 only: late
+            found = (
+                start_sharing(busy + 2 * late, self.mesh)().int().tolist()
+            )  # bit 0: busy; bit 1, rank 0 only: late
             ranks = [rank for rank, state in enumerate(found) if state % 2]
             if not ranks or found[0] >= 2:
                 return ranks
             time.sleep(0.1)
 
     def wait(self, abandon: bool = False) -> None:
-        """Wait until the last save has ended on all ranks. With `abandon`, other ranks, which may be gone, are not
-        waited for."""
+        """Wait until the last save has ended on all ranks. With `abandon`, other ranks, which may
+        be gone, are not waited for."""
         if abandon:
             self._abandoned.set()
             self._hurry.set()
@@ -144,7 +155,9 @@ class Saver:
         board = Board(self.mesh, self._number, self._abandoned)
         refused = train_state.get("refused")
         worth = None if refused is None else Worth(train_state["step"], refused)
-        writing = Writing(self.target, folder, collect, train_state, worth, board, self._hurry, self._news.append)
+        writing = Writing(
+            self.target, folder, collect, train_state, worth, board, self._hurry, self._news.append
+        )
         try:
             reason = writing.run()
         except Exception as error:  # no other rank answers any more
@@ -165,5 +178,7 @@ class Saver:
             for step in best_steps(root, steps, 1):
                 if step != self._best:
                     loss = read_worth(step_folder(root, step), step).valid_loss
-                    self._news.append(f"best by validation loss so far: {step_folder(root, step)} ({loss:.4f})")
+                    self._news.append(
+                        f"best by validation loss so far: {step_folder(root, step)} ({loss:.4f})"
+                    )
                 self._best = step

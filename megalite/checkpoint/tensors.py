@@ -17,7 +17,8 @@ from megalite.utils.outside import beside, read_json, reading, shown
 
 KEEPS = "a run keeps the model it began with; another one needs another run.name"
 DTYPES = ("BF16", "F16", "F32", "F64")
-"""Dtypes that weights may be stored in. Those of quantised models mean nothing without their scales (`quantised`)."""
+"""Dtypes that weights may be stored in. Those of quantised models mean nothing without their scales
+(`quantised`)."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that torch.save writes."""
 
@@ -27,7 +28,8 @@ class NotSaved(CheckpointError):
 
 
 class TensorFolder:
-    """Reads the tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json lists."""
+    """Reads the tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json
+    lists."""
 
     def __init__(self, folder: Path, stem: str = "model"):
         """Read the names of all tensors. Raises CheckpointError."""
@@ -56,13 +58,16 @@ class TensorFolder:
         self._add_scaled()
 
     def _add_unlisted(self) -> None:
-        """Add the tensors that files hold beside those an index lists, because transformers loads them, too."""
+        """Add the tensors that files hold beside those an index lists, because transformers loads
+        them, too."""
         for file in sorted(set(self.files.values())):
             with reading(self.folder / file, CheckpointError):
                 names = self._file(file).keys()
             for name in names:
                 if (listed := self.files.setdefault(name, file)) != file:
-                    raise CheckpointError(f"{self.folder}: {name} is stored in both {listed} and {file}")
+                    raise CheckpointError(
+                        f"{self.folder}: {name} is stored in both {listed} and {file}"
+                    )
 
     def _add_scaled(self) -> None:
         """Know numbers and their scales by the names of the tensors that these stand for."""
@@ -80,7 +85,8 @@ class TensorFolder:
         return str(self._slices(name).get_dtype())
 
     def _file(self, name: str) -> Any:
-        """Open a file once and keep it open: it stays readable if a run deletes the checkpoint meanwhile."""
+        """Open a file once and keep it open: it stays readable if a run deletes the checkpoint
+        meanwhile."""
         if name not in self._open:
             # `beside` refuses names that lead out of the folder.
             self._open[name] = safe_open(beside(self.folder, name, self.folder), framework="pt")
@@ -103,19 +109,20 @@ class TensorFolder:
         return tuple(self._slices(name).get_shape())
 
     def add_base_prefix(self, prefix: str, apart: Collection[str]) -> None:
-        """Accept names with a `prefix` ("transformer.") if the files lack it: models stored without a head, such as the
-        hub's gpt2, have none. Names in `apart` never have it."""
+        """Accept names with a `prefix` ("transformer.") if the files lack it: models stored without
+        a head, such as the hub's gpt2, have none. Names in `apart` never have it."""
         if not any(name.startswith(prefix) for name in self.files):
             self._rename({name: prefix + name for name in self.files if name not in apart})
 
     def end_names(self, ends: Mapping[str, str]) -> None:
-        """Accept names with an older end ("LayerNorm.gamma") as those with a newer one; `ends` has the newer by the
-        older."""
+        """Accept names with an older end ("LayerNorm.gamma") as those with a newer one; `ends` has
+        the newer by the older."""
         old = [(name, end) for name in self.files for end in ends if name.endswith(end)]
         self._rename({name: name.removesuffix(end) + ends[end] for name, end in old})
 
     def start_names(self, starts: Mapping[str, str]) -> None:
-        """Accept names that start in another way ("language_model.model."); `starts` has the known way by it."""
+        """Accept names that start in another way ("language_model.model."); `starts` has the known
+        way by it."""
         other = [(name, start) for name in self.files for start in starts if name.startswith(start)]
         self._rename({name: starts[start] + name.removeprefix(start) for name, start in other})
 
@@ -126,7 +133,8 @@ class TensorFolder:
         self.files = {names.get(name, name): file for name, file in self.files.items()}
 
     def check(self, weights: Sequence[Weight], ignore: Collection[str] = ()) -> None:
-        """Raise CheckpointError unless names and shapes are exactly those of `weights`, and all have a known dtype.
+        """Raise CheckpointError unless names and shapes are exactly those of `weights`, and all
+        have a known dtype.
 
         Tensors in `ignore` may be there as well."""
         # Both ways: a weight without a tensor, and a tensor without a weight, is an error.
@@ -158,13 +166,17 @@ class TensorFolder:
 def _weight_map(index: Path, single: str) -> dict[str, str]:
     """Return the file of each tensor, as an index says.
 
-    Raises CheckpointError for a file outside the folder, and if there is a single file as well: transformers would load
-    that one instead."""
+    Raises CheckpointError for a file outside the folder, and if there is a single file as well:
+    transformers would load that one instead."""
     values = read_json(index, CheckpointError)
     files = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(files, dict):
-        raise CheckpointError(f"{index} has no weight_map of names and files, but is {shown(values)}")
-    for file in {shown(file): file for file in files.values()}.values():  # each once; a damaged entry may be unhashable
+        raise CheckpointError(
+            f"{index} has no weight_map of names and files, but is {shown(values)}"
+        )
+    for file in {
+        shown(file): file for file in files.values()
+    }.values():  # each once; a damaged entry may be unhashable
         beside(index.parent, file, index)
     if index.with_name(single).exists() and set(files.values()) != {single}:
         raise CheckpointError(

@@ -1,8 +1,9 @@
 """Reads what torch.save wrote, without running any of it.
 
-Such a file is a zip archive: a pickle, and the bytes of each storage beside it. A pickle names functions to call. Here
-only the names of tensors, their storages and ordered dictionaries are known; every other one stands for an object that
-does nothing but hold what it was given. Nothing is imported for a pickle, and nothing of it is called.
+Such a file is a zip archive: a pickle, and the bytes of each storage beside it. A pickle names
+functions to call. Here only the names of tensors, their storages and ordered dictionaries are
+known; every other one stands for an object that does nothing but hold what it was given. Nothing is
+imported for a pickle, and nothing of it is called.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class TorchFile:
     """Opens a file, or a part of one, that torch.save wrote."""
 
     def __init__(self, path: Path, begin: int = 0, size: int | None = None):
-        """Open `size` bytes from byte `begin` on, or the whole file. Raises CheckpointError for anything else."""
+        """Open `size` bytes from byte `begin` on, or the whole file. Raises CheckpointError for
+        anything else."""
         self.path = path
         check_regular(path, CheckpointError)
         try:
@@ -91,8 +93,13 @@ class TorchFile:
             NotImplementedError,
             ValueError,
         ) as error:
-            raise CheckpointError(f"{path} is not a file of torch.save's since torch 1.6 ({error})") from None
-        if f"{self._root}byteorder" in self._zip.namelist() and self._read("byteorder") != b"little":
+            raise CheckpointError(
+                f"{path} is not a file of torch.save's since torch 1.6 ({error})"
+            ) from None
+        if (
+            f"{self._root}byteorder" in self._zip.namelist()
+            and self._read("byteorder") != b"little"
+        ):
             raise CheckpointError(f"{path} was written on a big-endian machine")
 
     def _read(self, name: str) -> bytes:
@@ -101,13 +108,16 @@ class TorchFile:
             member = self._zip.getinfo(f"{self._root}{name}")
             # torch compresses nothing, and a compressed member may unpack to any size.
             if member.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{member.filename} is packed, as torch.save packs nothing")
+                raise zipfile.BadZipFile(
+                    f"{member.filename} is packed, as torch.save packs nothing"
+                )
             return self._zip.read(member)
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{self.path} is damaged: {error}") from None
 
     def load(self) -> Any:
-        """Return what was saved, with `StoredTensor` for tensors and `Unknown` for what is not loaded."""
+        """Return what was saved, with `StoredTensor` for tensors and `Unknown` for what is not
+        loaded."""
         return _read(io.BytesIO(self._read("data.pkl")), self.path, self)
 
     def storage(self, key: str) -> bytes:
@@ -116,7 +126,8 @@ class TorchFile:
 
 
 def load_pickle(path: Path) -> Any:
-    """Read a file that is a bare pickle, with `Unknown` for what is not loaded. Raises CheckpointError."""
+    """Read a file that is a bare pickle, with `Unknown` for what is not loaded. Raises
+    CheckpointError."""
     check_regular(path, CheckpointError)
     with reading(path, CheckpointError):
         return _read(io.BytesIO(path.read_bytes()), path, None)
@@ -131,7 +142,8 @@ def _read(pickled: io.BytesIO, path: Path, file: TorchFile | None) -> Any:
 def _key(key: Any) -> Any:
     """Return a dictionary's key. Raises CheckpointError for one whose hash may take long.
 
-    Hashes of nested tuples are computed in depth, and anew each time; chosen large numbers all have the same hash."""
+    Hashes of nested tuples are computed in depth, and anew each time; chosen large numbers all have
+    the same hash."""
     items = key if isinstance(key, tuple) else (key,)
     if len(items) > LONGEST_KEY or not all(map(_is_plain, items)):
         raise CheckpointError(f"a key is {shown(key)}, which no checkpoint has")
@@ -172,7 +184,9 @@ class _Unpickler(READER):
             return known[module, name]
         if (module, name) not in self._classes:
             if len(self._classes) == MOST_CLASSES:
-                raise CheckpointError(f"{self._path}: its pickle names more than {MOST_CLASSES:,} classes")
+                raise CheckpointError(
+                    f"{self._path}: its pickle names more than {MOST_CLASSES:,} classes"
+                )
             self._classes[module, name] = type(name, (Unknown,), {"origin": f"{module}.{name}"})
         return self._classes[module, name]
 
@@ -212,14 +226,19 @@ class _Unpickler(READER):
         del dispatch[opcode[0]]
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
-        """Return the key and the dtype of a storage, which torch.save refers to by a persistent id."""
+        """Return the key and the dtype of a storage, which torch.save refers to by a persistent
+        id."""
         _, kind, key, _, _ = pid
         if not isinstance(key, str):
-            raise CheckpointError(f"{self._path}: a storage is named {shown(key)}, which is no name")
+            raise CheckpointError(
+                f"{self._path}: a storage is named {shown(key)}, which is no name"
+            )
         origin = getattr(kind, "origin", "")
         dtype = STORAGES.get(origin.removeprefix("torch."))
         if dtype is None:
-            raise CheckpointError(f"{self._path}: storages of {shown(getattr(kind, 'origin', kind))} cannot be read")
+            raise CheckpointError(
+                f"{self._path}: storages of {shown(getattr(kind, 'origin', kind))} cannot be read"
+            )
         return key, dtype
 
     def _tensor(
@@ -252,7 +271,8 @@ class StoredTensor:
         shape: Any,
         stride: Any,
     ):
-        """Refer to a view of `storage` (its key and dtype): `offset`, `shape` and `stride` count elements.
+        """Refer to a view of `storage` (its key and dtype): `offset`, `shape` and `stride` count
+        elements.
 
         Raises CheckpointError for numbers that cannot be those of a tensor in `file`."""
         self._file = file
@@ -262,14 +282,19 @@ class StoredTensor:
         self._stride = tuple(stride)
         numbers = (offset, *self.shape, *self._stride)
         if not all(isinstance(number, int) and 0 <= number < 2**48 for number in numbers):
-            raise CheckpointError(f"{file.path}: a tensor has the shape {shown(self.shape)}, which is none")
+            raise CheckpointError(
+                f"{file.path}: a tensor has the shape {shown(self.shape)}, which is none"
+            )
 
     def read(self) -> Tensor:
-        """Read the tensor into memory of its own. Raises CheckpointError if the file has fewer numbers."""
+        """Read the tensor into memory of its own. Raises CheckpointError if the file has fewer
+        numbers."""
         with reading(f"{self._file.path}: a tensor of shape {shown(self.shape)}", CheckpointError):
             data = bytearray(self._file.storage(self._key))
             flat = torch.frombuffer(data, dtype=self.dtype)
-            if math.prod(self.shape) > len(flat):  # strides of 0 make a few numbers as many as one likes
+            if math.prod(self.shape) > len(
+                flat
+            ):  # strides of 0 make a few numbers as many as one likes
                 raise CheckpointError(
                     f"{self._file.path}: a tensor of shape {shown(self.shape)} has {len(flat):,} numbers"
                 )

@@ -65,7 +65,9 @@ def read_train_state(folder: Path) -> dict[str, Any]:
     try:
         _TrainState.model_validate(state)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {describe_errors(error, _TrainState).partition(chr(10))[0]}") from None
+        raise CheckpointError(
+            f"{path}: {describe_errors(error, _TrainState).partition(chr(10))[0]}"
+        ) from None
     if numbers := state.pop("numbers", None):
         state.setdefault("hooks", {}).setdefault("guard", numbers)
     # A resumed run and an evaluation index it; a state may leave it out.

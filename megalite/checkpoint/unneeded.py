@@ -1,5 +1,5 @@
-"""Decides which stored tensors without a weight may be ignored, because they say nothing new. All others are errors:
-nothing that was trained may be dropped unseen.
+"""Decides which stored tensors without a weight may be ignored, because they say nothing new. All
+others are errors: nothing that was trained may be dropped unseen.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MASK = re.compile(r"\.(attn|attention)\.bias$")
 MASKED = re.compile(r"\.(attn|attention)\.masked_bias$")
 FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")
 POSITIONS = re.compile(r"\.embeddings\.position_ids$")
-"""Buffers that older versions of transformers stored: causal masks and what they fill with (GPT-2, GPT-NeoX), rotary
-frequencies, numbers of positions (BERT)."""
+"""Buffers that older versions of transformers stored: causal masks and what they fill with (GPT-2,
+GPT-NeoX), rotary frequencies, numbers of positions (BERT)."""
 
 
 def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
     """Return the names of stored tensors in `source` that `model` does without.
 
-    These are the second copy of a tied head, and other copies of the embedding, a head that another one replaces
-    (`head_is_replaced`), and causal masks and rotary frequencies that are as the model computes them. Raises
-    CheckpointError for a tied head, or another copy, that is not one, and for frequencies that contradict
-    config.json."""
+    These are the second copy of a tied head, and other copies of the embedding, a head that another
+    one replaces (`head_is_replaced`), and causal masks and rotary frequencies that are as the model
+    computes them. Raises CheckpointError for a tied head, or another copy, that is not one, and for
+    frequencies that contradict config.json."""
     found = {name for name in source.files if _is_computed(source, name, model)}
     embedding, head = ends_of(model)
     if head in source.files and (head_is_replaced or model.tie_embeddings):
@@ -51,7 +51,8 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
 
 
 def ends_of(model: ModelConfig) -> tuple[str, str]:
-    """Return Hugging Face's names of the embedding and of the head that predicts tokens, tied or not."""
+    """Return Hugging Face's names of the embedding and of the head that predicts tokens, tied or
+    not."""
     untied = own_table(model.model_copy(update={"tie_embeddings": False}))
     names = {weight.name: weight.hf[0] for weight in untied}
     return names["embedding.weight"], names["head.weight"]
@@ -69,7 +70,11 @@ def _check_copy(source: TensorFolder, embedding: str, head: str, model: ModelCon
     else:
         return
     may_be_untied = type(model).model_fields["tie_embeddings"].annotation is bool
-    use = f"To use the stored {head}, write tie_word_embeddings = false into config.json; to" if may_be_untied else "To"
+    use = (
+        f"To use the stored {head}, write tie_word_embeddings = false into config.json; to"
+        if may_be_untied
+        else "To"
+    )
     raise CheckpointError(
         f"{source.folder}: with tie_word_embeddings = true (in config.json, or by default) {head} is {embedding}, but "
         f"both are stored and {why}. {use} do without it, remove {head} from the file"
@@ -77,7 +82,8 @@ def _check_copy(source: TensorFolder, embedding: str, head: str, model: ModelCon
 
 
 def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
-    """Return the first row in which two tensors of one shape differ, or None. Reads block by block up to there."""
+    """Return the first row in which two tensors of one shape differ, or None. Reads block by block
+    up to there."""
     num_rows, *rest = source.shape(one)
     step = max(1, BLOCK_BYTES // (4 * max(1, torch.Size(rest).numel())))
     for start in range(0, num_rows, step):
@@ -96,7 +102,9 @@ def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
 
 def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
     """Return whether a stored buffer holds what the model computes anyway."""
-    if MASK.search(name) and len(source.shape(name)) == 4:  # a mask is [1,1,T,T]; another shape is something else
+    if (
+        MASK.search(name) and len(source.shape(name)) == 4
+    ):  # a mask is [1,1,T,T]; another shape is something else
         mask = _whole(source, name)
         causal = torch.ones_like(mask, dtype=torch.bool).tril()
         return torch.equal(mask != 0, causal)
@@ -113,7 +121,9 @@ def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
 
 def _check_frequencies(source: TensorFolder, name: str, model: ModelConfig) -> None:
     """Raise CheckpointError unless stored rotary frequencies are those that config.json gives."""
-    size, theta, scaling = (getattr(model, field) for field in ("rotary_size", "rope_theta", "rope_scaling"))
+    size, theta, scaling = (
+        getattr(model, field) for field in ("rotary_size", "rope_theta", "rope_scaling")
+    )
     plain_R = theta ** -(torch.arange(0, size, 2).float() / size)
     allowed = [plain_R]
     if scaling:

@@ -1,5 +1,6 @@
-"""Upcycling: a mixture of experts that begins as a dense model (Komatsuzaki et al. 2023). Each expert is a copy of its
-layer's MLP, or with a granularity g one of the g slices that the MLP's inner features are cut into (He et al. 2024)."""
+"""Upcycling: a mixture of experts that begins as a dense model (Komatsuzaki et al. 2023). Each
+expert is a copy of its layer's MLP, or with a granularity g one of the g slices that the MLP's
+inner features are cut into (He et al. 2024)."""
 
 from __future__ import annotations
 
@@ -25,18 +26,20 @@ class Upcycling:
     num_experts: int
     experts_per_token: int
     granularity: int = 1
-    """Slices of each copy of the MLP. A token visits all slices of a copy or none, as their rows of the router are
-    equal at first."""
+    """Slices of each copy of the MLP. A token visits all slices of a copy or none, as their rows of
+    the router are equal at first."""
     seed: int = 0
     """Seed of the router, which is new."""
 
     def apply(self, dense: Model) -> Model:
-        """Return `dense` as a mixture of experts. Raises ConfigError for a model, or numbers, for which there is
-        none."""
+        """Return `dense` as a mixture of experts. Raises ConfigError for a model, or numbers, for
+        which there is none."""
         fields = from_hf_config(dense.config)
         name = fields["family"]
         if name not in ROUTED:
-            raise ConfigError(f"a {name} model has no kin with experts here; {', '.join(ROUTED)} have")
+            raise ConfigError(
+                f"a {name} model has no kin with experts here; {', '.join(ROUTED)} have"
+            )
         config = model_config(self._fields(fields, ROUTED[name]))
         tables = {weight.name: weight for weight in dense.weights}
 
@@ -62,19 +65,28 @@ class Upcycling:
             ("experts per token", self.experts_per_token),
         ):
             if number % slices:
-                raise ConfigError(f"{what}, {number}, must be a multiple of the granularity, {slices}")
+                raise ConfigError(
+                    f"{what}, {number}, must be a multiple of the granularity, {slices}"
+                )
         if inner % slices:
-            raise ConfigError(f"the {inner} inner features of the MLP do not divide into {slices} slices")
+            raise ConfigError(
+                f"the {inner} inner features of the MLP do not divide into {slices} slices"
+            )
         types = set(dense.pop("layer_types", None) or ())
         if len(types) > 1:
-            raise ConfigError("only some of the model's layers have a sliding window, which its kin with experts lacks")
+            raise ConfigError(
+                "only some of the model's layers have a sliding window, which its kin with experts lacks"
+            )
         if types == {"full_attention"}:
             dense.pop("sliding_window", None)
         known = family(name).CONFIG.model_fields
         for field in [field for field in dense if field not in known]:
-            # The families of dense models have options that those with experts lack, biases for example.
+            # The families of dense models have options that those with experts lack, biases for
+            # example.
             if dense.pop(field):
-                raise ConfigError(f"the dense model has {field}, which its kin with experts, {name}, lacks")
+                raise ConfigError(
+                    f"the dense model has {field}, which its kin with experts, {name}, lacks"
+                )
         fields = dense | {
             "family": name, "num_experts": self.num_experts, "experts_per_token": self.experts_per_token,
             "intermediate_size": inner // slices,
@@ -87,7 +99,9 @@ class Upcycling:
 
     def _router(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return a new router's weight, equal for all slices of a copy."""
-        rows = weight.initial_rows(self.seed, 0, self.num_experts // self.granularity, None).view(-1, weight.shape[1])
+        rows = weight.initial_rows(self.seed, 0, self.num_experts // self.granularity, None).view(
+            -1, weight.shape[1]
+        )
         return rows.repeat_interleave(self.granularity, 0).to(dtype)
 
     def _as_experts(self, weight: Weight, dense: Tensor) -> Tensor:
@@ -99,7 +113,8 @@ class Upcycling:
             # projection has them.
             cut = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
         elif weight.name.endswith("experts.down.weight"):
-            # A token's weights add up to 1 over all slices of its copies: each slice has a share of it only.
+            # A token's weights add up to 1 over all slices of its copies: each slice has a share of
+            # it only.
             cut = torch.stack(dense.chunk(slices, 1)) * slices
         else:
             return dense

@@ -1,13 +1,14 @@
 """Writes one checkpoint, in a thread of every rank.
 
-Each rank writes the tensors it owns; rank 0 writes everything else and, once all parts are there, gives the folder its
-name. A failure on any rank fails the attempt on all: nothing of it stays, and a few more attempts follow.
+Each rank writes the tensors it owns; rank 0 writes everything else and, once all parts are there,
+gives the folder its name. A failure on any rank fails the attempt on all: nothing of it stays, and
+a few more attempts follow.
 
 The order of an attempt makes it safe:
     1. rank 0 makes step-N.tmp and tells the others (begin)
     2. every rank writes and fsyncs its files, and puts their digests on the board (part)
-    3. rank 0 waits for all parts, writes index and manifest, fsyncs files and folders, renames step-N.tmp to step-N,
-       fsyncs the parent folder, and tells the others (end)
+    3. rank 0 waits for all parts, writes index and manifest, fsyncs files and folders, renames
+       step-N.tmp to step-N, fsyncs the parent folder, and tells the others (end)
 So a folder named step-N is complete and on disk, whenever the power goes.
 """
 
@@ -36,7 +37,8 @@ from megalite.utils.resources import fsync
 PATIENCE_S = 1800.0
 """Seconds that a rank that has written its part waits for the others."""
 PAUSES_S = (5.0, 30.0, 120.0)
-"""Seconds between attempts. A file system may come back, and somebody may make room on a full one."""
+"""Seconds between attempts. A file system may come back, and somebody may make room on a full
+one."""
 VISIBLE_S = 60.0
 """Seconds after which a shared file system must show a file that another node wrote."""
 
@@ -65,7 +67,8 @@ class Target:
     """Number of best checkpoints to keep."""
 
     def prune(self, newest: Worth | None) -> None:
-        """Delete checkpoints that need not be kept beside `newest`. What cannot be deleted now is deleted next time."""
+        """Delete checkpoints that need not be kept beside `newest`. What cannot be deleted now is
+        deleted next time."""
         with contextlib.suppress(OSError):
             prune(self.root, self.keep, self.keep_best, newest)
 
@@ -86,8 +89,8 @@ class Writing:
     ):
         """Write to `folder` what `collect` returns, and `train_state`.
 
-        `worth` decides what may be pruned for it, `board` connects the ranks, `say` reports. No attempt follows once
-        `hurry` is set."""
+        `worth` decides what may be pruned for it, `board` connects the ranks, `say` reports. No
+        attempt follows once `hurry` is set."""
         self.target = target
         self.folder = folder
         self.collect = collect
@@ -105,10 +108,14 @@ class Writing:
         """Write the checkpoint. Returns why it was not saved, or an empty string."""
         broken = ""
         try:
-            self.tensors = self.collect()  # before anything else: the next training step waits for it
+            self.tensors = (
+                self.collect()
+            )  # before anything else: the next training step waits for it
         except Exception as error:
             broken = explain(error)
-        if self.rank == 0:  # steps since the last save may have proved that one sound, so that older ones can go
+        if (
+            self.rank == 0
+        ):  # steps since the last save may have proved that one sound, so that older ones can go
             self.target.prune(self.worth)
         for attempt, pause in enumerate((*PAUSES_S, None), 1):
             reason = self._attempt(attempt, broken)
@@ -121,7 +128,8 @@ class Writing:
         return reason
 
     def _attempt(self, number: int, broken: str) -> str:
-        """Try once. `broken` is why this rank has no tensors: it takes part all the same, so that nobody waits."""
+        """Try once. `broken` is why this rank has no tensors: it takes part all the same, so that
+        nobody waits."""
         if reason := self._led(f"begin-{number}", self._make_folder):
             return reason
         # An error is an answer as well: rank 0 waits for every rank's part.
@@ -137,7 +145,9 @@ class Writing:
         if self.rank > 0:
             # Twice as patient as rank 0, which may itself wait for the others first.
             patience_s = 2 * PATIENCE_S
-            return self.board.read([key], patience_s, lambda _: f"rank 0 was silent for {patience_s:.0f} s")[0]
+            return self.board.read(
+                [key], patience_s, lambda _: f"rank 0 was silent for {patience_s:.0f} s"
+            )[0]
         try:
             act()
             reason = ""
@@ -152,7 +162,9 @@ class Writing:
 
     def _pause(self, seconds: float) -> None:
         """Wait before the next attempt. Raises TimeoutError once the next save is due."""
-        self.target.prune(self.worth)  # there may be more than asked for by now, and a full disk needs the room
+        self.target.prune(
+            self.worth
+        )  # there may be more than asked for by now, and a full disk needs the room
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.hurry.wait(0.1):
@@ -160,13 +172,16 @@ class Writing:
             NOW.beats += 1  # progress for the watchdog: the loop may be waiting for this thread
 
     def _write_part(self) -> dict[str, Any]:
-        """Write this rank's files. Returns their digests and the sizes in bytes of their tensors, or an error."""
+        """Write this rank's files. Returns their digests and the sizes in bytes of their tensors,
+        or an error."""
         files: dict[str, Any] = {}
         sizes: dict[str, dict[str, int]] = {}
         try:
             # Rank 0 has made it, but on a network file system it may show here only seconds later.
             if not _becomes_true((self.temporary / "optimizer").is_dir):
-                raise OSError(f"{self.target.root} is not there; run.dir must be on a file system all nodes share")
+                raise OSError(
+                    f"{self.target.root} is not there; run.dir must be on a file system all nodes share"
+                )
             for kind, logical in self.tensors.items():
                 if not logical:
                     continue
@@ -187,14 +202,17 @@ class Writing:
         return sorted(set(self.target.owners.values()))
 
     def _suffix(self) -> str:
-        """Return the end of this rank's file names, numbered as Hugging Face does if several ranks write."""
+        """Return the end of this rank's file names, numbered as Hugging Face does if several ranks
+        write."""
         writers = self._writers()
         if len(writers) == 1:
             return ".safetensors"
         number = writers.index(self.rank) + 1
         return f"-{number:05d}-of-{len(writers):05d}.safetensors"
 
-    def _write_tensors(self, path: Path, kind: str, logical: Mapping[str, Tensor]) -> dict[str, int]:
+    def _write_tensors(
+        self, path: Path, kind: str, logical: Mapping[str, Tensor]
+    ) -> dict[str, int]:
         """Write one file of Hugging Face tensors. Returns their sizes in bytes."""
         named: dict[str, Tensor] = {}
         for name, whole in logical.items():
@@ -206,7 +224,8 @@ class Writing:
         return {name: tensor.nbytes for name, tensor in named.items()}
 
     def _complete(self, number: int, part: dict[str, Any]) -> None:
-        """Wait for the other ranks' parts, and give the folder its name; on failure, delete it. Rank 0 calls it."""
+        """Wait for the other ranks' parts, and give the folder its name; on failure, delete it.
+        Rank 0 calls it."""
         try:
             # Rank 0 hands its own part over directly.
             keys = [f"part-{number}-{rank}" for rank in range(1, self.num_ranks)]
@@ -216,27 +235,34 @@ class Writing:
             self._seal(parts)
             self._give_name()
         except Exception:
-            with contextlib.suppress(OSError):  # what cannot be deleted now is deleted by the next attempt
+            with contextlib.suppress(
+                OSError
+            ):  # what cannot be deleted now is deleted by the next attempt
                 remove(self.temporary)
             raise
 
     def _seal(self, parts: list[dict[str, Any]]) -> None:
-        """Write what makes the folder complete: index files and the manifest, and put all of it on disk."""
+        """Write what makes the folder complete: index files and the manifest, and put all of it on
+        disk."""
         files: dict[str, Any] = {}
         tensors: dict[str, dict[str, int]] = {}
         for part in parts:
             files |= part["files"]
             tensors |= part["tensors"]
-        # A shared file system may show other nodes' files late; the manifest must not name what is not there.
+        # A shared file system may show other nodes' files late; the manifest must not name what is
+        # not there.
         for name, entry in files.items():
             path = self.temporary / name
             if not _becomes_true(lambda: path.exists() and path.stat().st_size == entry["size"]):  # noqa: B023
-                raise OSError(f"rank 0 does not see {path}; run.dir must be on a file system all nodes share")
+                raise OSError(
+                    f"rank 0 does not see {path}; run.dir must be on a file system all nodes share"
+                )
         if self.target.stem == ADAPTER:
             _join(self.temporary, files, tensors)
         if len(self._writers()) > 1:
             _write_indices(self.temporary, tensors)
-        # What is left are rank 0's own files: extras, indices, train_state.json. The writers of tensors have fsynced.
+        # What is left are rank 0's own files: extras, indices, train_state.json. The writers of
+        # tensors have fsynced.
         for path in sorted(path for path in self.temporary.rglob("*") if path.is_file()):
             name = str(path.relative_to(self.temporary))
             if name not in files:
@@ -246,16 +272,23 @@ class Writing:
         # Last: whoever finds a manifest may rely on all that it names.
         write_json(self.temporary / MANIFEST, {"files": files})
         # Folders hold the names of their files, which an fsync of the files does not save.
-        for folder in (*(path for path in self.temporary.rglob("*") if path.is_dir()), self.temporary):
+        for folder in (
+            *(path for path in self.temporary.rglob("*") if path.is_dir()),
+            self.temporary,
+        ):
             fsync(folder)
 
     def _give_name(self) -> None:
-        """Rename the folder to its final name, durably. A checkpoint of the same step is kept until then."""
+        """Rename the folder to its final name, durably. A checkpoint of the same step is kept until
+        then."""
         before = replaced(self.folder)
         remove(before)
-        replaces = self.folder.is_dir()  # the same step saved again, after a resume from an older one
+        replaces = (
+            self.folder.is_dir()
+        )  # the same step saved again, after a resume from an older one
         if replaces:
-            # Moved, not deleted: after a crash right here, `restore_replaced` gives it its name back.
+            # Moved, not deleted: after a crash right here, `restore_replaced` gives it its name
+            # back.
             self.folder.rename(before)
         named = False
         try:
@@ -263,7 +296,8 @@ class Writing:
             named = True
             fsync(self.folder.parent)
         except OSError:
-            # Without the fsync a power cut may take the name away, and pruning relies on it: undo both renames.
+            # Without the fsync a power cut may take the name away, and pruning relies on it: undo
+            # both renames.
             if named:
                 self.folder.rename(self.temporary)
             if replaces:
@@ -285,11 +319,14 @@ def _say_late(missing: list[int]) -> str:
     ranks = ", ".join(str(number + 1) for number in missing[:8])
     if len(missing) > 8:
         ranks += ", …"
-    return f"nothing came of rank {ranks} within {PATIENCE_S:.0f} s after rank 0 had written its part"
+    return (
+        f"nothing came of rank {ranks} within {PATIENCE_S:.0f} s after rank 0 had written its part"
+    )
 
 
 def _becomes_true(true: Callable[[], bool]) -> bool:
-    """Wait until a condition holds, as long as a shared file system may take to show what another node wrote."""
+    """Wait until a condition holds, as long as a shared file system may take to show what another
+    node wrote."""
     deadline = time.monotonic() + VISIBLE_S
     while not true():
         if time.monotonic() > deadline:
@@ -299,7 +336,8 @@ def _becomes_true(true: Callable[[], bool]) -> bool:
 
 
 def _join(folder: Path, files: dict[str, Any], tensors: dict[str, dict[str, int]]) -> None:
-    """Join the files of an adapter into one, because PEFT reads only one. Updates `files` and `tensors`."""
+    """Join the files of an adapter into one, because PEFT reads only one. Updates `files` and
+    `tensors`."""
     parts = sorted(name for name in files if name.startswith(ADAPTER))
     whole: dict[str, Tensor] = {}
     for part in parts:
@@ -311,7 +349,8 @@ def _join(folder: Path, files: dict[str, Any], tensors: dict[str, dict[str, int]
 
 
 def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:
-    """Write the index file of each kind of tensors, as Hugging Face does. `tensors`: sizes by file and name."""
+    """Write the index file of each kind of tensors, as Hugging Face does. `tensors`: sizes by file
+    and name."""
     by_stem: dict[str, dict[str, dict[str, int]]] = {}
     for file, sizes in tensors.items():
         by_stem.setdefault(file.split("-")[0], {})[file] = sizes

@@ -1,10 +1,10 @@
-"""Collectives over one axis of the mesh, each a short cut for a group of one. Which primitive serves a backend best is
-decided here and nowhere else.
+"""Collectives over one axis of the mesh, each a short cut for a group of one. Which primitive
+serves a backend best is decided here and nowhere else.
 
-On the CPU, reduce-scatter and all-gather are direct messages between the ranks: gloo's own take 1.4 to 2.5 times as
-long. Medians over 2 ranks of one machine, 16 MB of fp32: reduce-scatter 17.1 against 6.9 ms, all-gather 8.1 against
-5.7; its all-reduce, at 9.8 ms, is quicker than both together and is used as it is. NCCL's collectives are used as they
-are.
+On the CPU, reduce-scatter and all-gather are direct messages between the ranks: gloo's own take 1.4
+to 2.5 times as long. Medians over 2 ranks of one machine, 16 MB of fp32: reduce-scatter 17.1
+against 6.9 ms, all-gather 8.1 against 5.7; its all-reduce, at 9.8 ms, is quicker than both together
+and is used as it is. NCCL's collectives are used as they are.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _done() -> None:
 
 
 def noted(kind: str, axis: Axis, wait: Wait) -> Wait:
-    """Return the wait of a collective that has just begun, which also notes for the hang report that this rank
-    waits."""
+    """Return the wait of a collective that has just begun, which also notes for the hang report
+    that this rank waits."""
     # Counted when it begins and not when it is waited for: collectives of an axis begin in one
     # order on all ranks, so equal numbers in a hang report mean one and the same collective.
     number = NOW.count(axis.name)
@@ -64,14 +64,16 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
 
 
 def all_agree(yes: bool, mesh: Mesh) -> bool:
-    """Return whether every rank says yes. What one rank alone has found must be known to all before they part ways."""
+    """Return whether every rank says yes. What one rank alone has found must be known to all before
+    they part ways."""
     # MAX of "no" is a logical or: one rank that refuses is enough.
     no = torch.tensor(int(not yes), device=mesh.device)
     return not all_reduce(no, mesh.world, dist.ReduceOp.MAX)
 
 
 def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
-    """Start finding the highest of all ranks' numbers, between the hosts: no device is waited for, on any rank."""
+    """Start finding the highest of all ranks' numbers, between the hosts: no device is waited for,
+    on any rank."""
     if mesh.world.size == 1:
         return lambda: number
     # A tensor on the host goes by gloo also where the device is a GPU: the group of all ranks has
@@ -88,7 +90,8 @@ def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
 
 
 def start_sharing(number: float, mesh: Mesh) -> Result:
-    """Start sharing every rank's number, [world] float64 in rank order, between the hosts: no device is waited for."""
+    """Start sharing every rank's number, [world] float64 in rank order, between the hosts: no
+    device is waited for."""
     # A gather as a sum: each rank puts its number at its own place among zeros.
     numbers = torch.zeros(mesh.world.size, dtype=torch.float64)
     numbers[mesh.world.rank] = number
@@ -111,7 +114,9 @@ def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
         return lambda: x
     gathered = x.new_empty(axis.size, *x.shape)
     gathered[axis.rank] = x
-    wait = start_all_gather(gathered.view(-1), axis)  # [ranks, *x.shape]; `result` moves the ranks into `dim`
+    wait = start_all_gather(
+        gathered.view(-1), axis
+    )  # [ranks, *x.shape]; `result` moves the ranks into `dim`
 
     # [ranks, …, T, …] → […, ranks, T, …] → […, ranks · T, …]. A copy, unless `dim` is 0.
     def result() -> Tensor:
@@ -133,12 +138,12 @@ def start_reduce_whole(x: Tensor, axis: Axis) -> Result:
 
 
 def start_scatter_along(x: Tensor, axis: Axis, dim: int) -> Result:
-    """Start summing `x`, which must not change meanwhile, over the ranks of the axis; the result is this rank's slice
-    of `dim`, in memory of its own."""
+    """Start summing `x`, which must not change meanwhile, over the ranks of the axis; the result is
+    this rank's slice of `dim`, in memory of its own."""
     if axis.size == 1:
         return lambda: x
-    # A reduce-scatter cuts flat memory, so each rank's slice of `dim` must be contiguous in it: of one sequence they
-    # are, and nothing is copied.
+    # A reduce-scatter cuts flat memory, so each rank's slice of `dim` must be contiguous in it: of
+    # one sequence they are, and nothing is copied.
     pieces = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     own = torch.empty_like(pieces[0])
     wait = start_reduce_scatter(pieces.view(-1), axis, own.view(-1))
@@ -158,8 +163,9 @@ def start_reduce(flat: Tensor, axis: Axis) -> Wait:
 
 
 def start_reduce_scatter(flat: Tensor, axis: Axis, out: Tensor | None = None) -> Wait:
-    """Start summing `flat` over the axis. This rank's shard of the sum, the `axis.rank`-th equal slice, is put into
-    `out`; without one in its place in `flat`, of which the rest is then no longer valid."""
+    """Start summing `flat` over the axis. This rank's shard of the sum, the `axis.rank`-th equal
+    slice, is put into `out`; without one in its place in `flat`, of which the rest is then no
+    longer valid."""
     if axis.size == 1:
         return _done
     mine = flat.view(axis.size, -1)[axis.rank]
@@ -190,17 +196,23 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
         return _done
     shards = flat.view(axis.size, -1)
     if not _on_gloo(flat):
-        return noted("all_gather", axis, _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait)
+        return noted(
+            "all_gather",
+            axis,
+            _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait,
+        )
     others = [rank for rank in range(axis.size) if rank != axis.rank]
     # gloo: this rank's shard goes to every other rank, and theirs come straight to their place in
     # `flat`.
-    works = _exchange(dict.fromkeys(others, shards[axis.rank]), {rank: shards[rank] for rank in others}, axis)
+    works = _exchange(
+        dict.fromkeys(others, shards[axis.rank]), {rank: shards[rank] for rank in others}, axis
+    )
     return noted("all_gather", axis, partial(_wait_for, works))
 
 
 def start_all_to_all(to_send: Sequence[Tensor], to_receive: Sequence[Tensor], axis: Axis) -> Wait:
-    """Start sending the flat tensor `to_send[r]` to each rank r of the axis, and receiving theirs in `to_receive`: some
-    may be empty, and those of this rank itself are left alone."""
+    """Start sending the flat tensor `to_send[r]` to each rank r of the axis, and receiving theirs
+    in `to_receive`: some may be empty, and those of this rank itself are left alone."""
     if axis.size == 1:
         return _done
     others = [rank for rank in range(axis.size) if rank != axis.rank]
@@ -214,20 +226,22 @@ def start_all_to_all(to_send: Sequence[Tensor], to_receive: Sequence[Tensor], ax
 
 
 def add_from_other_end(x: Tensor, axis: Axis) -> None:
-    """Add to `x`, in place, the tensor of the other end of the axis. Its first and last rank call it, and hold the
-    same bits afterwards: of two terms, the order does not matter."""
+    """Add to `x`, in place, the tensor of the other end of the axis. Its first and last rank call
+    it, and hold the same bits afterwards: of two terms, the order does not matter."""
     other = axis.size - 1 - axis.rank
     received = torch.empty_like(x)
     works = _exchange({other: x}, {other: received}, axis)
-    NOW.wait("exchange with the other end", axis.name)  # without a number, since the ranks between do not count it
+    NOW.wait(
+        "exchange with the other end", axis.name
+    )  # without a number, since the ranks between do not count it
     _wait_for(works)
     NOW.go_on()
     x += received
 
 
 def start_shift(x: Tensor, axis: Axis) -> Result:
-    """Start passing `x`, which is contiguous and must not change meanwhile, to the next rank of the axis (the first
-    comes after the last). The result is the previous rank's."""
+    """Start passing `x`, which is contiguous and must not change meanwhile, to the next rank of the
+    axis (the first comes after the last). The result is the previous rank's."""
     if axis.size == 1:
         return lambda: x
     received = torch.empty_like(x)
@@ -247,8 +261,11 @@ def start_shift(x: Tensor, axis: Axis) -> Result:
     return result
 
 
-def _exchange(to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: Axis) -> list[dist.Work]:
-    """Start a message to each rank in `to_send` and from each in `to_receive`, ranks of the axis."""
+def _exchange(
+    to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: Axis
+) -> list[dist.Work]:
+    """Start a message to each rank in `to_send` and from each in `to_receive`, ranks of the
+    axis."""
     messages = []
     # By peer, and to each before from each, on every rank: the pairs of messages match up.
     for rank in sorted(to_send.keys() | to_receive.keys()):

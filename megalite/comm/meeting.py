@@ -1,9 +1,10 @@
 """How ranks meet before there is a process group.
 
-Every rank says that it is there as soon as it starts, goes on saying so while it reads its data, and then that it is
-ready. Rank 0 listens: a rank that it has not heard of for `health.hang_timeout_s` is named, and all leave with
-`Exit.HUNG`, at which a launcher starts the run again. Without this, a rank that died on its way would be waited for as
-long as a collective may take."""
+Every rank says that it is there as soon as it starts, goes on saying so while it reads its data,
+and then that it is ready. Rank 0 listens: a rank that it has not heard of for
+`health.hang_timeout_s` is named, and all leave with `Exit.HUNG`, at which a launcher starts the run
+again. Without this, a rank that died on its way would be waited for as long as a collective may
+take."""
 
 from __future__ import annotations
 
@@ -24,13 +25,18 @@ READY, GO = "ready", "go"
 
 
 class Meeting:
-    """Bring the ranks together: from the start of this one until all are ready. `store` is one that all ranks see."""
+    """Bring the ranks together: from the start of this one until all are ready. `store` is one that
+    all ranks see."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, name: str, silence_s: float):
-        """Announce this rank. `name` is that of its node; a rank not heard of for `silence_s` seconds counts as
-        missing (0: never)."""
+        """Announce this rank. `name` is that of its node; a rank not heard of for `silence_s`
+        seconds counts as missing (0: never)."""
         self.store, self._rank, self._world_size = store, rank, world_size
-        self._told, self._silence_s, self._name = dist.PrefixStore("meeting", store), silence_s, name
+        self._told, self._silence_s, self._name = (
+            dist.PrefixStore("meeting", store),
+            silence_s,
+            name,
+        )
         # [rank] → (what it last said, when this process first saw that). Clocks of nodes are never
         # compared: a rank is silent when its counter stands still by rank 0's own clock.
         self._heard: dict[int, tuple[bytes, float]] = {}
@@ -40,11 +46,14 @@ class Meeting:
             threading.Thread(target=self._beat_on, name="meeting", daemon=True).start()
 
     def wait(self) -> None:
-        """Wait until all ranks are ready. Raises Unreachable where the rank that holds the store is gone."""
+        """Wait until all ranks are ready. Raises Unreachable where the rank that holds the store is
+        gone."""
         try:
             self._wait()
         except dist.DistError as error:
-            raise Unreachable(f"rank 0, at which the ranks meet, is gone: {_first_line(error)}") from None
+            raise Unreachable(
+                f"rank 0, at which the ranks meet, is gone: {_first_line(error)}"
+            ) from None
         finally:
             self._over.set()
 
@@ -73,7 +82,9 @@ class Meeting:
             if said != last:
                 self._heard[rank] = said, now
             elif now - since > self._silence_s:
-                missing.append(f"{key}{f' on {said.decode().partition(chr(32))[2]}' if said else ', which never came'}")
+                missing.append(
+                    f"{key}{f' on {said.decode().partition(chr(32))[2]}' if said else ', which never came'}"
+                )
         return ", ".join(missing)
 
     def _leave(self, missing: str) -> None:
@@ -87,7 +98,9 @@ class Meeting:
 
     def _beat_on(self) -> None:
         number = 0
-        with contextlib.suppress(dist.DistError, RuntimeError):  # `wait` meets the same error, and reports it
+        with contextlib.suppress(
+            dist.DistError, RuntimeError
+        ):  # `wait` meets the same error, and reports it
             # Twenty times as often as needed: a busy store may be slow, and a beat may be lost.
             while not self._over.wait(self._silence_s / 20):
                 number += 1
@@ -98,16 +111,18 @@ class Meeting:
 
 
 def step_port() -> int:
-    """Return the port at which the processes of a Slurm step meet. It follows from the numbers of the job and the
-    step: each of two steps under way in a job has its own, and so has each of two jobs on a node."""
+    """Return the port at which the processes of a Slurm step meet. It follows from the numbers of
+    the job and the step: each of two steps under way in a job has its own, and so has each of two
+    jobs on a node."""
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", -1))
-    # Coprime to the number of ports, so that steps differ; below the ports Linux hands out by itself.
+    # Coprime to the number of ports, so that steps differ; below the ports Linux hands out by
+    # itself.
     return 10_000 + (job + 7919 * (step + 1)) % 20_000
 
 
 def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """Return a store that all `world_size` ranks see: that of torchrun's agent, or one that rank 0 holds. Waits for
-    rank 0 alone, up to `timeout_s` seconds; `rank` is this process's.
+    """Return a store that all `world_size` ranks see: that of torchrun's agent, or one that rank 0
+    holds. Waits for rank 0 alone, up to `timeout_s` seconds; `rank` is this process's.
 
     Raises Unreachable where rank 0 does not answer in time."""
     timeout = datetime.timedelta(seconds=timeout_s)

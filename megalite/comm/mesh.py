@@ -5,15 +5,16 @@
     context    ranks that share every sequence
     tensor     ranks that share every matrix
 
-The ranks of a pipeline stage are folded once more for experts (Megatron's parallel folding, Liu et al. 2025):
+The ranks of a pipeline stage are folded once more for experts (Megatron's parallel folding, Liu et
+al. 2025):
 
     expert replicas   ranks that hold the same experts
     expert            ranks that each hold some of the experts
     expert tensor     ranks that share every matrix of an expert
 
-Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node, and
-the pipeline axis, which needs the least of the network, outermost. A `Mesh` is passed to whoever needs it; no module
-holds process groups."""
+Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs
+of one node, and the pipeline axis, which needs the least of the network, outermost. A `Mesh` is
+passed to whoever needs it; no module holds process groups."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ from megalite.runtime.exit_codes import flush_output
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the mesh as this rank sees it. A group of one has no process group: nothing is communicated."""
+    """One dimension of the mesh as this rank sees it. A group of one has no process group: nothing
+    is communicated."""
 
     size: int = 1
     rank: int = 0
@@ -46,10 +48,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Fold:
-    """One of the two ways in which the ranks of a pipeline stage share its weights, as this rank sees it."""
+    """One of the two ways in which the ranks of a pipeline stage share its weights, as this rank
+    sees it."""
 
     holders: Axis
-    """Ranks that hold different parts of the same weights, in the order of `Weight.local_shape`: expert × tensor."""
+    """Ranks that hold different parts of the same weights, in the order of `Weight.local_shape`:
+    expert × tensor."""
     replicas: Axis
     """Ranks that hold the same parts, and share the work of summing their gradients."""
     tensor: Axis
@@ -69,8 +73,8 @@ class Mesh:
     context: Axis
     tensor: Axis
     replicas: Axis
-    """data × context, the replica group: ranks that hold the same weights, and share the work of summing their
-    gradients."""
+    """data × context, the replica group: ranks that hold the same weights, and share the work of
+    summing their gradients."""
     stage: Axis
     """replicas × tensor: ranks that hold the same layers, in the order of their global ranks."""
     world: Axis
@@ -107,8 +111,8 @@ class Mesh:
         return self.experts if weight.is_expert else self.dense
 
     def place_of(self, rank: int, fold: Fold | None = None) -> tuple[int, int, int]:
-        """Return the (pipeline, replica, holder) coordinates of a global rank in a fold, of dense weights by default,
-        whose holders are the tensor ranks; see `Plan.rank_at`."""
+        """Return the (pipeline, replica, holder) coordinates of a global rank in a fold, of dense
+        weights by default, whose holders are the tensor ranks; see `Plan.rank_at`."""
         fold = fold or self.dense
         # The numbering of global ranks, innermost last: pipeline, replica, holder.
         outer, holder = divmod(rank, fold.holders.size)
@@ -119,8 +123,14 @@ ALONE = Axis()
 
 
 def make_mesh(plan: Plan, device: torch.device) -> Mesh:
-    """Create the process groups of a plan. Every rank must call it. A lone process needs no torch.distributed."""
-    sizes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
+    """Create the process groups of a plan. Every rank must call it. A lone process needs no
+    torch.distributed."""
+    sizes = {
+        "pipeline": plan.pipeline,
+        "data": plan.data,
+        "context": plan.context,
+        "tensor": plan.tensor,
+    }
     # Axes of one rank get no group. In the order of this table: the last is innermost.
     sizes = {name: size for name, size in sizes.items() if size > 1}
     if not sizes:
@@ -140,7 +150,9 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         replicas = replace(world, name="replicas")
     else:
         # One group over both axes, since gradients are summed over data and context ranks at once.
-        replicas = _axis("replicas", grid["data", "context"]._flatten(backend_override=backend).get_group())
+        replicas = _axis(
+            "replicas", grid["data", "context"]._flatten(backend_override=backend).get_group()
+        )
     # replicas × tensor: all of the world but the pipeline. Groups that exist are used again, since
     # each one costs a communicator, with NCCL also buffers on the device.
     if plan.pipeline == 1:
@@ -152,13 +164,16 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     else:
         names = tuple(name for name in sizes if name != "pipeline")
         stage = _axis("stage", grid[names]._flatten(backend_override=backend).get_group())
-    pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
+    pipeline, data, context, tensor = (
+        axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor")
+    )
     mesh = Mesh(pipeline, data, context, tensor, replicas, stage, world, device)
     return replace(mesh, expert_fold=_fold_experts(plan, mesh)) if plan.folds_experts else mesh
 
 
 def _fold_experts(plan: Plan, mesh: Mesh) -> Fold:
-    """Create the groups of experts: the ranks of every pipeline stage as replicas × expert × tensor."""
+    """Create the groups of experts: the ranks of every pipeline stage as replicas × expert ×
+    tensor."""
     tensor, expert = plan.experts
     sizes = {
         "pipeline": plan.pipeline, "expert_replicas": plan.replicas_of(plan.experts), "expert": expert,
@@ -180,9 +195,12 @@ def _fold_experts(plan: Plan, mesh: Mesh) -> Fold:
 def _backend_of_axes(plan: Plan, device: torch.device) -> str | None:
     """Return the backend of the groups of axes; None for that of the world.
 
-    Between GPUs only the world needs gloo beside NCCL, for numbers that hosts tell each other. It connects all ranks of
-    a group to each other: at a thousand ranks, thousands of connections to each host that would never be used."""
-    if device.type == "cpu" or plan.engine != "native":  # DeepSpeed may keep on the host what ranks exchange
+    Between GPUs only the world needs gloo beside NCCL, for numbers that hosts tell each other. It
+    connects all ranks of a group to each other: at a thousand ranks, thousands of connections to
+    each host that would never be used."""
+    if (
+        device.type == "cpu" or plan.engine != "native"
+    ):  # DeepSpeed may keep on the host what ranks exchange
         return None
     return dict(part.split(":") for part in dist.get_backend_config().split(","))[device.type]
 
@@ -190,7 +208,9 @@ def _backend_of_axes(plan: Plan, device: torch.device) -> str | None:
 def _grid(sizes: Mapping[str, int], device: torch.device, backend: str | None) -> DeviceMesh:
     """Create the groups of axes of these sizes, the innermost last."""
     override: Any = dict.fromkeys(sizes, backend) if backend else None
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=override)
+    return init_device_mesh(
+        device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=override
+    )
 
 
 def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:
@@ -198,7 +218,8 @@ def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:
 
 
 def node_name() -> str:
-    """Return Slurm's name of this machine, by which Slurm can exclude it; without Slurm its own name."""
+    """Return Slurm's name of this machine, by which Slurm can exclude it; without Slurm its own
+    name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
@@ -212,26 +233,33 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read rank and world size from the variables of torchrun or Slurm; without them, the process is alone."""
+        """Read rank and world size from the variables of torchrun or Slurm; without them, the
+        process is alone."""
         env = os.environ
         if "RANK" in env:
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-        # sbatch alone also sets SLURM_PROCID; SLURM_STEP_NUM_TASKS is there only inside an srun step.
+        # sbatch alone also sets SLURM_PROCID; SLURM_STEP_NUM_TASKS is there only inside an srun
+        # step.
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            return cls(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+            return cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env["SLURM_LOCALID"]),
+            )
         return cls(0, 1, 0)
 
     @property
     def device(self) -> torch.device:
-        """Return this rank's GPU, or the CPU: of those that it sees the one with its number, or the only one (`srun
-        --gpus-per-task=1`)."""
+        """Return this rank's GPU, or the CPU: of those that it sees the one with its number, or the
+        only one (`srun --gpus-per-task=1`)."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def arrive(self, silence_s: float = 300.0) -> Meeting | None:
-        """Tell the other ranks that this one is there, and on its way to `join`; see meeting.py. Returns None where
-        there is nobody to meet. Raises Unreachable where rank 0 is not there in time."""
+        """Tell the other ranks that this one is there, and on its way to `join`; see meeting.py.
+        Returns None where there is nobody to meet. Raises Unreachable where rank 0 is not there in
+        time."""
         if self.world_size == 1 or dist.is_initialized():
             return None
         _find_first_host()
@@ -239,8 +267,8 @@ class Launch:
         return Meeting(store, self.rank, self.world_size, node_name(), silence_s)
 
     def join(self, timeout_s: float = 1800.0, meeting: Meeting | None = None) -> None:
-        """Form the process group with the other ranks, whom `arrive` may have told already. Does nothing for a lone
-        process."""
+        """Form the process group with the other ranks, whom `arrive` may have told already. Does
+        nothing for a lone process."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         meeting = meeting or self.arrive()
@@ -260,7 +288,8 @@ class Launch:
         )
 
     def meet(self, timeout_s: float = 1800.0) -> dist.Store:
-        """Return a store that all ranks see, and no more: no rank waits for another in a collective."""
+        """Return a store that all ranks see, and no more: no rank waits for another in a
+        collective."""
         if self.world_size == 1:
             return dist.HashStore()
         _find_first_host()
@@ -268,26 +297,32 @@ class Launch:
 
 
 def _find_first_host() -> None:
-    """Set MASTER_ADDR and MASTER_PORT from Slurm where they are missing. Raises ConfigError without Slurm."""
+    """Set MASTER_ADDR and MASTER_PORT from Slurm where they are missing. Raises ConfigError without
+    Slurm."""
     if "MASTER_ADDR" not in os.environ:
         if "SLURM_STEP_NODELIST" not in os.environ and "SLURM_JOB_NODELIST" not in os.environ:
-            raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
+            raise ConfigError(
+                "RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun"
+            )
         os.environ |= _slurm_rendezvous()
 
 
 def _slurm_rendezvous() -> dict[str, str]:
     """Return the first host of this srun, where its rank 0 is, and a port of its own."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+    )
     return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(step_port())}
 
 
 def leave(status: int = 0) -> None:
-    """End a process that joined others. Does nothing for a lone one, which ends as any process does."""
+    """End a process that joined others. Does nothing for a lone one, which ends as any process
+    does."""
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
     flush_output()
-    # Threads of groups that sent messages from rank to rank live on, and may abort a process while Python shuts down:
-    # one that has saved everything would count as failed.
+    # Threads of groups that sent messages from rank to rank live on, and may abort a process while
+    # Python shuts down: one that has saved everything would count as failed.
     os._exit(status)

@@ -17,12 +17,17 @@ from megalite.utils.spelling import did_you_mean, nearest
 
 
 def describe_errors(error: ValidationError, root: type[BaseModel], values: Any = None) -> str:
-    """Return one line per mistake in pydantic's `error`. `root` is the class that was validated, `values` its input:
-    the keys of some sections follow from their `name`."""
+    """Return one line per mistake in pydantic's `error`. `root` is the class that was validated,
+    `values` its input: the keys of some sections follow from their `name`."""
     items = error.errors(include_url=False)
-    # If every item of a list is wrong, pydantic also calls the list "too short"; the items' own errors say it better.
+    # If every item of a list is wrong, pydantic also calls the list "too short"; the items' own
+    # errors say it better.
     inner = [item["loc"] for item in items if item["type"] != "too_short"]
-    told = [i for i in items if i["type"] != "too_short" or not any(loc[: len(i["loc"])] == i["loc"] for loc in inner)]
+    told = [
+        i
+        for i in items
+        if i["type"] != "too_short" or not any(loc[: len(i["loc"])] == i["loc"] for loc in inner)
+    ]
     return "\n  ".join(_describe(item, root, values) for item in told)
 
 
@@ -37,7 +42,8 @@ _PLAINLY = {
 
 
 def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
-    """Return the line for one of pydantic's errors: key, value, what is allowed, and the nearest right spelling."""
+    """Return the line for one of pydantic's errors: key, value, what is allowed, and the nearest
+    right spelling."""
     path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
     if item["type"] == "extra_forbidden":
@@ -57,7 +63,9 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
         return f"{key}: {message}" if key else message
     message = _PLAINLY.get(item["type"], message)
     if item["type"] == "literal_error":
-        allowed = [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        allowed = [
+            word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        ]
         close = nearest(value, allowed)
         if isinstance(value, bool):
             message += "; YAML reads a bare yes, no, on or off as true or false"
@@ -66,9 +74,11 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
 
 
-def _walk(loc: Sequence[str | int], model: type[BaseModel] | None, values: Any) -> tuple[list[str | int], list[str]]:
-    """Return the key that pydantic's `loc` stands for, without its marks for unions, and the keys known beside the
-    last one."""
+def _walk(
+    loc: Sequence[str | int], model: type[BaseModel] | None, values: Any
+) -> tuple[list[str | int], list[str]]:
+    """Return the key that pydantic's `loc` stands for, without its marks for unions, and the keys
+    known beside the last one."""
     model = _kind_of(model, values)
     path: list[str | int] = []
     known: list[str] = []
@@ -96,8 +106,8 @@ def _kind_of(section: type[BaseModel] | None, values: Any) -> type[BaseModel] | 
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that an annotation such as `tuple[Source, ...]` or `Section | None` contains; of several, the
-    first."""
+    """Return the section that an annotation such as `tuple[Source, ...]` or `Section | None`
+    contains; of several, the first."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_section_in(inner) for inner in typing.get_args(annotation))

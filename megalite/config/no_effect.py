@@ -1,6 +1,8 @@
-"""Warn about settings that a config gives and that change nothing in this run: whoever wrote them should know.
+"""Warn about settings that a config gives and that change nothing in this run: whoever wrote them
+should know.
 
-A start prints one line for each. It does not refuse: a run made shorter for a try keeps the rest of its config."""
+A start prints one line for each. It does not refuse: a run made shorter for a try keeps the rest of
+its config."""
 
 from __future__ import annotations
 
@@ -47,9 +49,12 @@ def has_valid(config: Config) -> bool:
 
 
 def no_effect(config: Config, start_step: int, world_size: int) -> list[str]:
-    """List the settings that differ from their defaults and yet do nothing in a run of `config` from `start_step` on,
-    with `world_size` ranks: one warning each."""
-    return [f"warning: {line}" for line in (*_idle(config), *_out_of_range(config, start_step, world_size))]
+    """List the settings that differ from their defaults and yet do nothing in a run of `config`
+    from `start_step` on, with `world_size` ranks: one warning each."""
+    return [
+        f"warning: {line}"
+        for line in (*_idle(config), *_out_of_range(config, start_step, world_size))
+    ]
 
 
 def _idle(config: Config) -> Iterator[str]:

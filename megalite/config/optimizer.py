@@ -1,4 +1,5 @@
-"""The `optimizer:` section: what all optimizers have, which weights each of them takes, and the schedules."""
+"""The `optimizer:` section: what all optimizers have, which weights each of them takes, and the
+schedules."""
 
 from __future__ import annotations
 
@@ -28,10 +29,13 @@ BY_COUNTS = "by_counts"
 
 
 class ScheduleConfig(Choice):
-    """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
+    """The learning rate over the steps: a linear warmup to the peak, then a decay from it to
+    `min_lr`."""
 
     name: str = "cosine"
-    warmup_steps: int | float = Field(0, ge=0, description="Steps of the warmup; below 1: their share of all steps.")
+    warmup_steps: int | float = Field(
+        0, ge=0, description="Steps of the warmup; below 1: their share of all steps."
+    )
     min_lr: float = Field(0.0, ge=0)
 
     KINDS: ClassVar[Registry[Any]] = registry.schedules
@@ -50,8 +54,8 @@ class ScheduleConfig(Choice):
         return math.ceil(share * num_steps) if 0 < share < 1 else int(share)
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
-        """Return the learning rate of a step after the warmup: `step`, counted from 1, of a run of `num_steps`. `peak`
-        is the learning rate at the end of the warmup."""
+        """Return the learning rate of a step after the warmup: `step`, counted from 1, of a run of
+        `num_steps`. `peak` is the learning rate at the end of the warmup."""
         raise NotImplementedError
 
     def check(self, num_steps: int) -> None:
@@ -62,11 +66,16 @@ class ParameterGroup(Section):
     """Settings of some weights, chosen by their Hugging Face names."""
 
     match: str = Field(
-        min_length=1, description="Pattern of Hugging Face names, with * and ?: '*.bias', 'model.embed_tokens.*'."
+        min_length=1,
+        description="Pattern of Hugging Face names, with * and ?: '*.bias', 'model.embed_tokens.*'.",
     )
-    lr: float = Field(1.0, ge=0, description="Factor of their learning rate. 0 keeps them as they are.")
+    lr: float = Field(
+        1.0, ge=0, description="Factor of their learning rate. 0 keeps them as they are."
+    )
     weight_decay: float | None = Field(None, ge=0, description="Their weight decay.")
-    optimizer: str | None = Field(None, description="Which of the config's optimizers updates them: muon or adamw.")
+    optimizer: str | None = Field(
+        None, description="Which of the config's optimizers updates them: muon or adamw."
+    )
 
     def takes(self, names: Sequence[str]) -> bool:
         """Return whether the group is that of a weight made of the Hugging Face tensors `names`.
@@ -92,11 +101,17 @@ class Treatment(NamedTuple):
 
 
 class QKClipConfig(Section):
-    """Bound the attention logits by scaling the projections of queries and keys (MuonClip, Kimi K2)."""
+    """Bound the attention logits by scaling the projections of queries and keys (MuonClip, Kimi
+    K2)."""
 
-    threshold: float = Field(100.0, gt=0, description="Largest logit that the heads may have had in a step.")
+    threshold: float = Field(
+        100.0, gt=0, description="Largest logit that the heads may have had in a step."
+    )
     alpha: float = Field(
-        0.5, ge=0, le=1, description="Share of the queries in the scaling, as an exponent; the keys take the rest."
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the queries in the scaling, as an exponent; the keys take the rest.",
     )
 
 
@@ -118,7 +133,9 @@ class OptimizerConfig(Choice):
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0, description="Largest global gradient norm. 0 disables clipping.")
-    schedule: SerializeAsAny[ScheduleConfig] = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
+    schedule: SerializeAsAny[ScheduleConfig] = Field(
+        default_factory=lambda: ScheduleConfig.model_validate({})
+    )
     ema: float | None = Field(
         None,
         gt=0,
@@ -132,30 +149,35 @@ class OptimizerConfig(Choice):
         "threshold. null: no head is.",
     )
     groups: tuple[ParameterGroup, ...] = Field(
-        (), description="Weights with settings of their own. The first group that matches a weight is used."
+        (),
+        description="Weights with settings of their own. The first group that matches a weight is used.",
     )
 
     KINDS: ClassVar[Registry[Any]] = registry.optimizers
     STATES: ClassVar[tuple[str, ...]] = ()
-    """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at first. A checkpoint
-    has files of each."""
+    """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at
+    first. A checkpoint has files of each."""
 
     PASSES: ClassVar[int] = 0
-    """Times that an update reads or writes each fp32 element of a weight beside one pass over weight, gradient and
-    states."""
+    """Times that an update reads or writes each fp32 element of a weight beside one pass over
+    weight, gradient and states."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if taken := {"weight", "master", "grad", EMA}.intersection(cls.STATES):
-            raise ConfigError(f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint")
+            raise ConfigError(
+                f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint"
+            )
 
     @model_validator(mode="after")
     def _groups_name_members(self) -> Self:
         for group in self.groups:
             if group.optimizer is not None and group.optimizer not in self.members():
                 known = ", ".join(self.members())
-                raise ValueError(f"groups: optimizer = {group.optimizer!r} is none of this config's: {known}")
+                raise ValueError(
+                    f"groups: optimizer = {group.optimizer!r} is none of this config's: {known}"
+                )
         return self
 
     def build(self) -> Optimizer | MatrixOptimizer | SummingOptimizer:
@@ -163,7 +185,8 @@ class OptimizerConfig(Choice):
         raise NotImplementedError
 
     def members(self) -> Mapping[str, Member]:
-        """Return the optimizers by name: this one, and those that work beside it on other weights."""
+        """Return the optimizers by name: this one, and those that work beside it on other
+        weights."""
         return {self.name: Member(self.build, self.STATES, 1.0, self.weight_decay)}
 
     def member_of(self, weight: Weight) -> str:
@@ -175,9 +198,11 @@ class OptimizerConfig(Choice):
         return True
 
     def treatment(self, weight: Weight) -> Treatment:
-        """Return how a weight is updated: as its member does, or as the first group says that matches it.
+        """Return how a weight is updated: as its member does, or as the first group says that
+        matches it.
 
-        Raises ConfigError for a group that takes only a part of the weight, or whose optimizer cannot take it."""
+        Raises ConfigError for a group that takes only a part of the weight, or whose optimizer
+        cannot take it."""
         if weight.by_counts:
             return Treatment(BY_COUNTS, 1.0, 0.0)
         group = next((group for group in self.groups if group.takes(weight.hf)), None)
@@ -192,15 +217,19 @@ class OptimizerConfig(Choice):
         decay = member.weight_decay if weight.decay else 0.0
         if group is None:
             return Treatment(name, member.lr, decay)
-        return Treatment(name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay)
+        return Treatment(
+            name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay
+        )
 
     def state_row(self, weight: Weight, state: str) -> Weight:
-        """Return the row by which a checkpoint holds a state of `weight`: the weight's own, or of another shape that
-        follows from it. Of these, which are to be small, every rank of the weight's pipeline stage has the whole."""
+        """Return the row by which a checkpoint holds a state of `weight`: the weight's own, or of
+        another shape that follows from it. Of these, which are to be small, every rank of the
+        weight's pipeline stage has the whole."""
         return weight
 
     def products(self, weight: Weight) -> Sequence[tuple[int, int, int]]:
-        """Return the matrix products [m, k] × [k, n] that an update of the whole `weight` takes, as (m, n, k)."""
+        """Return the matrix products [m, k] × [k, n] that an update of the whole `weight` takes, as
+        (m, n, k)."""
         return ()
 
     def states_of(self, weight: Weight) -> tuple[str, ...]:
@@ -212,7 +241,10 @@ class OptimizerConfig(Choice):
     @property
     def all_states(self) -> tuple[str, ...]:
         """Return the names of the states that are kept for some weights, each once."""
-        return tuple(dict.fromkeys(s for member in self.members().values() for s in member.states)) + self._average
+        return (
+            tuple(dict.fromkeys(s for member in self.members().values() for s in member.states))
+            + self._average
+        )
 
     @property
     def _average(self) -> tuple[str, ...]:

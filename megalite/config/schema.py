@@ -1,8 +1,9 @@
-"""The user's config: strict, frozen, never mutated. What follows from it on a given number of ranks is in `plan.py`.
+"""The user's config: strict, frozen, never mutated. What follows from it on a given number of ranks
+is in `plan.py`.
 
-Anything unknown or impossible raises `ConfigError`, which names the key, its value, what is allowed and the nearest
-right spelling, so that the user can correct the file without reading code. `config_file.py` reads configs from
-YAML."""
+Anything unknown or impossible raises `ConfigError`, which names the key, its value, what is allowed
+and the nearest right spelling, so that the user can correct the file without reading code.
+`config_file.py` reads configs from YAML."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
     from megalite.training.run import Run
 
 MOST_LAYERS = 10_000
-"""Limit on `num_layers`. Every layer has rows in the table of weights, and a damaged config.json may ask for any
-number."""
+"""Limit on `num_layers`. Every layer has rows in the table of weights, and a damaged config.json
+may ask for any number."""
 
 
 class RunConfig(Section):
@@ -63,23 +64,28 @@ class RunConfig(Section):
 
 
 NUM_LABELS = {"single_label": (2, 2**16 - 2), "multi_label": (1, 62), "regression": (1, 1)}
-"""How few and how many labels each `model.problem` has. A set of classes is the bits of one label."""
+"""How few and how many labels each `model.problem` has. A set of classes is the bits of one
+label."""
 
 
 class ModelConfig(Section):
-    """Settings that every family shares. Each file in `models/` adds the fields of its own family. Names in capitals
-    and properties are not settings but belong to the family."""
+    """Settings that every family shares. Each file in `models/` adds the fields of its own family.
+    Names in capitals and properties are not settings but belong to the family."""
 
     family: str
     preset: str | None = Field(
         None, description="Preset: the file in configs/model/ that the other fields are taken from."
     )
-    hf: Path | None = Field(None, description="Hugging Face folder whose weights training starts from.")
+    hf: Path | None = Field(
+        None, description="Hugging Face folder whose weights training starts from."
+    )
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0, le=MOST_LAYERS)
     num_attention_heads: int = Field(gt=0)
-    max_positions: int = Field(gt=0, description="Longest sequence the model is meant for, in tokens.")
+    max_positions: int = Field(
+        gt=0, description="Longest sequence the model is meant for, in tokens."
+    )
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
@@ -89,7 +95,9 @@ class ModelConfig(Section):
         "seq2seq: the next token of a target that answers a source (encoder-decoders); classification: a text's "
         "class; labels: that of each token.",
     )
-    labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
+    labels: tuple[str, ...] = Field(
+        (), description="Names of the classes, for task: classification or labels."
+    )
     problem: Literal["single_label", "multi_label", "regression"] = Field(
         "single_label",
         description="What task: classification tells of a text. single_label: one of the classes; multi_label: any "
@@ -104,7 +112,8 @@ class ModelConfig(Section):
     """Token of a text at which its class is told: where all of it has been seen."""
 
     SPARE: ClassVar[tuple[str, ...]] = ()
-    """Hugging Face's names of tensors that files may have for other tasks, and that are not read."""
+    """Hugging Face's names of tensors that files may have for other tasks, and that are not
+    read."""
     COPIES: ClassVar[tuple[str, ...]] = ()
     """Those that files may have, and that must be copies of the embedding."""
     OLD_ENDS: ClassVar[Mapping[str, str]] = {}
@@ -112,11 +121,13 @@ class ModelConfig(Section):
     OLD_STARTS: ClassVar[Mapping[str, str]] = {}
     """How tensors' names start in other files, with what that is here."""
     SPARE_STARTS: ClassVar[tuple[str, ...]] = ()
-    """How the names of tensors start that belong to other parts of a larger model, and that are not read."""
+    """How the names of tensors start that belong to other parts of a larger model, and that are not
+    read."""
 
     @classmethod
     def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
-        """Return the `fields` that config.json gives, corrected by the `names` of the tensors stored beside it."""
+        """Return the `fields` that config.json gives, corrected by the `names` of the tensors
+        stored beside it."""
         return fields
 
     @property
@@ -126,7 +137,8 @@ class ModelConfig(Section):
 
     @property
     def has_token_types(self) -> bool:
-        """Return whether tokens of a second text are embedded as of another type than those of a first."""
+        """Return whether tokens of a second text are embedded as of another type than those of a
+        first."""
         return False
 
     @property
@@ -138,11 +150,13 @@ class ModelConfig(Section):
 
     @property
     def bias_rate(self) -> float | None:
-        """Return how much a step moves the selection biases of routers (`Weight.by_counts`). None: there are none."""
+        """Return how much a step moves the selection biases of routers (`Weight.by_counts`). None:
+        there are none."""
         return None
 
     def describe(self) -> Architecture:
-        """Describe what each layer computes. Every family's config says it; raises ConfigError where one does not."""
+        """Describe what each layer computes. Every family's config says it; raises ConfigError
+        where one does not."""
         raise ConfigError(
             f"model.family = {self.family!r} does not describe its layers, which a plan and the count of FLOPs need: "
             f"{type(self).__name__} must have a method `describe` (docs/extend/family.md)"
@@ -150,7 +164,8 @@ class ModelConfig(Section):
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Return the description, made once. Raises ConfigError where it has another number of layers."""
+        """Return the description, made once. Raises ConfigError where it has another number of
+        layers."""
         found = self.describe()
         if len(found.layers) != self.num_layers:
             raise ConfigError(
@@ -169,8 +184,12 @@ class ModelConfig(Section):
 class Source(Section):
     """One source of tokenized documents."""
 
-    path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a.")
-    name: str | None = Field(None, description="Name in metrics and `phases`. Defaults to the last part of the path.")
+    path: str = Field(
+        description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a."
+    )
+    name: str | None = Field(
+        None, description="Name in metrics and `phases`. Defaults to the last part of the path."
+    )
     weight: float = Field(
         1.0,
         gt=0,
@@ -194,7 +213,8 @@ class Phase(Section):
 
     after_step: int = Field(gt=0, description="Last step of the phase before.")
     weights: dict[str, float] = Field(
-        min_length=1, description="Weight of each train source by its name. 0, or left out, takes none of it."
+        min_length=1,
+        description="Weight of each train source by its name. 0, or left out, takes none of it.",
     )
 
     @field_validator("weights")
@@ -213,11 +233,15 @@ class ShortPhase(Section):
 
 
 class FillInTheMiddleConfig(Section):
-    """Fill-in-the-middle: reorder documents so that a causal model learns to fill a gap (Bavarian et al. 2022)."""
+    """Fill-in-the-middle: reorder documents so that a causal model learns to fill a gap (Bavarian
+    et al. 2022)."""
 
     rate: float = Field(0.5, gt=0, le=1, description="Share of the documents that are reordered.")
     spm_rate: float = Field(
-        0.5, ge=0, le=1, description="Share of the reordered documents whose suffix comes before the prefix."
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the reordered documents whose suffix comes before the prefix.",
     )
     tokens: tuple[str, str, str] = Field(
         ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
@@ -237,12 +261,14 @@ class Lengths(NamedTuple):
 
 
 DataKind = Literal["text", "preference", "pairs", "seq2seq"]
-"""Kind of data that an objective learns from: `preference` is pairs of answers, the chosen one first, side by side in a
-sample; `pairs` likewise of texts that belong together; `seq2seq` is rows of a source and its target."""
+"""Kind of data that an objective learns from: `preference` is pairs of answers, the chosen one
+first, side by side in a sample; `pairs` likewise of texts that belong together; `seq2seq` is rows
+of a source and its target."""
 
 
 class ObjectiveConfig(Choice):
-    """The loss that training minimises. A model with a classification head learns its classes, by `next_token`."""
+    """The loss that training minimises. A model with a classification head learns its classes, by
+    `next_token`."""
 
     name: str = "next_token"
 
@@ -253,35 +279,41 @@ class ObjectiveConfig(Choice):
     """Whether it compares with the frozen model of model.hf."""
 
     NEEDS: ClassVar[Literal["losses", "logits", "hidden_states", "final_states"]] = "losses"
-    """What it needs of the last stage in training: each token's loss, the logits in vocabulary shards, the hidden
-    states that the head takes, or those of the model without a head."""
+    """What it needs of the last stage in training: each token's loss, the logits in vocabulary
+    shards, the hidden states that the head takes, or those of the model without a head."""
     IN_CHUNKS: ClassVar[bool] = False
     """Whether it takes hidden states a few tokens at a time where train.loss_chunk asks for it."""
 
     def check(self, config: Config) -> None:
-        """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
+        """Raise ValueError, naming the setting, when the rest of a config does not go with this
+        objective."""
 
     def predicted(self) -> float:
         """Return the share of the tokens of which the head is computed, about."""
         return 1.0
 
     def frozen_model(self, config: Config) -> Path | None:
-        """Return the Hugging Face folder of a frozen model that runs beside the trained one, or None; `Inputs.frozen`
-        gives the objective what it computes."""
+        """Return the Hugging Face folder of a frozen model that runs beside the trained one, or
+        None; `Inputs.frozen` gives the objective what it computes."""
         return None
 
-    def corruption(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Corruption | None:
-        """Return what makes inputs and labels of the tokens that are read for `split`; None: each token's label is the
-        one that follows, or a class. `tokenizer` is the config's. Raise DataError where it lacks a token."""
+    def corruption(
+        self, config: Config, tokenizer: Tokenizer | None, split: Split
+    ) -> Corruption | None:
+        """Return what makes inputs and labels of the tokens that are read for `split`; None: each
+        token's label is the one that follows, or a class. `tokenizer` is the config's. Raise
+        DataError where it lacks a token."""
         return None
 
     def lengths(self, config: Config) -> Lengths:
         """Return how many tokens belong to a sample of a config."""
         return Lengths(config.data.seq_length, 0, config.data.seq_length)
 
-    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> SpanCorruption | SourceAndTarget:
-        """Return what makes a source and a target of the tokens that are read for `split`, for an encoder-decoder.
-        `tokenizer` is the config's. Raise DataError where it lacks a token."""
+    def stacks(
+        self, config: Config, tokenizer: Tokenizer | None, split: Split
+    ) -> SpanCorruption | SourceAndTarget:
+        """Return what makes a source and a target of the tokens that are read for `split`, for an
+        encoder-decoder. `tokenizer` is the config's. Raise DataError where it lacks a token."""
         raise NotImplementedError
 
     def files(self) -> dict[str, Any]:
@@ -289,7 +321,8 @@ class ObjectiveConfig(Choice):
         return {}
 
     def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
-        """Return the batches to train on: those that `source` reads, or others that are made of them."""
+        """Return the batches to train on: those that `source` reads, or others that are made of
+        them."""
         return source
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
@@ -314,7 +347,8 @@ class DataConfig(Section):
         "Samples, tokens a step and memory stay as they are.",
     )
     order: Literal["shuffle", "sequential", "megatron"] = Field(
-        "shuffle", description="Order of training samples. megatron: that of Megatron-LM's GPTDataset for this seed."
+        "shuffle",
+        description="Order of training samples. megatron: that of Megatron-LM's GPTDataset for this seed.",
     )
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
@@ -330,15 +364,23 @@ class DataConfig(Section):
         "through.",
     )
     temperature: float = Field(
-        1.0, gt=0, description="Values above 1 even out the sources' shares: each is raised to the power 1/temperature."
+        1.0,
+        gt=0,
+        description="Values above 1 even out the sources' shares: each is raised to the power 1/temperature.",
     )
-    phases: tuple[Phase, ...] = Field((), description="Other weights of the sources, later in training.")
+    phases: tuple[Phase, ...] = Field(
+        (), description="Other weights of the sources, later in training."
+    )
     document_mask: bool = Field(
         False, description="Tokens attend only to their own document, and its positions begin at 0."
     )
-    border_loss: bool = Field(True, description="Also predict a document's first token, from the document before it.")
+    border_loss: bool = Field(
+        True, description="Also predict a document's first token, from the document before it."
+    )
     fim: FillInTheMiddleConfig | None = None
-    tokenizer: Path | None = Field(None, description="Folder of the tokenizer, which is copied into every checkpoint.")
+    tokenizer: Path | None = Field(
+        None, description="Folder of the tokenizer, which is copied into every checkpoint."
+    )
 
     @field_validator("split")
     @classmethod
@@ -350,19 +392,25 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_way_to_split(self) -> DataConfig:
         if self.split is not None and (self.valid or self.test):
-            raise ValueError("give either `split` or files of their own under `valid` and `test`, not both")
+            raise ValueError(
+                "give either `split` or files of their own under `valid` and `test`, not both"
+            )
         return self
 
     @model_validator(mode="after")
     def _orders_fit(self) -> DataConfig:
         steps = [phase.after_step for phase in self.phases]
         if sorted(set(steps)) != steps:
-            raise ValueError(f"each of `phases` must begin later than the one before, but they begin after {steps}")
+            raise ValueError(
+                f"each of `phases` must begin later than the one before, but they begin after {steps}"
+            )
         if self.order == "megatron":
             others = {"packing": "concat", "phases": (), "weights": "tokens", "temperature": 1.0}
             for name, own in others.items():
                 if getattr(self, name) != own:
-                    raise ValueError(f"order: megatron is Megatron-LM's, which has no `{name}`; leave it at {own!r}")
+                    raise ValueError(
+                        f"order: megatron is Megatron-LM's, which has no `{name}`; leave it at {own!r}"
+                    )
         if self.fim and not self.tokenizer:
             raise ValueError("fim needs `tokenizer`, which knows the ids of its tokens")
         return self
@@ -377,18 +425,25 @@ class DataConfig(Section):
                     f"seq_length_warmup: seq_length {phase.seq_length} must divide data.seq_length {self.seq_length}, "
                     "and be less"
                 )
-            if after and (after.seq_length <= phase.seq_length or after.until_step <= phase.until_step):
+            if after and (
+                after.seq_length <= phase.seq_length or after.until_step <= phase.until_step
+            ):
                 raise ValueError(
                     f"seq_length_warmup: each phase must be longer and end later than the one before, but {after} "
                     f"follows {phase}"
                 )
         if phases and self.fim:
-            raise ValueError("seq_length_warmup would cut documents that fim has reordered; leave one of them out")
+            raise ValueError(
+                "seq_length_warmup would cut documents that fim has reordered; leave one of them out"
+            )
         return self
 
     def length_of(self, step: int) -> int:
         """Return the tokens of a sequence in a step, counted from 1."""
-        return next((phase.seq_length for phase in self.seq_length_warmup if step <= phase.until_step), self.seq_length)
+        return next(
+            (phase.seq_length for phase in self.seq_length_warmup if step <= phase.until_step),
+            self.seq_length,
+        )
 
     @property
     def seq_lengths(self) -> tuple[int, ...]:
@@ -403,13 +458,16 @@ class DataConfig(Section):
         for phase in self.phases:
             for name in phase.weights:
                 if name not in known:
-                    raise ValueError(f"phases name a source {name!r}; those of train are {', '.join(known)}")
+                    raise ValueError(
+                        f"phases name a source {name!r}; those of train are {', '.join(known)}"
+                    )
         return self
 
 
 def names_of(sources: Sequence[Source]) -> list[str]:
-    """Return the name of each source: its `name`, the last part of its path, or the whole path where those of two are
-    the same. Raises ValueError where two have one name: metrics, phases and what was consumed go by these names."""
+    """Return the name of each source: its `name`, the last part of its path, or the whole path
+    where those of two are the same. Raises ValueError where two have one name: metrics, phases and
+    what was consumed go by these names."""
     last = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in sources]
     names = [
         source.name or (source.path if last.count(name) > 1 else name)
@@ -417,7 +475,9 @@ def names_of(sources: Sequence[Source]) -> list[str]:
     ]
     if twice := next((name for name in names if names.count(name) > 1), None):
         first, second = [number for number, name in enumerate(names) if name == twice][:2]
-        raise ValueError(f"sources {first} and {second} are both named {twice!r}; give each a `name` of its own")
+        raise ValueError(
+            f"sources {first} and {second} are both named {twice!r}; give each a `name` of its own"
+        )
     return names
 
 
@@ -428,7 +488,9 @@ class OffloadConfig(Section):
     parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where the weights are kept. Needs zero_stage: 3."
     )
-    nvme_path: Path | None = Field(None, description="Folder on a fast disk of each node, for nvme.")
+    nvme_path: Path | None = Field(
+        None, description="Folder on a fast disk of each node, for nvme."
+    )
 
     @model_validator(mode="after")
     def _nvme_has_a_path(self) -> OffloadConfig:
@@ -438,20 +500,28 @@ class OffloadConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is spread over the ranks. Data parallelism takes the ranks that these leave over."""
+    """How the model is spread over the ranks. Data parallelism takes the ranks that these leave
+    over."""
 
     tensor: int = Field(1, gt=0, description="Tensor-parallel ranks, which share every matrix.")
     sequence: bool = Field(
         True,
         description="Sequence parallelism: also split norms and dropout along the sequence. No effect at tensor: 1.",
     )
-    pipeline: int = Field(1, gt=0, description="Pipeline-parallel ranks, which each hold some of the layers.")
-    virtual: int = Field(1, gt=0, description="Groups of layers on each pipeline rank. Values above 1 interleave them.")
+    pipeline: int = Field(
+        1, gt=0, description="Pipeline-parallel ranks, which each hold some of the layers."
+    )
+    virtual: int = Field(
+        1,
+        gt=0,
+        description="Groups of layers on each pipeline rank. Values above 1 interleave them.",
+    )
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
         "1f1b", description="Order of a pipeline's passes. interleaved needs virtual above 1."
     )
     stage_layers: tuple[int, ...] | None = Field(
-        None, description="Layers of each of the pipeline × virtual stages. Balanced by cost where left out."
+        None,
+        description="Layers of each of the pipeline × virtual stages. Balanced by cost where left out.",
     )
     context: int = Field(1, gt=0, description="Context-parallel ranks, which share every sequence.")
     context_method: Literal["ring", "ulysses"] = Field(
@@ -466,11 +536,14 @@ class ParallelConfig(Section):
         "ranks of a pipeline stage once more.",
     )
     expert_tensor: int | None = Field(
-        None, gt=0, description="Ranks that share every matrix of an expert. null: as many as tensor ranks."
+        None,
+        gt=0,
+        description="Ranks that share every matrix of an expert. null: as many as tensor ranks.",
     )
     engine: Literal["native", "deepspeed"] = "native"
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="What the data ranks shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights."
+        1,
+        description="What the data ranks shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights.",
     )
     offload: OffloadConfig = OffloadConfig()
     bucket_mb: float | None = Field(
@@ -480,17 +553,20 @@ class ParallelConfig(Section):
         "replica, and 40 at least.",
     )
     elastic: bool = Field(
-        False, description="Continue with fewer nodes where some are lost. micro_batch_size is then an upper limit."
+        False,
+        description="Continue with fewer nodes where some are lost. micro_batch_size is then an upper limit.",
     )
 
 
 class BatchRampConfig(Section):
-    """A global batch size that grows over the first samples (as Megatron-LM's --rampup-batch-size)."""
+    """A global batch size that grows over the first samples (as Megatron-LM's
+    --rampup-batch-size)."""
 
     start: int = Field(gt=0, description="Sequences per optimizer step at first.")
     increment: int = Field(gt=0, description="Sequences by which it grows at a time.")
     samples: int = Field(
-        gt=0, description="Samples after which it is train.global_batch_size; it grows evenly up to it."
+        gt=0,
+        description="Samples after which it is train.global_batch_size; it grows evenly up to it.",
     )
 
 
@@ -504,7 +580,9 @@ class TrainConfig(Section):
         "where one of these is given.",
     )
     tokens: int | None = Field(
-        None, gt=0, description="Length of the run in tokens, such as 300B, rounded up to whole steps."
+        None,
+        gt=0,
+        description="Length of the run in tokens, such as 300B, rounded up to whole steps.",
     )
     epochs: float | None = Field(
         None,
@@ -517,8 +595,12 @@ class TrainConfig(Section):
         gt=0,
         description="Validations without a new lowest loss after which the run ends early. null: it does not.",
     )
-    stop_at: int | None = Field(None, gt=0, description="Save and exit after this step, to be resumed later.")
-    global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
+    stop_at: int | None = Field(
+        None, gt=0, description="Save and exit after this step, to be resumed later."
+    )
+    global_batch_size: int = Field(
+        gt=0, description="Sequences per optimizer step, over all ranks."
+    )
     batch_ramp: BatchRampConfig | None = None
     micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -530,7 +612,10 @@ class TrainConfig(Section):
     recompute_layers: int | None = Field(
         None, gt=0, description="How many of each stage's first layers to recompute. null: all."
     )
-    compile: bool = Field(False, description="Run torch.compile on each layer. Not with tensor or context parallelism.")
+    compile: bool = Field(
+        False,
+        description="Run torch.compile on each layer. Not with tensor or context parallelism.",
+    )
     loss_chunk: int | None = Field(
         None,
         gt=0,
@@ -571,7 +656,9 @@ class TrainConfig(Section):
         # `steps` may be given beside one of these: a written config has both, and `of_samples`
         # compares them.
         if given[-2:] == ["tokens", "epochs"]:
-            raise ValueError(f"tokens {self.tokens} and epochs {self.epochs} are two lengths of the run; give one")
+            raise ValueError(
+                f"tokens {self.tokens} and epochs {self.epochs} are two lengths of the run; give one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -586,14 +673,17 @@ class TrainConfig(Section):
 
     @property
     def batch_sizes(self) -> list[tuple[int, int]]:
-        """Return the global batch sizes that a run has one after another, each with the samples from which on it is:
-        those of the run before the step."""
+        """Return the global batch sizes that a run has one after another, each with the samples
+        from which on it is: those of the run before the step."""
         ramp, whole = self.batch_ramp, self.global_batch_size
         if ramp is None:
             return [(whole, 0)]
         sizes = range(ramp.start, whole + 1, ramp.increment)
         # Rounded up. The last size, the whole one, comes after exactly `ramp.samples`.
-        return [(size, -(-number * ramp.samples // (len(sizes) - 1))) for number, size in enumerate(sizes)]
+        return [
+            (size, -(-number * ramp.samples // (len(sizes) - 1)))
+            for number, size in enumerate(sizes)
+        ]
 
     def batch_size(self, samples: int) -> int:
         """Return the global batch size of the step that follows the first `samples` samples."""
@@ -608,7 +698,8 @@ class TrainConfig(Section):
         return self._walk(None, samples)[0]
 
     def _walk(self, most_steps: int | None, until: int | None) -> tuple[int, int]:
-        """Return the steps and samples of a run of `most_steps` steps, or until it has at least `until` samples."""
+        """Return the steps and samples of a run of `most_steps` steps, or until it has at least
+        `until` samples."""
         sizes, steps, samples = self.batch_sizes, 0, 0
         # Each size with the samples at which the next one begins; the last has no end.
         for (size, _), (_, end) in zip(sizes, [*sizes[1:], (0, None)], strict=True):
@@ -629,13 +720,15 @@ class TrainConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Implementation of each fused operation. `auto`: megalite's own kernels where they are built, else plain
-    torch."""
+    """Implementation of each fused operation. `auto`: megalite's own kernels where they are built,
+    else plain torch."""
 
     norm: str = Field("auto", description="Implementation: auto, megalite, torch or apex.")
     rope: str = Field("auto", description="Implementation: auto, megalite or torch.")
     activation: str = Field("auto", description="Implementation: auto, megalite or torch.")
-    attention: str = Field("auto", description="Implementation: auto, megalite, torch or flash_attn.")
+    attention: str = Field(
+        "auto", description="Implementation: auto, megalite, torch or flash_attn."
+    )
     loss: str = Field("auto", description="Implementation: auto, megalite or torch.")
     weight_gradient: str = Field("auto", description="Implementation: auto, megalite or torch.")
     experts: str = Field("auto", description="Implementation: auto, megalite or torch.")
@@ -646,7 +739,11 @@ class KernelsConfig(Section):
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
         own, key = implementations(str(info.field_name)), f"{info.field_name}."
         if name not in own and key + name not in registry.kernels:
-            added = [other.removeprefix(key) for other in registry.kernels.names() if other.startswith(key)]
+            added = [
+                other.removeprefix(key)
+                for other in registry.kernels.names()
+                if other.startswith(key)
+            ]
             raise ValueError(f"is not known; {registry.hint(name, [*own, *added])}")
         return name
 
@@ -660,14 +757,18 @@ def implementations(operation: str) -> tuple[str, ...]:
 class CheckpointConfig(Section):
     """When checkpoints are written, which are kept, and what a run resumes from."""
 
-    every: int = Field(1000, ge=0, description="Steps between checkpoints. 0 saves after the last step only.")
+    every: int = Field(
+        1000, ge=0, description="Steps between checkpoints. 0 saves after the last step only."
+    )
     keep: int = Field(
         3,
         gt=0,
         description="Number of newest valid checkpoints to keep; one more where no step has followed any of them yet.",
     )
     keep_best: int = Field(
-        0, ge=0, description="Number of checkpoints with the lowest validation loss to keep beside those."
+        0,
+        ge=0,
+        description="Number of checkpoints with the lowest validation loss to keep beside those.",
     )
     resume: Literal["auto", "never"] | Path = Field(
         "auto",
@@ -697,10 +798,16 @@ class WandbConfig(Section):
 class TasksConfig(Section):
     """Tasks of lm-evaluation-harness, evaluated by the model in training on its ranks."""
 
-    names: tuple[str, ...] = Field((), description="Names of tasks, groups or tags, or YAML files. Empty disables.")
-    every: int = Field(1000, ge=0, description="Steps between evaluations. 0 evaluates at the end only.")
+    names: tuple[str, ...] = Field(
+        (), description="Names of tasks, groups or tags, or YAML files. Empty disables."
+    )
+    every: int = Field(
+        1000, ge=0, description="Steps between evaluations. 0 evaluates at the end only."
+    )
     include_path: Path | None = Field(None, description="Folder with more tasks.")
-    limit: int | None = Field(None, gt=0, description="Documents of each task to evaluate. All where left out.")
+    limit: int | None = Field(
+        None, gt=0, description="Documents of each task to evaluate. All where left out."
+    )
 
 
 class SamplesConfig(Section):
@@ -715,8 +822,12 @@ class ObserveConfig(Section):
     """What is logged and evaluated in training."""
 
     log_every: int = Field(1, gt=0)
-    eval_every: int = Field(100, ge=0, description="Steps between validations. 0 validates at the end only.")
-    eval_batches: int = Field(20, gt=0, description="Global batches of one validation, the same ones every time.")
+    eval_every: int = Field(
+        100, ge=0, description="Steps between validations. 0 validates at the end only."
+    )
+    eval_batches: int = Field(
+        20, gt=0, description="Global batches of one validation, the same ones every time."
+    )
     layers_every: int = Field(
         0,
         ge=0,
@@ -748,7 +859,9 @@ class HealthConfig(Section):
         gt=1,
         description="Report a rank as a straggler when its compute time exceeds this multiple of its peers' median.",
     )
-    straggler_every: int = Field(10, gt=0, description="Steps between comparisons of the ranks' compute times.")
+    straggler_every: int = Field(
+        10, gt=0, description="Steps between comparisons of the ranks' compute times."
+    )
     not_finite: Literal["skip", "rewind", "stop"] = Field(
         "skip",
         description="What to do about a loss or gradient that is not finite. skip: the step updates nothing; "
@@ -756,37 +869,48 @@ class HealthConfig(Section):
         "exits, saved as before that step.",
     )
     loss_spike: Policy = Field(
-        "report", description="The same for a loss far above those of the last 128 steps. report: only report it."
+        "report",
+        description="The same for a loss far above those of the last 128 steps. report: only report it.",
     )
     grad_norm_spike: Policy = Field("report", description="The same for a gradient norm.")
-    spike_sigmas: float = Field(6.0, gt=0, description="Standard deviations above the mean that make a value a spike.")
+    spike_sigmas: float = Field(
+        6.0, gt=0, description="Standard deviations above the mean that make a value a spike."
+    )
     bad_steps_limit: int = Field(
-        10, gt=0, description="Steps skipped in a row, or rewinds to one checkpoint, after which the run exits."
+        10,
+        gt=0,
+        description="Steps skipped in a row, or rewinds to one checkpoint, after which the run exits.",
     )
     weights_check_every: int = Field(
-        100, ge=0, description="Steps between bitwise comparisons of what ranks must hold alike. 0 disables."
+        100,
+        ge=0,
+        description="Steps between bitwise comparisons of what ranks must hold alike. 0 disables.",
     )
 
     def patience_s(self, phase: str) -> float:
-        """Return how many seconds a rank that waits for no other may go without progress. Training steps are steady; a
-        first step may compile, and loading, validating and saving may be one long piece of work."""
+        """Return how many seconds a rank that waits for no other may go without progress. Training
+        steps are steady; a first step may compile, and loading, validating and saving may be one
+        long piece of work."""
         return self.hang_timeout_s * (1 if phase == "training" else 4)
 
     @property
     def collective_timeout_s(self) -> float:
-        """Return the timeout of collectives in seconds: long enough that the watchdog reports first, since it knows
-        more."""
+        """Return the timeout of collectives in seconds: long enough that the watchdog reports
+        first, since it knows more."""
         return max(1800.0, 6 * self.hang_timeout_s)
 
 
 class ProfileConfig(Section):
     """Traces of some steps, for chrome://tracing or https://ui.perfetto.dev."""
 
-    steps: tuple[int, ...] = Field((), description="Steps to record: [first, last]. Empty disables.")
+    steps: tuple[int, ...] = Field(
+        (), description="Steps to record: [first, last]. Empty disables."
+    )
     ranks: tuple[int, ...] = Field((0,), description="Ranks that write a trace.")
     memory: bool = Field(False, description="Also record every allocation.")
     tensors: tuple[int, ...] = Field(
-        (), description="Steps whose weights and gradients are written to RUN/tensors, for `megalite parity`."
+        (),
+        description="Steps whose weights and gradients are written to RUN/tensors, for `megalite parity`.",
     )
 
     @field_validator("steps")
@@ -798,7 +922,8 @@ class ProfileConfig(Section):
 
 
 class LoraConfig(Section):
-    """Train low-rank adapters beside the weights of a Hugging Face model instead of the weights (Hu et al. 2021)."""
+    """Train low-rank adapters beside the weights of a Hugging Face model instead of the weights (Hu
+    et al. 2021)."""
 
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0, description="Updates are scaled by alpha / rank.")
@@ -810,7 +935,8 @@ class LoraConfig(Section):
     )
     rslora: bool = Field(False, description="Scale by alpha / √rank instead (Kalajdzievski 2023).")
     adapter: Path | None = Field(
-        None, description="Folder of a PEFT adapter to continue from; it gives the settings left out here."
+        None,
+        description="Folder of a PEFT adapter to continue from; it gives the settings left out here.",
     )
 
     @field_validator("targets", mode="before")
@@ -829,7 +955,8 @@ class HookConfig(Choice):
     KINDS: ClassVar[Registry[Any]] = registry.hooks
 
     def check(self, config: Config) -> None:
-        """Raise ValueError, naming the setting, when the rest of a config does not go with this hook."""
+        """Raise ValueError, naming the setting, when the rest of a config does not go with this
+        hook."""
 
     def build(self, run: Run, parts: RankModel) -> Hook:
         """Return this rank's hook."""
@@ -846,7 +973,9 @@ class Config(Section):
     lora: LoraConfig | None = None
     data: DataConfig
     # Validated and not constructed: the default, too, is of the kind that its name asks for.
-    objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
+    objective: SerializeAsAny[ObjectiveConfig] = Field(
+        default_factory=lambda: ObjectiveConfig.model_validate({})
+    )
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     optimizer: SerializeAsAny[OptimizerConfig]
@@ -855,17 +984,23 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     profile: ProfileConfig = ProfileConfig()
     kernels: KernelsConfig = KernelsConfig()
-    hooks: tuple[SerializeAsAny[HookConfig], ...] = Field((), description="What plugins do beside the steps, by name.")
+    hooks: tuple[SerializeAsAny[HookConfig], ...] = Field(
+        (), description="What plugins do beside the steps, by name."
+    )
 
     @model_validator(mode="after")
     def _tokens_are_steps(self) -> Config:
         # Validators run in the order of their definition: those below find the steps known.
         tokens = self.train.tokens
-        return self if tokens is None else self.of_samples(-(-tokens // self.sample_tokens), f"train.tokens {tokens}")
+        return (
+            self
+            if tokens is None
+            else self.of_samples(-(-tokens // self.sample_tokens), f"train.tokens {tokens}")
+        )
 
     def of_samples(self, count: int, why: str) -> Config:
-        """Return the config with `train.steps` for `count` samples, which `why` asks for. Raises ValueError where other
-        steps are given, or do not go with the schedule."""
+        """Return the config with `train.steps` for `count` samples, which `why` asks for. Raises
+        ValueError where other steps are given, or do not go with the schedule."""
         train, steps = self.train, self.train.steps_for(count)
         if train.steps not in (0, steps):
             raise ValueError(
@@ -887,8 +1022,14 @@ class Config(Section):
                 f"model.task: {task} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
             )
         if self.data.seq_length_warmup and (task != "causal" or self.objective.DATA != "text"):
-            what = f"model.task: {task}" if task != "causal" else f"objective.name: {self.objective.name}"
-            raise ValueError(f"data.seq_length_warmup would cut what {what} needs whole; leave it out")
+            what = (
+                f"model.task: {task}"
+                if task != "causal"
+                else f"objective.name: {self.objective.name}"
+            )
+            raise ValueError(
+                f"data.seq_length_warmup would cut what {what} needs whole; leave it out"
+            )
         if task == "seq2seq" and type(self.objective).lengths is ObjectiveConfig.lengths:
             raise ValueError(
                 f"objective.name: {self.objective.name} has no source for the encoder of model.task: seq2seq; "
@@ -901,7 +1042,10 @@ class Config(Section):
                 "nothing; masked_lm does"
             )
         objective = self.objective
-        if not (objective.NEEDS == "losses" or objective.IN_CHUNKS) and self.train.loss_chunk is not None:
+        if (
+            not (objective.NEEDS == "losses" or objective.IN_CHUNKS)
+            and self.train.loss_chunk is not None
+        ):
             raise ValueError(
                 f"objective.name: {self.objective.name} needs train.loss_chunk: null, not {self.train.loss_chunk}; it "
                 f"takes the {self.objective.NEEDS.replace('_', ' ')} of all tokens at a time"
@@ -915,9 +1059,13 @@ class Config(Section):
     def _parts_fit(self) -> Config:
         schedule, lr = self.optimizer.schedule, self.optimizer.lr
         if self.lora and self.model.hf is None:
-            raise ValueError("lora needs model.hf, the Hugging Face folder of the model that is adapted")
+            raise ValueError(
+                "lora needs model.hf, the Hugging Face folder of the model that is adapted"
+            )
         if self.lora and self.model.has_classes:
-            raise ValueError(f"lora would leave the head of model.task: {self.model.task} as it is; train without it")
+            raise ValueError(
+                f"lora would leave the head of model.task: {self.model.task} as it is; train without it"
+            )
         _, source, target = self.lengths
         longer = {"data.seq_length": source or target, "the decoder's length": target}
         for name, length in longer.items():
@@ -926,13 +1074,22 @@ class Config(Section):
                     f"{name} {length} is longer than model.max_positions {self.model.max_positions}, the most that it "
                     "can be"
                 )
-        for name, asked in (("tasks", self.observe.tasks.names), ("samples", self.observe.samples.prompts)):
+        for name, asked in (
+            ("tasks", self.observe.tasks.names),
+            ("samples", self.observe.samples.prompts),
+        ):
             if asked and not self.data.tokenizer:
-                raise ValueError(f"observe.{name} needs data.tokenizer, to read the texts of {name}")
+                raise ValueError(
+                    f"observe.{name} needs data.tokenizer, to read the texts of {name}"
+                )
             if asked and self.model.task != "causal":
-                raise ValueError(f"observe.{name} needs a model that answers, not model.task: {self.model.task}")
+                raise ValueError(
+                    f"observe.{name} needs a model that answers, not model.task: {self.model.task}"
+                )
         if schedule.min_lr > lr:
-            raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
+            raise ValueError(
+                f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}"
+            )
         if self.train.steps:
             schedule.check(self.train.steps)
         self._best_can_be_told()
@@ -942,8 +1099,13 @@ class Config(Section):
             )
         health = self.health
         if self.train.epochs and self.data.order == "megatron":
-            raise ValueError("data.order: megatron has as many samples as are asked for; give train.steps or .tokens")
-        if "rewind" in (health.not_finite, health.loss_spike, health.grad_norm_spike) and self.data.order == "megatron":
+            raise ValueError(
+                "data.order: megatron has as many samples as are asked for; give train.steps or .tokens"
+            )
+        if (
+            "rewind" in (health.not_finite, health.loss_spike, health.grad_norm_spike)
+            and self.data.order == "megatron"
+        ):
             raise ValueError(
                 "data.order: megatron has no more samples than train.steps need, and so none in place of those that a "
                 "`rewind` of health passes over; skip, or take another order"
@@ -959,7 +1121,9 @@ class Config(Section):
         if self.checkpoint.keep_best == 0:
             return
         if not self._is_validated:
-            raise ValueError("checkpoint.keep_best goes by the validation loss, which needs data.valid or data.split")
+            raise ValueError(
+                "checkpoint.keep_best goes by the validation loss, which needs data.valid or data.split"
+            )
         if every and (not eval_every or every % eval_every):
             raise ValueError(
                 f"checkpoint.keep_best needs a validation at each checkpoint, but checkpoint.every {every} is no "

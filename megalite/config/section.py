@@ -37,7 +37,8 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, values: Any) -> Any:
-        """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a mistake."""
+        """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a
+        mistake."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
             # `int | None` has its types among its arguments.
             numeric = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
@@ -47,9 +48,11 @@ class Section(BaseModel):
 
 
 class Choice(Section):
-    """Section of which a registry has several kinds. `name` says which one is meant; each has settings of its own.
+    """Section of which a registry has several kinds. `name` says which one is meant; each has
+    settings of its own.
 
-    A direct subclass names the registry and holds what all kinds have; the kinds are subclasses of it."""
+    A direct subclass names the registry and holds what all kinds have; the kinds are subclasses of
+    it."""
 
     name: str
 
@@ -57,7 +60,8 @@ class Choice(Section):
 
     @classmethod
     def kind_of(cls, values: Any) -> type[Self]:
-        """Return the class that `values` ask for. Raises ConfigError for a name that no kind has."""
+        """Return the class that `values` ask for. Raises ConfigError for a name that no kind
+        has."""
         # A kind inherits KINDS; the choice between kinds defines it. A kind must not choose again.
         if "KINDS" not in vars(cls) or not isinstance(values, dict):
             return cls
@@ -66,7 +70,9 @@ class Choice(Section):
             return cls
         kind = cls.KINDS.get(name)
         if not issubclass(kind, cls):
-            raise ConfigError(f"{cls.KINDS.key} = {name!r} is registered by a class that is no {cls.__name__}")
+            raise ConfigError(
+                f"{cls.KINDS.key} = {name!r} is registered by a class that is no {cls.__name__}"
+            )
         return typing.cast("type[Self]", kind)
 
     @model_validator(mode="wrap")
@@ -77,15 +83,17 @@ class Choice(Section):
         except ConfigError as error:
             name = values["name"]
             # Raised for the key `name`: pydantic would report the whole section.
-            raise _error_at("name", name, str(error).removeprefix(f"{cls.KINDS.key} = {name!r} ")) from None
+            raise _error_at(
+                "name", name, str(error).removeprefix(f"{cls.KINDS.key} = {name!r} ")
+            ) from None
         if kind is cls:
             return handler(values)
         return kind.model_validate(cls._without_other_kinds(values, kind))
 
     @classmethod
     def _without_other_kinds(cls, values: dict[str, Any], kind: type[Choice]) -> dict[str, Any]:
-        """Drop settings that only other kinds have, as long as they are at their defaults: such configs were written
-        once."""
+        """Drop settings that only other kinds have, as long as they are at their defaults: such
+        configs were written once."""
         kept, own = dict(values), kind.model_fields["name"].default
         for key in values.keys() - kind.model_fields.keys():
             for other in cls.KINDS.names():
@@ -93,7 +101,9 @@ class Choice(Section):
                 if field is None:
                     continue
                 if values[key] != field.get_default(call_default_factory=True):
-                    raise _error_at(key, values[key], f"is a setting of name: {other}, not of {own}")
+                    raise _error_at(
+                        key, values[key], f"is a setting of name: {other}, not of {own}"
+                    )
                 kept.pop(key, None)
         return kept
 
@@ -101,14 +111,19 @@ class Choice(Section):
 def _error_at(key: str, value: Any, message: str) -> ValidationError:
     # Braces in the message would be taken for placeholders.
     kind = PydanticCustomError("choice", "{message}", {"message": message})
-    return ValidationError.from_exception_data("Choice", [InitErrorDetails(type=kind, loc=(key,), input=value)])
+    return ValidationError.from_exception_data(
+        "Choice", [InitErrorDetails(type=kind, loc=(key,), input=value)]
+    )
 
 
 def at_home(path: Any) -> Any:
-    """Return a path with `~` and `~user` expanded as in shells. Raises ValueError for a user that does not exist."""
+    """Return a path with `~` and `~user` expanded as in shells. Raises ValueError for a user that
+    does not exist."""
     if not (isinstance(path, str | Path) and str(path).startswith("~")):
         return path
     found = os.path.expanduser(path)
     if str(found).startswith("~"):
-        raise ValueError(f"{path}: there is no user of that name; ./{path} is a folder that is called so")
+        raise ValueError(
+            f"{path}: there is no user of that name; ./{path} is a folder that is called so"
+        )
     return found

@@ -1,9 +1,9 @@
-"""Finds the charset of a web page as browsers do: byte-order mark, HTTP header, the page's own declaration, and only
-then a guess from its bytes.
+"""Finds the charset of a web page as browsers do: byte-order mark, HTTP header, the page's own
+declaration, and only then a guess from its bytes.
 
-Labels are those of the WHATWG Encoding Standard: `iso-8859-1` is windows-1252 there, `gb2312` is GB 18030, and an
-unknown label, such as `utf-7`, is ignored. Two charsets that browsers refuse for fear of scripts in them are read:
-hz-gb-2312 and iso-2022-kr.
+Labels are those of the WHATWG Encoding Standard: `iso-8859-1` is windows-1252 there, `gb2312` is GB
+18030, and an unknown label, such as `utf-7`, is ignored. Two charsets that browsers refuse for fear
+of scripts in them are read: hz-gb-2312 and iso-2022-kr.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 PRESCANNED = 4096
-"""Number of bytes in which a page may declare its charset. The standard asks for 1024; browsers look further."""
+"""Number of bytes in which a page may declare its charset. The standard asks for 1024; browsers
+look further."""
 MOST_REPLACED = 0.01
 """Largest share of characters that may fail to decode. With more, the declared charset is wrong."""
 
@@ -50,10 +51,18 @@ CODECS = {
     "iso_8859_14": "iso-8859-14 iso8859-14 iso885914",
     "iso_8859_15": "csisolatin9 iso-8859-15 iso8859-15 iso885915 iso_8859-15 l9",
     "iso_8859_16": "iso-8859-16",
-    "iso_8859_2": ("csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987 l2 latin2"),
-    "iso_8859_3": ("csisolatin3 iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988 l3 latin3"),
-    "iso_8859_4": ("csisolatin4 iso-8859-4 iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988 l4 latin4"),
-    "iso_8859_5": ("csisolatincyrillic cyrillic iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5 iso_8859-5:1988"),
+    "iso_8859_2": (
+        "csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987 l2 latin2"
+    ),
+    "iso_8859_3": (
+        "csisolatin3 iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988 l3 latin3"
+    ),
+    "iso_8859_4": (
+        "csisolatin4 iso-8859-4 iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988 l4 latin4"
+    ),
+    "iso_8859_5": (
+        "csisolatincyrillic cyrillic iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5 iso_8859-5:1988"
+    ),
     "iso_8859_6": (
         "arabic asmo-708 csiso88596e csiso88596i csisolatinarabic ecma-114 iso-8859-6 iso-8859-6-e "
         "iso-8859-6-i iso-ir-127 iso8859-6 iso88596 iso_8859-6 iso_8859-6:1987"
@@ -105,8 +114,8 @@ class Decoded(NamedTuple):
 def decode(data: bytes, header: str, is_markup: bool, is_cut: bool = False) -> Decoded:
     """Decode a page's `data` with the first charset that fits.
 
-    `header` is its Content-Type. `is_markup`: the page may declare its charset. `is_cut`: its end is missing, so that
-    it may stop within a character."""
+    `header` is its Content-Type. `is_markup`: the page may declare its charset. `is_cut`: its end
+    is missing, so that it may stop within a character."""
     fallback: Decoded | None = None
     for codec, found_in, skipped in _candidates(data, header, is_markup):
         text = _decoded(data[skipped:], codec, is_cut)
@@ -125,7 +134,8 @@ def codec_of(label: str) -> str | None:
 
 
 def _candidates(data: bytes, header: str, is_markup: bool) -> Iterator[tuple[str, str, int]]:
-    """Yield (codec, where it was found, bytes at the beginning that are not text), the most certain first."""
+    """Yield (codec, where it was found, bytes at the beginning that are not text), the most certain
+    first."""
     for mark, codec in BOMS.items():
         if data.startswith(mark):
             yield codec, "byte-order mark", len(mark)
@@ -169,12 +179,16 @@ def _guesses(data: bytes) -> Iterator[str]:
     sample = data[:PRESCANNED]
     even_zeros = sample[::2].count(0)
     odd_zeros = sample[1::2].count(0)
-    if max(even_zeros, odd_zeros) > len(sample) / 4:  # of Latin letters in UTF-16, every other byte is zero
+    if (
+        max(even_zeros, odd_zeros) > len(sample) / 4
+    ):  # of Latin letters in UTF-16, every other byte is zero
         yield "utf_16_be" if even_zeros > odd_zeros else "utf_16_le"
     # UTF-8 is hardly ever met by chance: bytes that decode as such are.
     yield "utf_8"
     for guessed in detect_encoding(data):
-        yield (codec_of(guessed.replace("_", "-")) or codec_of(guessed) or codecs.lookup(guessed).name)
+        yield (
+            codec_of(guessed.replace("_", "-")) or codec_of(guessed) or codecs.lookup(guessed).name
+        )
 
 
 def _decoded(data: bytes, codec: str, is_cut: bool) -> str:
@@ -186,8 +200,8 @@ def _decoded(data: bytes, codec: str, is_cut: bool) -> str:
 def _as_browsers(error: UnicodeError) -> tuple[str, int]:
     """Decode what Python's codecs cannot, as browsers do (an error handler of `codecs`).
 
-    Returns C1 controls in Windows' charsets and the characters of NEC and IBM in EUC-JP; otherwise the replacement
-    character."""
+    Returns C1 controls in Windows' charsets and the characters of NEC and IBM in EUC-JP; otherwise
+    the replacement character."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     data, start = error.object, error.start

@@ -1,7 +1,8 @@
-"""The stages that judge each document by itself, in their order. Each is a check, which returns why a document is
-dropped, or None.
+"""The stages that judge each document by itself, in their order. Each is a check, which returns why
+a document is dropped, or None.
 
-The rules are datatrove's. Code here replaces what datatrove cannot do without a download, or in bounded time.
+The rules are datatrove's. Code here replaces what datatrove cannot do without a download, or in
+bounded time.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ from megalite.runtime.processes import leave_with_parent
 from megalite.utils.resources import configs_dir, read_yaml
 
 LANGUAGE_CHARS = 20_000
-"""Number of characters that the language is detected from. The rest of a long text would only take time."""
+"""Number of characters that the language is detected from. The rest of a long text would only take
+time."""
 START_SECONDS = 60.0
 """Time limit for the start of the process that parses HTML."""
 
 
 def stages(config: CorpusConfig) -> list[Stage]:
-    """Make the stages that `config` turns on, in their order. Raises ConfigError for unusable lists of words."""
+    """Make the stages that `config` turns on, in their order. Raises ConfigError for unusable lists
+    of words."""
     made: dict[str, tuple[Any, Callable[[Any], Check]]] = {
         "encoding": (config.encoding, Encoding),
         "length": (config.length, Length),
@@ -80,10 +83,12 @@ def stages(config: CorpusConfig) -> list[Stage]:
 
 
 class Extract(AbstractContextManager[None]):
-    """Extracts the text of documents marked as HTML, in a process of its own, which may hang or crash."""
+    """Extracts the text of documents marked as HTML, in a process of its own, which may hang or
+    crash."""
 
     def __init__(self, config: ExtractConfig) -> None:
-        # No deduplication by trafilatura: it remembers earlier pages, so that a page's text would depend on them.
+        # No deduplication by trafilatura: it remembers earlier pages, so that a page's text would
+        # depend on them.
         self._extractor = Trafilatura(
             config.favor == "precision", deduplicate=False, favor_recall=config.favor == "recall"
         )
@@ -99,7 +104,9 @@ class Extract(AbstractContextManager[None]):
         if not document.metadata.pop("html", False):  # plain text goes on as it is
             return None
         try:
-            document.text = self._sandbox.process_document(document.text, self._extractor.extract) or ""
+            document.text = (
+                self._sandbox.process_document(document.text, self._extractor.extract) or ""
+            )
         except TimeoutError:
             return f"no text after {self._timeout:g} s"
         except EOFError:
@@ -124,7 +131,8 @@ class _Sandbox(ExtractorSandbox):
             self.timeout = self._of_page
 
     def _worker(self, conn: Any, extract_fn: Any) -> None:
-        # The worker holds both ends of the pipe: it would wait for ever for a parent that was killed.
+        # The worker holds both ends of the pipe: it would wait for ever for a parent that was
+        # killed.
         leave_with_parent()
         # datatrove ends it with SIGTERM. It must not run the handler it inherits from its parent.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -132,10 +140,13 @@ class _Sandbox(ExtractorSandbox):
 
 
 class Encoding:
-    """Repairs mojibake with ftfy as datatrove sets it up. Quotation marks and character widths are left alone."""
+    """Repairs mojibake with ftfy as datatrove sets it up. Quotation marks and character widths are
+    left alone."""
 
     def __init__(self, config: EncodingConfig) -> None:
-        self._formatter = FTFYFormatter(unescape_html=config.unescape_html, normalization=config.unicode)
+        self._formatter = FTFYFormatter(
+            unescape_html=config.unescape_html, normalization=config.unicode
+        )
 
     def __call__(self, document: Document, notes: Counter[str]) -> None:
         document.text = self._formatter.format(document.text)
@@ -308,7 +319,8 @@ class Personal:
 
 
 class ListedWords:
-    """Marks documents that hold listed words, and counts the groups of people that documents mention."""
+    """Marks documents that hold listed words, and counts the groups of people that documents
+    mention."""
 
     def __init__(self, config: WordsConfig) -> None:
         self._listed = _word_list(config.file)
@@ -332,7 +344,8 @@ class ListedWords:
 
 
 def _word_list(path: Path | None) -> frozenset[str]:
-    """Read a list of words, one a line; datatrove's list of banned words without a path. Raises ConfigError."""
+    """Read a list of words, one a line; datatrove's list of banned words without a path. Raises
+    ConfigError."""
     try:
         file = path or resources.files("datatrove.assets") / "banned_words.txt"
         lines = file.read_text(encoding="utf-8").lower().splitlines()

@@ -1,7 +1,8 @@
-"""Configuration of a corpus: its sources, its stages in the order in which they run, the split, and where it runs.
+"""Configuration of a corpus: its sources, its stages in the order in which they run, the split, and
+where it runs.
 
-The defaults are FineWeb's. `null` turns a stage off (`c4: null`). A source can skip stages that do not suit it
-(`skip: [gopher, c4, fineweb]` for source code).
+The defaults are FineWeb's. `null` turns a stage off (`c4: null`). A source can skip stages that do
+not suit it (`skip: [gopher, c4, fineweb]` for source code).
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
 from megalite.utils.resources import read_yaml, with_overrides
 
-StageName = Literal["encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"]
+StageName = Literal[
+    "encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"
+]
 
 
 class Source(Section):
     """Names files to read documents from."""
 
-    path: str = Field(description="file, folder or glob: JSON lines, parquet, Arrow, plain text or WARC")
+    path: str = Field(
+        description="file, folder or glob: JSON lines, parquet, Arrow, plain text or WARC"
+    )
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="name of the source in the report and in every document",
     )
-    json_key: str = Field("text", description="key (JSON lines) or column (parquet, Arrow) that holds the text")
-    html: bool = Field(False, description="whether the text is HTML; responses in WARC files are HTML in any case")
-    skip: tuple[StageName, ...] = Field((), description="stages that this source's documents do not go through")
+    json_key: str = Field(
+        "text", description="key (JSON lines) or column (parquet, Arrow) that holds the text"
+    )
+    html: bool = Field(
+        False, description="whether the text is HTML; responses in WARC files are HTML in any case"
+    )
+    skip: tuple[StageName, ...] = Field(
+        (), description="stages that this source's documents do not go through"
+    )
 
 
 class ExtractConfig(Section):
@@ -73,7 +84,9 @@ class LanguageConfig(Section):
         ("en",),
         description="languages to keep, as ISO 639 codes; [] keeps all and only notes the language",
     )
-    min_score: float = Field(0.65, ge=0, le=1, description="lower bound of the detector's confidence")
+    min_score: float = Field(
+        0.65, ge=0, le=1, description="lower bound of the detector's confidence"
+    )
 
     @field_validator("keep")
     @classmethod
@@ -91,8 +104,12 @@ class RepetitionConfig(Section):
 
     lines: float = Field(0.3, gt=0, le=1, description="largest share of repeated lines")
     paragraphs: float = Field(0.3, gt=0, le=1, description="largest share of repeated paragraphs")
-    line_chars: float = Field(0.2, gt=0, le=1, description="largest share of characters in repeated lines")
-    paragraph_chars: float = Field(0.2, gt=0, le=1, description="largest share of characters in repeated paragraphs")
+    line_chars: float = Field(
+        0.2, gt=0, le=1, description="largest share of characters in repeated lines"
+    )
+    paragraph_chars: float = Field(
+        0.2, gt=0, le=1, description="largest share of characters in repeated paragraphs"
+    )
     top_ngrams: dict[int, float] = Field(
         {2: 0.2, 3: 0.18, 4: 0.16},
         description="largest share of characters in the most frequent n-gram, by n",
@@ -108,12 +125,24 @@ class GopherConfig(Section):
 
     min_words: int = Field(50, gt=0, description="lower bound of a document's words")
     max_words: int = Field(100_000, gt=0, description="upper bound of a document's words")
-    min_word_length: float = Field(3, gt=0, description="lower bound of the mean word length in characters")
-    max_word_length: float = Field(10, gt=0, description="upper bound of the mean word length in characters")
-    max_symbols: float = Field(0.1, gt=0, description="largest number of hashes, and of ellipses, per word")
-    max_bullet_lines: float = Field(0.9, gt=0, le=1, description="largest share of lines that begin with a bullet")
-    max_ellipsis_lines: float = Field(0.3, gt=0, le=1, description="largest share of lines that end in an ellipsis")
-    min_alphabetic_words: float = Field(0.8, gt=0, le=1, description="lower bound of the share of words with a letter")
+    min_word_length: float = Field(
+        3, gt=0, description="lower bound of the mean word length in characters"
+    )
+    max_word_length: float = Field(
+        10, gt=0, description="upper bound of the mean word length in characters"
+    )
+    max_symbols: float = Field(
+        0.1, gt=0, description="largest number of hashes, and of ellipses, per word"
+    )
+    max_bullet_lines: float = Field(
+        0.9, gt=0, le=1, description="largest share of lines that begin with a bullet"
+    )
+    max_ellipsis_lines: float = Field(
+        0.3, gt=0, le=1, description="largest share of lines that end in an ellipsis"
+    )
+    min_alphabetic_words: float = Field(
+        0.8, gt=0, le=1, description="lower bound of the share of words with a letter"
+    )
     min_stop_words: int = Field(2, ge=0, description="lower bound of the number of stop words")
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
 
@@ -121,10 +150,14 @@ class GopherConfig(Section):
 class C4Config(Section):
     """Drops documents, and removes single lines, by C4's rules (Raffel et al. 2020)."""
 
-    terminal_punctuation: bool = Field(False, description="keep only lines that end in . ? ! or a quotation mark")
+    terminal_punctuation: bool = Field(
+        False, description="keep only lines that end in . ? ! or a quotation mark"
+    )
     min_sentences: int = Field(5, ge=0, description="lower bound of a document's sentences")
     min_words_per_line: int = Field(3, ge=0, description="remove lines with fewer words")
-    max_word_length: int = Field(1000, gt=0, description="remove lines with a longer word (characters)")
+    max_word_length: int = Field(
+        1000, gt=0, description="remove lines with a longer word (characters)"
+    )
     curly_bracket: bool = Field(True, description="drop documents that contain a {")
     javascript: bool = Field(True, description="remove lines that mention JavaScript")
     policy: bool = Field(True, description="remove lines that mention cookies or terms of use")
@@ -140,7 +173,9 @@ class FineWebConfig(Section):
     )
     max_short_lines: float = Field(0.67, ge=0, le=1, description="largest share of short lines")
     short_line_chars: int = Field(30, gt=0, description="characters up to which a line is short")
-    max_repeated_chars: float = Field(0.01, ge=0, le=1, description="largest share of characters in repeated lines")
+    max_repeated_chars: float = Field(
+        0.01, ge=0, le=1, description="largest share of characters in repeated lines"
+    )
     max_newlines: float = Field(0.3, ge=0, description="largest number of newlines per word")
 
 
@@ -155,9 +190,12 @@ class PersonalConfig(Section):
 
 
 class WordsConfig(Section):
-    """Marks documents with listed words (`listed_words`), and counts mentions of groups of people."""
+    """Marks documents with listed words (`listed_words`), and counts mentions of groups of
+    people."""
 
-    file: Path | None = Field(None, description="list of words, one a line; default: datatrove's list of banned words")
+    file: Path | None = Field(
+        None, description="list of words, one a line; default: datatrove's list of banned words"
+    )
     max_share: float | None = Field(
         None,
         gt=0,
@@ -185,7 +223,8 @@ class NearConfig(Section):
 
 
 class SplitConfig(Section):
-    """Splits by a hash of the text: a text is in the same split of every corpus, whatever else is in it."""
+    """Splits by a hash of the text: a text is in the same split of every corpus, whatever else is
+    in it."""
 
     valid: float = Field(0.005, ge=0, lt=1, description="share of the documents for validation")
     test: float = Field(0.005, ge=0, lt=1, description="share of the documents for test")
@@ -208,13 +247,17 @@ class SlurmConfig(Section):
         "",
         description="command that activates the environment, such as `source .venv/bin/activate`",
     )
-    sbatch: dict[str, str] = Field({}, description="more options of sbatch, such as {account: mine}")
+    sbatch: dict[str, str] = Field(
+        {}, description="more options of sbatch, such as {account: mine}"
+    )
 
 
 class CorpusConfig(Section):
     """Holds all settings of a corpus."""
 
-    output: Path = Field(description="folder to write train/, valid/, test/, report.json and report.html to")
+    output: Path = Field(
+        description="folder to write train/, valid/, test/, report.json and report.html to"
+    )
     sources: tuple[Source, ...] = Field(min_length=1)
     extract: ExtractConfig = ExtractConfig()
     encoding: EncodingConfig | None = EncodingConfig()
@@ -253,7 +296,8 @@ class CorpusConfig(Section):
 
 
 def load_corpus_config(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig:
-    """Read a YAML file and apply overrides such as `language.min_score=0.5`. Raises ConfigError with every mistake."""
+    """Read a YAML file and apply overrides such as `language.min_score=0.5`. Raises ConfigError
+    with every mistake."""
     try:
         return CorpusConfig.model_validate(with_overrides(read_yaml(path), overrides))
     except ValidationError as error:

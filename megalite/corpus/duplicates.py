@@ -1,7 +1,8 @@
 """Finds exact and near duplicates over all shards.
 
-Exact: by one digest a document; the first document in the order of the sources stays. Near: by datatrove's MinHash,
-where only the clustering holds its findings in memory, and those are pairs of duplicates, not documents.
+Exact: by one digest a document; the first document in the order of the sources stays. Near: by
+datatrove's MinHash, where only the clustering holds its findings in memory, and those are pairs of
+duplicates, not documents.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from megalite.corpus.tokenizing import Words
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8")])
 PLACE = np.dtype([("shard", "<u4"), ("document", "<u4")])
 EXACT_TASKS = 16
-"""Number of tasks that look for exact duplicates. Each holds its share of the digests, a byte a document, in memory."""
+"""Number of tasks that look for exact duplicates. Each holds its share of the digests, a byte a
+document, in memory."""
 SHINGLES_AT_A_TIME = 1 << 14
 
 
 class WriteDigests(PipelineStep):
-    """Writes the digests of a shard's documents to `folder`/RANK.digests, 16 bytes each, and passes documents on."""
+    """Writes the digests of a shard's documents to `folder`/RANK.digests, 16 bytes each, and passes
+    documents on."""
 
     type, name = "duplicates", "digests"
 
@@ -54,7 +57,8 @@ class WriteDigests(PipelineStep):
 
 
 class FindExact(PipelineStep):
-    """Writes to `output`/RANK.places which documents repeat an earlier text, by RANK's share of the digests."""
+    """Writes to `output`/RANK.places which documents repeat an earlier text, by RANK's share of the
+    digests."""
 
     type, name = "duplicates", "exact"
 
@@ -76,7 +80,8 @@ class FindExact(PipelineStep):
         # In the order of shards, and within a shard of its documents: the order of the corpus.
         all_digests = np.concatenate(digests)
         all_places = np.concatenate(places)
-        # lexsort is stable: of equal digests the first remains the first, and is the one that stays.
+        # lexsort is stable: of equal digests the first remains the first, and is the one that
+        # stays.
         order = np.lexsort((all_digests["low"], all_digests["high"]))
         ordered = all_digests[order]
         # Each digest that equals the one before it is of a later document.
@@ -103,7 +108,8 @@ class ExactPlaces:
 
 
 class NearPlaces:
-    """Reads what datatrove's clustering found in one shard: places among the documents without exact duplicates."""
+    """Reads what datatrove's clustering found in one shard: places among the documents without
+    exact duplicates."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -116,7 +122,8 @@ class NearPlaces:
 
 
 class Signatures(MinhashDedupSignature):
-    """Computes signatures in bounded memory: datatrove holds 8 bytes for each shingle and hash function at once."""
+    """Computes signatures in bounded memory: datatrove holds 8 bytes for each shingle and hash
+    function at once."""
 
     def get_signature(self, shingles: npt.NDArray[np.uint64]) -> list[list[int]]:
         """Return the MinHash signature of a document's shingles."""
@@ -133,7 +140,9 @@ def minhash_config(config: NearConfig) -> MinhashConfig:
     # datatrove's default hash, xxhash, fails with version 4 of that library.
     hashing = HashConfig(precision=64, hash_fc="sha1")
     norm = TextNormConfig(norm_numbers=config.same_numbers)
-    return MinhashConfig(config.ngrams, config.buckets, config.hashes, norm_config=norm, hash_config=hashing)
+    return MinhashConfig(
+        config.ngrams, config.buckets, config.hashes, norm_config=norm, hash_config=hashing
+    )
 
 
 def signatures(config: NearConfig, folder: Path) -> PipelineStep:
@@ -142,10 +151,16 @@ def signatures(config: NearConfig, folder: Path) -> PipelineStep:
 
 
 def buckets(config: NearConfig, folder: Path, output: Path) -> PipelineStep:
-    """Make the step that writes pairs of equal signatures in a bucket from `folder` to `output`, under `config`."""
-    return MinhashDedupBuckets(str(folder), str(output), config=minhash_config(config), lines_to_buffer=1000)
+    """Make the step that writes pairs of equal signatures in a bucket from `folder` to `output`,
+    under `config`."""
+    return MinhashDedupBuckets(
+        str(folder), str(output), config=minhash_config(config), lines_to_buffer=1000
+    )
 
 
 def clusters(config: NearConfig, folder: Path, output: Path) -> PipelineStep:
-    """Make the step that clusters the pairs in `folder`, and writes to `output` which documents `config` drops."""
-    return MinhashDedupCluster(str(folder), str(output), minhash_config(config), lines_to_buffer=1000)
+    """Make the step that clusters the pairs in `folder`, and writes to `output` which documents
+    `config` drops."""
+    return MinhashDedupCluster(
+        str(folder), str(output), minhash_config(config), lines_to_buffer=1000
+    )

@@ -38,10 +38,11 @@ class Phase:
 
 
 def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Console | None) -> None:
-    """Run every task of `phases` that has not finished yet, in `workers` processes (default: one a core).
+    """Run every task of `phases` that has not finished yet, in `workers` processes (default: one a
+    core).
 
-    datatrove's notes go to `logs`, the progress to `console`. Raises what a task raises, and DataError when a worker
-    was killed."""
+    datatrove's notes go to `logs`, the progress to `console`. Raises what a task raises, and
+    DataError when a worker was killed."""
     most_tasks = max(phase.tasks for phase in phases)
     workers = min(workers or len(os.sched_getaffinity(0)), most_tasks)
     # What is killed below are workers of this pool alone.
@@ -51,12 +52,16 @@ def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Cons
         try:
             for phase in phases:
                 # Only for its record of finished tasks; the pool here runs them.
-                executor = LocalPipelineExecutor(phase.pipeline, phase.tasks, logging_dir=str(logs / phase.name))
+                executor = LocalPipelineExecutor(
+                    phase.pipeline, phase.tasks, logging_dir=str(logs / phase.name)
+                )
                 with _Meter(phase, console) as meter:
                     for num_done in _finished(executor, pool, phase.tasks):
                         meter.update(num_done)
         except BrokenProcessPool:
-            raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
+            raise DataError(
+                f"one of {workers} workers was killed, most likely for memory; use fewer workers"
+            ) from None
         except BaseException:
             # Do not wait for running tasks: one may take minutes, and will be done anew anyway.
             for child in set(multiprocessing.active_children()) - before:
@@ -96,16 +101,18 @@ def _start() -> None:
 
 
 def _quiet() -> None:
-    """Silence datatrove, which prints every step of every task. What matters is in the report, or raised."""
+    """Silence datatrove, which prints every step of every task. What matters is in the report, or
+    raised."""
     logger.disable("datatrove")
     minhash.tqdm = partial(tqdm, disable=True)
 
 
 def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | None) -> None:
-    """Submit a job array for each of `phases`, each waiting for the one before. Finished tasks are left out.
+    """Submit a job array for each of `phases`, each waiting for the one before. Finished tasks are
+    left out.
 
-    At most `workers` tasks run at a time (default: all). `config` holds the jobs' settings; datatrove's notes go to
-    `logs`."""
+    At most `workers` tasks run at a time (default: all). `config` holds the jobs' settings;
+    datatrove's notes go to `logs`."""
     _quiet()
     executor = None
     for phase in phases:

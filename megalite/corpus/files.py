@@ -1,4 +1,5 @@
-"""Reads and writes documents as JSON lines in compressed files, which appear whole or not at all."""
+"""Reads and writes documents as JSON lines in compressed files, which appear whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -91,8 +92,8 @@ class ReadShard(PipelineStep):
 
 
 class WriteShard(PipelineStep):
-    """Writes documents to `folder`/RANK.jsonl.zst and passes them on; then writes the counts of the reader and of the
-    stages to RANK.json."""
+    """Writes documents to `folder`/RANK.jsonl.zst and passes them on; then writes the counts of the
+    reader and of the stages to RANK.json."""
 
     type = "writer"
     name = "shard"
@@ -116,7 +117,8 @@ class WriteShard(PipelineStep):
             for document in data:
                 packed.write(line_of(document))
                 yield document
-        # Steps run as one generator: the counts are complete only when the last document has come through.
+        # Steps run as one generator: the counts are complete only when the last document has come
+        # through.
         stages = [stage.counted() for stage in self._stages]
         counted = self._reader.counted() | {"stages": stages}
         write_json(self._folder / f"{rank:05d}.json", counted)

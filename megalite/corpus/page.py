@@ -1,4 +1,5 @@
-"""Renders the report as one self-contained HTML page: what came, what was dropped, where and why, with samples."""
+"""Renders the report as one self-contained HTML page: what came, what was dropped, where and why,
+with samples."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ABOUT = {
 MOST_REASONS = 12
 MOST_LANGUAGES = 15
 FEWEST_OF_A_GROUP = 30
-"""Lower bound of the documents that mention a group before their share of listed words is shown: fewer are chance."""
+"""Lower bound of the documents that mention a group before their share of listed words is shown:
+fewer are chance."""
 
 STYLE = """
 :root { --ink: #1d2530; --soft: #667085; --line: #e4e7ec; --paper: #fff; --shade: #f7f8fa;
@@ -99,13 +101,17 @@ def page_of(report: dict[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Corpus report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        f"<style>{STYLE}</style></head><body><main>\n"
+        + "\n".join(parts)
+        + "\n</main></body></html>\n"
     )
 
 
 def _tiles(report: dict[str, Any]) -> str:
     """Render the figures at the top."""
-    came = report["stages"][0]["kept"]  # the first stage is reading: what it kept came to the others
+    came = report["stages"][0][
+        "kept"
+    ]  # the first stage is reading: what it kept came to the others
     splits = report["splits"]
     documents = sum(count["documents"] for count in splits.values())
     num_bytes = sum(count["num_bytes"] for count in splits.values())
@@ -184,9 +190,13 @@ def _stage(stage: dict[str, Any]) -> str:
         parts.append(_table(["dropped for", "", "documents", "of those that came", "bytes"], rows))
     if more := reasons[MOST_REASONS:]:
         count = sum(dropped["documents"] for _, dropped in more)
-        parts.append(f'<p class="soft">… and {len(more)} rarer reasons with {count:,} documents, in report.json</p>')
+        parts.append(
+            f'<p class="soft">… and {len(more)} rarer reasons with {count:,} documents, in report.json</p>'
+        )
     if samples:
-        parts.append(f"<details><summary>samples of what was dropped</summary>{''.join(samples)}</details>")
+        parts.append(
+            f"<details><summary>samples of what was dropped</summary>{''.join(samples)}</details>"
+        )
     return "".join(parts)
 
 
@@ -204,7 +214,9 @@ def _edited(stage: dict[str, Any]) -> str:
         told += [f"{count:,} {escape(what)}." for what, count in stage["notes"].items()]
     if stage["name"] == "words":
         listed = stage["notes"].get("listed", 0)
-        told.append(f'{listed:,} documents hold listed words; <a href="#groups">groups</a> are below.')
+        told.append(
+            f'{listed:,} documents hold listed words; <a href="#groups">groups</a> are below.'
+        )
     if told:
         return " ".join(told)
     return "" if stage["dropped"] else "It found nothing."

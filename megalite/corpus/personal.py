@@ -1,6 +1,7 @@
 """Replaces email and public IP addresses with addresses that nobody has.
 
-Each kind has one replacement, where datatrove goes through a list: what a text becomes depends on the text alone.
+Each kind has one replacement, where datatrove goes through a list: what a text becomes depends on
+the text alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import NamedTuple
 
 from datatrove.pipeline.formatters.pii import public_ip_validator
 
-# datatrove's own pattern takes quadratic time on long runs without spaces. No address has more than 64 characters
-# before its @, and a part of its domain no more than 63.
+# datatrove's own pattern takes quadratic time on long runs without spaces. No address has more than
+# 64 characters before its @, and a part of its domain no more than 63.
 EMAIL = (
     r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@"
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63}\b"
@@ -50,7 +51,8 @@ def _is_email_of_somebody(match: re.Match[str]) -> bool:
 
 
 def _is_ipv4_of_somebody(match: re.Match[str]) -> bool:
-    """Return whether four numbers are a public address, and not a version, as the text around them may say."""
+    """Return whether four numbers are a public address, and not a version, as the text around them
+    may say."""
     if not public_ip_validator(match[0]):
         return False
     before = match.string[max(match.start() - CONTEXT, 0) : match.start()]
@@ -82,7 +84,8 @@ SIGNS = {EMAILS: "@", IPS: ""}
 
 
 def replaced(text: str, kind: str) -> tuple[str, int]:
-    """Replace the addresses of a `kind` (EMAILS or IPS) in `text`. Returns the new text and their number."""
+    """Replace the addresses of a `kind` (EMAILS or IPS) in `text`. Returns the new text and their
+    number."""
     count = 0
     if SIGNS[kind] not in text:
         return text, 0

@@ -20,7 +20,8 @@ MAX_MESSAGES = 100
 
 
 class WriteReport(PipelineStep):
-    """Writes `output`/report.json and report.html from the counts that earlier phases wrote beside their shards."""
+    """Writes `output`/report.json and report.html from the counts that earlier phases wrote beside
+    their shards."""
 
     type, name = "writer", "report"
 
@@ -38,10 +39,11 @@ class WriteReport(PipelineStep):
 
 
 def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, Any]:
-    """Return the values of report.json, merged from the counts of `num_shards` shards in the folder `work`.
+    """Return the values of report.json, merged from the counts of `num_shards` shards in the folder
+    `work`.
 
-    For every stage, what came is what was kept and what was dropped: in documents, and in bytes together with those
-    that edits removed. `config` is that of the corpus."""
+    For every stage, what came is what was kept and what was dropped: in documents, and in bytes
+    together with those that edits removed. `config` is that of the corpus."""
     # Counts of the tasks that read and filter, and of those that drop duplicates and split.
     cleaned = _counted(work / "clean", num_shards)
     split = _counted(work / "split", num_shards)
@@ -99,7 +101,9 @@ def _counted(folder: Path, num_shards: int) -> list[dict[str, Any]]:
     return found
 
 
-def _add(sources: dict[str, dict[str, Count]], counted: dict[str, dict[str, dict[str, int]]]) -> None:
+def _add(
+    sources: dict[str, dict[str, Count]], counted: dict[str, dict[str, dict[str, int]]]
+) -> None:
     """Add counts, by side and name, to those of the sources."""
     for side, counts in counted.items():
         for name, count in counts.items():
@@ -138,7 +142,8 @@ def _read_tally(
     as_text: Counter[str],
     sources: dict[str, dict[str, Count]],
 ) -> Tally:
-    """Describe reading as a stage. What could not be read counts as dropped, with no bytes of text."""
+    """Describe reading as a stage. What could not be read counts as dropped, with no bytes of
+    text."""
     tally = Tally("read", kept=_sum(counts["read"] for counts in sources.values()))
     counts = {
         "bad lines or files": reading["num_bad"],

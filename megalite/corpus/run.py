@@ -8,9 +8,9 @@
     split       one task a shard: leaves the duplicates out, writes train, valid and test
     report      one task: writes report.json and report.html
 
-A finished task is never done again: datatrove notes it in work/logs/PHASE/completions, and its files appear whole or
-not at all. Everything a task writes follows from the input and the config alone: neither the number of workers nor an
-interruption changes a byte.
+A finished task is never done again: datatrove notes it in work/logs/PHASE/completions, and its
+files appear whole or not at all. Everything a task writes follows from the input and the config
+alone: neither the number of workers nor an interruption changes a byte.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ NAMED = 5
 
 
 def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict[str, Any] | None:
-    """Clean, deduplicate and split the sources into `config.output`, continuing where an earlier call was interrupted.
+    """Clean, deduplicate and split the sources into `config.output`, continuing where an earlier
+    call was interrupted.
 
-    Returns the values of report.json; None on Slurm, where the jobs have only been submitted. `console` shows the
-    progress. Raises DataError for sources that match nothing and for an output folder of another config, ConfigError
-    for lists that cannot be read."""
+    Returns the values of report.json; None on Slurm, where the jobs have only been submitted.
+    `console` shows the progress. Raises DataError for sources that match nothing and for an output
+    folder of another config, ConfigError for lists that cannot be read."""
     output = config.output.absolute()
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,8 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
 
 
 def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Phase]:
-    """Return the phases that write the corpus of `config` to `output`, from `num_shards` shards of input files."""
+    """Return the phases that write the corpus of `config` to `output`, from `num_shards` shards of
+    input files."""
     work = output / "work"
     clean = work / "clean"
     exact = work / "exact"
@@ -108,7 +110,8 @@ def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Pha
 def _begin(config: CorpusConfig, work: Path) -> int:
     """List the input files, and return the number of shards.
 
-    Notes the settings and the files in `work`. Raises DataError if an earlier call has noted others."""
+    Notes the settings and the files in `work`. Raises DataError if an earlier call has noted
+    others."""
     listing = Report()
     files = list_inputs(config.sources, listing)
     shards = shards_of(files, config.shard_mb and config.shard_mb * 1e6)

@@ -43,10 +43,13 @@ def list_inputs(sources: Sequence[Source], report: Report) -> list[InputFile]:
     inputs: dict[str, InputFile] = {}
     for source in sources:
         for path in list_documents([source.path], report, warc.SUFFIXES):
-            # Paths of one source may overlap; a file in two sources would be read twice under two names.
+            # Paths of one source may overlap; a file in two sources would be read twice under two
+            # names.
             file = inputs.setdefault(path, InputFile(source.name, path, os.stat(path).st_size))
             if file.source != source.name:
-                raise DataError(f"{path} is in two sources, {file.source} and {source.name}; narrow one of their paths")
+                raise DataError(
+                    f"{path} is in two sources, {file.source} and {source.name}; narrow one of their paths"
+                )
     return list(inputs.values())
 
 
@@ -104,7 +107,8 @@ class ReadInputs(PipelineStep):
 
 
 def _document(read: Read, source: Source) -> Document:
-    """Turn a document as read into one of datatrove's. Its own metadata goes into the key `metadata`."""
+    """Turn a document as read into one of datatrove's. Its own metadata goes into the key
+    `metadata`."""
     given = dict(read.metadata)
     identity = given.pop("id", None)
     metadata: dict[str, Any] = {"source": source.name, "path": read.path, "line": read.line}

@@ -1,7 +1,7 @@
 """Splits documents into train, valid and test by a hash of their letters and digits.
 
-Case, punctuation and spaces do not count: documents that differ only in these are always in the same split, even where
-duplicates are kept.
+Case, punctuation and spaces do not count: documents that differ only in these are always in the
+same split, even where duplicates are kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def split_of(text: str, config: SplitConfig) -> str:
 
 
 class WriteSplits(PipelineStep):
-    """Writes documents to `output`/train/RANK.jsonl.zst, valid/ and test/, and their counts to `counts`/RANK.json.
+    """Writes documents to `output`/train/RANK.jsonl.zst, valid/ and test/, and their counts to
+    `counts`/RANK.json.
 
     A split without a document of the shard gets no file."""
 
@@ -51,7 +52,8 @@ class WriteSplits(PipelineStep):
         compression: Compression,
         counting: list[Any],
     ) -> None:
-        """Write to `output`. `counting` are the steps before this one whose counts are written beside its own."""
+        """Write to `output`. `counting` are the steps before this one whose counts are written
+        beside its own."""
         super().__init__()
         self._output = output
         self._counts = counts

@@ -1,4 +1,5 @@
-"""Steps for datatrove that keep count: a document that comes to a stage leaves it, or is dropped for a reason."""
+"""Steps for datatrove that keep count: a document that comes to a stage leaves it, or is dropped
+for a reason."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from datatrove.pipeline.base import PipelineStep
 from megalite.corpus.tally import Tally, num_bytes_of
 
 Check = Callable[[Document, Counter[str]], str | None]
-"""Returns why a document is dropped, or None. A check may edit the document; what it counts goes into the report.
+"""Returns why a document is dropped, or None. A check may edit the document; what it counts goes
+into the report.
 
 A check that is a context manager is entered for the length of a shard."""
 
@@ -41,7 +43,9 @@ class Stage(PipelineStep):
         context = self._check if isinstance(self._check, AbstractContextManager) else nullcontext()
         with context:
             for document in data:
-                if document.metadata["source"] in self._skipped:  # counted all the same, so that stages add up
+                if (
+                    document.metadata["source"] in self._skipped
+                ):  # counted all the same, so that stages add up
                     size = num_bytes_of(document.text)
                     self.tally.keep(size, size, changed=False)
                     yield document
@@ -58,11 +62,12 @@ class Stage(PipelineStep):
         size = num_bytes_of(text)
         try:
             reason = self._check(document, self.tally.notes)
-        except (
-            Exception
-        ) as error:  # others' rules and parsers meet whatever the web holds: one text must not end a shard
+        except Exception as error:
+            # Others' rules and parsers meet whatever the web holds: one text must not end a shard.
             reason = f"failed: {type(error).__name__}: {error}"[:120]
-        changed = document.text is not text and document.text != text  # mostly the same object: no need to compare
+        changed = (
+            document.text is not text and document.text != text
+        )  # mostly the same object: no need to compare
         if changed and not reason and not document.text.strip():
             reason = "nothing left"
         if reason:
@@ -73,7 +78,8 @@ class Stage(PipelineStep):
 
 
 class Without(PipelineStep):
-    """Leaves out documents of a shard. `places` returns for a rank where in its shard they stand."""
+    """Leaves out documents of a shard. `places` returns for a rank where in its shard they
+    stand."""
 
     type = "stage"
 

@@ -1,7 +1,8 @@
-"""Tallies what a stage did to the documents that came to it: counts that add up, and samples of what was dropped.
+"""Tallies what a stage did to the documents that came to it: counts that add up, and samples of
+what was dropped.
 
-Tallies of shards can be merged in any order with the same result: the report does not depend on which worker did which
-shard.
+Tallies of shards can be merged in any order with the same result: the report does not depend on
+which worker did which shard.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Dropped(Count):
 
 
 def _shown(text: str) -> str:
-    """Return the beginning of a text without personal addresses, because reports are passed around."""
+    """Return the beginning of a text without personal addresses, because reports are passed
+    around."""
     beginning = text[:SAMPLE_CHARS]
     for kind in (EMAILS, IPS):
         beginning, _ = replaced(beginning, kind)
@@ -88,7 +90,8 @@ class Tally:
     """What the check itself counted."""
 
     def keep(self, before: int, after: int, changed: bool) -> None:
-        """Count a document that was kept: its bytes `before` and `after`, and whether its text was `changed`."""
+        """Count a document that was kept: its bytes `before` and `after`, and whether its text was
+        `changed`."""
         self.came.add(before)
         self.kept.add(after)
         self.edited += changed

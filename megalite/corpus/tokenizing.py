@@ -1,7 +1,8 @@
 """Splits text into words and sentences for datatrove's rules.
 
-datatrove's own tokenizers need spaCy or NLTK, and NLTK needs a download. The rules ask for less than those know: how
-long words are, which repeat, where sentences end. Words here are Unicode's, the same for every language with spaces.
+datatrove's own tokenizers need spaCy or NLTK, and NLTK needs a download. The rules ask for less
+than those know: how long words are, which repeat, where sentences end. Words here are Unicode's,
+the same for every language with spaces.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 # Letters and digits, with "don't" and "3.14" as one word; or a run of signs.
 WORD = re.compile(r"\w+(?:['’]\w+|(?<=\d)[.,]\d+)*|[^\w\s]+")
 # Up to signs that end a sentence, with closing quotes, or to the end of a line.
-SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATION)))}]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*")
+SENTENCE = re.compile(
+    rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATION)))}]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*"
+)
 
 
 class Words(WordTokenizer):
-    """Splits by regular expressions. All instances are equal, since datatrove caches words by the tokenizer."""
+    """Splits by regular expressions. All instances are equal, since datatrove caches words by the
+    tokenizer."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return WORD.findall(text)

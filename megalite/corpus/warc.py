@@ -1,7 +1,7 @@
 """Reads pages from WARC files and texts from WET files.
 
-Responses with status 2xx and a text type are documents. Everything else is counted by name: errors, redirects,
-revisits, other types.
+Responses with status 2xx and a text type are documents. Everything else is counted by name: errors,
+redirects, revisits, other types.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ OTHER_TYPES = "records of another type than text"
 LONGEST_PAGE = LONGEST_LINE
 """Largest number of a page's bytes, packed and unpacked. A longer page is left out."""
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
-LOOKS_LIKE_HTML = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
+LOOKS_LIKE_HTML = re.compile(
+    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S
+)
 
 
 def read_warc(path: str, report: Report) -> Iterator[Document]:
@@ -45,13 +47,16 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
                 yield from _document_of(record, path, number, report)
         if stream.failure:
             raise stream.failure
-    except Exception as error:  # warcio raises several classes for damage, and those of its parsers as well
+    except (
+        Exception
+    ) as error:  # warcio raises several classes for damage, and those of its parsers as well
         report.bad(path, number, f"unreadable from this record on: {stream.failure or error}")
     report.bytes_read = before + size  # the whole file is done, also where it is damaged
 
 
 def _no_document(record: Any) -> str:
-    """Return why a record that looks like a document is not one, or an empty string if it may be one."""
+    """Return why a record that looks like a document is not one, or an empty string if it may be
+    one."""
     if record.rec_type == "revisit":
         return "revisits: the page was seen before"
     if record.rec_type != "response" or record.http_headers is None:
@@ -67,7 +72,8 @@ def _no_document(record: Any) -> str:
 
 
 def _document_of(record: Any, path: str, number: int, report: Report) -> Iterator[Document]:
-    """Yield the document of a record, or count in `report` why it has none. Raises DataError if it is truncated."""
+    """Yield the document of a record, or count in `report` why it has none. Raises DataError if it
+    is truncated."""
     http = record.http_headers or record.rec_headers
     header = http.get_header("Content-Type") or ""
     # The crawler looked at the content; servers often lie.
@@ -114,10 +120,12 @@ def _document_of(record: Any, path: str, number: int, report: Report) -> Iterato
 
 
 def unpacked(body: bytes, http: Any) -> tuple[bytes, bool]:
-    """Undo the transfer and content encodings of a response. Returns its body, and whether its end is missing.
+    """Undo the transfer and content encodings of a response. Returns its body, and whether its end
+    is missing.
 
-    Crawlers often store the body unpacked and leave the headers `http` as they were, so each encoding is undone only
-    where the bytes show it. Raises DataError for a compression that cannot be read."""
+    Crawlers often store the body unpacked and leave the headers `http` as they were, so each
+    encoding is undone only where the bytes show it. Raises DataError for a compression that cannot
+    be read."""
     is_cut = False
     transfer = http.get_header("Transfer-Encoding") or ""
     if "chunked" in transfer.lower():
@@ -152,7 +160,8 @@ def _without_chunks(body: bytes) -> tuple[bytes, bool]:
 
 
 def _without_coding(body: bytes, coding: str) -> tuple[bytes, bool]:
-    """Undo one content encoding, where the bytes show it. Returns the body, and whether its end is missing."""
+    """Undo one content encoding, where the bytes show it. Returns the body, and whether its end is
+    missing."""
     if coding in ("gzip", "x-gzip"):
         return _inflated(body, 31) if body.startswith(b"\x1f\x8b") else (body, False)
     if coding == "deflate":
@@ -175,10 +184,11 @@ def _without_coding(body: bytes, coding: str) -> tuple[bytes, bool]:
 
 
 def _inflated(body: bytes, wbits: int) -> tuple[bytes, bool]:
-    """Unpack zlib's or gzip's format (`wbits` as in zlib). Returns the body, and whether its end is missing.
+    """Unpack zlib's or gzip's format (`wbits` as in zlib). Returns the body, and whether its end is
+    missing.
 
-    Several members of gzip may follow one another; bytes after the last one are ignored. Raises DataError for damage at
-    the very beginning, and for a page that grows too long."""
+    Several members of gzip may follow one another; bytes after the last one are ignored. Raises
+    DataError for damage at the very beginning, and for a page that grows too long."""
     parts: list[bytes] = []
     room = LONGEST_PAGE
     # At most one byte more than fits is unpacked: enough to know that the page is too long.
@@ -209,13 +219,16 @@ def _fed_slowly(body: bytes, wbits: int, error: zlib.error) -> tuple[bytes, bool
 
 
 def _without_brotli(body: bytes) -> tuple[bytes, bool]:
-    """Unpack brotli, which has no mark to recognize it by. Raises DataError where the package is missing."""
+    """Unpack brotli, which has no mark to recognize it by. Raises DataError where the package is
+    missing."""
     try:
         import brotli
     except ImportError:
         if LOOKS_LIKE_HTML.match(body):
             return body, False
-        raise DataError("the page is packed by brotli; pip install 'megalite[corpus]' to read such pages") from None
+        raise DataError(
+            "the page is packed by brotli; pip install 'megalite[corpus]' to read such pages"
+        ) from None
     unpacker = brotli.Decompressor()
     found, is_cut = _fed(body, unpacker.process, unpacker.is_finished, brotli.error)
     if not found and LOOKS_LIKE_HTML.match(body):  # stored unpacked
@@ -229,10 +242,11 @@ def _fed(
     is_done: Callable[[], bool],
     failure: type[Exception],
 ) -> tuple[bytes, bool]:
-    """Unpack a little at a time, so that damage costs no more than that, and a bomb is noticed early.
+    """Unpack a little at a time, so that damage costs no more than that, and a bomb is noticed
+    early.
 
-    `unpack` raises `failure` on damage; `is_done` tells the end of the data. Returns the body, and whether its end is
-    missing."""
+    `unpack` raises `failure` on damage; `is_done` tells the end of the data. Returns the body, and
+    whether its end is missing."""
     parts: list[bytes] = []
     held = 0
     for start in range(0, len(body), 256):

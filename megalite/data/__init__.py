@@ -1,1 +1,2 @@
-"""Text to tokens to batches: reading, tokenizing, the memory-mapped dataset, the order of samples, the loader."""
+"""Text to tokens to batches: reading, tokenizing, the memory-mapped dataset, the order of samples,
+the loader."""

@@ -1,7 +1,9 @@
-"""Split the inputs into blocks, which are read and tokenized independently and joined in their order.
+"""Split the inputs into blocks, which are read and tokenized independently and joined in their
+order.
 
-A plain file of JSON lines is split without being read: a line belongs to the block in which it begins, and whoever
-tokenizes the block reads and parses it. The cuts depend on the files alone, never on the number of workers."""
+A plain file of JSON lines is split without being read: a line belongs to the block in which it
+begins, and whoever tokenizes the block reads and parses it. The cuts depend on the files alone,
+never on the number of workers."""
 
 from __future__ import annotations
 
@@ -38,17 +40,17 @@ TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several doc
 
 @dataclass(frozen=True)
 class Shard:
-    """Holds the number of one part, `index` (from 0) of `count` nearly equal ones, measured in bytes of the inputs on
-    disk."""
+    """Holds the number of one part, `index` (from 0) of `count` nearly equal ones, measured in
+    bytes of the inputs on disk."""
 
     index: int = 0
     count: int = 1
 
 
 class Block(NamedTuple):
-    """Holds one of: the lines that begin within bytes [first, last) of `path`; whole lines of a compressed file; or
-    documents of other files. `report` counts what was met on the way, `failure` says why the file ends with this
-    block."""
+    """Holds one of: the lines that begin within bytes [first, last) of `path`; whole lines of a
+    compressed file; or documents of other files. `report` counts what was met on the way, `failure`
+    says why the file ends with this block."""
 
     report: Report
     path: str = ""
@@ -60,7 +62,8 @@ class Block(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Holds a block's texts as UTF-8, none empty. `bad` lists the lines (from 1) that cannot be used, and why."""
+    """Holds a block's texts as UTF-8, none empty. `bad` lists the lines (from 1) that cannot be
+    used, and why."""
 
     texts: list[bytes]
     report: Report
@@ -69,9 +72,9 @@ class Texts(NamedTuple):
 
 
 def iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
-    """Yield the blocks of a shard of `files` (path to size in bytes); `json_key` names the text in JSON lines. A plain
-    JSON line belongs to the shard in which it begins, as does any other file. Raise DataError for a missing library
-    before anything is read."""
+    """Yield the blocks of a shard of `files` (path to size in bytes); `json_key` names the text in
+    JSON lines. A plain JSON line belongs to the shard in which it begins, as does any other file.
+    Raise DataError for a missing library before anything is read."""
     read_files(files, Reading(json_key), Report())  # checks, and reads nothing yet
     return _iter_blocks(files, json_key, shard)
 
@@ -85,11 +88,13 @@ def shard_bytes(files: Mapping[str, int], shard: Shard) -> tuple[int, int]:
 def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
     """Yield the blocks as `iter_blocks` says."""
     (low, high), offset = shard_bytes(files, shard), 0
-    others: dict[str, int] = {}  # neighbours that are not JSON lines share blocks: they may be many and small
+    others: dict[
+        str, int
+    ] = {}  # neighbours that are not JSON lines share blocks: they may be many and small
     for path, size in files.items():
         first, last = max(low - offset, 0), min(high - offset, size)
-        # A file that is not split belongs to the shard in which it begins; the last shard also takes empty files at the
-        # end.
+        # A file that is not split belongs to the shard in which it begins; the last shard also
+        # takes empty files at the end.
         is_here = low <= offset and (offset < high or shard.index == shard.count - 1)
         offset += size
         if not is_json_lines(path):
@@ -98,7 +103,9 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
         if others:
             yield from _read_documents(others, json_key)
             others = {}
-        if not (is_url(path) or is_packed(path)):  # a URL is read fastest by a single read-ahead stream
+        if not (
+            is_url(path) or is_packed(path)
+        ):  # a URL is read fastest by a single read-ahead stream
             for start in range(first, last, BLOCK_BYTES):
                 end = min(start + BLOCK_BYTES, last)
                 yield Block(Report(bytes_read=end - start), path, start, end)
@@ -160,7 +167,8 @@ def texts_of(block: Block, json_key: str) -> Texts:
         lines = _read_lines(block) if block.first < block.last else block.lines
     except OSError as error:
         lines, failure = b"", f"unreadable from here on: {error}"
-    # The fast parser takes common lines; those it leaves (`odd`) go through Python's json, which says what is wrong.
+    # The fast parser takes common lines; those it leaves (`odd`) go through Python's json, which
+    # says what is wrong.
     texts, odd = json_texts(lines, json_key, LONGEST_TEXT)
     for number, first, last in odd:
         line = lines[first:last]
@@ -177,10 +185,13 @@ def texts_of(block: Block, json_key: str) -> Texts:
     return result._replace(num_lines=len(texts))
 
 
-def json_texts_reference(lines: bytes, key: str, longest: int) -> tuple[list[bytes], list[tuple[int, int, int]]]:
-    """Parse JSON `lines` and return the text under `key` of each, and (number, first, last) of those left to the exact
-    parser. `longest` is the most bytes of a line. This is `megalite._data.json_texts` in Python; whatever orjson
-    accepts, json accepts with the same result."""
+def json_texts_reference(
+    lines: bytes, key: str, longest: int
+) -> tuple[list[bytes], list[tuple[int, int, int]]]:
+    """Parse JSON `lines` and return the text under `key` of each, and (number, first, last) of
+    those left to the exact parser. `longest` is the most bytes of a line. This is
+    `megalite._data.json_texts` in Python; whatever orjson accepts, json accepts with the same
+    result."""
     texts, odd = [], []
     first = 0
     # An empty text in `texts` keeps its line's number; it is filtered out at last.
@@ -205,22 +216,29 @@ except ImportError:  # installed without a compiler
 def _read_lines(block: Block) -> bytes:
     """Return the lines that begin within the block. Raise OSError."""
     with open(block.path, "rb") as file:
-        # One byte earlier, so that a newline right before the block shows that its first line begins there.
+        # One byte earlier, so that a newline right before the block shows that its first line
+        # begins there.
         file.seek(max(block.first - 1, 0))
         data = file.read(block.last - file.tell())
         if block.first:
             cut = data.find(b"\n") + 1
-            data = data[cut:] if cut else b""  # without a cut, it is all of a line that began before
+            data = (
+                data[cut:] if cut else b""
+            )  # without a cut, it is all of a line that began before
         parts = [data]
-        # The last line may end behind the block. Of an overlong one, read only enough to see that it is too long.
-        while data and not data.endswith(b"\n") and sum(map(len, parts)) <= BLOCK_BYTES + LONGEST_TEXT:
+        # The last line may end behind the block. Of an overlong one, read only enough to see that
+        # it is too long.
+        while (
+            data and not data.endswith(b"\n") and sum(map(len, parts)) <= BLOCK_BYTES + LONGEST_TEXT
+        ):
             data = file.readline(READ_BYTES)
             parts.append(data)
     return b"".join(parts)
 
 
 def _text_of(line: bytes, json_key: str, report: Report) -> str:
-    """Return the text of one line, empty for a blank line. Raise ValueError that says why there is none."""
+    """Return the text of one line, empty for a blank line. Raise ValueError that says why there is
+    none."""
     if len(line) > LONGEST_TEXT:
         raise ValueError(TOO_LONG)
     if not line.strip():
@@ -231,22 +249,26 @@ def _text_of(line: bytes, json_key: str, report: Report) -> str:
 
 
 class LineNumbers:
-    """Adds up reports in the order of their blocks, and so turns line numbers within blocks into line numbers of
-    files."""
+    """Adds up reports in the order of their blocks, and so turns line numbers within blocks into
+    line numbers of files."""
 
     def __init__(self, total: Report) -> None:
         self._total = total
         self._path, self._first, self._num_lines = "", 0, 0
 
-    def add(self, block: Block, report: Report, num_lines: int, bad: Sequence[tuple[int, str]]) -> None:
-        """Add the `report` of a block of `num_lines` lines, of which `bad` (number within the block, reason) cannot be
-        used."""
+    def add(
+        self, block: Block, report: Report, num_lines: int, bad: Sequence[tuple[int, str]]
+    ) -> None:
+        """Add the `report` of a block of `num_lines` lines, of which `bad` (number within the
+        block, reason) cannot be used."""
         if block.path != self._path:
             self._path, self._first, self._num_lines = block.path, block.first, 0
         add_to(self._total, report)
         for line, why in bad:
             before = 0
-            if self._first and len(self._total.messages) < MAX_MESSAGES:  # a shard that begins within the file
+            if (
+                self._first and len(self._total.messages) < MAX_MESSAGES
+            ):  # a shard that begins within the file
                 with suppress(OSError):  # it may be gone, which is what is bad
                     before = _lines_before(self._path, self._first)
             self._total.bad(self._path, before + self._num_lines + line, why)
@@ -268,7 +290,11 @@ def add_to(total: Report, part: Report) -> None:
         if field.name == "messages":
             total.messages += part.messages[: MAX_MESSAGES - len(total.messages)]
         elif field.name in NAMED:
-            setattr(total, field.name, dict(Counter(getattr(total, field.name)) + Counter(getattr(part, field.name))))
+            setattr(
+                total,
+                field.name,
+                dict(Counter(getattr(total, field.name)) + Counter(getattr(part, field.name))),
+            )
         else:
             setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
 
@@ -280,6 +306,8 @@ def _difference(now: Report, before: Report) -> Report:
         for field in dataclasses.fields(Report)
         if field.name not in ("messages", "total_bytes", *NAMED)
     }
-    named = {name: dict(Counter(getattr(now, name)) - Counter(getattr(before, name))) for name in NAMED}
+    named = {
+        name: dict(Counter(getattr(now, name)) - Counter(getattr(before, name))) for name in NAMED
+    }
     messages = now.messages[len(before.messages) :]
     return Report(**counts, left_out=named["left_out"], as_text=named["as_text"], messages=messages)

@@ -24,8 +24,8 @@ from megalite.utils.outside import shown
 
 
 def open_data(config: Config) -> tuple[Config, Tokenizer | None, dict[Split, Mixture | None]]:
-    """Return `config` with its length in steps, its tokenizer and its mixtures, fully checked, for training as well as
-    for inspection. Raise DataError or ConfigError."""
+    """Return `config` with its length in steps, its tokenizer and its mixtures, fully checked, for
+    training as well as for inspection. Raise DataError or ConfigError."""
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
@@ -47,16 +47,19 @@ def with_steps(config: Config, train: Mixture | None) -> Config:
     assert train is not None
     try:
         # Rounded first: 0.1 · 30 is a little more than 3, and must not become 4.
-        return config.of_samples(math.ceil(round(epochs * train.num_samples, 6)), f"train.epochs {epochs} of this data")
+        return config.of_samples(
+            math.ceil(round(epochs * train.num_samples, 6)), f"train.epochs {epochs} of this data"
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Refuse token ids without an embedding in the model, and data of another tokenizer than `data.tokenizer`.
+    """Refuse token ids without an embedding in the model, and data of another tokenizer than
+    `data.tokenizer`.
 
-    What is known comes from `tokenizer` and from the notes that preprocessing leaves beside token files; Megatron's own
-    files have none. Raise DataError."""
+    What is known comes from `tokenizer` and from the notes that preprocessing leaves beside token
+    files; Megatron's own files have none. Raise DataError."""
     model_size = config.model.vocab_size
     if tokenizer and tokenizer.vocab_size > model_size:
         raise DataError(
@@ -80,7 +83,9 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
                 "fingerprint": note["tokenizer_fingerprint"],
                 **{name: note[name] for name in ("vocab_size", "eod_id") if name in note},
             }
-            differs = ", ".join(str(each) for each in changes(its, {name: mine[name] for name in its}))
+            differs = ", ".join(
+                str(each) for each in changes(its, {name: mine[name] for name in its})
+            )
             raise DataError(
                 f"{source.path} ({note.get('tokenizer', 'a tokenizer of unknown place')}) {why} data.tokenizer "
                 f"{config.data.tokenizer}: {differs}"
@@ -93,8 +98,8 @@ def _mend(num_ids: int) -> str:
 
 
 def check_labelled(config: Config) -> None:
-    """Refuse labelled data of another kind than the run learns from, as far as the notes beside token files say. Raise
-    DataError."""
+    """Refuse labelled data of another kind than the run learns from, as far as the notes beside
+    token files say. Raise DataError."""
     has_classes, task = config.model.has_classes, config.model.task
     asked = f"model.task: {task}" if has_classes else f"objective.name: {config.objective.name}"
     kind = task if has_classes else config.objective.DATA
@@ -104,20 +109,27 @@ def check_labelled(config: Config) -> None:
         wanted = found if found in GOES_WITH else "text"
         if wanted != kind:
             what = f"rows of format {found!r}, which go" if found else "plain text, which goes"
-            raise DataError(f"{source.path} holds {what} with {GOES_WITH[wanted]}; this run has {asked}")
+            raise DataError(
+                f"{source.path} holds {what} with {GOES_WITH[wanted]}; this run has {asked}"
+            )
         if note.get("labels") and tuple(note["labels"]) != config.model.labels:
             raise DataError(
                 f"{source.path} has the classes {note['labels']}, but model.labels = {list(config.model.labels)}"
             )
         if has_classes and (problem := note.get("problem", "single_label")) != config.model.problem:
-            raise DataError(f"{source.path} is for model.problem: {problem}, not {config.model.problem}")
+            raise DataError(
+                f"{source.path} is for model.problem: {problem}, not {config.model.problem}"
+            )
         check_mask(IndexedDataset(source.path), note)
 
 
 def check_mask(dataset: IndexedDataset, note: Mapping[str, Any]) -> None:
-    """Raise DataError for labelled data without the mask that says what is learned of it: all would be."""
+    """Raise DataError for labelled data without the mask that says what is learned of it: all would
+    be."""
     if (format := note.get("format")) and format not in FORMATS:
-        raise DataError(f"{dataset.prefix}.json: format = {shown(format)} is none of {', '.join(FORMATS)}")
+        raise DataError(
+            f"{dataset.prefix}.json: format = {shown(format)} is none of {', '.join(FORMATS)}"
+        )
     if format and dataset.mask is None:
         raise DataError(
             f"{dataset.prefix}.mask is missing, which says what is learned of rows of format {format!r}: copy it "
@@ -137,18 +149,25 @@ GOES_WITH = {
 
 
 def check_token_files(config: Config) -> None:
-    """Check every index and mask of a config completely, as `build_mixtures` does. Raise DataError."""
-    for path in dict.fromkeys(source.path for source in (*config.data.train, *config.data.valid, *config.data.test)):
+    """Check every index and mask of a config completely, as `build_mixtures` does. Raise
+    DataError."""
+    for path in dict.fromkeys(
+        source.path for source in (*config.data.train, *config.data.valid, *config.data.test)
+    ):
         IndexedDataset(path).check(config.model.highest_label)
 
 
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:
-    """Compare `config` and `data` (mixtures by split) of each rank of `mesh` with rank 0's. All ranks call it; raise
-    DataError on all if any differs."""
+    """Compare `config` and `data` (mixtures by split) of each rank of `mesh` with rank 0's. All
+    ranks call it; raise DataError on all if any differs."""
     if mesh.world.size == 1:
         return
-    mixtures = {split: mixture.fingerprint() if mixture else None for split, mixture in data.items()}
-    contents = {f"tokens of data.{split}": mixture.contents() for split, mixture in data.items() if mixture}
+    mixtures = {
+        split: mixture.fingerprint() if mixture else None for split, mixture in data.items()
+    }
+    contents = {
+        f"tokens of data.{split}": mixture.contents() for split, mixture in data.items() if mixture
+    }
     # Shifted by one, because a 64-bit key does not fit a signed int64.
     # Ranks compare one number; only where it differs do they send each other what it is made of.
     mine = torch.tensor(key_of(config.to_yaml(), json.dumps(mixtures)) >> 1, device=mesh.device)
@@ -161,7 +180,8 @@ def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], 
         facts = config.model_dump(mode="json") | contents
         theirs = json.loads(_said_by(0, json.dumps(facts), mesh))
         what = "; ".join(
-            f"{each.key} {spelled(each.was)} there, {spelled(each.now)} here" for each in changes(theirs, facts)
+            f"{each.key} {spelled(each.was)} there, {spelled(each.now)} here"
+            for each in changes(theirs, facts)
         )
         what = _said_by(int(differs), what or "the order of samples", mesh)
         raise DataError(
@@ -175,6 +195,10 @@ def _said_by(rank: int, text: str, mesh: Mesh) -> str:
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=mesh.device)
     size = torch.tensor(len(data), device=mesh.device)
     dist.broadcast(size, rank)
-    data = data if mesh.world.rank == rank else torch.zeros(int(size), dtype=torch.uint8, device=mesh.device)
+    data = (
+        data
+        if mesh.world.rank == rank
+        else torch.zeros(int(size), dtype=torch.uint8, device=mesh.device)
+    )
     dist.broadcast(data, rank)
     return bytes(data.tolist()).decode()

@@ -1,7 +1,8 @@
-"""Cut token files into training samples, the same for all runs with the same settings, whatever the ranks.
+"""Cut token files into training samples, the same for all runs with the same settings, whatever the
+ranks.
 
-A source says which pieces of its token file make up a sample; `read_windows` reads them. Cutting the flat stream
-(`TokenSource`) needs no index: start-up is O(1) in the size of the corpus.
+A source says which pieces of its token file make up a sample; `read_windows` reads them. Cutting
+the flat stream (`TokenSource`) needs no index: start-up is O(1) in the size of the corpus.
 
 Legend: n = samples asked for, L = seq_length, P = pieces of all of them."""
 
@@ -36,11 +37,14 @@ class Pieces(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Holds the raw tokens of n samples, one more than the model sees, with what belongs to them."""
+    """Holds the raw tokens of n samples, one more than the model sees, with what belongs to
+    them."""
 
     tokens: Int64s  # [n, L + 1]
     filled: Int64s  # [n], tokens of each row; what follows them is zeros
-    documents: Int64s | None  # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more
+    documents: (
+        Int64s | None
+    )  # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more
     mask: Int64s | None = None  # [n, L + 1], as in PREFIX.mask; 1 where a source has none
 
 
@@ -55,16 +59,16 @@ class SampleSource(Protocol):
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
         """Return the pieces of `samples`, [n]: at most L + 1 tokens for each of rows 0 … n - 1.
 
-        With `by_document`, no piece holds tokens of two documents and no two pieces of a row belong to the same one.
-        Raise IndexError for a number out of range."""
+        With `by_document`, no piece holds tokens of two documents and no two pieces of a row belong
+        to the same one. Raise IndexError for a number out of range."""
 
     def fingerprint(self) -> str:
         """Return a name for everything that decides the content of each sample."""
 
 
 def empty_windows(count: int, seq_length: int, by_document: bool, masked: bool = False) -> Windows:
-    """Allocate windows for `count` samples of `seq_length` + 1 tokens. Documents are there with `by_document`, a mask
-    (all ones) with `masked`."""
+    """Allocate windows for `count` samples of `seq_length` + 1 tokens. Documents are there with
+    `by_document`, a mask (all ones) with `masked`."""
     shape = count, seq_length + 1
     documents = np.empty(shape, np.int64) if by_document else None
     mask = np.ones(shape, np.int64) if masked else None
@@ -72,10 +76,12 @@ def empty_windows(count: int, seq_length: int, by_document: bool, masked: bool =
 
 
 def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int64s) -> None:
-    """Read `samples` ([m] numbers) of `source` into the rows `rows` ([m]) of `into`; also documents and mask, if `into`
-    has room for them."""
+    """Read `samples` ([m] numbers) of `source` into the rows `rows` ([m]) of `into`; also documents
+    and mask, if `into` has room for them."""
     if samples.size and not 0 <= samples.min() <= samples.max() < source.num_samples:
-        raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {source.num_samples})")
+        raise IndexError(
+            f"samples {samples.min()} … {samples.max()} are not in [0, {source.num_samples})"
+        )
     tokens, documents = into.tokens, into.documents
     width = tokens.shape[1]
     row, start, length = source.pieces(samples, documents is not None)
@@ -115,13 +121,17 @@ def _before(sizes: Int64s, row: Int64s) -> Int64s:
 class TokenSource:
     """Cuts tokens [first_token, last_token) of a dataset into samples of L + 1 tokens.
 
-    Neighbours share one token, so that every token but the first is predicted exactly once; fewer than L tokens are
-    left over at the end. Documents run on into each other. Raises DataError if the range is outside the dataset or too
-    short for one sample."""
+    Neighbours share one token, so that every token but the first is predicted exactly once; fewer
+    than L tokens are left over at the end. Documents run on into each other. Raises DataError if
+    the range is outside the dataset or too short for one sample."""
 
-    def __init__(self, dataset: IndexedDataset, first_token: int, last_token: int, seq_length: int) -> None:
+    def __init__(
+        self, dataset: IndexedDataset, first_token: int, last_token: int, seq_length: int
+    ) -> None:
         if not 0 <= first_token <= last_token <= dataset.num_tokens:
-            raise DataError(f"tokens [{first_token}, {last_token}) are outside the {dataset.num_tokens} there are")
+            raise DataError(
+                f"tokens [{first_token}, {last_token}) are outside the {dataset.num_tokens} there are"
+            )
         self.dataset, self.first_token, self.last_token = dataset, first_token, last_token
         self.seq_length = seq_length
         # n samples take n · L + 1 tokens, since neighbours share one.
@@ -133,7 +143,8 @@ class TokenSource:
             )
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
-        """Return the pieces of `samples`, split at document borders with `by_document`; see `SampleSource`."""
+        """Return the pieces of `samples`, split at document borders with `by_document`; see
+        `SampleSource`."""
         first, width = self.first_token + samples * self.seq_length, self.seq_length + 1
         if not by_document:
             return Pieces(np.arange(len(samples)), first, np.full(len(samples), width))
@@ -150,19 +161,25 @@ class TokenSource:
         return Pieces(row, start, end - start)
 
     def fingerprint(self) -> str:
-        return f"{self.dataset.fingerprint()}[{self.first_token}:{self.last_token}]/{self.seq_length}"
+        return (
+            f"{self.dataset.fingerprint()}[{self.first_token}:{self.last_token}]/{self.seq_length}"
+        )
 
 
 class PackedSource:
     """Packs documents [first, last) of a dataset such that as few as possible are cut.
 
-    A document longer than `capacity` tokens is cut; what fits together best then makes a sample of at most as many.
-    It needs all lengths at the start: about 30 bytes of memory per document. Raises DataError if there are no
-    documents."""
+    A document longer than `capacity` tokens is cut; what fits together best then makes a sample of
+    at most as many. It needs all lengths at the start: about 30 bytes of memory per document.
+    Raises DataError if there are no documents."""
 
-    def __init__(self, dataset: IndexedDataset, first: int, last: int, seq_length: int, capacity: int) -> None:
+    def __init__(
+        self, dataset: IndexedDataset, first: int, last: int, seq_length: int, capacity: int
+    ) -> None:
         if not 0 <= first < last <= dataset.num_documents:
-            raise DataError(f"documents [{first}, {last}) are none of the {dataset.num_documents} there are")
+            raise DataError(
+                f"documents [{first}, {last}) are none of the {dataset.num_documents} there are"
+            )
         self.dataset, self.seq_length, self._documents = dataset, seq_length, (first, last)
         self._starts = dataset.starts_of_documents(first, last)
         self._packing = best_fit(np.diff(self._starts), capacity)
@@ -170,7 +187,8 @@ class PackedSource:
         self.num_samples = len(self._packing.first_piece) - 1
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
-        """Return the pieces of `samples`; they never cross a document (`by_document` or not). See `SampleSource`."""
+        """Return the pieces of `samples`; they never cross a document (`by_document` or not). See
+        `SampleSource`."""
         packing = self._packing
         first, last = packing.first_piece[samples], packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
@@ -186,10 +204,11 @@ class PackedSource:
 class RowSource:
     """Packs rows of labelled data, documents [first, last) of a dataset, without cutting them.
 
-    As many rows as fit make a sample of at most `capacity` tokens, of which the model sees L. Groups of `together`
-    consecutive rows stay together: 2 for the answers of a preference. `long_rows` decides about groups longer than a
-    sample: "refuse", "drop" (leave out) or "cut" (lose the end). Memory as for `PackedSource`. Raises DataError if rows
-    are refused, or none is left."""
+    As many rows as fit make a sample of at most `capacity` tokens, of which the model sees L.
+    Groups of `together` consecutive rows stay together: 2 for the answers of a preference.
+    `long_rows` decides about groups longer than a sample: "refuse", "drop" (leave out) or "cut"
+    (lose the end). Memory as for `PackedSource`. Raises DataError if rows are refused, or none is
+    left."""
 
     def __init__(
         self,
@@ -202,14 +221,19 @@ class RowSource:
         long_rows: Literal["refuse", "drop", "cut"] = "refuse",
     ) -> None:
         if not 0 <= first < last <= dataset.num_documents or (last - first) % together:
-            raise DataError(f"rows [{first}, {last}) are none of the {dataset.num_documents} there are")
+            raise DataError(
+                f"rows [{first}, {last}) are none of the {dataset.num_documents} there are"
+            )
         self.dataset, self.seq_length = dataset, seq_length
         self._identity = f"rows[{first}:{last}]/{seq_length}/{capacity}/{together}/{long_rows}"
         self._starts, self.together = dataset.starts_of_documents(first, last), together
         self._lengths = np.diff(self._starts)
         # Groups, not rows, are packed: the two answers of a preference must be in one sample.
         sizes = self._sizes(capacity)
-        num_long, what = int(np.count_nonzero(sizes > capacity)), "pairs" if together == 2 else "rows"
+        num_long, what = (
+            int(np.count_nonzero(sizes > capacity)),
+            "pairs" if together == 2 else "rows",
+        )
         long = f"{num_long:,} of {len(sizes):,} {what} are longer than {self._room(capacity)}"
         if num_long and long_rows == "refuse":
             raise DataError(f"{long}, the longest {self._longest()}")
@@ -224,10 +248,14 @@ class RowSource:
             kept = np.ones(len(sizes), bool)
             kept[np.unique(np.flatnonzero(is_cut & ~self._is_learned(is_cut)) // together)] = False
             if empty := int(np.count_nonzero(~kept)):
-                self.remark += f"; {empty:,} of them have nothing to learn before the cut, and are left out"
+                self.remark += (
+                    f"; {empty:,} of them have nothing to learn before the cut, and are left out"
+                )
         self._kept = np.flatnonzero(kept)
         if not len(self._kept):
-            raise DataError(f"{long}, so that none is left with something to learn; raise data.seq_length")
+            raise DataError(
+                f"{long}, so that none is left with something to learn; raise data.seq_length"
+            )
         self._packing = best_fit(sizes[self._kept], capacity)
         self.num_samples = len(self._packing.first_piece) - 1
 
@@ -247,14 +275,16 @@ class RowSource:
         )
 
     def _is_learned(self, asked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return for the rows in `asked` whether anything is learned from what is left of them, [rows]; True for all
-        others."""
+        """Return for the rows in `asked` whether anything is learned from what is left of them,
+        [rows]; True for all others."""
         learned = np.ones(len(asked), bool)
         if (mask := self.dataset.mask) is not None:
             rows = np.flatnonzero(asked)
             starts, stops = self._starts[rows], self._starts[rows] + self._lengths[rows]
             self.dataset.fetch(starts, stops - starts)
-            learned[rows] = [mask[start:stop].any() for start, stop in zip(starts, stops, strict=True)]
+            learned[rows] = [
+                mask[start:stop].any() for start, stop in zip(starts, stops, strict=True)
+            ]
         return learned
 
     @property
@@ -268,23 +298,28 @@ class RowSource:
         return int(np.diff(self._packing.first_piece).max()) * self.together
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
-        """Return the pieces of `samples`, one per row of data (`by_document` or not). See `SampleSource`."""
+        """Return the pieces of `samples`, one per row of data (`by_document` or not). See
+        `SampleSource`."""
         first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
         piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
         # What was packed are groups among those kept: back to their numbers, then to their rows.
         group = self._kept[self._packing.document[piece]]
         document = (group[:, None] * self.together + np.arange(self.together)).ravel()
-        return Pieces(np.repeat(row, self.together), self._starts[document], self._lengths[document].astype(np.int64))
+        return Pieces(
+            np.repeat(row, self.together),
+            self._starts[document],
+            self._lengths[document].astype(np.int64),
+        )
 
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}{self._identity}"
 
 
 class SourceTargetRows(RowSource):
-    """Packs rows of a source and a target, both sides of which must have room in a sample: the source, of which nothing
-    is learned, in an encoder's tokens, and the target in a decoder's. The largest share of the two is what a row
-    takes."""
+    """Packs rows of a source and a target, both sides of which must have room in a sample: the
+    source, of which nothing is learned, in an encoder's tokens, and the target in a decoder's. The
+    largest share of the two is what a row takes."""
 
     SHARES = 1 << 20
 
@@ -302,7 +337,9 @@ class SourceTargetRows(RowSource):
 
     def _sizes(self, capacity: int) -> Int64s:
         targets, sources = self._of_sides()
-        shares = np.maximum(sources * self._sides.target, targets * self._sides.source) * self.SHARES
+        shares = (
+            np.maximum(sources * self._sides.target, targets * self._sides.source) * self.SHARES
+        )
         return -(-shares // (self._sides.source * self._sides.target))
 
     def _of_sides(self) -> tuple[Int64s, Int64s]:
@@ -331,17 +368,25 @@ class SourceTargetRows(RowSource):
 class MegatronSource:
     """Hands out sequences [first, last) of a dataset as Megatron-LM's GPTDataset does.
 
-    There are `num_samples` samples, over as many epochs as that takes, already shuffled by `seed`. Raises DataError if
-    there are too few tokens."""
+    There are `num_samples` samples, over as many epochs as that takes, already shuffled by `seed`.
+    Raises DataError if there are too few tokens."""
 
     def __init__(
-        self, dataset: IndexedDataset, first: int, last: int, seq_length: int, num_samples: int, seed: int
+        self,
+        dataset: IndexedDataset,
+        first: int,
+        last: int,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
     ) -> None:
         lengths = dataset.lengths(first, last)
         self.dataset, self.seq_length = dataset, seq_length
         self._sequences, self._asked, self._seed = (first, last), num_samples, seed
         self._order = MegatronOrder(lengths, num_samples, seq_length, seed)
-        self._starts = dataset.token_of_sequence(first) + np.append(0, np.cumsum(lengths, dtype=np.int64))
+        self._starts = dataset.token_of_sequence(first) + np.append(
+            0, np.cumsum(lengths, dtype=np.int64)
+        )
         self.num_samples = self._order.num_samples
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
@@ -355,9 +400,10 @@ class MegatronSource:
 
 
 def split_range(size: int, shares: Sequence[float], which: Split) -> tuple[int, int]:
-    """Return the documents [first, last) of `size` that belong to the split `which`, by Megatron's rule. `shares` are
-    those of train, valid and test, in any unit; they are normalised."""
-    # float64 and Python's round (half to even), as in Megatron; otherwise a document could change its split.
+    """Return the documents [first, last) of `size` that belong to the split `which`, by Megatron's
+    rule. `shares` are those of train, valid and test, in any unit; they are normalised."""
+    # float64 and Python's round (half to even), as in Megatron; otherwise a document could change
+    # its split.
     normalised = np.asarray(shares, np.float64) / np.sum(np.asarray(shares, np.float64))
     bookends = list(itertools.accumulate([0.0, *normalised.tolist()]))
     number = SPLITS.index(which)

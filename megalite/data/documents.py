@@ -1,8 +1,8 @@
-"""Read documents from files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, plain text, and folders and
-globs of these. `kinds.py` tells which file is what.
+"""Read documents from files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, plain
+text, and folders and globs of these. `kinds.py` tells which file is what.
 
-Everything streams. Unusable input is never fatal and never silent: a `Report` counts it, and keeps the first messages
-as `file:line: why`."""
+Everything streams. Unusable input is never fatal and never silent: a `Report` counts it, and keeps
+the first messages as `file:line: why`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from megalite.data.store import Store, open_file, size_of, stream
 from megalite.errors import DataError
 from megalite.utils.urls import is_url
 
-# Bytes of a compressed file that are read at a time: few, because deflate may expand a thousandfold.
+# Bytes of a compressed file that are read at a time: few, because deflate may expand a
+# thousandfold.
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
-# Most bytes of plain text in one document. No real document is as long, but a file may be a whole crawl.
+# Most bytes of plain text in one document. No real document is as long, but a file may be a whole
+# crawl.
 LONGEST_TEXT = 8 << 20
 # Most bytes of a JSON line; a longer one is left out.
 LONGEST_LINE = 64 << 20
@@ -38,9 +40,11 @@ LONGEST_ARRAY = 256 << 20
 HF_COMPANIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # If more of a text than this is not UTF-8, its encoding cannot be guessed byte by byte.
 MOST_MENDED = 0.2
-# Maps surrogates, by which `surrogateescape` represents bytes that are not UTF-8, to characters of Windows-1252, the
-# commonest other encoding.
-WINDOWS_1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)}
+# Maps surrogates, by which `surrogateescape` represents bytes that are not UTF-8, to characters of
+# Windows-1252, the commonest other encoding.
+WINDOWS_1252 = {
+    0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)
+}
 
 
 class Document(NamedTuple):
@@ -60,12 +64,15 @@ class Reading:
 
     json_key: str = "text"  # key of JSON lines, column of parquet and Arrow
     metadata: bool = False  # also take the other keys or columns
-    mend: bool = False  # take bytes that are not UTF-8 for Windows-1252, instead of leaving the document out
+    mend: bool = (
+        False  # take bytes that are not UTF-8 for Windows-1252, instead of leaving the document out
+    )
 
 
 @dataclass
 class Report:
-    """Counts what became of the inputs. `bytes_read` of `total_bytes` is the progress, in bytes on disk."""
+    """Counts what became of the inputs. `bytes_read` of `total_bytes` is the progress, in bytes on
+    disk."""
 
     total_bytes: int = 0
     bytes_read: int = 0
@@ -75,8 +82,12 @@ class Report:
     num_mended: int = 0
     num_hidden: int = 0
     num_binary: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # what else is no document, by what it is
-    as_text: dict[str, int] = field(default_factory=dict)  # files whose name did not say so, by its suffix
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # what else is no document, by what it is
+    as_text: dict[str, int] = field(
+        default_factory=dict
+    )  # files whose name did not say so, by its suffix
     num_repeated: int = 0
     messages: list[str] = field(default_factory=list)
 
@@ -101,27 +112,37 @@ class Report:
             "more names of files that are taken already": self.num_repeated,
         }
         lines = [f"left out: {count:,} {what}" for what, count in counts.items() if count]
-        lines += [f"mended: {self.num_mended:,} documents that were not all UTF-8"] if self.num_mended else []
+        lines += (
+            [f"mended: {self.num_mended:,} documents that were not all UTF-8"]
+            if self.num_mended
+            else []
+        )
         if self.as_text:
-            named = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in self.as_text.items())
+            named = ", ".join(
+                f"{count:,} {suffix or 'without a suffix'}"
+                for suffix, count in self.as_text.items()
+            )
             lines.append(f"read as plain text, a document each: files {named}")
         more = self.num_bad - len(self.messages)
         return "\n".join([*lines, *self.messages, *([f"… and {more:,} more"] if more > 0 else [])])
 
 
 def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iterator[Document]:
-    """Yield the documents of `inputs` (files, folders, globs) in a fixed order, and count everything in `report`.
+    """Yield the documents of `inputs` (files, folders, globs) in a fixed order, and count
+    everything in `report`.
 
-    JSON lines hold a document under `json_key`, parquet and Arrow in the column of that name; any other UTF-8 file is
-    one document. Raise DataError, before anything is read, for an input that matches nothing or a format whose library
-    is missing."""
+    JSON lines hold a document under `json_key`, parquet and Arrow in the column of that name; any
+    other UTF-8 file is one document. Raise DataError, before anything is read, for an input that
+    matches nothing or a format whose library is missing."""
     return read_files(list_documents(inputs, report), Reading(json_key), report)
 
 
-def list_documents(inputs: Sequence[str], report: Report, also: tuple[str, ...] = ()) -> dict[str, int]:
-    """Return the files of `inputs` that hold documents, with their sizes, as `list_files` does; `also` are suffixes
-    that the caller reads itself. Other files are counted in `report`. Raise DataError for one that is named explicitly,
-    and if no file is left."""
+def list_documents(
+    inputs: Sequence[str], report: Report, also: tuple[str, ...] = ()
+) -> dict[str, int]:
+    """Return the files of `inputs` that hold documents, with their sizes, as `list_files` does;
+    `also` are suffixes that the caller reads itself. Other files are counted in `report`. Raise
+    DataError for one that is named explicitly, and if no file is left."""
     files = list_files(inputs, report)
     refused = ""
     for path in list(files):
@@ -136,44 +157,59 @@ def list_documents(inputs: Sequence[str], report: Report, also: tuple[str, ...] 
             report.bad(path, 1, refused)
         del files[path]
     if not files:
-        raise DataError(f"{', '.join(inputs)}: no file of documents{f': {refused}' if refused else ''}")
+        raise DataError(
+            f"{', '.join(inputs)}: no file of documents{f': {refused}' if refused else ''}"
+        )
     return files
 
 
 def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
-    """Return the files, with sizes in bytes, that `inputs` (files, folders, globs; paths or URLs) match, in a fixed
-    order. Each file comes once, whatever links and spellings lead to it. `~` is the home directory. Raise DataError if
-    an input matches nothing."""
+    """Return the files, with sizes in bytes, that `inputs` (files, folders, globs; paths or URLs)
+    match, in a fixed order. Each file comes once, whatever links and spellings lead to it. `~` is
+    the home directory. Raise DataError if an input matches nothing."""
     found: dict[str, int] = {}
     for item in inputs:
         found |= _expand(item, report)
     taken: dict[str, str] = {}
     # Prefer a file's own name to that of a link.
     # False sorts before True: real names come first, and setdefault keeps the first.
-    for path in sorted(found, key=lambda path: is_url(path) or os.path.realpath(path) != os.path.abspath(path)):
+    for path in sorted(
+        found, key=lambda path: is_url(path) or os.path.realpath(path) != os.path.abspath(path)
+    ):
         taken.setdefault(path if is_url(path) else os.path.realpath(path), path)
     report.num_repeated += len(found) - len(taken)
     kept = set(taken.values())
     return {path: size for path, size in found.items() if path in kept}
 
 
-def read_files(files: Sequence[str] | Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
-    """Yield the documents of `files`, whose sizes may be given, read as `reading` says and counted in `report`. Raise
-    DataError for a missing library before anything is read."""
-    for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow", ".arrow": "pyarrow"}.items():
+def read_files(
+    files: Sequence[str] | Mapping[str, int], reading: Reading, report: Report
+) -> Iterator[Document]:
+    """Yield the documents of `files`, whose sizes may be given, read as `reading` says and counted
+    in `report`. Raise DataError for a missing library before anything is read."""
+    for suffix, package in {
+        ".zst": "zstandard",
+        ".parquet": "pyarrow",
+        ".arrow": "pyarrow",
+    }.items():
         named = next((path for path in files if path.lower().endswith(suffix)), None)
         if importlib.util.find_spec(package) is None and (path := named):
-            raise DataError(f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'")
+            raise DataError(
+                f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'"
+            )
     sizes = files if isinstance(files, Mapping) else {path: size_of(path) for path in files}
     report.total_bytes += sum(sizes.values())
     return _read_all(sizes, reading, report)
 
 
 def _expand(item: str, report: Report) -> list[tuple[str, int]]:
-    """Return the files that one input matches, with sizes, sorted. Raise DataError if there are none."""
+    """Return the files that one input matches, with sizes, sorted. Raise DataError if there are
+    none."""
     files = _find(item, report) if is_url(item) else _match(item, report)
     if not files:
-        raise DataError(f"input {item!r} matches no file; give existing files, folders or a quoted glob")
+        raise DataError(
+            f"input {item!r} matches no file; give existing files, folders or a quoted glob"
+        )
     return files
 
 
@@ -189,8 +225,8 @@ def _match(item: str, report: Report) -> list[tuple[str, int]]:
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """Yield the paths that match a glob. `**` is any folder below, as in Python's glob, but links that lead back are
-    not followed."""
+    """Yield the paths that match a glob. `**` is any folder below, as in Python's glob, but links
+    that lead back are not followed."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.iglob(pattern)
@@ -222,7 +258,9 @@ def _folders(top: str) -> Iterator[str]:
 def _find(url: str, report: Report) -> list[tuple[str, int]]:
     """Return the visible objects that a URL matches, with sizes."""
     found = Store(url).find()
-    visible = [item for item in found if not any(part.startswith(".") for part in item.below.split("/"))]
+    visible = [
+        item for item in found if not any(part.startswith(".") for part in item.below.split("/"))
+    ]
     report.num_hidden += len(found) - len(visible)
     return [(item.url, item.size) for item in visible]
 
@@ -238,7 +276,8 @@ def _walk(folder: str, report: Report) -> Iterator[str]:
 
 
 def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
-    """Yield the documents of all files in order, mended if need be, and keep the report's progress exact."""
+    """Yield the documents of all files in order, mended if need be, and keep the report's progress
+    exact."""
     for path, size in files.items():
         before = report.bytes_read
         for text, line, metadata in _reader(path)(path, reading, report):
@@ -263,8 +302,8 @@ def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Ite
 
 
 def mend(text: str) -> tuple[str, int]:
-    """Return the text as valid UTF-8, and how many of its bytes were not. Raise ValueError that says why it cannot be
-    mended."""
+    """Return the text as valid UTF-8, and how many of its bytes were not. Raise ValueError that
+    says why it cannot be mended."""
     mended = text.translate(WINDOWS_1252)
     num_bytes = sum(0xDC80 <= ord(character) <= 0xDCFF for character in text)
     try:
@@ -272,7 +311,9 @@ def mend(text: str) -> tuple[str, int]:
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no text
         raise ValueError("the text has a lone surrogate, which UTF-8 cannot hold") from None
     if num_bytes > MOST_MENDED * len(text):
-        raise ValueError(f"not UTF-8: {num_bytes:,} bytes of {len(text):,} characters; convert it to UTF-8")
+        raise ValueError(
+            f"not UTF-8: {num_bytes:,} bytes of {len(text):,} characters; convert it to UTF-8"
+        )
     return mended, num_bytes
 
 
@@ -299,11 +340,15 @@ def _reader(path: str) -> Reader:
 
 
 def _sniffed(path: str) -> str:
-    """Return the kind of a file whose name does not tell. Many corpora call JSON lines .json, or part-00000, while a
-    pretty-printed .json in a source tree is text like any other."""
+    """Return the kind of a file whose name does not tell. Many corpora call JSON lines .json, or
+    part-00000, while a pretty-printed .json in a source tree is text like any other."""
     chunks = read_bytes(path, Report())
     head = next(chunks, b"")
-    first = next(lines_of(itertools.chain([head], chunks)), b"") if head.lstrip(WHITE)[:1] == b"{" else b""
+    first = (
+        next(lines_of(itertools.chain([head], chunks)), b"")
+        if head.lstrip(WHITE)[:1] == b"{"
+        else b""
+    )
     try:
         first_is_object = isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
@@ -311,13 +356,17 @@ def _sniffed(path: str) -> str:
     return kind_by_content(path, head, first_is_object)
 
 
-def _read_nothing(why: str, path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _read_nothing(
+    why: str, path: str, reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Report the file as bad and yield nothing."""
     report.bad(path, 1, why)
     yield from ()
 
 
-def _read_array(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _read_array(
+    path: str, reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield from a JSON array of objects, each with a text."""
     parts: list[bytes] = []
     held, number = 0, 0
@@ -325,7 +374,11 @@ def _read_array(path: str, reading: Reading, report: Report) -> Iterator[tuple[s
         for chunk in read_bytes(path, report):
             held += len(chunk)
             if held > LONGEST_ARRAY:
-                report.bad(path, 1, f"a JSON array of more than {LONGEST_ARRAY:,} bytes; convert it to JSON lines")
+                report.bad(
+                    path,
+                    1,
+                    f"a JSON array of more than {LONGEST_ARRAY:,} bytes; convert it to JSON lines",
+                )
                 return
             parts.append(chunk)
         values = orjson.loads(b"".join(parts).removeprefix(BOM))
@@ -341,7 +394,9 @@ def _read_array(path: str, reading: Reading, report: Report) -> Iterator[tuple[s
             yield record.pop(reading.json_key), number, record if reading.metadata else {}
 
 
-def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _read_json_lines(
+    path: str, reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield from JSON lines. A damaged file costs only what follows the damage."""
     number = 0
     try:
@@ -368,7 +423,9 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
 def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
     """Parse one JSON line. Raise ValueError that says why it has no text."""
     try:
-        record: Any = json.loads(line.decode("utf-8", "surrogateescape" if reading.mend else "strict"))
+        record: Any = json.loads(
+            line.decode("utf-8", "surrogateescape" if reading.mend else "strict")
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
@@ -390,7 +447,9 @@ def _checked(record: Any, reading: Reading) -> dict[str, Any]:
     return record
 
 
-def _read_parquet(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _read_parquet(
+    path: str, reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield from a parquet file, 256 rows at a time."""
     from pyarrow import parquet
 
@@ -407,8 +466,11 @@ def _read_parquet(path: str, reading: Reading, report: Report) -> Iterator[tuple
     return _read_batches(path, batches(), reading, report)
 
 
-def _read_arrow(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield from an Arrow stream of record batches, as `save_to_disk` of the `datasets` library writes it."""
+def _read_arrow(
+    path: str, reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield from an Arrow stream of record batches, as `save_to_disk` of the `datasets` library
+    writes it."""
     import pyarrow
 
     def batches() -> Iterator[Any]:
@@ -424,8 +486,8 @@ def _read_arrow(path: str, reading: Reading, report: Report) -> Iterator[tuple[s
 
 
 def check_batch(batch: Any) -> None:
-    """Refuse a batch of a damaged stream, whose offsets pyarrow would follow out of bounds. Raise ArrowException.
-    Whether texts are UTF-8 is checked when they are read."""
+    """Refuse a batch of a damaged stream, whose offsets pyarrow would follow out of bounds. Raise
+    ArrowException. Whether texts are UTF-8 is checked when they are read."""
     import pyarrow
 
     as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
@@ -464,18 +526,21 @@ def _read_batches(
                     yield text, row, metadata
                 else:
                     report.bad(path, row, f"{json_key!r} is not text but {type(text).__name__}")
-    except (
-        Exception
-    ) as error:  # pyarrow has classes of its own, and none for a damaged size that no memory suffices for
+    except Exception as error:
+        # pyarrow has classes of its own, and none for a damaged size that no memory suffices for.
         report.bad(path, row + 1, f"unreadable from this row on: {error}")
 
 
-def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield the file as one document. A file longer than LONGEST_TEXT gives several, cut at line ends, so that memory
-    stays bounded."""
+def _read_text(
+    path: str, reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield the file as one document. A file longer than LONGEST_TEXT gives several, cut at line
+    ends, so that memory stays bounded."""
     chunks = read_bytes(path, report)
     # Incremental: a character may lie across two chunks.
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape" if reading.mend else "strict")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(
+        "surrogateescape" if reading.mend else "strict"
+    )
     parts: list[str] = []
     line, fed, held = 1, 0, 0  # lines given out, bytes decoded, and bytes of them that `parts` hold
     try:
@@ -496,7 +561,9 @@ def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[st
             report.as_text[suffix_of(path)] = report.as_text.get(suffix_of(path), 0) + 1
     except UnicodeDecodeError as error:
         line += sum(part.count("\n") for part in parts) + error.object[: error.start].count(b"\n")
-        report.bad(path, line, f"not UTF-8: {error.reason} at byte {fed - len(error.object) + error.start}")
+        report.bad(
+            path, line, f"not UTF-8: {error.reason} at byte {fed - len(error.object) + error.start}"
+        )
     except (OSError, DataError) as error:
         report.bad(path, 1, f"unreadable: {error}")
 
@@ -508,8 +575,8 @@ READERS: dict[str, Reader] = {
 
 
 def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield lines without their newline. A line is joined once, however many chunks it spans; of one longer than
-    LONGEST_LINE only the beginning comes."""
+    """Yield lines without their newline. A line is joined once, however many chunks it spans; of
+    one longer than LONGEST_LINE only the beginning comes."""
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
@@ -526,8 +593,8 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def read_bytes(path: str, report: Report) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file. Raise OSError, and DataError if compressed data is damaged or
-    truncated."""
+    """Yield the decompressed bytes of a file. Raise OSError, and DataError if compressed data is
+    damaged or truncated."""
     packed = _counted(_packed(path), report)
     if path.lower().endswith(".gz"):
         yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
@@ -545,7 +612,9 @@ def _packed(path: str) -> Iterator[bytes]:
     """Yield the bytes of a file or URL as stored, in small chunks."""
     if is_url(path):
         for data in stream(path):
-            yield from (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
+            yield from (
+                data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)
+            )
         return
     with open(path, "rb") as file:
         yield from iter(lambda: file.read(CHUNK_BYTES), b"")
@@ -558,11 +627,13 @@ def _counted(chunks: Iterator[bytes], report: Report) -> Iterator[bytes]:
         yield chunk
 
 
-def _unpack(packed: Iterator[bytes], new: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
+def _unpack(
+    packed: Iterator[bytes], new: Callable[[], Any], failure: type[Exception]
+) -> Iterator[bytes]:
     """Decompress one frame after the other: a file may hold several, with zeros behind them.
 
-    The libraries' own file objects accept a .zst that ends within a frame as complete; hence this loop. Raise
-    DataError."""
+    The libraries' own file objects accept a .zst that ends within a frame as complete; hence this
+    loop. Raise DataError."""
     frame = None
     for chunk in packed:
         while chunk:

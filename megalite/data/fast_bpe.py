@@ -1,13 +1,14 @@
 """Byte-level BPE by gigatoken, with Hugging Face's ids.
 
-gigatoken is many times as fast, but follows a newer edition of Unicode: what it considers a letter may be none to
-Hugging Face's tokenizers, which then split words elsewhere. So no character is trusted. When one occurs for the first
-time, both libraries split it in many contexts, with a vocabulary made to show every border; texts that hold a character
-on which they disagree are left to Hugging Face's tokenizers.
+gigatoken is many times as fast, but follows a newer edition of Unicode: what it considers a letter
+may be none to Hugging Face's tokenizers, which then split words elsewhere. So no character is
+trusted. When one occurs for the first time, both libraries split it in many contexts, with a
+vocabulary made to show every border; texts that hold a character on which they disagree are left to
+Hugging Face's tokenizers.
 
-Added tokens are not trusted either. Those that depend on white space or word borders, and those whose texts overlap
-where the libraries then disagree, have all texts that hold them left to Hugging Face's. `compare`, called on samples of
-the texts, is for everything else they might disagree on."""
+Added tokens are not trusted either. Those that depend on white space or word borders, and those
+whose texts overlap where the libraries then disagree, have all texts that hold them left to Hugging
+Face's. `compare`, called on samples of the texts, is for everything else they might disagree on."""
 
 from __future__ import annotations
 
@@ -26,37 +27,55 @@ from megalite.data.tokenizer import PROBE, HuggingFaceTokenizer
 
 # gigatoken's cache of words it has seen is unbounded; beyond this size it is started anew.
 CACHE_BYTES, CACHE_BYTES_PER_WORKER = 512 << 20, 64 << 20
-# Bytes of cache assumed per byte of text if the system does not report a process's memory: that of text without
-# repeated words.
+# Bytes of cache assumed per byte of text if the system does not report a process's memory: that of
+# text without repeated words.
 MOST_REMEMBERED = 10
 # Number of characters of the first texts, and of later ones, that both libraries encode.
 FIRST_COMPARED, COMPARED = 1 << 15, 1 << 9
 UNKNOWN, SAME, DIFFERENT = range(3)
 # Settings of an added token that make it depend on its neighbours.
 ODD = ("lstrip", "rstrip", "single_word")
-TOKEN_COMPANY = ("", "a", "1", ".", "'", " ", "  ", "a ", "\n", " \n", "\n\n", "\r\n", "\t", "é", "\u3000")
+TOKEN_COMPANY = (
+    "",
+    "a",
+    "1",
+    ".",
+    "'",
+    " ",
+    "  ",
+    "a ",
+    "\n",
+    " \n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "é",
+    "\u3000",
+)
 BETWEEN = ("", " ", "   ", "\n", "\n\n", " \n ", "a", ". ")
-# Most added tokens with distinct borders that are compared in all contexts, and most pairs that are compared.
+# Most added tokens with distinct borders that are compared in all contexts, and most pairs that are
+# compared.
 MOST_KINDS, MOST_PAIRS = 16, 4096
 ASCII = bytes(range(128))
-# Contexts that distinguish letters, their case, digits, signs and spaces wherever a pattern does. Neighbours come
-# twice, so that what happens on one side of them hides nothing on the other.
+# Contexts that distinguish letters, their case, digits, signs and spaces wherever a pattern does.
+# Neighbours come twice, so that what happens on one side of them hides nothing on the other.
 COMPANY = "{0}aa{0}AA{0}Aa{0}11{0}..{0}  {0}a'{0}a"
 LEARNED_TOGETHER = 32
 NEIGHBOURS, LEADS, CONTINUATIONS = b"aA1. '", range(0xC2, 0xF5), range(0x80, 0xC0)
 
 
 class NotFast(Exception):
-    """Raised if gigatoken cannot replace Hugging Face's library for a tokenizer. The message says why."""
+    """Raised if gigatoken cannot replace Hugging Face's library for a tokenizer. The message says
+    why."""
 
 
 class FastBPE:
-    """Encodes text with gigatoken and checks its ids against Hugging Face's. Thread-safe. Raises NotFast if gigatoken
-    does not support the tokenizer, or gives other ids."""
+    """Encodes text with gigatoken and checks its ids against Hugging Face's. Thread-safe. Raises
+    NotFast if gigatoken does not support the tokenizer, or gives other ids."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, workers: int = 1) -> None:
-        """Prepare `tokenizer` for `workers` threads, and compare the two libraries on ASCII, a probe text and all added
-        tokens."""
+        """Prepare `tokenizer` for `workers` threads, and compare the two libraries on ASCII, a
+        probe text and all added tokens."""
         self._exact = tokenizer
         self._json = tokenizer.to_json()
         description = orjson.loads(self._json)
@@ -67,7 +86,9 @@ class FastBPE:
         if _normalizer_types(description["normalizer"]):
             # Compositions also differ between editions of Unicode: the exact library normalizes.
             self._normalize = tokenizers.Tokenizer.from_str(self._json).normalizer.normalize_str
-            normal = (self._normalize(token["content"]).encode() for token in added if token["content"])
+            normal = (
+                self._normalize(token["content"]).encode() for token in added if token["content"]
+            )
             self._added = list(dict.fromkeys([*self._added, *normal]))
         # gigatoken gets text that is normalized already.
         self._json = json.dumps({**description, "normalizer": None})
@@ -82,18 +103,29 @@ class FastBPE:
         if (unlike := np.flatnonzero(self._states == DIFFERENT)).size:
             raise NotFast(f"it splits text at {chr(unlike[0])!r} in another way")
         # Texts with one of these are left to Hugging Face's tokenizers.
-        self._odd = [t["content"].encode() for t in added if t["content"] and any(t[name] for name in ODD)]
+        self._odd = [
+            t["content"].encode() for t in added if t["content"] and any(t[name] for name in ODD)
+        ]
         self.compare(PROBE)
-        self._compare_added([t["content"] for t in added if t["content"] and not any(t[name] for name in ODD)])
+        self._compare_added(
+            [t["content"] for t in added if t["content"] and not any(t[name] for name in ODD)]
+        )
 
-    def encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
-        """Return the ids of `texts` (UTF-8) end to end, [sum(lengths)], the number of ids of each text, and how many
-        texts were left to Hugging Face's tokenizer."""
+    def encode(
+        self, texts: list[bytes]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
+        """Return the ids of `texts` (UTF-8) end to end, [sum(lengths)], the number of ids of each
+        text, and how many texts were left to Hugging Face's tokenizer."""
         normal = texts
         if self._normalize is not None:
-            normal = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
+            normal = [
+                text if text.isascii() else self._normalize(text.decode()).encode()
+                for text in texts
+            ]
         left = self._find_left(texts, normal)
-        flat, lengths = self._encode([one for i, one in enumerate(normal) if i not in left] if left else normal)
+        flat, lengths = self._encode(
+            [one for i, one in enumerate(normal) if i not in left] if left else normal
+        )
         if not left:
             return flat, lengths, 0
         # Rows of the fast texts in their order, with those left to the exact library in between.
@@ -109,20 +141,25 @@ class FastBPE:
         """Encode `text` with both libraries. Raise NotFast if the ids differ."""
         fast, exact = self.encode([text.encode()])[0].tolist(), self._exact.encode(text)
         if fast != exact:
-            at = next((i for i, pair in enumerate(zip(fast, exact, strict=False)) if len(set(pair)) > 1), 0)
+            at = next(
+                (i for i, pair in enumerate(zip(fast, exact, strict=False)) if len(set(pair)) > 1),
+                0,
+            )
             near = self._exact.decode(exact[max(at - 3, 0) : at + 3])
             raise NotFast(f"its ids differ near {near!r}")
 
     def compare_sample(self, texts: list[bytes]) -> None:
-        """Compare the libraries on a few characters from the middle of `texts`, more of them the first time. Raise
-        NotFast if the ids differ."""
+        """Compare the libraries on a few characters from the middle of `texts`, more of them the
+        first time. Raise NotFast if the ids differ."""
         with self._lock:
             num = COMPARED if self.num_compared else FIRST_COMPARED
             self.num_compared += num
         left = num
         for text in texts[len(texts) // 2 :]:
             start = max(len(text) - left, 0) // 2
-            sample = text[start : start + left].decode(errors="ignore")  # what is cut of a character
+            sample = text[start : start + left].decode(
+                errors="ignore"
+            )  # what is cut of a character
             self.compare(sample)
             left -= len(sample)
             if not left:
@@ -144,7 +181,11 @@ class FastBPE:
         with self._lock:
             self._seen_bytes += sum(map(len, texts))
             resident = _resident_bytes()
-            held = MOST_REMEMBERED * self._seen_bytes if resident is None else resident - self._resident_before
+            held = (
+                MOST_REMEMBERED * self._seen_bytes
+                if resident is None
+                else resident - self._resident_before
+            )
             if held > self._cache_bytes:
                 self._renew()
         return np.asarray(rows.content.data), np.diff(rows.offsets.data)
@@ -155,33 +196,43 @@ class FastBPE:
         self._seen_bytes, self._resident_before = 0, _resident_bytes() or 0
 
     def _find_left(self, texts: list[bytes], normal: list[bytes]) -> set[int]:
-        """Return the numbers of the texts that gigatoken might encode differently. `normal` are the texts after
-        normalization."""
+        """Return the numbers of the texts that gigatoken might encode differently. `normal` are the
+        texts after normalization."""
         worst, unknown = character_states(normal, self._states)
         if unknown.size:
             self._learn(unknown)
             worst, _ = character_states(normal, self._states)
         left = set(np.flatnonzero(worst == DIFFERENT).tolist())
         if self._odd:
-            left |= {i for i, text in enumerate(normal) if any(token in text for token in self._odd)}
+            left |= {
+                i for i, text in enumerate(normal) if any(token in text for token in self._odd)
+            }
         if self._normalize is not None:
-            # An added token is matched before its neighbours are normalized, so that they must not be composed with it.
+            # An added token is matched before its neighbours are normalized, so that they must not
+            # be composed with it.
             found = self._odd + self._added
             others = (i for i, text in enumerate(texts) if not text.isascii())
-            left |= {i for i in others if any(token in texts[i] or token in normal[i] for token in found)}
+            left |= {
+                i for i in others if any(token in texts[i] or token in normal[i] for token in found)
+            }
         return left
 
     def _compare_added(self, tokens: list[str]) -> None:
-        """Compare added tokens in contexts and with each other; one that differs becomes odd. Raise NotFast if too many
-        overlap to compare them all."""
-        kinds = {(token[0], token[-1]): token for token in tokens}  # others of a kind have the same borders
+        """Compare added tokens in contexts and with each other; one that differs becomes odd. Raise
+        NotFast if too many overlap to compare them all."""
+        kinds = {
+            (token[0], token[-1]): token for token in tokens
+        }  # others of a kind have the same borders
         few = list(kinds.values())[:MOST_KINDS]
         together = [(one, two, "") for one in few for two in few] + _overlaps(tokens)
         if len(together) > MOST_PAIRS:
             raise NotFast(f"{len(together):,} pairs of its added tokens overlap")
         singly = [((f"a{token} {token}  {token}\n{token}{token}."), (token,)) for token in tokens]
         company = [
-            (left + token + right, (token,)) for token in few for left in TOKEN_COMPANY for right in TOKEN_COMPANY
+            (left + token + right, (token,))
+            for token in few
+            for left in TOKEN_COMPANY
+            for right in TOKEN_COMPANY
         ]
         pairs = [
             (left + (joined or one + between + two) + right, (one, two))
@@ -190,7 +241,11 @@ class FastBPE:
             for left, right in (("", ""), (" ", " "), ("a", "a"), ("\n", "\n"))
         ]
         odd = [token.decode() for token in self._odd]
-        checks = [(text, who) for text, who in singly + company + pairs if not any(token in text for token in odd)]
+        checks = [
+            (text, who)
+            for text, who in singly + company + pairs
+            if not any(token in text for token in odd)
+        ]
         if not checks:
             return
         texts = [text for text, _ in checks]
@@ -212,8 +267,15 @@ class FastBPE:
         """Return for each group of code points whether both libraries split it alike."""
         texts = ["\n".join(COMPANY.format(chr(point)) for point in group) for group in groups]
         exact, fast = self._probes
-        expected = [encoding.ids for encoding in exact.encode_batch_fast(texts, add_special_tokens=False)]
-        return [one == two for one, two in zip(expected, fast.encode_batch_list(texts, parallel=False), strict=True)]
+        expected = [
+            encoding.ids for encoding in exact.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+        return [
+            one == two
+            for one, two in zip(
+                expected, fast.encode_batch_list(texts, parallel=False), strict=True
+            )
+        ]
 
 
 def _load(description: str) -> Any:
@@ -231,7 +293,11 @@ def _load(description: str) -> Any:
 def _check_model(description: dict[str, Any]) -> None:
     """Raise NotFast for settings that gigatoken ignores, and for other kinds of tokenizers."""
     model, normalizers = description["model"], _normalizer_types(description["normalizer"])
-    if model["type"] != "BPE" or model["byte_fallback"] or "ByteLevel" not in json.dumps(description["pre_tokenizer"]):
+    if (
+        model["type"] != "BPE"
+        or model["byte_fallback"]
+        or "ByteLevel" not in json.dumps(description["pre_tokenizer"])
+    ):
         raise NotFast("it is no byte-level BPE")
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[name]:
@@ -259,28 +325,44 @@ def _overlaps(tokens: list[str]) -> list[tuple[str, str, str]]:
     for one in tokens:
         for start in range(1, len(one)):
             found += [(one, two, one[:start] + two) for two in by_prefix.get(one[start:], ())]
-        inner = {one[a:b] for a in range(len(one)) for b in range(a + 1, len(one) + 1)} & known - {one}
+        inner = {one[a:b] for a in range(len(one)) for b in range(a + 1, len(one) + 1)} & known - {
+            one
+        }
         found += [(one, two, one) for two in inner]
     return found
 
 
 def _showing_borders(description: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer with the same pre-tokenizer and a vocabulary that merges any two bytes which may meet at the
-    border between a character and its context. Where there is a border, they are not merged."""
+    """Return a tokenizer with the same pre-tokenizer and a vocabulary that merges any two bytes
+    which may meet at the border between a character and its context. Where there is a border, they
+    are not merged."""
     byte = _byte_characters()
     pairs = [(last, lead) for last in CONTINUATIONS for lead in LEADS]
     pairs += [(near, lead) for near in NEIGHBOURS for lead in LEADS]
     pairs += [(last, near) for last in CONTINUATIONS for near in NEIGHBOURS]
     # Last, so that neighbours are not merged with each other first.
-    pairs += [pair for near in NEIGHBOURS for other in ASCII for pair in ((near, other), (other, near))]
+    pairs += [
+        pair for near in NEIGHBOURS for other in ASCII for pair in ((near, other), (other, near))
+    ]
     merges = list(dict.fromkeys((byte[one], byte[two]) for one, two in pairs if one != two))
     vocabulary = [*byte.values(), *(one + two for one, two in merges)]
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocabulary)}, "merges": merges}
-    return {**description, "added_tokens": [], "normalizer": None, "post_processor": None, "model": model}
+    model = {
+        "type": "BPE",
+        "vocab": {token: i for i, token in enumerate(vocabulary)},
+        "merges": merges,
+    }
+    return {
+        **description,
+        "added_tokens": [],
+        "normalizer": None,
+        "post_processor": None,
+        "model": model,
+    }
 
 
 def _byte_characters() -> dict[int, str]:
-    """Return the character by which byte-level vocabularies spell each byte: itself if it is printable."""
+    """Return the character by which byte-level vocabularies spell each byte: itself if it is
+    printable."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(0x100) if byte not in printed]
     return {**{b: chr(b) for b in printed}, **{b: chr(0x100 + i) for i, b in enumerate(rest)}}
@@ -289,8 +371,8 @@ def _byte_characters() -> dict[int, str]:
 def character_states_reference(
     texts: list[bytes], states: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
-    """Return the worst state of the characters of each text, and the characters not seen before. This is
-    `megalite._data.character_states` in numpy."""
+    """Return the worst state of the characters of each text, and the characters not seen before.
+    This is `megalite._data.character_states` in numpy."""
     states = states.copy()  # another thread may learn a character just then
     others = [text.translate(None, ASCII).decode().encode("utf-32-le") for text in texts]
     points = [np.frombuffer(text, "<u4") for text in others]

@@ -1,10 +1,11 @@
-"""Formats of labelled data, and what is learned from each row: chats, prompts with completions, preferred and rejected
-answers, sources with targets, texts with a class, words with labels.
+"""Formats of labelled data, and what is learned from each row: chats, prompts with completions,
+preferred and rejected answers, sources with targets, texts with a class, words with labels.
 
-Field names are those of TRL, OpenAI, ShareGPT and the `datasets` library. A row becomes one or two texts with values
-over parts of them. A token's value, in PREFIX.mask, is that of the part it lies in: 0 where nothing is learned, 1 where
-the token itself is learned, 1 + number of the class where that is; of a text with several classes 1 + their set as
-bits, of a number 1 + the bits of its fp32."""
+Field names are those of TRL, OpenAI, ShareGPT and the `datasets` library. A row becomes one or two
+texts with values over parts of them. A token's value, in PREFIX.mask, is that of the part it lies
+in: 0 where nothing is learned, 1 where the token itself is learned, 1 + number of the class where
+that is; of a text with several classes 1 + their set as bits, of a number 1 + the bits of its
+fp32."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ WHOLE = (*CLASSES, "pairs")
 """Formats whose texts are begun and ended as the tokenizer does it."""
 Problem = Literal["single_label", "multi_label", "regression"]
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
-LABEL_FIELDS = {"classification": ("label", "labels", "score"), "labels": ("labels", "ner_tags", "tags")}
+LABEL_FIELDS = {
+    "classification": ("label", "labels", "score"),
+    "labels": ("labels", "ner_tags", "tags"),
+}
 CHATS = ("messages", "conversations", "conversation")
 OF_CHATS = ("tools", "functions", "system", "system_prompt", "chat_template_kwargs")
 OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
@@ -64,7 +68,10 @@ FIELDS: Mapping[Format, tuple[str, ...]] = {
 }
 REFUSED = {
     **dict.fromkeys(MEDIA, "only text can be learned"),
-    **dict.fromkeys(("weight", "weights", "loss_weight", "sample_weight"), "rows have no weights; only messages have"),
+    **dict.fromkeys(
+        ("weight", "weights", "loss_weight", "sample_weight"),
+        "rows have no weights; only messages have",
+    ),
     "documents": "texts to look things up in are not given to chat templates",
     "history": "give earlier turns as messages",
 }
@@ -73,7 +80,8 @@ RESERVED = frozenset((
     "messages", "conversation", "conversations", "tools", "documents", "template", "chat_template", "learned", "prompt",
     "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask",
 ))  # fmt: skip
-"""Template variables that hold the conversation itself, which a row's `chat_template_kwargs` cannot set."""
+"""Template variables that hold the conversation itself, which a row's `chat_template_kwargs` cannot
+set."""
 Values = Mapping[str, Any]
 
 
@@ -101,7 +109,8 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes rows of one format as tokens. Raises DataError if the tokenizer lacks what the format needs."""
+    """Encodes rows of one format as tokens. Raises DataError if the tokenizer lacks what the format
+    needs."""
 
     def __init__(self, settings: Settings) -> None:
         self.tokenizer = text_tokenizer(settings.tokenizer)
@@ -125,7 +134,8 @@ class Encoder:
             )
 
     def encode(self, rows: Sequence[Values]) -> list[list[Encoded] | str]:
-        """Return for each row its document, the two documents of a preference, or the reason why there are none."""
+        """Return for each row its document, the two documents of a preference, or the reason why
+        there are none."""
         return [self._encode(row) for row in rows]
 
     def _encode(self, row: Values) -> list[Encoded] | str:
@@ -140,7 +150,9 @@ class Encoder:
             raise
         except ValueError as error:
             why = str(error)
-        except Exception as error:  # what rows hold is anybody's; one that breaks something costs itself alone
+        except (
+            Exception
+        ) as error:  # what rows hold is anybody's; one that breaks something costs itself alone
             why = f"cannot be read: {type(error).__name__}: {error}"
         self.seen = before
         return why
@@ -171,8 +183,8 @@ class Encoder:
         return Encoded(ids, values, len(text.text.encode()) + len(text.pair.encode()))
 
     def _check_fields(self, row: Values) -> None:
-        """Raise ValueError for a field that is refused or looks misspelt. Other unknown fields are counted, and so are
-        never ignored silently."""
+        """Raise ValueError for a field that is refused or looks misspelt. Other unknown fields are
+        counted, and so are never ignored silently."""
         used = FIELDS[self._settings.format]
         for name, value in row.items():
             if name in used or name in NEUTRAL or value in ("", [], {}):
@@ -183,15 +195,21 @@ class Encoder:
                 raise ValueError(f"unknown field {name!r}; did you mean {near!r}?")
             self.seen[f"field {name!r}"] += 1
         if self._settings.format not in WHOLE and row.get("label") in (False, 0, "0", "false"):
-            raise ValueError("the row's 'label' says that its answer was rejected; from it alone nothing is learned")
+            raise ValueError(
+                "the row's 'label' says that its answer was rejected; from it alone nothing is learned"
+            )
 
-    # --- formats: each method turns a row into its texts, or raises ValueError that says what is wrong with it ---
+    # --- formats: each method turns a row into its texts, or raises ValueError that says what is wrong with it
 
     def _chat(self, row: Values) -> list[Text]:
         """Return the text of a conversation, of which all answers, or the last one, are learned."""
         field = _first(row, *CHATS)
         talk = self._conversation(row, row[field], field)
-        return [self._answered(row, talk, talk.answers()[-1:] if self._settings.last_only else talk.answers())]
+        return [
+            self._answered(
+                row, talk, talk.answers()[-1:] if self._settings.last_only else talk.answers()
+            )
+        ]
 
     def _completion(self, row: Values) -> list[Text]:
         """Return the text of a prompt and its completion, plain or as messages."""
@@ -206,30 +224,47 @@ class Encoder:
     def _preference(self, row: Values) -> list[Text]:
         """Return the texts of the chosen and the rejected answer to the same prompt."""
         if isinstance(asked := row.get("input"), Mapping) and "preferred_output" in row:
-            outputs: dict[str, Any] = dict(zip(("chosen", "rejected"), map(row.get, OPENAI_PAIR[1:]), strict=True))
+            outputs: dict[str, Any] = dict(
+                zip(("chosen", "rejected"), map(row.get, OPENAI_PAIR[1:]), strict=True)
+            )
             row = {**row, **asked, **outputs, "messages": None, "prompt": asked.get("messages")}
         sides = {field: row[_first(row, field)] for field in ("chosen", "rejected")}
         if sides["chosen"] == sides["rejected"]:
             raise ValueError("'chosen' and 'rejected' are the same")
         prompt = next((row[field] for field in ("prompt", "messages") if row.get(field)), None)
         if row.get("messages") not in (None, prompt, sides["chosen"]):
-            raise ValueError("the row has 'prompt' and 'messages', which differ; leave one of them out")
-        if all(isinstance(side, str) for side in sides.values()) and (prompt is None or isinstance(prompt, str)):
+            raise ValueError(
+                "the row has 'prompt' and 'messages', which differ; leave one of them out"
+            )
+        if all(isinstance(side, str) for side in sides.values()) and (
+            prompt is None or isinstance(prompt, str)
+        ):
             self._no_messages(row)
             return self._text_pair(row, prompt, sides)
         if prompt is None and not all(isinstance(side, list) for side in sides.values()):
             raise ValueError(f"no field 'prompt' or 'messages'; fields here: {', '.join(row)}")
-        talks = {field: self._replied(row, prompt or [], side, field)[0] for field, side in sides.items()}
+        talks = {
+            field: self._replied(row, prompt or [], side, field)[0] for field, side in sides.items()
+        }
         if talks["chosen"].messages[:-1] != talks["rejected"].messages[:-1]:
-            raise ValueError("'chosen' and 'rejected' differ before their last answers, so that they are no pair")
-        texts = [self._answered(row, talk, talk.answers(len(talk.messages) - 1)) for talk in talks.values()]
+            raise ValueError(
+                "'chosen' and 'rejected' differ before their last answers, so that they are no pair"
+            )
+        texts = [
+            self._answered(row, talk, talk.answers(len(talk.messages) - 1))
+            for talk in talks.values()
+        ]
         if texts[0].text == texts[1].text:
-            raise ValueError("'chosen' and 'rejected' have the same last answer, so that they are no pair")
+            raise ValueError(
+                "'chosen' and 'rejected' have the same last answer, so that they are no pair"
+            )
         return texts
 
     def _seq2seq(self, row: Values) -> list[Text]:
         """Return the texts of a source and its target, each of which ends by itself."""
-        sides = [_text(row, _first(row, *names)) for names in (("source", "input"), ("target", "output"))]
+        sides = [
+            _text(row, _first(row, *names)) for names in (("source", "input"), ("target", "output"))
+        ]
         return [Text(side, [], add_end=True, add_begin=True) for side in sides]
 
     def _classification(self, row: Values) -> list[Text]:
@@ -238,7 +273,8 @@ class Encoder:
         second = next((name for name in SECOND_TEXTS if row.get(name) is not None), None)
         pair = _text(row, _first(row, *SECOND_TEXTS)) if second else ""
         value = self._value(row[_first(row, *LABEL_FIELDS["classification"])])
-        # On every token, so that a truncated text keeps its class; the model predicts it at one of them.
+        # On every token, so that a truncated text keeps its class; the model predicts it at one of
+        # them.
         return [Text(text, [Part(0, len(text), 1 + value)], add_begin=True, pair=pair)]
 
     def _pairs(self, row: Values) -> list[Text]:
@@ -247,75 +283,106 @@ class Encoder:
         return [Text(text, [Part(0, len(text), 1)], add_begin=True) for text in texts]
 
     def _value(self, label: Any) -> int:
-        """Return the class of a text as a number, its classes as bits, or the bits of its number."""
+        """Return the class of a text as a number, its classes as bits, or the bits of its
+        number."""
         problem = self._settings.problem
         if problem == "single_label":
             if isinstance(label, list):
-                raise ValueError(f"{label!r:.50} is a list of labels, which --problem multi_label takes")
+                raise ValueError(
+                    f"{label!r:.50} is a list of labels, which --problem multi_label takes"
+                )
             return self._number(label)
         if problem == "multi_label":
             if not isinstance(label, list):
-                raise ValueError(f"{label!r:.50} is no list of labels, which --problem multi_label takes")
+                raise ValueError(
+                    f"{label!r:.50} is no list of labels, which --problem multi_label takes"
+                )
             return sum(1 << number for number in {self._number(each) for each in label})
         largest = float(np.finfo(np.float32).max)
-        if isinstance(label, bool) or not isinstance(label, int | float) or not abs(label) <= largest:
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, int | float)
+            or not abs(label) <= largest
+        ):
             raise ValueError(f"{label!r:.50} is no number, which --problem regression takes")
         return int(np.float32(label).view(np.uint32))
 
     def _labels(self, row: Values) -> list[Text]:
-        """Return the words joined by spaces, the first token of each with its label. The label -100 means none."""
+        """Return the words joined by spaces, the first token of each with its label. The label -100
+        means none."""
         field, of = _first(row, "tokens", "words"), _first(row, *LABEL_FIELDS["labels"])
         words, labels = row[field], row[of]
-        if not (isinstance(words, list) and words and all(isinstance(word, str) and word for word in words)):
+        if not (
+            isinstance(words, list)
+            and words
+            and all(isinstance(word, str) and word for word in words)
+        ):
             raise ValueError(f"{field!r} must be a list of words that are not empty")
         if not isinstance(labels, list) or len(labels) != len(words):
-            raise ValueError(f"{of!r} must be a list of {len(words)} labels, one for each of {field!r}")
+            raise ValueError(
+                f"{of!r} must be a list of {len(words)} labels, one for each of {field!r}"
+            )
         parts, place = [], 0
         for word, label in zip(words, labels, strict=True):
-            parts.append(Part(place, place + len(word), 0 if label == -100 else 1 + self._number(label)))
+            parts.append(
+                Part(place, place + len(word), 0 if label == -100 else 1 + self._number(label))
+            )
             place += len(word) + 1
         return [Text(" ".join(words), parts, first_only=True, add_begin=True)]
 
-    # --- parts of formats ----------------------------------------------------------------------------------------
+    # --- parts of formats -------------------------------------------------------------------------
 
     def _conversation(self, row: Values, found: Any, field: str) -> Conversation:
         """Return the messages in `found`, with the row's system prompt."""
         system = row.get("system", row.get("system_prompt"))
         return read_messages(with_system(found, system), field, self._open_template(), self.seen)
 
-    def _replied(self, row: Values, prompt: Any, reply: Any, field: str) -> tuple[Conversation, int]:
-        """Return a prompt and its reply as one conversation, and the number of the first message after the prompt."""
+    def _replied(
+        self, row: Values, prompt: Any, reply: Any, field: str
+    ) -> tuple[Conversation, int]:
+        """Return a prompt and its reply as one conversation, and the number of the first message
+        after the prompt."""
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if isinstance(reply, str):
             reply = [{"role": "assistant", "content": reply}]
         replied = read_messages(
-            [reply] if isinstance(reply, Mapping) else reply, field, self._open_template(), self.seen
+            [reply] if isinstance(reply, Mapping) else reply,
+            field,
+            self._open_template(),
+            self.seen,
         )
         if not replied.messages or replied.messages[-1]["role"] != "assistant":
             raise ValueError(f"{field!r} must end with a message of the assistant")
         return joined(self._conversation(row, turns, "prompt"), replied, field)
 
     def _answered(self, row: Values, talk: Conversation, learned: Sequence[int]) -> Text:
-        """Render a conversation and return its text, with the answers numbered in `learned` as parts."""
+        """Render a conversation and return its text, with the answers numbered in `learned` as
+        parts."""
         template = self._open_template()
         tools, options = read_tools(row, template), row.get("chat_template_kwargs", {})
         if not isinstance(options, Mapping):
             raise ValueError("'chat_template_kwargs' must be an object")
         if own := sorted(RESERVED & options.keys()):
-            raise ValueError(f"'chat_template_kwargs' has {own[0]!r}, which is not for a row to set")
+            raise ValueError(
+                f"'chat_template_kwargs' has {own[0]!r}, which is not for a row to set"
+            )
         messages = with_arguments(template, talk.messages, tools, options)
         contents = self._contents = self._contents or ContentEncoder(self.tokenizer, template)
         tools, options = contents.mark_values(tools), contents.mark_values(options)
         found = find_answers(template, contents.mark(messages), learned, tools, **options)
         if found.shortened:
-            self.seen["answers of which the chat template leaves out a part"] += len(found.shortened)
+            self.seen["answers of which the chat template leaves out a part"] += len(
+                found.shortened
+            )
         return contents.unmark(
-            Text(found.text, [Part(span.start, span.stop, 1) for span in found.spans], found.is_open)
+            Text(
+                found.text, [Part(span.start, span.stop, 1) for span in found.spans], found.is_open
+            )
         )
 
     def _text_pair(self, row: Values, prompt: str | None, sides: Mapping[str, str]) -> list[Text]:
-        """Return the two texts of a preference in plain text. Without a prompt, it is taken from dialogues such as
-        hh-rlhf's."""
+        """Return the two texts of a preference in plain text. Without a prompt, it is taken from
+        dialogues such as hh-rlhf's."""
         if prompt is None:
             written = dialogue(list(sides.values()))
             if written is None:
@@ -323,7 +390,9 @@ class Encoder:
             prompt, answers = written
         else:
             answers = self._without_prompt(prompt, list(sides.values()))
-        return [_continued(prompt, answer, field) for field, answer in zip(sides, answers, strict=True)]
+        return [
+            _continued(prompt, answer, field) for field, answer in zip(sides, answers, strict=True)
+        ]
 
     def _without_prompt(self, prompt: str, sides: Sequence[str]) -> list[str]:
         """Return the answers without the prompt, if all of them repeat it."""
@@ -331,7 +400,9 @@ class Encoder:
         if rest is None:
             # One answer of a pair may well echo its question: only a person can tell.
             if any(repeats(prompt, side) for side in sides):
-                self.seen["pairs of which one side alone begins with the prompt, taken as they are"] += 1
+                self.seen[
+                    "pairs of which one side alone begins with the prompt, taken as they are"
+                ] += 1
             return list(sides)
         self.seen["prompts that their answers repeat, and that are taken once"] += 1
         return rest
@@ -340,7 +411,9 @@ class Encoder:
         """Raise ValueError for fields that only conversations can have."""
         for name in OF_CHATS:
             if row.get(name):
-                raise ValueError(f"the row has {name!r}, which only messages can take; give the prompt as messages")
+                raise ValueError(
+                    f"the row has {name!r}, which only messages can take; give the prompt as messages"
+                )
 
     def _open_template(self) -> ChatTemplate:
         """Return the tokenizer's chat template, opened once. Raise DataError if there is none."""
@@ -350,7 +423,8 @@ class Encoder:
         return self._template
 
     def _number(self, label: Any) -> int:
-        """Return the number of a class given by number or name. Raise ValueError if it is unknown."""
+        """Return the number of a class given by number or name. Raise ValueError if it is
+        unknown."""
         names = self._settings.labels
         label = whole_number(label)
         if isinstance(label, int) and 0 <= label < len(names):
@@ -361,7 +435,8 @@ class Encoder:
 
 
 def text_tokenizer(path: str) -> HuggingFaceTokenizer:
-    """Open the tokenizer in `path`. Raise DataError if it cannot tell which characters a token is made of."""
+    """Open the tokenizer in `path`. Raise DataError if it cannot tell which characters a token is
+    made of."""
     tokenizer: Tokenizer = load_tokenizer(path)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise DataError(f"{path}: labelled data needs a folder with a tokenizer.json")
@@ -382,11 +457,16 @@ def labels_in(row: Values, format: Format) -> list[Any]:
 
 def whole_number(label: Any) -> Any:
     """Return a label as an integer if it is one: pandas writes integers with gaps as floats."""
-    return int(label) if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer()) else label
+    return (
+        int(label)
+        if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
+        else label
+    )
 
 
 def _as_one(source: Encoded, target: Encoded) -> Encoded:
-    """Return a source and its target as one document, of which the target is learned, its first token too."""
+    """Return a source and its target as one document, of which the target is learned, its first
+    token too."""
     values = np.repeat([0, 1], [len(source.ids), len(target.ids)])
     return Encoded([*source.ids, *target.ids], values, source.text_bytes + target.text_bytes)
 
@@ -400,14 +480,17 @@ def _continued(prompt: str, completion: str, field: str) -> Text:
 
 
 def _first(row: Values, *names: str) -> str:
-    """Return which of several synonymous fields the row has. Raise ValueError if there is none, or two that differ."""
+    """Return which of several synonymous fields the row has. Raise ValueError if there is none, or
+    two that differ."""
     found = [name for name in names if row.get(name) is not None]
     if not found:
         wanted = " or ".join(map(repr, names))
         there = ", ".join(str(name) for name, value in row.items() if value is not None)
         raise ValueError(f"no field {wanted}; fields here: {there or 'none'}")
     if other := next((name for name in found if row[name] != row[found[0]]), None):
-        raise ValueError(f"the row has {found[0]!r} and {other!r}, which differ; leave one of them out")
+        raise ValueError(
+            f"the row has {found[0]!r} and {other!r}, which differ; leave one of them out"
+        )
     return found[0]
 
 

@@ -1,13 +1,15 @@
 """Token files on disk: Megatron-LM's `.bin/.idx` pair, byte for byte.
 
-PREFIX.bin is the tokens end to end. PREFIX.idx is little-endian, packed and therefore unaligned, for N sequences and
-D - 1 documents (a document is one or more sequences; megalite and Megatron's own tool write one):
+PREFIX.bin is the tokens end to end. PREFIX.idx is little-endian, packed and therefore unaligned,
+for N sequences and D - 1 documents (a document is one or more sequences; megalite and Megatron's
+own tool write one):
 
     0   magic `MMIDIDX\\0\\0`, u64 version = 1, u8 dtype code, u64 N, u64 D
     34  N x i32 lengths (tokens), N x i64 pointers (bytes into .bin), D x i64 first sequence of each document, then N
 
-Labelled data has one file more, which Megatron-LM does not know: PREFIX.mask, a u8, u16 or i64 for each token. 0:
-nothing is learned from it; else 1, or, where tokens or texts have classes, 1 + the number of the class.
+Labelled data has one file more, which Megatron-LM does not know: PREFIX.mask, a u8, u16 or i64 for
+each token. 0: nothing is learned from it; else 1, or, where tokens or texts have classes, 1 + the
+number of the class.
 """
 
 from __future__ import annotations
@@ -38,15 +40,24 @@ MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {
     code: np.dtype(name)
-    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}.items()
+    for code, name in {
+        1: "u1",
+        2: "i1",
+        3: "<i2",
+        4: "<i4",
+        5: "<i8",
+        6: "<f8",
+        7: "<f4",
+        8: "<u2",
+    }.items()
 }
 CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
 Array = npt.NDArray[Any]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the dtype that Megatron writes for `vocab_size`: u16 below 65,500 tokens, which leaves room to pad the
-    vocabulary, otherwise i32."""
+    """Return the dtype that Megatron writes for `vocab_size`: u16 below 65,500 tokens, which leaves
+    room to pad the vocabulary, otherwise i32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -58,8 +69,8 @@ NOTED: dict[str, type] = {
 
 
 def read_note(prefix: str) -> dict[str, Any]:
-    """Return the content of PREFIX.json, which preprocessing writes beside its token files; empty if there is none.
-    Raise DataError."""
+    """Return the content of PREFIX.json, which preprocessing writes beside its token files; empty
+    if there is none. Raise DataError."""
     name = f"{prefix}.json"
     try:
         path = local_copy(name) if is_url(name) else Path(name)
@@ -70,7 +81,9 @@ def read_note(prefix: str) -> dict[str, Any]:
         value = note.get(key)
         are_texts = not isinstance(value, list) or all(isinstance(item, str) for item in value)
         if value is not None and not (isinstance(value, kind) and are_texts):
-            raise DataError(f"{name}: {key} = {shown(value)} is not what preprocessing writes there")
+            raise DataError(
+                f"{name}: {key} = {shown(value)} is not what preprocessing writes there"
+            )
     return note
 
 
@@ -79,11 +92,12 @@ MASKS = ("u1", "<u2", "<i8")
 
 
 class IndexedDataset:
-    """Maps the pair PREFIX.bin, PREFIX.idx into memory: opening costs the same for a thousand tokens and a trillion.
+    """Maps the pair PREFIX.bin, PREFIX.idx into memory: opening costs the same for a thousand
+    tokens and a trillion.
 
-    If PREFIX is a URL, .idx is fetched as a whole, and of .bin only what `fetch` asks for; the rest of `tokens` reads
-    as zeros. Opening checks in O(1) and raises DataError for a truncated or mismatched pair; `check` looks at
-    everything else."""
+    If PREFIX is a URL, .idx is fetched as a whole, and of .bin only what `fetch` asks for; the rest
+    of `tokens` reads as zeros. Opening checks in O(1) and raises DataError for a truncated or
+    mismatched pair; `check` looks at everything else."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
@@ -98,14 +112,20 @@ class IndexedDataset:
         for path in (self._bin, self._idx):
             if not path.is_file():
                 if self.prefix.endswith((".bin", ".idx")) and Path(self.prefix).is_file():
-                    raise DataError(f"{self.prefix} is one of two files; give {self.prefix[:-4]}, without the ending")
-                raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
+                    raise DataError(
+                        f"{self.prefix} is one of two files; give {self.prefix[:-4]}, without the ending"
+                    )
+                raise DataError(
+                    f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx"
+                )
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences
         # Plain arrays over the maps: reading one element of a memmap takes several times as long.
         self._lengths = np.asarray(np.memmap(self._idx, "<i4", "r", HEADER.size, (num,)))
         self._pointers = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end, (num,)))
-        self._documents = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,)))
+        self._documents = np.asarray(
+            np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,))
+        )
         self.num_documents = num_indices - 1
         self._check_ends()
         self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize
@@ -125,7 +145,9 @@ class IndexedDataset:
         if not path.is_file():
             return None
         size = path.stat().st_size
-        dtype = next((dtype for dtype in MASKS if size == np.dtype(dtype).itemsize * self.num_tokens), None)
+        dtype = next(
+            (dtype for dtype in MASKS if size == np.dtype(dtype).itemsize * self.num_tokens), None
+        )
         if dtype is None:
             raise DataError(
                 f"{name} is {size} bytes long, which is not 1, 2 or 8 for each of {self.num_tokens} tokens; it does "
@@ -134,25 +156,34 @@ class IndexedDataset:
         return np.memmap(path, dtype, "r")
 
     def _read_header(self) -> int:
-        """Read the header, set `dtype` and `num_sequences`, and return the number of document indices. Raise
-        DataError."""
+        """Read the header, set `dtype` and `num_sequences`, and return the number of document
+        indices. Raise DataError."""
         size = self._idx.stat().st_size
         if size < HEADER.size:
             raise self._broken(f"is {size} bytes long, shorter than its {HEADER.size}-byte header")
         with open(self._idx, "rb") as file:
             magic, version, code, num, num_indices = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
-            raise self._broken(f"starts with {magic!r}, not {MAGIC!r}: it is not an index of this format")
+            raise self._broken(
+                f"starts with {magic!r}, not {MAGIC!r}: it is not an index of this format"
+            )
         if version != VERSION:
             raise self._broken(f"has version {version}; only version {VERSION} is known")
         if code not in DTYPES:
             raise self._broken(f"has dtype code {code}; known codes are 1 to {max(DTYPES)}")
         if num == 0 and num_indices < 2:
-            raise DataError(f"{self._idx} is of an empty token file: no document came out of what it was made of")
+            raise DataError(
+                f"{self._idx} is of an empty token file: no document came out of what it was made of"
+            )
         if num < 1 or num_indices < 1:
-            raise self._broken(f"holds {num} sequences and {num_indices} document indices; both must be at least 1")
+            raise self._broken(
+                f"holds {num} sequences and {num_indices} document indices; both must be at least 1"
+            )
         expected = HEADER.size + 12 * num + 8 * num_indices
-        if size not in (expected, expected + num):  # multimodal files end in one mode byte a sequence, with no flag
+        if size not in (
+            expected,
+            expected + num,
+        ):  # multimodal files end in one mode byte a sequence, with no flag
             raise self._broken(f"is {size} bytes long where its header asks for {expected}")
         self.dtype, self.num_sequences = DTYPES[code], int(num)
         return int(num_indices)
@@ -161,7 +192,9 @@ class IndexedDataset:
         """Compare the last entries of the index with the size of .bin. Raise DataError."""
         first, last = int(self._documents[0]), int(self._documents[-1])
         if first != 0 or last != self.num_sequences:
-            raise self._broken(f"has documents from sequence {first} to {last}, not from 0 to {self.num_sequences}")
+            raise self._broken(
+                f"has documents from sequence {first} to {last}, not from 0 to {self.num_sequences}"
+            )
         size, itemsize = self._bin.stat().st_size, self.dtype.itemsize
         # O(1): the last entry tells whether the two files fit; `check` reads the rest.
         expected = int(self._pointers[-1]) + int(self._lengths[-1]) * itemsize
@@ -177,19 +210,30 @@ class IndexedDataset:
         )
 
     def check(self, highest: int | None = None) -> None:
-        """Read the whole index, and the mask if `highest` is given. Raise DataError for an impossible length, pointer
-        or document, or a mask value above `highest`. A large file is read once and remembered (whole.py)."""
+        """Read the whole index, and the mask if `highest` is given. Raise DataError for an
+        impossible length, pointer or document, or a mask value above `highest`. A large file is
+        read once and remembered (whole.py)."""
         files = [self._idx]
         if self.mask is not None and highest is not None:
-            files.append(self._remote_mask.whole() if self._remote_mask else Path(f"{self.prefix}.mask"))
+            files.append(
+                self._remote_mask.whole() if self._remote_mask else Path(f"{self.prefix}.mask")
+            )
         seen = None
         if sum(path.stat().st_size for path in files) > whole.REMEMBERED_BYTES:
-            seen = whole.Remembered(files, self.fingerprint(), f"mask to {highest}" if len(files) > 1 else "")
+            seen = whole.Remembered(
+                files, self.fingerprint(), f"mask to {highest}" if len(files) > 1 else ""
+            )
             if seen:
                 return
-        if why := whole.find_in_index(self._lengths, self._pointers, self._documents, self.dtype.itemsize):
+        if why := whole.find_in_index(
+            self._lengths, self._pointers, self._documents, self.dtype.itemsize
+        ):
             raise self._broken(why)
-        if self.mask is not None and highest is not None and (why := whole.find_in_mask(self.mask, highest)):
+        if (
+            self.mask is not None
+            and highest is not None
+            and (why := whole.find_in_mask(self.mask, highest))
+        ):
             raise DataError(
                 f"{self.prefix}.mask {why}; it must have 0 where nothing is learned, and 1 or the number of a class "
                 f"from 1 on elsewhere, here {highest} at most: it is damaged, or of another kind of data"
@@ -198,31 +242,39 @@ class IndexedDataset:
             seen.remember()
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
-        return IndexedDataset, (self.prefix,)  # the default would pickle the mapped files' whole content
+        return IndexedDataset, (
+            self.prefix,
+        )  # the default would pickle the mapped files' whole content
 
     def __len__(self) -> int:
         return self.num_sequences
 
     def fetch(self, starts: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Bring `tokens[starts[i] : starts[i] + lengths[i]]` onto this machine, all [n] or one number for all; nothing
-        happens for local files. Raise DataError if that fails, and IndexError for tokens out of range."""
+        """Bring `tokens[starts[i] : starts[i] + lengths[i]]` onto this machine, all [n] or one
+        number for all; nothing happens for local files. Raise DataError if that fails, and
+        IndexError for tokens out of range."""
         if self._remote is not None:
-            first, count = np.broadcast_arrays(np.asarray(starts, np.int64), np.asarray(lengths, np.int64))
-            self._remote.fetch(first.ravel() * self.dtype.itemsize, count.ravel() * self.dtype.itemsize)
+            first, count = np.broadcast_arrays(
+                np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+            )
+            self._remote.fetch(
+                first.ravel() * self.dtype.itemsize, count.ravel() * self.dtype.itemsize
+            )
             if self._remote_mask is not None and self.mask is not None:
                 size = self.mask.itemsize
                 self._remote_mask.fetch(first.ravel() * size, count.ravel() * size)
 
     def __getitem__(self, i: int) -> Array:
-        """Return the tokens of sequence i, [length], read-only and still on disk. Raise IndexError outside 0 … N -
-        1."""
+        """Return the tokens of sequence i, [length], read-only and still on disk. Raise IndexError
+        outside 0 … N - 1."""
         if not 0 <= i < self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         start = int(self._pointers[i]) // self.dtype.itemsize
         return self.read(start, start + int(self._lengths[i]))
 
     def read(self, first: int, last: int) -> Array:
-        """Return tokens [first, last), read-only and still on disk, fetched if need be. Raise as `fetch` does."""
+        """Return tokens [first, last), read-only and still on disk, fetched if need be. Raise as
+        `fetch` does."""
         self.fetch(first, last - first)
         return self.tokens[first:last].view(np.ndarray)
 
@@ -231,35 +283,39 @@ class IndexedDataset:
         return np.array(self._lengths[first:last])
 
     def token_of_sequence(self, i: int) -> int:
-        """Return the offset of sequence i's first token in `tokens`; for i = N, the end. Raise IndexError."""
+        """Return the offset of sequence i's first token in `tokens`; for i = N, the end. Raise
+        IndexError."""
         if not 0 <= i <= self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         return int(self._pointers[i]) // self.dtype.itemsize if i < len(self) else self.num_tokens
 
     def document_start(self, d: int) -> int:
-        """Return the offset of document d's first token in `tokens`; for d = num_documents, the end. Raise
-        IndexError."""
+        """Return the offset of document d's first token in `tokens`; for d = num_documents, the
+        end. Raise IndexError."""
         if not 0 <= d <= self.num_documents:
             raise IndexError(f"{self.prefix}: document {d} of {self.num_documents}")
         return self.token_of_sequence(int(self._documents[d]))
 
     def starts_of_documents(self, first: int, last: int) -> Array:
-        """Return the offsets in `tokens` at which documents first … last begin, int64 [last - first + 1], as a copy.
-        That of num_documents is the end."""
+        """Return the offsets in `tokens` at which documents first … last begin, int64 [last - first
+        + 1], as a copy. That of num_documents is the end."""
         sequences = np.array(self._documents[first : last + 1])
         low, high = int(sequences[0]), int(sequences[-1])
         # Pointers count bytes, and stand for sequences; the end has none of its own.
-        starts = np.append(self._pointers[low:high], self.token_of_sequence(high) * self.dtype.itemsize)
+        starts = np.append(
+            self._pointers[low:high], self.token_of_sequence(high) * self.dtype.itemsize
+        )
         return starts[sequences - low] // self.dtype.itemsize
 
     def document_starts(self, first: Array, last: Array) -> tuple[Array, Array]:
-        """Find by bisection the documents that begin within tokens [first[i], last[i]) for each i. Return how many
-        there are, [n], and the offsets of all, ascending, int64."""
+        """Find by bisection the documents that begin within tokens [first[i], last[i]) for each i.
+        Return how many there are, [n], and the offsets of all, ascending, int64."""
         return document_starts(self._documents, self._pointers, self.dtype.itemsize, first, last)
 
     def fingerprint(self) -> str:
-        """Return a hexadecimal digest of the content: file sizes, and 64 slices of 4 KiB spread evenly over each file.
-        The work is bounded, so that a change which keeps the sizes and lies between the slices goes unnoticed."""
+        """Return a hexadecimal digest of the content: file sizes, and 64 slices of 4 KiB spread
+        evenly over each file. The work is bounded, so that a change which keeps the sizes and lies
+        between the slices goes unnoticed."""
         digest = hashlib.sha256()
         files = [(self._idx, None), (self._bin, self._remote)]
         if self.mask is not None:
@@ -281,13 +337,14 @@ class IndexedDataset:
 def document_starts_reference(
     documents: Array, pointers: Array, itemsize: int, first: Array, last: Array
 ) -> tuple[Array, Array]:
-    """Find the documents that begin within tokens [first[i], last[i]): `csrc/data/starts.cpp` in Python. `documents`
-    and `pointers` are those of the index, `itemsize` the bytes of a token. (numpy's own search would copy the index,
-    which is unaligned in its file.)"""
+    """Find the documents that begin within tokens [first[i], last[i]): `csrc/data/starts.cpp` in
+    Python. `documents` and `pointers` are those of the index, `itemsize` the bytes of a token.
+    (numpy's own search would copy the index, which is unaligned in its file.)"""
 
     def start(document: int) -> int:
         number = int(documents[document])
-        # A document without a sequence at the end of the file: Megatron-LM's tool writes it for an empty text.
+        # A document without a sequence at the end of the file: Megatron-LM's tool writes it for an
+        # empty text.
         return int(pointers[number]) // itemsize if number < len(pointers) else 2**63 - 1
 
     numbers, found = range(len(documents) - 1), []
@@ -295,7 +352,9 @@ def document_starts_reference(
         low = bisect.bisect_left(numbers, begin, key=start)
         high = bisect.bisect_left(numbers, end, lo=low, key=start)
         found.append([start(document) for document in range(low, high)])
-    return np.array([len(of_row) for of_row in found], np.int64), np.array([x for row in found for x in row], np.int64)
+    return np.array([len(of_row) for of_row in found], np.int64), np.array(
+        [x for row in found for x in row], np.int64
+    )
 
 
 try:
@@ -305,28 +364,35 @@ except ImportError:  # installed without a compiler
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask if that has a dtype, in one pass and constant memory. The files
-    get these names only when complete.
+    """Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask if that has a dtype, in one pass and
+    constant memory. The files get these names only when complete.
 
-    As a context manager it finishes at the end of the block, and leaves nothing behind if the block raises. Raises
-    DataError while another process writes the same files."""
+    As a context manager it finishes at the end of the block, and leaves nothing behind if the block
+    raises. Raises DataError while another process writes the same files."""
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, mask_dtype: npt.DTypeLike | None = None) -> None:
+    def __init__(
+        self, prefix: str | Path, dtype: npt.DTypeLike, mask_dtype: npt.DTypeLike | None = None
+    ) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in DTYPES.items() if known == self.dtype]
         if not codes:
-            raise DataError(f"{prefix}: tokens of type {self.dtype.name} cannot be stored in this format")
+            raise DataError(
+                f"{prefix}: tokens of type {self.dtype.name} cannot be stored in this format"
+            )
         self._code = codes[0]
         self.num_documents = self.num_tokens = 0
         self._mask_dtype = None if mask_dtype is None else np.dtype(mask_dtype)
-        kinds = ("bin", "mask", "idx") if self._mask_dtype else ("bin", "idx")  # complete when there is an index
+        kinds = (
+            ("bin", "mask", "idx") if self._mask_dtype else ("bin", "idx")
+        )  # complete when there is an index
         self._final = [Path(f"{prefix}.{kind}") for kind in kinds]
         self._temporary = [Path(f"{path}.tmp") for path in self._final]
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
         self._files = [_open_alone(self._temporary[0])]
         self._files += [open(path, "w+b") for path in self._temporary[1:]]  # noqa: SIM115
         self._bin, self._idx = self._files[0], self._files[-1]
-        # Lengths come first in .idx, so that they are written in place; the rest of the index is computed from them.
+        # Lengths come first in .idx, so that they are written in place; the rest of the index is
+        # computed from them.
         self._idx.seek(HEADER.size)
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
@@ -334,9 +400,12 @@ class IndexedWriter:
         array = np.asarray(tokens)
         self.add_documents(array, [array.size])
 
-    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
-        """Append documents whose `tokens` lie end to end, [sum(lengths)], as do their values in `mask`. Raise DataError
-        for an empty document, one of 2^31 tokens or more, or an id that the dtype cannot hold."""
+    def add_documents(
+        self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, mask: npt.ArrayLike | None = None
+    ) -> None:
+        """Append documents whose `tokens` lie end to end, [sum(lengths)], as do their values in
+        `mask`. Raise DataError for an empty document, one of 2^31 tokens or more, or an id that the
+        dtype cannot hold."""
         flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         if not sizes.size:
             return
@@ -362,11 +431,16 @@ class IndexedWriter:
         self.num_tokens += flat.size
 
     def add_pair(self, prefix: str | Path) -> None:
-        """Append all documents of the pair `prefix`. The kernel copies the tokens; only the lengths are read. Raise
-        DataError if the dtype differs, or if documents have several sequences or a mask."""
+        """Append all documents of the pair `prefix`. The kernel copies the tokens; only the lengths
+        are read. Raise DataError if the dtype differs, or if documents have several sequences or a
+        mask."""
         other = IndexedDataset(prefix)
         other.check()
-        if other.dtype != self.dtype or other.num_documents != other.num_sequences or other.mask is not None:
+        if (
+            other.dtype != self.dtype
+            or other.num_documents != other.num_sequences
+            or other.mask is not None
+        ):
             raise DataError(
                 f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do "
                 f"not go with documents of one {self.dtype.name} sequence each; tokenize the input again"
@@ -379,8 +453,8 @@ class IndexedWriter:
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
-        """Complete the index, make the files durable and give them their names. Raise DataError if there are no
-        documents."""
+        """Complete the index, make the files durable and give them their names. Raise DataError if
+        there are no documents."""
         if not self.num_documents:
             raise DataError(f"{self._final[0]}: no document was written")
         self._write_index()
@@ -398,7 +472,8 @@ class IndexedWriter:
                 final.unlink(missing_ok=True)
             raise
         fsync(self._final[0].parent)
-        # Close only now: closing releases the lock, and nobody may begin to write the same files before the renames.
+        # Close only now: closing releases the lock, and nobody may begin to write the same files
+        # before the renames.
         for file in self._files:
             file.close()
         self._files, self._temporary = [], []
@@ -408,8 +483,12 @@ class IndexedWriter:
         num, offset, chunk = self.num_documents, 0, CHUNK_DOCUMENTS
         for start in range(0, num, chunk):
             self._idx.seek(HEADER.size + 4 * start)
-            ends = np.frombuffer(self._idx.read(4 * min(chunk, num - start)), "<i4").cumsum(dtype="<i8")
-            pointers = np.concatenate([np.zeros(1, "<i8"), ends[:-1]]) * self.dtype.itemsize + offset
+            ends = np.frombuffer(self._idx.read(4 * min(chunk, num - start)), "<i4").cumsum(
+                dtype="<i8"
+            )
+            pointers = (
+                np.concatenate([np.zeros(1, "<i8"), ends[:-1]]) * self.dtype.itemsize + offset
+            )
             self._idx.seek(HEADER.size + 4 * num + 8 * start)
             self._idx.write(pointers.data)
             offset += int(ends[-1]) * self.dtype.itemsize
@@ -432,7 +511,10 @@ class IndexedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if kind is None:
@@ -442,14 +524,17 @@ class IndexedWriter:
 
 
 def _open_alone(path: Path) -> BinaryIO:
-    """Open an empty file that this process alone writes until it is closed. Raise DataError if another one does."""
+    """Open an empty file that this process alone writes until it is closed. Raise DataError if
+    another one does."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise DataError(f"{path} is being written by another process; let that one end first") from None
+            raise DataError(
+                f"{path} is being written by another process; let that one end first"
+            ) from None
         except OSError:  # some file systems of clusters have no locks
             pass
         with suppress(FileNotFoundError):
@@ -460,12 +545,16 @@ def _open_alone(path: Path) -> BinaryIO:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-    """Append `source` to `target` within the kernel; a file system that can shares the blocks instead of copying
-    them."""
+    """Append `source` to `target` within the kernel; a file system that can shares the blocks
+    instead of copying them."""
     target.flush()
     copied = 0
-    with suppress(OSError, AttributeError):  # two file systems, or one or a platform that cannot: see below
-        while copied < num_bytes and (step := os.copy_file_range(source.fileno(), target.fileno(), num_bytes - copied)):
+    with suppress(
+        OSError, AttributeError
+    ):  # two file systems, or one or a platform that cannot: see below
+        while copied < num_bytes and (
+            step := os.copy_file_range(source.fileno(), target.fileno(), num_bytes - copied)
+        ):
             copied += step
     target.seek(0, os.SEEK_END)
     source.seek(copied)

@@ -28,9 +28,12 @@ BAR = 40  # characters
 COLOURS = ("default", "cyan")
 
 
-def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, console: Console) -> None:
-    """Print statistics of the pair `prefix`, and `count` documents from number `start` on to `console`. They are shown
-    as text if `tokenizer` is given or still lies where it was when they were made. Raise DataError."""
+def inspect_file(
+    prefix: str, tokenizer: Path | None, count: int, start: int, console: Console
+) -> None:
+    """Print statistics of the pair `prefix`, and `count` documents from number `start` on to
+    `console`. They are shown as text if `tokenizer` is given or still lies where it was when they
+    were made. Raise DataError."""
     dataset = IndexedDataset(prefix)
     made_of = read_note(prefix)
     check_mask(dataset, made_of)
@@ -43,7 +46,9 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
         "documents": f"{dataset.num_documents:,}",
         "tokens": f"{dataset.num_tokens:,} of {dataset.dtype.name}, {decimal(size)}",
         "made of": ", ".join(made_of.get("inputs", [])),
-        "bytes a token": f"{made_of['text_bytes'] / dataset.num_tokens:.2f}" if "text_bytes" in made_of else "",
+        "bytes a token": f"{made_of['text_bytes'] / dataset.num_tokens:.2f}"
+        if "text_bytes" in made_of
+        else "",
         **_ids(dataset, made_of.get("vocab_size")),
         "format": made_of.get("format", ""),
         "classes": ", ".join(made_of.get("labels", [])),
@@ -56,16 +61,21 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     _print_lengths(lengths, dataset.num_documents, console)
     for number in range(start, min(start + count, dataset.num_documents)):
         first, last = (dataset.document_start(d) for d in (number, number + 1))
-        console.print(f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False)
+        console.print(
+            f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False
+        )
         ids = dataset.read(first, last)
-        is_learned = np.ones(len(ids), bool) if dataset.mask is None else dataset.mask[first:last] > 0
+        is_learned = (
+            np.ones(len(ids), bool) if dataset.mask is None else dataset.mask[first:last] > 0
+        )
         console.print(_marked(ids, is_learned, known))
     if count and dataset.mask is not None:
         console.print("\nFrom what stands in ⟦ ⟧ nothing is learned.", style="dim")
 
 
 def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> Tokenizer | None:
-    """Return the tokenizer to decode with, or None. Raise DataError if the one given is not that of the files."""
+    """Return the tokenizer to decode with, or None. Raise DataError if the one given is not that of
+    the files."""
     path = given or Path(made_of.get("tokenizer", ""))
     if not given and not ("tokenizer" in made_of and path.exists()):
         return None
@@ -77,29 +87,42 @@ def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> T
 
 
 def _document_lengths(dataset: IndexedDataset) -> Int64s:
-    """Return the number of tokens of each document, or of LOOKED_AT documents in slices spread over the file."""
+    """Return the number of tokens of each document, or of LOOKED_AT documents in slices spread over
+    the file."""
     if dataset.num_documents <= LOOKED_AT:
         return np.diff(dataset.starts_of_documents(0, dataset.num_documents))
     size = LOOKED_AT // SLICES
     firsts = np.linspace(0, dataset.num_documents - size, SLICES, dtype=np.int64).tolist()
-    return np.concatenate([np.diff(dataset.starts_of_documents(first, first + size)) for first in firsts])
+    return np.concatenate(
+        [np.diff(dataset.starts_of_documents(first, first + size)) for first in firsts]
+    )
 
 
 def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
-    """Return the lines about token ids: their range and the most frequent ones, from slices spread over the file."""
+    """Return the lines about token ids: their range and the most frequent ones, from slices spread
+    over the file."""
     size = LOOKED_AT // SLICES if dataset.num_tokens > LOOKED_AT else dataset.num_tokens
     firsts = np.linspace(0, dataset.num_tokens - size, SLICES, dtype=np.int64).tolist()
-    looked_at = np.concatenate([dataset.read(first, first + size) for first in dict.fromkeys(firsts)])
+    looked_at = np.concatenate(
+        [dataset.read(first, first + size) for first in dict.fromkeys(firsts)]
+    )
     ids, counts = np.unique(looked_at, return_counts=True)
     of_all = f" of {vocab_size:,}" if vocab_size else ""
-    often = ", ".join(f"{ids[i]} ({counts[i] / counts.sum():.1%})" for i in np.argsort(-counts, kind="stable")[:5])
-    return {"ids": f"{ids[0]} to {ids[-1]}, {len(ids):,}{of_all} in {counts.sum():,} tokens", "most often": often}
+    often = ", ".join(
+        f"{ids[i]} ({counts[i] / counts.sum():.1%})" for i in np.argsort(-counts, kind="stable")[:5]
+    )
+    return {
+        "ids": f"{ids[0]} to {ids[-1]}, {len(ids):,}{of_all} in {counts.sum():,} tokens",
+        "most often": often,
+    }
 
 
 def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> None:
     """Print quantiles of the document lengths, and a histogram of tokens by document length."""
     quantiles = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
-    text = ", ".join(f"{name} {np.percentile(lengths, q, method='lower'):,}" for name, q in quantiles.items())
+    text = ", ".join(
+        f"{name} {np.percentile(lengths, q, method='lower'):,}" for name, q in quantiles.items()
+    )
     of_some = f", of {len(lengths):,} documents" if len(lengths) < num_documents else ""
     console.print(f"  {'lengths':14} {text}, mean {lengths.mean():,.1f}{of_some}", highlight=False)
     # The bars count tokens, not documents: that is what training sees.
@@ -114,17 +137,21 @@ def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> Non
 
 
 def inspect_samples(config: Config, split: Split, count: int, start: int, console: Console) -> None:
-    """Print where the tokens of a run's `split` come from, and `count` samples from number `start` on, exactly as the
-    model sees them. Raise DataError."""
+    """Print where the tokens of a run's `split` come from, and `count` samples from number `start`
+    on, exactly as the model sees them. Raise DataError."""
     config, tokenizer, data = open_data(config)
     mixture = data[split]
     if mixture is None:
         raise DataError(f"the config has no data for {split}")
     _print_sources(config, mixture, split, console)
-    seen = Mixture(mixture.sources, mixture.names, mixture.order, mixture.view._replace(document_mask=True))
+    seen = Mixture(
+        mixture.sources, mixture.names, mixture.order, mixture.view._replace(document_mask=True)
+    )
     indices = np.arange(start, start + count)
     source, sample = mixture.order.locate(indices)
-    for row, (samples, number) in enumerate(zip(_rows(seen.read(indices)), indices.tolist(), strict=True)):
+    for row, (samples, number) in enumerate(
+        zip(_rows(seen.read(indices)), indices.tolist(), strict=True)
+    ):
         name = mixture.names[source[row]]
         predicted = int((samples.labels != IGNORE).sum())
         console.print(
@@ -151,15 +178,25 @@ def _legend(config: Config, mixture: Mixture) -> str:
         return f"A token attends to all of {attends}. ⟦ ⟧ hold what is seen and → what is to be predicted there."
     if mixture.view.labels != "next":
         return "Classes are told at what stands outside of ⟦ ⟧."
-    attends = "only to its own document" if config.data.document_mask else "to everything before it in the sample"
+    attends = (
+        "only to its own document"
+        if config.data.document_mask
+        else "to everything before it in the sample"
+    )
     return f"A token attends {attends}. What stands in ⟦ ⟧ is seen but not predicted."
 
 
 def _print_sources(config: Config, mixture: Mixture, split: Split, console: Console) -> None:
-    """Print a table of the sources with their samples, and for training their share of the run and epochs."""
+    """Print a table of the sources with their samples, and for training their share of the run and
+    epochs."""
     num_samples = config.train.samples_after(config.train.steps)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("source", "samples", "tokens", *(["share of the run", "epochs"] if split == "train" else [])):
+    for name in (
+        "source",
+        "samples",
+        "tokens",
+        *(["share of the run", "epochs"] if split == "train" else []),
+    ):
         table.add_column(name, justify="left" if name == "source" else "right")
     consumed = mixture.consumed(num_samples) if split == "train" else {}
     epochs = mixture.epochs(num_samples) if split == "train" else {}
@@ -170,7 +207,9 @@ def _print_sources(config: Config, mixture: Mixture, split: Split, console: Cons
         table.add_row(*row)
     console.print(table)
     cut = f"{config.data.packing}, order {config.data.order}"
-    console.print(f"{split}: samples of {mixture.seq_length:,} tokens, {cut}", style="dim", highlight=False)
+    console.print(
+        f"{split}: samples of {mixture.seq_length:,} tokens, {cut}", style="dim", highlight=False
+    )
 
 
 def _rows(samples: Samples) -> list[Samples]:
@@ -183,18 +222,23 @@ def _print_stacks(sample: Samples, tokenizer: Tokenizer | None, console: Console
     """Print the source and the target of each document of one sample ([S] and [T])."""
     assert sample.source is not None
     of_target = np.zeros_like(sample.labels) if sample.documents is None else sample.documents
-    of_source = np.zeros_like(sample.source) if sample.source_documents is None else sample.source_documents
+    of_source = (
+        np.zeros_like(sample.source) if sample.source_documents is None else sample.source_documents
+    )
     for document in np.union1d(of_source, of_target).tolist():
         source, target = sample.source[of_source == document], sample.labels[of_target == document]
         style, is_learned = COLOURS[document % len(COLOURS)], (target != IGNORE).any()
         console.print(
-            f"── document {document}, source of {len(source):,} tokens" + ("" if is_learned else ", padding"),
+            f"── document {document}, source of {len(source):,} tokens"
+            + ("" if is_learned else ", padding"),
             style="yellow",
             highlight=False,
         )
         if is_learned:
             console.print(Text(_text(source.tolist(), tokenizer), style))
-            console.print(f"── its target of {len(target):,} tokens", style="yellow", highlight=False)
+            console.print(
+                f"── its target of {len(target):,} tokens", style="yellow", highlight=False
+            )
             console.print(Text(_text(target.tolist(), tokenizer), style))
 
 
@@ -209,25 +253,31 @@ class Part(NamedTuple):
 
 
 def _parts(sample: Samples, shifted: bool) -> list[Part]:
-    """Split one sample ([L]) into its documents; padding comes as one more. `shifted`: a label belongs to the next
-    token."""
+    """Split one sample ([L]) into its documents; padding comes as one more. `shifted`: a label
+    belongs to the next token."""
     assert sample.documents is not None
     has_label = sample.labels != IGNORE
     is_predicted = np.append(False, has_label[:-1]) if shifted else has_label
     borders = [0, *(np.flatnonzero(np.diff(sample.documents)) + 1).tolist(), len(sample.tokens)]
     return [
         Part(
-            int(sample.documents[first]), first, *(x[first:last] for x in (sample.tokens, is_predicted, sample.labels))
+            int(sample.documents[first]),
+            first,
+            *(x[first:last] for x in (sample.tokens, is_predicted, sample.labels)),
         )
         for first, last in itertools.pairwise(borders)
     ]
 
 
-def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console, is_corrupted: bool) -> None:
+def _print_part(
+    part: Part, tokenizer: Tokenizer | None, console: Console, is_corrupted: bool
+) -> None:
     """Print one document of a sample; `is_corrupted`: with the label of each token that has one."""
     last = part.first + len(part.tokens)
     console.print(
-        f"── document {part.document}, tokens {part.first:,} to {last - 1:,} ", style="yellow", highlight=False
+        f"── document {part.document}, tokens {part.first:,} to {last - 1:,} ",
+        style="yellow",
+        highlight=False,
     )
     style = COLOURS[part.document % len(COLOURS)]
     if is_corrupted:
@@ -242,12 +292,16 @@ def _with_labels(part: Part, tokenizer: Tokenizer | None, style: str) -> Text:
     for first, place in itertools.pairwise([-1, *places, len(part.tokens)]):
         text.append(_text(part.tokens[first + 1 : place].tolist(), tokenizer))
         if place < len(part.tokens):
-            seen, label = (_text([int(ids[place])], tokenizer).strip() for ids in (part.tokens, part.labels))
+            seen, label = (
+                _text([int(ids[place])], tokenizer).strip() for ids in (part.tokens, part.labels)
+            )
             text.append(f" ⟦{seen} → {label}⟧ ", "bold")
     return text
 
 
-def _marked(tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | None, style: str = "") -> Text:
+def _marked(
+    tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | None, style: str = ""
+) -> Text:
     """Return the text of `tokens`, with ⟦ ⟧ around those that are not plain."""
     text = Text(style=style)
     if not len(tokens):

@@ -1,4 +1,5 @@
-"""Tell a file's format by its name, or by its beginning if the name does not say. What neither says is not guessed."""
+"""Tell a file's format by its name, or by its beginning if the name does not say. What neither says
+is not guessed."""
 
 from __future__ import annotations
 
@@ -73,8 +74,8 @@ def kind_by_name(path: str) -> str:
 
 
 def kind_by_content(path: str, head: bytes, first_is_object: bool) -> str:
-    """Return the kind of a file by its first bytes `head` and whether its first line is a JSON object. For a kind that
-    is not read, return the reason after "not: "."""
+    """Return the kind of a file by its first bytes `head` and whether its first line is a JSON
+    object. For a kind that is not read, return the reason after "not: "."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"\xff\xff\xff\xff"):

@@ -26,11 +26,17 @@ class MicroBatch:
     """Holds B samples of T tokens with their labels."""
 
     tokens: torch.Tensor  # [B, T] int64
-    labels: torch.Tensor  # [B, T] int64, the token that follows each; IGNORE where none is to be predicted
+    labels: (
+        torch.Tensor
+    )  # [B, T] int64, the token that follows each; IGNORE where none is to be predicted
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
-    documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
+    documents: torch.Tensor | None = (
+        None  # [B, T] int64, document of each token in its sample; None: not kept apart
+    )
     types: torch.Tensor | None = None  # [B, T] int64, type of each token; None: all are 0
-    source: torch.Tensor | None = None  # [B, S] int64, what an encoder reads beside them; None: there is no encoder
+    source: torch.Tensor | None = (
+        None  # [B, S] int64, what an encoder reads beside them; None: there is no encoder
+    )
     source_documents: torch.Tensor | None = None  # [B, S] int64
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -42,11 +48,14 @@ class MicroBatch:
         return self._each(torch.Tensor.pin_memory)
 
     def cut(self, length: int) -> MicroBatch:
-        """Return the same tokens as rows of `length`, which divides T; each row is a sequence of its own."""
+        """Return the same tokens as rows of `length`, which divides T; each row is a sequence of
+        its own."""
         rows = self.tokens.shape[1] // length
         if rows == 1:
             return self
-        documents, types = (None if x is None else x.reshape(-1, length) for x in (self.documents, self.types))
+        documents, types = (
+            None if x is None else x.reshape(-1, length) for x in (self.documents, self.types)
+        )
         return MicroBatch(
             self.tokens.reshape(-1, length),
             self.labels.reshape(-1, length),
@@ -66,8 +75,8 @@ Span = tuple[int, int]
 
 
 def number_samples(places: Int64s, skipped: Sequence[Span]) -> Int64s:
-    """Return the samples at positions `places` of a run that skips some spans, which are ascending and do not
-    overlap."""
+    """Return the samples at positions `places` of a run that skips some spans, which are ascending
+    and do not overlap."""
     for first, last in skipped:
         # In ascending order each span moves all that come behind it, later spans included.
         places = np.where(places >= first, places + (last - first), places)
@@ -77,15 +86,19 @@ def number_samples(places: Int64s, skipped: Sequence[Span]) -> Int64s:
 def add_spans(skipped: Sequence[Span], samples: Int64s) -> tuple[Span, ...]:
     """Return `skipped` extended by these samples, which may come in any order."""
     # All skipped samples one by one, then cut into runs where a number is left out.
-    numbers = np.unique(np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)]))
+    numbers = np.unique(
+        np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)])
+    )
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
 
 
 class Batches(Protocol):
-    """A source of batches, as training takes them: `Loader` reads them, and others may be made of what it reads.
+    """A source of batches, as training takes them: `Loader` reads them, and others may be made of
+    what it reads.
 
-    All ranks ask for the same steps. What a source does not have in `state`, a resume must not need."""
+    All ranks ask for the same steps. What a source does not have in `state`, a resume must not
+    need."""
 
     @property
     def mixture(self) -> Mixture:
@@ -106,7 +119,8 @@ class Batches(Protocol):
         """Return the samples of the global batch, [G], that follows the first `before` samples."""
 
     def consumed(self, samples: int | None = None) -> dict[str, int]:
-        """Return how many samples of each source all ranks together received, among the first `samples` or all."""
+        """Return how many samples of each source all ranks together received, among the first
+        `samples` or all."""
 
     def state(self, samples: int | None = None) -> dict[str, Any]:
         """Return the data's part of a checkpoint, so far or after the first `samples`."""
@@ -116,11 +130,12 @@ class Batches(Protocol):
 
 
 class MadeBatches:
-    """Batches that are made of another source's, such as answers of the model to its prompts. Their place in the data
-    is that of the source."""
+    """Batches that are made of another source's, such as answers of the model to its prompts. Their
+    place in the data is that of the source."""
 
     def __init__(self, source: Batches, make: Callable[[list[MicroBatch]], list[MicroBatch]]):
-        """`make` returns what is trained on instead of a step's micro-batches: as many, of the same sizes."""
+        """`make` returns what is trained on instead of a step's micro-batches: as many, of the same
+        sizes."""
         self._source, self._make = source, make
         self.mixture, self.skipped = source.mixture, source.skipped
         self.samples_of_step, self.consumed, self.state, self.close = (
@@ -137,15 +152,17 @@ class MadeBatches:
 
 
 class Loader:
-    """Iterates endlessly over steps; each item is the list of this data rank's micro-batches of one global batch.
+    """Iterates endlessly over steps; each item is the list of this data rank's micro-batches of one
+    global batch.
 
-    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture without those in `skipped`, whatever the ranks:
-    micro-batch m of data rank d is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an
-    error in it is raised here.
+    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture without those in `skipped`,
+    whatever the ranks: micro-batch m of data rank d is its samples (m·data_size + d)·B + [0, B). A
+    thread reads `prefetch` steps ahead; an error in it is raised here.
 
-    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for a
-    token id not below `vocab_size`, if that is given. `pin` copies batches to pinned memory for a GPU. `batch_size`
-    gives G after so many samples; without it, it is `global_batch_size`."""
+    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do
+    not divide, and for a token id not below `vocab_size`, if that is given. `pin` copies batches to
+    pinned memory for a GPU. `batch_size` gives G after so many samples; without it, it is
+    `global_batch_size`."""
 
     def __init__(
         self,
@@ -162,7 +179,9 @@ class Loader:
         batch_size: Callable[[int], int] | None = None,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
-            raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
+            raise DataError(
+                "batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0"
+            )
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank {data_rank} is not in [0, {data_size})")
         if global_batch_size % (micro_batch_size * data_size):
@@ -182,7 +201,8 @@ class Loader:
 
         self._steps: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
-        # The thread must not refer to the loader, or one dropped unclosed would never be garbage-collected.
+        # The thread must not refer to the loader, or one dropped unclosed would never be
+        # garbage-collected.
         self._thread = threading.Thread(
             target=_read_ahead,
             args=(
@@ -232,9 +252,11 @@ class Loader:
         return number_samples(np.arange(before, before + self._batch_size(before)), self.skipped)
 
     def consumed(self, samples: int | None = None) -> dict[str, int]:
-        """Return how many samples of each source all ranks together received, among the first `samples` or all so
-        far."""
-        count = int(number_samples(np.array(self._samples if samples is None else samples), self.skipped))
+        """Return how many samples of each source all ranks together received, among the first
+        `samples` or all so far."""
+        count = int(
+            number_samples(np.array(self._samples if samples is None else samples), self.skipped)
+        )
         found = self.mixture.consumed(count)
         for span in self.skipped:
             before, until = (self.mixture.consumed(min(end, count)) for end in span)
@@ -243,11 +265,13 @@ class Loader:
         return found
 
     def state(self, samples: int | None = None) -> dict[str, Any]:
-        """Return the data's part of a checkpoint: which data, how many samples all ranks together received, in total
-        and per source (so far or after the first `samples`), and which were skipped.
+        """Return the data's part of a checkpoint: which data, how many samples all ranks together
+        received, in total and per source (so far or after the first `samples`), and which were
+        skipped.
 
-        Steps read ahead but not handed out do not count. A run continues with `start_sample=state["samples"]` and
-        `skipped=state["skipped"]`, on any number of ranks and with any batch size."""
+        Steps read ahead but not handed out do not count. A run continues with
+        `start_sample=state["samples"]` and `skipped=state["skipped"]`, on any number of ranks and
+        with any batch size."""
         return {
             "fingerprint": self.mixture.fingerprint(),
             "sources": self.mixture.contents(),
@@ -266,7 +290,10 @@ class Loader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -282,8 +309,9 @@ def _read_ahead(
     vocab_size: int | None,
     pin: bool,
 ) -> None:
-    """Read step after step into the queue until `stop` is set or an error occurs. `rows` gives the offsets of this
-    rank's samples in a step of some size, `first` is the first sample, `batch_size` gives the size of each step."""
+    """Read step after step into the queue until `stop` is set or an error occurs. `rows` gives the
+    offsets of this rank's samples in a step of some size, `first` is the first sample, `batch_size`
+    gives the size of each step."""
     while not stop.is_set():
         size = batch_size(first)
         try:
@@ -302,7 +330,8 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
     """Read the samples `indices`, [micro-batches, B], and return them as micro-batches."""
     found = mixture.read(indices.ravel())
     if vocab_size is not None:
-        # Labels are tokens shifted by one: only the last of each row is not among the tokens checked.
+        # Labels are tokens shifted by one: only the last of each row is not among the tokens
+        # checked.
         _check_ids(mixture, indices.ravel(), found.tokens, vocab_size)
         if mixture.view.labels == "next":
             last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
@@ -311,7 +340,11 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
             _check_ids(mixture, indices.ravel(), found.source, vocab_size)
 
     def by_micro_batch(x: Int64s | None) -> Sequence[torch.Tensor | None]:
-        return [None] * len(indices) if x is None else torch.from_numpy(x).view(*indices.shape, -1).unbind()
+        return (
+            [None] * len(indices)
+            if x is None
+            else torch.from_numpy(x).view(*indices.shape, -1).unbind()
+        )
 
     types = mixture.types(found)
     return [
@@ -330,8 +363,8 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
 
 
 def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: int) -> None:
-    """Raise DataError for token ids outside the vocabulary. A vocabulary-parallel embedding would take such an id for
-    another rank's, and training would silently go wrong."""
+    """Raise DataError for token ids outside the vocabulary. A vocabulary-parallel embedding would
+    take such an id for another rank's, and training would silently go wrong."""
     if 0 <= tokens.min() <= tokens.max() < vocab_size:
         return
     is_bad = (tokens < 0) | (tokens >= vocab_size)
@@ -345,7 +378,8 @@ def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: in
 
 def _end(steps: queue.Queue, stop: threading.Event) -> None:
     """Stop the thread; runs when the loader is closed or collected."""
-    # The thread may be waiting to put one step: making room lets it see `stop`. It puts no second one after that.
+    # The thread may be waiting to put one step: making room lets it see `stop`. It puts no second
+    # one after that.
     stop.set()
     while True:
         try:

@@ -1,8 +1,8 @@
-"""Read the messages of conversations as rows of labelled data spell them, into the keys and roles that chat templates
-know.
+"""Read the messages of conversations as rows of labelled data spell them, into the keys and roles
+that chat templates know.
 
-Names are OpenAI's (roles, content parts, tool_calls, function_call, weight), ShareGPT's (from, value) and derived ones.
-Every key is used, counted by its name, or refused."""
+Names are OpenAI's (roles, content parts, tool_calls, function_call, weight), ShareGPT's (from,
+value) and derived ones. Every key is used, counted by its name, or refused."""
 
 from __future__ import annotations
 
@@ -33,8 +33,19 @@ NEUTRAL = frozenset((
 ))  # fmt: skip
 """Facts about a row or message that do not affect what is learned."""
 MISSPELT = 0.82
-"""Likeness (see `utils.spelling`) from which an unknown key is taken for a misspelt one: most are facts of the row."""
-LEARNING = ("train", "training", "trainable", "learn", "loss", "mask", "masked", "loss_weight", "weights")
+"""Likeness (see `utils.spelling`) from which an unknown key is taken for a misspelt one: most are
+facts of the row."""
+LEARNING = (
+    "train",
+    "training",
+    "trainable",
+    "learn",
+    "loss",
+    "mask",
+    "masked",
+    "loss_weight",
+    "weights",
+)
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -46,19 +57,28 @@ class Conversation(NamedTuple):
     """Numbers of the assistant's messages that are not learned: those of weight 0."""
 
     def answers(self, first: int = 0) -> list[int]:
-        """Return the numbers of the answers to learn, from message `first` on. Raise ValueError if there are none."""
-        all_of = [n for n, message in enumerate(self.messages) if n >= first and message["role"] == "assistant"]
+        """Return the numbers of the answers to learn, from message `first` on. Raise ValueError if
+        there are none."""
+        all_of = [
+            n
+            for n, message in enumerate(self.messages)
+            if n >= first and message["role"] == "assistant"
+        ]
         if not all_of:
-            raise ValueError("no message is the assistant's, so that there is nothing to learn from")
+            raise ValueError(
+                "no message is the assistant's, so that there is nothing to learn from"
+            )
         left = [number for number in all_of if number not in self.ignored]
         if not left:
             raise ValueError("every answer has weight 0, so that there is nothing to learn from")
         return left
 
 
-def read_messages(found: Any, field: str, template: ChatTemplate, seen: Counter[str]) -> Conversation:
-    """Check the messages `found` in the row's `field` and return them as `template` expects them. `seen` counts what is
-    ignored. Raise ValueError that names the message and its fault."""
+def read_messages(
+    found: Any, field: str, template: ChatTemplate, seen: Counter[str]
+) -> Conversation:
+    """Check the messages `found` in the row's `field` and return them as `template` expects them.
+    `seen` counts what is ignored. Raise ValueError that names the message and its fault."""
     if not isinstance(found, list):
         raise ValueError(f"{field!r} must be a list of messages, not {type(found).__name__}")
     messages: list[Message] = []
@@ -77,7 +97,8 @@ def read_messages(found: Any, field: str, template: ChatTemplate, seen: Counter[
 
 
 def with_system(found: Any, system: Any) -> Any:
-    """Return the messages with the row's system prompt in front. Raise ValueError if they begin with another one."""
+    """Return the messages with the row's system prompt in front. Raise ValueError if they begin
+    with another one."""
     if system is None or system == "" or not isinstance(found, list):
         return found
     if not isinstance(system, str):
@@ -85,14 +106,16 @@ def with_system(found: Any, system: Any) -> Any:
     first = found[0] if found and isinstance(found[0], Mapping) else {}
     if first.get("role", first.get("from")) in ("system", "developer"):
         if first.get("content", first.get("value")) != system:
-            raise ValueError("the row has a 'system' prompt, and its messages begin with another one")
+            raise ValueError(
+                "the row has a 'system' prompt, and its messages begin with another one"
+            )
         return found
     return [{"role": "system", "content": system}, *found]
 
 
 def read_tools(row: Mapping[str, Any], template: ChatTemplate) -> list[Any] | None:
-    """Return the tools that a row names, possibly as JSON text; None if there are none. Raise ValueError if the
-    template does not show them."""
+    """Return the tools that a row names, possibly as JSON text; None if there are none. Raise
+    ValueError if the template does not show them."""
     tools, functions = (_listed(row.get(name), name) for name in ("tools", "functions"))
     tools = [*tools, *({"type": "function", "function": function} for function in functions)]
     if tools and not template.reads("tools"):
@@ -103,12 +126,18 @@ def read_tools(row: Mapping[str, Any], template: ChatTemplate) -> list[Any] | No
 def with_arguments(
     template: ChatTemplate, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]
 ) -> Sequence[Message]:
-    """Return the messages with tool-call arguments in the form that `template` takes, rendered with `tools` and
-    `options` to find out. OpenAI's arguments are JSON text, which some templates would quote once more and others
-    require. Raise ValueError."""
+    """Return the messages with tool-call arguments in the form that `template` takes, rendered with
+    `tools` and `options` to find out. OpenAI's arguments are JSON text, which some templates would
+    quote once more and others require. Raise ValueError."""
     # Rendered as they are first: only the template shows which form it takes.
-    functions = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
-    texts = [function["arguments"] for function in functions if isinstance(function.get("arguments"), str)]
+    functions = [
+        call["function"] for message in messages for call in message.get("tool_calls") or ()
+    ]
+    texts = [
+        function["arguments"]
+        for function in functions
+        if isinstance(function.get("arguments"), str)
+    ]
     if not functions:
         return messages
     try:
@@ -118,8 +147,11 @@ def with_arguments(
     except ValueError:
         if len(texts) == len(functions):
             raise
-        return _change_arguments(messages, lambda given: given if isinstance(given, str) else json.dumps(given))
-    # Quoted text in the rendering shows that the template serializes arguments itself: it needs objects.
+        return _change_arguments(
+            messages, lambda given: given if isinstance(given, str) else json.dumps(given)
+        )
+    # Quoted text in the rendering shows that the template serializes arguments itself: it needs
+    # objects.
     if any(json.dumps(text, ensure_ascii=False) in shown for text in texts if '"' in text):
         return _change_arguments(
             messages, lambda given: _parsed(given, "arguments") if isinstance(given, str) else given
@@ -128,7 +160,8 @@ def with_arguments(
 
 
 def without_nulls(value: Any) -> Any:
-    """Return `value` without keys whose value is null or NaN: Arrow and pandas write them for absent keys."""
+    """Return `value` without keys whose value is null or NaN: Arrow and pandas write them for
+    absent keys."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if not is_missing(item)}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -139,11 +172,21 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _read_message(message: Message, where: str, template: ChatTemplate, seen: Counter[str]) -> dict[str, Any]:
-    """Return one message in the keys that templates know. `where` names it in errors. Raise ValueError."""
-    given, content = _either(message, "role", "from", where), _either(message, "content", "value", where)
+def _read_message(
+    message: Message, where: str, template: ChatTemplate, seen: Counter[str]
+) -> dict[str, Any]:
+    """Return one message in the keys that templates know. `where` names it in errors. Raise
+    ValueError."""
+    given, content = (
+        _either(message, "role", "from", where),
+        _either(message, "content", "value", where),
+    )
     role = _role(given, where, message, template)
-    result = {key: value for key, value in message.items() if key not in ("from", "value", "weight", "function_call")}
+    result = {
+        key: value
+        for key, value in message.items()
+        if key not in ("from", "value", "weight", "function_call")
+    }
     result |= {"role": role}
     _check_keys(result, where, template, seen)
     if calls := _tool_calls(message, given, content, where, template):
@@ -156,7 +199,8 @@ def _read_message(message: Message, where: str, template: ChatTemplate, seen: Co
 
 
 def _either(message: Message, name: str, other: str, where: str) -> Any:
-    """Return the value of one of two synonymous keys. Raise ValueError if both are there and differ."""
+    """Return the value of one of two synonymous keys. Raise ValueError if both are there and
+    differ."""
     if name in message and other in message and message[name] != message[other]:
         raise ValueError(f"{where} has {name!r} and {other!r}, which differ")
     return message.get(name, message.get(other))
@@ -182,14 +226,17 @@ def _role(given: Any, where: str, message: Message, template: ChatTemplate) -> s
 
 
 def _check_keys(message: Message, where: str, template: ChatTemplate, seen: Counter[str]) -> None:
-    """Raise ValueError for a key that is refused or looks misspelt, and count other unknown keys."""
+    """Raise ValueError for a key that is refused or looks misspelt, and count other unknown
+    keys."""
     for key, value in message.items():
         if key in USED or template.reads(key) or value in (None, "", [], {}):
             continue
         if key in MEDIA:
             raise ValueError(f"{where} has {key!r}: only text can be learned")
         if key in LEARNING:
-            raise ValueError(f"{where} has {key!r}; what is learned of a conversation is said by 'weight', 0 or 1")
+            raise ValueError(
+                f"{where} has {key!r}; what is learned of a conversation is said by 'weight', 0 or 1"
+            )
         if near := nearest(key, USED, MISSPELT):
             raise ValueError(f"{where} has an unknown key {key!r}; did you mean {near!r}?")
         if key not in NEUTRAL:
@@ -208,8 +255,11 @@ def _weight(message: Message, role: str, where: str) -> int:
     return int(weight)
 
 
-def _tool_calls(message: Message, given: Any, content: Any, where: str, template: ChatTemplate) -> list[Any]:
-    """Return the tool calls of a message in any of OpenAI's and ShareGPT's forms. Raise ValueError."""
+def _tool_calls(
+    message: Message, given: Any, content: Any, where: str, template: ChatTemplate
+) -> list[Any]:
+    """Return the tool calls of a message in any of OpenAI's and ShareGPT's forms. Raise
+    ValueError."""
     calls = message.get("tool_calls") or []
     if (single := message.get("function_call")) is not None:  # what OpenAI had before tools
         calls = [*calls, single]
@@ -225,12 +275,22 @@ def _tool_calls(message: Message, given: Any, content: Any, where: str, template
 
 def _tool_call(call: Any, where: str) -> Mapping[str, Any]:
     """Return one tool call in OpenAI's present form. Raise ValueError."""
-    call = call if not isinstance(call, Mapping) or "function" in call else {"type": "function", "function": call}
+    call = (
+        call
+        if not isinstance(call, Mapping) or "function" in call
+        else {"type": "function", "function": call}
+    )
     function = call["function"] if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+    if (
+        not isinstance(function, Mapping)
+        or not isinstance(function.get("name"), str)
+        or not function["name"]
+    ):
         raise ValueError(f"a tool call of {where} has no function with a name: {call!r:.80}")
     if not isinstance(function.get("arguments", {}), Mapping | str):
-        raise ValueError(f"the arguments of {function['name']!r} in {where} must be an object, or JSON text of one")
+        raise ValueError(
+            f"the arguments of {function['name']!r} in {where} must be an object, or JSON text of one"
+        )
     return without_nulls(call)
 
 
@@ -239,10 +299,15 @@ def _change_arguments(messages: Sequence[Message], change: Callable[[Any], Any])
 
     def changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
         function = call["function"]
-        return {**call, "function": {**function, "arguments": change(function.get("arguments", {}))}}
+        return {
+            **call,
+            "function": {**function, "arguments": change(function.get("arguments", {}))},
+        }
 
     return [
-        {**message, "tool_calls": list(map(changed, message["tool_calls"]))} if message.get("tool_calls") else message
+        {**message, "tool_calls": list(map(changed, message["tool_calls"]))}
+        if message.get("tool_calls")
+        else message
         for message in messages
     ]
 
@@ -253,12 +318,15 @@ def _listed(found: Any, name: str) -> list[Any]:
         found = without_nulls(_parsed(found, repr(name)))
     found = [found] if isinstance(found, Mapping) and found else found or []
     if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
-        raise ValueError(f"{name!r} must be a list of objects that describe functions, or JSON text of one")
+        raise ValueError(
+            f"{name!r} must be a list of objects that describe functions, or JSON text of one"
+        )
     return found
 
 
 def _text_of(content: Any, where: str) -> str:
-    """Return the content as one text; content parts are joined. Raise ValueError for anything but text."""
+    """Return the content as one text; content parts are joined. Raise ValueError for anything but
+    text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -266,7 +334,13 @@ def _text_of(content: Any, where: str) -> str:
     texts = []
     for part in content:  # OpenAI's, of which most templates know nothing
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+        text = (
+            part
+            if isinstance(part, str)
+            else part.get("text")
+            if isinstance(part, Mapping)
+            else None
+        )
         if not isinstance(text, str) or kind not in ("text", "input_text", "output_text", "str"):
             raise ValueError(f"{where} holds something else than text: a part of type {kind!r}")
         texts.append(text)

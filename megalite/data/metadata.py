@@ -1,4 +1,5 @@
-"""PREFIX.json beside a token file: what it was made from, by which library, and what was left out."""
+"""PREFIX.json beside a token file: what it was made from, by which library, and what was left
+out."""
 
 from __future__ import annotations
 
@@ -18,14 +19,24 @@ from megalite.utils.outside import check_apart, read_object
 
 SHOWN = 4
 """Most settings that a message names."""
-LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "left_out", "as_text", "messages")
+LEFT_OUT = (
+    "num_empty",
+    "num_bad",
+    "num_mended",
+    "num_hidden",
+    "num_binary",
+    "left_out",
+    "as_text",
+    "messages",
+)
 
 
 @dataclass
 class Preprocessed:
-    """Holds what was written to `prefix`.bin, .idx and .json. `text_bytes` counts UTF-8; `settings` is everything that
-    the tokens depend on; `tokenized_by` is the library; `num_left` counts documents that gigatoken left to Hugging
-    Face's tokenizers. `remark` is for the user and is not stored."""
+    """Holds what was written to `prefix`.bin, .idx and .json. `text_bytes` counts UTF-8; `settings`
+    is everything that the tokens depend on; `tokenized_by` is the library; `num_left` counts
+    documents that gigatoken left to Hugging Face's tokenizers. `remark` is for the user and is not
+    stored."""
 
     prefix: str
     settings: dict[str, Any]
@@ -61,19 +72,22 @@ class Preprocessed:
             **{name: getattr(self.report, name) for name in LEFT_OUT},
         }
         with replacing(Path(f"{self.prefix}.json"), durable=True) as temporary:
-            temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def check_inputs(prefix: str, files: Iterable[str]) -> None:
-    """Raise DataError where a token file of this prefix would take the place of one that it is made of."""
+    """Raise DataError where a token file of this prefix would take the place of one that it is made
+    of."""
     inputs = list(files)
     for suffix in ("json", "bin", "idx", "mask"):
         check_apart(Path(f"{prefix}.{suffix}"), inputs, DataError)
 
 
 def other_settings(prefix: str, settings: dict[str, Any]) -> str:
-    """Return how the settings of an existing token file differ from `settings`, as part of a sentence; empty if there
-    is no file or no difference."""
+    """Return how the settings of an existing token file differ from `settings`, as part of a
+    sentence; empty if there is no file or no difference."""
     try:
         values = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
         found = changes({name: values.get(name) for name in settings}, settings)
@@ -84,13 +98,15 @@ def other_settings(prefix: str, settings: dict[str, Any]) -> str:
 
 
 def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:
-    """Return what `write` wrote for a token file of exactly these settings, None if there is none."""
+    """Return what `write` wrote for a token file of exactly these settings, None if there is
+    none."""
     try:
         values = read_object(Path(f"{prefix}.json"), DataError)
         if any(values[name] != value for name, value in settings.items()):
             return None
         counts = {
-            name: values[name] for name in ("tokenized_by", "num_documents", "num_tokens", "text_bytes", "num_left")
+            name: values[name]
+            for name in ("tokenized_by", "num_documents", "num_tokens", "text_bytes", "num_left")
         }
         report = Report(**{name: values[name] for name in LEFT_OUT if name in values})
     except (DataError, ValueError, KeyError, TypeError):

@@ -1,4 +1,5 @@
-"""Weighted mixtures of token files: what the model sees of sample i of a run, and which file it comes from.
+"""Weighted mixtures of token files: what the model sees of sample i of a run, and which file it
+comes from.
 
 Legend: n = samples asked for, L = seq_length, D = number of sources."""
 
@@ -44,7 +45,8 @@ LABELS: dict[str, Literal["next", "token", "document"]] = {
 }  # fmt: skip
 """Kind of labels for each `model.task`, where the objective makes no others."""
 
-# Part of every fingerprint: changes whenever a change in megalite/data gives other samples for the same config.
+# Part of every fingerprint: changes whenever a change in megalite/data gives other samples for the
+# same config.
 _SCHEME = "megalite-samples-2"
 
 
@@ -53,11 +55,15 @@ LOOKED_AT = 1 << 20
 
 
 class Corruption(Protocol):
-    """Makes inputs and labels of n samples, as the objective has them: what is hidden, and is to be predicted."""
+    """Makes inputs and labels of n samples, as the objective has them: what is hidden, and is to be
+    predicted."""
 
-    def apply(self, tokens: Int64s, learned: npt.NDArray[np.bool_], index: Int64s) -> tuple[Int64s, Int64s]:
-        """Return inputs and labels, both [n, L], of `tokens` [n, L]. Only where `learned` [n, L] may a label be.
-        `index` [n] are the numbers of the samples, which alone decide what is done to them."""
+    def apply(
+        self, tokens: Int64s, learned: npt.NDArray[np.bool_], index: Int64s
+    ) -> tuple[Int64s, Int64s]:
+        """Return inputs and labels, both [n, L], of `tokens` [n, L]. Only where `learned` [n, L]
+        may a label be. `index` [n] are the numbers of the samples, which alone decide what is done
+        to them."""
 
     def identity(self) -> list[Any]:
         """Return what decides what it does, for a fingerprint."""
@@ -70,14 +76,15 @@ class View(NamedTuple):
     border_loss: bool = True
     fim: FillInTheMiddle | None = None
     labels: Literal["next", "token", "document"] = "next"
-    """`next`: each token's label is the token that follows. `token`: its own class. `document`: the class of the
-    document, at one of its tokens."""
+    """`next`: each token's label is the token that follows. `token`: its own class. `document`: the
+    class of the document, at one of its tokens."""
     class_at: Literal["first", "last"] = "last"
     """At which token."""
     corruption: Corruption | None = None
     """Makes inputs and labels instead."""
     separator: int | None = None
-    """Token behind the first text of a document, after which its tokens are of type 1. None: types are not told."""
+    """Token behind the first text of a document, after which its tokens are of type 1. None: types
+    are not told."""
     stacks: SpanCorruption | SourceAndTarget | None = None
     """Makes what an encoder and a decoder see instead."""
 
@@ -91,23 +98,31 @@ class Samples(NamedTuple):
     tokens: Int64s  # [n, L]
     labels: Int64s  # [n, L], the token that follows each; IGNORE where none is to be predicted
     documents: Int64s | None  # [n, L], document of each token in its sample; None: not kept apart
-    source: Int64s | None = None  # [n, S], what an encoder reads beside them; None: there is no encoder
+    source: Int64s | None = (
+        None  # [n, S], what an encoder reads beside them; None: there is no encoder
+    )
     source_documents: Int64s | None = None  # [n, S]
 
 
 class Mixture:
-    """Combines several sources into the samples of a run. Sample i is a function of (sources, order, view, i) alone.
-    Raises DataError if the sources have different sample lengths."""
+    """Combines several sources into the samples of a run. Sample i is a function of (sources,
+    order, view, i) alone. Raises DataError if the sources have different sample lengths."""
 
     def __init__(
-        self, sources: Sequence[SampleSource], names: Sequence[str], order: SampleOrder, view: View = PLAIN
+        self,
+        sources: Sequence[SampleSource],
+        names: Sequence[str],
+        order: SampleOrder,
+        view: View = PLAIN,
     ) -> None:
         self.sources, self.names, self.order, self.view = tuple(sources), tuple(names), order, view
         self.seq_length = sources[0].seq_length
         self._fingerprint = ""
         self._masked = any(source.dataset.mask is not None for source in sources)
         if any(source.seq_length != self.seq_length for source in sources):
-            raise DataError(f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}")
+            raise DataError(
+                f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}"
+            )
 
     @property
     def num_samples(self) -> int:
@@ -115,13 +130,14 @@ class Mixture:
         return sum(source.num_samples for source in self.sources)
 
     def read(self, indices: npt.ArrayLike) -> Samples:
-        """Return what the model sees of the global sample `indices`, [n]. Raise ValueError for an index outside the
-        run."""
+        """Return what the model sees of the global sample `indices`, [n]. Raise ValueError for an
+        index outside the run."""
         index = np.asarray(indices, np.int64)
         return self._view(self._windows(index), index)
 
     def types(self, samples: Samples) -> Int64s | None:
-        """Return the type of each token, [n, L]: 1 in the second text of a document, else 0. None: not told."""
+        """Return the type of each token, [n, L]: 1 in the second text of a document, else 0. None:
+        not told."""
         if self.view.separator is None or samples.documents is None:
             return None
         return _types(samples.tokens, samples.documents, self.view.separator)
@@ -134,7 +150,9 @@ class Mixture:
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
         if view.stacks:
             found = view.stacks.apply(windows, index)
-            return Samples(found.tokens, found.labels, found.documents, found.source, found.source_documents)
+            return Samples(
+                found.tokens, found.labels, found.documents, found.source, found.source_documents
+            )
         if view.corruption:
             learned = np.ones_like(tokens[:, :-1], bool) if mask is None else mask[:, :-1] > 0
             # Padding is no token to predict.
@@ -168,8 +186,8 @@ class Mixture:
         return windows
 
     def is_learned(self, number: int) -> bool:
-        """Return whether source `number` has a label in any of its samples; for pairs, in both answers of one pair. It
-        reads samples until one has."""
+        """Return whether source `number` has a label in any of its samples; for pairs, in both
+        answers of one pair. It reads samples until one has."""
         source = self.sources[number]
         if isinstance(source, TokenSource) and self.view._replace(document_mask=False) == PLAIN:
             return True  # every token but the first
@@ -182,11 +200,13 @@ class Mixture:
 
     def is_judged(self, count: int) -> bool:
         """Return whether any of the first `count` samples has a label."""
-        return any((self.read(samples).labels != IGNORE).any() for samples in self._pieces_of(count))
+        return any(
+            (self.read(samples).labels != IGNORE).any() for samples in self._pieces_of(count)
+        )
 
     def _pieces_of(self, count: int) -> Iterator[Int64s]:
-        """Yield 0 … count - 1 in pieces. The first is a single sample, which usually suffices; later ones have at most
-        LOOKED_AT tokens."""
+        """Yield 0 … count - 1 in pieces. The first is a single sample, which usually suffices;
+        later ones have at most LOOKED_AT tokens."""
         first, size = 0, 1
         while first < count:
             yield np.arange(first, min(first + size, count))
@@ -199,16 +219,19 @@ class Mixture:
     def epochs(self, count: int) -> dict[str, float]:
         """Return how many times the first `count` samples go through each source."""
         sizes = (source.num_samples for source in self.sources)
-        return {name: found / size for (name, found), size in zip(self.consumed(count).items(), sizes, strict=True)}
+        return {
+            name: found / size
+            for (name, found), size in zip(self.consumed(count).items(), sizes, strict=True)
+        }
 
     def num_batches(self, global_batch_size: int, most: int) -> int:
-        """Return how many batches an evaluation reads, at most `most`. A split smaller than one batch of
-        `global_batch_size` is read more than once."""
+        """Return how many batches an evaluation reads, at most `most`. A split smaller than one
+        batch of `global_batch_size` is read more than once."""
         return max(1, min(most, self.num_samples // global_batch_size))
 
     def fingerprint(self) -> str:
-        """Return a hexadecimal digest of everything that decides which tokens sample i has. The files are read for it
-        once."""
+        """Return a hexadecimal digest of everything that decides which tokens sample i has. The
+        files are read for it once."""
         if not self._fingerprint:
             parts = [source.fingerprint() for source in self.sources]
             fim = list(self.view.fim) if self.view.fim else None
@@ -218,24 +241,34 @@ class Mixture:
         return self._fingerprint
 
     def contents(self) -> dict[str, str]:
-        """Return a digest of the tokens of each source, by name. They are part of the fingerprint, kept to say what has
-        changed."""
-        return {name: source.dataset.fingerprint() for name, source in zip(self.names, self.sources, strict=True)}
+        """Return a digest of the tokens of each source, by name. They are part of the fingerprint,
+        kept to say what has changed."""
+        return {
+            name: source.dataset.fingerprint()
+            for name, source in zip(self.names, self.sources, strict=True)
+        }
 
     def check_state(self, state: Mapping[str, Any], changed: Sequence[str] = ()) -> None:
-        """Raise DataError if the loader's `state` in a checkpoint belongs to other data. `changed` names the settings
-        that decide the samples and differ."""
+        """Raise DataError if the loader's `state` in a checkpoint belongs to other data. `changed`
+        names the settings that decide the samples and differ."""
         if state["fingerprint"] == self.fingerprint():
             return
         contents: dict[str, str] = self.contents()
         stored: dict[str, str] = state.get("sources") or {}
-        sources = {name: source.dataset.prefix for name, source in zip(self.names, self.sources, strict=True)}
+        sources = {
+            name: source.dataset.prefix
+            for name, source in zip(self.names, self.sources, strict=True)
+        }
         others = [
             f"the tokens of {sources[name]}, whose content was {stored[name]} and is {contents[name]}"
             for name in contents
             if stored.get(name, contents[name]) != contents[name]
         ]
-        unnamed = "the order of samples, which another version made" if stored else "the token files of data.train"
+        unnamed = (
+            "the order of samples, which another version made"
+            if stored
+            else "the token files of data.train"
+        )
         raise DataError(
             f"the checkpoint was written after {state['samples']} samples of other data. What has changed: "
             f"{'; '.join([*changed, *others]) or unnamed}. Put it back to go on with that run, or start a new one "
@@ -244,7 +277,11 @@ class Mixture:
 
     def remarks(self) -> list[str]:
         """Return what the user should know about the data."""
-        return [source.remark for source in self.sources if isinstance(source, RowSource) and source.remark]
+        return [
+            source.remark
+            for source in self.sources
+            if isinstance(source, RowSource) and source.remark
+        ]
 
 
 def _has_label(samples: Samples, source: SampleSource) -> bool:
@@ -282,17 +319,21 @@ def _types(tokens: Int64s, documents: Int64s, separator: int) -> Int64s:
     """Return 1 for tokens behind the first `separator` of their document, else 0: [n, L]."""
     is_separator = tokens == separator
     before = is_separator.cumsum(1) - is_separator
-    begins = np.concatenate([np.ones_like(is_separator[:, :1]), documents[:, 1:] != documents[:, :-1]], 1)
+    begins = np.concatenate(
+        [np.ones_like(is_separator[:, :1]), documents[:, 1:] != documents[:, :-1]], 1
+    )
     at_begin = np.maximum.accumulate(np.where(begins, before, 0), 1)
     return (before > at_begin).astype(np.int64)
 
 
-def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[Split, Mixture | None]:
+def build_mixtures(
+    config: Config, tokenizer: Tokenizer | None = None
+) -> dict[Split, Mixture | None]:
     """Return the mixtures "train", "valid" and "test" of `config`; None for a split without data.
 
-    `tokenizer`, the config's, is needed only for `data.fim` and for types of tokens. Validation and test are read in
-    sequential order, and so always begin with the same samples. Raise DataError, naming the setting, if a source cannot
-    be read or has too few tokens."""
+    `tokenizer`, the config's, is needed only for `data.fim` and for types of tokens. Validation and
+    test are read in sequential order, and so always begin with the same samples. Raise DataError,
+    naming the setting, if a source cannot be read or has too few tokens."""
     opened: dict[str, IndexedDataset] = {}
     return {which: _build_mixture(config, which, opened, tokenizer) for which in SPLITS}
 
@@ -300,7 +341,8 @@ def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[S
 def _build_mixture(
     config: Config, which: Split, opened: dict[str, IndexedDataset], tokenizer: Tokenizer | None
 ) -> Mixture | None:
-    """Return the mixture of one split, None without data. `opened` shares datasets among the splits."""
+    """Return the mixture of one split, None without data. `opened` shares datasets among the
+    splits."""
     data, shares = config.data, config.data.split
     wanted: tuple[SourceConfig, ...] = getattr(data, which) if shares is None else data.train
     if not wanted or (shares is not None and shares[SPLITS.index(which)] == 0):
@@ -309,7 +351,9 @@ def _build_mixture(
     is_megatron = data.order == "megatron" and which == "train"
     weights = [item.weight for item in wanted]
     sizes: list[int | None] = [None] * len(wanted)
-    if is_megatron:  # Megatron asks each source for slightly more than it needs, unless there is only one
+    if (
+        is_megatron
+    ):  # Megatron asks each source for slightly more than it needs, unless there is only one
         sizes = sizes_of(weights, num_samples).tolist() if len(wanted) > 1 else [num_samples]
     sources: list[SampleSource] = []
     for number, item in enumerate(wanted):
@@ -319,7 +363,11 @@ def _build_mixture(
         try:
             sources.append(_cut(opened[item.path], config, which, sizes[number]))
         except DataError as error:
-            setting = f"data.{which}[{number}]" if shares is None else f"data.split {list(shares)}: {which} part of"
+            setting = (
+                f"data.{which}[{number}]"
+                if shares is None
+                else f"data.split {list(shares)}: {which} part of"
+            )
             raise DataError(f"{setting} {item.path}: {error}") from None
     names = names_of(wanted)
     if is_megatron:
@@ -331,21 +379,39 @@ def _build_mixture(
             config.train.seed,
             "shuffle" if which == "train" and data.order == "shuffle" else "sequential",
         )
-    fim = FillInTheMiddle.of(data.fim, tokenizer, config.train.seed) if data.fim and which == "train" else None
+    fim = (
+        FillInTheMiddle.of(data.fim, tokenizer, config.train.seed)
+        if data.fim and which == "train"
+        else None
+    )
     if fim and any(source.dataset.mask is not None for source in sources):
-        raise DataError("data.fim turns texts around, which labelled data cannot be; leave one of them out")
+        raise DataError(
+            "data.fim turns texts around, which labelled data cannot be; leave one of them out"
+        )
     model, corruption = config.model, config.objective.corruption(config, tokenizer, which)
-    separator = tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
+    separator = (
+        tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
+    )
     stacks = config.objective.stacks(config, tokenizer, which) if model.task == "seq2seq" else None
     labels = LABELS[model.task]
-    view = View(data.document_mask, data.border_loss, fim, labels, model.CLASS_AT, corruption, separator, stacks)
+    view = View(
+        data.document_mask,
+        data.border_loss,
+        fim,
+        labels,
+        model.CLASS_AT,
+        corruption,
+        separator,
+        stacks,
+    )
     mixture = Mixture(sources, names, order, view)
     _check_learned(mixture, config, which)
     return mixture
 
 
 def _check_learned(mixture: Mixture, config: Config, which: Split) -> None:
-    """Raise DataError for a source without any label, and for an evaluation that would meet none."""
+    """Raise DataError for a source without any label, and for an evaluation that would meet
+    none."""
     for number, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
         if not mixture.is_learned(number):
             raise DataError(
@@ -366,22 +432,33 @@ def _why_unlearned(config: Config, source: SampleSource) -> str:
     if source.dataset.mask is None:
         return "its documents have one token each, and data.border_loss is false"
     if isinstance(source, RowSource) and source.remark and config.data.long_rows != "refuse":
-        return f"data.long_rows: {config.data.long_rows} or {source.dataset.prefix}.mask leaves none"
+        return (
+            f"data.long_rows: {config.data.long_rows} or {source.dataset.prefix}.mask leaves none"
+        )
     return f"{source.dataset.prefix}.mask leaves none"
 
 
-def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None) -> SampleSource:
-    """Return one split of a dataset as samples; in Megatron-LM's order if `megatron_samples` gives their number."""
+def _cut(
+    dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None
+) -> SampleSource:
+    """Return one split of a dataset as samples; in Megatron-LM's order if `megatron_samples` gives
+    their number."""
     shares, length = config.data.split, config.lengths.read
     if dataset.mask is not None:
         return _cut_rows(dataset, config, which)
     if config.model.has_classes or config.objective.DATA == "seq2seq":
-        needs = f"model.task: {config.model.task}" if config.model.has_classes else "objective.name: seq2seq"
+        needs = (
+            f"model.task: {config.model.task}"
+            if config.model.has_classes
+            else "objective.name: seq2seq"
+        )
         raise DataError(f"{needs} needs labelled data, but there is no {dataset.prefix}.mask")
     if megatron_samples is not None:  # Megatron splits by sequences, not documents
         first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
         return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
-    first, last = split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
+    first, last = (
+        split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
+    )
     if config.data.packing == "best_fit":
         return PackedSource(dataset, first, last, length, _capacity(config))
     return TokenSource(dataset, dataset.document_start(first), dataset.document_start(last), length)
@@ -391,9 +468,15 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
     """Return one split of labelled data, whose rows stay whole whatever `data.packing` says."""
     data, shares = config.data, config.data.split
     if data.order == "megatron":
-        raise DataError("data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential")
+        raise DataError(
+            "data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential"
+        )
     if config.objective.DATA == "seq2seq":
-        first, last = split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
+        first, last = (
+            split_range(dataset.num_documents, shares, which)
+            if shares
+            else (0, dataset.num_documents)
+        )
         return SourceTargetRows(dataset, first, last, config.lengths, data.long_rows)
     if config.model.task == "seq2seq":
         raise DataError(
@@ -403,26 +486,38 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
     groups = dataset.num_documents // together
     first, last = split_range(groups, shares, which) if shares else (0, groups)
     first, last = first * together, last * together
-    return RowSource(dataset, first, last, data.seq_length, _capacity(config), together, data.long_rows)
+    return RowSource(
+        dataset, first, last, data.seq_length, _capacity(config), together, data.long_rows
+    )
 
 
 def _capacity(config: Config) -> int:
-    """Return how many tokens fit into a sample. A causal model needs one more than it sees, the label of the last; all
-    else is predicted at tokens themselves."""
+    """Return how many tokens fit into a sample. A causal model needs one more than it sees, the
+    label of the last; all else is predicted at tokens themselves."""
     return config.data.seq_length + (config.model.task == "causal")
 
 
 def _phases(
-    config: Config, which: Split, weights: Sequence[float], sources: Sequence[SampleSource], names: Sequence[str]
+    config: Config,
+    which: Split,
+    weights: Sequence[float],
+    sources: Sequence[SampleSource],
+    names: Sequence[str],
 ) -> list[Phase]:
-    """Return the sources' shares of the samples in each phase. Validation uses the sources' own weights."""
+    """Return the sources' shares of the samples in each phase. Validation uses the sources' own
+    weights."""
     data, train = config.data, config.train
     phases = [(0, weights)]
     for phase in data.phases if which == "train" else ():
-        phases.append((train.samples_after(phase.after_step), [phase.weights.get(n, 0.0) for n in names]))
+        phases.append(
+            (train.samples_after(phase.after_step), [phase.weights.get(n, 0.0) for n in names])
+        )
     sizes = [source.num_samples if data.weights == "epochs" else 1 for source in sources]
     return [
         # A temperature above 1 brings the shares of large and small sources closer together.
-        Phase(begin, [(w * size) ** (1 / data.temperature) for w, size in zip(of_phase, sizes, strict=True)])
+        Phase(
+            begin,
+            [(w * size) ** (1 / data.temperature) for w, size in zip(of_phase, sizes, strict=True)],
+        )
         for begin, of_phase in phases
     ]

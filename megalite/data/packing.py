@@ -1,7 +1,8 @@
 """Best-fit packing: documents into rows with no more cuts than their lengths require.
 
-After Ding et al. 2024, "Fewer Truncations Improve Language Modeling". Cutting a stream of documents wherever a row ends
-breaks many of them; here only documents longer than a row are cut, and rows are still nearly full."""
+After Ding et al. 2024, "Fewer Truncations Improve Language Modeling". Cutting a stream of documents
+wherever a row ends breaks many of them; here only documents longer than a row are cut, and rows are
+still nearly full."""
 
 from __future__ import annotations
 
@@ -14,16 +15,16 @@ import numpy.typing as npt
 from megalite.data.order import Int64s
 
 Int32s = npt.NDArray[np.int32]
-# Documents of equal length are placed in strides of a prime larger than their number. In the order of the corpus, its
-# first documents would more often have a bin to themselves than its last.
+# Documents of equal length are placed in strides of a prime larger than their number. In the order
+# of the corpus, its first documents would more often have a bin to themselves than its last.
 _STRIDE = 2654435761
 _Bin = list[tuple[int, int, int]]  # (document, offset, length), the longest piece first
 
 
 class Packing(NamedTuple):
-    """Holds bins of pieces: those of bin b are [first_piece[b], first_piece[b + 1]), in the order of their documents.
-    Bins are ordered by where their longest piece stands in the corpus, so that a bin's position says nothing about the
-    lengths of its pieces."""
+    """Holds bins of pieces: those of bin b are [first_piece[b], first_piece[b + 1]), in the order
+    of their documents. Bins are ordered by where their longest piece stands in the corpus, so that
+    a bin's position says nothing about the lengths of its pieces."""
 
     first_piece: Int64s  # [bins + 1]
     document: Int32s  # [pieces]
@@ -35,13 +36,16 @@ class Packing(NamedTuple):
 def best_fit(lengths: npt.NDArray[np.integer], capacity: int) -> Packing:
     """Pack documents of `lengths` tokens, [D], into bins of `capacity` tokens.
 
-    A document longer than the capacity is cut into pieces that fill a bin each, and a remainder. All remainders are
-    then placed, longest first, into the bin with the least space that suffices (of equals, the one that came to that
-    space last) or a new one. Time O(D · log capacity). Memory: 12 bytes per document and 16 per bin during the work; 12
-    per piece and 8 per bin stay. Raise ValueError for a capacity or a length out of range, and for lengths of another
-    shape or dtype."""
+    A document longer than the capacity is cut into pieces that fill a bin each, and a remainder.
+    All remainders are then placed, longest first, into the bin with the least space that suffices
+    (of equals, the one that came to that space last) or a new one. Time O(D · log capacity).
+    Memory: 12 bytes per document and 16 per bin during the work; 12 per piece and 8 per bin stay.
+    Raise ValueError for a capacity or a length out of range, and for lengths of another shape or
+    dtype."""
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or len(lengths) >= 2**31:
-        raise ValueError(f"lengths must be less than 2^31 integers in a row, not {lengths.dtype} {lengths.shape}")
+        raise ValueError(
+            f"lengths must be less than 2^31 integers in a row, not {lengths.dtype} {lengths.shape}"
+        )
     if not 1 <= capacity < 2**31:
         raise ValueError(f"capacity {capacity} is not in 1 … 2^31 - 1")
     if len(lengths) and not 0 <= lengths.min() <= lengths.max() < 2**31:
@@ -51,7 +55,8 @@ def best_fit(lengths: npt.NDArray[np.integer], capacity: int) -> Packing:
 
 
 def pack_reference(lengths: Int32s, capacity: int) -> tuple[Int64s, Int32s, Int32s, Int32s]:
-    """Return the arrays of `best_fit` for checked lengths; `csrc/data/packing.cpp` does the same faster."""
+    """Return the arrays of `best_fit` for checked lengths; `csrc/data/packing.cpp` does the same
+    faster."""
     remainders = lengths % capacity
     bins: list[_Bin] = []
     for number in np.flatnonzero(lengths >= capacity).tolist():
@@ -63,8 +68,8 @@ def pack_reference(lengths: Int32s, capacity: int) -> tuple[Int64s, Int32s, Int3
     longest_first = strides[np.argsort(-remainders[strides], kind="stable")]
     for number in longest_first[: np.count_nonzero(remainders)].tolist():
         rest = int(remainders[number])
-        # Best fit: the smallest remaining space that suffices. Equal spaces share one entry, so that the list stays
-        # short.
+        # Best fit: the smallest remaining space that suffices. Equal spaces share one entry, so
+        # that the list stays short.
         fitting = bisect_left(spaces, rest)
         if fitting == len(spaces):
             space, pieces = capacity, _Bin()
@@ -82,7 +87,9 @@ def pack_reference(lengths: Int32s, capacity: int) -> tuple[Int64s, Int32s, Int3
             others.append(pieces)
     bins.sort(key=lambda pieces: pieces[0])
     first_piece = np.cumsum([0, *map(len, bins)], dtype=np.int64)
-    table = np.array([piece for pieces in bins for piece in sorted(pieces)], np.int32).reshape(-1, 3)
+    table = np.array([piece for pieces in bins for piece in sorted(pieces)], np.int32).reshape(
+        -1, 3
+    )
     document, offset, length = map(np.ascontiguousarray, table.T)
     return first_piece, document, offset, length
 

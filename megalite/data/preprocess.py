@@ -1,9 +1,10 @@
 """Convert text to token files: read, tokenize, write, in one pass and bounded memory.
 
-The parent cuts the inputs into blocks; workers parse and tokenize a block each; the parent writes the results in the
-order of the blocks, so that the files do not depend on the number of workers. Only a few blocks per worker are in
-flight at any time, which bounds the memory whatever the size of the input. Workers are threads for gigatoken, which
-releases Python's GIL, and processes for the other libraries."""
+The parent cuts the inputs into blocks; workers parse and tokenize a block each; the parent writes
+the results in the order of the blocks, so that the files do not depend on the number of workers.
+Only a few blocks per worker are in flight at any time, which bounds the memory whatever the size of
+the input. Workers are threads for gigatoken, which releases Python's GIL, and processes for the
+other libraries."""
 
 from __future__ import annotations
 
@@ -24,22 +25,42 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from megalite.data import shards
-from megalite.data.blocks import Block, LineNumbers, Shard, Texts, add_to, iter_blocks, shard_bytes, texts_of
+from megalite.data.blocks import (
+    Block,
+    LineNumbers,
+    Shard,
+    Texts,
+    add_to,
+    iter_blocks,
+    shard_bytes,
+    texts_of,
+)
 from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
-from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megalite.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from megalite.errors import DataError
 from megalite.runtime.processes import start_worker, worker_pool
 from megalite.utils.progress import ProgressMeter
 
 BLOCKS_PER_WORKER = 4
-# Characters given to Hugging Face's tokenizers at a time: they need some 130 bytes for each. Longer texts are tokenized
-# by one worker at a time, for which `_turn` is a lock between processes.
+# Characters given to Hugging Face's tokenizers at a time: they need some 130 bytes for each. Longer
+# texts are tokenized by one worker at a time, for which `_turn` is a lock between processes.
 BITE = 1 << 19
 _turn: AbstractContextManager[object] = nullcontext()
 
@@ -79,19 +100,23 @@ def preprocess(
     shard: Shard | None = None,
     prepend_bos: bool | None = None,
 ) -> Preprocessed:
-    """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what they were made from.
+    """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what
+    they were made from.
 
-    `tokenizer` is a path for `load_tokenizer`; `json_key` names the text in JSON lines, parquet and Arrow; `append_eod`
-    ends each document with the end-of-document token. `prepend_bos` begins each with the BOS token; None: if the
-    tokenizer begins every text with it, as those of models trained that way do.
+    `tokenizer` is a path for `load_tokenizer`; `json_key` names the text in JSON lines, parquet and
+    Arrow; `append_eod` ends each document with the end-of-document token. `prepend_bos` begins each
+    with the BOS token; None: if the tokenizer begins every text with it, as those of models trained
+    that way do.
 
-    Byte-level BPE is left to gigatoken unless `exact`; should its ids differ anywhere in the compared samples of the
-    inputs, everything is tokenized again by Hugging Face's tokenizers. With a `shard`, only that part is written,
-    unless it is there already; the job that completes the last shard returns the whole.
+    Byte-level BPE is left to gigatoken unless `exact`; should its ids differ anywhere in the
+    compared samples of the inputs, everything is tokenized again by Hugging Face's tokenizers. With
+    a `shard`, only that part is written, unless it is there already; the job that completes the
+    last shard returns the whole.
 
-    With one of the `workers`, Hugging Face's or sentencepiece runs in this very process. `console` shows the progress.
-    The files appear under their names only when complete. Raise DataError, with nothing written, if an input matches
-    nothing, no document has tokens, or `append_eod` or `prepend_bos` meets a tokenizer without such a token."""
+    With one of the `workers`, Hugging Face's or sentencepiece runs in this very process. `console`
+    shows the progress. The files appear under their names only when complete. Raise DataError, with
+    nothing written, if an input matches nothing, no document has tokens, or `append_eod` or
+    `prepend_bos` meets a tokenizer without such a token."""
     if workers < 1:
         raise DataError(f"workers {workers}: at least 1 is needed")
     opened = load_tokenizer(tokenizer)
@@ -162,11 +187,15 @@ class _Job:
             for there in (name, prefix):
                 if (differs := other_settings(there, self.settings)) and self.console is not None:
                     told = f"{there} was made with other settings and is made anew: {differs}"
-                    self.console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+                    self.console.print(
+                        told, style="yellow", highlight=False, markup=False, soft_wrap=True
+                    )
             shards.remove(name)
             part = self.run(name, shard)
         with Meter("joining shards", self.settings["input_bytes"], self.console) as meter:
-            whole = shards.join(prefix, shard.count, self.settings, self.exact, self.packing.dtype, meter.update)
+            whole = shards.join(
+                prefix, shard.count, self.settings, self.exact, self.packing.dtype, meter.update
+            )
         return whole or part
 
     def run(self, prefix: str, shard: Shard) -> Preprocessed:
@@ -188,7 +217,9 @@ class _Job:
         try:
             fast = FastBPE(self.opened, self.workers)
             with ThreadPoolExecutor(self.workers) as pool:
-                result = self._write(prefix, shard, "gigatoken", pool, partial(_encode_fast, fast, self.packing))
+                result = self._write(
+                    prefix, shard, "gigatoken", pool, partial(_encode_fast, fast, self.packing)
+                )
             result.remark = (
                 f"by gigatoken: on {fast.num_compared:,} characters from all over the text its ids are those of "
                 f"Hugging Face's tokenizers; {result.num_left:,} documents were left to these, for characters or added "
@@ -207,15 +238,22 @@ class _Job:
         """Tokenize with Hugging Face's library or sentencepiece."""
         library = "tokenizers" if isinstance(self.opened, HuggingFaceTokenizer) else "sentencepiece"
         encode = partial(_encode_exactly, self.tokenizer, self.packing)
-        # Only with several workers: creating the lock starts a process (multiprocessing's resource tracker).
+        # Only with several workers: creating the lock starts a process (multiprocessing's resource
+        # tracker).
         turn = [multiprocessing.get_context("spawn").Lock()] if self.workers > 1 else []
         with worker_pool(self.workers, start_tokenizing, *turn) as pool:
             return self._write(prefix, shard, library, pool, encode)
 
     def _write(
-        self, prefix: str, shard: Shard, library: str, pool: Executor | None, encode: Callable[[Block], Encoded]
+        self,
+        prefix: str,
+        shard: Shard,
+        library: str,
+        pool: Executor | None,
+        encode: Callable[[Block], Encoded],
     ) -> Preprocessed:
-        """Tokenize the blocks of a shard in order and write them. A shard without documents writes only its .json."""
+        """Tokenize the blocks of a shard in order and write them. A shard without documents writes
+        only its .json."""
         start, report = time.monotonic(), Report()
         if not shard.index:
             add_to(report, self.listed)
@@ -234,16 +272,28 @@ class _Job:
                     writer.add_documents(encoded.tokens, encoded.lengths)
                     numbers.add(block, *encoded.read[1:])
                     report.num_empty += encoded.num_empty
-                    text_bytes, num_left = text_bytes + encoded.text_bytes, num_left + encoded.num_left
+                    text_bytes, num_left = (
+                        text_bytes + encoded.text_bytes,
+                        num_left + encoded.num_left,
+                    )
                     meter.update(report.bytes_read, writer.num_tokens)
                 if not writer.num_documents:
                     inputs = ", ".join(self.settings["inputs"])
-                    raise _NoDocument(f"no document came out of {inputs}; nothing was written\n{report}".rstrip())
+                    raise _NoDocument(
+                        f"no document came out of {inputs}; nothing was written\n{report}".rstrip()
+                    )
         except _NoDocument:
             if shard.count == 1:
                 raise
         result = Preprocessed(
-            prefix, self.settings, library, writer.num_documents, writer.num_tokens, text_bytes, num_left, report
+            prefix,
+            self.settings,
+            library,
+            writer.num_documents,
+            writer.num_tokens,
+            text_bytes,
+            num_left,
+            report,
         )
         result.write()
         result.seconds = time.monotonic() - start
@@ -290,10 +340,14 @@ def _opened(tokenizer: str) -> Tokenizer:
 
 
 def _pack(
-    read: Texts, flat: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], num_left: int, packing: Packing
+    read: Texts,
+    flat: npt.NDArray[np.uint32],
+    lengths: npt.NDArray[np.int64],
+    num_left: int,
+    packing: Packing,
 ) -> Encoded:
-    """Add begin and end tokens to the documents. A document without tokens is left out, and gets no end token
-    either."""
+    """Add begin and end tokens to the documents. A document without tokens is left out, and gets no
+    end token either."""
     num_texts, lengths = len(lengths), lengths[lengths > 0]
     if packing.begin is None and packing.end is None:
         tokens = flat.astype(packing.dtype)
@@ -305,14 +359,21 @@ def _pack(
         tokens = tokens[: lengths.sum()]
     num_empty = num_texts - len(lengths)
     text_bytes = sum(map(len, read.texts))
-    return Encoded(tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty)
+    return Encoded(
+        tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty
+    )
 
 
 def join_documents_reference(
-    tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begin: int, end: int, out: npt.NDArray[Any]
+    tokens: npt.NDArray[np.uint32],
+    lengths: npt.NDArray[np.int64],
+    begin: int,
+    end: int,
+    out: npt.NDArray[Any],
 ) -> npt.NDArray[np.int64]:
-    """Copy documents to `out` with the tokens `begin` and `end` added where they are missing (-1: none), and return the
-    new lengths. This is `megalite._data.join_documents` in numpy; `tokens` are end to end, [sum(lengths)]."""
+    """Copy documents to `out` with the tokens `begin` and `end` added where they are missing (-1:
+    none), and return the new lengths. This is `megalite._data.join_documents` in numpy; `tokens`
+    are end to end, [sum(lengths)]."""
     stops = lengths.cumsum()
     no_begin = (tokens[stops - lengths] != begin) & (begin >= 0)
     no_end = (tokens[stops - 1] != end) & (end >= 0)
@@ -331,8 +392,9 @@ except ImportError:  # installed without a compiler
 def in_order(
     blocks: Iterator[B], encode: Callable[[B], E], pool: Executor | None, workers: int
 ) -> Generator[tuple[B, E], None, None]:
-    """Yield every block with what `encode` makes of it, in order, with at most BLOCKS_PER_WORKER × `workers` in flight
-    in `pool`. Without a pool, encode here. Raise DataError if a worker was killed."""
+    """Yield every block with what `encode` makes of it, in order, with at most BLOCKS_PER_WORKER ×
+    `workers` in flight in `pool`. Without a pool, encode here. Raise DataError if a worker was
+    killed."""
     if pool is None:
         yield from ((block, encode(block)) for block in blocks)
         return
@@ -340,7 +402,8 @@ def in_order(
     try:
         for block in blocks:
             pending.append((block, pool.submit(encode, block)))
-            # Wait for the oldest block before taking another: this bounds the memory, and keeps the order.
+            # Wait for the oldest block before taking another: this bounds the memory, and keeps the
+            # order.
             if len(pending) >= BLOCKS_PER_WORKER * workers:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -348,7 +411,9 @@ def in_order(
             done, future = pending.popleft()
             yield done, future.result()
     except BrokenProcessPool:
-        raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
+        raise DataError(
+            f"one of {workers} workers was killed, most likely for memory; use fewer workers"
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -366,7 +431,13 @@ class Meter(ProgressMeter):
 
     def __init__(self, name: str, total_bytes: int, console: Console | None) -> None:
         rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rate, TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            rate,
+            TimeRemainingColumn(),
+        )
         super().__init__(name, total_bytes, columns, console, rate=0.0)
 
     def update(self, bytes_read: int, num_tokens: int) -> None:

@@ -1,5 +1,5 @@
-"""Convert rows of labelled data to token files: PREFIX.bin and .idx as for plain text, and PREFIX.mask, which says what
-is learned from each token.
+"""Convert rows of labelled data to token files: PREFIX.bin and .idx as for plain text, and
+PREFIX.mask, which says what is learned from each token.
 
 The parent reads rows, workers tokenize them, the parent writes, as in `preprocess`."""
 
@@ -55,11 +55,13 @@ def preprocess_rows(
     bad_rows: int = 0,
     console: Console | None = None,
 ) -> Preprocessed:
-    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, and .json which says what they were made from.
+    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, and .json which says what they were
+    made from.
 
-    `inputs` are files, folders or globs; `settings` give format, tokenizer and labels; `workers` is the number of
-    processes; `console` shows the progress. Up to `bad_rows` unusable rows are left out and reported. Raise DataError,
-    with nothing written, if there are more, if no row is left, or if the tokenizer lacks what the format needs."""
+    `inputs` are files, folders or globs; `settings` give format, tokenizer and labels; `workers` is
+    the number of processes; `console` shows the progress. Up to `bad_rows` unusable rows are left
+    out and reported. Raise DataError, with nothing written, if there are more, if no row is left,
+    or if the tokenizer lacks what the format needs."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
     check_inputs(prefix, files)
@@ -77,10 +79,14 @@ def preprocess_rows(
         IndexedWriter(prefix, dtype, mask_dtype) as writer,
         Meter("tokenizing", sum(files.values()), console) as meter,
         worker_pool(workers, start_tokenizing) as pool,
-        closing(in_order(_blocks(files, report), partial(_encode, settings), pool, workers)) as results,
+        closing(
+            in_order(_blocks(files, report), partial(_encode, settings), pool, workers)
+        ) as results,
     ):
         for _, encoded in results:
-            writer.add_documents(encoded.tokens.astype(dtype), encoded.lengths, encoded.values.astype(mask_dtype))
+            writer.add_documents(
+                encoded.tokens.astype(dtype), encoded.lengths, encoded.values.astype(mask_dtype)
+            )
             num_learned += int(np.count_nonzero(encoded.values))
             text_bytes += encoded.text_bytes
             bad += encoded.bad
@@ -91,24 +97,32 @@ def preprocess_rows(
         if len(bad) > bad_rows:
             raise DataError(_complaint(bad, bad_rows))
         if not writer.num_documents:
-            raise DataError(f"no row came out of {', '.join(inputs)}; nothing was written\n{report}".rstrip())
+            raise DataError(
+                f"no row came out of {', '.join(inputs)}; nothing was written\n{report}".rstrip()
+            )
     for row, why in bad:
         report.bad(row.path, row.line, why)
     facts = {"dtype": dtype.name, "inputs": list(inputs), **_facts_of(settings, tokenizer)}
     facts |= {"num_learned": num_learned, "passed_over": dict(sorted(seen.items()))}
-    result = Preprocessed(prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report)
+    result = Preprocessed(
+        prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report
+    )
     result.write()
     result.seconds = time.monotonic() - start
     passed = [f"passed over: {what} ({count:,})" for what, count in sorted(seen.items())]
-    result.remark = "\n".join([f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed])
+    result.remark = "\n".join(
+        [f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed]
+    )
     return result
 
 
 def _with_labels(files: Mapping[str, int], settings: Settings) -> Settings:
-    """Return the settings with the names of the classes, or of the number. Raise DataError for a problem that the
-    format or the labels do not go with."""
+    """Return the settings with the names of the classes, or of the number. Raise DataError for a
+    problem that the format or the labels do not go with."""
     if settings.problem != "single_label" and settings.format != "classification":
-        raise DataError(f"--problem {settings.problem} is for --format classification, not {settings.format}")
+        raise DataError(
+            f"--problem {settings.problem} is for --format classification, not {settings.format}"
+        )
     labels = settings.labels
     if settings.problem == "regression":
         labels = labels or ("score",)
@@ -116,14 +130,18 @@ def _with_labels(files: Mapping[str, int], settings: Settings) -> Settings:
         labels = _labels_of(files, settings)
     least, most = NUM_LABELS[settings.problem]
     if settings.problem != "single_label" and not least <= len(labels) <= most:
-        raise DataError(f"--problem {settings.problem} takes {least} to {most} labels, not {len(labels)}")
+        raise DataError(
+            f"--problem {settings.problem} takes {least} to {most} labels, not {len(labels)}"
+        )
     return replace(settings, labels=labels)
 
 
 def _mask_dtype(settings: Settings) -> np.dtype:
     """Return the dtype that holds the values of tokens."""
     count = len(settings.labels)
-    highest = {"single_label": count, "multi_label": 2**count, "regression": 2**32}[settings.problem]
+    highest = {"single_label": count, "multi_label": 2**count, "regression": 2**32}[
+        settings.problem
+    ]
     return next(dtype for dtype in map(np.dtype, MASKS) if highest <= np.iinfo(dtype).max)
 
 
@@ -167,7 +185,14 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
     ids = np.concatenate([np.empty(0, np.int64), *(document.ids for document in documents)])
     values = np.concatenate([np.empty(0, np.int64), *(document.values for document in documents)])
     num_bytes = sum(document.text_bytes for document in documents)
-    return EncodedRows(ids, values, [len(document.ids) for document in documents], num_bytes, bad, encoder.seen.copy())
+    return EncodedRows(
+        ids,
+        values,
+        [len(document.ids) for document in documents],
+        num_bytes,
+        bad,
+        encoder.seen.copy(),
+    )
 
 
 @cache
@@ -177,12 +202,14 @@ def _opened(settings: Settings) -> Encoder:
 
 
 def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
-    """Return the names of the classes, in the order of their numbers: those that the files name, else those that the
-    rows use. Raise DataError if they are mixed or too many."""
+    """Return the names of the classes, in the order of their numbers: those that the files name,
+    else those that the rows use. Raise DataError if they are mixed or too many."""
     for path in files:
         if path.lower().endswith((".parquet", ".arrow")):
             named = class_names(path)
-            if field := next((name for name in LABEL_FIELDS[settings.format] if name in named), None):
+            if field := next(
+                (name for name in LABEL_FIELDS[settings.format] if name in named), None
+            ):
                 return tuple(named[field])
     found: set[Any] = set()
     first = ""
@@ -203,13 +230,17 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
         some = ", ".join(sorted(map(repr, found))[:8])
         if not found:
             raise DataError(f"no row has a label{first}")
-        raise DataError(f"labels must be all words or all numbers; found: {some}; name them by --labels")
+        raise DataError(
+            f"labels must be all words or all numbers; found: {some}; name them by --labels"
+        )
     return tuple(sorted(found))
 
 
 def _complaint(bad: Sequence[tuple[Row, str]], tolerated: int) -> str:
     """Return the error about rows that cannot be used, with the first of them."""
-    lines = [f"{row.path}:{row.line}: {why}\n    {excerpt(row.values)}" for row, why in bad[:SHOWN_ROWS]]
+    lines = [
+        f"{row.path}:{row.line}: {why}\n    {excerpt(row.values)}" for row, why in bad[:SHOWN_ROWS]
+    ]
     more = len(bad) - SHOWN_ROWS
     lines += [f"… and {more:,} more"] if more > 0 else []
     allowed = f"more than the {tolerated:,} of --bad-rows" if tolerated else "nothing was written"

@@ -1,10 +1,12 @@
-"""Remote objects as local files: a cache of this node into which only the blocks that are read are fetched.
+"""Remote objects as local files: a cache of this node into which only the blocks that are read are
+fetched.
 
-A cached object is a folder of two files. `data` is as long as the object and sparse: each block is stored at its offset
-in the object, so that it is mapped like any local file. `present` has one byte per block, set once the block is
-complete and on the disk. Whoever fetches a block holds a lock on its byte, which the kernel releases when a process is
-killed: all processes of a node fetch a block once, and a half-written one is fetched again. The folder's name holds the
-object's size and version, so that a changed object is another folder."""
+A cached object is a folder of two files. `data` is as long as the object and sparse: each block is
+stored at its offset in the object, so that it is mapped like any local file. `present` has one byte
+per block, set once the block is complete and on the disk. Whoever fetches a block holds a lock on
+its byte, which the kernel releases when a process is killed: all processes of a node fetch a block
+once, and a half-written one is fetched again. The folder's name holds the object's size and
+version, so that a changed object is another folder."""
 
 from __future__ import annotations
 
@@ -31,22 +33,27 @@ from rich.console import Console
 from megalite.data.store import REQUEST_BYTES, Store
 from megalite.errors import DataError
 
-# Shuffled samples are a few KiB each, from all over the object: most of a larger block would be fetched too early.
+# Shuffled samples are a few KiB each, from all over the object: most of a larger block would be
+# fetched too early.
 BLOCK_BYTES = 256 << 10
 BLOCKS_PER_REQUEST = REQUEST_BYTES // BLOCK_BYTES  # neighbours come together
-BLOCKS_PER_ROUND = 32 * BLOCKS_PER_REQUEST  # what a process holds in memory, and what others may wait for, at most
+BLOCKS_PER_ROUND = (
+    32 * BLOCKS_PER_REQUEST
+)  # what a process holds in memory, and what others may wait for, at most
 THREADS = 32
 POLL_SECONDS = 0.01
 SECONDS_PER_LINE = 5.0
 
 Int64s = npt.NDArray[np.int64]
 _FETCHING: dict[Path, threading.Lock] = {}
-"""Locks by object. File locks do not exclude threads of one process, nor two `CachedObject`s of the same object."""
+"""Locks by object. File locks do not exclude threads of one process, nor two `CachedObject`s of the
+same object."""
 
 
 def cache_folder() -> Path:
-    """Return the cache's folder on this machine: a subfolder of $MEGALITE_CACHE or $XDG_CACHE_HOME/megalite, named
-    after the host, because a home directory may be shared by machines that do not see each other's writes at once."""
+    """Return the cache's folder on this machine: a subfolder of $MEGALITE_CACHE or
+    $XDG_CACHE_HOME/megalite, named after the host, because a home directory may be shared by
+    machines that do not see each other's writes at once."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "megalite"
     return Path(os.environ.get("MEGALITE_CACHE") or default).expanduser() / socket.gethostname()
 
@@ -57,9 +64,9 @@ def local_copy(url: str) -> Path:
 
 
 class CachedObject:
-    """Holds one object and its part in the cache: the file `path` is as long as the object, and zeros where nothing was
-    fetched. Opening it fetches nothing. Raises DataError if the object is missing or has no version to tell it from a
-    changed one."""
+    """Holds one object and its part in the cache: the file `path` is as long as the object, and
+    zeros where nothing was fetched. Opening it fetches nothing. Raises DataError if the object is
+    missing or has no version to tell it from a changed one."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -81,15 +88,18 @@ class CachedObject:
             num_blocks = -(-self.size // BLOCK_BYTES)
             self._locks = open(self._folder / "present", "a+b", buffering=0)  # noqa: SIM115
             self._locks.truncate(max(num_blocks, 1))  # an empty file cannot be mapped
-            # Shared with other processes through the mapping; as an array of its own class it would be slow to index.
-            self._present = np.asarray(np.memmap(self._locks, np.bool_, "r+", shape=max(num_blocks, 1)))
+            # Shared with other processes through the mapping; as an array of its own class it would
+            # be slow to index.
+            self._present = np.asarray(
+                np.memmap(self._locks, np.bool_, "r+", shape=max(num_blocks, 1))
+            )
         except OSError as error:
             raise self._unusable(error) from None
         self._one_at_a_time = _FETCHING.setdefault(self.path, threading.Lock())
 
     def fetch(self, starts: Int64s, lengths: Int64s) -> None:
-        """Bring bytes [starts[i], starts[i] + lengths[i]) into `path`, all [n]. Raise IndexError for bytes beyond the
-        object, and DataError if they cannot be fetched."""
+        """Bring bytes [starts[i], starts[i] + lengths[i]) into `path`, all [n]. Raise IndexError
+        for bytes beyond the object, and DataError if they cannot be fetched."""
         if not lengths.all():
             starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         if not starts.size:
@@ -99,10 +109,13 @@ class CachedObject:
             raise IndexError(f"bytes {starts.min()} to {ends.max()} are not all in {self.url}")
         first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
         counts = last - first + 1
-        # Fast path: samples are shorter than blocks, so that first and last block are usually all there is to check.
+        # Fast path: samples are shorter than blocks, so that first and last block are usually all
+        # there is to check.
         if counts.max() <= 2 and self._present[first].all() and self._present[last].all():
             return
-        blocks = np.unique(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
+        blocks = np.unique(
+            np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        )
         if not self._present[blocks].all():
             with self._one_at_a_time:
                 self._fetch(blocks)
@@ -132,11 +145,13 @@ class CachedObject:
             if time.monotonic() - said >= SECONDS_PER_LINE:
                 said = time.monotonic()
                 done = int(np.count_nonzero(self._present[blocks]))
-                self._say(f"{done * BLOCK_BYTES / 1e6:,.0f} of {len(blocks) * BLOCK_BYTES / 1e6:,.0f} MB fetched")
+                self._say(
+                    f"{done * BLOCK_BYTES / 1e6:,.0f} of {len(blocks) * BLOCK_BYTES / 1e6:,.0f} MB fetched"
+                )
 
     def _lock(self, blocks: Int64s) -> Int64s:
-        """Lock blocks that no other process is fetching, and return these. It never waits, so that no deadlock is
-        possible."""
+        """Lock blocks that no other process is fetching, and return these. It never waits, so that
+        no deadlock is possible."""
         mine: list[int] = []
         for block in blocks.tolist():
             try:
@@ -162,14 +177,19 @@ class CachedObject:
                         copy.result()
                     if not under_way:
                         break
-                    self._say(f"waiting for {len(blocks) * BLOCK_BYTES / 1e6:,.0f} MB {self._store.trouble}")
+                    self._say(
+                        f"waiting for {len(blocks) * BLOCK_BYTES / 1e6:,.0f} MB {self._store.trouble}"
+                    )
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
         os.fsync(self._data.fileno())  # or a power cut could leave `present` without the data
-        # Ask after reading: everything read so far then belongs to the version that this answer names.
+        # Ask after reading: everything read so far then belongs to the version that this answer
+        # names.
         if self._store.status() != self._status:
-            raise DataError(f"{self.url} changed while it was read; start again to use what it is now")
+            raise DataError(
+                f"{self.url} changed while it was read; start again to use what it is now"
+            )
         # Last of all: another process may read a block as soon as this says that it is there.
         self._present[blocks] = True
 
@@ -202,11 +222,16 @@ def _runs(blocks: Int64s) -> list[Int64s]:
     """Split ascending blocks into runs of neighbours, each at most as long as a request may be."""
     gaps = np.flatnonzero(np.diff(blocks) > 1) + 1
     pieces = np.split(blocks, gaps)
-    return [run[i : i + BLOCKS_PER_REQUEST] for run in pieces for i in range(0, len(run), BLOCKS_PER_REQUEST)]
+    return [
+        run[i : i + BLOCKS_PER_REQUEST]
+        for run in pieces
+        for i in range(0, len(run), BLOCKS_PER_REQUEST)
+    ]
 
 
 def _open_in_use(path: Path, size: int) -> IO[bytes]:
-    """Open the file, created with `size` bytes. While it is open, `_remove_unused` leaves its folder alone."""
+    """Open the file, created with `size` bytes. While it is open, `_remove_unused` leaves its
+    folder alone."""
     while True:
         # Not `exist_ok`, which then checks that it is a folder: it may be removed in between.
         with contextlib.suppress(FileExistsError):
@@ -228,7 +253,8 @@ def _remove_unused(folders: Iterable[Path]) -> int:
         try:
             with open(folder / "data", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Renamed first, so that nobody sees it half removed: an old `present` beside a new `data` would lie.
+                # Renamed first, so that nobody sees it half removed: an old `present` beside a new
+                # `data` would lie.
                 gone = folder.rename(folder.with_name(f"{uuid.uuid4().hex}.removed"))
         except OSError:
             continue

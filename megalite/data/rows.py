@@ -1,5 +1,5 @@
-"""Read rows of labelled data from files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, and folders of
-these as the `datasets` library saves them."""
+"""Read rows of labelled data from files: JSON lines (plain, .gz, .zst), JSON arrays, parquet,
+Arrow, and folders of these as the `datasets` library saves them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from megalite.data.documents import LONGEST_LINE, Report, check_batch, lines_of, list_files, read_bytes
+from megalite.data.documents import (
+    LONGEST_LINE,
+    Report,
+    check_batch,
+    lines_of,
+    list_files,
+    read_bytes,
+)
 from megalite.data.kinds import unpacked_name
 from megalite.data.store import open_file
 from megalite.errors import DataError
@@ -34,27 +41,39 @@ class Row(NamedTuple):
 
 
 def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
-    """Return the files of rows that `inputs` (files, folders, globs; paths or URLs) match, with their sizes. Other
-    files are counted in `report`. Raise DataError if there are none, and for a missing library."""
+    """Return the files of rows that `inputs` (files, folders, globs; paths or URLs) match, with
+    their sizes. Other files are counted in `report`. Raise DataError if there are none, and for a
+    missing library."""
     files = {}
     for path, size in list_files(inputs, report).items():
         folder, name = os.path.split(path)
         if name == "dataset_dict.json":
-            raise DataError(f"{folder} holds several splits; give one of them, such as {folder}/train")
+            raise DataError(
+                f"{folder} holds several splits; give one of them, such as {folder}/train"
+            )
         if not _kind(path):
             report.bad(path, 1, f"not a file of rows, which end in {', '.join(KINDS)}")
         elif name not in BESIDE:
             files[path] = size
     if not files:
         raise DataError(f"{', '.join(inputs)}: no file of rows, which end in {', '.join(KINDS)}")
-    for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow", ".arrow": "pyarrow"}.items():
-        if importlib.util.find_spec(package) is None and (path := next((p for p in files if p.endswith(suffix)), "")):
-            raise DataError(f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'")
+    for suffix, package in {
+        ".zst": "zstandard",
+        ".parquet": "pyarrow",
+        ".arrow": "pyarrow",
+    }.items():
+        if importlib.util.find_spec(package) is None and (
+            path := next((p for p in files if p.endswith(suffix)), "")
+        ):
+            raise DataError(
+                f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'"
+            )
     return files
 
 
 def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
-    """Yield every row in order, including unusable ones. Bytes and empty lines are counted in `report`."""
+    """Yield every row in order, including unusable ones. Bytes and empty lines are counted in
+    `report`."""
     for path, size in files.items():
         before = report.bytes_read
         reader = _read_json if _kind(path) in JSON_KINDS else _read_batches
@@ -74,7 +93,9 @@ def class_names(path: str) -> dict[str, list[str]]:
 
     with open_file(path) as source:
         is_parquet = _kind(path) == ".parquet"
-        schema = parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
+        schema = (
+            parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
+        )
     found = {}
     with reading(f"what the datasets library wrote into {path}", DataError):
         described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -113,12 +134,14 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
             try:
                 yield _row(path, number, _parsed(line))
             except (ValueError, RecursionError) as error:
-                yield Row(path, number, {"": line[:SHOWN].decode(errors="replace")}, f"not JSON: {error}")
+                yield Row(
+                    path, number, {"": line[:SHOWN].decode(errors="replace")}, f"not JSON: {error}"
+                )
 
 
 def _parsed(text: bytes) -> Any:
-    """Parse JSON, including NaN, which Python and pandas write, and halves of surrogate pairs: only a row that uses
-    them is bad."""
+    """Parse JSON, including NaN, which Python and pandas write, and halves of surrogate pairs: only
+    a row that uses them is bad."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -152,11 +175,16 @@ def _read_batches(path: str, report: Report) -> Iterator[Row]:
 
 
 def _rows_of(path: str, batch: Any, first: int) -> Iterator[Row]:
-    """Yield the rows of a batch. If it cannot be converted, convert row by row, so that an error costs only its own
-    row."""
+    """Yield the rows of a batch. If it cannot be converted, convert row by row, so that an error
+    costs only its own row."""
     try:
-        yield from [Row(path, number, values) for number, values in enumerate(batch.to_pylist(), first)]
-    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date that Python does not have
+        yield from [
+            Row(path, number, values) for number, values in enumerate(batch.to_pylist(), first)
+        ]
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # a text that is not UTF-8, a date that Python does not have
         if batch.num_rows == 1:
             yield Row(path, first, {}, f"unreadable: {error}")
             return

@@ -1,16 +1,18 @@
-"""Convert a SentencePiece model to a tokenizer.json that gives the same ids for every text, or give the reason why
-there is none.
+"""Convert a SentencePiece model to a tokenizer.json that gives the same ids for every text, or give
+the reason why there is none.
 
-**BPE.** SentencePiece joins the two neighbours whose sum has the best score, the leftmost of equals; a tokenizer.json
-lists pairs, the best first. All merges that make a piece lie within it, so that they are the same as for that piece as
-a text of its own: of the pairs that spell a piece, only the last merge there is ever used. With that one pair for each
-piece, in the order of the scores, both libraries take the same steps. Pieces of equal score are the exception, because
-their position decides between them and no list expresses that. Runs of one character are in order if the longest comes
-first, because the leftmost run grows to its end before the next one begins.
+**BPE.** SentencePiece joins the two neighbours whose sum has the best score, the leftmost of
+equals; a tokenizer.json lists pairs, the best first. All merges that make a piece lie within it, so
+that they are the same as for that piece as a text of its own: of the pairs that spell a piece, only
+the last merge there is ever used. With that one pair for each piece, in the order of the scores,
+both libraries take the same steps. Pieces of equal score are the exception, because their position
+decides between them and no list expresses that. Runs of one character are in order if the longest
+comes first, because the leftmost run grows to its end before the next one begins.
 
-**Unigram.** SentencePiece adds log-probabilities in fp32, tokenizers in fp64. On a grid of 1/16 both are exact, and
-break ties alike, until a text's sum reaches 2^20, at some 300,000 characters. tokenizers also looks up control and byte
-pieces in texts, so these get a score worse than that of their characters one by one."""
+**Unigram.** SentencePiece adds log-probabilities in fp32, tokenizers in fp64. On a grid of 1/16
+both are exact, and break ties alike, until a text's sum reaches 2^20, at some 300,000 characters.
+tokenizers also looks up control and byte pieces in texts, so these get a score worse than that of
+their characters one by one."""
 
 from __future__ import annotations
 
@@ -30,12 +32,13 @@ Merge = tuple[str, str]
 
 
 class NotConvertible(Exception):
-    """Raised if no tokenizer.json gives the ids of this model for every text. The message says why."""
+    """Raised if no tokenizer.json gives the ids of this model for every text. The message says
+    why."""
 
 
 def converted(model: Any) -> tokenizers.Tokenizer:
-    """Return the tokenizer that gives SentencePiece's ids for a ModelProto. It also finds control tokens in a text, as
-    chat templates need. Raise NotConvertible."""
+    """Return the tokenizer that gives SentencePiece's ids for a ModelProto. It also finds control
+    tokens in a text, as chat templates need. Raise NotConvertible."""
     _check_texts(model)
     core = {1: _unigram, 2: _bpe}.get(model.trainer_spec.model_type)
     if core is None:
@@ -46,26 +49,35 @@ def converted(model: Any) -> tokenizers.Tokenizer:
     if model.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    for piece in model.pieces:  # in the order of their ids, which they keep since the vocabulary has them already
+    for piece in (
+        model.pieces
+    ):  # in the order of their ids, which they keep since the vocabulary has them already
         if piece.type == CONTROL:
             tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif piece.type == USER_DEFINED:  # SentencePiece looks for them when spaces are marked already
+        elif (
+            piece.type == USER_DEFINED
+        ):  # SentencePiece looks for them when spaces are marked already
             tokenizer.add_tokens([AddedToken(piece.piece, normalized=True, special=False)])
     return tokenizer
 
 
 def _check_texts(model: Any) -> None:
-    """Raise NotConvertible for treatment of a text before it is split into pieces that tokenizers cannot reproduce."""
+    """Raise NotConvertible for treatment of a text before it is split into pieces that tokenizers
+    cannot reproduce."""
     spec, own = model.normalizer_spec, [p.piece for p in model.pieces if p.type == USER_DEFINED]
     if spec.precompiled_charsmap:
-        raise NotConvertible(f"it normalizes by {spec.name or 'a rule of its own'}, which tokenizers do otherwise")
+        raise NotConvertible(
+            f"it normalizes by {spec.name or 'a rule of its own'}, which tokenizers do otherwise"
+        )
     if model.trainer_spec.treat_whitespace_as_suffix:
         raise NotConvertible("it has treat_whitespace_as_suffix")
     if not spec.escape_whitespaces:
         raise NotConvertible("it has escape_whitespaces off")
     if any(p.type == UNUSED for p in model.pieces):
         raise NotConvertible("it has unused pieces")
-    if own and (spec.add_dummy_prefix or spec.remove_extra_whitespaces or any(" " in piece for piece in own)):
+    if own and (
+        spec.add_dummy_prefix or spec.remove_extra_whitespaces or any(" " in piece for piece in own)
+    ):
         raise NotConvertible(
             f"it has user-defined symbols, such as {own[0]!r}, and add_dummy_prefix or remove_extra_whitespaces"
         )
@@ -75,14 +87,20 @@ def _check_characters(pieces: list[str], known: dict[str, float]) -> None:
     """Raise NotConvertible for a piece with a character that is no piece itself."""
     for piece in pieces:
         if other := next((c for c in piece if c not in known), None):
-            raise NotConvertible(f"its piece {piece!r} has the character {other!r}, which is no piece")
+            raise NotConvertible(
+                f"its piece {piece!r} has the character {other!r}, which is no piece"
+            )
 
 
 def _bpe(model: Any) -> models.BPE:
     """Return the BPE model with one merge per piece, in the order of the scores."""
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     _check_characters(list(scores), scores)
-    merges = [(scores[piece], len(piece), merge) for piece in scores if (merge := _last_merge(piece, scores))]
+    merges = [
+        (scores[piece], len(piece), merge)
+        for piece in scores
+        if (merge := _last_merge(piece, scores))
+    ]
     ordered = [merge for _, _, merge in sorted(merges, reverse=True)]
     _check_ties(ordered, scores)
     return models.BPE(
@@ -95,8 +113,8 @@ def _bpe(model: Any) -> models.BPE:
 
 
 def _last_merge(piece: str, scores: dict[str, float]) -> Merge | None:
-    """Return the two pieces that SentencePiece joins last in a text that equals `piece`; None if it never gets there,
-    and for a single character."""
+    """Return the two pieces that SentencePiece joins last in a text that equals `piece`; None if it
+    never gets there, and for a single character."""
     steps = list(_steps(piece, scores))
     return steps[-1][0] if steps and "".join(steps[-1][0]) == piece else None
 
@@ -116,7 +134,8 @@ def _steps(text: str, scores: dict[str, float]) -> Iterator[tuple[Merge, list[st
 
 
 def _check_ties(ordered: list[Merge], scores: dict[str, float]) -> None:
-    """Raise NotConvertible if the position of pieces with equal scores may decide differently from their order."""
+    """Raise NotConvertible if the position of pieces with equal scores may decide differently from
+    their order."""
     classes: dict[float, list[Merge]] = defaultdict(list)
     for left, right in ordered:
         classes[scores[left + right]].append((left, right))
@@ -131,23 +150,31 @@ def _check_ties(ordered: list[Merge], scores: dict[str, float]) -> None:
             raise NotConvertible(f"its pieces {some} share the score {score:g}")
 
 
-def _runs_in_order(character: str, longest: int, scores: dict[str, float], ranks: dict[Merge, int]) -> bool:
-    """Return whether at each step, in runs of the character of all lengths, the leftmost best merge is also the first
-    in order. (Behind the growing run there are only single characters, with one merge.)"""
+def _runs_in_order(
+    character: str, longest: int, scores: dict[str, float], ranks: dict[Merge, int]
+) -> bool:
+    """Return whether at each step, in runs of the character of all lengths, the leftmost best merge
+    is also the first in order. (Behind the growing run there are only single characters, with one
+    merge.)"""
     for length in range(2, longest + 1):
         for merge, symbols in _steps(character * length, scores):
-            if ranks[merge] != min(ranks.get(pair, len(ranks)) for pair in itertools.pairwise(symbols)):
+            if ranks[merge] != min(
+                ranks.get(pair, len(ranks)) for pair in itertools.pairwise(symbols)
+            ):
                 return False
     return True
 
 
 def _unigram(model: Any) -> models.Unigram:
-    """Return the unigram model. Raise NotConvertible for scores off the grid, and for user-defined symbols."""
+    """Return the unigram model. Raise NotConvertible for scores off the grid, and for user-defined
+    symbols."""
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     if any(p.type == USER_DEFINED for p in model.pieces):
         raise NotConvertible("it is a unigram model with user-defined symbols")
     if any(not (score * GRID).is_integer() for score in scores.values()):
-        raise NotConvertible("it is a unigram model whose scores are no multiples of 1/16, so that rounding decides")
+        raise NotConvertible(
+            "it is a unigram model whose scores are no multiples of 1/16, so that rounding decides"
+        )
     reserved = [p.piece for p in model.pieces if p.type != NORMAL]
     _check_characters([*scores, *reserved], scores)
     worse = 2 * max(map(len, reserved)) * min(-1.0, *scores.values())
@@ -158,7 +185,9 @@ def _unigram(model: Any) -> models.Unigram:
 def _normalizer(spec: Any) -> normalizers.Normalizer:
     """Return the normalizer that marks spaces as SentencePiece does."""
     squeeze = spec.remove_extra_whitespaces
-    steps: list[Any] = [normalizers.Replace(Regex(p), to) for p, to in ((r"\A +", ""), (" {2,}", " "))] * squeeze
+    steps: list[Any] = [
+        normalizers.Replace(Regex(p), to) for p, to in ((r"\A +", ""), (" {2,}", " "))
+    ] * squeeze
     steps += [normalizers.Prepend(SPACE)] * spec.add_dummy_prefix
     steps.append(normalizers.Replace(" ", SPACE))
     # SentencePiece also strips a mark (U+2581) that the text itself has at its end.

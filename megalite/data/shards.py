@@ -1,7 +1,7 @@
 """Token files written in parts by several jobs, and joined when all parts are complete.
 
-A part is complete once its .json is there, which is written last. The job that completes the last part joins them, in
-order, into the files that a single job would have written, byte for byte."""
+A part is complete once its .json is there, which is written last. The job that completes the last
+part joins them, in order, into the files that a single job would have written, byte for byte."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def name_of(prefix: str, shard: Shard) -> str:
 
 
 def read_complete(prefix: str, settings: dict[str, Any], exact: bool) -> Preprocessed | None:
-    """Return the complete token file of these `settings`, None if there is none (with `exact`, one by gigatoken does
-    not count). A shard may have no document, and then no pair; its files may vanish at any moment, when another job
-    joins the shards."""
+    """Return the complete token file of these `settings`, None if there is none (with `exact`, one
+    by gigatoken does not count). A shard may have no document, and then no pair; its files may
+    vanish at any moment, when another job joins the shards."""
     result = read_metadata(prefix, settings)
     if result is None or (exact and "gigatoken" in result.tokenized_by):
         return None
@@ -40,13 +40,19 @@ def read_complete(prefix: str, settings: dict[str, Any], exact: bool) -> Preproc
 
 
 def join(
-    prefix: str, count: int, settings: dict[str, Any], exact: bool, dtype: Any, progress: Callable[[int, int], None]
+    prefix: str,
+    count: int,
+    settings: dict[str, Any],
+    exact: bool,
+    dtype: Any,
+    progress: Callable[[int, int], None],
 ) -> Preprocessed | None:
-    """Join the `count` shards of `prefix` and remove them. Return the whole, or None while some are missing.
+    """Join the `count` shards of `prefix` and remove them. Return the whole, or None while some are
+    missing.
 
-    `settings` and `exact` are those of `read_complete`, `dtype` that of the tokens. `progress` is called with the bytes
-    of the inputs and the tokens in place so far. Raise DataError, with the shards kept, if none has a document or they
-    cannot be locked."""
+    `settings` and `exact` are those of `read_complete`, `dtype` that of the tokens. `progress` is
+    called with the bytes of the inputs and the tokens in place so far. Raise DataError, with the
+    shards kept, if none has a document or they cannot be locked."""
     names = [name_of(prefix, Shard(index, count)) for index in range(count)]
 
     def read_all() -> list[Preprocessed]:
@@ -56,7 +62,8 @@ def join(
     # A cheap look without the lock, for the usual case that other jobs are still running.
     if len(read_all()) < count:
         return None
-    # Two jobs may complete the last two shards at once. The second finds them gone, here or after taking the lock.
+    # Two jobs may complete the last two shards at once. The second finds them gone, here or after
+    # taking the lock.
     try:
         lock = open(f"{names[0]}.json", "r+b")  # noqa: SIM115
     except FileNotFoundError:

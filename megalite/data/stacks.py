@@ -1,6 +1,7 @@
 """What an encoder and a decoder see of a sample: a source, and a target that follows from it.
 
-Legend: n = samples asked for, R = tokens read for a sample, S and T = tokens of the encoder and of the decoder."""
+Legend: n = samples asked for, R = tokens read for a sample, S and T = tokens of the encoder and of
+the decoder."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class Stacks(NamedTuple):
     source: Int64s  # [n, S]
     tokens: Int64s  # [n, T]
     labels: Int64s  # [n, T], the token that follows each; IGNORE where none is to be predicted
-    source_documents: Int64s | None = None  # [n, S] and [n, T], document of each token; None: one document
+    source_documents: Int64s | None = (
+        None  # [n, S] and [n, T], document of each token; None: one document
+    )
     documents: Int64s | None = None
 
 
@@ -37,8 +40,8 @@ def num_hidden(count: int, density: float, mean_length: float) -> tuple[int, int
 
 
 def span_lengths(source: int, density: float, mean_length: float) -> Lengths:
-    """Return how many tokens must be read for an encoder of `source` tokens, and how many the decoder then has: T5's
-    `random_spans_helper`. Both end with the end token."""
+    """Return how many tokens must be read for an encoder of `source` tokens, and how many the
+    decoder then has: T5's `random_spans_helper`. Both end with the end token."""
 
     def lengths(read: int) -> Lengths:
         hidden, spans = num_hidden(read, density, mean_length)
@@ -51,26 +54,38 @@ def span_lengths(source: int, density: float, mean_length: float) -> Lengths:
 
 
 class SpanCorruption:
-    """Hides spans of the text behind sentinels, for the decoder to tell (Raffel et al. 2020): the source is the text
-    with a sentinel in place of each span, the target each sentinel with its span behind it. Which spans these are is a
-    function of the sample's number alone."""
+    """Hides spans of the text behind sentinels, for the decoder to tell (Raffel et al. 2020): the
+    source is the text with a sentinel in place of each span, the target each sentinel with its span
+    behind it. Which spans these are is a function of the sample's number alone."""
 
     def __init__(
         self, lengths: Lengths, density: float, mean_length: float, sentinels: Sequence[int], start: int, end: int,
         key: int,
     ):  # fmt: skip
-        """Take the ids of `sentinels` in the order of the spans, of the token that a target begins with, and of the
-        `end` of both; `key` is of the run and the split."""
+        """Take the ids of `sentinels` in the order of the spans, of the token that a target begins
+        with, and of the `end` of both; `key` is of the run and the split."""
         self.lengths, self.start, self.end, self.key = lengths, start, end, key
         self._hidden, self._spans = num_hidden(lengths.read, density, mean_length)
         self._sentinels = np.array(sentinels[: self._spans], np.int64)
-        self._identity = ["spans", density, mean_length, *map(int, self._sentinels), start, end, key]
+        self._identity = [
+            "spans",
+            density,
+            mean_length,
+            *map(int, self._sentinels),
+            start,
+            end,
+            key,
+        ]
 
     def apply(self, windows: Windows, index: Int64s) -> Stacks:
-        """Return what the stacks see of `windows`, which are full; `index` [n] are the numbers of the samples."""
+        """Return what the stacks see of `windows`, which are full; `index` [n] are the numbers of
+        the samples."""
         count, (read, source, target) = len(index), self.lengths
         tokens = windows.tokens[:, :read]
-        ends = self._parts(read - self._hidden, "shown", index), self._parts(self._hidden, "hidden", index)
+        ends = (
+            self._parts(read - self._hidden, "shown", index),
+            self._parts(self._hidden, "hidden", index),
+        )
         # Text and spans take turns: numbers of them, and where each begins.
         both = np.stack(ends, 2).reshape(count, -1)
         first = np.cumsum(both, 1) - both
@@ -82,12 +97,14 @@ class SpanCorruption:
         inputs, labels = (np.full((count, length), self.end) for length in (source, target))
         # Each sentinel stands behind the text before it, and in the target before its span.
         self._place(inputs, tokens, ~is_hidden, span, np.cumsum(ends[0], 1) + numbers, before=0)
-        self._place(labels, tokens, is_hidden, span, np.cumsum(ends[1], 1) - ends[1] + numbers, before=1)
+        self._place(
+            labels, tokens, is_hidden, span, np.cumsum(ends[1], 1) - ends[1] + numbers, before=1
+        )
         return Stacks(inputs, shifted(labels, self.start), labels)
 
     def _parts(self, total: int, what: str, index: Int64s) -> Int64s:
-        """Return the sizes of as many parts as there are spans, each of at least one token, that make up `total`; all
-        ways to cut are equally likely: [n, spans]."""
+        """Return the sizes of as many parts as there are spans, each of at least one token, that
+        make up `total`; all ways to cut are equally likely: [n, spans]."""
         places = torch.from_numpy(index)[:, None] * total + torch.arange(total - 1)
         drawn = random_bits(key_of(self.key, what), places).numpy()
         cuts = np.sort(np.argsort(drawn, 1, kind="stable")[:, : self._spans - 1], 1) + 1
@@ -96,10 +113,16 @@ class SpanCorruption:
         return np.diff(edges, axis=1)
 
     def _place(
-        self, into: Int64s, tokens: Int64s, taken: npt.NDArray[np.bool_], span: Int64s, sentinels: Int64s, before: int
+        self,
+        into: Int64s,
+        tokens: Int64s,
+        taken: npt.NDArray[np.bool_],
+        span: Int64s,
+        sentinels: Int64s,
+        before: int,
     ) -> None:
-        """Write the tokens that are `taken`, and the sentinels at their places [n, spans], into `into`. As many
-        sentinels stand before a token as spans do before it, and `before` more."""
+        """Write the tokens that are `taken`, and the sentinels at their places [n, spans], into
+        `into`. As many sentinels stand before a token as spans do before it, and `before` more."""
         at = np.cumsum(taken, 1) - 1 + span + before
         row, place = np.nonzero(taken)
         into[row, at[row, place]] = tokens[row, place]
@@ -111,8 +134,8 @@ class SpanCorruption:
 
 
 class SourceAndTarget:
-    """Takes rows of labelled data apart: what is learned of a row is its target, and what stands before it its source.
-    Rows lie side by side in both stacks, and see each other in neither."""
+    """Takes rows of labelled data apart: what is learned of a row is its target, and what stands
+    before it its source. Rows lie side by side in both stacks, and see each other in neither."""
 
     def __init__(self, lengths: Lengths, start: int):
         """`start` is the id of the token that a target begins with."""
@@ -125,17 +148,34 @@ class SourceAndTarget:
         assert mask is not None
         is_there = np.arange(tokens.shape[1]) < filled[:, None]
         # What follows the rows counts as one document more, on both sides.
-        rest = np.where(filled > 0, np.take_along_axis(documents, np.maximum(filled - 1, 0)[:, None], 1)[:, 0] + 1, 0)
-        source, of_source = self._side(self.lengths.source, tokens, documents, is_there & (mask == 0), 0, rest)
-        labels, of_target = self._side(self.lengths.target, tokens, documents, is_there & (mask > 0), IGNORE, rest)
+        rest = np.where(
+            filled > 0,
+            np.take_along_axis(documents, np.maximum(filled - 1, 0)[:, None], 1)[:, 0] + 1,
+            0,
+        )
+        source, of_source = self._side(
+            self.lengths.source, tokens, documents, is_there & (mask == 0), 0, rest
+        )
+        labels, of_target = self._side(
+            self.lengths.target, tokens, documents, is_there & (mask > 0), IGNORE, rest
+        )
         begins = np.diff(of_target, axis=1, prepend=-1) != 0
         inputs = np.where(begins, self.start, shifted(labels, self.start))
-        return Stacks(source, np.where(labels == IGNORE, self.start, inputs), labels, of_source, of_target)
+        return Stacks(
+            source, np.where(labels == IGNORE, self.start, inputs), labels, of_source, of_target
+        )
 
     def _side(
-        self, length: int, tokens: Int64s, documents: Int64s, taken: npt.NDArray[np.bool_], fill: int, rest: Int64s
+        self,
+        length: int,
+        tokens: Int64s,
+        documents: Int64s,
+        taken: npt.NDArray[np.bool_],
+        fill: int,
+        rest: Int64s,
     ) -> tuple[Int64s, Int64s]:
-        """Return the tokens that are `taken`, moved together and filled up to `length`, and their documents."""
+        """Return the tokens that are `taken`, moved together and filled up to `length`, and their
+        documents."""
         row, place = np.nonzero(taken)
         at = (np.cumsum(taken, 1) - 1)[row, place]
         found = np.full((len(tokens), length), fill)

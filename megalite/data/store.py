@@ -1,4 +1,5 @@
-"""Read objects in stores (`s3://…`, `gs://…`, `hf://…`, whatever fsspec knows) in ranges, with retries."""
+"""Read objects in stores (`s3://…`, `gs://…`, `hf://…`, whatever fsspec knows) in ranges, with
+retries."""
 
 from __future__ import annotations
 
@@ -23,11 +24,20 @@ REQUEST_BYTES = 8 << 20
 READ_AHEAD = 4  # requests under way while a stream is read
 ATTEMPTS = 9
 LONGEST_PAUSE = 16.0  # seconds; with this many attempts a fault of half a minute is waited out
-# fsspec's own s3fs, gcsfs and aiohttp are two dozen packages; obstore is one, and works outside of Python's lock.
+# fsspec's own s3fs, gcsfs and aiohttp are two dozen packages; obstore is one, and works outside of
+# Python's lock.
 OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https")
 # Names that stores have for an object's version, the most reliable first.
 VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "generation", "md5Hash", "sha")
-DATES = ("last_modified", "LastModified", "Last-Modified", "mtime", "modificationTime", "modify", "created")
+DATES = (
+    "last_modified",
+    "LastModified",
+    "Last-Modified",
+    "mtime",
+    "modificationTime",
+    "modify",
+    "created",
+)
 # Faults that a retry does not mend.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 LASTING_IN_OBSTORE = re.compile(
@@ -55,8 +65,8 @@ class Found(NamedTuple):
 
 
 class Store:
-    """Reads the store of one URL. Every fault is raised as a DataError that names the URL, and is final: transient ones
-    are retried first, with growing pauses."""
+    """Reads the store of one URL. Every fault is raised as a DataError that names the URL, and is
+    final: transient ones are retried first, with growing pauses."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -69,7 +79,9 @@ class Store:
         try:
             self._files, self._path = _open(url)
         except (ImportError, ValueError) as error:
-            raise DataError(f"{url}: {error}; pip install 'megalite[remote]', or what fsspec needs for it") from None
+            raise DataError(
+                f"{url}: {error}; pip install 'megalite[remote]', or what fsspec needs for it"
+            ) from None
 
     def status(self) -> Status:
         """Return size and version of the object as it is now. Raise DataError."""
@@ -77,12 +89,15 @@ class Store:
         if info["type"] == "directory":
             raise DataError(f"{self.url} is a folder, not an object")
         if info.get("size") is None:
-            raise DataError(f"{self.url}: its server does not say how long it is; copy it to a disk")
+            raise DataError(
+                f"{self.url}: its server does not say how long it is; copy it to a disk"
+            )
         version = next((str(info[key]) for key in (*VERSIONS, *DATES) if info.get(key)), "")
         return Status(int(info["size"]), version)
 
     def read(self, start: int, end: int, stop: threading.Event | None = None) -> bytes:
-        """Return the bytes [start, end). Setting the event `stop` ends the retries. Raise DataError."""
+        """Return the bytes [start, end). Setting the event `stop` ends the retries. Raise
+        DataError."""
 
         def once() -> bytes:
             data = self._files.cat_file(self._path, start=start, end=end)
@@ -98,11 +113,14 @@ class Store:
         def once() -> list[Found]:
             plain = re.split(r"[*?[]", self._path, maxsplit=1)[0]
             if plain == self._path:
-                matches = {self._path: self._info()}  # the name in there lacks the bucket in obstore
+                matches = {
+                    self._path: self._info()
+                }  # the name in there lacks the bucket in obstore
             else:
                 self._files.invalidate_cache()
                 matches = self._files.glob(self._path, detail=True)
-            # The part that a glob's wildcard matches counts as below: `*` must not match hidden names.
+            # The part that a glob's wildcard matches counts as below: `*` must not match hidden
+            # names.
             asked = self._path.rstrip("/") if plain == self._path else plain.rpartition("/")[0]
             folders = [name for name, info in matches.items() if info["type"] == "directory"]
             for folder in folders:
@@ -121,8 +139,8 @@ class Store:
         return self._files.info(self._path)
 
     def _patiently(self, once: Callable[[], Any], stop: threading.Event | None = None) -> Any:
-        """Call `once` until it succeeds, at most ATTEMPTS times. Raise Missing, DataError for lasting faults, and
-        Unreachable for others."""
+        """Call `once` until it succeeds, at most ATTEMPTS times. Raise Missing, DataError for
+        lasting faults, and Unreachable for others."""
         stop = stop or threading.Event()
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -137,15 +155,19 @@ class Store:
                 self.trouble = ""
                 return result
             self.trouble = why
-            # Randomized, so that clients do not all return to an overloaded server at the same time.
+            # Randomized, so that clients do not all return to an overloaded server at the same
+            # time.
             pause = min(0.25 * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1)
             if lasts or attempt == ATTEMPTS or stop.wait(pause):
                 break
-        raise (DataError if lasts else Unreachable)(f"{self.url} cannot be read (attempt {attempt}): {why}")
+        raise (DataError if lasts else Unreachable)(
+            f"{self.url} cannot be read (attempt {attempt}): {why}"
+        )
 
 
 def stream(url: str) -> Iterator[bytes]:
-    """Yield the bytes of an object in order, with a few requests ahead of the reader. Raise DataError."""
+    """Yield the bytes of an object in order, with a few requests ahead of the reader. Raise
+    DataError."""
     store, stop = Store(url), threading.Event()
     size = store.status().size
     ahead: deque[Future[bytes]] = deque()
@@ -168,8 +190,8 @@ def size_of(path: str) -> int:
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """Open a file or an object for reading and seeking. Raise OSError, and DataError for a URL, also from later
-    reads."""
+    """Open a file or an object for reading and seeking. Raise OSError, and DataError for a URL,
+    also from later reads."""
     return io.BufferedReader(_ObjectFile(path)) if is_url(path) else open(path, "rb")
 
 
@@ -190,7 +212,9 @@ class _ObjectFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        )
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -211,8 +235,11 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
     if protocol not in OBSTORE:
         return fsspec.url_to_fs(url)
     _use_obstore(protocol)
-    # A plain http:// endpoint is the user's own choice. Retries are done here, so that obstore's are off.
-    return fsspec.url_to_fs(url, client_options={"allow_http": True}, retry_config={"max_retries": 0})
+    # A plain http:// endpoint is the user's own choice. Retries are done here, so that obstore's
+    # are off.
+    return fsspec.url_to_fs(
+        url, client_options={"allow_http": True}, retry_config={"max_retries": 0}
+    )
 
 
 @cache

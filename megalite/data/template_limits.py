@@ -1,9 +1,10 @@
-"""Limits of what a chat template may do: it comes with a model, is other people's code, and may never end.
+"""Limits of what a chat template may do: it comes with a model, is other people's code, and may
+never end.
 
-jinja compiles a template into Python, in transformers' sandbox. Here every step that may take long (an iteration of a
-loop, a call, building or comparing values) pays beforehand for what it is about to do: in characters and items, from a
-budget that follows from the size of the conversation, and within a deadline. A step between two payments is short, so
-that nothing needs to be interrupted."""
+jinja compiles a template into Python, in transformers' sandbox. Here every step that may take long
+(an iteration of a loop, a call, building or comparing values) pays beforehand for what it is about
+to do: in characters and items, from a budget that follows from the size of the conversation, and
+within a deadline. A step between two payments is short, so that nothing needs to be interrupted."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ MOST_BITS = 100_000
 MOST_DIGITS = 1_000_000
 """Largest width, precision or count that a filter or method may be given."""
 LEFT_OUT = ("striptags", "urlize", "wordwrap", "xmlattr")
-"""Filters for web pages whose time can grow with the square of a text's length; templates do not get them."""
+"""Filters for web pages whose time can grow with the square of a text's length; templates do not
+get them."""
 SHALLOW = frozenset((
     "attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr",
     "reverse", "select", "selectattr", "slice",
@@ -45,19 +47,22 @@ SHALLOW = frozenset((
 COMPARING = (
     "eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge", ">=", "in",
 )  # fmt: skip
-GROWING = frozenset(("center", "expandtabs", "indent", "ljust", "rjust", "tojson", "translate", "zfill", "to_bytes"))
+GROWING = frozenset(
+    ("center", "expandtabs", "indent", "ljust", "rjust", "tojson", "translate", "zfill", "to_bytes")
+)
 """Filters and methods whose result may be longer by a factor that their arguments give."""
 
 
 _now = threading.local()
-"""State of the rendering in this thread: `left` of its budget, and `until` when it may take. Outside a rendering there
-is no budget to pay from, so that jinja folds no constants when it compiles."""
+"""State of the rendering in this thread: `left` of its budget, and `until` when it may take.
+Outside a rendering there is no budget to pay from, so that jinja folds no constants when it
+compiles."""
 
 
 @contextmanager
 def limits(values: Any) -> Iterator[None]:
-    """Allow a template to be rendered with these `values` inside the block. Raise TemplateLimit if it exceeds the
-    limits."""
+    """Allow a template to be rendered with these `values` inside the block. Raise TemplateLimit if
+    it exceeds the limits."""
     _now.left, _now.until = 1 << 62, time.monotonic() + SECONDS
     _now.cpu, _now.steps = time.thread_time() + SECONDS, 0
     try:
@@ -68,8 +73,8 @@ def limits(values: Any) -> Iterator[None]:
 
 
 def render(source: str, **arguments: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Call transformers' `render_jinja_template` for one chat, under `limits`. Return its text and the spans of
-    generation blocks."""
+    """Call transformers' `render_jinja_template` for one chat, under `limits`. Return its text and
+    the spans of generation blocks."""
     with limits(arguments):
         chat = arguments.pop("chat")
         texts, spans = _render([chat], chat_template=source, **arguments)
@@ -84,16 +89,22 @@ def pay(count: int) -> None:
             f"the chat template works without end: it handles more than {BUDGET:,} characters or items, and "
             f"{BUDGET_PER_ITEM} for each that it is given"
         )
-    # Not every time: reading the clock takes longer than most steps. Both clocks must be over, so that a busy machine
-    # gives a template more time.
+    # Not every time: reading the clock takes longer than most steps. Both clocks must be over, so
+    # that a busy machine gives a template more time.
     _now.steps += 1
-    if (count > 1000 or _now.steps & 15 == 0) and time.monotonic() > _now.until and time.thread_time() > _now.cpu:
-        raise TemplateLimit(f"the chat template works without end: it takes more than {SECONDS:.0f} s")
+    if (
+        (count > 1000 or _now.steps & 15 == 0)
+        and time.monotonic() > _now.until
+        and time.thread_time() > _now.cpu
+    ):
+        raise TemplateLimit(
+            f"the chat template works without end: it takes more than {SECONDS:.0f} s"
+        )
 
 
 def _check(count: int) -> None:
-    """Raise TemplateLimit if the budget cannot cover `count`, without deducting it: the exact size is paid once it is
-    known."""
+    """Raise TemplateLimit if the budget cannot cover `count`, without deducting it: the exact size
+    is paid once it is known."""
     if count > _now.left:
         pay(count)
 
@@ -108,8 +119,8 @@ def _pay_for(value: Any) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Return the number of characters and items of a value. A list that holds another one twice counts it twice: it
-    takes no more memory, but as long to write or compare."""
+    """Return the number of characters and items of a value. A list that holds another one twice
+    counts it twice: it takes no more memory, but as long to write or compare."""
     sizes: dict[int, int] = {}
 
     def of(value: Any) -> int:
@@ -160,12 +171,15 @@ def _check_number(value: int) -> None:
 
 
 def _check_counts(values: Iterable[Any]) -> int:
-    """Return the sum of counts, widths and lengths of texts. Raise TemplateLimit for a count that is too large."""
+    """Return the sum of counts, widths and lengths of texts. Raise TemplateLimit for a count that
+    is too large."""
     total = 0
     for value in values:
         if isinstance(value, int):
             if abs(value) > MOST_DIGITS:
-                raise TemplateLimit(f"the chat template asks for a width or count of more than {MOST_DIGITS:,}")
+                raise TemplateLimit(
+                    f"the chat template asks for a width or count of more than {MOST_DIGITS:,}"
+                )
             total += abs(value)
         elif isinstance(value, str):
             total += len(value)
@@ -173,8 +187,8 @@ def _check_counts(values: Iterable[Any]) -> int:
 
 
 def _check_format(text: str, *values: Any) -> None:
-    """Check the result's size for `%` and `format`: a width stands in the text or is a value, and each placeholder may
-    take any of the values."""
+    """Check the result's size for `%` and `format`: a width stands in the text or is a value, and
+    each placeholder may take any of the values."""
     widths = sum(min(int(digits[:9]), 10**9) for digits in re.findall(r"\d+", text))
     if re.search(r"%[^a-zA-Z%]*\*|\{[^}]*\{", text):
         widths += sum(abs(value) for value in values if isinstance(value, int))
@@ -182,8 +196,8 @@ def _check_format(text: str, *values: Any) -> None:
 
 
 def _loop(items: Any, weight: int) -> Any:
-    """Return what a loop iterates over, and pay for it. `weight` is the most characters that the template writes per
-    iteration."""
+    """Return what a loop iterates over, and pay for it. `weight` is the most characters that the
+    template writes per iteration."""
     if isinstance(items, Iterator):
         return _paid(items, weight)
     pay(_length(items) * weight)
@@ -203,7 +217,8 @@ def _listed(value: Any) -> Any:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Extends transformers' template environment such that everything that may take long is paid for."""
+    """Extends transformers' template environment such that everything that may take long is paid
+    for."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%", "//"))
 
@@ -219,13 +234,17 @@ class _Environment(ImmutableSandboxedEnvironment):
             pay(_length(left) + _length(right))
         elif isinstance(left, str) and operator == "%":
             _check_format(left, *(right if isinstance(right, tuple) else [right]))
-        elif operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
+        elif operator == "*" and not (
+            isinstance(left, int | float) and isinstance(right, int | float)
+        ):
             pay(_times(left, right))
         elif isinstance(left, int) and isinstance(right, int):
             _check_number(left)
             _check_number(right)
             if operator == "**" and left.bit_length() * abs(right) > MOST_BITS:
-                raise TemplateLimit(f"the chat template computes a number of more than {MOST_BITS:,} bits")
+                raise TemplateLimit(
+                    f"the chat template computes a number of more than {MOST_BITS:,} bits"
+                )
         result = super().call_binop(context, operator, left, right)
         return _pay_for(result) if operator == "%" else result
 
@@ -248,7 +267,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return result
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return super().getitem(obj, argument if isinstance(argument, (str, int, slice)) else _pay_for(argument))
+        return super().getitem(
+            obj, argument if isinstance(argument, (str, int, slice)) else _pay_for(argument)
+        )
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Return `str.format` with a check of the widths."""
@@ -293,8 +314,8 @@ def _grown(text: str, values: list[Any]) -> int:
 
 
 def _paying(name: str, function: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return a filter or test that pays before it runs. `place` is the index of the value among the arguments that
-    jinja passes."""
+    """Return a filter or test that pays before it runs. `place` is the index of the value among the
+    arguments that jinja passes."""
 
     @wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
@@ -326,20 +347,25 @@ def _paying(name: str, function: Callable[..., Any], place: int) -> Callable[...
 
 
 class _Payments(NodeTransformer):
-    """Rewrites a template's syntax tree so that loop iterations, concatenations and comparisons pay."""
+    """Rewrites a template's syntax tree so that loop iterations, concatenations and comparisons
+    pay."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         """Let the loop pay per iteration for the text constants inside it."""
         self.generic_visit(node)
         weight = 1 + sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-        weight += sum(len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str))
+        weight += sum(
+            len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str)
+        )
         node.iter = nodes.Filter(node.iter, "megalite_loop", [nodes.Const(weight)], [], None, None)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Concat:
         """Let every part of a concatenation that is no constant pay."""
         self.generic_visit(node)
-        node.nodes = [part if isinstance(part, nodes.Const) else _payment(part) for part in node.nodes]
+        node.nodes = [
+            part if isinstance(part, nodes.Const) else _payment(part) for part in node.nodes
+        ]
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
@@ -370,32 +396,42 @@ def _payment(node: nodes.Expr) -> nodes.Filter:
 def _compiled(source: str) -> Any:
     """Compile a template in the paying environment, cached by its source."""
     theirs = chat_template_utils._compile_jinja_template("").environment
-    # A copy of transformers' own environment with our methods: its settings stay those of the installed version.
+    # A copy of transformers' own environment with our methods: its settings stay those of the
+    # installed version.
     ours = object.__new__(_Environment)
     ours.__dict__.update(theirs.__dict__)
     ours.overlayed, ours.linked_to, ours.cache = True, theirs, None
     ours.finalize, ours.weight = _pay_for, len(source)
-    # To some filters jinja passes a context, an evaluation context or an environment as first argument.
+    # To some filters jinja passes a context, an evaluation context or an environment as first
+    # argument.
     place = {name: int(hasattr(found, "jinja_pass_arg")) for name, found in theirs.filters.items()}
     ours.filters = {
-        name: _paying(name, found, place[name]) for name, found in theirs.filters.items() if name not in LEFT_OUT
+        name: _paying(name, found, place[name])
+        for name, found in theirs.filters.items()
+        if name not in LEFT_OUT
     }
     ours.filters |= {"megalite_loop": _loop, "megalite_pay": _pay_for}
     ours.tests = dict(theirs.tests)
     for name in COMPARING:
-        ours.tests[name] = _paying(name, theirs.tests[name], int(hasattr(theirs.tests[name], "jinja_pass_arg")))
+        ours.tests[name] = _paying(
+            name, theirs.tests[name], int(hasattr(theirs.tests[name], "jinja_pass_arg"))
+        )
     ours.globals = {name: found for name, found in theirs.globals.items() if name != "lipsum"}
     return ours.from_string(source)
 
 
 def _own_render() -> Callable[..., Any]:
-    """Return a copy of transformers' function that compiles templates with `_compiled`. Raise DataError for a version
-    that works differently."""
+    """Return a copy of transformers' function that compiles templates with `_compiled`. Raise
+    DataError for a version that works differently."""
     theirs = chat_template_utils.render_jinja_template
     if "_compile_jinja_template" not in theirs.__code__.co_names:
-        raise DataError("this version of transformers compiles chat templates in an unknown way; install another one")
+        raise DataError(
+            "this version of transformers compiles chat templates in an unknown way; install another one"
+        )
     names = theirs.__globals__ | {"_compile_jinja_template": _compiled}
-    copied = types.FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__)
+    copied = types.FunctionType(
+        theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__
+    )
     copied.__kwdefaults__ = theirs.__kwdefaults__
     return copied
 

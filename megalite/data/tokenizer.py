@@ -1,4 +1,5 @@
-"""One small interface to Hugging Face tokenizers and SentencePiece models, without importing transformers or torch."""
+"""One small interface to Hugging Face tokenizers and SentencePiece models, without importing
+transformers or torch."""
 
 from __future__ import annotations
 
@@ -35,12 +36,15 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 SUFFIXES = {".json": "tokenizer.json", ".model": "tokenizer.model"}
 """By the suffix of a file that may have any name: the usual name of its kind."""
 FINGERPRINT = "2-"  # prefix of fingerprints in the present scheme
-PROBE = "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 naïve…\r\n\n    <|endoftext|>"
+PROBE = (
+    "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 naïve…\r\n\n    <|endoftext|>"
+)
 
 
 class Tokenizer(ABC):
-    """Converts text to ids and back. `vocab_size` is the largest id + 1, `eod_id` ends a document (None if unknown),
-    `begin_id` begins a text and `mask_id` stands for a token to predict (None if there is no such token)."""
+    """Converts text to ids and back. `vocab_size` is the largest id + 1, `eod_id` ends a document
+    (None if unknown), `begin_id` begins a text and `mask_id` stands for a token to predict (None if
+    there is no such token)."""
 
     vocab_size: int
     eod_id: int | None
@@ -65,7 +69,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Write what `transformers.AutoTokenizer.from_pretrained(folder)` and `load_tokenizer(folder)` need."""
+        """Write what `transformers.AutoTokenizer.from_pretrained(folder)` and
+        `load_tokenizer(folder)` need."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, without added special tokens."""
@@ -74,13 +79,13 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts that are pretraining data.
 
-        To a SentencePiece model, `</s>` in such a text is text; to other tokenizers it is the token, as in
-        transformers."""
+        To a SentencePiece model, `</s>` in such a text is text; to other tokenizers it is the
+        token, as in transformers."""
         return self.encode_batch(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a text that a model continues, preceded by whatever the tokenizer begins every text
-        with."""
+        """Return the ids of a text that a model continues, preceded by whatever the tokenizer
+        begins every text with."""
         return self.encode(text)
 
     @property
@@ -90,7 +95,8 @@ class Tokenizer(ABC):
 
     @property
     def end_ids(self) -> list[int]:
-        """Return the ids that the tokenizer ends every text with, unless a model is to go on with it."""
+        """Return the ids that the tokenizer ends every text with, unless a model is to go on with
+        it."""
         return []
 
     @property
@@ -104,24 +110,29 @@ class Tokenizer(ABC):
         return frozenset()
 
     def fingerprint(self) -> str:
-        """Return a name for everything that the ids of a text, and the end of a document, depend on. A SentencePiece
-        model and the equivalent tokenizer.json have the same name."""
+        """Return a name for everything that the ids of a text, and the end of a document, depend
+        on. A SentencePiece model and the equivalent tokenizer.json have the same name."""
         return self.older_fingerprint()
 
     def has_kept_ids(self, tokenized_by: str) -> bool:
-        """Return whether token files of older versions with this tokenizer's `older_fingerprint`, made by the library
-        `tokenized_by`, certainly have its ids."""
+        """Return whether token files of older versions with this tokenizer's `older_fingerprint`,
+        made by the library `tokenized_by`, certainly have its ids."""
         return True
 
     def older_fingerprint(self) -> str:
-        """Return the name in older versions' scheme: that of the vocabulary and of the ids of a probe text."""
-        facts = [sorted(self.vocabulary().items()), self.eod_id, self.encode_batch(PROBE.splitlines(keepends=True)[:3])]
+        """Return the name in older versions' scheme: that of the vocabulary and of the ids of a
+        probe text."""
+        facts = [
+            sorted(self.vocabulary().items()),
+            self.eod_id,
+            self.encode_batch(PROBE.splitlines(keepends=True)[:3]),
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """Return why token files with this `note` may not belong to `tokenizer`, as part of a sentence; empty if they do,
-    or if the note does not say."""
+    """Return why token files with this `note` may not belong to `tokenizer`, as part of a sentence;
+    empty if they do, or if the note does not say."""
     made_by = note.get("tokenizer_fingerprint")
     if not made_by or made_by == tokenizer.fingerprint():
         return ""
@@ -137,8 +148,8 @@ def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece .model file, or what a
-    plugin reads. Raise DataError."""
+    """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece
+    .model file, or what a plugin reads. Raise DataError."""
     path = Path(path)
     file = tokenizer_file(path) if path.is_dir() else path
     if file is not None and file.is_file():
@@ -148,13 +159,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise DataError(
         f"{path} holds no tokenizer; accepted are a folder with tokenizer.json (any Hugging Face model that has a fast "
         "tokenizer) or tokenizer.model, a tokenizer.json file, or a SentencePiece .model file"
-        + "".join(f", or {name} of a plugin" for name in tokenizer_readers.names() if name not in tokenizer_readers.own)
+        + "".join(
+            f", or {name} of a plugin"
+            for name in tokenizer_readers.names()
+            if name not in tokenizer_readers.own
+        )
     )
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Wraps a tokenizer.json and the configuration files beside it. Special tokens in a text are recognised, as in
-    transformers by default; but not in documents if a SentencePiece model lies beside it too."""
+    """Wraps a tokenizer.json and the configuration files beside it. Special tokens in a text are
+    recognised, as in transformers by default; but not in documents if a SentencePiece model lies
+    beside it too."""
 
     def __init__(self, file: Path) -> None:
         """Open `file`. Raise DataError."""
@@ -174,22 +190,32 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         named = special_tokens(settings)
         # BERT's have no EOS and BOS tokens, but [SEP] and [CLS].
-        end, begin = named.get("eos_token", named.get("sep_token")), named.get("bos_token", named.get("cls_token"))
+        end, begin = (
+            named.get("eos_token", named.get("sep_token")),
+            named.get("bos_token", named.get("cls_token")),
+        )
         ends = END_OF_DOCUMENT if end is None else (end,)
         self.eod_id = next((vocabulary[name] for name in ends if name in vocabulary), None)
-        self.begin_id, self.mask_id = (vocabulary.get(name or "") for name in (begin, named.get("mask_token")))
+        self.begin_id, self.mask_id = (
+            vocabulary.get(name or "") for name in (begin, named.get("mask_token"))
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The "fast" variant skips character offsets, which are not needed here.
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._for_documents.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            e.ids
+            for e in self._for_documents.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     @cached_property
     def _for_documents(self) -> tokenizers.Tokenizer:
-        """Return the tokenizer that leaves special tokens in documents as text, if a SentencePiece model lies
-        beside."""
+        """Return the tokenizer that leaves special tokens in documents as text, if a SentencePiece
+        model lies beside."""
         if not self._file.with_name("tokenizer.model").is_file():
             return self._tokenizer
         description = orjson.loads(self.to_json())
@@ -203,7 +229,14 @@ class HuggingFaceTokenizer(Tokenizer):
             return [token for token in whole[:1] if token == self.begin_id]
         # The tokens that end every text are left out, because the model continues this one.
         starts = range(len(whole) - len(ids) + 1)
-        return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
+        return next(
+            (
+                whole[: start + len(ids)]
+                for start in starts
+                if whole[start : start + len(ids)] == ids
+            ),
+            ids,
+        )
 
     @cached_property
     def begin_ids(self) -> list[int]:
@@ -212,7 +245,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """Return the ids that the tokenizer ends every text with, unless a model is to go on with it."""
+        """Return the ids that the tokenizer ends every text with, unless a model is to go on with
+        it."""
         return self._tokenizer.encode("a").ids[len(self.encode_prompt("a")) :]
 
     @cached_property
@@ -221,21 +255,31 @@ class HuggingFaceTokenizer(Tokenizer):
         first, ids = self.encode("a"), self._tokenizer.encode("a", "a").ids
         return ids[len(self.begin_ids) + len(first) : len(ids) - len(first) - len(self.end_ids)]
 
-    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return for each text its ids, without added special tokens, and the characters [start, stop) of each."""
-        return [(e.ids, e.offsets) for e in self._with_places.encode_batch(list(texts), add_special_tokens=False)]
+    def encode_with_offsets(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return for each text its ids, without added special tokens, and the characters [start,
+        stop) of each."""
+        return [
+            (e.ids, e.offsets)
+            for e in self._with_places.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     @cached_property
     def _with_places(self) -> tokenizers.Tokenizer:
-        """Return the tokenizer without post-processor: some would exclude white space from the offsets of tokens that
-        begin with it."""
+        """Return the tokenizer without post-processor: some would exclude white space from the
+        offsets of tokens that begin with it."""
         plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         plain.post_processor = None
         return plain
 
     def control_tokens(self) -> list[str]:
         """Return the special tokens, which never occur in ordinary text."""
-        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        return [
+            token.content
+            for token in self._tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        ]
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -244,15 +288,20 @@ class HuggingFaceTokenizer(Tokenizer):
         return frozenset(number for number, token in added.items() if token.special)
 
     def added_tokens(self) -> list[str]:
-        """Return the tokens that are matched whole in a text before anything else: special tokens, and others."""
+        """Return the tokens that are matched whole in a text before anything else: special tokens,
+        and others."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     @cached_property
     def landmarks(self) -> dict[int, str]:
-        """Return the added tokens, by id, that every occurrence of their text becomes, whatever surrounds it: the text
-        after one has the same ids as in a text that begins with it."""
+        """Return the added tokens, by id, that every occurrence of their text becomes, whatever
+        surrounds it: the text after one has the same ids as in a text that begins with it."""
         added = self._tokenizer.get_added_tokens_decoder()
-        plain = {i: t.content for i, t in added.items() if not (t.lstrip or t.rstrip or t.single_word or t.normalized)}
+        plain = {
+            i: t.content
+            for i, t in added.items()
+            if not (t.lstrip or t.rstrip or t.single_word or t.normalized)
+        }
         texts = [token.content for token in added.values()]
         return {i: text for i, text in plain.items() if sum(text in other for other in texts) == 1}
 
@@ -269,13 +318,17 @@ class HuggingFaceTokenizer(Tokenizer):
         return _name_of(self.to_json(), self.eod_id)
 
     def has_kept_ids(self, tokenized_by: str) -> bool:
-        """Return whether older token files certainly have these ids; see `Tokenizer`. Only byte-fallback and unigram
-        models are in doubt."""
+        """Return whether older token files certainly have these ids; see `Tokenizer`. Only
+        byte-fallback and unigram models are in doubt."""
         model = orjson.loads(self.to_json())["model"]
         if model["type"] != "Unigram" and not model.get("byte_fallback"):
             return True
-        beside = self._file.with_name("tokenizer.model")  # this tokenizer.json may be its equivalent
-        is_equal = beside.is_file() and SentencePieceTokenizer(beside).fingerprint() == self.fingerprint()
+        beside = self._file.with_name(
+            "tokenizer.model"
+        )  # this tokenizer.json may be its equivalent
+        is_equal = (
+            beside.is_file() and SentencePieceTokenizer(beside).fingerprint() == self.fingerprint()
+        )
         return is_equal and tokenized_by == "sentencepiece"
 
     def to_json(self) -> str:
@@ -288,9 +341,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if folder.resolve() == source.resolve():
             return
         copy_files([source], folder)
-        shutil.copyfile(self._file, folder / "tokenizer.json")  # the source file may have another name
+        shutil.copyfile(
+            self._file, folder / "tokenizer.json"
+        )  # the source file may have another name
         if not (folder / CONFIG).is_file():
-            write_tokenizer_config(folder, None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id))
+            write_tokenizer_config(
+                folder, None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
+            )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -301,7 +358,9 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             import sentencepiece
         except ImportError:
-            raise DataError(f"{file}: a .model file needs sentencepiece; pip install 'megalite[data]'") from None
+            raise DataError(
+                f"{file}: a .model file needs sentencepiece; pip install 'megalite[data]'"
+            ) from None
         check_regular(file, DataError)
         with reading(file, DataError):
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -350,8 +409,8 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenized_by == "sentencepiece"
 
     def save(self, folder: str | Path) -> None:
-        """Write the model and the equivalent tokenizer.json. Without one, whoever opens the folder uses the model
-        itself."""
+        """Write the model and the equivalent tokenizer.json. Without one, whoever opens the folder
+        uses the model itself."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         source, is_whole = self._file.parent, self._file.name == "tokenizer.model"
@@ -362,7 +421,10 @@ class SentencePieceTokenizer(Tokenizer):
         if isinstance(self._converted, NotConvertible):
             return
         self._converted.save(str(folder / "tokenizer.json"))
-        end, begin = (None if i is None else self._processor.id_to_piece(i) for i in (self.eod_id, self.begin_id))
+        end, begin = (
+            None if i is None else self._processor.id_to_piece(i)
+            for i in (self.eod_id, self.begin_id)
+        )
         template = read_object(source / CONFIG).get("chat_template") if is_whole else None
         write_tokenizer_config(folder, end, begin, template)
 
@@ -374,10 +436,14 @@ def write_tokenizer_config(
     template: Any = None,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write a tokenizer_config.json to `folder` that makes transformers use tokenizer.json as it is, and clean up
-    nothing on decoding. `end` and `begin` are the EOS and BOS tokens, `template` the chat template; `more` are other
-    settings."""
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
+    """Write a tokenizer_config.json to `folder` that makes transformers use tokenizer.json as it
+    is, and clean up nothing on decoding. `end` and `begin` are the EOS and BOS tokens, `template`
+    the chat template; `more` are other settings."""
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+    }
     values |= more
     values |= {"bos_token": begin} if begin is not None else {}
     values |= {"chat_template": template} if template is not None else {}
@@ -385,10 +451,14 @@ def write_tokenizer_config(
 
 
 def _name_of(description: str, eod_id: int | None) -> str:
-    """Return the fingerprint of a tokenizer.json. Decoder, padding and post-processor change no id of a text and are
-    left out; a setting that is off counts as absent, so that a library with a new setting changes no fingerprint."""
+    """Return the fingerprint of a tokenizer.json. Decoder, padding and post-processor change no id
+    of a text and are left out; a setting that is off counts as absent, so that a library with a new
+    setting changes no fingerprint."""
     values = orjson.loads(description)
-    facts = [_without_defaults(values[name]) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
+    facts = [
+        _without_defaults(values[name])
+        for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    ]
     data = orjson.dumps([*facts, eod_id], option=orjson.OPT_SORT_KEYS)
     return f"{FINGERPRINT}{hashlib.sha256(data).hexdigest()[:32]}"
 

@@ -1,10 +1,11 @@
-"""Train a tokenizer: byte-level BPE, also with T5's special tokens, SentencePiece BPE or unigram with byte fallback, or
-BERT's WordPiece.
+"""Train a tokenizer: byte-level BPE, also with T5's special tokens, SentencePiece BPE or unigram
+with byte fallback, or BERT's WordPiece.
 
-The result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open, with the same ids,
-and from which every text comes back unchanged, including spaces and unknown scripts. (One exception: U+2581 is
-SentencePiece's own mark for a space, and comes back from its tokenizers as one.) WordPiece alone keeps neither white
-space nor characters that it has not seen: it is for models that read."""
+The result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open,
+with the same ids, and from which every text comes back unchanged, including spaces and unknown
+scripts. (One exception: U+2581 is SentencePiece's own mark for a space, and comes back from its
+tokenizers as one.) WordPiece alone keeps neither white space nor characters that it has not seen:
+it is for models that read."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from megalite.data.documents import Document, Report, iter_documents
 from megalite.data.sentencepiece_json import GRID
-from megalite.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, write_tokenizer_config
+from megalite.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    write_tokenizer_config,
+)
 from megalite.errors import DataError
 
 END = "<|endoftext|>"
@@ -31,7 +37,8 @@ BERT_SETTINGS = {
     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
 }
 T5_SPECIAL = {"pad": "<pad>", "eos": "</s>"}
-"""Special tokens for an encoder-decoder by role, in the order of their ids: a target begins with the first."""
+"""Special tokens for an encoder-decoder by role, in the order of their ids: a target begins with
+the first."""
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
 """Stand for hidden spans, in their order."""
 T5_SETTINGS = {
@@ -39,13 +46,15 @@ T5_SETTINGS = {
     "additional_special_tokens": SENTINELS,
 }
 Kind = Literal["bpe", "sp-bpe", "sp-unigram", "t5", "wordpiece"]
-# Qwen2's pattern: contractions, words with one preceding sign, single digits, runs of punctuation with the line ends
-# behind them, and indentation that leaves its last space to the following word.
+# Qwen2's pattern: contractions, words with one preceding sign, single digits, runs of punctuation
+# with the line ends behind them, and indentation that leaves its last space to the following word.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SENTENCE_BYTES = 1 << 14
-# Characters of byte and control pieces. Unigram models need them as pieces, for texts that spell such a piece out.
+# Characters of byte and control pieces. Unigram models need them as pieces, for texts that spell
+# such a piece out.
 SPELLED = "".join(sorted({*"<0x123456789ABCDEF>", *"<unk>", *END}))
 
 
@@ -59,15 +68,19 @@ def train_tokenizer(
 ) -> tuple[Tokenizer, Report]:
     """Train on the first `max_bytes` of text (UTF-8) in `inputs` and write the folder `output`.
 
-    `kind` is the type, `vocab_size` the number of tokens; small inputs may give a smaller byte-level vocabulary.
-    `json_key` names the text in JSON lines, parquet and Arrow. Return the tokenizer and a report on the inputs. Raise
-    DataError."""
+    `kind` is the type, `vocab_size` the number of tokens; small inputs may give a smaller
+    byte-level vocabulary. `json_key` names the text in JSON lines, parquet and Arrow. Return the
+    tokenizer and a report on the inputs. Raise DataError."""
     if kind not in get_args(Kind):
-        raise DataError(f"tokenizer type {kind!r} is unknown; choose from {', '.join(get_args(Kind))}")
+        raise DataError(
+            f"tokenizer type {kind!r} is unknown; choose from {', '.join(get_args(Kind))}"
+        )
     # Every byte, <unk>, the end, and some room for characters; T5's special tokens.
     smallest = {"bpe": 257, "t5": 256 + len(T5_SPECIAL) + len(SENTINELS)}.get(kind, 300)
     if vocab_size < smallest:
-        raise DataError(f"vocabulary size {vocab_size} is too small for type {kind}; the least is {smallest}")
+        raise DataError(
+            f"vocabulary size {vocab_size} is too small for type {kind}; the least is {smallest}"
+        )
     report, folder = Report(), Path(output)
     documents = _first_bytes(iter_documents(inputs, json_key, report), max_bytes)
     if not kind.startswith("sp-"):
@@ -106,7 +119,9 @@ def _some_text(report: Report) -> None:
         raise DataError(f"the inputs hold no text to train on\n{report}".rstrip())
 
 
-def _train_byte_bpe(texts: Iterator[str], vocab_size: int, special: Sequence[str] = (END,)) -> tokenizers.Tokenizer:
+def _train_byte_bpe(
+    texts: Iterator[str], vocab_size: int, special: Sequence[str] = (END,)
+) -> tokenizers.Tokenizer:
     """Return a byte-level BPE tokenizer with `special` tokens trained on the texts."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -127,7 +142,8 @@ def _train_byte_bpe(texts: Iterator[str], vocab_size: int, special: Sequence[str
 
 
 def _train_t5(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Return a byte-level BPE tokenizer with T5's special tokens trained on the texts, each of which it ends."""
+    """Return a byte-level BPE tokenizer with T5's special tokens trained on the texts, each of
+    which it ends."""
     tokenizer = _train_byte_bpe(texts, vocab_size, (*T5_SPECIAL.values(), *SENTINELS))
     end = T5_SPECIAL["eos"]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -157,13 +173,17 @@ def _train_wordpiece(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokeni
     return tokenizer
 
 
-def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, report: Report) -> bytes:
-    """Return the content of a SentencePiece model file. Its pieces never cross a line: the newline stays a byte, as in
-    Llama's own models. Raise DataError."""
+def _train_sentencepiece(
+    texts: Iterator[str], vocab_size: int, model_type: str, report: Report
+) -> bytes:
+    """Return the content of a SentencePiece model file. Its pieces never cross a line: the newline
+    stays a byte, as in Llama's own models. Raise DataError."""
     try:
         import sentencepiece
     except ImportError:
-        raise DataError("training this type needs sentencepiece; pip install 'megalite[data]'") from None
+        raise DataError(
+            "training this type needs sentencepiece; pip install 'megalite[data]'"
+        ) from None
     model = io.BytesIO()
     sentences = (piece for text in texts for line in text.split("\n") for piece in _cut(line))
     try:
@@ -190,16 +210,18 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str,
         )
     except RuntimeError as error:
         _some_text(report)
-        raise DataError(f"SentencePiece could not train {vocab_size} {model_type} pieces: {error}") from None
+        raise DataError(
+            f"SentencePiece could not train {vocab_size} {model_type} pieces: {error}"
+        ) from None
     return _with_exact_sums(model.getvalue()) if model_type == "unigram" else model.getvalue()
 
 
 def _with_exact_sums(model: bytes) -> bytes:
-    """Return the model with its log-probabilities rounded to a grid, on which fp32 adds up those of a long text
-    exactly.
+    """Return the model with its log-probabilities rounded to a grid, on which fp32 adds up those of
+    a long text exactly.
 
-    Otherwise SentencePiece (fp32) and tokenizers (fp64) break ties between reorderings of the same pieces, common in
-    code, differently: one line of Python in two hundred came out different."""
+    Otherwise SentencePiece (fp32) and tokenizers (fp64) break ties between reorderings of the same
+    pieces, common in code, differently: one line of Python in two hundred came out different."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     parsed = proto.ModelProto.FromString(model)
@@ -209,6 +231,7 @@ def _with_exact_sums(model: bytes) -> bytes:
 
 
 def _cut(line: str) -> Iterator[str]:
-    """Return a line in pieces short enough for the trainer, which skips sentences above its limit."""
+    """Return a line in pieces short enough for the trainer, which skips sentences above its
+    limit."""
     step = SENTENCE_BYTES // 4  # a character has at most four bytes
     return (line[start : start + step] for start in range(0, len(line), step))

@@ -1,5 +1,5 @@
-"""Find how a chat template ends an answer, from what it renders: by tokens, or by a text if the tokenizer has no token
-for it.
+"""Find how a chat template ends an answer, from what it renders: by tokens, or by a text if the
+tokenizer has no token for it.
 
 Both what is learned of answers and where generated ones stop follow from this."""
 
@@ -19,11 +19,16 @@ MARKUP = re.compile(r"[<>|{}\[\]#]")
 FUNCTION = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {
     "type": "object", "properties": {"of": {"type": "string"}}
 }}}  # fmt: skip
-CALL = {"type": "function", "id": "a1B2c3D4e", "function": {"name": "look_up", "arguments": {"of": MARKS[3]}}}
+CALL = {
+    "type": "function",
+    "id": "a1B2c3D4e",
+    "function": {"name": "look_up", "arguments": {"of": MARKS[3]}},
+}
 
 
 Render = Callable[[Sequence[Mapping[str, Any]], Any], str]
-"""Returns the text of messages, with tools. Raises ValueError if the template cannot render them."""
+"""Returns the text of messages, with tools. Raises ValueError if the template cannot render
+them."""
 
 
 class TurnEnd(NamedTuple):
@@ -55,13 +60,15 @@ class TurnEndIds(NamedTuple):
 
 
 def find_turn_end(render: Render, added: Collection[str], special: Collection[str]) -> TurnEnd:
-    """Return what a template puts behind an answer: behind the last one, before another question, and behind a tool
-    call.
+    """Return what a template puts behind an answer: behind the last one, before another question,
+    and behind a tool call.
 
-    It is empty if the template puts nothing there, or refuses the conversation. `render` is the template's; `added` are
-    the tokens that the tokenizer matches whole in a text, `special` those of them that never occur in ordinary text."""
+    It is empty if the template puts nothing there, or refuses the conversation. `render` is the
+    template's; `added` are the tokens that the tokenizer matches whole in a text, `special` those
+    of them that never occur in ordinary text."""
     question, answer, following = (
-        {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), MARKS, strict=False)
+        {"role": role, "content": mark}
+        for role, mark in zip(("user", "assistant", "user"), MARKS, strict=False)
     )
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     whole = _rendered(render, [question, answer, following])
@@ -98,14 +105,15 @@ def _shared_end(one: str, other: str) -> str:
 
 
 def _first(added: Collection[str], text: str) -> str | None:
-    """Return the added token that comes first in a text, the longest of several there; None without any."""
+    """Return the added token that comes first in a text, the longest of several there; None without
+    any."""
     found = [(place, -len(token), token) for token in added if (place := text.find(token)) >= 0]
     return min(found)[2] if found else None
 
 
 def _last(special: Collection[str], text: str) -> str | None:
-    """Return the special token that comes last in a text. Not the first: behind one such as </tool_call> another call
-    may follow."""
+    """Return the special token that comes last in a text. Not the first: behind one such as
+    </tool_call> another call may follow."""
     found = [(text.rfind(token) + len(token), token) for token in special if token in text]
     return max(found)[1] if found else None
 

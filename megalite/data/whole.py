@@ -1,8 +1,8 @@
-"""Check token files completely before the first step: every length, pointer and document of an index, and every value
-of a mask. Opening a file looks only at its ends.
+"""Check token files completely before the first step: every length, pointer and document of an
+index, and every value of a mask. Opening a file looks only at its ends.
 
-A gigabyte takes about a second. A file larger than REMEMBERED_BYTES that was found correct is remembered in the cache,
-under its fingerprint and modification time."""
+A gigabyte takes about a second. A file larger than REMEMBERED_BYTES that was found correct is
+remembered in the cache, under its fingerprint and modification time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ Array = npt.NDArray[Any]
 
 
 def find_in_index(lengths: Array, pointers: Array, documents: Array, itemsize: int) -> str:
-    """Return what is wrong inside an index whose last entries are known to be right; empty if nothing is.
+    """Return what is wrong inside an index whose last entries are known to be right; empty if
+    nothing is.
 
-    Sequences of `lengths` tokens (of `itemsize` bytes) must lie end to end from byte 0 on, at `pointers`, and
-    `documents` must not decrease. (A document may have no sequence: Megatron-LM's tool writes such for an empty
-    text.)"""
+    Sequences of `lengths` tokens (of `itemsize` bytes) must lie end to end from byte 0 on, at
+    `pointers`, and `documents` must not decrease. (A document may have no sequence: Megatron-LM's
+    tool writes such for an empty text.)"""
     if pointers[0] != 0:
         return f"has its first sequence begin at byte {int(pointers[0])}, not at 0"
     for first in range(0, len(lengths), CHUNK):
@@ -70,12 +71,15 @@ def find_in_mask(mask: Array, highest: int) -> str:
 
 
 class Remembered:
-    """Remembers by a file in the cache that token files were found correct. A cache that cannot be written forgets."""
+    """Remembers by a file in the cache that token files were found correct. A cache that cannot be
+    written forgets."""
 
     def __init__(self, files: list[Path], fingerprint: str, what: str = "") -> None:
-        """Derive the record's name from sizes, times and inodes of `files` and their `fingerprint`. `what` names what
-        they were checked against."""
-        times = [(path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files]
+        """Derive the record's name from sizes, times and inodes of `files` and their `fingerprint`.
+        `what` names what they were checked against."""
+        times = [
+            (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files
+        ]
         name = hashlib.sha256(repr((fingerprint, times, what)).encode()).hexdigest()[:32]
         self._path = cache_folder() / "checked" / name
 

@@ -1,4 +1,5 @@
-"""`megalite dryrun`: the real training program, start to save, as ranks of a cluster that is not there.
+"""`megalite dryrun`: the real training program, start to save, as ranks of a cluster that is not
+there.
 
     device     a GPU without one: `csrc/dryrun` gives tensors on it shapes and counted memory, and computes nothing
     groups     process groups that write down what is asked of them

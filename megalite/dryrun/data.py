@@ -1,5 +1,5 @@
-"""What stands for the data of a config: small token files of the same kind, and settings without what a dry run has no
-use for."""
+"""What stands for the data of a config: small token files of the same kind, and settings without
+what a dry run has no use for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ HIDING = ("masked", "seq2seq")
 
 
 def dry_config(config: Config, folder: Path, steps: int) -> Config:
-    """Return `config` with token files in `folder` instead of its own, a run folder there, and `steps` steps."""
+    """Return `config` with token files in `folder` instead of its own, a run folder there, and
+    `steps` steps."""
     data = config.data
     shares = data.split or (1.0, 0.0, 0.0)
     sources = {
@@ -31,10 +32,20 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
         "valid": data.valid or (data.train if shares[1] else ()),
         "test": data.test or (data.train if shares[2] else ()),
     }
-    found = {name: tuple(_stand_in(each, config, folder) for each in each_of) for name, each_of in sources.items()}
+    found = {
+        name: tuple(_stand_in(each, config, folder) for each in each_of)
+        for name, each_of in sources.items()
+    }
     # Objectives that hide tokens ask the tokenizer for those that stand for them.
-    tokenizer = write_tokenizer(folder / "tokenizer", config) if config.model.task in HIDING else None
-    document = {"document_mask": data.document_mask, "split": None, "tokenizer": tokenizer, "fim": None}
+    tokenizer = (
+        write_tokenizer(folder / "tokenizer", config) if config.model.task in HIDING else None
+    )
+    document = {
+        "document_mask": data.document_mask,
+        "split": None,
+        "tokenizer": tokenizer,
+        "fim": None,
+    }
     return _updated(
         config,
         {
@@ -42,7 +53,12 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
             # Made-up tokens need no tokenizer, no split and nothing rearranged: shapes are what
             # counts.
             "data": found | document,
-            "train": {"stop_at": steps, "steps": config.train.steps or steps, "epochs": None, "compile": False},
+            "train": {
+                "stop_at": steps,
+                "steps": config.train.steps or steps,
+                "epochs": None,
+                "compile": False,
+            },
             "checkpoint": {"resume": "never"},
             "observe": _without_tracking(config),
             "health": {"hang_timeout_s": 0},
@@ -80,20 +96,24 @@ def _stand_in(source: Any, config: Config, folder: Path) -> Any:
 
 
 def write_tokenizer(folder: Path, config: Config) -> Path:
-    """Write a tokenizer of as many tokens as the model has, the first of which are those that objectives ask for."""
+    """Write a tokenizer of as many tokens as the model has, the first of which are those that
+    objectives ask for."""
     import tokenizers
 
     special = [T5_SPECIAL["eos"], BERT["mask"], *SENTINELS][: config.model.vocab_size - 1]
     others = (f"token {number}" for number in range(config.model.vocab_size - len(special)))
     words = {name: number for number, name in enumerate([*special, *others])}
     folder.mkdir(parents=True)
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=special[0])).save(str(folder / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=special[0])).save(
+        str(folder / "tokenizer.json")
+    )
     write_tokenizer_config(folder, special[0], more={"mask_token": BERT["mask"]})
     return folder
 
 
 def write_tokens(prefix: Path, config: Config) -> None:
-    """Write a token file with the labels and the note that the config's task or objective asks for."""
+    """Write a token file with the labels and the note that the config's task or objective asks
+    for."""
     kind = config.model.task if config.model.has_classes else config.objective.DATA
     length = max(config.data.seq_length // 4, 2)
     # Short enough for several documents in a sample; plain text, which is cut, needs more of them.
@@ -101,7 +121,8 @@ def write_tokens(prefix: Path, config: Config) -> None:
     size = sum(lengths)
     dtype = token_dtype(config.model.vocab_size)
     with IndexedWriter(prefix, dtype, np.uint8 if kind != "text" else None) as writer:
-        # One token everywhere, since no number is computed with: no special one of `write_tokenizer`.
+        # One token everywhere, since no number is computed with: no special one of
+        # `write_tokenizer`.
         tokens = np.full(size, config.model.vocab_size - 1, dtype)
         writer.add_documents(tokens, lengths, _mask(kind, lengths))
     note: dict[str, Any] = {"vocab_size": config.model.vocab_size}
@@ -113,8 +134,8 @@ def write_tokens(prefix: Path, config: Config) -> None:
 
 
 def _mask(kind: str, lengths: Sequence[int]) -> Any:
-    """Return what is learned of each token: of a class its last one, of the others all but the first; of a source and
-    its target the second half."""
+    """Return what is learned of each token: of a class its last one, of the others all but the
+    first; of a source and its target the second half."""
     if kind == "text":
         return None
     masks = []

@@ -1,5 +1,6 @@
-"""A GPU that is not there. `megalite._dryrun` gives torch's CPU build tensors on it; what else the program asks of
-torch.cuda is answered here. `open_device` must be called before torch is imported."""
+"""A GPU that is not there. `megalite._dryrun` gives torch's CPU build tensors on it; what else the
+program asks of torch.cuda is answered here. `open_device` must be called before torch is
+imported."""
 
 from __future__ import annotations
 
@@ -16,14 +17,22 @@ from typing import Any
 
 PACKAGE = f"{Path(__file__).resolve().parents[1]}/"
 OWN = f"{Path(__file__).resolve().parent}/"
-CAPABILITIES = {"V100": (7, 0), "A100": (8, 0), "A800": (8, 0), "B200": (10, 0), "B300": (10, 3), "GB": (10, 0)}
+CAPABILITIES = {
+    "V100": (7, 0),
+    "A100": (8, 0),
+    "A800": (8, 0),
+    "B200": (10, 0),
+    "B300": (10, 3),
+    "GB": (10, 0),
+}
 """Compute capabilities of chips; the others count as Hopper."""
 PASSING = ("kernels/", "comm/", "parallel/tensor.py", "parallel/expert.py", "engine/gather.py")
 """Code that works for others: a place in it also names who called it."""
 
 
 class Places:
-    """Numbers the places in megalite's code that allocate memory or wait, and counts the waits of each phase."""
+    """Numbers the places in megalite's code that allocate memory or wait, and counts the waits of
+    each phase."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -37,7 +46,8 @@ class Places:
         self._numbers: dict[Any, int] = {}
 
     def ask(self, kind: str) -> int:
-        """Return the number of the place that runs. `kind` is the operation at work, or begins with `waits: `."""
+        """Return the number of the place that runs. `kind` is the operation at work, or begins with
+        `waits: `."""
         number = self.here(sys._getframe().f_back, kind)
         if kind.startswith("waits: "):
             self.on_wait()
@@ -59,7 +69,9 @@ class Places:
         if (number := self._numbers.get(key)) is not None:
             return number
         name = _line(frame) if outer in (None, frame) else f"{_line(frame)}, for {_line(outer)}"
-        return self._number(key, name, f"{_path(frame)}:{frame.f_code.co_qualname}:{outer and outer.f_code.co_name}")
+        return self._number(
+            key, name, f"{_path(frame)}:{frame.f_code.co_qualname}:{outer and outer.f_code.co_name}"
+        )
 
     def _number(self, key: Any, name: str, function: str) -> int:
         if key not in self._numbers:
@@ -143,13 +155,15 @@ _places = Places()
 
 
 def open_device(name: str, gpus_per_node: int) -> tuple[Any, Places]:
-    """Make torch see `gpus_per_node` GPUs that call themselves `name`. Returns the compiled module, which counts their
-    memory, and the places that it is told."""
+    """Make torch see `gpus_per_node` GPUs that call themselves `name`. Returns the compiled module,
+    which counts their memory, and the places that it is told."""
     assert "torch" not in sys.modules, "torch has looked for its devices already"
     (folder,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr,misc]
     # Global symbols: the module registers its device in these very tables of torch, not in a copy.
     ctypes.CDLL(f"{folder}/lib/libtorch_cpu.so", mode=ctypes.RTLD_GLOBAL)
-    _dryrun = importlib.import_module("megalite._dryrun")  # it registers the device that torch finds
+    _dryrun = importlib.import_module(
+        "megalite._dryrun"
+    )  # it registers the device that torch finds
     import torch
 
     _dryrun.start(_places.ask)

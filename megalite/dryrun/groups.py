@@ -1,5 +1,6 @@
-"""Process groups of ranks that are not there: every collective and message succeeds at once and is written down, in the
-order in which the program starts it, with what the program has waited for by then."""
+"""Process groups of ranks that are not there: every collective and message succeeds at once and is
+written down, in the order in which the program starts it, with what the program has waited for by
+then."""
 
 from __future__ import annotations
 
@@ -26,14 +27,16 @@ KINDS = {
 
 
 class Work(dist.Work):
-    """A collective that is done, as soon as it is begun; that the program waits for it is written down."""
+    """A collective that is done, as soon as it is begun; that the program waits for it is written
+    down."""
 
     def __init__(self, log: Log, number: int, on_host: bool):
         super().__init__()
         self._log, self._number, self._on_host = log, number, on_host
 
     def wait(self, timeout: Any = None) -> bool:
-        """Note the wait: of the host on a message between hosts, otherwise of the device's stream."""
+        """Note the wait: of the host on a message between hosts, otherwise of the device's
+        stream."""
         self._log.wait(self._number, self._on_host)
         return True
 
@@ -45,7 +48,8 @@ class Work(dist.Work):
 class Log:
     """Everything that this rank sends and receives.
 
-    A launch is what one communicator starts at once: a collective, a message, or several messages as a batch."""
+    A launch is what one communicator starts at once: a collective, a message, or several messages
+    as a batch."""
 
     def __init__(self, rank: int, world_size: int, places: Places):
         self.rank, self.world_size, self._places = rank, world_size, places
@@ -57,8 +61,13 @@ class Log:
         """(phase, its first launch)."""
         self._group_numbers: dict[str, int] = {}
         self._part_numbers: dict[Any, int] = {}
-        self._waited: dict[bool, list[int]] = {True: [], False: []}  # by whether the next launch is of the host
-        self._on_stream: list[int] = []  # waited for by the device's stream, and not yet by the host
+        self._waited: dict[bool, list[int]] = {
+            True: [],
+            False: [],
+        }  # by whether the next launch is of the host
+        self._on_stream: list[
+            int
+        ] = []  # waited for by the device's stream, and not yet by the host
         self._batch: list[tuple[Any, int]] | None = None
 
     def begin(self, phase: str) -> None:
@@ -99,7 +108,9 @@ class Log:
         part = self._part_numbers[key]
         if self._batch is not None:
             self._batch.append((group, part))
-            return Work(self, len(self.launches), on_host)  # of the batch that is being put together
+            return Work(
+                self, len(self.launches), on_host
+            )  # of the batch that is being put together
         return self._launch(group, [part], on_host)
 
     def _launch(self, group: Any, parts: list[int], on_host: bool) -> Work:
@@ -112,7 +123,9 @@ class Log:
         name = group.group_name
         if name not in self._group_numbers:
             self._group_numbers[name] = len(self.groups)
-            self.groups.append({"name": name, "ranks": dist.get_process_group_ranks(group), "axis": ""})
+            self.groups.append(
+                {"name": name, "ranks": dist.get_process_group_ranks(group), "axis": ""}
+            )
         return self._group_numbers[name]
 
     def name_axis(self, axis: str, group: Any) -> None:
@@ -158,8 +171,13 @@ def _recorded(log: Log, kind: str) -> Any:
         if kind in ("send", "recv"):
             peer = int(values[1])
         op = options.reduceOp.op.name if "reduce" in kind else ""  # type: ignore[union-attr]
-        # Of an all-gather the whole is the output, which comes first; of others it is the input, which comes last.
-        sides = [each for each in values if tree_leaves(each) and isinstance(tree_leaves(each)[0], torch.Tensor)]
+        # Of an all-gather the whole is the output, which comes first; of others it is the input,
+        # which comes last.
+        sides = [
+            each
+            for each in values
+            if tree_leaves(each) and isinstance(tree_leaves(each)[0], torch.Tensor)
+        ]
         side = sides[0] if kind == "all_gather" else sides[-1] if sides else []
         return log.start(group, kind, tree_leaves(side), peer, op)
 

@@ -1,8 +1,9 @@
-"""Compares what ranks send one another, and plays it: a mismatch or a dead-lock is found without a cluster.
+"""Compares what ranks send one another, and plays it: a mismatch or a dead-lock is found without a
+cluster.
 
-Every communicator of a rank is a stream that runs its launches in order, as NCCL's do. A collective ends when all of
-its ranks are at it, and a send when its receive is there: nothing is buffered. What a rank launches waits, besides, for
-all that the program had waited for by then."""
+Every communicator of a rank is a stream that runs its launches in order, as NCCL's do. A collective
+ends when all of its ranks are at it, and a send when its receive is there: nothing is buffered.
+What a rank launches waits, besides, for all that the program had waited for by then."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         part = self.part
         kind = f"{part['kind']} ({part['op'].lower()})" if part["op"] else part["kind"]
-        end = {"send": " to", "recv": " from"}.get(part["kind"], " of rank" if part["peer"] >= 0 else "")
+        end = {"send": " to", "recv": " from"}.get(
+            part["kind"], " of rank" if part["peer"] >= 0 else ""
+        )
         peer = f"{end} {part['peer']}" if end else ""
         return f"{kind}{peer} of {part['numel']:,} {part['dtype']} at {self.line}"
 
@@ -63,7 +66,8 @@ def calls_of(traffic: Traffic) -> Iterator[tuple[int, int, Call]]:
 
 
 def compare(traffics: Mapping[int, Traffic]) -> list[str]:
-    """Return what differs between the collectives of ranks that share a group: the first difference of each group."""
+    """Return what differs between the collectives of ranks that share a group: the first difference
+    of each group."""
     sequences: dict[Comm, dict[int, list[Call]]] = defaultdict(dict)
     groups: dict[str, Mapping[str, Any]] = {}
     for rank, traffic in traffics.items():
@@ -85,20 +89,25 @@ def compare(traffics: Mapping[int, Traffic]) -> list[str]:
         for rank, calls in others:
             difference = _difference(first, wanted, rank, calls)
             if difference:
-                found.append(f"{axis_of(groups[name])}{', between hosts' if on_host else ''}: {difference}")
+                found.append(
+                    f"{axis_of(groups[name])}{', between hosts' if on_host else ''}: {difference}"
+                )
                 break
     return found
 
 
 def _difference(first: int, wanted: Sequence[Call], rank: int, calls: Sequence[Call]) -> str:
-    """Return the first difference between the collectives of two ranks; empty where there is none."""
+    """Return the first difference between the collectives of two ranks; empty where there is
+    none."""
     for number, (theirs, own) in enumerate(zip(wanted, calls, strict=False), start=1):
         # `is`: ranks that share a record need no comparison.
         if theirs is not own and theirs.what != own.what:
             return f"collective {number} of rank {first} is {theirs}; of rank {rank} it is {own} ({own.phase})"
     if len(wanted) == len(calls):
         return ""
-    more, longer, fewer = (first, wanted, rank) if len(wanted) > len(calls) else (rank, calls, first)
+    more, longer, fewer = (
+        (first, wanted, rank) if len(wanted) > len(calls) else (rank, calls, first)
+    )
     at = min(len(wanted), len(calls))
     return f"rank {more} starts {longer[at]} ({longer[at].phase}), its collective {at + 1}; rank {fewer} has no more"
 
@@ -125,8 +134,9 @@ class _Rank:
 
 
 def play(traffics: Mapping[int, Traffic]) -> list[str]:
-    """Play all ranks' launches to the end. Return what keeps them from it: messages that differ at their ends, and
-    ranks that wait for one another. Ranks that are not in `traffics` answer at once."""
+    """Play all ranks' launches to the end. Return what keeps them from it: messages that differ at
+    their ends, and ranks that wait for one another. Ranks that are not in `traffics` answer at
+    once."""
     return _Play(traffics).run()
 
 
@@ -157,7 +167,11 @@ class _Play:
                 # One launch of a communicator at a time, in order: the next begins when it is done.
                 while queue and rank.is_done[queue[0]]:
                     queue.popleft()
-                if queue and not rank.launches[queue[0]].is_started and self._is_clear(rank, queue[0]):
+                if (
+                    queue
+                    and not rank.launches[queue[0]].is_started
+                    and self._is_clear(rank, queue[0])
+                ):
                     self._start(number, queue[0])
                     moved = True
 
@@ -197,7 +211,11 @@ class _Play:
             return None
         other, other_index, other_call = theirs[key].popleft()
         if any(call.part[name] != other_call.part[name] for name in ("numel", "dtype")):
-            one, two = ((number, call), (other, other_call)) if sends else ((other, other_call), (number, call))
+            one, two = (
+                ((number, call), (other, other_call))
+                if sends
+                else ((other, other_call), (number, call))
+            )
             self._found.append(
                 f"{axis_of(self._groups[comm[0]])}: rank {one[0]} starts {one[1]}, and rank {two[0]} takes it by "
                 f"{two[1]} ({call.phase})"
@@ -259,7 +277,8 @@ def _read(traffic: Traffic) -> _Rank:
 
 
 def bytes_by_axis(traffic: Traffic, phase: str) -> dict[str, float]:
-    """Return the bytes that a rank sends in the first of the phases of this name, by axis, as a ring sends them."""
+    """Return the bytes that a rank sends in the first of the phases of this name, by axis, as a
+    ring sends them."""
     begins = [number for name, number in traffic["phases"] if name == phase]
     ends = [number for _, number in traffic["phases"] if begins and number > begins[0]]
     sent: dict[str, float] = defaultdict(float)
@@ -275,5 +294,11 @@ def bytes_by_axis(traffic: Traffic, phase: str) -> dict[str, float]:
 def _sent(part: Mapping[str, Any], ranks: int) -> float:
     share = (ranks - 1) / ranks
     # As a ring sends them; whatever is not named, such as a message, is sent once and whole.
-    ways = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "all_to_all": share, "recv": 0.0}
+    ways = {
+        "all_reduce": 2 * share,
+        "all_gather": share,
+        "reduce_scatter": share,
+        "all_to_all": share,
+        "recv": 0.0,
+    }
     return part["bytes"] * ways.get(part["kind"], 1.0)

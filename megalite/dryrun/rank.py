@@ -1,4 +1,5 @@
-"""One rank of a dry run: `megalite.train.train` from its start to its save, and the record of what it did."""
+"""One rank of a dry run: `megalite.train.train` from its start to its save, and the record of what
+it did."""
 
 from __future__ import annotations
 
@@ -60,11 +61,16 @@ class Record:
 
 
 def run_rank(job: Job, device: Any, places: Places) -> Record:
-    """Run the training program as one rank. `device` is the module that counts memory, `places` knows the code."""
+    """Run the training program as one rank. `device` is the module that counts memory, `places`
+    knows the code."""
     from megalite.dryrun.groups import open_groups
 
     # As torchrun would have set them.
-    env = {"RANK": job.rank, "WORLD_SIZE": job.world_size, "LOCAL_RANK": job.rank % job.gpus_per_node}
+    env = {
+        "RANK": job.rank,
+        "WORLD_SIZE": job.world_size,
+        "LOCAL_RANK": job.rank % job.gpus_per_node,
+    }
     os.environ |= {name: str(value) for name, value in env.items()}
     record = Record(job.rank)
     log = open_groups(job.rank, job.world_size, places) if job.world_size > 1 else None
@@ -144,7 +150,8 @@ USES = {
     "training/loop.py": "update",
     "health/": "update",
 }
-"""What memory is for, by the beginning of the function that allocates it. All else is activations."""
+"""What memory is for, by the beginning of the function that allocates it. All else is
+activations."""
 
 
 def use_of(function: str, phase: str) -> str:
@@ -156,7 +163,8 @@ def use_of(function: str, phase: str) -> str:
 
 
 def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
-    """Put stand-ins in the place of what a rank alone, without data and without a GPU, cannot do."""
+    """Put stand-ins in the place of what a rank alone, without data and without a GPU, cannot
+    do."""
     from megalite.checkpoint.save import Saver
     from megalite.engine import gather
     from megalite.kernels import library
@@ -176,15 +184,26 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
             fold = mesh.expert_fold
             for axis in (fold.replicas, fold.holders, fold.tensor, fold.expert) if fold else ():
                 log.name_axis("data" if axis is fold.replicas else "expert", axis.group)
-            axes = ("world", "stage", "replicas", "pipeline", "context", "tensor")  # the last name of a group counts
+            axes = (
+                "world",
+                "stage",
+                "replicas",
+                "pipeline",
+                "context",
+                "tensor",
+            )  # the last name of a group counts
             for name in axes:
-                log.name_axis("data" if name in ("stage", "replicas") else name, getattr(mesh, name).group)
+                log.name_axis(
+                    "data" if name in ("stage", "replicas") else name, getattr(mesh, name).group
+                )
         return mesh
 
     Activity.begin = noted_begin  # type: ignore[method-assign]
     train.make_mesh = named_mesh
     # The kernels that a GPU would have, whether they are built here or not.
-    library._takes = lambda operation, device, dtype: device == "cpu" or operation not in library.CPU_ONLY
+    library._takes = lambda operation, device, dtype: (
+        device == "cpu" or operation not in library.CPU_ONLY
+    )
 
     # What a save puts together on the host has no memory: it could be the whole model.
     def host_memory(like: Any, *shape: int, pinned: bool = False) -> Any:
@@ -201,7 +220,10 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
         ranks, here = leaving.shape
         # As many rows for each expert as come out even, the rest one each.
         even, more = divmod(num_rows, ranks * here)
-        leaves = [[even + (number * here + expert < more) for expert in range(here)] for number in range(ranks)]
+        leaves = [
+            [even + (number * here + expert < more) for expert in range(here)]
+            for number in range(ranks)
+        ]
         return leaves, [leaves[rank]] * ranks
 
     expert.read_counts = in_balance
@@ -231,7 +253,8 @@ def _without_weights(train: Any) -> None:
 
 
 def _static_pipelines() -> None:
-    """Let torch's stages vote as they do where all of them know their shapes: the votes of others are not there."""
+    """Let torch's stages vote as they do where all of them know their shapes: the votes of others
+    are not there."""
     with contextlib.suppress(ImportError, AttributeError):  # before torch 2.13 there is no vote
         from torch.distributed.pipelining import schedules
         from torch.distributed.pipelining.stage import InferenceMode

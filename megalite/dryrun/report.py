@@ -49,7 +49,11 @@ def describe(outcome: Outcome) -> str:
     failed = [record for record in outcome.records if record.error]
     if failed:
         sections.append(
-            [line for record in failed[:4] for line in (f"rank {record.rank}: {record.error}", record.trace)]
+            [
+                line
+                for record in failed[:4]
+                for line in (f"rank {record.rank}: {record.error}", record.trace)
+            ]
         )
     done = [record for record in outcome.records if record.peaks]
     if done:
@@ -61,7 +65,12 @@ def describe(outcome: Outcome) -> str:
 
 def _header(outcome: Outcome) -> list[str]:
     plan = outcome.plan
-    axes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
+    axes = {
+        "pipeline": plan.pipeline,
+        "data": plan.data,
+        "context": plan.context,
+        "tensor": plan.tensor,
+    }
     layout = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one rank"
     seconds = sum(record.seconds for record in outcome.records)
     return [
@@ -75,13 +84,19 @@ def _place(plan: Plan, rank: int) -> str:
     """Return the coordinates of a rank, as far as there are any."""
     outer, tensor = divmod(rank, plan.tensor)
     pipeline, replica = divmod(outer, plan.replicas)
-    found = [("pipe", pipeline, plan.pipeline), ("replica", replica, plan.replicas), ("tensor", tensor, plan.tensor)]
+    found = [
+        ("pipe", pipeline, plan.pipeline),
+        ("replica", replica, plan.replicas),
+        ("tensor", tensor, plan.tensor),
+    ]
     return " ".join(f"{name} {number}" for name, number, size in found if size > 1)
 
 
 def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
     plan = outcome.plan
-    heads = "".join(f"{name:>12}" for name in (*USES, "step peak", "planned", "save peak", "planned"))
+    heads = "".join(
+        f"{name:>12}" for name in (*USES, "step peak", "planned", "save peak", "planned")
+    )
     lines = [f"{'GiB':<34}{heads}"]
     for record in records:
         uses, peak = record.at_peak.get(STEADY, {}), record.peaks.get(STEADY, 0)
@@ -90,7 +105,9 @@ def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
         if outcome.memory:
             # Pipeline ranks are the outermost axis.
             memory = outcome.memory[record.rank // (plan.replicas * plan.tensor)]
-            planned = f"{memory.step / GIB:.2f}{100 * (memory.step / peak - 1) if peak else 0:+.1f}%"
+            planned = (
+                f"{memory.step / GIB:.2f}{100 * (memory.step / peak - 1) if peak else 0:+.1f}%"
+            )
             save = f"{memory.save / GIB:.2f}"
         values += [planned, f"{record.peaks.get('saving', 0) / GIB:.2f}", save]
         name = f"rank {record.rank}  {_place(plan, record.rank)}"
@@ -98,7 +115,9 @@ def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
     room = usable_bytes(outcome.hardware) / GIB
     lines.append(f"tensors may take {room:.1f} GiB of {outcome.hardware.chip.memory_gb:g} GB")
     gathered = max(record.gathered for record in records)
-    lines.append(f"the host of a rank holds up to {gathered / GIB:.2f} GiB of a checkpoint while it is written")
+    lines.append(
+        f"the host of a rank holds up to {gathered / GIB:.2f} GiB of a checkpoint while it is written"
+    )
     return lines
 
 
@@ -112,16 +131,24 @@ def _largest(records: Sequence[Record]) -> list[str]:
 
 
 def _waits(records: Sequence[Record]) -> list[str]:
-    """List where the host waits for the device within a step, of the rank that does so most often."""
-    most = max(records, key=lambda record: sum(wait[3] for wait in record.waits if wait[0] == STEADY))
+    """List where the host waits for the device within a step, of the rank that does so most
+    often."""
+    most = max(
+        records, key=lambda record: sum(wait[3] for wait in record.waits if wait[0] == STEADY)
+    )
     found: Counter[tuple[str, str]] = Counter()
     for phase, reason, place, count in most.waits:
         if phase == STEADY:
             found[reason, place] += count
     if not found:
         return ["no rank's host waits for its device within a step"]
-    lines = [f"the host of rank {most.rank} waits for its device within the steps after the first, so often:"]
-    return lines + [f"{count:>9}  {reason} at {place}" for (reason, place), count in found.most_common(MOST_WAITS)]
+    lines = [
+        f"the host of rank {most.rank} waits for its device within the steps after the first, so often:"
+    ]
+    return lines + [
+        f"{count:>9}  {reason} at {place}"
+        for (reason, place), count in found.most_common(MOST_WAITS)
+    ]
 
 
 def _traffic(outcome: Outcome, records: Sequence[Record]) -> list[str]:

@@ -1,4 +1,5 @@
-"""The verb `megalite dryrun`: runs the ranks that differ, and says whether the config would run on the cluster."""
+"""The verb `megalite dryrun`: runs the ranks that differ, and says whether the config would run on
+the cluster."""
 
 from __future__ import annotations
 
@@ -30,11 +31,15 @@ AT_ONCE = 2
 """Ranks that run at a time."""
 
 
-def run_dryrun(config: Config, *, num_gpus: int, gpu: str, gpus_per_node: int, ranks: str, steps: int) -> Exit:
-    """Run `config` dry on `num_gpus` GPUs of the kind `gpu` (see `find_hardware`), `gpus_per_node` to a node, for
-    `steps` steps, and print what was found. `ranks` is "roles", "all", or numbers such as "0,384".
+def run_dryrun(
+    config: Config, *, num_gpus: int, gpu: str, gpus_per_node: int, ranks: str, steps: int
+) -> Exit:
+    """Run `config` dry on `num_gpus` GPUs of the kind `gpu` (see `find_hardware`), `gpus_per_node`
+    to a node, for `steps` steps, and print what was found. `ranks` is "roles", "all", or numbers
+    such as "0,384".
 
-    Returns MISTAKE where the config would not run, FAILED where the program itself failed. Raises ConfigError."""
+    Returns MISTAKE where the config would not run, FAILED where the program itself failed. Raises
+    ConfigError."""
     outcome = dry_run(config, num_gpus, find_hardware(gpu, gpus_per_node), ranks, steps)
     print(describe(outcome))
     if any(record.error and not record.mistake for record in outcome.records):
@@ -79,18 +84,25 @@ def check_possible(config: Config) -> None:
             "own; `megalite plan` estimates it"
         )
     if config.kernels.attention == "flash_attn":
-        raise ConfigError("kernels.attention: flash_attn cannot be run dry: it is CUDA code of another package")
+        raise ConfigError(
+            "kernels.attention: flash_attn cannot be run dry: it is CUDA code of another package"
+        )
 
 
 def wanted_ranks(ranks: str, plan: Plan) -> list[int]:
     """Return the ranks that `ranks` names: "all", "roles" or numbers. Raises ConfigError.
 
-    Roles are the ranks that differ: each pipeline rank at both ends of the tensor axis, in the first replica."""
+    Roles are the ranks that differ: each pipeline rank at both ends of the tensor axis, in the
+    first replica."""
     if ranks == "all":
         return list(range(plan.world_size))
     if ranks == "roles":
         ends = sorted({0, plan.tensor - 1})
-        return [plan.rank_at(pipeline, 0, tensor) for pipeline in range(plan.pipeline) for tensor in ends]
+        return [
+            plan.rank_at(pipeline, 0, tensor)
+            for pipeline in range(plan.pipeline)
+            for tensor in ends
+        ]
     try:
         numbers = sorted({int(number) for number in ranks.split(",")})
     except ValueError:
@@ -100,7 +112,9 @@ def wanted_ranks(ranks: str, plan: Plan) -> list[int]:
     return numbers
 
 
-def run_ranks(config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, steps: int) -> list[Record]:
+def run_ranks(
+    config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, steps: int
+) -> list[Record]:
     """Run ranks of `plan` in processes of their own, and return their records."""
     with tempfile.TemporaryDirectory(prefix="megalite-dryrun-") as folder:
         return run_jobs(make_jobs(config, plan, ranks, hardware, steps, Path(folder)), Path(folder))
@@ -117,9 +131,19 @@ def make_jobs(
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Record]:
-    """Run jobs of one kind of GPU, and return their records in order. `folder` is for what they write."""
-    (folder / "jobs").write_text("\n".join(json.dumps(asdict(job)) for job in jobs), encoding="utf-8")
-    command = [sys.executable, "-m", "megalite.dryrun.server", str(folder / "jobs"), str(folder), str(AT_ONCE)]
+    """Run jobs of one kind of GPU, and return their records in order. `folder` is for what they
+    write."""
+    (folder / "jobs").write_text(
+        "\n".join(json.dumps(asdict(job)) for job in jobs), encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "megalite.dryrun.server",
+        str(folder / "jobs"),
+        str(folder),
+        str(AT_ONCE),
+    ]
     with open(folder / "output", "wb") as output:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env, check=False)

@@ -1,7 +1,8 @@
-"""Runs ranks of a dry run, each in a process of its own: `python -m megalite.dryrun.server JOBS FOLDER AT_ONCE`.
+"""Runs ranks of a dry run, each in a process of its own: `python -m megalite.dryrun.server JOBS
+FOLDER AT_ONCE`.
 
-What all ranks need is imported once; then every rank is a fork. JOBS is a file of jobs, a JSON object a line; the
-record of the job in line N, from 0, is written to FOLDER/N.json."""
+What all ranks need is imported once; then every rank is a fork. JOBS is a file of jobs, a JSON
+object a line; the record of the job in line N, from 0, is written to FOLDER/N.json."""
 
 from __future__ import annotations
 

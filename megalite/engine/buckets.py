@@ -1,4 +1,5 @@
-"""What one rank holds of a bucket: its weights, and where they are trained the gradients and the optimizer's states."""
+"""What one rank holds of a bucket: its weights, and where they are trained the gradients and the
+optimizer's states."""
 
 from __future__ import annotations
 
@@ -37,23 +38,38 @@ class BucketState(BucketWeights):
     """Hold the tensors of one bucket on one rank: weights, gradients, optimizer state."""
 
     def __init__(
-        self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int, states: Sequence[str], has_average: bool
+        self,
+        layout: Bucket,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        zero_stage: int,
+        states: Sequence[str],
+        has_average: bool,
     ):
         super().__init__(layout, mesh, dtype)
         self.zero_stage = zero_stage
         # The part that the optimizer updates: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
         master = self.weights[self.stepped]
-        self.master = master.float()  # for fp32 weights, .float() copies nothing: they are their own master weights
+        self.master = (
+            master.float()
+        )  # for fp32 weights, .float() copies nothing: they are their own master weights
         self.states = {name: torch.zeros_like(self.master) for name in states}
-        self.average = torch.zeros_like(self.master) if has_average else None  # of the weights, fp32
-        self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
+        self.average = (
+            torch.zeros_like(self.master) if has_average else None
+        )  # of the weights, fp32
+        self.grads: Tensor | None = (
+            None  # [size] fp32; at stage 2 only while a micro-batch is under way
+        )
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
-        # Events that make up one micro-batch: for each weight its post-accumulate hook, and for each linear layer its
-        # last weight-gradient GEMM (`_adopt` adds these). `events` counts since the step began.
+        # Events that make up one micro-batch: for each weight its post-accumulate hook, and for
+        # each linear layer its last weight-gradient GEMM (`_adopt` adds these). `events` counts
+        # since the step began.
         self.num_events, self.events = len(layout.slots), 0
         self.filled: set[int] = set()  # starts of the slots that hold a gradient in `grads`
-        self.gathered: Wait | None = None  # set while the new weights travel from the other replicas
+        self.gathered: Wait | None = (
+            None  # set while the new weights travel from the other replicas
+        )
 
     def await_weights(self) -> None:
         """Wait until the new weights of all replicas are here."""
@@ -64,17 +80,19 @@ class BucketState(BucketWeights):
     def whole_grads(self) -> Tensor:
         """Return the buffer that a micro-batch's gradients are put into: [size] fp32."""
         if self.grads is None:
-            # Zeroed once, for the padding between weights: slots are overwritten, not added to, by their first
-            # gradient.
+            # Zeroed once, for the padding between weights: slots are overwritten, not added to, by
+            # their first gradient.
             self.grads = torch.zeros(self.layout.size, device=self.weights.device)
         return self.grads
 
     def has(self, kind: str) -> bool:
-        """Return whether `state` has something of this kind: its optimizer keeps such a state, if it is one."""
+        """Return whether `state` has something of this kind: its optimizer keeps such a state, if
+        it is one."""
         return kind in ("weight", "grad", "master", EMA) or kind in self.states
 
     def state(self, kind: str) -> Tensor:
-        """Return this rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
+        """Return this rank's shard of the weights, an optimizer state or the reduced gradients:
+        [shard]."""
         if kind == "weight":
             # Weights are whole on every rank at stages 0 to 2; masters and states only as wide as
             # `stepped`. At stage 0 a shard is cut out of both, so that replicas share the writing
@@ -84,7 +102,8 @@ class BucketState(BucketWeights):
         return whole if self.zero_stage else whole[self.low : self.high]
 
     def stepped_state(self, kind: str) -> Tensor:
-        """Return the master weights or an optimizer state, for the part that the optimizer updates."""
+        """Return the master weights or an optimizer state, for the part that the optimizer
+        updates."""
         if kind == EMA:
             assert self.average is not None
             return self.average
@@ -95,10 +114,18 @@ class BucketState(BucketWeights):
         treatment = self.layout.treatment
         # fp32 weights share the memory of their master weights.
         weights = None if self.weights.dtype == torch.float32 else self.weights[self.stepped]
-        return Shard(self.master, weights, self.gradient(), self.states, lr * treatment.lr, treatment.weight_decay)
+        return Shard(
+            self.master,
+            weights,
+            self.gradient(),
+            self.states,
+            lr * treatment.lr,
+            treatment.weight_decay,
+        )
 
     def put_average(self) -> Tensor:
-        """Put the weights' average in their place, in the part that the optimizer updates; return what was there."""
+        """Put the weights' average in their place, in the part that the optimizer updates; return
+        what was there."""
         assert self.average is not None
         part = self.weights[self.stepped]
         before = part.clone()
@@ -124,11 +151,16 @@ def await_weights_of(buckets: Sequence[BucketState]) -> Callable[[nn.Module, Any
     return hook
 
 
-def fill(bucket: BucketWeights, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:
-    """Read `kind` for the elements `part` of a bucket. `into` holds the bucket's elements from `offset` on."""
+def fill(
+    bucket: BucketWeights, into: Tensor, offset: int, part: slice, read: ReadState, kind: str
+) -> None:
+    """Read `kind` for the elements `part` of a bucket. `into` holds the bucket's elements from
+    `offset` on."""
     # `read` counts from the start of a weight, a slot from the start of its bucket, and `into` from
     # `offset`: only the elements that lie in both, the slot and `part`, are read.
     for slot in bucket.layout.slots:
         start, stop = max(slot.start, part.start), min(slot.stop, part.stop)
         if start < stop:
-            into[start - offset : stop - offset] = read(slot.weight, kind, start - slot.start, stop - slot.start)
+            into[start - offset : stop - offset] = read(
+                slot.weight, kind, start - slot.start, stop - slot.start
+            )

@@ -1,8 +1,8 @@
-"""ZeRO stages 1 to 3 (Rajbhandari et al. 2020) with offload to the host (Ren et al. 2021) and to NVMe (Rajbhandari et
-al. 2021), by DeepSpeed. This is the only file that imports it.
+"""ZeRO stages 1 to 3 (Rajbhandari et al. 2020) with offload to the host (Ren et al. 2021) and to
+NVMe (Rajbhandari et al. 2021), by DeepSpeed. This is the only file that imports it.
 
-DeepSpeed owns the weights and replaces the stage's `forward`, so that its hooks can fetch weights before they are used.
-A step:
+DeepSpeed owns the weights and replaces the stage's `forward`, so that its hooks can fetch weights
+before they are used. A step:
 
     forward        stage 3: each module's weights are gathered when its turn comes, and released after it
     backward       gradients of norms are summed over the tensor ranks, which see different parts of the sequence; those
@@ -16,11 +16,11 @@ A step:
     stage 2        shard, fp32         every micro-batch          whole
     stage 3        shard, fp32         every micro-batch          shard, or on the host, or on NVMe
 
-DeepSpeed averages gradients over the replicas; losses here are scaled to be summed, so they are multiplied by the
-number of replicas first. Its state is read and written in place, in the flat partitions of its optimizers (whose
-attributes are those of version 0.19.8): files that it would write itself are bound to one layout. It keeps its groups
-in a global and, at stage 3, replaces `torch.nn.functional.linear` by one that does not keep gathered weights: one
-engine a process.
+DeepSpeed averages gradients over the replicas; losses here are scaled to be summed, so they are
+multiplied by the number of replicas first. Its state is read and written in place, in the flat
+partitions of its optimizers (whose attributes are those of version 0.19.8): files that it would
+write itself are bound to one layout. It keeps its groups in a global and, at stage 3, replaces
+`torch.nn.functional.linear` by one that does not keep gathered weights: one engine a process.
 """
 
 from __future__ import annotations
@@ -55,18 +55,24 @@ from megalite.plan import Plan
 
 MOMENTS = AdamWConfig.STATES
 OLDEST = "0.19.8"
-"""Older versions reduce wrongly on a CPU, and accumulate or send gradients in bf16 where fp32 was asked for."""
+"""Older versions reduce wrongly on a CPU, and accumulate or send gradients in bf16 where fp32 was
+asked for."""
 
 
 def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
-    """Return the config that DeepSpeed is given for `config` and `plan`. DeepSpeed ignores keys that it does not know,
-    so nothing but this function writes them."""
+    """Return the config that DeepSpeed is given for `config` and `plan`. DeepSpeed ignores keys
+    that it does not know, so nothing but this function writes them."""
     bucket = bucket_elements(config, plan) // 2 * 2  # it must be even
-    zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    zero: dict[str, Any] = {
+        "stage": plan.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     if plan.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
-            # Norm weights and biases stay whole on every rank: gathering them would cost more than it saves.
+            # Norm weights and biases stay whole on every rank: gathering them would cost more than
+            # it saves.
             "stage3_param_persistence_threshold": 10 * config.model.hidden_size,
         }
     offload = config.parallel.offload
@@ -75,8 +81,11 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
     if offload.parameters != "none":
         zero["offload_param"] = _offload_to(offload.parameters, offload.nvme_path)
     if offload.parameters == "nvme":
-        largest = max(prod(weight.local_shape(plan.tensor)) for weight in weight_table(config.model))
-        # A buffer holds a replica's share of one weight; max_in_cpu 0 leaves no room on the host for others.
+        largest = max(
+            prod(weight.local_shape(plan.tensor)) for weight in weight_table(config.model)
+        )
+        # A buffer holds a replica's share of one weight; max_in_cpu 0 leaves no room on the host
+        # for others.
         zero["offload_param"] |= {"buffer_size": -(-largest // plan.replicas), "max_in_cpu": 0}
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -87,7 +96,8 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
-        # On the host, torch's fused AdamW takes as long as DeepSpeed's own, which a compiler must build first.
+        # On the host, torch's fused AdamW takes as long as DeepSpeed's own, which a compiler must
+        # build first.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -96,7 +106,9 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
 
 def _offload_to(device: str, nvme_path: Any) -> dict[str, Any]:
     """Return DeepSpeed's section for offloading to `device`, with the folder where that is NVMe."""
-    return {"device": device, "nvme_path": str(nvme_path)} if device == "nvme" else {"device": device}
+    return (
+        {"device": device, "nvme_path": str(nvme_path)} if device == "nvme" else {"device": device}
+    )
 
 
 @dataclass(frozen=True)
@@ -120,11 +132,18 @@ class Fragment:
 class DeepSpeedEngine:
     """Give a stage on the meta device its weights, and train it. See `Engine`."""
 
-    def __init__(self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
-        """Take over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
+    def __init__(
+        self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config
+    ):
+        """Take over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload
+        needs, is missing."""
         deepspeed = _import_deepspeed(mesh)
         # The loss scale undoes DeepSpeed's mean over the replicas: ours is a sum.
-        self.mesh, self.zero_stage, self.loss_scale = mesh, plan.zero_stage, float(mesh.replicas.size)
+        self.mesh, self.zero_stage, self.loss_scale = (
+            mesh,
+            plan.zero_stage,
+            float(mesh.replicas.size),
+        )
         self.weights = [weight for weight in weights if not weight.frozen]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         if "nvme" in (config.parallel.offload.optimizer, config.parallel.offload.parameters):
@@ -139,13 +158,18 @@ class DeepSpeedEngine:
         # DeepSpeed wraps a module of its own: were it `stage` itself, the replaced `forward` would
         # call the engine, which calls `forward`, without end.
         inner = Stage(stage.model, stage.span)
-        with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
-            self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
+        with redirect_stdout(
+            StringIO()
+        ):  # memory reports that its log level does not stop; warnings pass
+            self.engine, *_ = deepspeed.initialize(
+                model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups
+            )
         stage.forward = self.engine.forward  # type: ignore[method-assign]
         # The gate asks for the norm, which exists only inside `engine.step`, right before the
         # optimizer.
         self._update, self._permitted = self.optimizer.step, _always
-        # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn about a subclass.
+        # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn about a
+        # subclass.
         self.optimizer.step = lambda: self._update() if self._permitted() else None  # type: ignore
         for weight in self.weights:
             if plan.tensor > 1 and weight.sums_over_tensor_ranks(plan.sequence):
@@ -162,7 +186,8 @@ class DeepSpeedEngine:
     def _make_parameters(
         self, model: nn.Module, weights: Sequence[Weight], groups: Groups, ds_config: dict[str, Any]
     ) -> dict[str, nn.Parameter]:
-        """Give the model parameters of zeros. At stage 3 no more than one whole weight exists at a time."""
+        """Give the model parameters of zeros. At stage 3 no more than one whole weight exists at a
+        time."""
         from deepspeed import zero
 
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -178,7 +203,9 @@ class DeepSpeedEngine:
             if self.zero_stage == 3 and first is None:
                 first = parameter
                 group = groups.get_data_parallel_group()
-                zero.Init(nn.ParameterList([first]), group, config_dict_or_path=ds_config, mpu=groups)
+                zero.Init(
+                    nn.ParameterList([first]), group, config_dict_or_path=ds_config, mpu=groups
+                )
             elif self.zero_stage == 3:
                 first.convert_to_zero_parameters(param_list=[parameter])
             made[weight.name] = parameter
@@ -186,9 +213,13 @@ class DeepSpeedEngine:
         return made
 
     def _find_fragments(self, parameters: dict[str, nn.Parameter]) -> list[Fragment]:
-        """Return this replica's share of every weight, in the order of the table; an empty one where it has none."""
+        """Return this replica's share of every weight, in the order of the table; an empty one
+        where it has none."""
         numbers = {parameter: number for number, parameter in enumerate(parameters.values())}
-        found = [Fragment(w, p, 0, 0, 0, 0) for w, p in zip(self.weights, parameters.values(), strict=True)]
+        found = [
+            Fragment(w, p, 0, 0, 0, 0)
+            for w, p in zip(self.weights, parameters.values(), strict=True)
+        ]
         for group, members in enumerate(self._members()):
             offset = 0
             for parameter in members:
@@ -208,7 +239,9 @@ class DeepSpeedEngine:
                     place = (mapping.hp_fragment_address.start, low, low + size)
                 else:
                     continue
-                found[number] = replace(found[number], group=group, offset=place[0], low=place[1], high=place[2])
+                found[number] = replace(
+                    found[number], group=group, offset=place[0], low=place[1], high=place[2]
+                )
         return found
 
     def _members(self) -> list[list[Any]]:
@@ -216,7 +249,9 @@ class DeepSpeedEngine:
         if self.zero_stage == 3:
             return self.zero.fp16_groups
         # Stage 1 in bf16 is an optimizer of its own.
-        return self.zero.bit16_groups if hasattr(self.zero, "bit16_groups") else self.zero.bf16_groups
+        return (
+            self.zero.bit16_groups if hasattr(self.zero, "bit16_groups") else self.zero.bf16_groups
+        )
 
     def _share_spans(self) -> list[list[tuple[int, int]]]:
         """Return [low, high) of every weight on every replica: [weight][replica]."""
@@ -227,10 +262,12 @@ class DeepSpeedEngine:
 
     def _sum_over_tensor_ranks(self, grad: Tensor) -> Tensor:
         """Sum a gradient over the tensor ranks, in fp32."""
-        total = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(grad)
+        total = torch.empty_like(
+            grad, dtype=torch.float32, memory_format=torch.contiguous_format
+        ).copy_(grad)
         return all_reduce(total, self.mesh.tensor).to(grad.dtype)
 
-    # --- a step ---------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def begin(self, num_micro_batches: int) -> None:
         self._expected, self._arrived = num_micro_batches, 0
@@ -241,7 +278,8 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
     def finish(self) -> None:
-        """Check that every micro-batch came; the last backward pass has waited for the reduction."""
+        """Check that every micro-batch came; the last backward pass has waited for the
+        reduction."""
         assert self._arrived == self._expected, f"{self._arrived} of {self._expected} micro-batches"
 
     def wait_for_params(self) -> None:
@@ -253,13 +291,17 @@ class DeepSpeedEngine:
         # Asking the gate waits for the device.
         # Cached, as it is asked for every flat partition and once below, but the guard counts one
         # step.
-        self._permitted = _always if update_gate is None else cache(lambda: bool(update_gate(self._norm())))
+        self._permitted = (
+            _always if update_gate is None else cache(lambda: bool(update_gate(self._norm())))
+        )
         self.engine.step()
         self._permitted()  # where the norm is not finite, DeepSpeed has not called the optimizer
         return self._norm()
 
     def _norm(self) -> Tensor:
-        return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.mesh.device)
+        return torch.as_tensor(
+            self.zero._global_grad_norm, dtype=torch.float32, device=self.mesh.device
+        )
 
     @property
     def num_updates(self) -> int:
@@ -267,7 +309,7 @@ class DeepSpeedEngine:
         with self._resident(0) as (_, state):
             return int(state["step"])
 
-    # --- state, in logical terms ----------------------------------------------------------------------------------
+    # --- state, in logical terms ------------------------------------------------------------------
 
     @torch.no_grad()
     def load(self, read: ReadState, num_updates: int = 0) -> None:
@@ -284,7 +326,9 @@ class DeepSpeedEngine:
                 for fragment in self.fragments:
                     if fragment.group == number and fragment.low < fragment.high:
                         for kind, whole in (("master", flat), *((s, state[s]) for s in MOMENTS)):
-                            fragment.of(whole).copy_(read(fragment.weight, kind, fragment.low, fragment.high))
+                            fragment.of(whole).copy_(
+                                read(fragment.weight, kind, fragment.low, fragment.high)
+                            )
                 if self.zero_stage == 3:
                     self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero_stage < 3:
@@ -306,9 +350,11 @@ class DeepSpeedEngine:
         return self.zero_stage == 3 and self.zero._swappable_optimizer_subgroup(number)
 
     @contextmanager
-    def _resident(self, number: int, write: bool = False) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yield a flat partition of the fp32 master weights and its optimizer state, in memory for that long. `write`
-        writes changes back to NVMe."""
+    def _resident(
+        self, number: int, write: bool = False
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield a flat partition of the fp32 master weights and its optimizer state, in memory for
+        that long. `write` writes changes back to NVMe."""
         if self.zero_stage < 3:
             flat = self.optimizer.param_groups[number]["params"][0]
             yield flat.data, self.optimizer.state[flat]
@@ -335,9 +381,12 @@ class DeepSpeedEngine:
             yield Sharing(True, weight.shard is None, False), parameter.detach()
 
     @torch.no_grad()
-    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
-        """Gather the logical tensors this rank owns: fragments go from every replica to the owner's, then local
-        tensors over the tensor axis to the owner. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
+    def gather(
+        self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None
+    ) -> dict[str, Tensor]:
+        """Gather the logical tensors this rank owns: fragments go from every replica to the
+        owner's, then local tensors over the tensor axis to the owner. `kind`, `owners` and
+        `buffers` are as in `Engine.gather`."""
         owned: dict[str, Tensor] = {}
         shares = self._shares(kind)
         # In the order of the table on every rank. First this weight's fragments to the owner's
@@ -360,9 +409,13 @@ class DeepSpeedEngine:
         return lambda: gathered
 
     def _shares(self, kind: str) -> dict[int, Tensor]:
-        """Return the elements of every weight, by its number, that this replica is responsible for."""
+        """Return the elements of every weight, by its number, that this replica is responsible
+        for."""
         if kind == "grad":
-            return {number: self._gradient_of(fragment) for number, fragment in enumerate(self.fragments)}
+            return {
+                number: self._gradient_of(fragment)
+                for number, fragment in enumerate(self.fragments)
+            }
         found: dict[int, Tensor] = {}
         for group in range(len(self._members())):
             with self._resident(group) as (flat, state):
@@ -392,13 +445,19 @@ def _always() -> bool:
     return True
 
 
-def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner: int) -> Tensor | None:
-    """Return on rank `owner` the flat tensor of which every rank holds a `share`, the elements that `spans` says; None
-    on the others."""
+def _collect(
+    share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner: int
+) -> Tensor | None:
+    """Return on rank `owner` the flat tensor of which every rank holds a `share`, the elements that
+    `spans` says; None on the others."""
     if axis.rank != owner:
         # Shares differ in length and may be empty: messages instead of a gather, which wants equal
         # ones.
-        messages = [dist.P2POp(dist.isend, share, group=axis.group, group_peer=owner)] if share.numel() else []
+        messages = (
+            [dist.P2POp(dist.isend, share, group=axis.group, group_peer=owner)]
+            if share.numel()
+            else []
+        )
         local = None
     else:
         local = share.new_empty(max(high for _, high in spans))
@@ -407,14 +466,17 @@ def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner:
             if rank == owner:
                 local[low:high] = share
             elif low < high:
-                messages.append(dist.P2POp(dist.irecv, local[low:high], group=axis.group, group_peer=rank))
+                messages.append(
+                    dist.P2POp(dist.irecv, local[low:high], group=axis.group, group_peer=rank)
+                )
     for work in dist.batch_isend_irecv(messages) if messages else ():
         work.wait()
     return local
 
 
 class Groups:
-    """Tell DeepSpeed who shares what with whom, under the names of Megatron's `mpu` that it asks by."""
+    """Tell DeepSpeed who shares what with whom, under the names of Megatron's `mpu` that it asks
+    by."""
 
     def __init__(self, replicas: Axis, tensor: Axis):
         self.replicas, self.tensor = replicas, tensor
@@ -446,7 +508,8 @@ class Groups:
 
 
 def _with_group(axis: Axis) -> Axis:
-    """Return the axis with a process group, made for a single rank too: to DeepSpeed, no group means all ranks."""
+    """Return the axis with a process group, made for a single rank too: to DeepSpeed, no group
+    means all ranks."""
     if axis.size > 1:
         return axis
     return replace(axis, group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
@@ -457,7 +520,10 @@ def _make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return torch's AdamW with a group of weights that decay, and one of those that do not."""
     groups = [
-        {"params": [parameters[w.name] for w in weights if w.decay], "weight_decay": config.weight_decay},
+        {
+            "params": [parameters[w.name] for w in weights if w.decay],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [parameters[w.name] for w in weights if not w.decay], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -465,15 +531,19 @@ def _make_optimizer(
 
 
 def _import_deepspeed(mesh: Mesh) -> Any:
-    """Import the package, told by its environment variables where it runs, and quiet except for warnings. Raises
-    ConfigError where it is missing or too old."""
+    """Import the package, told by its environment variables where it runs, and quiet except for
+    warnings. Raises ConfigError where it is missing or too old."""
     kind = mesh.device.type
     os.environ.setdefault("DS_ACCELERATOR", kind)  # else it would say that it found no GPU
     if mesh.device.index is not None:
-        os.environ["LOCAL_RANK"] = str(mesh.device.index)  # DeepSpeed takes it for the number of the GPU
+        os.environ["LOCAL_RANK"] = str(
+            mesh.device.index
+        )  # DeepSpeed takes it for the number of the GPU
     os.environ.setdefault("LOCAL_RANK", "0")
     if kind == "cpu":
-        os.environ.setdefault("LOCAL_SIZE", "1")  # else it would run a program to count NUMA nodes, for every bucket
+        os.environ.setdefault(
+            "LOCAL_SIZE", "1"
+        )  # else it would run a program to count NUMA nodes, for every bucket
     try:
         import deepspeed
         from packaging.version import Version
@@ -500,7 +570,8 @@ def _import_deepspeed(mesh: Mesh) -> Any:
 
 
 def _check_nvme() -> None:
-    """Build DeepSpeed's operator for the disk: minutes, once on each machine. Raises ConfigError where that fails."""
+    """Build DeepSpeed's operator for the disk: minutes, once on each machine. Raises ConfigError
+    where that fails."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

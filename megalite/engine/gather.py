@@ -15,24 +15,28 @@ from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
 
 PIECE = 2**24
-"""Elements that a gather to the host brings together on the device at a time. Whole, the largest weights would need
-more memory than a step does."""
+"""Elements that a gather to the host brings together on the device at a time. Whole, the largest
+weights would need more memory than a step does."""
 
 
 def gather_parts(part: Tensor, axis: Axis, owner: int) -> Tensor | None:
-    """Return every rank's flat `part`, [ranks, numel], on rank `owner` of the axis; None on the others."""
+    """Return every rank's flat `part`, [ranks, numel], on rank `owner` of the axis; None on the
+    others."""
     if axis.size == 1:
         return part[None]
     parts = part.new_empty(axis.size, part.numel()) if axis.rank == owner else None
     NOW.enter("gather", axis.name)
-    dist.gather(part.contiguous(), None if parts is None else [*parts], group=axis.group, group_dst=owner)
+    dist.gather(
+        part.contiguous(), None if parts is None else [*parts], group=axis.group, group_dst=owner
+    )
     NOW.go_on()
     return parts
 
 
 def gather_to_host(part: Tensor, axis: Axis, owner: int, whole: Tensor | None) -> None:
-    """Fill `whole` [ranks, numel], which is on the host, with every rank's flat `part`, on rank `owner` of the axis;
-    the others give None. Where `whole` is pinned, its content is there once the device has come to it."""
+    """Fill `whole` [ranks, numel], which is on the host, with every rank's flat `part`, on rank
+    `owner` of the axis; the others give None. Where `whole` is pinned, its content is there once
+    the device has come to it."""
     # `PIECE` bounds what the owner holds on the device: a piece from each rank of the axis.
     step = max(1, PIECE // axis.size)
     for start in range(0, part.numel(), step):
@@ -50,8 +54,8 @@ def host_memory(like: Tensor, *shape: int, pinned: bool = False) -> Tensor:
 
 
 class HostBuffers:
-    """Reuse memory on the host each time the same tensors are copied in the same order. New memory costs ten times the
-    copy in page faults, and a device copies quickly to pinned memory only."""
+    """Reuse memory on the host each time the same tensors are copied in the same order. New memory
+    costs ten times the copy in page faults, and a device copies quickly to pinned memory only."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
@@ -63,7 +67,8 @@ class HostBuffers:
         self._next = 0
 
     def take(self, like: Tensor, *shape: int) -> Tensor:
-        """Return memory of this `shape` in the dtype of `like`, pinned where `like` is on a device."""
+        """Return memory of this `shape` in the dtype of `like`, pinned where `like` is on a
+        device."""
         known = self._buffers[self._next] if self._next < len(self._buffers) else None
         # Another order of copies than last time: what was kept from here on fits no more.
         if known is None or (known.shape, known.dtype) != (shape, like.dtype):
@@ -81,15 +86,17 @@ class HostBuffers:
         return known[: prod(shape)].view(shape)
 
     def copy(self, part: Tensor) -> Tensor:
-        """Return a copy of `part` on the host, whose content is there once the device has come to it."""
+        """Return a copy of `part` on the host, whose content is there once the device has come to
+        it."""
         return self.take(part, *part.shape).copy_(part, non_blocking=True)
 
 
 def assemble_on(
     owner: int, weight: Weight, local: Tensor, fold: Fold, buffers: HostBuffers | None = None
 ) -> Tensor | None:
-    """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local` is
-    flat; where the `weight` is cut, all holders call this. It comes from a device through `buffers`, if given."""
+    """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the
+    others. `local` is flat; where the `weight` is cut, all holders call this. It comes from a
+    device through `buffers`, if given."""
     shape, is_owner = weight.local_shape(*fold.cut), owner == fold.holders.rank
     if not is_cut(weight, fold.cut):
         if not is_owner:
@@ -101,19 +108,24 @@ def assemble_on(
     gather_to_host(local, fold.holders, owner, parts)
     if parts is not None and take is not host_memory:
         torch.cuda.current_stream(local.device).synchronize()  # once, not for every piece
-    return None if parts is None else weight.assemble([part.view(shape) for part in parts], fold.expert.size)
+    return (
+        None
+        if parts is None
+        else weight.assemble([part.view(shape) for part in parts], fold.expert.size)
+    )
 
 
 class Gather(Protocol):
     """A way for tensors to reach their owner."""
 
     def parts(self, part: Tensor, axis: Axis, owner: int, is_cut: bool) -> Tensor | None:
-        """Return every rank's flat `part`, one behind the other, on rank `owner` of the axis; None on the others.
-        `is_cut` says that what they are parts of is cut over tensor ranks, and is assembled from here."""
+        """Return every rank's flat `part`, one behind the other, on rank `owner` of the axis; None
+        on the others. `is_cut` says that what they are parts of is cut over tensor ranks, and is
+        assembled from here."""
 
     def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
-        """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local`
-        is flat; where the `weight` is cut, all holders call this."""
+        """Return the logical tensor on the host of rank `owner` among the weight's holders; None on
+        the others. `local` is flat; where the `weight` is cut, all holders call this."""
 
 
 class GatherOnHost:
@@ -141,8 +153,8 @@ class GatherOnHost:
 
 
 class GatherAside:
-    """Gather by messages over a separate group, from a thread beside the loop, tensors that are copies already.
-    Creating one is a collective."""
+    """Gather by messages over a separate group, from a thread beside the loop, tensors that are
+    copies already. Creating one is a collective."""
 
     def __init__(self, mesh: Mesh):
         # A group of its own, since the loop goes on with collectives over the mesh's groups

@@ -1,4 +1,5 @@
-"""Layout of the weights in the engine's flat buffers. Pure arithmetic: every rank knows the layout of every other."""
+"""Layout of the weights in the engine's flat buffers. Pure arithmetic: every rank knows the layout
+of every other."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from megalite.models.weights import Weight
 from megalite.plan import Cut, Plan
 
 ALIGNMENT = 32
-"""Elements. Every weight starts at a multiple of 64 bytes even in bf16, so that vector loads stay aligned."""
+"""Elements. Every weight starts at a multiple of 64 bytes even in bf16, so that vector loads stay
+aligned."""
 
 LEAST_MB, MB_OF_A_REPLICA = 40.0, 1.0
-"""Size of a bucket in MB of fp32, where the config names none: at least, and for each replica. A hop between nodes
-takes some 10 µs whatever it carries, in which a network card sends half a MB."""
+"""Size of a bucket in MB of fp32, where the config names none: at least, and for each replica. A
+hop between nodes takes some 10 µs whatever it carries, in which a network card sends half a MB."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Weights that are reduced together; they agree in all that the optimizer and the reduction must know."""
+    """Weights that are reduced together; they agree in all that the optimizer and the reduction
+    must know."""
 
     slots: tuple[Slot, ...]
     size: int
@@ -38,7 +41,8 @@ class Bucket:
     treatment: Treatment
     """How the optimizer updates them."""
     cut: bool
-    """Cut over the tensor axis: each rank holds different elements, and a norm counts those of all."""
+    """Cut over the tensor axis: each rank holds different elements, and a norm counts those of
+    all."""
     partial_grad: bool
     """Each tensor rank has a part of the gradient, which is summed over them."""
     tied: bool
@@ -49,14 +53,15 @@ class Bucket:
     """Of experts that are cut over other ranks than dense weights, and have other replicas."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
-        """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible for."""
+        """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible
+        for."""
         length = self.size // ranks
         return rank * length, (rank + 1) * length
 
 
 def bucket_elements(config: Config, plan: Plan) -> int:
-    """Return how many fp32 elements a bucket of gradients is filled to. Unless `config` says, that grows with the
-    replicas of `plan`, each of which sends its share of a bucket at a time."""
+    """Return how many fp32 elements a bucket of gradients is filled to. Unless `config` says, that
+    grows with the replicas of `plan`, each of which sends its share of a bucket at a time."""
     megabytes = config.parallel.bucket_mb or max(LEAST_MB, MB_OF_A_REPLICA * plan.replicas)
     return int(megabytes * 2**20 / 4)
 
@@ -64,9 +69,9 @@ def bucket_elements(config: Config, plan: Plan) -> int:
 def make_buckets(
     weights: Sequence[Weight], plan: Plan, optimizer: OptimizerConfig, max_elements: int
 ) -> tuple[Bucket, ...]:
-    """Fill buckets in the order in which a backward pass finishes the gradients: the last of `weights` first. Tied
-    weights, whose gradient is only complete after the whole step, come last. `plan` says what is cut and summed,
-    `optimizer` how each is updated.
+    """Fill buckets in the order in which a backward pass finishes the gradients: the last of
+    `weights` first. Tied weights, whose gradient is only complete after the whole step, come last.
+    `plan` says what is cut and summed, `optimizer` how each is updated.
 
     A weight larger than `max_elements` gets a bucket to itself."""
     open_slots: dict[_Kind, list[Slot]] = {}
@@ -130,21 +135,26 @@ def _round_up(value: int, multiple: int) -> int:
 def choose_owners(
     plan: Plan, weights: Sequence[Weight], optimizer: OptimizerConfig, max_elements: int
 ) -> dict[str, int]:
-    """Return the global rank that writes each weight, so that all ranks of a pipeline stage write about as much. All
-    weights of a bucket are on one replica; a tied weight is written by the first stage. `optimizer` and
-    `max_elements` are those of `make_buckets`."""
+    """Return the global rank that writes each weight, so that all ranks of a pipeline stage write
+    about as much. All weights of a bucket are on one replica; a tied weight is written by the first
+    stage. `optimizer` and `max_elements` are those of `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
         # Elements that each rank of this stage is to write; stages hold other weights and are
         # balanced apart.
         load = [0] * (plan.replicas * plan.tensor)
-        buckets = make_buckets(plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements)
+        buckets = make_buckets(
+            plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements
+        )
         # Largest first, each to the rank with the least so far (Graham's rule, as `Matrices` has
         # it).
         for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
             cut = plan.cut_of(bucket.slots[0].weight)
             # The ranks of a replica follow one another.
-            ranks_of = [range(len(load))[first : first + cut.holders] for first in range(0, len(load), cut.holders)]
+            ranks_of = [
+                range(len(load))[first : first + cut.holders]
+                for first in range(0, len(load), cut.holders)
+            ]
             # First a replica for the bucket: its shards travel there in one gather. Then, of that
             # replica's holders, one for each weight, which gathers the parts of the others.
             ranks = min(ranks_of, key=lambda ranks: min(load[rank] for rank in ranks))

@@ -1,14 +1,16 @@
 """Whole matrices for optimizers that need them, whatever is cut over the ranks.
 
-Every matrix has an owner among the ranks that hold its layers (replicas × tensor ranks). Twice a step, each of them
-sends each other one message:
+Every matrix has an owner among the ranks that hold its layers (replicas × tensor ranks). Twice a
+step, each of them sends each other one message:
 
     to the owners      from each replica its shard of what the optimizer wants to see of each matrix, and from each
-                       tensor rank its part of it; the owner puts the logical tensor together and solves its matrices
+                       tensor rank its part of it; the owner puts the logical tensor together and
+                       solves its matrices
     back               to each replica what belongs to its shard
 
-An owner computes what one process would compute, from the same bits. A rank's messages are a shard long together: next
-to the reduction of whole buckets it is little (Moonlight, Liu et al. 2025, does the same over the replicas alone).
+An owner computes what one process would compute, from the same bits. A rank's messages are a shard
+long together: next to the reduction of whole buckets it is little (Moonlight, Liu et al. 2025, does
+the same over the replicas alone).
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Held(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What this rank sends to each rank of the stage, and gets from each, in one order on both ends."""
+    """What this rank sends to each rank of the stage, and gets from each, in one order on both
+    ends."""
 
     out: list[list[Held]]
     into: list[list[Held]]
@@ -60,32 +63,43 @@ class Matrix:
 
 
 class Matrices:
-    """The matrices of one optimizer on the ranks of a pipeline stage. All of these have the same plan of messages."""
+    """The matrices of one optimizer on the ranks of a pipeline stage. All of these have the same
+    plan of messages."""
 
     def __init__(self, optimizer: MatrixOptimizer, buckets: Sequence[BucketState], mesh: Mesh):
         """Choose owners for all weights in `buckets`, in which every rank's are laid out alike."""
         self.optimizer, self.buckets, self.mesh = optimizer, buckets, mesh
         self.matrices = self._choose_owners()
         self._to_owners, self._to_holders = self._route(whole=False), self._route(whole=True)
-        self._mine = [number for number, matrix in enumerate(self.matrices) if matrix.owner == mesh.stage.rank]
+        self._mine = [
+            number for number, matrix in enumerate(self.matrices) if matrix.owner == mesh.stage.rank
+        ]
 
     def _choose_owners(self) -> list[Matrix]:
-        """Give each matrix, the most costly first, to the rank with the least to do (Graham 1969)."""
+        """Give each matrix, the most costly first, to the rank with the least to do (Graham
+        1969)."""
         # Every rank computes the same owners from the same layout: nothing is communicated for it.
-        slots = [(number, slot) for number, bucket in enumerate(self.buckets) for slot in bucket.layout.slots]
+        slots = [
+            (number, slot)
+            for number, bucket in enumerate(self.buckets)
+            for slot in bucket.layout.slots
+        ]
         costs = [self._cost(slot) for _, slot in slots]
         loads, owners = [0.0] * self.mesh.stage.size, [0] * len(slots)
         for number in sorted(range(len(slots)), key=lambda number: -costs[number]):
             owners[number] = loads.index(min(loads))
             loads[owners[number]] += costs[number]
-        return [Matrix(number, slot, owner) for (number, slot), owner in zip(slots, owners, strict=True)]
+        return [
+            Matrix(number, slot, owner) for (number, slot), owner in zip(slots, owners, strict=True)
+        ]
 
     def _cost(self, slot: Slot) -> float:
         (columns,) = slot.weight.row_shape
         return sum(self.optimizer.cost(rows, columns) for rows in self.optimizer.split(slot.weight))
 
     def _route(self, whole: bool) -> Route:
-        """Return what of `_pieces` travels from or to this rank: to the owners, or with `whole` from them."""
+        """Return what of `_pieces` travels from or to this rank: to the owners, or with `whole`
+        from them."""
         me, ranks = self.mesh.stage.rank, range(self.mesh.stage.size)
         route = Route([[] for _ in ranks], [[] for _ in ranks])
         for rank in ranks:
@@ -102,10 +116,12 @@ class Matrices:
         return route
 
     def _pieces(self, rank: int, whole: bool) -> list[Held]:
-        """Return what a rank sends to the owners, or with `whole` what it gets back, in the order of the matrices.
+        """Return what a rank sends to the owners, or with `whole` what it gets back, in the order
+        of the matrices.
 
-        The first is its replica's shard. What comes back is the part that it updates: at ZeRO stage 0 everything. Of a
-        matrix that all tensor ranks hold, only the one that is on the owner's side sends it."""
+        The first is its replica's shard. What comes back is the part that it updates: at ZeRO stage
+        0 everything. Of a matrix that all tensor ranks hold, only the one that is on the owner's
+        side sends it."""
         found = []
         for number, matrix in enumerate(self.matrices):
             bucket = self.buckets[matrix.bucket]
@@ -124,13 +140,14 @@ class Matrices:
                 found.append(Held(number, rank, start, stop))
         return found
 
-    # --- a step ---------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def start(self, common: Tensor, lr: float) -> Callable[[], Iterator[BucketState]]:
         """Advance the optimizer's states, and start to send what its owners are to see.
 
-        Returns a function that solves this rank's matrices, sends the results back, and yields each bucket when its
-        shard has been updated. `common` is what the optimizer's `begin_step` returned, `lr` the schedule's rate."""
+        Returns a function that solves this rank's matrices, sends the results back, and yields each
+        bucket when its shard has been updated. `common` is what the optimizer's `begin_step`
+        returned, `lr` the schedule's rate."""
         shards = [bucket.shard(lr) for bucket in self.buckets]
         with record_function(STEP):
             seen = [self.optimizer.advance_(shard, common) for shard in shards]
@@ -159,9 +176,11 @@ class Matrices:
 
         return solve
 
-    def _exchange(self, route: Route, piece: Callable[[Held], Tensor]) -> Callable[[], Iterator[tuple[Held, Tensor]]]:
-        """Start one message from each rank to each other; return a function that waits, and yields what came to this
-        one. `piece` gives the values of what a message holds."""
+    def _exchange(
+        self, route: Route, piece: Callable[[Held], Tensor]
+    ) -> Callable[[], Iterator[tuple[Held, Tensor]]]:
+        """Start one message from each rank to each other; return a function that waits, and yields
+        what came to this one. `piece` gives the values of what a message holds."""
         axis, (out, into) = self.mesh.stage, route
         device = self.mesh.device
 
@@ -193,10 +212,13 @@ class Matrices:
         return result
 
     def _assemble(self, found: Iterable[tuple[Held, Tensor]]) -> dict[int, Tensor]:
-        """Return the logical tensor of each matrix that this rank owns, as rows, from all of its pieces."""
+        """Return the logical tensor of each matrix that this rank owns, as rows, from all of its
+        pieces."""
         # [matrix][holder] → (start, values) of each replica's shard. For a weight that is not cut
         # there is one "side": only one holder sends it.
-        shards: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
+        shards: dict[int, dict[int, list[tuple[int, Tensor]]]] = {
+            number: {} for number in self._mine
+        }
         for held, value in found:
             bucket = self._bucket_of(held.matrix)
             side = held.rank % bucket.fold.holders.size if bucket.layout.cut else 0
@@ -210,7 +232,9 @@ class Matrices:
             locals_ = [
                 # Shards by where they start, then holders by rank: so it is one flat local tensor
                 # per holder.
-                joined([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(shape)
+                joined([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(
+                    shape
+                )
                 for _, pieces in sorted(by_side.items())
             ]
             # A stack of experts [E, rows, columns] becomes rows, as `split` counts them.
@@ -219,7 +243,8 @@ class Matrices:
 
     @record_function(STEP)
     def _solve_in_place(self, logical: dict[int, Tensor]) -> None:
-        """Solve matrices of equal shapes together; `logical` holds the rows of all matrices of a weight."""
+        """Solve matrices of equal shapes together; `logical` holds the rows of all matrices of a
+        weight."""
         by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for number, rows in logical.items():
             for matrix in rows.split(self.optimizer.split(self.matrices[number].slot.weight)):
@@ -239,7 +264,9 @@ class Matrices:
         return slot.weight.read_local(
             # The same mapping by which a rank reads its part of a checkpoint, here from the solved
             # matrix.
-            lambda _, low, high, columns: rows[low:high] if columns is None else rows[low:high, slice(*columns)],
+            lambda _, low, high, columns: (
+                rows[low:high] if columns is None else rows[low:high, slice(*columns)]
+            ),
             held.rank % fold.holders.size,
             fold.tensor.size,
             held.start - slot.start,

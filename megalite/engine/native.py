@@ -1,11 +1,12 @@
-"""Data parallelism and ZeRO stages 0 to 2 (Rajbhandari et al. 2020), in the manner of Megatron's distributed
-optimizer.
+"""Data parallelism and ZeRO stages 0 to 2 (Rajbhandari et al. 2020), in the manner of Megatron's
+distributed optimizer.
 
-The weights lie in a few flat buckets, filled in the order in which the backward pass finishes them. Each replica
-answers for one equal shard of every bucket. A step:
+The weights lie in a few flat buckets, filled in the order in which the backward pass finishes them.
+Each replica answers for one equal shard of every bucket. A step:
 
     backward       each gradient is added to its place in an fp32 bucket as it arrives; when the last micro-batch
-                   has filled a bucket, its reduction starts and runs beside the rest of the backward
+                   has filled a bucket, its reduction starts and runs beside the rest of the
+                   backward
     norm           from the shards, one number over all ranks
     update         of this rank's shard, by the optimizer: clipping, fp32 master weights, its states, rounded weights
     all-gather     every rank gets all of the new weights, of a bucket while the next is updated; a module's forward
@@ -15,7 +16,8 @@ answers for one equal shard of every bucket. A step:
     stage 0        whole, fp32         all-reduce        whole on every rank, no all-gather
     stage 1        whole, fp32         reduce-scatter    shard
     stage 2        shard, fp32         reduce-scatter    shard; the reduction runs for every micro-batch, and whole
-                                                         buckets exist only while they are filled and reduced
+                                                         buckets exist only while they are filled
+                                                         and reduced
 """
 
 from __future__ import annotations
@@ -49,11 +51,19 @@ from megalite.runtime.activity import NOW
 
 
 class NativeEngine:
-    """Give models on the meta device, parallelised or not, their weights, and train them. See `Engine`."""
+    """Give models on the meta device, parallelised or not, their weights, and train them. See
+    `Engine`."""
 
     loss_scale = 1.0
 
-    def __init__(self, models: Sequence[Decoder], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
+    def __init__(
+        self,
+        models: Sequence[Decoder],
+        weights: Sequence[Weight],
+        plan: Plan,
+        mesh: Mesh,
+        config: Config,
+    ):
         self.mesh, self.config, self.zero_stage = mesh, config.optimizer, plan.zero_stage
         # Counted on the device: whether a step updates anything is decided there.
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -68,14 +78,23 @@ class NativeEngine:
             # count of tokens, which a reduction sums as any other.
             members[BY_COUNTS] = Member(partial(ByCounts, config.model.bias_rate), (), 1.0, 0.0)
         self.buckets = [
-            BucketState(b, mesh, self.dtype, plan.zero_stage, _sharded_states(b, optimizer), bool(optimizer.ema))
+            BucketState(
+                b,
+                mesh,
+                self.dtype,
+                plan.zero_stage,
+                _sharded_states(b, optimizer),
+                bool(optimizer.ema),
+            )
             for b in layout
             if not b.frozen
         ]
         self.frozen = [BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen]
         self.gradients = Gradients(models, self.buckets, self.frozen, mesh, plan.zero_stage)
         # The next forward pass needs first what the backward pass finished last.
-        self._forward_order = sorted(self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots)))
+        self._forward_order = sorted(
+            self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots))
+        )
         self.optimizers = {name: member.build() for name, member in members.items()}
         self._matrices: dict[str, Matrices] = {}
         self._sums: dict[str, Sums] = {}
@@ -102,7 +121,7 @@ class NativeEngine:
     def num_updates(self) -> int:
         return int(self._num_updates)
 
-    # --- a step ---------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def begin(self, num_micro_batches: int) -> None:
         self.gradients.begin(num_micro_batches)
@@ -119,7 +138,9 @@ class NativeEngine:
         # Over the world, pipeline stages included: every rank clips by the same factor.
         norm = self.gradients.norm()
         # The optimizer divides by it as it reads the gradients; nothing waits for the device.
-        divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
+        divisor = (
+            (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
+        )
         if update_gate is None:
             self._num_updates += 1
         else:
@@ -127,9 +148,12 @@ class NativeEngine:
             self._num_updates += permitted
             # To the optimizer's update, a divisor of 0 means: change nothing.
             divisor = torch.where(permitted, divisor, 0.0)
-        # Before the first update, where there is nothing to correct yet, a refused step must not divide by 0.
+        # Before the first update, where there is nothing to correct yet, a refused step must not
+        # divide by 0.
         num_updates = self._num_updates.clamp(min=1)
-        common = {name: each.begin_step(divisor, num_updates) for name, each in self.optimizers.items()}
+        common = {
+            name: each.begin_step(divisor, num_updates) for name, each in self.optimizers.items()
+        }
         if self._qk_clip:
             self._qk_clip.find_scales(divisor > 0)
         # Weights of the last step may still be arriving (modules that a forward pass never called
@@ -149,8 +173,8 @@ class NativeEngine:
         return norm
 
     def _update(self, common: Mapping[str, Tensor], lr: float) -> None:
-        """Update every bucket's shard, and start to gather the new weights; `common` is what each optimizer computed
-        once for the step."""
+        """Update every bucket's shard, and start to gather the new weights; `common` is what each
+        optimizer computed once for the step."""
         # Whole matrices travel to their owners while the other buckets are updated.
         solving = {name: each.start(common[name], lr) for name, each in self._matrices.items()}
         for name, sums in self._sums.items():
@@ -208,7 +232,7 @@ class NativeEngine:
             self._send(bucket)
         self.wait_for_params()
 
-    # --- state, in logical terms ----------------------------------------------------------------------------------
+    # --- state, in logical terms ------------------------------------------------------------------
 
     def load(self, read: ReadState, num_updates: int = 0) -> None:
         self.await_copies()
@@ -218,20 +242,31 @@ class NativeEngine:
             kind = "master" if bucket.weights.dtype == torch.float32 else "weight"
             fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in filter(bucket.has, self.states):
-                fill(bucket, bucket.stepped_state(state), bucket.stepped.start, bucket.stepped, read, state)
+                fill(
+                    bucket,
+                    bucket.stepped_state(state),
+                    bucket.stepped.start,
+                    bucket.stepped,
+                    read,
+                    state,
+                )
         for sums in self._sums.values():
             sums.load(read)
         for held in self.frozen:
             fill(held, held.weights, 0, slice(held.low, held.high), read, "weight")
-        # Each replica has read its shard alone, so that the weights are read once in all, and not once by each
-        # replica.
-        for wait in [start_all_gather(b.weights, b.fold.replicas) for b in [*self.buckets, *self.frozen]]:
+        # Each replica has read its shard alone, so that the weights are read once in all, and not
+        # once by each replica.
+        for wait in [
+            start_all_gather(b.weights, b.fold.replicas) for b in [*self.buckets, *self.frozen]
+        ]:
             wait()
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
         self.wait_for_params()
         for bucket in self.buckets:
-            sharing = Sharing(True, not bucket.layout.cut, bucket.layout.tied, bucket.layout.of_experts)
+            sharing = Sharing(
+                True, not bucket.layout.cut, bucket.layout.tied, bucket.layout.of_experts
+            )
             yield sharing, bucket.weights
             # From stage 1 on each replica has the states of a shard of its own: nobody to
             # compare with.
@@ -241,23 +276,34 @@ class NativeEngine:
             for kept in sums.states.values():
                 yield Sharing(True, True, False), kept
         for held in self.frozen:
-            yield Sharing(True, not held.layout.cut, held.layout.tied, held.layout.of_experts), held.weights
+            yield (
+                Sharing(True, not held.layout.cut, held.layout.tied, held.layout.of_experts),
+                held.weights,
+            )
 
-    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
-        """Gather the logical tensors this rank owns. Shards travel over the replicas to the owner of their bucket,
-        then local tensors over the holders to the owner of the weight: the groups that training uses anyway, and
-        memory for one bucket. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
+    def gather(
+        self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None
+    ) -> dict[str, Tensor]:
+        """Gather the logical tensors this rank owns. Shards travel over the replicas to the owner
+        of their bucket, then local tensors over the holders to the owner of the weight: the groups
+        that training uses anyway, and memory for one bucket. `kind`, `owners` and `buffers` are as
+        in `Engine.gather`."""
         self.wait_for_params()
-        return self._assemble(self._shards(kind), owners, GatherOnHost(self.mesh.device, buffers)) | self._whole(
-            kind, owners, buffers
-        )
+        return self._assemble(
+            self._shards(kind), owners, GatherOnHost(self.mesh.device, buffers)
+        ) | self._whole(kind, owners, buffers)
 
-    def _whole(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None) -> dict[str, Tensor]:
-        """Return a state that every rank has the whole of, for the weights that this rank owns, on the host."""
+    def _whole(
+        self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None
+    ) -> dict[str, Tensor]:
+        """Return a state that every rank has the whole of, for the weights that this rank owns, on
+        the host."""
         states = [sums.logical(kind) for sums in self._sums.values() if kind in sums.states]
         copy = buffers.copy if buffers else Tensor.cpu
         rank = self.mesh.world.rank
-        return {name: copy(x) for state in states for name, x in state.items() if owners[name] == rank}
+        return {
+            name: copy(x) for state in states for name, x in state.items() if owners[name] == rank
+        }
 
     def _shards(self, kind: str) -> list[tuple[BucketState, Tensor]]:
         """Return this rank's shard of every bucket that has something of this kind."""
@@ -270,10 +316,14 @@ class NativeEngine:
         owned: dict[str, Tensor] = {}
         for bucket, shard in shards:
             slots = bucket.layout.slots
-            pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name], bucket.fold)
+            pipeline_rank, replica, _ = self.mesh.place_of(
+                owners[slots[0].weight.name], bucket.fold
+            )
             # All slots of a bucket have their owners on one replica (see `choose_owners`), so the
             # first slot tells where the whole bucket must go.
-            if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight at the other end
+            if (
+                pipeline_rank != self.mesh.pipeline.rank
+            ):  # the copy of a tied weight at the other end
                 continue
             # 1. over the replicas: shards, in the order of ranks, are the bucket. A collective, so
             # every replica calls it, and all but the owner's go on with the next bucket.
@@ -294,7 +344,9 @@ class NativeEngine:
     def gather_later(
         self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
     ) -> Callable[[], dict[str, dict[str, Tensor]]]:
-        if self.mesh.device.type != "cpu":  # a device keeps the order of its stream, and NCCL is fast
+        if (
+            self.mesh.device.type != "cpu"
+        ):  # a device keeps the order of its stream, and NCCL is fast
             gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
             return lambda: gathered
         self.wait_for_params()
@@ -309,7 +361,10 @@ class NativeEngine:
             # next steps do.
             assert not self._unchanging.is_set(), "the state of that moment is gone"
             try:
-                shards = {kind: [(b, buffers.copy(shard)) for b, shard in self._shards(kind)] for kind in kinds}
+                shards = {
+                    kind: [(b, buffers.copy(shard)) for b, shard in self._shards(kind)]
+                    for kind in kinds
+                }
                 whole = {kind: self._whole(kind, owners, buffers) for kind in kinds}
             finally:
                 self._unchanging.set()
@@ -318,8 +373,8 @@ class NativeEngine:
         return copy
 
     def await_copies(self) -> None:
-        """Wait until a checkpoint's copy is made, which happens beside the next forward and backward pass: until then,
-        nothing that it takes may change."""
+        """Wait until a checkpoint's copy is made, which happens beside the next forward and
+        backward pass: until then, nothing that it takes may change."""
         if not self._unchanging.is_set():
             NOW.do("waiting for the checkpoint's copy")
             self._unchanging.wait()

@@ -1,2 +1,2 @@
-"""Whether the machines and the ranks of a run are well: before it (preflight.py) and during it (watchdog.py,
-stragglers.py)."""
+"""Whether the machines and the ranks of a run are well: before it (preflight.py) and during it
+(watchdog.py, stragglers.py)."""

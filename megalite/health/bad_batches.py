@@ -11,10 +11,12 @@ from megalite.health.numbers import BadStep
 
 
 def write_batch(folder: Path, bad: BadStep, mixture: Mixture, numbers: Int64s) -> Path:
-    """Write a file to `folder` with one JSON line for each sample of a bad step's global batch, and return its path.
+    """Write a file to `folder` with one JSON line for each sample of a bad step's global batch, and
+    return its path.
 
-    `numbers` [G] are the samples' numbers in the run. A line holds the sample's number, its source in `mixture`, its
-    number within that source and its token ids; `bad` says what was found. Raises OSError."""
+    `numbers` [G] are the samples' numbers in the run. A line holds the sample's number, its source
+    in `mixture`, its number within that source and its token ids; `bad` says what was found. Raises
+    OSError."""
     source, sample = mixture.order.locate(numbers)
     tokens = mixture.read(numbers).tokens
     folder.mkdir(parents=True, exist_ok=True)

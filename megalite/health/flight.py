@@ -1,5 +1,6 @@
-"""Reads torch's flight recorder, which knows of each collective whether the device has begun and ended it. On a GPU the
-host runs far ahead of the device: what hangs is often not what the host waits in."""
+"""Reads torch's flight recorder, which knows of each collective whether the device has begun and
+ended it. On a GPU the host runs far ahead of the device: what hangs is often not what the host
+waits in."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from megalite.comm.mesh import Axis, Mesh
 from megalite.health.report import group_of, spans
 
 KEPT = 10
-"""Collectives of each group that a rank writes down before the oldest one under way, and from it on."""
+"""Collectives of each group that a rank writes down before the oldest one under way, and from it
+on."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class Flight:
 
 
 def record(mesh: Mesh) -> list[Flight]:
-    """Return the collectives around the oldest one under way in each group of this rank, in the order of launching."""
+    """Return the collectives around the oldest one under way in each group of this rank, in the
+    order of launching."""
     found: defaultdict[str, list[Flight]] = defaultdict(list)
-    names: dict[str, str] = {axis.group.group_name: axis.name for axis in _axes(mesh) if axis.group is not None}
+    names: dict[str, str] = {
+        axis.group.group_name: axis.name for axis in _axes(mesh) if axis.group is not None
+    }
     # NCCL's recorder, where torch has it, is one of its own beside that of gloo.
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
         if hasattr(c10d, name):
@@ -49,10 +54,20 @@ def record(mesh: Mesh) -> list[Flight]:
 
 
 def _axes(mesh: Mesh) -> list[Axis]:
-    """Return the axes of a mesh. Where one group is several, the last name counts: of dense weights, then the world."""
+    """Return the axes of a mesh. Where one group is several, the last name counts: of dense
+    weights, then the world."""
     fold = mesh.expert_fold
     of_experts = [fold.replicas, fold.holders, fold.expert, fold.tensor] if fold else []
-    return [*of_experts, mesh.stage, mesh.replicas, mesh.data, mesh.context, mesh.pipeline, mesh.tensor, mesh.world]
+    return [
+        *of_experts,
+        mesh.stage,
+        mesh.replicas,
+        mesh.data,
+        mesh.context,
+        mesh.pipeline,
+        mesh.tensor,
+        mesh.world,
+    ]
 
 
 def _flight(entry: Mapping[str, Any], names: Mapping[str, str]) -> Flight:
@@ -61,7 +76,11 @@ def _flight(entry: Mapping[str, Any], names: Mapping[str, str]) -> Flight:
     number = entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"]
     shape = ", ".join("×".join(map(str, size)) for size in entry["input_sizes"])
     return Flight(
-        names.get(name, description), number, entry["profiling_name"], shape, "ended" if ended else entry["state"]
+        names.get(name, description),
+        number,
+        entry["profiling_name"],
+        shape,
+        "ended" if ended else entry["state"],
     )
 
 
@@ -90,18 +109,23 @@ def read(folder: Path, rank: int) -> list[Flight]:
 
 
 def describe_flights(flights: Mapping[int, list[Flight]], mesh: Mesh) -> list[str]:
-    """Say of each group with a collective under way which ranks are in which one. `flights` are those of each rank that
-    could write them down."""
+    """Say of each group with a collective under way which ranks are in which one. `flights` are
+    those of each rank that could write them down."""
     groups: defaultdict[tuple[str, tuple[int, ...]], dict[int, str]] = defaultdict(dict)
     under_way = set()
     for rank, launched in flights.items():
         # A dict as a set that keeps its order.
         for axis in {flight.axis: None for flight in launched}:
-            key, own = (axis, group_of(rank, axis, mesh)), [flight for flight in launched if flight.axis == axis]
+            key, own = (
+                (axis, group_of(rank, axis, mesh)),
+                [flight for flight in launched if flight.axis == axis],
+            )
             oldest = next((flight for flight in own if flight.state != "ended"), None)
             if oldest:
                 under_way.add(key)
-                groups[key][rank] = f"in {oldest.kind} {oldest.number} of {oldest.shape} ({oldest.state})"
+                groups[key][rank] = (
+                    f"in {oldest.kind} {oldest.number} of {oldest.shape} ({oldest.state})"
+                )
             else:
                 groups[key][rank] = f"after {own[-1].kind} {own[-1].number}, with none under way"
     lines = []
@@ -109,6 +133,8 @@ def describe_flights(flights: Mapping[int, list[Flight]], mesh: Mesh) -> list[st
         by_text: defaultdict[str, list[int]] = defaultdict(list)
         for rank, text in groups[key].items():
             by_text[text].append(rank)
-        lines.append(f"{key[0]}: " + "; ".join(f"{spans(ranks)} {text}" for text, ranks in by_text.items()))
+        lines.append(
+            f"{key[0]}: " + "; ".join(f"{spans(ranks)} {text}" for text, ranks in by_text.items())
+        )
     # Groups whose ranks differ come first: these are where it hangs.
     return sorted(lines, key=lambda line: "; " not in line)

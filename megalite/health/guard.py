@@ -1,5 +1,5 @@
-"""Guards the numbers of a run: what its steps compute (numbers.py), and whether replicas still hold the same bits
-(replicas.py). All ranks come to the same decision in the same step.
+"""Guards the numbers of a run: what its steps compute (numbers.py), and whether replicas still hold
+the same bits (replicas.py). All ranks come to the same decision in the same step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Ending:
     status: Exit | None
     """Exit status of the run. None: rewind to the newest checkpoint."""
     saves: tuple[int, int] | None = None
-    """Checkpoint to write first: the step the weights are of, and the samples trained on by then."""
+    """Checkpoint to write first: the step the weights are of, and the samples trained on by
+    then."""
     skipped: tuple[Span, ...] = ()
     """Samples to pass over after a rewind."""
 
@@ -47,11 +48,12 @@ class Ending:
 class Guard:
     """Watches the loss, the gradient norm and the replicas of a run.
 
-    Every rank has one and calls the same methods at the same places of the same steps: some are collectives."""
+    Every rank has one and calls the same methods at the same places of the same steps: some are
+    collectives."""
 
     def __init__(self, config: Config, mesh: Mesh, loader: Batches):
-        """Watch a run. `config.health` holds the policies; `mesh` the ranks to compare; `loader` knows the samples of
-        each step."""
+        """Watch a run. `config.health` holds the policies; `mesh` the ranks to compare; `loader`
+        knows the samples of each step."""
         self._health = config.health
         self._mesh = mesh
         self._loader = loader
@@ -69,16 +71,18 @@ class Guard:
         return self._numbers.in_a_row
 
     def compare(self, step: int, engine: Engine, saves: bool = False) -> None:
-        """Begin to compare the replicas' weights and optimizer state if `step` is due or the run `saves`.
+        """Begin to compare the replicas' weights and optimizer state if `step` is due or the run
+        `saves`.
 
-        Call it after a step's backward pass, or before a save. `engine` gives the tensors; `look` has the result. A
-        collective."""
+        Call it after a step's backward pass, or before a save. `engine` gives the tensors; `look`
+        has the result. A collective."""
         every = self._health.weights_check_every
         if self._mesh.world.size > 1 and every and (saves or step % every == 0):
             self._replicas.begin(step, engine.copies())
 
     def note(self, step: int, samples: int) -> None:
-        """Note that the step just judged is `step`, before which the run had trained on `samples`."""
+        """Note that the step just judged is `step`, before which the run had trained on
+        `samples`."""
         self._numbers.note(step, samples)
 
     def record(self) -> Record:
@@ -90,10 +94,11 @@ class Guard:
         return record
 
     def look(self, step: int, all_of_them: bool) -> Ending | None:
-        """Judge what the host has learned by step `step`, and return why the run ends there, or None.
+        """Judge what the host has learned by step `step`, and return why the run ends there, or
+        None.
 
-        The host learns of a step STEPS_LATER steps later. `all_of_them` waits for the device and judges all steps so
-        far, as before a save."""
+        The host learns of a step STEPS_LATER steps later. `all_of_them` waits for the device and
+        judges all steps so far, as before a save."""
         # Corruption comes first: nothing that was computed with other bits can be judged, or saved.
         checked, found = self._replicas.look(step, all_of_them)
         if found:
@@ -107,7 +112,8 @@ class Guard:
         too_many = any(each.in_a_row >= self._health.bad_steps_limit for each in bad)
         for each in bad:
             self._tell(each)
-        # The device has refused all updates since a step that ends or rewinds the run: its state is from before it.
+        # The device has refused all updates since a step that ends or rewinds the run: its state is
+        # from before it.
         saves = (ends.step - 1, ends.samples) if ends else (step, self._loader.samples)
         if ends and ends.policy == "rewind" and not too_many:
             return Ending(None, skipped=self._skipped(bad))
@@ -148,7 +154,8 @@ class Guard:
         self._news.append(f"warning: step {bad.step}: {bad.text}; {follows}{where}")
 
     def _skipped(self, bad: Sequence[BadStep]) -> tuple[Span, ...]:
-        """Return the samples to pass over after a rewind: those passed over before, and those of the bad steps."""
+        """Return the samples to pass over after a rewind: those passed over before, and those of
+        the bad steps."""
         skipped = self._loader.skipped
         for each in bad:
             if each.policy != "report":

@@ -1,5 +1,5 @@
-"""Heartbeats in RUN/health/rank-N.json: what a rank is doing, rewritten every few seconds. A rank whose file stops
-changing is dead, stopped, or cut off from the file system.
+"""Heartbeats in RUN/health/rank-N.json: what a rank is doing, rewritten every few seconds. A rank
+whose file stops changing is dead, stopped, or cut off from the file system.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class Heartbeat:
     host: str
     pid: int
     run: int
-    """When the ranks started, in seconds since 1970 on rank 0's clock. Heartbeats of another start are ignored."""
+    """When the ranks started, in seconds since 1970 on rank 0's clock. Heartbeats of another start
+    are ignored."""
     beat: int
-    """Number of heartbeats written so far. Counts are compared, not times: clocks of two nodes differ."""
+    """Number of heartbeats written so far. Counts are compared, not times: clocks of two nodes
+    differ."""
     time: float
     """When it was written, in seconds since 1970."""
     phase: str
@@ -37,7 +39,8 @@ class Heartbeat:
     """-1: none."""
     action: str
     waits_in: str
-    """The collective it waits in for other ranks, such as "all_reduce"; empty if it does not wait."""
+    """The collective it waits in for other ranks, such as "all_reduce"; empty if it does not
+    wait."""
     over: str
     """The mesh axis of that collective."""
     number: int
@@ -67,7 +70,8 @@ class Heartbeat:
 
     @property
     def waits_for(self) -> str:
-        """Describe the collective the rank waits in, such as "all_reduce 12 over tensor"; empty if in none."""
+        """Describe the collective the rank waits in, such as "all_reduce 12 over tensor"; empty if
+        in none."""
         if not self.waits_in:
             return ""
         number = f" {self.number}" if self.number else ""
@@ -77,9 +81,10 @@ class Heartbeat:
 def take(rank: int, run: int, beat: int, stalled_s: float, patience_s: float) -> Heartbeat:
     """Return the heartbeat of this process now.
 
-    `rank`, `run`, `beat`, `stalled_s` and `patience_s` are the fields of `Heartbeat`; the others come from
-    `activity.NOW`."""
-    # NOW keeps the last collective after it has ended: its axis and number count only during a wait.
+    `rank`, `run`, `beat`, `stalled_s` and `patience_s` are the fields of `Heartbeat`; the others
+    come from `activity.NOW`."""
+    # NOW keeps the last collective after it has ended: its axis and number count only during a
+    # wait.
     return Heartbeat(
         rank, node_name(), os.getpid(), run, beat, time.time(), NOW.phase, NOW.step, NOW.micro_batch, NOW.action,
         NOW.waits_in, NOW.over if NOW.waits_in else "", NOW.number if NOW.waits_in else 0,
@@ -93,17 +98,20 @@ def path_of(folder: Path, rank: int) -> Path:
 
 
 def write(folder: Path, beat: Heartbeat) -> None:
-    """Replace the rank's heartbeat file in `folder`. Readers see the old one or the new one, never a part.
+    """Replace the rank's heartbeat file in `folder`. Readers see the old one or the new one, never
+    a part.
 
-    There is no fsync: it would be expensive every few seconds, and after a crash nobody needs the file. Raises OSError
-    where the disk refuses it."""
+    There is no fsync: it would be expensive every few seconds, and after a crash nobody needs the
+    file. Raises OSError where the disk refuses it."""
     path = path_of(folder, beat.rank)
     text = json.dumps(asdict(beat)).ljust(SIZE)
     try:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(path)
-    except OSError:  # a full disk has no room for a second file, but accepts new bytes in the old one
+    except (
+        OSError
+    ):  # a full disk has no room for a second file, but accepts new bytes in the old one
         with open(path, "r+") as file:
             file.write(text)
 

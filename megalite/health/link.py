@@ -1,7 +1,8 @@
-"""Times an all-reduce between some ranks: `python -m megalite.health.link`, a process of its own for each rank.
+"""Times an all-reduce between some ranks: `python -m megalite.health.link`, a process of its own
+for each rank.
 
-NCCL does not raise where a link is dead, it ends the process. A rank that starts one for the link lives on, and names
-it."""
+NCCL does not raise where a link is dead, it ends the process. A rank that starts one for the link
+lives on, and names it."""
 
 from __future__ import annotations
 
@@ -37,13 +38,18 @@ class Ranks:
 
 
 def time_all_reduce(store: dist.Store, ranks: Ranks) -> float | None:
-    """Return the seconds of an all-reduce between all processes that call it with one `store`, or None on failure."""
+    """Return the seconds of an all-reduce between all processes that call it with one `store`, or
+    None on failure."""
     timeout, device = datetime.timedelta(seconds=ranks.timeout_s), torch.device(ranks.device)
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        own = dist.PrefixStore(ranks.name, store)  # process groups of several pairs are made at the same time
-        dist.init_process_group(ranks.backend, store=own, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+        own = dist.PrefixStore(
+            ranks.name, store
+        )  # process groups of several pairs are made at the same time
+        dist.init_process_group(
+            ranks.backend, store=own, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+        )
         numbers = torch.zeros(ranks.numel, device=device)
         return best_time(lambda: dist.all_reduce(numbers), device, repeats=8)
     except RuntimeError:
@@ -54,14 +60,17 @@ def time_all_reduce(store: dist.Store, ranks: Ranks) -> float | None:
 
 
 def time_apart(store: dist.Store, ranks: Ranks) -> float | None:
-    """Do the same in a process of its own, which need not survive. All give up as soon as one of them has."""
+    """Do the same in a process of its own, which need not survive. All give up as soon as one of
+    them has."""
     # The child connects by host and port, and these only the innermost store knows.
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.TCPStore)
     failed, deadline = f"{ranks.name} failed", time.monotonic() + ranks.timeout_s
     told = json.dumps({"host": store.host, "port": store.port, **asdict(ranks)})
-    child = subprocess.Popen([*COMMAND, told], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(
+        [*COMMAND, told], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while child.poll() is None and time.monotonic() < deadline and not store.check([failed]):
         time.sleep(CHECK_S)
     if child.poll() != 0:

@@ -1,4 +1,5 @@
-"""Examines the machine a rank runs on before a run: GPUs, disks, memory, code and the speed of a product (`Facts`)."""
+"""Examines the machine a rank runs on before a run: GPUs, disks, memory, code and the speed of a
+product (`Facts`)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ PATIENCE_S = 20.0
 """Time limit of one question, in seconds. A dead disk or driver never answers."""
 
 HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140}
-"""XID errors (NVIDIA, "XID errors") of the GPU itself, its memory or links. Others come from programs."""
+"""XID errors (NVIDIA, "XID errors") of the GPU itself, its memory or links. Others come from
+programs."""
 
 T = TypeVar("T")
 
@@ -59,9 +61,11 @@ class Facts:
 
 
 def find_out(config: Config, launch: Launch) -> Facts:
-    """Examine the machine of this rank. A question to a disk or a driver takes no longer than PATIENCE_S.
+    """Examine the machine of this rank. A question to a disk or a driver takes no longer than
+    PATIENCE_S.
 
-    `config` names the folders a run writes to; `launch` says which rank and device this process has."""
+    `config` names the folders a run writes to; `launch` says which rank and device this process
+    has."""
     disk_gb, disk_troubles = {}, {}
     for name, folder in disks(config).items():
         try:
@@ -70,7 +74,8 @@ def find_out(config: Config, launch: Launch) -> Facts:
             disk_troubles[name] = f"{name} {folder}: {error.strerror or error}"
     # Also where torch sees none: the driver may be what is broken.
     wants_gpus = torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    # One rank a node, where the answer is the same for all; each, where it may see no GPU but its own.
+    # One rank a node, where the answer is the same for all; each, where it may see no GPU but its
+    # own.
     ask = wants_gpus and (launch.local_rank == 0 or torch.cuda.device_count() == 1)
     product_s, product = measure_product(launch)
     gpu = chip = ""
@@ -95,7 +100,8 @@ def find_out(config: Config, launch: Launch) -> Facts:
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T:
-    """Return what `ask` returns, or raise what it raises. Raises TimeoutError (an OSError) after `seconds`."""
+    """Return what `ask` returns, or raise what it raises. Raises TimeoutError (an OSError) after
+    `seconds`."""
     answer: list[T] = []
     errors: list[BaseException] = []
 
@@ -105,7 +111,8 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    # A thread that hangs in the kernel cannot be ended; as a daemon it does not keep the process alive.
+    # A thread that hangs in the kernel cannot be ended; as a daemon it does not keep the process
+    # alive.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -128,8 +135,8 @@ def disks(config: Config) -> dict[str, Path]:
 
 
 def usable_gb(folder: Path) -> float:
-    """Return the free space in GiB where `folder` is, or will be created. Raises OSError where nothing can be
-    written."""
+    """Return the free space in GiB where `folder` is, or will be created. Raises OSError where
+    nothing can be written."""
     absolute = folder.absolute()
     there = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
     # A read-only or full file system still reports its free space: only writing tells.
@@ -140,7 +147,8 @@ def usable_gb(folder: Path) -> float:
 
 
 def available_memory_gb() -> float:
-    """Return the memory available to programs in GiB, as Linux estimates it; 0 if it does not say."""
+    """Return the memory available to programs in GiB, as Linux estimates it; 0 if it does not
+    say."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) / 2**20
@@ -148,7 +156,8 @@ def available_memory_gb() -> float:
 
 
 def gpu_troubles() -> list[str]:
-    """Return the faults of this node's GPUs that nvidia-smi reports: uncorrected ECC errors and failed row remaps."""
+    """Return the faults of this node's GPUs that nvidia-smi reports: uncorrected ECC errors and
+    failed row remaps."""
     fields = "index,ecc.errors.uncorrected.volatile.total"
     rows = _nvidia_smi(f"--query-gpu={fields}")
     if isinstance(rows, str):
@@ -158,7 +167,9 @@ def gpu_troubles() -> list[str]:
         if count.isdigit() and int(count):  # "[N/A]" where the GPU has no ECC
             troubles.append(f"GPU {index}: {count} uncorrected ECC errors")
     # A GPU replaces faulty rows of its memory by spare ones, until none is left.
-    remapped = _nvidia_smi("--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure")
+    remapped = _nvidia_smi(
+        "--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure"
+    )
     if isinstance(remapped, str):  # GPUs before Ampere remap no rows
         return troubles
     for bus, pending, failure in remapped:
@@ -170,7 +181,8 @@ def gpu_troubles() -> list[str]:
 
 
 def _nvidia_smi(query: str) -> list[list[str]] | str:
-    """Return the rows of nvidia-smi's answer, a sentence about its failure, or no rows where it is not installed."""
+    """Return the rows of nvidia-smi's answer, a sentence about its failure, or no rows where it is
+    not installed."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -189,7 +201,8 @@ def _nvidia_smi(query: str) -> list[list[str]] | str:
 
 
 def gpu_remarks() -> list[str]:
-    """Return the last three hardware XID errors in the kernel's log; none where that may not be read.
+    """Return the last three hardware XID errors in the kernel's log; none where that may not be
+    read.
 
     They may be older than the last repair: a person has to judge them."""
     try:
@@ -208,7 +221,8 @@ def gpu_remarks() -> list[str]:
 
 
 def digests_of_code() -> dict[str, str]:
-    """Return a digest of each of the package's files, Python and compiled, and the version of torch."""
+    """Return a digest of each of the package's files, Python and compiled, and the version of
+    torch."""
     package = Path(__file__).parents[1]
     found = {"torch": str(torch.__version__)}
     for path in sorted([*package.rglob("*.py"), *package.rglob("*.so")]):
@@ -220,8 +234,8 @@ def digests_of_code() -> dict[str, str]:
 def measure_product(launch: Launch) -> tuple[float, str]:
     """Return (seconds, hash of the result) of a matrix product on this rank's device.
 
-    All elements are -1, 0 or 1, so that every partial sum is exact: each order of summation gives the same bits, and a
-    different hash means a faulty device."""
+    All elements are -1, 0 or 1, so that every partial sum is exact: each order of summation gives
+    the same bits, and a different hash means a faulty device."""
     device = launch.device
     size, dtype = 512, torch.float32
     if device.type == "cuda":
@@ -236,7 +250,8 @@ def measure_product(launch: Launch) -> tuple[float, str]:
 
 
 def best_time(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the seconds of the quickest of `repeats` runs of `work` on `device`: the one least disturbed by others."""
+    """Return the seconds of the quickest of `repeats` runs of `work` on `device`: the one least
+    disturbed by others."""
     work()  # the first run pays for initialization
     event = host_or_device_event(device)
     best = float("inf")

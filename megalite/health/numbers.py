@@ -1,18 +1,22 @@
-"""Finds bad numbers: losses and gradients that are not finite, and spikes of the loss or of the gradient norm.
+"""Finds bad numbers: losses and gradients that are not finite, and spikes of the loss or of the
+gradient norm.
 
-The device finds them and refuses the update of such a step, without a synchronization; the host learns of it two steps
-later (late.py). All ranks judge the same numbers, so all come to the same decision.
+The device finds them and refuses the update of such a step, without a synchronization; the host
+learns of it two steps later (late.py). All ranks judge the same numbers, so all come to the same
+decision.
 
-A spike is a number more than `health.spike_sigmas` standard deviations above the mean of the last WINDOW steps (after
-OLMo's SkipStepOptimizer). It enters the window clipped to the limit: one spike does not hide the next, and a level that
-has risen for good soon stops being a spike. Numbers that are not finite do not enter.
+A spike is a number more than `health.spike_sigmas` standard deviations above the mean of the last
+WINDOW steps (after OLMo's SkipStepOptimizer). It enters the window clipped to the limit: one spike
+does not hide the next, and a level that has risen for good soon stops being a spike. Numbers that
+are not finite do not enter.
 
-A step without a single label is not bad, but reported: its loss is NaN and its gradient exactly 0 (parts.py), a pair
-that no other NaN comes with.
+A step without a single label is not bad, but reported: its loss is NaN and its gradient exactly 0
+(parts.py), a pair that no other NaN comes with.
 
-A refused update leaves weights and moments as they are. The step counts for the learning rate and its data is used up,
-but it does not count for Adam's bias correction (as in Megatron-LM). After a step that ends or rewinds the run all
-updates are refused: the device keeps the state from before it until the host knows.
+A refused update leaves weights and moments as they are. The step counts for the learning rate and
+its data is used up, but it does not count for Adam's bias correction (as in Megatron-LM). After a
+step that ends or rewinds the run all updates are refused: the device keeps the state from before it
+until the host knows.
 """
 
 from __future__ import annotations
@@ -70,11 +74,13 @@ class Numbers:
     """Judges every step of a run. Every rank has one, and all come to the same judgements."""
 
     def __init__(self, health: HealthConfig, device: torch.device):
-        """Keep the window on `device`. `health` gives a policy for each kind, and `spike_sigmas`."""
+        """Keep the window on `device`. `health` gives a policy for each kind, and
+        `spike_sigmas`."""
         self._policies: dict[str, Policy] = {kind: getattr(health, kind) for kind in KINDS}
         severity = [SEVERITY.index(policy) for policy in self._policies.values()]
         self._sigmas = health.spike_sigmas
-        # [2, WINDOW]: losses and gradient norms, a ring buffer in which step i stands at i % WINDOW.
+        # [2, WINDOW]: losses and gradient norms, a ring buffer in which step i stands at i %
+        # WINDOW.
         self._window = torch.zeros(2, WINDOW, dtype=torch.float64, device=device)
         self._entered = torch.tensor(0, device=device)
         self._places = torch.arange(WINDOW, device=device)
@@ -87,18 +93,19 @@ class Numbers:
         self._over = False
         self._num_unlabelled = 0
 
-    # --- on the device --------------------------------------------------------------------------------------------
+    # --- on the device ----------------------------------------------------------------------------
 
     def update_gate(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the update gate of a step with this `loss` (fp32 []), for `Engine.step`.
 
-        The gate takes the gradient norm (fp32 []) and returns whether the step may update the weights (bool []). It is
-        called once a step, and remembers the step in the window."""
+        The gate takes the gradient norm (fp32 []) and returns whether the step may update the
+        weights (bool []). It is called once a step, and remembers the step in the window."""
         return lambda norm: self._judge(torch.stack([loss, norm]).double())
 
     @torch.no_grad()
     def _judge(self, values: Tensor) -> Tensor:
-        """Judge a step by `values` [2], its loss and gradient norm in fp64, and enter them in the window.
+        """Judge a step by `values` [2], its loss and gradient norm in fp64, and enter them in the
+        window.
 
         Everything stays on the device: a branch on a number would make the host wait for it."""
         count = self._entered.clamp(max=WINDOW)
@@ -109,7 +116,8 @@ class Numbers:
         distance = torch.where(self._places < count, self._window - mean[:, None], 0.0)
         variance = distance.square().sum(1) / (count - 1).clamp(min=1)
         deviation = variance.sqrt()
-        # Without a lower bound, a loss that has long been constant would make a spike of any rounding error.
+        # Without a lower bound, a loss that has long been constant would make a spike of any
+        # rounding error.
         highest = mean + self._sigmas * torch.maximum(deviation, SMALLEST * mean.abs())
         unlabelled = values[0].isnan() & (values[1] == 0)
         finite = values.isfinite().all() | unlabelled
@@ -131,17 +139,20 @@ class Numbers:
         return ~refused
 
     def record(self) -> Record:
-        """Return the flags of the step just judged, bool [] on the device, for its metrics record."""
+        """Return the flags of the step just judged, bool [] on the device, for its metrics
+        record."""
         return dict(zip((*KINDS, NO_LABELS, "skipped"), self._found.unbind(), strict=True))
 
-    # --- on the host ----------------------------------------------------------------------------------------------
+    # --- on the host ------------------------------------------------------------------------------
 
     def note(self, step: int, samples: int) -> None:
-        """Note that the step just judged is `step`, before which the run had trained on `samples`."""
+        """Note that the step just judged is `step`, before which the run had trained on
+        `samples`."""
         self._late.add(step, (step, samples), self._report)
 
     def look(self, step: int, all_of_them: bool) -> list[BadStep]:
-        """Return the bad steps among those that the host may read by step `step` (see late.py), or `all_of_them`."""
+        """Return the bad steps among those that the host may read by step `step` (see late.py), or
+        `all_of_them`."""
         found = []
         for (number, samples), report in self._late.take(step, all_of_them):
             *flags, unlabelled, loss, norm, mean_loss, mean_norm = report
@@ -163,7 +174,9 @@ class Numbers:
             elif unlabelled:
                 if self._num_unlabelled % STEPS_PER_WORD == 0:
                     text = f"no token of its batch has a label: nothing was learned{self._so_far()}"
-                    found.append(BadStep(number, samples, (NO_LABELS,), policy, self.in_a_row, text))
+                    found.append(
+                        BadStep(number, samples, (NO_LABELS,), policy, self.in_a_row, text)
+                    )
                 self._num_unlabelled += 1
         return found
 
@@ -178,7 +191,13 @@ class Numbers:
         self.in_a_row = int(state["in_a_row"])
 
     def state(self) -> dict[str, Any]:
-        """Return the window and counters for a checkpoint, as JSON can hold them. Waits for the device."""
+        """Return the window and counters for a checkpoint, as JSON can hold them. Waits for the
+        device."""
         entered = int(self._entered)
         losses, norms = self._window[:, : min(entered, WINDOW)].tolist()
-        return {"losses": losses, "grad_norms": norms, "entered": entered, "in_a_row": self.in_a_row}
+        return {
+            "losses": losses,
+            "grad_norms": norms,
+            "entered": entered,
+            "in_a_row": self.in_a_row,
+        }

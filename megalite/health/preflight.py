@@ -1,10 +1,10 @@
-"""`megalite preflight CONFIG`: checks whether all nodes are fit for a run. Started like the run itself, one process a
-rank.
+"""`megalite preflight CONFIG`: checks whether all nodes are fit for a run. Started like the run
+itself, one process a rank.
 
-Each rank examines its own machine (node.py). Then neighbouring nodes time an all-reduce; every node takes part in two,
-so that a slow node can be told from a slow neighbour, and before it in one of its own ranks. Rank 0 judges (verdict.py)
-and prints the result. Answers travel over the rendezvous store, not over collectives: a node that never answers is
-named, not waited for.
+Each rank examines its own machine (node.py). Then neighbouring nodes time an all-reduce; every node
+takes part in two, so that a slow node can be told from a slow neighbour, and before it in one of
+its own ranks. Rank 0 judges (verdict.py) and prints the result. Answers travel over the rendezvous
+store, not over collectives: a node that never answers is named, not waited for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ PATIENCE_S = 120.0
 """Time limit of each of the two rounds of answers, in seconds."""
 
 MESSAGE_NUMBERS = {"gloo": 4 * 2**20, "nccl": 64 * 2**20}
-"""Number of fp32 elements in the timed all-reduce: 16 MiB, or 256 MiB, in which GPUs reach their links' bandwidth."""
+"""Number of fp32 elements in the timed all-reduce: 16 MiB, or 256 MiB, in which GPUs reach their
+links' bandwidth."""
 
 APART = ("nccl",)
 """Backends that may end a process whose link is dead."""
@@ -53,18 +54,23 @@ UNKNOWN = "?"
 """Name of a node whose rank has not even given its name."""
 
 Link = tuple[str, str]
-"""Two nodes, the first in the ring's order before the second; or a node and itself, for the GPUs within."""
+"""Two nodes, the first in the ring's order before the second; or a node and itself, for the GPUs
+within."""
 TimedLink = tuple[str, str, float | None]
 """Two nodes and the seconds of an all-reduce between them; None where it failed."""
 
 
-def preflight(config: Config, launch: Launch, store: dist.Store, interconnect: str | None = None) -> Exit:
-    """Check all nodes for the run of `config`, print what was found, and return the exit status, the same on all ranks.
+def preflight(
+    config: Config, launch: Launch, store: dist.Store, interconnect: str | None = None
+) -> Exit:
+    """Check all nodes for the run of `config`, print what was found, and return the exit status,
+    the same on all ranks.
 
-    Returns DONE if all nodes are fit. UNFIT: some are not, and the output has a line `--exclude=NODE,NODE` that sbatch
-    understands. MISTAKE: all nodes have the same problem. `launch` is this process's rank, `store` torchrun's
-    rendezvous store. `interconnect` says what joins the nodes, a name or a file of `megalite plan`: then all-reduces of
-    GPUs must come near what it gives. Raises ConfigError, and DataError for a damaged token file."""
+    Returns DONE if all nodes are fit. UNFIT: some are not, and the output has a line
+    `--exclude=NODE,NODE` that sbatch understands. MISTAKE: all nodes have the same problem.
+    `launch` is this process's rank, `store` torchrun's rendezvous store. `interconnect` says what
+    joins the nodes, a name or a file of `megalite plan`: then all-reduces of GPUs must come near
+    what it gives. Raises ConfigError, and DataError for a damaged token file."""
     # First what all ranks find out alike: a mistake in the config needs no other node.
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     check_token_files(config)
@@ -76,7 +82,9 @@ def preflight(config: Config, launch: Launch, store: dist.Store, interconnect: s
     if leader:
         leader.call_a_meeting()
     call = board.hear("meeting")
-    clock = time.time()  # read when all ranks hear the same call, so that the clocks can be compared
+    clock = (
+        time.time()
+    )  # read when all ranks hear the same call, so that the clocks can be compared
     if call["backend"]:
         nodes = {int(rank): node for rank, node in call["nodes"].items()}
         links = _meet(nodes, call["backend"], launch, store)
@@ -91,7 +99,8 @@ def preflight(config: Config, launch: Launch, store: dist.Store, interconnect: s
 
 
 class _Board:
-    """Exchanges answers through the rendezvous store: every rank puts them up for rank 0, and rank 0 tells all."""
+    """Exchanges answers through the rendezvous store: every rank puts them up for rank 0, and rank
+    0 tells all."""
 
     def __init__(self, store: dist.Store, launch: Launch):
         self._store = dist.PrefixStore("preflight", store)
@@ -102,7 +111,8 @@ class _Board:
         self._store.set(f"{what}/{self._launch.rank}", json.dumps(value))
 
     def collect(self, what: str, patience_s: float | None = None) -> dict[int, Any]:
-        """Return the answers of the ranks that have put one up within `patience_s` (default PATIENCE_S), by rank."""
+        """Return the answers of the ranks that have put one up within `patience_s` (default
+        PATIENCE_S), by rank."""
         keys = {rank: f"{what}/{rank}" for rank in range(self._launch.world_size)}
         if patience_s is None:
             patience_s = PATIENCE_S
@@ -125,7 +135,8 @@ class _Board:
         return json.loads(self._store.get(what))
 
     def leave(self) -> None:
-        """Leave. Rank 0 waits for the others for a moment, because the store may live in its process."""
+        """Leave. Rank 0 waits for the others for a moment, because the store may live in its
+        process."""
         gone = self._store.add("gone", 1)
         deadline = time.monotonic() + 5.0
         while self._launch.rank == 0 and gone < self._heard and time.monotonic() < deadline:
@@ -148,18 +159,19 @@ class _Leader:
         self._complete = len(answers) == world_size
 
     def call_a_meeting(self) -> None:
-        """Tell all ranks to time their links and over which backend. Calls it off (None) if a rank is missing, because
-        the others would wait for it."""
+        """Tell all ranks to time their links and over which backend. Calls it off (None) if a rank
+        is missing, because the others would wait for it."""
         backend = None
         if self._complete:
-            # A GPU for each rank: NCCL refuses two on one. Their identities are the same on no two nodes.
+            # A GPU for each rank: NCCL refuses two on one. Their identities are the same on no two
+            # nodes.
             have_gpus = gpus_of([fact.gpu for fact in self._facts]) == len(self._facts)
             backend = "nccl" if have_gpus else "gloo"
         self._board.tell("meeting", {"backend": backend, "nodes": self._nodes})
 
     def conclude(self, checkpoint_gb: float, plan: Plan, network: Interconnect | None) -> Exit:
-        """Judge all answers and print the result. `checkpoint_gb`: GiB that a checkpoint of the run, whose layout is
-        `plan`, takes. `network` joins the nodes, where that is known."""
+        """Judge all answers and print the result. `checkpoint_gb`: GiB that a checkpoint of the
+        run, whose layout is `plan`, takes. `network` joins the nodes, where that is known."""
         met = self._board.collect("met") if self._complete else {}
         heard = set(met) if self._complete else self._heard
         problems = []
@@ -182,8 +194,9 @@ class _Leader:
 def expected_times(
     facts: Sequence[Facts], links: Container[Link], plan: Plan, network: Interconnect
 ) -> dict[Link, float]:
-    """Return the seconds that the all-reduces of GPUs over `links` should take between nodes that `network` joins,
-    within those of a known chip as well. Nodes of CPUs or of unknown chips are left out."""
+    """Return the seconds that the all-reduces of GPUs over `links` should take between nodes that
+    `network` joins, within those of a known chip as well. Nodes of CPUs or of unknown chips are
+    left out."""
     found: dict[Link, float] = {}
     ranks = Counter(fact.node for fact in facts if fact.gpu)
     chips = {fact.node: fact.chip for fact in facts if fact.gpu and fact.chip}
@@ -205,11 +218,14 @@ def say(
     links: Mapping[Link, float],
     problems: Sequence[Problem],
 ) -> Exit:
-    """Print a table of the nodes, a line for each of the `problems` and what to do. Returns the exit status.
+    """Print a table of the nodes, a line for each of the `problems` and what to do. Returns the
+    exit status.
 
-    `facts` are the answers that came, `clocks` the seconds since 1970 of each rank and `links` the seconds of each
-    all-reduce."""
-    nodes = sorted({fact.node for fact in facts} | {problem.node for problem in problems})  # silent ones have no facts
+    `facts` are the answers that came, `clocks` the seconds since 1970 of each rank and `links` the
+    seconds of each all-reduce."""
+    nodes = sorted(
+        {fact.node for fact in facts} | {problem.node for problem in problems}
+    )  # silent ones have no facts
     bad = {problem.node for problem in problems}
     shown = nodes if len(nodes) <= SHOWN_NODES else sorted(bad)[:SHOWN_NODES]
     width = None if sys.stdout.isatty() else 120  # of a file: rich would take 80
@@ -242,7 +258,8 @@ def _table(
     links: Mapping[Link, float],
     bad: Container[str],
 ) -> Table:
-    """Build a table with one row a node. Of a node's ranks the worst value is shown, of its two links the better."""
+    """Build a table with one row a node. Of a node's ranks the worst value is shown, of its two
+    links the better."""
     table = Table(box=rich.box.SIMPLE_HEAD)
     for name in (
         "node",
@@ -262,7 +279,9 @@ def _table(
         memory = min(fact.memory_gb for fact in here)
         free = [gb for fact in here for gb in fact.disk_gb.values()]
         product = max(fact.product_s for fact in here)
-        of_links = [seconds for pair, seconds in links.items() if node in pair and pair[0] != pair[1]]
+        of_links = [
+            seconds for pair, seconds in links.items() if node in pair and pair[0] != pair[1]
+        ]
         skews = [clocks[fact.rank] - middle for fact in here if fact.rank in clocks]
         table.add_row(
             node,
@@ -284,7 +303,8 @@ def _meet(
     launch: Launch,
     store: dist.Store,
 ) -> list[TimedLink]:
-    """Time an all-reduce with each neighbouring node of the ring, over all ranks of the two nodes."""
+    """Time an all-reduce with each neighbouring node of the ring, over all ranks of the two
+    nodes."""
     device = str(launch.device) if backend == "nccl" else "cpu"
     timed = []
     here, ring = nodes[launch.rank], sorted(set(nodes.values()))
@@ -303,7 +323,8 @@ def _meet(
 
 
 def links_of(node: str, nodes: Sequence[str]) -> list[Link]:
-    """Return the pairs that `node` forms with its neighbours in the ring `nodes`, in the order to time them.
+    """Return the pairs that `node` forms with its neighbours in the ring `nodes`, in the order to
+    time them.
 
     The order is the same for all: no two nodes wait for each other in a circle."""
     count = len(nodes)
@@ -313,8 +334,9 @@ def links_of(node: str, nodes: Sequence[str]) -> list[Link]:
             after = (i + 1) % count
             ring[min(i, after), max(i, after)] = i
 
-    # Even pairs meet first, then odd ones: pairs without a node in common meet at the same time. In a ring of odd
-    # length the last pair touches both the first and the one before it, and comes by itself.
+    # Even pairs meet first, then odd ones: pairs without a node in common meet at the same time. In
+    # a ring of odd length the last pair touches both the first and the one before it, and comes by
+    # itself.
     def turn(pair: tuple[int, int]) -> tuple[bool, int, int]:
         i = ring[pair]
         alone = i == count - 1 and count % 2 == 1

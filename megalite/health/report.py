@@ -25,10 +25,10 @@ def describe_hang(
 ) -> str:
     """Return the hang report of the run.
 
-    `beats` are the last heartbeats by rank, `speaking` the ranks that have written their stacks to `folder`, `mine` the
-    heartbeat of this rank, `flights` what the flight recorder says (`flight.describe_flights`). A rank that cannot
-    speak is behind; so is one that does not wait for others; and if all wait, the ranks that have not begun a
-    collective that others wait in."""
+    `beats` are the last heartbeats by rank, `speaking` the ranks that have written their stacks to
+    `folder`, `mine` the heartbeat of this rank, `flights` what the flight recorder says
+    (`flight.describe_flights`). A rank that cannot speak is behind; so is one that does not wait
+    for others; and if all wait, the ranks that have not begun a collective that others wait in."""
     spoken = {rank: beats[rank] for rank in speaking if rank in beats}
     spoken[mine.rank] = mine
     silent = [rank for rank in range(mesh.world.size) if rank not in spoken]
@@ -76,7 +76,8 @@ def _joined(*parts: str) -> str:
 
 
 def _of_silent(rank: int, beat: Heartbeat | None, host: str, folder: Path) -> str:
-    """Describe a rank that has not written its stacks, from its last heartbeat and, on the same host, from /proc."""
+    """Describe a rank that has not written its stacks, from its last heartbeat and, on the same
+    host, from /proc."""
     if beat is None:
         return f"rank {rank}: was never heard of"
     if beat.phase == "ended":
@@ -88,17 +89,20 @@ def _of_silent(rank: int, beat: Heartbeat | None, host: str, folder: Path) -> st
     if reason:
         silence += f", {reason}"
     silence += f", last heard of {ago:.0f} s ago"
-    # faulthandler's timer writes stacks without the interpreter's lock, also where the watchdog's thread cannot run.
+    # faulthandler's timer writes stacks without the interpreter's lock, also where the watchdog's
+    # thread cannot run.
     stacks = folder.parent / f"rank-{rank:05d}.stacks"
     where = f"stacks: {stacks}" if stacks.exists() and stacks.stat().st_size else ""
     return f"{who(beat)}: {_joined(silence, beat.doing, beat.waits_for, where)}"
 
 
 def state_of(pid: int) -> str:
-    """Say what keeps a process of this machine from speaking, as far as Linux tells; empty if it does not."""
+    """Say what keeps a process of this machine from speaking, as far as Linux tells; empty if it
+    does not."""
     process = Path(f"/proc/{pid}")
     try:
-        # The state follows the program's name, which stands in parentheses and may hold some itself.
+        # The state follows the program's name, which stands in parentheses and may hold some
+        # itself.
         state = (process / "stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "its process is gone"  # or went between opening the file and reading it
@@ -115,7 +119,8 @@ def state_of(pid: int) -> str:
 
 
 def _kernel_function(process: Path) -> str:
-    """Return the kernel function a process sleeps in, such as one of NFS; "?" where that may not be read."""
+    """Return the kernel function a process sleeps in, such as one of NFS; "?" where that may not be
+    read."""
     try:
         return (process / "wchan").read_text() or "?"
     except OSError:
@@ -123,7 +128,8 @@ def _kernel_function(process: Path) -> str:
 
 
 def _with_fewer_collectives(beats: Mapping[int, Heartbeat], mesh: Mesh) -> list[Heartbeat]:
-    """Return the ranks that have not begun the collective that another rank of their group waits in."""
+    """Return the ranks that have not begun the collective that another rank of their group waits
+    in."""
     # The highest number that is waited for in each group of each axis.
     awaited: defaultdict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
     for beat in beats.values():
@@ -164,7 +170,8 @@ def group_of(rank: int, axis: str, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _waiting(beats: Iterable[Heartbeat]) -> list[str]:
-    """Describe the waiting ranks, one line for all that do the same and wait in the same collective."""
+    """Describe the waiting ranks, one line for all that do the same and wait in the same
+    collective."""
     alike: defaultdict[tuple[str, str], list[Heartbeat]] = defaultdict(list)
     for beat in beats:
         if beat.waits_in:

@@ -1,9 +1,10 @@
-"""Requests to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the same step and leave.
+"""Requests to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the
+same step and leave.
 
-The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends
-the process at once, for whoever does not want to wait for the save. Ranks that have stopped are about to leave, and
-ignore what Slurm and launchers send from then on: the same request may come to one node later than to another, and
-must not undo what it asked for."""
+The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A
+second one ends the process at once, for whoever does not want to wait for the save. Ranks that have
+stopped are about to leave, and ignore what Slurm and launchers send from then on: the same request
+may come to one node later than to another, and must not undo what it asked for."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from megalite.runtime.exit_codes import end_process, killed_by
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 ONE_REQUEST_S = 2.0
-"""Signals within so many seconds of the first are the same request: Slurm signals every process of a job, and a
-launcher that is one of them passes the signal on to its ranks, which thus get it twice."""
+"""Signals within so many seconds of the first are the same request: Slurm signals every process of
+a job, and a launcher that is one of them passes the signal on to its ranks, which thus get it
+twice."""
 
 
 class StopRequests:
@@ -35,9 +37,9 @@ class StopRequests:
         self._agreed = False
 
     def compare(self) -> Callable[[], signal.Signals | None]:
-        """Start telling the other ranks whether this one was asked to stop. Every rank calls it at the same place of
-        every step. Returns a function to call later in that step, which returns the same on all ranks: a signal that
-        one of them was sent, or None.
+        """Start telling the other ranks whether this one was asked to stop. Every rank calls it at
+        the same place of every step. Returns a function to call later in that step, which returns
+        the same on all ranks: a signal that one of them was sent, or None.
 
         The messages go from host to host while the devices compute, and wait for none of them."""
         result = start_highest(self._asked, self._mesh)
@@ -50,18 +52,24 @@ class StopRequests:
         return agreed
 
     def __enter__(self) -> StopRequests:
-        # Python runs a handler when the main thread is next in Python code, which may be never if it waits for a rank
-        # that is gone. The number of the signal goes through the pipe at once, to a thread that can act on it.
+        # Python runs a handler when the main thread is next in Python code, which may be never if
+        # it waits for a rank that is gone. The number of the signal goes through the pipe at once,
+        # to a thread that can act on it.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._handlers: dict[int, Any] = {number: signal.signal(number, _leave_it_to_the_pipe) for number in SIGNALS}
+        self._handlers: dict[int, Any] = {
+            number: signal.signal(number, _leave_it_to_the_pipe) for number in SIGNALS
+        }
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._handlers.items():
             # SIGINT comes from a person, to whom the process may listen again.
@@ -73,7 +81,8 @@ class StopRequests:
         os.close(self._read)
 
     def _watch(self) -> None:
-        """Note the first signal that comes through the pipe; end the process at a second one. Runs in a thread."""
+        """Note the first signal that comes through the pipe; end the process at a second one. Runs
+        in a thread."""
         first = 0.0
         while byte := os.read(self._read, 1):
             number = byte[0]

@@ -1,8 +1,8 @@
 """Reports stragglers: ranks that compute more slowly than peers with the same work.
 
-Every rank ends its step when the slowest does, so step times are all alike. What differs is the time a rank spends
-without waiting for others. It is measured in one step of `health.straggler_every`, and exchanged later, between hosts:
-no device is waited for.
+Every rank ends its step when the slowest does, so step times are all alike. What differs is the
+time a rank spends without waiting for others. It is measured in one step of
+`health.straggler_every`, and exchanged later, between hosts: no device is waited for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PERSISTENT = 3
 """Number of comparisons in a row in which a rank must be slow before it is reported."""
 
 NOTICEABLE_S = 0.005
-"""Smallest excess over the median, in seconds, that counts as slow. The scheduler of the OS costs about as much."""
+"""Smallest excess over the median, in seconds, that counts as slow. The scheduler of the OS costs
+about as much."""
 
 
 class StepTimer:
@@ -80,10 +81,13 @@ class Stragglers:
         self._news: list[str] = []
 
     def begin(self, step: int) -> None:
-        """Start the timer if `step` is due, and start to exchange the times of the last step that was."""
+        """Start the timer if `step` is due, and start to exchange the times of the last step that
+        was."""
         if self._mesh.world.size == 1 or step % self._health.straggler_every:
             return
-        if self._last is not None:  # measured `straggler_every` steps ago: no device has to be waited for
+        if (
+            self._last is not None
+        ):  # measured `straggler_every` steps ago: no device has to be waited for
             self._shared = start_sharing(self._last.seconds(), self._mesh)
         NOW.timer = StepTimer(host_or_device_event(self._mesh.device))
 
@@ -98,7 +102,8 @@ class Stragglers:
             self._shared = None
 
     def record(self) -> Record:
-        """Return the slowest reported rank and its slowness, for the metrics record; empty if there is none."""
+        """Return the slowest reported rank and its slowness, for the metrics record; empty if there
+        is none."""
         if not self._slowness:
             return {}
         # One of them: a metrics record has no room for lists.
@@ -118,13 +123,15 @@ class Stragglers:
         for rank in range(len(seconds)):
             peers[self._mesh.place_of(rank)[0]].append(rank)
         for ranks in peers.values():
-            # The lower of two middle values: of two peers, the slower one is compared with the faster.
+            # The lower of two middle values: of two peers, the slower one is compared with the
+            # faster.
             median = median_low(seconds[rank] for rank in ranks)
             for rank in ranks:
                 self._judge(rank, seconds[rank], median)
 
     def _judge(self, rank: int, seconds: float, median: float) -> None:
-        """Count how often in a row a rank is slow, and report when that begins to be persistent and when it ends."""
+        """Count how often in a row a rank is slow, and report when that begins to be persistent and
+        when it ends."""
         name = f"rank {rank} on {self._hosts[rank]}"
         # A multiple alone would report ranks of very short steps for what the scheduler costs.
         if seconds > max(self._health.straggler_factor * median, median + NOTICEABLE_S):
@@ -145,7 +152,8 @@ class Stragglers:
 
 
 def host_or_device_event(device: torch.device) -> Callable[[], Any]:
-    """Return what makes a timing event of this device: torch.cuda.Event, or its stand-in on the CPU."""
+    """Return what makes a timing event of this device: torch.cuda.Event, or its stand-in on the
+    CPU."""
     return HostEvent if device.type == "cpu" else lambda: torch.cuda.Event(enable_timing=True)
 
 

@@ -1,4 +1,5 @@
-"""Judges which nodes are unfit from the facts that all ranks reported. Pure functions: nothing is asked of a rank."""
+"""Judges which nodes are unfit from the facts that all ranks reported. Pure functions: nothing is
+asked of a rank."""
 
 from __future__ import annotations
 
@@ -17,14 +18,15 @@ SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0
 """Multiples of the median above which a matrix product or a link counts as slow."""
 
 BELOW_EXPECTED = 1.5
-"""Multiple of the expected time of an all-reduce above which it counts as slow. nccl-tests on sound nodes differ from
-the model of planner/network.py by much less."""
+"""Multiple of the expected time of an all-reduce above which it counts as slow. nccl-tests on sound
+nodes differ from the model of planner/network.py by much less."""
 
 NOTICEABLE_S = 0.002
 """Smallest excess over the median, in seconds, that counts as slow."""
 
 CLOCK_S = 2.0
-"""Tolerated difference of clocks, in seconds. Beyond it, file times and certificates begin to mislead."""
+"""Tolerated difference of clocks, in seconds. Beyond it, file times and certificates begin to
+mislead."""
 
 SPARE_GB = 1.0
 """Free space in GiB that temporary files and caches need."""
@@ -54,10 +56,10 @@ def judge(
 ) -> list[Problem]:
     """Return the problems of all nodes, one for each node and kind.
 
-    `facts` are the answers of the ranks. `clocks`: seconds since 1970 on each rank, read at one moment. `links`:
-    seconds of an all-reduce between two nodes, or within one, infinite where it failed; in a ring of three or more,
-    every node is in two with others. `checkpoint_gb`: GiB that a checkpoint takes. `expected`: seconds that links
-    should take, where that is known."""
+    `facts` are the answers of the ranks. `clocks`: seconds since 1970 on each rank, read at one
+    moment. `links`: seconds of an all-reduce between two nodes, or within one, infinite where it
+    failed; in a ring of three or more, every node is in two with others. `checkpoint_gb`: GiB that
+    a checkpoint takes. `expected`: seconds that links should take, where that is known."""
     found = [
         *_gpus(facts),
         *_disks(facts, checkpoint_gb),
@@ -77,8 +79,8 @@ def judge(
 def blames_nodes(problems: Sequence[Problem], nodes: Sequence[str]) -> list[str]:
     """Return the nodes that the run should start without.
 
-    A problem that all `nodes` have is no node's fault. Of a single node every one of its `problems` counts, but not
-    the run folder's, which other nodes would share."""
+    A problem that all `nodes` have is no node's fault. Of a single node every one of its `problems`
+    counts, but not the run folder's, which other nodes would share."""
     having: defaultdict[str, set[str]] = defaultdict(set)
     for problem in problems:
         having[problem.kind].add(problem.node)
@@ -97,7 +99,11 @@ def _gpus(facts: Sequence[Facts]) -> list[Problem]:
         own = [fact.gpu for fact in facts if fact.node == node]
         distinct = gpus_of(own)
         if distinct < len(own):
-            found.append(Problem(node, "GPU count", f"{_count(distinct, 'GPU')} for {_count(len(own), 'rank')}"))
+            found.append(
+                Problem(
+                    node, "GPU count", f"{_count(distinct, 'GPU')} for {_count(len(own), 'rank')}"
+                )
+            )
     return found
 
 
@@ -126,7 +132,8 @@ def _disks(facts: Sequence[Facts], checkpoint_gb: float) -> list[Problem]:
 
 
 def _memory(facts: Sequence[Facts]) -> list[Problem]:
-    # Compared with other nodes, not with a fixed need: what a run needs on the CPU is not known beforehand.
+    # Compared with other nodes, not with a fixed need: what a run needs on the CPU is not known
+    # beforehand.
     typical = median_low(fact.memory_gb for fact in facts)
     found = []
     for fact in facts:
@@ -137,7 +144,8 @@ def _memory(facts: Sequence[Facts]) -> list[Problem]:
 
 
 def _differences(facts: Sequence[Facts]) -> list[Problem]:
-    """Find nodes whose code, config or product differs from most others'. If opinions are even, rank 0's is right."""
+    """Find nodes whose code, config or product differs from most others'. If opinions are even,
+    rank 0's is right."""
     found = []
     kinds: dict[str, list[Any]] = {
         "code": [fact.code for fact in facts],
@@ -157,7 +165,8 @@ def _differences(facts: Sequence[Facts]) -> list[Problem]:
 
 
 def _named(value: Any, right: str) -> str:
-    """Name the keys in which `value` differs from `right` (JSON); empty for a value without keys."""
+    """Name the keys in which `value` differs from `right` (JSON); empty for a value without
+    keys."""
     if not isinstance(value, dict):
         return ""
     found = changes(json.loads(right), value)
@@ -191,7 +200,8 @@ def _clocks(facts: Sequence[Facts], clocks: Mapping[int, float]) -> list[Problem
 
 
 def _links(links: Mapping[tuple[str, str], float]) -> list[Problem]:
-    """Find slow nodes. A link has two ends, so a node is slow only if the better of its two links is."""
+    """Find slow nodes. A link has two ends, so a node is slow only if the better of its two links
+    is."""
     best: dict[str, float] = {}
     for pair, seconds in links.items():
         for node in pair:
@@ -204,7 +214,9 @@ def _links(links: Mapping[tuple[str, str], float]) -> list[Problem]:
         # Of two nodes on one link, nobody can say which one is slow.
         elif len(best) > 2 and _is_slow(seconds, typical, SLOW_LINK):
             here, others = seconds * 1e3, typical * 1e3
-            text = f"an all-reduce with its neighbours takes {here:.1f} ms, of others {others:.1f} ms"
+            text = (
+                f"an all-reduce with its neighbours takes {here:.1f} ms, of others {others:.1f} ms"
+            )
             found.append(Problem(node, "all-reduce", text))
     return found
 
@@ -215,7 +227,9 @@ def _links_within(seconds: Mapping[str, float]) -> list[Problem]:
     found = []
     for node, its in seconds.items():
         if its == math.inf:
-            found.append(Problem(node, "all-reduce within", "an all-reduce of its own ranks failed"))
+            found.append(
+                Problem(node, "all-reduce within", "an all-reduce of its own ranks failed")
+            )
         elif _is_slow(its, typical, SLOW_LINK):
             text = f"an all-reduce of its own ranks takes {its * 1e3:.1f} ms, of others {typical * 1e3:.1f} ms"
             found.append(Problem(node, "all-reduce within", text))
@@ -225,7 +239,8 @@ def _links_within(seconds: Mapping[str, float]) -> list[Problem]:
 def _against_expected(
     links: Mapping[tuple[str, str], float], expected: Mapping[tuple[str, str], float]
 ) -> list[Problem]:
-    """Find nodes none of whose links to others comes near what it should give, or not the one within."""
+    """Find nodes none of whose links to others comes near what it should give, or not the one
+    within."""
     found = []
     for within in (True, False):
         kind = "bandwidth within" if within else "bandwidth"
@@ -233,7 +248,9 @@ def _against_expected(
         for pair, should in expected.items():
             if (pair[0] == pair[1]) == within:
                 for node in pair:
-                    best[node] = min(best.get(node, (math.inf, math.inf)), (links[pair] / should, links[pair]))
+                    best[node] = min(
+                        best.get(node, (math.inf, math.inf)), (links[pair] / should, links[pair])
+                    )
         for node, (factor, seconds) in best.items():
             if BELOW_EXPECTED < factor < math.inf:  # one that failed is named elsewhere
                 with_whom = "of its own ranks" if within else "with its neighbours"

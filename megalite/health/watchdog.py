@@ -1,13 +1,15 @@
 """Ends a run that hangs, and writes a hang report that says why.
 
-A thread of every rank watches the notes in `activity.NOW`. While they change, there is progress; compiling, loading and
-saving, which leave few notes, have more time. A rank without progress reads the heartbeats of the others, because a
-rank may well have to wait. The run hangs when no rank is in good time any more: each waits for others, or has been at
-one thing for too long, or has stopped writing heartbeats (its process is stopped, its node dead, its file system gone).
-Then every rank that still can writes the stacks of all its threads to RUN/health/hang-of-TIME/. The first of them adds
-the report and prints it. All exit with `Exit.HUNG`, at which a launcher starts the run again.
+A thread of every rank watches the notes in `activity.NOW`. While they change, there is progress;
+compiling, loading and saving, which leave few notes, have more time. A rank without progress reads
+the heartbeats of the others, because a rank may well have to wait. The run hangs when no rank is in
+good time any more: each waits for others, or has been at one thing for too long, or has stopped
+writing heartbeats (its process is stopped, its node dead, its file system gone). Then every rank
+that still can writes the stacks of all its threads to RUN/health/hang-of-TIME/. The first of them
+adds the report and prints it. All exit with `Exit.HUNG`, at which a launcher starts the run again.
 
-The timeout of the collectives themselves is much longer, and tells only that a collective was not answered.
+The timeout of the collectives themselves is much longer, and tells only that a collective was not
+answered.
 """
 
 from __future__ import annotations
@@ -39,18 +41,21 @@ from megalite.runtime.exit_codes import Exit, end_process
 from megalite.utils.files import replacing
 
 JUDGES = 16
-"""About how many ranks read all heartbeats as soon as they see no progress. The others step in only much later, in case
-those are all gone: thousands of ranks must not each ask the file system for thousands of files."""
+"""About how many ranks read all heartbeats as soon as they see no progress. The others step in only
+much later, in case those are all gone: thousands of ranks must not each ask the file system for
+thousands of files."""
 
 FLIGHTS_S = 5.0
 """Time limit in seconds of reading the flight recorder."""
 
 FAREWELL_S = 10.0
-"""Time limit in seconds of the last heartbeat, which says that the rank has ended. Its disk may be what hangs."""
+"""Time limit in seconds of the last heartbeat, which says that the rank has ended. Its disk may be
+what hangs."""
 
 
 class Watchdog:
-    """Watches this rank for a hang inside its `with` block. Every rank has one; making it is a collective."""
+    """Watches this rank for a hang inside its `with` block. Every rank has one; making it is a
+    collective."""
 
     def __init__(self, config: Config, mesh: Mesh):
         """Take the timeouts from `config.health` and the run folder from `config.run`."""
@@ -58,7 +63,8 @@ class Watchdog:
         self._mesh = mesh
         self._rank = mesh.world.rank
         self._world_size = mesh.world.size
-        # All ranks agree on rank 0's clock: it names the folder, and tells heartbeats of this start from older ones.
+        # All ranks agree on rank 0's clock: it names the folder, and tells heartbeats of this start
+        # from older ones.
         started = int(time.time()) if self._rank == 0 else 0
         self._run = start_highest(started, mesh)()
         self._folder = config.run.folder / "health"
@@ -75,7 +81,8 @@ class Watchdog:
         self._stalled_s = 0.0
         self._looked = time.monotonic()
         self._heard: dict[int, tuple[int, float]] = {}
-        """For each other rank, during a stall: its last heartbeat's number, and how long the stall had lasted then."""
+        """For each other rank, during a stall: its last heartbeat's number, and how long the stall
+        had lasted then."""
         self._mute = self._warned = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -83,7 +90,9 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         NOW.reset()
         if self._health.hang_timeout_s:
-            with contextlib.suppress(OSError):  # a run that cannot write its heartbeats still trains
+            with contextlib.suppress(
+                OSError
+            ):  # a run that cannot write its heartbeats still trains
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._write(self._take())
             self._thread.start()
@@ -99,7 +108,7 @@ class Watchdog:
         if self._thread.ident is not None:
             self._thread.join(FAREWELL_S)
 
-    # --- looking --------------------------------------------------------------------------------------------------
+    # --- looking ----------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         """Run the watchdog's thread: look at every interval, and end the process at a hang."""
@@ -108,14 +117,21 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 path = self._folder / f"rank-{self._rank:05d}.stacks"
                 stacks = stack.enter_context(open(path, "w"))
-                stack.callback(faulthandler.cancel_dump_traceback_later)  # before its file is closed
+                stack.callback(
+                    faulthandler.cancel_dump_traceback_later
+                )  # before its file is closed
             while not self._over.wait(self._interval):
                 self._look()
                 if stacks is not None:
-                    # This thread stops if C code never gives the interpreter's lock back. faulthandler's own thread
-                    # needs no lock, and writes the stacks unless the next look comes in time.
-                    faulthandler.dump_traceback_later(self._patience_s + self._interval, file=stacks)
-                if self._is_known() or (self._stalled_s > self._wait_before_judging_s and self._hangs()):
+                    # This thread stops if C code never gives the interpreter's lock back.
+                    # faulthandler's own thread needs no lock, and writes the stacks unless the next
+                    # look comes in time.
+                    faulthandler.dump_traceback_later(
+                        self._patience_s + self._interval, file=stacks
+                    )
+                if self._is_known() or (
+                    self._stalled_s > self._wait_before_judging_s and self._hangs()
+                ):
                     self._end()
         NOW.phase = "ended"
         self._write(self._take())
@@ -123,7 +139,8 @@ class Watchdog:
     def _look(self) -> None:
         """Add up the time without progress, and write a heartbeat."""
         now = time.monotonic()
-        # A suspended process (SIGSTOP, a laptop's lid) has not been idle: no look counts more than two intervals.
+        # A suspended process (SIGSTOP, a laptop's lid) has not been idle: no look counts more than
+        # two intervals.
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
         self._stalled_s = self._stalled_s + passed if NOW.beats == self._beats else 0.0
         self._beats = NOW.beats
@@ -161,20 +178,22 @@ class Watchdog:
             self._mute = True
 
     def _is_known(self) -> bool:
-        """Return whether another rank has found a hang already; False while the disk does not answer."""
+        """Return whether another rank has found a hang already; False while the disk does not
+        answer."""
         with contextlib.suppress(OSError):
             return self._hang_folder.exists()
         return False
 
     def _hangs(self) -> bool:
-        """Return whether no other rank is in good time. Call it at every look of a stall: only several looks show that
-        a rank is silent."""
+        """Return whether no other rank is in good time. Call it at every look of a stall: only
+        several looks show that a rank is silent."""
         beats = read_all(self._folder, self._world_size, self._run)
         in_good_time = []
         for rank in range(self._world_size):
             if rank == self._rank:
                 continue
-            # Ask of every rank, even after one in good time was found: silence is measured from the first look at it.
+            # Ask of every rank, even after one in good time was found: silence is measured from the
+            # first look at it.
             silent = self._is_silent(rank, beats.get(rank))
             stalled = rank in beats and beats[rank].stalled
             if not silent and not stalled:
@@ -182,7 +201,8 @@ class Watchdog:
         return not in_good_time
 
     def _is_silent(self, rank: int, beat: Heartbeat | None) -> bool:
-        """Return whether a rank's heartbeat has stayed the same for longer than file systems need."""
+        """Return whether a rank's heartbeat has stayed the same for longer than file systems
+        need."""
         if self._mute:  # the disk may be to blame for theirs as well
             return False
         number = beat.beat if beat else 0
@@ -192,17 +212,19 @@ class Watchdog:
             return False
         return self._stalled_s - since > self._silence_s
 
-    # --- ending ---------------------------------------------------------------------------------------------------
+    # --- ending -----------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """Write this rank's stacks; on the first rank to do so, the report. Then exit with `Exit.HUNG`."""
+        """Write this rank's stacks; on the first rank to do so, the report. Then exit with
+        `Exit.HUNG`."""
         try:
             mine = self._at_a_hang()
             self._write(mine)
             self._hang_folder.mkdir(parents=True, exist_ok=True)
             self._write_flights()
             with open(self._hang_folder / f"rank-{self._rank:05d}.txt", "w") as file:
-                # Flushed, because faulthandler writes to the file's descriptor behind Python's back.
+                # Flushed, because faulthandler writes to the file's descriptor behind Python's
+                # back.
                 print(f"{who(mine)}: {what(mine)}\n", file=file, flush=True)
                 faulthandler.dump_traceback(file)
             # The report names ranks that cannot write: give those that can time to do so.
@@ -211,10 +233,14 @@ class Watchdog:
             dumped = self._dumped()
             if dumped[0] == self._rank:
                 beats = read_all(self._folder, self._world_size, self._run)
-                flights = describe_flights({rank: read(self._hang_folder, rank) for rank in dumped}, self._mesh)
+                flights = describe_flights(
+                    {rank: read(self._hang_folder, rank) for rank in dumped}, self._mesh
+                )
                 text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder, flights)
                 error_file.leave(first_behind(text))
-                os.write(2, text.encode())  # not through sys.stderr, whose lock a hanging thread may hold
+                os.write(
+                    2, text.encode()
+                )  # not through sys.stderr, whose lock a hanging thread may hold
                 with replacing(report) as temporary:
                     temporary.write_text(text)
             else:  # a launcher ends all ranks when the first one leaves
@@ -225,14 +251,18 @@ class Watchdog:
             end_process(Exit.HUNG)
 
     def _write_flights(self) -> None:
-        """Write down this rank's collectives, if the recorder answers in time: it may ask the device."""
+        """Write down this rank's collectives, if the recorder answers in time: it may ask the
+        device."""
         with contextlib.suppress(Exception):
-            write_flights(self._hang_folder, self._rank, within(FLIGHTS_S, lambda: record(self._mesh)))
+            write_flights(
+                self._hang_folder, self._rank, within(FLIGHTS_S, lambda: record(self._mesh))
+            )
 
     def _at_a_hang(self) -> Heartbeat:
         """Return a heartbeat with the code position of the main thread.
 
-        The position also shows a wait for other ranks that left no note, such as one inside DeepSpeed."""
+        The position also shows a wait for other ranks that left no note, such as one inside
+        DeepSpeed."""
         place, collective = place_of_main_thread()
         beat = replace(self._take(), at=place)
         if collective and not beat.waits_in:
@@ -252,7 +282,8 @@ class Watchdog:
 
 
 def place_of_main_thread() -> tuple[str, str]:
-    """Return where the main thread is, as ("FILE:LINE in FUNCTION", function of torch.distributed or "").
+    """Return where the main thread is, as ("FILE:LINE in FUNCTION", function of torch.distributed
+    or "").
 
     The place is the innermost frame outside torch and Python's standard library."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)

@@ -1,4 +1,5 @@
-"""The state of one generated answer: its tokens, the text that is already certain, and why generation ended."""
+"""The state of one generated answer: its tokens, the text that is already certain, and why
+generation ended."""
 
 from __future__ import annotations
 
@@ -9,14 +10,16 @@ from typing import Literal
 from megalite.infer.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled", "time", "failed", "not_finite"]
-"""Why an answer ended. `stop`: an end token or a stop string. `length`: its `max_tokens`, or the model's capacity.
-`cancelled`: the caller gave it up, or the server stopped. `time`: the server's time limit. `failed`: the model raised
-an error. `not_finite`: logits are NaN or infinite, so that there is no next token."""
+"""Why an answer ended. `stop`: an end token or a stop string. `length`: its `max_tokens`, or the
+model's capacity. `cancelled`: the caller gave it up, or the server stopped. `time`: the server's
+time limit. `failed`: the model raised an error. `not_finite`: logits are NaN or infinite, so that
+there is no next token."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Holds what one answer is asked for: prompt ids, length limit, sampling settings and stop conditions."""
+    """Holds what one answer is asked for: prompt ids, length limit, sampling settings and stop
+    conditions."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -24,7 +27,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """Stop strings: the answer ends before the first that appears."""
     num_logprobs: int | None = None
-    """Also return each token's logprob, and those of this many likeliest tokens. None: no logprobs."""
+    """Also return each token's logprob, and those of this many likeliest tokens. None: no
+    logprobs."""
     ends: frozenset[int] = frozenset()
     """Token ids that end this answer, in addition to those that end every answer."""
     plain: bool = False
@@ -33,8 +37,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Choice:
-    """Holds one chosen token with its logprob. Probabilities are the model's own, before temperature and other
-    processing."""
+    """Holds one chosen token with its logprob. Probabilities are the model's own, before
+    temperature and other processing."""
 
     token: int
     logprob: float
@@ -44,7 +48,8 @@ class Choice:
 
 @dataclass(eq=False)
 class Answer:
-    """Holds an answer during generation: its request, text stream, tokens so far, and reason to finish."""
+    """Holds an answer during generation: its request, text stream, tokens so far, and reason to
+    finish."""
 
     request: Request
     stream: TextStream
@@ -56,8 +61,8 @@ class Answer:
     def take(self, token: int, ends: frozenset[int], room: int) -> None:
         """Append the next `token` and finish the answer if it ends there.
 
-        `ends` are the ids that end it; an end token is not kept. `room` counts the tokens by which the sequence can
-        still grow, this one included."""
+        `ends` are the ids that end it; an end token is not kept. `room` counts the tokens by which
+        the sequence can still grow, this one included."""
         if token in ends:
             self.end("stop")
             return
@@ -68,8 +73,8 @@ class Answer:
             self.end("length")
 
     def end(self, why: Finish) -> None:
-        """Finish the answer for the reason `why`. The first reason stays, but a stop string found in the held-back text
-        beats `length`."""
+        """Finish the answer for the reason `why`. The first reason stays, but a stop string found
+        in the held-back text beats `length`."""
         if self.finish is None:
             came_to_stop = self.stream.close()
             self.finish = "stop" if came_to_stop and why == "length" else why
@@ -85,9 +90,15 @@ class TextStream:
 
     A piece never ends inside a character, nor where a stop string may have begun."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()):
-        # Tokens are decoded together with the ones before them, because some tokenizers put a space between two words.
-        # Not with all of them, or each token would cost more than the one before.
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+    ):
+        # Tokens are decoded together with the ones before them, because some tokenizers put a space
+        # between two words. Not with all of them, or each token would cost more than the one
+        # before.
         self._decode, self._stop = decode, [text for text in stop if text]
         # Tokens [_shown, _decoded) have been said; they are decoded again with each new one, and
         # what is longer than their own text is new.
@@ -100,7 +111,8 @@ class TextStream:
         """Decode one more `token`. Return whether a stop string has appeared."""
         self._ids.append(token)
         self._last = self._decode(self._ids[self._shown :])
-        # The replacement character means that bytes of a character are still missing: wait for the next token.
+        # The replacement character means that bytes of a character are still missing: wait for the
+        # next token.
         if self._last.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER:
             return False
         self._add(self._last[len(self._before) :])
@@ -115,7 +127,8 @@ class TextStream:
         return piece
 
     def close(self) -> bool:
-        """Release the held-back text, since nothing follows. Return whether a stop string has appeared."""
+        """Release the held-back text, since nothing follows. Return whether a stop string has
+        appeared."""
         if not self._stopped and len(self._last) > len(self._before):
             self._add(self._last[len(self._before) :])
         if not self._stopped:
@@ -123,7 +136,8 @@ class TextStream:
         return self._stopped
 
     def _add(self, piece: str) -> None:
-        """Append decoded text. Cut it at the first stop string, and hold back an end that may begin one."""
+        """Append decoded text. Cut it at the first stop string, and hold back an end that may begin
+        one."""
         text = self._held + piece
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
@@ -138,11 +152,12 @@ class TextStream:
 CONTEXT = 16
 """Number of prompt tokens that the first tokens of an answer are decoded together with."""
 LONGEST_CHARACTER = 64
-"""Stop waiting for a complete character after this many tokens, all decoded again for each one added. A character has
-at most four bytes, so that bytes still incomplete by then are none."""
+"""Stop waiting for a complete character after this many tokens, all decoded again for each one
+added. A character has at most four bytes, so that bytes still incomplete by then are none."""
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` may be the beginning of the stop string `stop`."""
+    """Return how many characters at the end of `text` may be the beginning of the stop string
+    `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((count for count in range(longest, 0, -1) if stop.startswith(text[-count:])), 0)

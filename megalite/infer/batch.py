@@ -1,8 +1,9 @@
-"""Continuous batching (Orca: Yu et al. 2022): sequences join and leave between the steps of one batch.
+"""Continuous batching (Orca: Yu et al. 2022): sequences join and leave between the steps of one
+batch.
 
-A step first computes a limited number of tokens of new prompts (prefill), then one further token of every sequence
-whose prompt is done (decode). So both who waits for a prompt and who waits for the next token get a share of every
-step."""
+A step first computes a limited number of tokens of new prompts (prefill), then one further token of
+every sequence whose prompt is done (decode). So both who waits for a prompt and who waits for the
+next token get a share of every step."""
 
 from __future__ import annotations
 
@@ -37,25 +38,27 @@ class Predictor(Protocol):
     capacity: int
     """Most tokens of a sequence, prompt and answer together."""
     turning_points: range
-    """Sequence lengths after which one token more has all positions encoded differently (LongRoPE, dynamic NTK), so
-    that cached keys become useless."""
+    """Sequence lengths after which one token more has all positions encoded differently (LongRoPE,
+    dynamic NTK), so that cached keys become useless."""
     device: torch.device
 
     def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
-        """Return the next-token logits of each row, fp32 [B,V], and write the tokens' keys and values to the cache.
+        """Return the next-token logits of each row, fp32 [B,V], and write the tokens' keys and
+        values to the cache.
 
-        `tokens_BT` are the new tokens, `places` says where they stand in the cache, and `last_B` is the index in its
-        row of the token that the logits follow."""
+        `tokens_BT` are the new tokens, `places` says where they stand in the cache, and `last_B` is
+        the index in its row of the token that the logits follow."""
         ...
 
     def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
-        """Return the next-token logits behind every token of `tokens_BT`: [B,T,V]. The cache is neither read nor
-        written."""
+        """Return the next-token logits behind every token of `tokens_BT`: [B,T,V]. The cache is
+        neither read nor written."""
         ...
 
 
 class _Sequence:
-    """Holds a running answer, its slot in the cache, all its token ids, and how many of them are cached."""
+    """Holds a running answer, its slot in the cache, all its token ids, and how many of them are
+    cached."""
 
     def __init__(self, answer: Answer, slot: int):
         self.answer, self.slot, self.cached = answer, slot, 0
@@ -77,8 +80,8 @@ class Batch:
     """Schedules the waiting and running answers of one model."""
 
     def __init__(self, model: Predictor, ends: frozenset[int], prompt_tokens: int = 512):
-        """Create an empty batch. `ends` are token ids that end every answer; `prompt_tokens` limits the prompt tokens
-        of one step."""
+        """Create an empty batch. `ends` are token ids that end every answer; `prompt_tokens` limits
+        the prompt tokens of one step."""
         self.model, self.ends, self.prompt_tokens = model, ends, prompt_tokens
         self.waiting: deque[Answer] = deque()
         self._running: dict[int, _Sequence] = {}
@@ -95,8 +98,8 @@ class Batch:
         return bool(self._running or self.waiting)
 
     def check(self, request: Request) -> None:
-        """Raise NoRoom for a prompt that is too long, and ConfigError for one that is empty or has token ids unknown to
-        the model."""
+        """Raise NoRoom for a prompt that is too long, and ConfigError for one that is empty or has
+        token ids unknown to the model."""
         count, last = len(request.prompt), self.model.vocab_size - 1
         if not 0 < count < self.model.capacity:
             raise (NoRoom if count else ConfigError)(
@@ -105,10 +108,13 @@ class Batch:
             )
         unknown = next((token for token in request.prompt if not 0 <= token <= last), None)
         if unknown is not None:
-            raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
+            raise ConfigError(
+                f"the prompt has the token {unknown}, but the model knows those from 0 to {last}"
+            )
 
     def add(self, answer: Answer) -> None:
-        """Queue an answer. Raise ConfigError as `check` does. An answer of no tokens ends at once."""
+        """Queue an answer. Raise ConfigError as `check` does. An answer of no tokens ends at
+        once."""
         self.check(answer.request)
         if answer.request.max_tokens <= 0:
             answer.end("length")
@@ -124,15 +130,15 @@ class Batch:
                 del self._running[slot]
 
     def step(self) -> list[Answer]:
-        """Advance by one step: some prompt tokens, then one token of every sequence that is ready. Return the answers
-        that have a new token or an end."""
+        """Advance by one step: some prompt tokens, then one token of every sequence that is ready.
+        Return the answers that have a new token or an end."""
         self._admit()
         advanced = self._advance(self._prompts())
         # One uncached token: the prompt is done, and the token chosen last is the next input.
         ready = {slot: sequence for slot, sequence in self._running.items() if sequence.fresh == 1}
         if ready:
-            # Take all slots between the lowest and the highest: the cache is then a slice, read without a copy. Idle
-            # slots compute along, and nothing of it is used.
+            # Take all slots between the lowest and the highest: the cache is then a slice, read
+            # without a copy. Idle slots compute along, and nothing of it is used.
             rows = [
                 ready[slot].row(1) if slot in ready else Row(slot, 0, (), 0)
                 for slot in range(min(ready), max(ready) + 1)
@@ -141,8 +147,8 @@ class Batch:
         return list(dict.fromkeys(advanced))
 
     def finish(self) -> Iterator[Answer]:
-        """Advance until all answers have ended. Yield an answer whenever it has a new token or an end. Raise NotFinite
-        for logits that are NaN or infinite."""
+        """Advance until all answers have ended. Yield an answer whenever it has a new token or an
+        end. Raise NotFinite for logits that are NaN or infinite."""
         while self.busy:
             for answer in self.step():
                 if answer.finish == "not_finite":
@@ -156,8 +162,8 @@ class Batch:
                 self._running[slot] = _Sequence(self.waiting.popleft(), slot)
 
     def _prompts(self) -> list[Row]:
-        """Return the rows to prefill in this step, in order of arrival: as many as fit into `prompt_tokens`, padding
-        included."""
+        """Return the rows to prefill in this step, in order of arrival: as many as fit into
+        `prompt_tokens`, padding included."""
         rows: list[Row] = []
         widest = 0
         for sequence in self._running.values():
@@ -165,7 +171,8 @@ class Batch:
                 continue
             # A longer prompt goes in pieces of `prompt_tokens`, step by step.
             width = min(max(widest, sequence.fresh), self.prompt_tokens)
-            # Every row is padded to the widest, so that the cost is their number times that width. One row always goes.
+            # Every row is padded to the widest, so that the cost is their number times that width.
+            # One row always goes.
             if rows and (len(rows) + 1) * width > self.prompt_tokens:
                 break
             rows.append(sequence.row(self.prompt_tokens))
@@ -173,8 +180,8 @@ class Batch:
         return rows
 
     def _advance(self, rows: Sequence[Row]) -> list[Answer]:
-        """Run the model on `rows` and choose a token for each sequence whose prompt is complete. Return these
-        answers."""
+        """Run the model on `rows` and choose a token for each sequence whose prompt is complete.
+        Return these answers."""
         if not rows:
             return []
         logits_BV = self.model.predict(*lay_out(rows, self.model.device))
@@ -189,20 +196,28 @@ class Batch:
             if not sequence.fresh:
                 done.append((number, sequence))
         if done:
-            self._choose(logits_BV[[number for number, _ in done]], [sequence for _, sequence in done])
+            self._choose(
+                logits_BV[[number for number, _ in done]], [sequence for _, sequence in done]
+            )
         return [sequence.answer for _, sequence in done]
 
     def _choose(self, logits_BV: Tensor, sequences: Sequence[_Sequence]) -> None:
-        """Choose the next token of each sequence from its logits [B,V], record it, and free the slots of answers that
-        end."""
+        """Choose the next token of each sequence from its logits [B,V], record it, and free the
+        slots of answers that end."""
         requests = [sequence.answer.request for sequence in sequences]
         ends = [self.ends | request.ends for request in requests]
         num_new = [len(sequence.answer.tokens) for sequence in sequences]
-        samplings, ids = [request.sampling for request in requests], [sequence.ids for sequence in sequences]
+        samplings, ids = (
+            [request.sampling for request in requests],
+            [sequence.ids for sequence in sequences],
+        )
         tokens_B = choose(logits_BV, samplings, ids, num_new, ends)
-        # The largest logit is NaN if any is. Tokens and this check share one transfer, since each waits for the device.
+        # The largest logit is NaN if any is. Tokens and this check share one transfer, since each
+        # waits for the device.
         chosen = torch.stack([tokens_B, logits_BV.amax(-1).isfinite().long()], 1).tolist()
-        for logits_V, (token, is_finite), sequence, own_ends in zip(logits_BV, chosen, sequences, ends, strict=True):
+        for logits_V, (token, is_finite), sequence, own_ends in zip(
+            logits_BV, chosen, sequences, ends, strict=True
+        ):
             answer = sequence.answer
             if not is_finite:
                 answer.end("not_finite")
@@ -216,12 +231,14 @@ class Batch:
             if answer.finish is not None:
                 del self._running[sequence.slot]
             elif len(sequence.ids) - 1 in self.model.turning_points:
-                # Cached keys were rotated for another encoding of positions: compute the whole sequence again.
+                # Cached keys were rotated for another encoding of positions: compute the whole
+                # sequence again.
                 sequence.cached = 0
 
 
 def _choice(logits_V: Tensor, token: int, count: int) -> Choice:
-    """Return the Choice of `token` with its logprob and the `count` likeliest tokens, from unprocessed logits [V]."""
+    """Return the Choice of `token` with its logprob and the `count` likeliest tokens, from
+    unprocessed logits [V]."""
     logprobs_V = logits_V.log_softmax(-1)
     best = logprobs_V.topk(min(count, len(logprobs_V)))
     likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -1,9 +1,10 @@
-"""KV cache: keys and values of the tokens a model has seen, so that each further token costs the work of one.
+"""KV cache: keys and values of the tokens a model has seen, so that each further token costs the
+work of one.
 
-A cache has slots, one per sequence, written in place: in every layer [S,G,1+L,K], where S counts the slots and L the
-tokens of the longest sequence so far. Padding of a batch is written to the first cell (index 0), which nothing reads.
-The B rows of a forward pass each continue one slot by T tokens. N, H, G and K are those of `models/layers.py`; C counts
-the cells that are read."""
+A cache has slots, one per sequence, written in place: in every layer [S,G,1+L,K], where S counts
+the slots and L the tokens of the longest sequence so far. Padding of a batch is written to the
+first cell (index 0), which nothing reads. The B rows of a forward pass each continue one slot by T
+tokens. N, H, G and K are those of `models/layers.py`; C counts the cells that are read."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from megalite.models.latent import LatentAttention
 from megalite.models.layers import CoreAttention, Decoder, SequenceInfo
 
 READ_AT_ONCE = 32
-"""The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries prepare anew for each."""
+"""The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries
+prepare anew for each."""
 FEWEST_CELLS = 256
 """Cells per slot that a cache starts with."""
 
@@ -37,7 +39,8 @@ class Row(NamedTuple):
     tokens: Sequence[int]
     """The token ids that follow them."""
     length: int
-    """Length of the whole sequence, which may exceed `start` plus `tokens` when a prompt is computed in pieces."""
+    """Length of the whole sequence, which may exceed `start` plus `tokens` when a prompt is
+    computed in pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +66,16 @@ class CachedSequenceInfo(SequenceInfo):
         return cache_SGLK[rows, :, 1 : 1 + self.num_cells]
 
     def cells(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Return the first and the last cell that the single token of each row attends to, both [B]. `window`: of
-        sliding-window attention, None without one."""
+        """Return the first and the last cell that the single token of each row attends to, both
+        [B]. `window`: of sliding-window attention, None without one."""
         last_B = self.position_BT[:, 0]
-        return torch.zeros_like(last_B) if window is None else (last_B + 1 - window).clamp(min=0), last_B
+        return torch.zeros_like(last_B) if window is None else (last_B + 1 - window).clamp(
+            min=0
+        ), last_B
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return the causal attention bias for scores, [B,1,T,C]: 0, or -inf for hidden cells. It is made once for all
-        layers that share this `window` and `dtype`."""
+        """Return the causal attention bias for scores, [B,1,T,C]: 0, or -inf for hidden cells. It
+        is made once for all layers that share this `window` and `dtype`."""
         if (window, dtype) not in self.biases:
             last_BT1 = self.position_BT[:, :, None]
             # Cell c holds the token at position c (the padding cell aside): a token sees cells up
@@ -79,14 +84,16 @@ class CachedSequenceInfo(SequenceInfo):
             hidden = cell_C > last_BT1
             if window is not None:
                 hidden |= cell_C <= last_BT1 - window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )
             self.biases[window, dtype] = bias[:, None]
         return self.biases[window, dtype]
 
 
 def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedSequenceInfo, Tensor]:
-    """Pad `rows` to a batch on `device`. Return the tokens [B,T], their places, and the index of each row's last token,
-    [B].
+    """Pad `rows` to a batch on `device`. Return the tokens [B,T], their places, and the index of
+    each row's last token, [B].
 
     A row without tokens computes along, and nothing of it is used."""
     width = max(len(row.tokens) for row in rows)
@@ -115,11 +122,12 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedSe
 
 
 class KVCache:
-    """Continue sequences with the keys and values of their earlier tokens: the strategy of attention in generation."""
+    """Continue sequences with the keys and values of their earlier tokens: the strategy of
+    attention in generation."""
 
     def __init__(self, num_slots: int):
-        """Create it for `num_slots` sequences. The memory is allocated by the first forward pass, from whose keys and
-        values the number of KV heads on this rank and their sizes are known."""
+        """Create it for `num_slots` sequences. The memory is allocated by the first forward pass,
+        from whose keys and values the number of KV heads on this rank and their sizes are known."""
         self.num_slots = num_slots
         self.keys: Tensor | None = None
         """Keys [S,G,1+L,K]."""
@@ -135,8 +143,9 @@ class KVCache:
         kind: AttentionKind,
         sinks_H: Tensor | None = None,
     ) -> Tensor | None:
-        """Write the new keys and values to the cache and attend to all that the slot holds: [B,T,H·V]; None where that
-        is no more than what is at hand, because sequences begin here or nothing is cached."""
+        """Write the new keys and values to the cache and attend to all that the slot holds:
+        [B,T,H·V]; None where that is no more than what is at hand, because sequences begin here or
+        nothing is cached."""
         if not isinstance(places, CachedSequenceInfo):
             return None
         keys = self.write_keys(k_BTGK, places)
@@ -147,7 +156,9 @@ class KVCache:
         plain = sinks_H is None and keys.shape == values.shape
         if q_BTHK.shape[1] == 1 and plain and pick("attention", q_BTHK) == "megalite":
             scaling = kind.scale_of(q_BTHK.shape[-1]), kind.softcap or 0.0
-            out = torch.ops.megalite.decode_attention(q_BTHK[:, 0], keys, values, *places.cells(kind.window), *scaling)
+            out = torch.ops.megalite.decode_attention(
+                q_BTHK[:, 0], keys, values, *places.cells(kind.window), *scaling
+            )
             return out.flatten(1)[:, None]
         return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind, sinks_H)
 
@@ -157,12 +168,14 @@ class KVCache:
         return places.read(self.keys)
 
     def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
-        """Return the cache of keys, or of values, with the new ones written to it, grown where it was too short."""
+        """Return the cache of keys, or of values, with the new ones written to it, grown where it
+        was too short."""
         cache, num_cells = old, 1 + places.num_cells
         if old is None or cache is None or old.shape[2] < num_cells:
             # Doubling keeps the total cost of copying linear in the length.
             grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[2])
-            # Zeros, not uninitialized memory: hidden cells are multiplied by 0, and 0 times NaN is NaN.
+            # Zeros, not uninitialized memory: hidden cells are multiplied by 0, and 0 times NaN is
+            # NaN.
             cache = new_BTGK.new_zeros(self.num_slots, new_BTGK.shape[2], grown, new_BTGK.shape[3])
             if old is not None:
                 cache[:, :, : old.shape[2]] = old
@@ -172,13 +185,18 @@ class KVCache:
 
 
 def attend(
-    q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind, sinks_H: Tensor | None = None
+    q_BTHK: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_B1TC: Tensor,
+    kind: AttentionKind,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Return attention outputs [B,T,H·V] for queries [B,T,H,K], keys `k` [B,G,C,K] and values `v` [B,G,C,V], and a bias
-    [B,1,T,C].
+    """Return attention outputs [B,T,H·V] for queries [B,T,H,K], keys `k` [B,G,C,K] and values `v`
+    [B,G,C,V], and a bias [B,1,T,C].
 
-    The queries of all heads that share a KV head are treated as additional tokens, so that no key is read twice or
-    copied. `kind` gives scale and soft cap."""
+    The queries of all heads that share a KV head are treated as additional tokens, so that no key
+    is read twice or copied. `kind` gives scale and soft cap."""
     (batch, length, heads, _), groups = q_BTHK.shape, k.shape[1]
     shared = heads // groups
     q = q_BTHK.unflatten(2, (groups, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,G,H/G·T,K]
@@ -188,13 +206,18 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)
     else:
         # PyTorch's fused attention has no soft cap on scores (Gemma 2), and no sinks (gpt-oss).
-        sinks = None if sinks_H is None else sinks_H.repeat_interleave(length).view(1, groups, shared * length, 1)
+        sinks = (
+            None
+            if sinks_H is None
+            else sinks_H.repeat_interleave(length).view(1, groups, shared * length, 1)
+        )
         out = eager_heads(q, k, v, bias, kind, sinks=sinks)
     return out.unflatten(2, (shared, length)).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
 class LatentKVCache:
-    """Continue sequences with the latents of their earlier tokens: one vector of each, whatever the number of heads."""
+    """Continue sequences with the latents of their earlier tokens: one vector of each, whatever the
+    number of heads."""
 
     def __init__(self, num_slots: int, up: Tensor):
         """As in `KVCache`; `up` is the weight that makes keys and values of latents."""
@@ -202,30 +225,37 @@ class LatentKVCache:
 
     @property
     def latents(self) -> Tensor | None:
-        """Return the latents in the cache [S,1,1+L,C], each with its part of keys that has positions."""
+        """Return the latents in the cache [S,1,1+L,C], each with its part of keys that has
+        positions."""
         return self._keys.keys
 
     def write(self, latents_BTC: Tensor, places: SequenceInfo) -> Tensor | None:
-        """Write new latents to the cache; return all that the rows' slots hold, [B,1,C,L+R], or None where sequences
-        begin here or nothing is cached."""
+        """Write new latents to the cache; return all that the rows' slots hold, [B,1,C,L+R], or
+        None where sequences begin here or nothing is cached."""
         if not isinstance(places, CachedSequenceInfo):
             return None
         keys = self._keys.write_keys(latents_BTC[:, :, None], places)
         return None if places.fresh else keys
 
     def attend(
-        self, q_BTHC: Tensor, keys_B1SC: Tensor, value_size: int, places: SequenceInfo, kind: AttentionKind
+        self,
+        q_BTHC: Tensor,
+        keys_B1SC: Tensor,
+        value_size: int,
+        places: SequenceInfo,
+        kind: AttentionKind,
     ) -> Tensor:
-        """Attend to latents as to keys whose first features are the values; see `models.latent.LatentCache`."""
+        """Attend to latents as to keys whose first features are the values; see
+        `models.latent.LatentCache`."""
         assert isinstance(places, CachedSequenceInfo)
         bias = places.bias(kind.window, q_BTHC.dtype)
         return attend(q_BTHC, keys_B1SC, keys_B1SC[..., :value_size], bias, kind)
 
 
 def add_cache(model: nn.Module, num_slots: int) -> None:
-    """Give every causal attention of `model` a KV cache of `num_slots` slots, in place: latent attention one of
-    latents, unless adapters change what makes keys and values of these. Others see their whole source in every forward
-    pass."""
+    """Give every causal attention of `model` a KV cache of `num_slots` slots, in place: latent
+    attention one of latents, unless adapters change what makes keys and values of these. Others see
+    their whole source in every forward pass."""
     latent = [module for module in model.modules() if isinstance(module, LatentAttention)]
     latent = [module for module in latent if getattr(module.kv, "updates", None) is None]
     for attention in latent:
@@ -237,11 +267,13 @@ def add_cache(model: nn.Module, num_slots: int) -> None:
 
 
 class CachedModel:
-    """Runs an unsharded model on one device with a KV cache, as a `batch.Predictor`. The model is modified in place."""
+    """Runs an unsharded model on one device with a KV cache, as a `batch.Predictor`. The model is
+    modified in place."""
 
     def __init__(self, model: Decoder, num_slots: int, max_length: int | None = None):
-        """Take over `model` and give it a cache of `num_slots` sequences. `max_length` limits prompt and answer
-        together; None, or more than the model's `max_positions`, means `max_positions`."""
+        """Take over `model` and give it a cache of `num_slots` sequences. `max_length` limits
+        prompt and answer together; None, or more than the model's `max_positions`, means
+        `max_positions`."""
         self.model, self.num_slots, self.vocab_size = model, num_slots, model.config.vocab_size
         self.capacity = min(max_length or model.config.max_positions, model.config.max_positions)
         self.turning_points = model.config.architecture.turning_points
@@ -251,11 +283,11 @@ class CachedModel:
 
     @torch.inference_mode()
     def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
-        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V], and cache keys
-        and values at `places`."""
+        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32
+        [B,V], and cache keys and values at `places`."""
         x_BTD = self.model.run_layers(self.model.embed(tokens_BT, places), places)
-        # Only one position per row goes through the output layer, whose [T,V] logits would be the largest tensor of
-        # all.
+        # Only one position per row goes through the output layer, whose [T,V] logits would be the
+        # largest tensor of all.
         x_B1D = x_BTD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
         return self.model.predict(x_B1D)[:, 0].float()
 

@@ -58,8 +58,9 @@ class Encoder:
 
     @classmethod
     def open(cls, path: Path, fills: bool = False) -> Encoder:
-        """Load a run, a checkpoint or a Hugging Face folder. Raise ConfigError for another model than an encoder, and
-        for one without a head for masked tokens where it is to fill (`fills`)."""
+        """Load a run, a checkpoint or a Hugging Face folder. Raise ConfigError for another model
+        than an encoder, and for one without a head for masked tokens where it is to fill
+        (`fills`)."""
         folder = find_model(path)
         config = model_config({"hf": str(folder)})
         if not is_encoder(folder):
@@ -76,8 +77,8 @@ class Encoder:
         return cls(load_model(folder, seed=None if fills else 0), tokenizer, folder)
 
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[Filling]]]:
-        """Return for each text, and for each `[MASK]` in it, the `top_k` likeliest tokens. Raise ConfigError for a text
-        without a gap, or one that is too long."""
+        """Return for each text, and for each `[MASK]` in it, the `top_k` likeliest tokens. Raise
+        ConfigError for a text without a gap, or one that is too long."""
         mask = self.tokenizer.mask_id
         if mask is None:
             raise DataError(f"{self.folder}: the tokenizer names no mask_token")
@@ -94,20 +95,27 @@ class Encoder:
         for numbers, tokens_BT, x_BTD in self._batches(rows):
             # [B, T] bool; indexing by it lists the gaps row by row, in the order of `nonzero`.
             at = tokens_BT == mask
-            probabilities, ids = self.model.project(self.model.finish(x_BTD))[at].float().softmax(-1).topk(top_k)
-            gaps = zip(at.nonzero()[:, 0].tolist(), ids.tolist(), probabilities.tolist(), strict=True)
+            probabilities, ids = (
+                self.model.project(self.model.finish(x_BTD))[at].float().softmax(-1).topk(top_k)
+            )
+            gaps = zip(
+                at.nonzero()[:, 0].tolist(), ids.tolist(), probabilities.tolist(), strict=True
+            )
             for row, tokens, shares in gaps:
-                guesses = [Filling(self.tokenizer.decode([token]), p) for token, p in zip(tokens, shares, strict=True)]
+                guesses = [
+                    Filling(self.tokenizer.decode([token]), p)
+                    for token, p in zip(tokens, shares, strict=True)
+                ]
                 found[numbers[row]].append(guesses)
         return found
 
     def embed(
         self, texts: Sequence[str], pooling: Pooling | None = None, normalize: bool | None = None
     ) -> npt.NDArray[np.float32]:
-        """Return a vector for each text, [n, D]: the mean of its tokens' final hidden states, or that of its first
-        token (`pooling`). `normalize` scales it to length 1. What is not given is as the folder of
-        sentence-transformers says, or else the mean, of any length. Texts are cut at the length given there, or at
-        max_positions."""
+        """Return a vector for each text, [n, D]: the mean of its tokens' final hidden states, or
+        that of its first token (`pooling`). `normalize` scales it to length 1. What is not given is
+        as the folder of sentence-transformers says, or else the mean, of any length. Texts are cut
+        at the length given there, or at max_positions."""
         return self.embed_rows(self.rows(texts, self.longest), pooling, normalize)
 
     @property
@@ -121,24 +129,37 @@ class Encoder:
         return read_pooling(self.folder)
 
     def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
-        """Return the tokens of texts, between the two that an encoder's texts have around them; cut at `longest`."""
+        """Return the tokens of texts, between the two that an encoder's texts have around them; cut
+        at `longest`."""
         ends = None if longest is None else longest - 2
         return [self._row(ids[:ends]) for ids in self.tokenizer.encode_batch(texts)]
 
     def embed_rows(
-        self, rows: Sequence[list[int]], pooling: Pooling | None = None, normalize: bool | None = None
+        self,
+        rows: Sequence[list[int]],
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return what `embed` does, of rows of tokens."""
         usual = self.pooling
-        pooling, normalize = pooling or usual.pooling, usual.normalize if normalize is None else normalize
+        pooling, normalize = (
+            pooling or usual.pooling,
+            usual.normalize if normalize is None else normalize,
+        )
         # Room for the two tokens that `_row` puts around a text.
         vectors = np.zeros((len(rows), self.model.config.hidden_size), np.float32)
         for numbers, tokens_BT, x_BTD in self._batches(rows):
             x_BTD = self.model.final_states(x_BTD).float()
-            lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
+            lengths_B1 = torch.tensor(
+                [len(rows[number]) for number in numbers], device=self.device
+            )[:, None]
             here_BT = torch.arange(tokens_BT.shape[1], device=self.device) < lengths_B1
             # The mean includes the two tokens around a text, as sentence-transformers has it.
-            found_BD = (x_BTD * here_BT[..., None]).sum(1) / lengths_B1 if pooling == "mean" else x_BTD[:, 0]
+            found_BD = (
+                (x_BTD * here_BT[..., None]).sum(1) / lengths_B1
+                if pooling == "mean"
+                else x_BTD[:, 0]
+            )
             vectors[numbers] = (F.normalize(found_BD) if normalize else found_BD).cpu().numpy()
         return vectors
 
@@ -148,8 +169,9 @@ class Encoder:
         return self.model.config.task == "classification" and len(self.model.config.labels) == 1
 
     def scores(self, query: str, texts: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
-        """Return how well each text goes with a query by a model that `scores_pairs`, [n] between 0 and 1, and how many
-        tokens these are. Texts are cut where the two together are longer than `longest`."""
+        """Return how well each text goes with a query by a model that `scores_pairs`, [n] between 0
+        and 1, and how many tokens these are. Texts are cut where the two together are longer than
+        `longest`."""
         between = self.tokenizer.between_ids
         first = [self._begin, *self.tokenizer.encode(query), *between][: self.longest - 1]
         room = self.longest - len(first) - 1
@@ -157,7 +179,9 @@ class Encoder:
         logits = np.zeros(len(rows), np.float32)
         seconds = len(first) if self.model.config.has_token_types else None
         for numbers, _, x_BTD in self._batches(rows, seconds):
-            logits[numbers] = self.model.project(self.model.finish(x_BTD[:, :1]))[:, 0, 0].float().cpu().numpy()
+            logits[numbers] = (
+                self.model.project(self.model.finish(x_BTD[:, :1]))[:, 0, 0].float().cpu().numpy()
+            )
         return np.asarray(1 / (1 + np.exp(-logits)), np.float32), sum(map(len, rows))
 
     def _row(self, ids: Sequence[int]) -> list[int]:
@@ -167,24 +191,36 @@ class Encoder:
     def _batches(
         self, rows: Sequence[list[int]], seconds: int | None = None
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer [B,T,D]. Rows of a
-        batch are of like length; padding is a document of its own, to which no token attends. A second text begins at
-        `seconds`."""
+        """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer
+        [B,T,D]. Rows of a batch are of like length; padding is a document of its own, to which no
+        token attends. A second text begins at `seconds`."""
         # Longest first: the first of a batch is its width.
         left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         while left:
             width = len(rows[left[0]])
             count = max(1, BATCH_TOKENS // width)
             numbers, left = left[:count], left[count:]
-            padded = [rows[number] + [self._end] * (width - len(rows[number])) for number in numbers]
+            padded = [
+                rows[number] + [self._end] * (width - len(rows[number])) for number in numbers
+            ]
             tokens_BT = torch.tensor(padded, device=self.device)
             index_T = torch.arange(width, device=self.device)
-            lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
+            lengths_B1 = torch.tensor(
+                [len(rows[number]) for number in numbers], device=self.device
+            )[:, None]
             # Document 0 is the text, 1 the padding: an encoder's tokens attend only within their
             # document.
-            types_BT = None if seconds is None else (index_T >= seconds).long()[None].expand_as(tokens_BT)
-            places = SequenceInfo(index_T, index_T[None], (index_T >= lengths_B1).long(), type_BT=types_BT)
-            yield numbers, tokens_BT, self.model.run_layers(self.model.embed(tokens_BT, places), places)
+            types_BT = (
+                None if seconds is None else (index_T >= seconds).long()[None].expand_as(tokens_BT)
+            )
+            places = SequenceInfo(
+                index_T, index_T[None], (index_T >= lengths_B1).long(), type_BT=types_BT
+            )
+            yield (
+                numbers,
+                tokens_BT,
+                self.model.run_layers(self.model.embed(tokens_BT, places), places),
+            )
 
 
 class PoolingConfig(NamedTuple):
@@ -197,15 +233,17 @@ class PoolingConfig(NamedTuple):
 
 
 def read_pooling(folder: Path) -> PoolingConfig:
-    """Return what the files of sentence-transformers in `folder` say, of any version. Raise ConfigError for another way
-    to pool than by the mean or the first token."""
+    """Return what the files of sentence-transformers in `folder` say, of any version. Raise
+    ConfigError for another way to pool than by the mean or the first token."""
     if not (folder / "modules.json").is_file():
         return PoolingConfig()
     modules = read_json(folder / "modules.json", ConfigError)
     # A type is a class with its modules, as in "sentence_transformers.models.Pooling".
     kinds = {str(each.get("type")).rpartition(".")[2]: str(each.get("path")) for each in modules}
     if others := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise ConfigError(f"{folder / 'modules.json'} has {', '.join(sorted(others))}, which are not known")
+        raise ConfigError(
+            f"{folder / 'modules.json'} has {', '.join(sorted(others))}, which are not known"
+        )
     file = folder / kinds.get("Pooling", "1_Pooling") / "config.json"
     values = read_object(file, ConfigError)
     # Before version 6 each way had a key of its own.
@@ -213,15 +251,17 @@ def read_pooling(folder: Path) -> PoolingConfig:
            for key, value in values.items() if key.startswith("pooling_mode_") and value is True]  # fmt: skip
     ways = [values["pooling_mode"]] if "pooling_mode" in values else old
     if ways not in (["mean"], ["cls"]):
-        raise ConfigError(f"{file} pools by {', '.join(map(str, ways)) or 'nothing'}; known are mean and cls")
+        raise ConfigError(
+            f"{file} pools by {', '.join(map(str, ways)) or 'nothing'}; known are mean and cls"
+        )
     length = folder / "sentence_bert_config.json"
     longest = read_object(length, ConfigError).get("max_seq_length") if length.is_file() else None
     return PoolingConfig("mean" if ways == ["mean"] else "cls", "Normalize" in kinds, longest)
 
 
 def read_texts(files: Sequence[Path], key: str = "text") -> list[str]:
-    """Return the texts in files: the lines of each, or of the objects in a .jsonl what stands under `key`. Raise
-    DataError that names the file and the line."""
+    """Return the texts in files: the lines of each, or of the objects in a .jsonl what stands under
+    `key`. Raise DataError that names the file and the line."""
     texts = []
     for file in files:
         try:
@@ -237,21 +277,27 @@ def read_texts(files: Sequence[Path], key: str = "text") -> list[str]:
             except (ValueError, TypeError, KeyError):
                 found = None
             if not isinstance(found, str):
-                raise DataError(f"{file}, line {number}: {shown(line)} is no object with a text under {key!r}")
+                raise DataError(
+                    f"{file}, line {number}: {shown(line)} is no object with a text under {key!r}"
+                )
             texts.append(found)
     return texts
 
 
-def write_vectors(output: Path | None, texts: Sequence[str], vectors: npt.NDArray[np.float32]) -> None:
-    """Write vectors [n, D] of `texts` to a .npy, or as JSON lines with their texts to a .jsonl, or to the console.
-    Raise DataError where the file cannot be written."""
+def write_vectors(
+    output: Path | None, texts: Sequence[str], vectors: npt.NDArray[np.float32]
+) -> None:
+    """Write vectors [n, D] of `texts` to a .npy, or as JSON lines with their texts to a .jsonl, or
+    to the console. Raise DataError where the file cannot be written."""
     if output and output.suffix == ".npy":
         held = io.BytesIO()
         np.save(held, vectors)
         data = held.getvalue()
     else:
         both = zip(texts, vectors, strict=True)
-        lines = [json.dumps({"text": text, "embedding": vector.tolist()}) + "\n" for text, vector in both]
+        lines = [
+            json.dumps({"text": text, "embedding": vector.tolist()}) + "\n" for text, vector in both
+        ]
         data = "".join(lines).encode()
     if output is None:
         print(data.decode(), end="")

@@ -1,5 +1,5 @@
-"""Evaluation of a trained model: tasks of EleutherAI's lm-evaluation-harness, or a comparison of answers with
-references."""
+"""Evaluation of a trained model: tasks of EleutherAI's lm-evaluation-harness, or a comparison of
+answers with references."""
 
 from __future__ import annotations
 
@@ -58,19 +58,22 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Path) -> Run | None:
-        """Return the run that `checkpoint` belongs to, or None for a model without one. Raise CheckpointError for a
-        damaged state."""
+        """Return the run that `checkpoint` belongs to, or None for a model without one. Raise
+        CheckpointError for a damaged state."""
         if not (checkpoint / "train_state.json").exists():
             return None
         return cls(checkpoint.resolve().parent.parent, read_train_state(checkpoint))
 
 
 def load_harness() -> Any:
-    """Import and return `harness.py`. Raise ConfigError if lm-evaluation-harness is not installed."""
+    """Import and return `harness.py`. Raise ConfigError if lm-evaluation-harness is not
+    installed."""
     try:
         from megalite.infer import harness
     except ImportError as error:
-        raise ConfigError(f"evaluation needs lm-evaluation-harness ({error}); pip install 'megalite[eval]'") from None
+        raise ConfigError(
+            f"evaluation needs lm-evaluation-harness ({error}); pip install 'megalite[eval]'"
+        ) from None
     return harness
 
 
@@ -83,12 +86,13 @@ def evaluate_model(
     tensor: int = 1,
     pipeline: int = 1,
 ) -> dict[str, float]:
-    """Evaluate the model in `path`: a run, a checkpoint or a Hugging Face folder. All ranks of `launch` call it.
+    """Evaluate the model in `path`: a run, a checkpoint or a Hugging Face folder. All ranks of
+    `launch` call it.
 
-    Rank 0 prints the results, writes them as JSON to `output` or to the run's folder `evaluations`, and sends them to
-    the run's W&B. `asked` says what to evaluate, `num_slots` how many sequences are computed at a time, and `tensor`
-    and `pipeline` how the model is sharded. Return the metrics as `numbers_of` names them. Raise ConfigError, DataError
-    or CheckpointError."""
+    Rank 0 prints the results, writes them as JSON to `output` or to the run's folder `evaluations`,
+    and sends them to the run's W&B. `asked` says what to evaluate, `num_slots` how many sequences
+    are computed at a time, and `tensor` and `pipeline` how the model is sharded. Return the metrics
+    as `numbers_of` names them. Raise ConfigError, DataError or CheckpointError."""
     launch = launch or Launch.from_environment()
     if bool(asked.tasks) == bool(asked.data):
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
@@ -109,11 +113,15 @@ def evaluate_model(
 
         specs = [references_task(asked.data, contents, asked.max_tokens, asked.stop)]
     tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
-    generator = Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
+    generator = Generator.open(
+        folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline
+    )
     if contents is not None:
         generator.contents = contents  # whose marks the prompts have
         generator.answer_as_chat()
-    model = harness.HarnessModel(generator, console=Console(stderr=True) if launch.rank == 0 else None)
+    model = harness.HarnessModel(
+        generator, console=Console(stderr=True) if launch.rank == 0 else None
+    )
     # Prompts of `data` are rendered by the template already; the harness must not do it again.
     results = tasks.run(model, samples=asked.samples, chat=asked.chat and not asked.data)
     numbers = harness.numbers_of(results)
@@ -132,12 +140,15 @@ def report(
 ) -> None:
     """Print the `results` as a table, write them to a file and send the `numbers` to W&B.
 
-    `folder` is the evaluated model's and `run` the run that it belongs to, if any; the file is `output`, or a new one
-    in the run's folder `evaluations`; `asked` is recorded with the results."""
+    `folder` is the evaluated model's and `run` the run that it belongs to, if any; the file is
+    `output`, or a new one in the run's folder `evaluations`; `asked` is recorded with the
+    results."""
     console = Console(soft_wrap=True)
     console.print(table_of(results))
     when = time.strftime("%Y-%m-%dT%H-%M-%S")
-    file = output or (_new_file(run.folder / "evaluations", f"{folder.name}-{when}") if run else None)
+    file = output or (
+        _new_file(run.folder / "evaluations", f"{folder.name}-{when}") if run else None
+    )
     if file:
         samples = results.pop("samples", {})
         told = {"model": str(folder), "lm_eval": version("lm_eval"), "asked": asked._asdict()}
@@ -146,13 +157,16 @@ def report(
         console.print(f"written to {file}")
         if asked.samples:
             with file.with_suffix(".samples.jsonl").open("w", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
+                lines.writelines(
+                    json.dumps(line, default=_plainly) + "\n" for line in kept(samples)
+                )
     if run and (run.folder / "config.yaml").is_file():
         tell_wandb(run, numbers, console)
 
 
 def _new_file(folder: Path, name: str) -> Path:
-    """Create and return NAME.json, or NAME-2.json and so on, since others may write results in the same second."""
+    """Create and return NAME.json, or NAME-2.json and so on, since others may write results in the
+    same second."""
     folder.mkdir(parents=True, exist_ok=True)
     file, number = folder / f"{name}.json", 1
     while True:
@@ -165,8 +179,8 @@ def _new_file(folder: Path, name: str) -> Path:
 
 
 def table_of(results: Mapping[str, Any]) -> Table:
-    """Return the harness's results as a table: one line per task and metric, with standard error and number of
-    documents."""
+    """Return the harness's results as a table: one line per task and metric, with standard error
+    and number of documents."""
     table = Table("task", "metric", "value", "±", "documents", box=None)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -181,12 +195,19 @@ def table_of(results: Mapping[str, Any]) -> Table:
             error = values.get(f"{metric}_stderr,{how}")
             count = results["n-samples"].get(task, {}).get("effective", "")
             name = metric if how == "none" else f"{metric} ({how})"
-            table.add_row(task, name, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "", str(count))
+            table.add_row(
+                task,
+                name,
+                f"{value:.4f}",
+                f"{error:.4f}" if isinstance(error, float) else "",
+                str(count),
+            )
     return table
 
 
 def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield one record per document from the harness's samples: what was asked, said and wanted, and each metric."""
+    """Yield one record per document from the harness's samples: what was asked, said and wanted,
+    and each metric."""
     for task, found in samples.items():
         for sample in found:
             asked = [without_marks(request[0]) for request in sample["arguments"]]
@@ -195,13 +216,17 @@ def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "asked": asked,
                 "said": sample["filtered_resps"],
                 "wanted": sample["target"],
-                "judged": {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))},
+                "judged": {
+                    name: sample[name]
+                    for name in sample["metrics"]
+                    if isinstance(sample[name], (int, float))
+                },
             }
 
 
 def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None:
-    """Send the `numbers` to a separate W&B run beside that of training, which may still be active: two processes must
-    not write to one run. `console` gets a warning if it fails."""
+    """Send the `numbers` to a separate W&B run beside that of training, which may still be active:
+    two processes must not write to one run. `console` gets a warning if it fails."""
     config, state = load_config(run.folder / "config.yaml"), run.state
     if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
         return
@@ -210,14 +235,18 @@ def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None
     config = config.model_copy(update={"run": named})
     sink = WandbSink(config, run.folder, f"{state['wandb_id']}-evaluations", console.print)
     try:
-        sink.tasks({"checkpoint_step": state["step"]} | {f"tasks/{name}": value for name, value in numbers.items()})
+        sink.tasks(
+            {"checkpoint_step": state["step"]}
+            | {f"tasks/{name}": value for name, value in numbers.items()}
+        )
         sink.close("finished")
     except Exception as error:  # the results are written and shown already
         console.print(f"warning: W&B: {error}")
 
 
 def _plainly(value: Any) -> Any:
-    """Convert numpy numbers, paths, sets, and functions that some tasks contain, to what JSON can hold."""
+    """Convert numpy numbers, paths, sets, and functions that some tasks contain, to what JSON can
+    hold."""
     if hasattr(value, "item"):
         return value.item()
     return getattr(value, "__name__", None) or str(value)

@@ -40,12 +40,12 @@ SCORED_TOKENS = 4096
 
 
 def find_model(path: Path) -> Path:
-    """Return the Hugging Face folder, or the adapter folder, that `path` refers to: a run, a checkpoint, or such a
-    folder.
+    """Return the Hugging Face folder, or the adapter folder, that `path` refers to: a run, a
+    checkpoint, or such a folder.
 
-    For a run it is the newest checkpoint. If that was saved after steps whose updates were refused for bad numbers, or
-    before one that ended the run, it is the newest checkpoint known to be good, and a line on stderr says so. Raise
-    ConfigError if there is no complete model."""
+    For a run it is the newest checkpoint. If that was saved after steps whose updates were refused
+    for bad numbers, or before one that ended the run, it is the newest checkpoint known to be good,
+    and a line on stderr says so. Raise ConfigError if there is no complete model."""
     # A run's own folder has a config.yaml and no config.json.
     if (path / "config.json").exists() or is_adapter(path):
         return path
@@ -54,15 +54,23 @@ def find_model(path: Path) -> Path:
     steps = complete_steps(root)
     if not steps:
         if damaged := sorted(root.glob("step-*")):
-            raise ConfigError(f"{path} has no whole checkpoint: {damaged[-1].name} is unfinished or damaged")
-        raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
+            raise ConfigError(
+                f"{path} has no whole checkpoint: {damaged[-1].name} is unfinished or damaged"
+            )
+        raise ConfigError(
+            f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json"
+        )
     newest = step_folder(root, steps[-1])
     worth = read_worth(newest, steps[-1])
     if not (worth.refused or worth.doubted):
         return newest
     sound = sound_steps(steps, worth)
     taken = step_folder(root, sound[-1]) if sound else newest
-    follows = f"{taken}, the newest that is known to be good, is taken" if sound else "there is none from before them"
+    follows = (
+        f"{taken}, the newest that is known to be good, is taken"
+        if sound
+        else "there is none from before them"
+    )
     if Launch.from_environment().rank == 0:
         when = f"after {worth.refused} step{'s' if worth.refused > 1 else ''} in a row with bad numbers"
         when = when if worth.refused else "before a step with bad numbers, which ended the run"
@@ -71,8 +79,8 @@ def find_model(path: Path) -> Path:
 
 
 def check_speaks(folder: Path) -> None:
-    """Raise ConfigError for a model that classifies instead of generating text, and DataError for one without a
-    tokenizer."""
+    """Raise ConfigError for a model that classifies instead of generating text, and DataError for
+    one without a tokenizer."""
     config = model_config({"hf": str(folder)})
     if config.task == "masked":
         raise ConfigError(
@@ -98,27 +106,38 @@ def check_speaks(folder: Path) -> None:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None, seed: int | None = None
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    seed: int | None = None,
 ) -> Decoder:
-    """Return an unsharded model with the weights of a Hugging Face `folder`, on `device`, in `dtype` or the stored
-    precision. A head that the folder lacks is drawn from `seed`; None: it is an error. Raise ConfigError or
-    CheckpointError."""
+    """Return an unsharded model with the weights of a Hugging Face `folder`, on `device`, in
+    `dtype` or the stored precision. A head that the folder lacks is drawn from `seed`; None: it is
+    an error. Raise ConfigError or CheckpointError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
     # `read` gives a flat range of a weight's elements, as ranks ask for their shards; here the
     # whole.
     read = from_hf(folder, weights, config, Mesh.alone(), seed)
-    kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
-    tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
+    kind = (
+        "master" if dtype else "weight"
+    )  # an adapter is merged in fp32, and rounded only where it must be
+    tensors = {
+        weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights
+    }
     dtype = dtype or dtype_of(tensors.values(), folder)
     kept = {weight.name: weight.dtype_in(dtype) for weight in weights}
-    set_parameters(model, {name: nn.Parameter(tensor.to(device, kept[name])) for name, tensor in tensors.items()})
+    set_parameters(
+        model,
+        {name: nn.Parameter(tensor.to(device, kept[name])) for name, tensor in tensors.items()},
+    )
     return model.eval().requires_grad_(False)
 
 
 class Score(NamedTuple):
-    """Holds what a model predicts for the tokens of a text, the first excepted, given those before each: [T-1]."""
+    """Holds what a model predicts for the tokens of a text, the first excepted, given those before
+    each: [T-1]."""
 
     logprobs: Tensor
     """Log probability of each token, fp32."""
@@ -127,8 +146,8 @@ class Score(NamedTuple):
 
 
 class Generator:
-    """Generates and scores text with a model. On several ranks, every rank makes the same calls and gets the same
-    answers."""
+    """Generates and scores text with a model. On several ranks, every rank makes the same calls and
+    gets the same answers."""
 
     def __init__(
         self,
@@ -141,9 +160,16 @@ class Generator:
     ):
         """Create a generator from a loaded `model` and its `tokenizer`.
 
-        `ends` are token ids that end an answer; `sampling` applies to calls that give none; `folder` is where the chat
-        template is read from; `habits` hold stop strings and the default length."""
-        self.model, self.tokenizer, self.ends, self.sampling, self.folder = model, tokenizer, ends, sampling, folder
+        `ends` are token ids that end an answer; `sampling` applies to calls that give none;
+        `folder` is where the chat template is read from; `habits` hold stop strings and the default
+        length."""
+        self.model, self.tokenizer, self.ends, self.sampling, self.folder = (
+            model,
+            tokenizer,
+            ends,
+            sampling,
+            folder,
+        )
         self.habits = habits or Habits(ends, sampling)
 
     @classmethod
@@ -157,14 +183,17 @@ class Generator:
         tensor: int = 1,
         pipeline: int = 1,
     ) -> Generator:
-        """Load a run, a checkpoint or a Hugging Face folder, on one device or over ranks that all call this.
+        """Load a run, a checkpoint or a Hugging Face folder, on one device or over ranks that all
+        call this.
 
-        `num_slots` sequences are computed at a time, each of at most `max_length` tokens (default: the model's
-        `max_positions`). `tensor` and `pipeline` are the sizes of the model-parallel groups over the ranks of `launch`.
-        Raise ConfigError, DataError or CheckpointError."""
+        `num_slots` sequences are computed at a time, each of at most `max_length` tokens (default:
+        the model's `max_positions`). `tensor` and `pipeline` are the sizes of the model-parallel
+        groups over the ranks of `launch`. Raise ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(Path(path)), launch or Launch.from_environment()
         if num_slots < 1 or (max_length is not None and max_length < 2):
-            raise ConfigError(f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more")
+            raise ConfigError(
+                f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more"
+            )
         # Check these first: reading the weights takes long.
         check_speaks(folder)
         tokenizer = load_tokenizer(folder)
@@ -179,15 +208,19 @@ class Generator:
         return cls(model, tokenizer, habits.ends, habits.sampling, folder, habits)
 
     def request(
-        self, prompt: str | Sequence[int], max_tokens: int, sampling: Sampling | None = None, stop: Sequence[str] = ()
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
     ) -> Request:
-        """Return a Request for `prompt` (text or ids) of at most `max_tokens` tokens, with `sampling` (default: the
-        generator's) and stop strings `stop`."""
+        """Return a Request for `prompt` (text or ids) of at most `max_tokens` tokens, with
+        `sampling` (default: the generator's) and stop strings `stop`."""
         return Request(self.prompt_ids(prompt), max_tokens, sampling or self.sampling, tuple(stop))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the token ids of a prompt; ids pass through. An empty text starts a document. Raise ConfigError if the
-        tokenizer has no token for that."""
+        """Return the token ids of a prompt; ids pass through. An empty text starts a document.
+        Raise ConfigError if the tokenizer has no token for that."""
         if not isinstance(prompt, str):
             return list(prompt)
         end = self.tokenizer.eod_id
@@ -197,8 +230,11 @@ class Generator:
         return ids
 
     def token_text(self, token: int) -> str:
-        """Return a token's text as it reads within a text, with the space that it may begin with."""
-        return self.tokenizer.decode([*self._before_a_token, token])[len(self.tokenizer.decode(self._before_a_token)) :]
+        """Return a token's text as it reads within a text, with the space that it may begin
+        with."""
+        return self.tokenizer.decode([*self._before_a_token, token])[
+            len(self.tokenizer.decode(self._before_a_token)) :
+        ]
 
     @cached_property
     def _before_a_token(self) -> list[int]:
@@ -215,19 +251,22 @@ class Generator:
 
     @cached_property
     def contents(self) -> ContentEncoder:
-        """Return the encoder of conversations. Raise DataError if the model has no chat template."""
+        """Return the encoder of conversations. Raise DataError if the model has no chat
+        template."""
         return ContentEncoder(self.tokenizer, self.chat_template)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation, up to where the model's next answer begins.
 
-        Control tokens that a message spells out are encoded as text. Raise DataError without a chat template, and
-        ConfigError with the template's own message for `messages` that it cannot render."""
+        Control tokens that a message spells out are encoded as text. Raise DataError without a chat
+        template, and ConfigError with the template's own message for `messages` that it cannot
+        render."""
         with _said_by_template():
             return self.contents.encode(messages)
 
     def check_answer(self, messages: Sequence[Message]) -> None:
-        """Check that a conversation's last answer can be learned. Raise as `chat_ids` does if not."""
+        """Check that a conversation's last answer can be learned. Raise as `chat_ids` does if
+        not."""
         with _said_by_template():
             find_answers(self.chat_template, self.contents.mark(messages), [len(messages) - 1])
 
@@ -237,32 +276,43 @@ class Generator:
         return self.chat_template.turn_end.ids(self.tokenizer)
 
     def as_chat(self, request: Request) -> Request:
-        """Return `request` as that of an answer in a conversation: it ends where the chat template ends a turn, and is
-        decoded without control tokens. Raise DataError without a chat template."""
-        controls = self.tokenizer.control_tokens() if isinstance(self.tokenizer, HuggingFaceTokenizer) else []
-        # A stop string that is a control token never appears in decoded text: stop at its id instead.
+        """Return `request` as that of an answer in a conversation: it ends where the chat template
+        ends a turn, and is decoded without control tokens. Raise DataError without a chat
+        template."""
+        controls = (
+            self.tokenizer.control_tokens()
+            if isinstance(self.tokenizer, HuggingFaceTokenizer)
+            else []
+        )
+        # A stop string that is a control token never appears in decoded text: stop at its id
+        # instead.
         named = [self.tokenizer.vocabulary()[text] for text in request.stop if text in controls]
         ends = request.ends | {*self.turn_end.tokens, *named}
         return replace(request, ends=ends, stop=(*request.stop, *self.turn_end.texts), plain=True)
 
     def answer_as_chat(self) -> None:
-        """Make every answer end where the chat template ends a turn. Raise DataError without a chat template."""
+        """Make every answer end where the chat template ends a turn. Raise DataError without a chat
+        template."""
         self.ends |= set(self.turn_end.tokens)
         self.habits = self.habits._replace(stop=(*self.habits.stop, *self.turn_end.texts))
 
     def _plain_text(self, ids: Sequence[int]) -> str:
         """Decode `ids` without control tokens."""
         # What ends a turn is flagged special in most tokenizers, but not in all.
-        return self.tokenizer.decode_plain([token for token in ids if token not in self.turn_end.tokens])
+        return self.tokenizer.decode_plain(
+            [token for token in ids if token not in self.turn_end.tokens]
+        )
 
     def start(self, request: Request) -> Answer:
         """Return a new Answer for a `Batch` to work on."""
         decode = self._plain_text if request.plain else self.tokenizer.decode
-        return Answer(request, TextStream(decode, request.prompt, (*request.stop, *self.habits.stop)))
+        return Answer(
+            request, TextStream(decode, request.prompt, (*request.stop, *self.habits.stop))
+        )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Generate and return all answers, in the order of their requests. Raise ConfigError for a prompt that is too
-        long, and NotFinite for logits that are not finite."""
+        """Generate and return all answers, in the order of their requests. Raise ConfigError for a
+        prompt that is too long, and NotFinite for logits that are not finite."""
         batch, answers = Batch(self.model, self.ends), [self.start(request) for request in requests]
         for answer in answers:
             batch.add(answer)
@@ -281,13 +331,17 @@ class Generator:
     def score(self, rows: Sequence[Sequence[int]]) -> list[Score]:
         """Return the Score of each text in `rows`, in their order.
 
-        A text has at least two tokens, and at most one more than the model's capacity, since the last token is never an
-        input. Raise ConfigError for other lengths, and NotFinite for logits that are not finite."""
+        A text has at least two tokens, and at most one more than the model's capacity, since the
+        last token is never an input. Raise ConfigError for other lengths, and NotFinite for logits
+        that are not finite."""
         longest = self.model.capacity + 1
         for row in rows:
             if not 1 < len(row) <= longest:
-                raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {longest}")
-        # Texts that differ only in their last token, such as the choices of a question, share one forward pass.
+                raise ConfigError(
+                    f"a text of {len(row)} tokens cannot be scored, only of 2 to {longest}"
+                )
+        # Texts that differ only in their last token, such as the choices of a question, share one
+        # forward pass.
         alike: dict[tuple[int, ...], list[int]] = {}
         for number, row in enumerate(rows):
             alike.setdefault(tuple(row[:-1]), []).append(number)
@@ -312,14 +366,16 @@ class Generator:
         return [scores[number] for number in range(len(rows))]
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Yield for each row the next-token logits behind each token, [T,V] fp32. Padding stands behind a row's tokens,
-        which do not attend to it."""
+        """Yield for each row the next-token logits behind each token, [T,V] fp32. Padding stands
+        behind a row's tokens, which do not attend to it."""
         device, width = self.model.device, max(map(len, rows))
         tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         index_T = torch.arange(width, device=device)
         # For RoPE that is scaled by the length: each row's own, and not the padded width.
         lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
-        logits_BTV = self.model.logits(tokens_BT, SequenceInfo(index_T, index_T[None], whole_length=lengths))
+        logits_BTV = self.model.logits(
+            tokens_BT, SequenceInfo(index_T, index_T[None], whole_length=lengths)
+        )
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             yield logits_TV[: len(row)].float()
 

@@ -75,16 +75,18 @@ class Habits(NamedTuple):
     """One line that names what is not supported; empty if there is nothing."""
 
     def most_tokens(self, num_prompt: int, usual: int) -> int:
-        """Return the default `max_tokens` behind a prompt of `num_prompt` tokens: the model's own setting, else
-        `usual`."""
+        """Return the default `max_tokens` behind a prompt of `num_prompt` tokens: the model's own
+        setting, else `usual`."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return usual if self.max_length is None else min(usual, max(1, self.max_length - num_prompt))
+        return (
+            usual if self.max_length is None else min(usual, max(1, self.max_length - num_prompt))
+        )
 
 
 def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
-    """Read generation_config.json of `folder`. What it does not say comes from config.json, the tokenizer and `LIKELY`.
-    Raise ConfigError for a value that makes no sense."""
+    """Read generation_config.json of `folder`. What it does not say comes from config.json, the
+    tokenizer and `LIKELY`. Raise ConfigError for a value that makes no sense."""
     file, values = folder / FILE, {}
     if not file.is_file() and peft.is_adapter(folder):
         file = peft.base_of(folder) / FILE
@@ -92,7 +94,11 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
         values = read_object(file, ConfigError)
     given = {name: value for name, value in values.items() if value is not None}
     # generation_config.json is the newer of the two, and the one that transformers' generate reads.
-    ends = given["eos_token_id"] if "eos_token_id" in given else read_hf_config(folder).get("eos_token_id")
+    ends = (
+        given["eos_token_id"]
+        if "eos_token_id" in given
+        else read_hf_config(folder).get("eos_token_id")
+    )
     # Names in the error below what was being read.
     reading = "eos_token_id"
     try:
@@ -104,7 +110,9 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
         stop = rules.pop("stop_strings", ())
         lengths = {name: rules.pop(name) for name in LENGTHS if name in rules}
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{file}: {reading} = {shown(values.get(reading, ends))}: {error}") from None
+        raise ConfigError(
+            f"{file}: {reading} = {shown(values.get(reading, ends))}: {error}"
+        ) from None
     sampled = {name: given[name] for name in SAMPLED if name in given}
     # transformers decodes greedily then, whatever temperature the file has.
     if given.get("do_sample") is False:
@@ -119,13 +127,14 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
 
 
 def listed(ids: Any) -> list[int]:
-    """Return the ids of eos_token_id, which is one id, several or null. Raise TypeError or ValueError for anything
-    else."""
+    """Return the ids of eos_token_id, which is one id, several or null. Raise TypeError or
+    ValueError for anything else."""
     return [int(one) for one in (ids if isinstance(ids, list) else [ids]) if one is not None]
 
 
 def _read(name: str, value: Any) -> Any:
-    """Check and convert one value. Raise ValueError if it does not have the form that transformers expects."""
+    """Check and convert one value. Raise ValueError if it does not have the form that transformers
+    expects."""
     if name == "stop_strings":
         return _all((value,) if isinstance(value, str) else value, str)
     if name == "bad_words_ids":
@@ -141,15 +150,20 @@ def _read(name: str, value: Any) -> Any:
 
 
 def _all(values: Any, kind: type) -> tuple[Any, ...]:
-    """Return `values` as a tuple. Raise ValueError unless it is a list whose items are all of `kind`."""
+    """Return `values` as a tuple. Raise ValueError unless it is a list whose items are all of
+    `kind`."""
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
-        raise ValueError({str: "must be texts", int: "must be a list of token ids", list: "must hold lists"}[kind])
+        raise ValueError(
+            {str: "must be texts", int: "must be a list of token ids", list: "must hold lists"}[
+                kind
+            ]
+        )
     return tuple(values)
 
 
 def _warning(file: Path, given: dict[str, Any]) -> str:
-    """Return a line that names the settings of `file` that would change answers but are not supported; empty if
-    none."""
+    """Return a line that names the settings of `file` that would change answers but are not
+    supported; empty if none."""
     names = [
         name
         for name, value in given.items()

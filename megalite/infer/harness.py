@@ -1,4 +1,5 @@
-"""EleutherAI's lm-evaluation-harness with megalite's models. The only module that imports the harness."""
+"""EleutherAI's lm-evaluation-harness with megalite's models. The only module that imports the
+harness."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ import torch.distributed as dist
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
@@ -55,12 +60,12 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 class HarnessModel(TemplateLM):
     """Adapts a `Generator` to the harness's model interface.
 
-    Data ranks, which hold the same part of the model, share the documents: each evaluates its own. Tokenizing,
-    truncating and stopping are those of the harness's `hf` model."""
+    Data ranks, which hold the same part of the model, share the documents: each evaluates its own.
+    Tokenizing, truncating and stopping are those of the harness's `hf` model."""
 
     def __init__(self, generator: Generator, data: Axis = ALONE, console: Console | None = None):
-        """Wrap `generator`. `data` is the axis of ranks that share the documents; `console` shows the progress, None
-        shows none."""
+        """Wrap `generator`. `data` is the axis of ranks that share the documents; `console` shows
+        the progress, None shows none."""
         super().__init__()
         self.generator, self._data, self._console = generator, data, console
         self._rank, self._world_size, self._device = data.rank, data.size, generator.model.device
@@ -72,44 +77,67 @@ class HarnessModel(TemplateLM):
 
     @cached_property
     def prefix_token_id(self) -> int:
-        """Return the token that a text without a context begins with. Raise ConfigError if the tokenizer has none."""
+        """Return the token that a text without a context begins with. Raise ConfigError if the
+        tokenizer has none."""
         tokenizer = self.generator.tokenizer
         found = next((i for i in (tokenizer.begin_id, tokenizer.eod_id) if i is not None), None)
         if found is None:
-            raise ConfigError("the model's tokenizer has neither a token that begins a text nor one that ends it")
+            raise ConfigError(
+                "the model's tokenizer has neither a token that begins a text nor one that ends it"
+            )
         return found
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of `string`. Unless `add_special_tokens` is False or the text already begins so, they
-        begin with the tokenizer's begin token. Rendered conversations are told by their marks."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the token ids of `string`. Unless `add_special_tokens` is False or the text
+        already begins so, they begin with the tokenizer's begin token. Rendered conversations are
+        told by their marks."""
         tokenizer = self.generator.tokenizer
         if (plain := without_marks(string)) != string:  # a conversation's, by `apply_chat_template`
             # Templates often write the begin token themselves; it must not be there twice.
-            begins = add_special_tokens is False or plain.startswith(tokenizer.decode([self.prefix_token_id]))
-            return [*([] if begins else tokenizer.begin_ids), *self.generator.contents.encode_marked(string)]
-        if add_special_tokens is False or string.startswith(tokenizer.decode([self.prefix_token_id])):
+            begins = add_special_tokens is False or plain.startswith(
+                tokenizer.decode([self.prefix_token_id])
+            )
+            return [
+                *([] if begins else tokenizer.begin_ids),
+                *self.generator.contents.encode_marked(string),
+            ]
+        if add_special_tokens is False or string.startswith(
+            tokenizer.decode([self.prefix_token_id])
+        ):
             return tokenizer.encode(string)
         return tokenizer.encode_prompt(string)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return (logprob, is greedy) of each continuation. Progress is shown by `_track`, not by tqdm."""
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Return (logprob, is greedy) of each continuation. Progress is shown by `_track`, not by
+        tqdm."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
-        """Return (logprob, is greedy) of each continuation given its context. An empty continuation, merged by the
-        tokenizer into the context's last token, counts as certain, as in the `hf` model. Raise ConfigError for one
-        longer than the model."""
+        """Return (logprob, is greedy) of each continuation given its context. An empty
+        continuation, merged by the tokenizer into the context's last token, counts as certain, as
+        in the `hf` model. Raise ConfigError for one longer than the model."""
         capacity = self.generator.model.capacity
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > capacity:
-            raise ConfigError(f"a continuation of {longest} tokens cannot be scored: the model takes {capacity}")
+            raise ConfigError(
+                f"a continuation of {longest} tokens cannot be scored: the model takes {capacity}"
+            )
         # One more than the capacity: the last token is only predicted, never an input.
         rows = [[*context, *continuation][-capacity - 1 :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         results = [(0.0, True)] * len(rows)
         # Longest first, so that a batch too large for the memory fails at once.
-        order = sorted((number for number, count in enumerate(counts) if count), key=lambda number: -len(rows[number]))
-        chunks = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
+        order = sorted(
+            (number for number, count in enumerate(counts) if count),
+            key=lambda number: -len(rows[number]),
+        )
+        chunks = [
+            order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)
+        ]
         for chunk in self._track(chunks, f"scoring {len(order):,} texts", len(chunks)):
             scores = self._score([rows[number] for number in chunk])
             for number, (logprobs, likeliest) in zip(chunk, scores, strict=True):
@@ -118,8 +146,11 @@ class HarnessModel(TemplateLM):
                 results[number] = float(logprobs[-count:].sum()), bool(likeliest[-count:].all())
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Return the logprob of each whole text, summed over disjoint windows of the model's capacity."""
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Return the logprob of each whole text, summed over disjoint windows of the model's
+        capacity."""
         windows: list[Pair] = []
         counts: list[int] = []
         for request in requests:
@@ -151,11 +182,17 @@ class HarnessModel(TemplateLM):
         for _ in self._track(self._finish(batch), "answering", len(answers)):
             pass
         texts = [generator.tokenizer.decode_plain(answer.tokens) for answer in answers]
-        return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
+        return [
+            postprocess_generated_text(text, stop, None)
+            for text, stop in zip(texts, stops, strict=True)
+        ]
 
-    def _answer(self, context: str, settings: Mapping[str, Any], seed: int) -> tuple[Answer, list[str]]:
-        """Return the Answer to start and its stop strings. `settings` are the task's generation settings. Raise
-        ConfigError for settings that are not supported, and for answers as long as the model's capacity."""
+    def _answer(
+        self, context: str, settings: Mapping[str, Any], seed: int
+    ) -> tuple[Answer, list[str]]:
+        """Return the Answer to start and its stop strings. `settings` are the task's generation
+        settings. Raise ConfigError for settings that are not supported, and for answers as long as
+        the model's capacity."""
         generator = self.generator
         known = normalize_gen_kwargs(dict(settings), MOST_TOKENS)
         eos = None if self.eot_token_id is None else generator.tokenizer.decode([self.eot_token_id])
@@ -164,13 +201,21 @@ class HarnessModel(TemplateLM):
         drawn = known.pop("do_sample")
         for name, value in known.items():
             if name not in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-                raise ConfigError(f"a task asks for generation with {name} = {value!r}, which megalite does not know")
+                raise ConfigError(
+                    f"a task asks for generation with {name} = {value!r}, which megalite does not know"
+                )
             sampled[name] = value
         # What the task leaves open is greedy, not as the model's folder says, but for its penalty
         # and rules.
         usual = generator.sampling
-        sampled = {"repetition_penalty": usual.repetition_penalty, "rules": usual.rules, "seed": seed} | sampled
-        sampling = Sampling(**sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0})
+        sampled = {
+            "repetition_penalty": usual.repetition_penalty,
+            "rules": usual.rules,
+            "seed": seed,
+        } | sampled
+        sampling = Sampling(
+            **sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0}
+        )
         # The prompt is cut on the left, as the `hf` model does, so that the answer fits.
         room = generator.model.capacity - most
         if room <= 0:
@@ -189,10 +234,12 @@ class HarnessModel(TemplateLM):
         yield from (answer for answer in batch.finish() if answer.finish)
 
     def _track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """Yield `items` and show progress as `what` of `total`: a bar on a terminal, otherwise (a job's log) a line
-        every few seconds."""
+        """Yield `items` and show progress as `what` of `total`: a bar on a terminal, otherwise (a
+        job's log) a line every few seconds."""
         if self._console is not None and self._console.is_terminal:
-            yield from rich.progress.track(items, what, total, console=self._console, transient=True)
+            yield from rich.progress.track(
+                items, what, total, console=self._console, transient=True
+            )
             return
         said = time.monotonic()
         for number, item in enumerate(items, 1):
@@ -203,12 +250,16 @@ class HarnessModel(TemplateLM):
 
     # Interface for chats.
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the rendered conversation, with control tokens of its messages marked for `tok_encode`."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the rendered conversation, with control tokens of its messages marked for
+        `tok_encode`."""
         return self.generator.contents.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the source of the chat template for the harness's records; empty if `chat_template` is false."""
+        """Return the source of the chat template for the harness's records; empty if
+        `chat_template` is false."""
         return self.generator.chat_template.source if chat_template else ""
 
     @property
@@ -232,10 +283,14 @@ class HarnessModel(TemplateLM):
 
 
 class Rehearsal(HarnessModel):
-    """Does everything that a `HarnessModel` does except run the model, to find errors beforehand."""
+    """Does everything that a `HarnessModel` does except run the model, to find errors
+    beforehand."""
 
     def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
-        return [Score(torch.zeros(len(row) - 1), torch.zeros(len(row) - 1, dtype=torch.bool)) for row in rows]
+        return [
+            Score(torch.zeros(len(row) - 1), torch.zeros(len(row) - 1, dtype=torch.bool))
+            for row in rows
+        ]
 
     def _finish(self, batch: Batch) -> Iterator[Answer]:
         return iter(batch.waiting)
@@ -257,22 +312,25 @@ class Tasks(NamedTuple):
         return min([*counts, self.limit] if self.limit else counts)
 
     def rehearse(self, generator: Generator) -> None:
-        """Run the tasks without the model, to find in a moment what would fail after hours. Raise ConfigError or
-        DataError."""
+        """Run the tasks without the model, to find in a moment what would fail after hours. Raise
+        ConfigError or DataError."""
         try:
             self.run(Rehearsal(generator), uncertainty=0)
         except (ConfigError, DataError):
             raise
         except Exception as error:  # tasks hold code of their own, which may raise anything
             names = ", ".join(self.loaded["tasks"])
-            raise DataError(f"the tasks {names} cannot be evaluated: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"the tasks {names} cannot be evaluated: {type(error).__name__}: {error}"
+            ) from error
 
     def run(
         self, model: LM, uncertainty: int = 1000, samples: bool = False, chat: bool = False
     ) -> dict[str, Any] | None:
-        """Evaluate `model` and return the harness's results on the first of the ranks that share the documents, None on
-        the others. `uncertainty` is the number of bootstrap iterations for standard errors without a formula, 0 for no
-        standard errors. `samples` keeps each document's answers; `chat` applies the chat template."""
+        """Evaluate `model` and return the harness's results on the first of the ranks that share
+        the documents, None on the others. `uncertainty` is the number of bootstrap iterations for
+        standard errors without a formula, 0 for no standard errors. `samples` keeps each document's
+        answers; `chat` applies the chat template."""
         with _seeded():
             return evaluate(
                 model,
@@ -291,11 +349,12 @@ def load_tasks(
     limit: int | None = None,
     shots: int | None = None,
 ) -> Tasks:
-    """Load tasks, groups or tags with their data; `names` are names, YAML files or the harness's configs.
+    """Load tasks, groups or tags with their data; `names` are names, YAML files or the harness's
+    configs.
 
-    `include_path` is a folder with more tasks, `limit` the number of documents per task. `shots` is the number of
-    few-shot examples, except for tasks that want none. Raise ConfigError for an unknown name, and DataError for a
-    dataset that cannot be loaded."""
+    `include_path` is a folder with more tasks, `limit` the number of documents per task. `shots` is
+    the number of few-shot examples, except for tasks that want none. Raise ConfigError for an
+    unknown name, and DataError for a dataset that cannot be loaded."""
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"{include_path}, where tasks should be, is not a folder")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -304,8 +363,12 @@ def load_tasks(
         for name in names:
             found = _load_task(manager, name)
             twice = sorted(loaded["tasks"].keys() & found.get("tasks", {}).keys())
-            if twice and isinstance(name, str) and Path(name).is_file():  # of a group, a task may come again
-                raise ConfigError(f"{name}: a task before it is named {twice[0]!r} as well; name one of them otherwise")
+            if (
+                twice and isinstance(name, str) and Path(name).is_file()
+            ):  # of a group, a task may come again
+                raise ConfigError(
+                    f"{name}: a task before it is named {twice[0]!r} as well; name one of them otherwise"
+                )
             for part in loaded:
                 loaded[part] |= found.get(part, {})
     for task in loaded["tasks"].values():
@@ -320,19 +383,27 @@ def load_tasks(
 
 
 def _index_tasks(names: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
-    """Return an index of the user's own tasks if they include all `names`. Otherwise index also the harness's more than
-    ten thousand, which takes a while."""
+    """Return an index of the user's own tasks if they include all `names`. Otherwise index also the
+    harness's more than ten thousand, which takes a while."""
     own = TaskManager(include_path=include_path, include_defaults=False)
-    if all(not isinstance(name, str) or name in own.all_subtasks or Path(name).is_file() for name in names):
+    if all(
+        not isinstance(name, str) or name in own.all_subtasks or Path(name).is_file()
+        for name in names
+    ):
         return own
     return TaskManager(include_path=include_path)
 
 
 def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, Any]:
-    """Load one task or group. Raise ConfigError for an unknown name and DataError if loading fails."""
+    """Load one task or group. Raise ConfigError for an unknown name and DataError if loading
+    fails."""
     if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
-        hint = did_you_mean(name, manager.all_tasks, "`lm-eval ls tasks` lists those of the harness")
-        raise ConfigError(f"no task is named {name!r}; {hint}; a task of your own is found by --include-path FOLDER")
+        hint = did_you_mean(
+            name, manager.all_tasks, "`lm-eval ls tasks` lists those of the harness"
+        )
+        raise ConfigError(
+            f"no task is named {name!r}; {hint}; a task of your own is found by --include-path FOLDER"
+        )
     try:
         return manager.load([name])
     except Exception as error:  # whatever datasets, the network and the task's own code raise
@@ -345,8 +416,8 @@ def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, An
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed the global random generators as the harness's own command does, and restore them afterwards. Some tasks draw
-    from them, and every rank must draw the same."""
+    """Seed the global random generators as the harness's own command does, and restore them
+    afterwards. Some tasks draw from them, and every rank must draw the same."""
     restore: list[tuple[Callable[[Any], None], Any]]
     restore = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
     random.seed(DEFAULT_RANDOM_SEED)
@@ -361,8 +432,8 @@ def _seeded() -> Iterator[None]:
 
 
 def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics as TASK/METRIC, or TASK/METRIC/FILTER for a task that extracts answers in several ways.
-    Standard errors are left out."""
+    """Return the metrics as TASK/METRIC, or TASK/METRIC/FILTER for a task that extracts answers in
+    several ways. Standard errors are left out."""
     numbers = {}
     for task, values in results["results"].items():
         for key, value in values.items():

@@ -1,5 +1,5 @@
-"""Evaluation of tasks and answers to prompts during training: on the training ranks, by the model that is being
-trained."""
+"""Evaluation of tasks and answers to prompts during training: on the training ranks, by the model
+that is being trained."""
 
 from __future__ import annotations
 
@@ -40,20 +40,22 @@ class TasksInTraining:
     """Evaluates the tasks of `observe.tasks` between training steps."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        """Load the tasks of `config` and rehearse them without the model, so that errors appear before the first step.
-        Raise ConfigError or DataError."""
+        """Load the tasks of `config` and rehearse them without the model, so that errors appear
+        before the first step. Raise ConfigError or DataError."""
         asked, self._config, self._tokenizer = config.observe.tasks, config, tokenizer
         self._harness = load_harness()
         self._tasks = self._harness.load_tasks(asked.names, asked.include_path, asked.limit)
         self._tasks.rehearse(_generator(_no_model(config), tokenizer))
         self._fewest = self._tasks.fewest
 
-    def measure(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh) -> dict[str, float]:
-        """Evaluate the model of `stages` (and `pipeline`) and return the metrics, as `numbers_of` names them, on the
-        first data rank; empty elsewhere. All ranks of `mesh` call it."""
+    def measure(
+        self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh
+    ) -> dict[str, float]:
+        """Evaluate the model of `stages` (and `pipeline`) and return the metrics, as `numbers_of`
+        names them, on the first data rank; empty elsewhere. All ranks of `mesh` call it."""
         generator = _generator(TrainingModel(stages, pipeline, mesh, self._config), self._tokenizer)
-        # Under ZeRO-3, data ranks gather each other's weights in every layer; where they share experts, they send each
-        # other tokens. Then they must run the same forward passes.
+        # Under ZeRO-3, data ranks gather each other's weights in every layer; where they share
+        # experts, they send each other tokens. Then they must run the same forward passes.
         together = self._config.parallel.zero_stage == 3 or mesh.data_shares_experts
         apart = not together and self._fewest >= mesh.data.size
         model = self._harness.HarnessModel(generator, mesh.data if apart else ALONE)
@@ -63,32 +65,47 @@ class TasksInTraining:
 
 
 class SamplesInTraining:
-    """Answers the prompts of `observe.samples` between training steps, by the likeliest tokens: what changes is the
-    model."""
+    """Answers the prompts of `observe.samples` between training steps, by the likeliest tokens:
+    what changes is the model."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        """Read the prompts of `config`. Raise ConfigError for one that leaves no room for an answer."""
-        self.prompts, self._config, self._tokenizer = config.observe.samples.prompts, config, tokenizer
+        """Read the prompts of `config`. Raise ConfigError for one that leaves no room for an
+        answer."""
+        self.prompts, self._config, self._tokenizer = (
+            config.observe.samples.prompts,
+            config,
+            tokenizer,
+        )
         for number, prompt in enumerate(self.prompts):
             try:
                 self._ask(_no_model(config), [prompt])
             except ConfigError as error:
-                raise ConfigError(f"observe.samples.prompts[{number}] = {shown(prompt)}: {error}") from None
+                raise ConfigError(
+                    f"observe.samples.prompts[{number}] = {shown(prompt)}: {error}"
+                ) from None
 
     def answer(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh) -> list[str]:
-        """Return the answer of the model of `stages` (and `pipeline`) to each prompt, the same on all ranks of `mesh`,
-        which all call it. An answer ends where logits are not finite."""
-        batch, answers = self._ask(TrainingModel(stages, pipeline, mesh, self._config), self.prompts)
+        """Return the answer of the model of `stages` (and `pipeline`) to each prompt, the same on
+        all ranks of `mesh`, which all call it. An answer ends where logits are not finite."""
+        batch, answers = self._ask(
+            TrainingModel(stages, pipeline, mesh, self._config), self.prompts
+        )
         while batch.busy:
             batch.step()
         return [answer.text for answer in answers]
 
     def _ask(self, model: Any, prompts: Sequence[str]) -> tuple[Batch, list[Answer]]:
-        """Return a batch of `model` with an answer to each of `prompts`, still to be generated. Raise ConfigError."""
-        generator, most = _generator(model, self._tokenizer), self._config.observe.samples.max_tokens
+        """Return a batch of `model` with an answer to each of `prompts`, still to be generated.
+        Raise ConfigError."""
+        generator, most = (
+            _generator(model, self._tokenizer),
+            self._config.observe.samples.max_tokens,
+        )
         batch, answers = Batch(model, generator.ends), list[Answer]()
         for prompt in prompts:
-            answers.append(generator.start(generator.request(prompt, most, Sampling(temperature=0.0))))
+            answers.append(
+                generator.start(generator.request(prompt, most, Sampling(temperature=0.0)))
+            )
             batch.add(answers[-1])
         return batch, answers
 
@@ -96,7 +113,9 @@ class SamplesInTraining:
 def _no_model(config: Config) -> Any:
     """Return what stands for the model of `config` where only its sizes are asked for."""
     return SimpleNamespace(
-        capacity=config.model.max_positions, vocab_size=config.model.vocab_size, device=torch.device("cpu")
+        capacity=config.model.max_positions,
+        vocab_size=config.model.vocab_size,
+        device=torch.device("cpu"),
     )
 
 
@@ -109,25 +128,29 @@ def _generator(model: Any, tokenizer: Tokenizer) -> Generator:
 class TrainingModel:
     """Runs this rank's part of the model in training as a `batch.Predictor`.
 
-    It has no KV cache, since training needs the memory. It keeps the tokens instead, and computes a sequence anew for
-    each further one."""
+    It has no KV cache, since training needs the memory. It keeps the tokens instead, and computes a
+    sequence anew for each further one."""
 
-    def __init__(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh, config: Config):
-        """Wrap the training `stages` of this rank, with the `pipeline` that runs them (None if there is one stage) on
-        `mesh`; `config` gives vocabulary, capacity and number of slots."""
+    def __init__(
+        self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh, config: Config
+    ):
+        """Wrap the training `stages` of this rank, with the `pipeline` that runs them (None if
+        there is one stage) on `mesh`; `config` gives vocabulary, capacity and number of slots."""
         self._stages, self._pipeline, self._mesh = stages, pipeline, mesh
         self.vocab_size = config.model.vocab_size
         self.num_slots, self.capacity = config.train.micro_batch_size, config.model.max_positions
         self.turning_points, self.device = config.model.architecture.turning_points, mesh.device
-        # Sequence parallelism and the zigzag of context parallelism divide a row evenly only at multiples of their
-        # sizes.
+        # Sequence parallelism and the zigzag of context parallelism divide a row evenly only at
+        # multiples of their sizes.
         self._width = math.lcm(WIDTHS, 2 * mesh.context.size * mesh.tensor.size)
-        self._tokens_SL = torch.zeros(self.num_slots, 1 + self.capacity, dtype=torch.int64, device=mesh.device)
+        self._tokens_SL = torch.zeros(
+            self.num_slots, 1 + self.capacity, dtype=torch.int64, device=mesh.device
+        )
         """Token ids of each slot, written as a cache is: the first cell is never read."""
 
     def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
-        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]. `places` says
-        which slots the rows continue, and where."""
+        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32
+        [B,V]. `places` says which slots the rows continue, and where."""
         self._tokens_SL[places.slot_B[:, None], places.cell_BT] = tokens_BT
         # Where the asked token is in its whole sequence, which is computed from its beginning.
         place_B = places.position_BT.gather(1, last_B[:, None])[:, 0]
@@ -141,8 +164,11 @@ class TrainingModel:
         return self._run(tokens_BT, places.whole_length)[:, : tokens_BT.shape[1]]
 
     @torch.no_grad()  # not inference_mode: tensors that a module keeps must stay usable in training
-    def _run(self, tokens_BT: Tensor, whole_length: int | Tensor | None, place_B: Tensor | None = None) -> Tensor:
-        """Return the logits of all positions, or of `place_B` in each row: [B,T or 1,V] fp32, on every rank."""
+    def _run(
+        self, tokens_BT: Tensor, whole_length: int | Tensor | None, place_B: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits of all positions, or of `place_B` in each row: [B,T or 1,V] fp32, on
+        every rank."""
         mesh = self._mesh
         tokens_BT = F.pad(tokens_BT, (0, -tokens_BT.shape[1] % self._width))
         batch, width = tokens_BT.shape
@@ -150,7 +176,9 @@ class TrainingModel:
         if mesh.context.size > 1:
             index_T = zigzag(width, mesh.context).to(self.device)
         # Padding may lie beyond the model's last position.
-        places = SequenceInfo(index_T, index_T[None].clamp(max=self.capacity - 1), whole_length=whole_length)
+        places = SequenceInfo(
+            index_T, index_T[None].clamp(max=self.capacity - 1), whole_length=whole_length
+        )
         inputs = Inputs(tokens_BT[:, index_T], places)
         # Eager, because torch.compile would recompile for each of many shapes.
         with torch.compiler.set_stance("force_eager"):
@@ -159,13 +187,18 @@ class TrainingModel:
             else:
                 NOW.do("forward")
                 outputs = [self._stages[0](None, inputs)]
-        logits = torch.zeros(batch, width if place_B is None else 1, self.vocab_size, device=self.device)
+        logits = torch.zeros(
+            batch, width if place_B is None else 1, self.vocab_size, device=self.device
+        )
         for local_BTV in outputs:
             if place_B is not None:  # a context rank holds this position of only some rows
                 here = index_T == place_B[:, None]
                 found = all_gather(local_BTV[here].float(), mesh.tensor, dim=1)
                 logits[here.any(1), 0] = found[..., : self.vocab_size]
             else:
-                logits[:, index_T] = all_gather(local_BTV.float(), mesh.tensor, dim=2)[..., : self.vocab_size]
-        # Each position was computed by one context rank and one stage, and is zero on all others: a sum is a gather.
+                logits[:, index_T] = all_gather(local_BTV.float(), mesh.tensor, dim=2)[
+                    ..., : self.vocab_size
+                ]
+        # Each position was computed by one context rank and one stage, and is zero on all others: a
+        # sum is a gather.
         return all_reduce(all_reduce(logits, mesh.context), mesh.pipeline)

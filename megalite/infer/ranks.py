@@ -1,5 +1,5 @@
-"""Inference with a model that is too large for one device: sharded over a tensor group and a pipeline, it answers as an
-unsharded one."""
+"""Inference with a model that is too large for one device: sharded over a tensor group and a
+pipeline, it answers as an unsharded one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ from megalite.plan import Plan, StageSpan, make_plan
 
 
 class RanksModel:
-    """Runs a sharded model as a `batch.Predictor`. Every rank calls it with the same tokens and gets the same
-    logits."""
+    """Runs a sharded model as a `batch.Predictor`. Every rank calls it with the same tokens and
+    gets the same logits."""
 
     def __init__(
-        self, stage: Stage, plan: Plan, mesh: Mesh, dtype: torch.dtype, num_slots: int, max_length: int | None = None
+        self,
+        stage: Stage,
+        plan: Plan,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        num_slots: int,
+        max_length: int | None = None,
     ):
-        """Wrap this rank's pipeline `stage` under `plan` and `mesh` and give it a cache of `num_slots` sequences.
-        `dtype` is the precision of hidden states between stages; `max_length` limits prompt and answer (default:
-        `max_positions`)."""
+        """Wrap this rank's pipeline `stage` under `plan` and `mesh` and give it a cache of
+        `num_slots` sequences. `dtype` is the precision of hidden states between stages;
+        `max_length` limits prompt and answer (default: `max_positions`)."""
         self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
         self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
@@ -49,18 +55,20 @@ class RanksModel:
             self.pipeline = Pipeline([stage], plan, mesh, hidden, [None])
 
     def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
-        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]; cache keys and
-        values at `places`."""
+        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32
+        [B,V]; cache keys and values at `places`."""
         # The last stage projects only the tokens `last_B`: [B,1,V] comes back.
         return self._run(Inputs(tokens_BT, places, last_B=last_B))[:, 0]
 
     def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
-        """Return the next-token logits behind every token, fp32 [B,T,V]. The cache is left alone."""
+        """Return the next-token logits behind every token, fp32 [B,T,V]. The cache is left
+        alone."""
         return self._run(Inputs(tokens_BT, places))
 
     @torch.inference_mode()
     def _run(self, inputs: Inputs) -> Tensor:
-        """Run all stages, gather the vocabulary over the tensor group, and broadcast the logits from the last stage."""
+        """Run all stages, gather the vocabulary over the tensor group, and broadcast the logits
+        from the last stage."""
         outputs = self.pipeline.forward([inputs]) if self.pipeline else [self.stage(None, inputs)]
         batch, length = inputs.tokens_BT.shape
         shape = (batch, length if inputs.last_B is None else 1, self.vocab_size)
@@ -70,17 +78,27 @@ class RanksModel:
         logits = torch.empty(shape, device=self.device)
         if outputs:
             whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
-            logits.copy_(whole[..., : self.vocab_size])  # the vocabulary is padded to divide among tensor ranks
+            logits.copy_(
+                whole[..., : self.vocab_size]
+            )  # the vocabulary is padded to divide among tensor ranks
         if self.pipeline:
-            dist.broadcast(logits, group=self.mesh.pipeline.group, group_src=self.mesh.pipeline.size - 1)
+            dist.broadcast(
+                logits, group=self.mesh.pipeline.group, group_src=self.mesh.pipeline.size - 1
+            )
         return logits
 
 
 def load_on_ranks(
-    folder: Path, launch: Launch, tensor: int, pipeline: int, num_slots: int, max_length: int | None = None
+    folder: Path,
+    launch: Launch,
+    tensor: int,
+    pipeline: int,
+    num_slots: int,
+    max_length: int | None = None,
 ) -> RanksModel:
-    """Load this rank's part of the Hugging Face model in `folder`, in the stored precision, over `tensor` × `pipeline`
-    ranks of `launch`. `num_slots` and `max_length` are those of `RanksModel`. Raise ConfigError or CheckpointError."""
+    """Load this rank's part of the Hugging Face model in `folder`, in the stored precision, over
+    `tensor` × `pipeline` ranks of `launch`. `num_slots` and `max_length` are those of `RanksModel`.
+    Raise ConfigError or CheckpointError."""
     if launch.world_size != tensor * pipeline:
         raise ConfigError(
             f"tensor {tensor} × pipeline {pipeline} needs {tensor * pipeline} ranks, not {launch.world_size}; "
@@ -115,8 +133,9 @@ def load_stage(
     train: TrainConfig,
     dtype: torch.dtype | None = None,
 ) -> tuple[Stage, torch.dtype]:
-    """Load the part `span` of the Hugging Face model in `folder`, frozen, as this rank of `mesh` has it under `plan`.
-    Return it with its precision: `dtype`, by default the stored one. Raise CheckpointError."""
+    """Load the part `span` of the Hugging Face model in `folder`, frozen, as this rank of `mesh`
+    has it under `plan`. Return it with its precision: `dtype`, by default the stored one. Raise
+    CheckpointError."""
     # As in training, but without an engine: parameters are read straight into the parallel model.
     table, model = weight_table(config), build_model(config)
     apply_parallelism(model, table, plan, span, mesh, train)
@@ -127,6 +146,9 @@ def load_stage(
         tensors[weight.name] = read(weight, "weight", 0, shape.numel()).view(shape)
     dtype = dtype or dtype_of(tensors.values(), folder)
     kept = {weight.name: weight.dtype_in(dtype) for weight in table}
-    set_parameters(model, {name: nn.Parameter(local.to(mesh.device, kept[name])) for name, local in tensors.items()})
+    set_parameters(
+        model,
+        {name: nn.Parameter(local.to(mesh.device, kept[name])) for name, local in tensors.items()},
+    )
     model.eval().requires_grad_(False)
     return Stage(model, span), dtype

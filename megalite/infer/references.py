@@ -1,4 +1,5 @@
-"""Comparison of generated answers with references from a jsonl file: BLEU, ROUGE, F1, exact match, accuracy."""
+"""Comparison of generated answers with references from a jsonl file: BLEU, ROUGE, F1, exact match,
+accuracy."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ def references_task(
 ) -> dict[str, Any]:
     """Return a task for the harness, named after `file`.
 
-    Each line of the file holds a `prompt`, a text or a list of messages, and a `completion`, the reference answer or a
-    list of them, of which the best counts. `contents` renders messages, and also plain texts, by the chat template;
-    None leaves texts as they are and refuses messages. `max_tokens` and the strings `stop` end an answer. Raise
-    DataError, which names the line."""
+    Each line of the file holds a `prompt`, a text or a list of messages, and a `completion`, the
+    reference answer or a list of them, of which the best counts. `contents` renders messages, and
+    also plain texts, by the chat template; None leaves texts as they are and refuses messages.
+    `max_tokens` and the strings `stop` end an answer. Raise DataError, which names the line."""
     import datasets
 
     rows = list(_read(file, contents))
@@ -42,7 +43,8 @@ def references_task(
         "process_results": lambda row, said: compare(said[0], row["wanted"]),
         "generation_kwargs": {"until": list(stop), "max_gen_toks": max_tokens, "do_sample": False},
         "metric_list": [
-            {"metric": name, "aggregation": gather, "higher_is_better": True} for name, gather in measures.items()
+            {"metric": name, "aggregation": gather, "higher_is_better": True}
+            for name, gather in measures.items()
         ],
     }
 
@@ -61,7 +63,11 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
             row = json.loads(line)
             prompt, wanted = row["prompt"], row["completion"]
             wanted = [wanted] if isinstance(wanted, str) else wanted
-            if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
+            if (
+                not isinstance(wanted, list)
+                or not wanted
+                or not all(isinstance(text, str) for text in wanted)
+            ):
                 raise ValueError("`completion` must be a text, or a list of texts")
             if isinstance(prompt, str) and contents:
                 prompt = [{"role": "user", "content": prompt}]
@@ -80,11 +86,12 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
 
 
 def compare(said: str, wanted: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of the answer `said` against the references `wanted`; the best reference counts.
+    """Return the metrics of the answer `said` against the references `wanted`; the best reference
+    counts.
 
-    `bleu` holds the pair itself, since it is computed over the whole corpus. ROUGE is its F-measure with stems (Lin
-    2004). `f1` and `exact_match` are SQuAD's (Rajpurkar et al. 2016), which ignore case, articles and punctuation;
-    `accuracy` ignores only the white space around a text."""
+    `bleu` holds the pair itself, since it is computed over the whole corpus. ROUGE is its F-measure
+    with stems (Lin 2004). `f1` and `exact_match` are SQuAD's (Rajpurkar et al. 2016), which ignore
+    case, articles and punctuation; `accuracy` ignores only the white space around a text."""
     rouges = [_rouge().score(text, said) for text in wanted]
     return {
         "bleu": (said, wanted),
@@ -122,7 +129,8 @@ def _bleu(pairs: Sequence[tuple[str, Sequence[str]]]) -> float:
     import sacrebleu
 
     most = max(len(wanted) for _, wanted in pairs)
-    # sacrebleu wants reference streams of equal length: answers with fewer references have None in the later ones.
+    # sacrebleu wants reference streams of equal length: answers with fewer references have None in
+    # the later ones.
     padded = [[*wanted, *[None] * (most - len(wanted))] for _, wanted in pairs]
     streams = [list(stream) for stream in zip(*padded, strict=True)]
     return sacrebleu.corpus_bleu([said for said, _ in pairs], streams).score

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rules:
-    """Holds which tokens must not come next. Names and meanings are those of transformers' GenerationConfig."""
+    """Holds which tokens must not come next. Names and meanings are those of transformers'
+    GenerationConfig."""
 
     no_repeat_ngram_size: int = 0
     """No n-gram of this size comes twice. 0 disables."""
@@ -24,8 +25,8 @@ class Rules:
     """The same for prompt and answer together."""
 
     def forbidden(self, ids: Sequence[int], num_new: int, ends: frozenset[int]) -> set[int]:
-        """Return the tokens that must not follow `ids`, of which the last `num_new` belong to the answer. `ends` are
-        the ids that end it."""
+        """Return the tokens that must not follow `ids`, of which the last `num_new` belong to the
+        answer. `ends` are the ids that end it."""
         found = {*self.suppress_tokens, *(self.begin_suppress_tokens if num_new == 0 else ())}
         if num_new < self.min_new_tokens or len(ids) < self.min_length:
             found |= ends
@@ -41,7 +42,11 @@ class Rules:
         if before < 0:
             return set()
         latest = list(ids[len(ids) - before :])
-        return {ids[place] for place in range(before, len(ids)) if list(ids[place - before : place]) == latest}
+        return {
+            ids[place]
+            for place in range(before, len(ids))
+            if list(ids[place - before : place]) == latest
+        }
 
 
 NO_RULES = Rules()

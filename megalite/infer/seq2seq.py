@@ -1,8 +1,10 @@
-"""Answers of encoder-decoders: for each source a target, by its likeliest tokens, drawn, or by beam search.
+"""Answers of encoder-decoders: for each source a target, by its likeliest tokens, drawn, or by beam
+search.
 
-All sources of a call are a batch, whose rows go on until each has its end. The encoder's states make keys and values
-once; the decoder's are kept, so that each further token costs the work of one. Letters in shapes are those of
-models/t5.py; C counts the tokens that a row has so far, W beams of a source."""
+All sources of a call are a batch, whose rows go on until each has its end. The encoder's states
+make keys and values once; the decoder's are kept, so that each further token costs the work of one.
+Letters in shapes are those of models/t5.py; C counts the tokens that a row has so far, W beams of a
+source."""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Beams(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """What a decoder layer keeps: keys and values of the source [B,S,H,K], and of the target [B,room,H,K]."""
+    """What a decoder layer keeps: keys and values of the source [B,S,H,K], and of the target
+    [B,room,H,K]."""
 
     source_keys: Tensor
     source_values: Tensor
@@ -62,7 +65,9 @@ class Decoding:
         self.model, self.length = model, 0
         device = model.embedding.weight.device
         width, start = max(map(len, sources)), model.config.START_TOKEN
-        tokens_BS = torch.tensor([[*row, *[start] * (width - len(row))] for row in sources], device=device)
+        tokens_BS = torch.tensor(
+            [[*row, *[start] * (width - len(row))] for row in sources], device=device
+        )
         index_S = torch.arange(width, device=device)
         # Padding is a document of its own, to which no token attends.
         lengths_B1 = torch.tensor([len(row) for row in sources], device=device)[:, None]
@@ -85,21 +90,32 @@ class Decoding:
         self.caches = [cache.of(rows) for cache in self.caches]
 
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Take the next token of each row, and return the logits of the one behind it, fp32 [B,V]."""
+        """Take the next token of each row, and return the logits of the one behind it, fp32
+        [B,V]."""
         model, config, at = self.model, self.model.config, self.length
         index_C = torch.arange(at + 1, device=tokens_B.device)
-        found_1C = buckets(index_C[-1:], index_C, False, config.relative_buckets, config.relative_distance)
+        found_1C = buckets(
+            index_C[-1:], index_C, False, config.relative_buckets, config.relative_distance
+        )
         bias = F.embedding(found_1C, self.table_NH).permute(2, 0, 1)[None]
         own_B1 = torch.zeros_like(tokens_B)[:, None]
         x = model.embedding(tokens_B[:, None])
         for layer, cache in zip(self.layers, self.caches, strict=True):
             mixer, cross = layer.attention, layer.cross
-            q, k, v = mixer.qkv(layer.attention_norm(x)).unflatten(-1, (-1, mixer.head_size)).chunk(3, dim=2)
+            q, k, v = (
+                mixer.qkv(layer.attention_norm(x))
+                .unflatten(-1, (-1, mixer.head_size))
+                .chunk(3, dim=2)
+            )
             cache.keys[:, at], cache.values[:, at] = k[:, 0], v[:, 0]
-            attended = attention(q, cache.keys[:, : at + 1], cache.values[:, : at + 1], kind=ALL, bias=bias)
+            attended = attention(
+                q, cache.keys[:, : at + 1], cache.values[:, : at + 1], kind=ALL, bias=bias
+            )
             normed, x = layer.cross_norm(mixer.out(attended), x)
             q = cross.q(normed).unflatten(-1, (-1, cross.head_size))
-            attended = attention(q, cache.source_keys, cache.source_values, own_B1, ALL, self.document_BS)
+            attended = attention(
+                q, cache.source_keys, cache.source_values, own_B1, ALL, self.document_BS
+            )
             normed, x = layer.mlp_norm(cross.out(attended), x)
             x = x + layer.mlp(normed, self._undropped)
         self.length += 1
@@ -113,19 +129,22 @@ class TargetGenerator:
     """An encoder-decoder with its tokenizer, on one device."""
 
     def __init__(self, model: T5, tokenizer: Tokenizer, habits: Habits):
-        """Take a loaded `model`; `habits` say what is not asked for, and which tokens end a target."""
+        """Take a loaded `model`; `habits` say what is not asked for, and which tokens end a
+        target."""
         self.model, self.tokenizer, self.habits = model, tokenizer, habits
         self.ends = habits.ends
         self.max_positions: int = model.config.max_positions
 
     @classmethod
     def open(cls, path: Path) -> TargetGenerator:
-        """Load a run, a checkpoint or a Hugging Face folder. Raise ConfigError for another model than an
-        encoder-decoder."""
+        """Load a run, a checkpoint or a Hugging Face folder. Raise ConfigError for another model
+        than an encoder-decoder."""
         folder = find_model(path)
         config = model_config({"hf": str(folder)})
         if config.task != "seq2seq":
-            raise ConfigError(f"{folder} holds no encoder-decoder, but a model of model.task: {config.task}")
+            raise ConfigError(
+                f"{folder} holds no encoder-decoder, but a model of model.task: {config.task}"
+            )
         tokenizer = load_tokenizer(folder)
         if tokenizer.eod_id is None:
             raise DataError(f"{folder}: its tokenizer names no eos_token, with which sources end")
@@ -139,10 +158,16 @@ class TargetGenerator:
         return [*self.tokenizer.begin_ids, *self.tokenizer.encode(text), self.tokenizer.eod_id]
 
     def answer(
-        self, texts: Sequence[str], max_tokens: int, sampling: Sampling | None = None, beams: Beams | None = None
+        self,
+        texts: Sequence[str],
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        beams: Beams | None = None,
     ) -> list[str]:
         """Return the target of each source. Raise ConfigError for one that is too long."""
-        found = self.generate([self.source_ids(text) for text in texts], max_tokens, sampling, beams)
+        found = self.generate(
+            [self.source_ids(text) for text in texts], max_tokens, sampling, beams
+        )
         return [self.tokenizer.decode_plain(ids) for ids in found]
 
     def generate(
@@ -152,11 +177,12 @@ class TargetGenerator:
         sampling: Sampling | None = None,
         beams: Beams | None = None,
     ) -> list[list[int]]:
-        """Return the tokens of each source's target, at most `max_tokens`, without the start and the end: by `beams`,
-        or as `sampling` says, by default as the model's folder does. Row n of a call draws with the seed and n.
+        """Return the tokens of each source's target, at most `max_tokens`, without the start and
+        the end: by `beams`, or as `sampling` says, by default as the model's folder does. Row n of
+        a call draws with the seed and n.
 
-        Raise ConfigError for a source without tokens, one that is longer than the model's max_positions, or token ids
-        that it does not know."""
+        Raise ConfigError for a source without tokens, one that is longer than the model's
+        max_positions, or token ids that it does not know."""
         for source in sources:
             if not 0 < len(source) <= self.max_positions:
                 raise ConfigError(
@@ -164,7 +190,9 @@ class TargetGenerator:
                     f"max_positions = {self.max_positions:,}"
                 )
             if not 0 <= min(source) <= max(source) < self.model.config.vocab_size:
-                raise ConfigError(f"a source has the token {max(source)}, which the model does not know")
+                raise ConfigError(
+                    f"a source has the token {max(source)}, which the model does not know"
+                )
         room = min(max_tokens, self.max_positions)
         found: dict[int, list[int]] = {}
         left = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
@@ -176,7 +204,9 @@ class TargetGenerator:
                 targets = (
                     _by_beams(decoding, beams, room, self.ends)
                     if beams
-                    else _one_by_one(decoding, sampling or self.habits.sampling, some, room, self.ends)
+                    else _one_by_one(
+                        decoding, sampling or self.habits.sampling, some, room, self.ends
+                    )
                 )
             found |= zip(some, targets, strict=True)
         return [found.get(number, []) for number in range(len(sources))]
@@ -185,8 +215,8 @@ class TargetGenerator:
 def _one_by_one(
     decoding: Decoding, sampling: Sampling, numbers: Sequence[int], room: int, ends: frozenset[int]
 ) -> list[list[int]]:
-    """Return the targets of a batch by choosing one token after another. `numbers` are those of the rows in the
-    call."""
+    """Return the targets of a batch by choosing one token after another. `numbers` are those of the
+    rows in the call."""
     device, start = decoding.document_BS.device, decoding.model.config.START_TOKEN
     targets: list[list[int]] = [[] for _ in numbers]
     running = list(range(len(numbers)))
@@ -196,7 +226,11 @@ def _one_by_one(
         logits_BV = decoding.step(tokens_B)
         some = [[start, *targets[row]] for row in running]
         chosen = choose(
-            logits_BV, [settings[row] for row in running], some, [length] * len(running), [ends] * len(running)
+            logits_BV,
+            [settings[row] for row in running],
+            some,
+            [length] * len(running),
+            [ends] * len(running),
         ).tolist()
         going = []
         for place, (row, token) in enumerate(zip(running, chosen, strict=True)):
@@ -213,13 +247,15 @@ def _one_by_one(
 
 
 def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int]) -> list[list[int]]:
-    """Return the targets of a batch by beam search, as transformers' `generate` does with `early_stopping: false`: the
-    best of those that have ended, by their mean log-probability where the length penalty is 1."""
+    """Return the targets of a batch by beam search, as transformers' `generate` does with
+    `early_stopping: false`: the best of those that have ended, by their mean log-probability where
+    the length penalty is 1."""
     device, count, penalty = decoding.document_BS.device, beams.width, beams.length_penalty
     num_rows, vocab_size = len(decoding.document_BS), decoding.model.config.vocab_size
     rows_B1 = torch.arange(num_rows, device=device)[:, None]
     decoding.keep(rows_B1.expand(-1, count).flatten())
-    # Every beam may end with each of the end tokens: as many more candidates leave enough that go on.
+    # Every beam may end with each of the end tokens: as many more candidates leave enough that go
+    # on.
     num_kept = min(max(2, 1 + len(ends)) * count, count * vocab_size)
     all_ends = torch.tensor(sorted(ends), device=device)
     running_BWC = torch.zeros(num_rows, count, room, dtype=torch.int64, device=device)
@@ -230,7 +266,9 @@ def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int])
     may_improve_B1 = torch.ones_like(rows_B1, dtype=torch.bool)
     tokens = torch.full((num_rows * count,), decoding.model.config.START_TOKEN, device=device)
     for length in range(room):
-        logprobs = decoding.step(tokens).log_softmax(-1).view(num_rows, count, -1) + scores_BW[..., None]
+        logprobs = (
+            decoding.step(tokens).log_softmax(-1).view(num_rows, count, -1) + scores_BW[..., None]
+        )
         found, places = logprobs.flatten(1).topk(num_kept)
         beam, token = places // vocab_size, places % vocab_size
         candidates = running_BWC.take_along_dim(beam[..., None], 1)
@@ -239,16 +277,22 @@ def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int])
         # The best candidates that have not ended go on.
         going = found + ends_here * WORST
         next_BW = going.topk(count).indices
-        # Of those that have ended only the first ones count, and only where they could still be better.
+        # Of those that have ended only the first ones count, and only where they could still be
+        # better.
         is_counted = ends_here & (torch.arange(num_kept, device=device) < count)
         by_length = found / (length + 1) ** penalty + ~may_improve_B1 * WORST + ~is_counted * WORST
         best = torch.cat((of_ended_BW, by_length), 1).topk(count)
         of_ended_BW = best.values
         ended_BWC = torch.cat((ended_BWC, candidates), 1).take_along_dim(best.indices[..., None], 1)
         has_ended_BW = torch.cat((has_ended_BW, is_counted), 1).gather(1, best.indices)
-        running_BWC, scores_BW = candidates.take_along_dim(next_BW[..., None], 1), going.gather(1, next_BW)
+        running_BWC, scores_BW = (
+            candidates.take_along_dim(next_BW[..., None], 1),
+            going.gather(1, next_BW),
+        )
         worst_B1 = of_ended_BW.amin(1, keepdim=True)
-        hope = scores_BW[:, :1] / (length + 1) ** penalty > torch.where(has_ended_BW, worst_B1, WORST)
+        hope = scores_BW[:, :1] / (length + 1) ** penalty > torch.where(
+            has_ended_BW, worst_B1, WORST
+        )
         may_improve_B1 &= hope.any(1, keepdim=True)
         if ends_here.all() or not may_improve_B1.any():
             break

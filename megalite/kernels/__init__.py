@@ -1,1 +1,2 @@
-"""Fused operations, each behind one Python function. `library` decides which implementation computes it."""
+"""Fused operations, each behind one Python function. `library` decides which implementation
+computes it."""

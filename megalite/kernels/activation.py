@@ -1,5 +1,5 @@
-"""Activations of the MLP: SwiGLU and GeGLU (Shazeer 2020), and GELU in its tanh approximation (Hendrycks and Gimpel
-2016).
+"""Activations of the MLP: SwiGLU and GeGLU (Shazeer 2020), and GELU in its tanh approximation
+(Hendrycks and Gimpel 2016).
 
 megalite's own kernels for SwiGLU and GELU take one pass over memory forward and one backward.
 """
@@ -45,14 +45,16 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def geglu(gate_up: Tensor) -> Tensor:
-    """Return gelu(gate) · up: […,2I] → […,I]. The gate is the first half of the last dimension of `gate_up`."""
+    """Return gelu(gate) · up: […,2I] → […,I]. The gate is the first half of the last dimension of
+    `gate_up`."""
     gate, up = gate_up.chunk(2, -1)
     return gelu(gate) * up
 
 
 def clamped_glu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Return gate · sigmoid(α · gate) · (up + 1) with gates of at most `limit`, and ups of at most that size (gpt-oss):
-    […,2I] → […,I]. In the last dimension of `gate_up` each gate stands before its up."""
+    """Return gate · sigmoid(α · gate) · (up + 1) with gates of at most `limit`, and ups of at most
+    that size (gpt-oss): […,2I] → […,I]. In the last dimension of `gate_up` each gate stands before
+    its up."""
     return _ClampedGlu.apply(gate_up, alpha, limit)
 
 
@@ -77,8 +79,12 @@ class _ClampedGlu(Function):
         share = torch.sigmoid(clamped * alpha)
         # Numbers beyond the limit have no gradient.
         grad_pairs[..., 1] = (grad * clamped * share).masked_fill_(up.abs() > limit, 0.0)
-        slope = (1 - share).mul_(clamped).mul_(alpha).add_(1).mul_(share)  # of gate · sigmoid(α · gate)
-        grad_pairs[..., 0] = slope.mul_(grad).mul_(up.clamp(-limit, limit).add_(1)).masked_fill_(gate > limit, 0.0)
+        slope = (
+            (1 - share).mul_(clamped).mul_(alpha).add_(1).mul_(share)
+        )  # of gate · sigmoid(α · gate)
+        grad_pairs[..., 0] = (
+            slope.mul_(grad).mul_(up.clamp(-limit, limit).add_(1)).masked_fill_(gate > limit, 0.0)
+        )
         return grad_pairs.flatten(-2), None, None
 
 
@@ -106,7 +112,8 @@ def _register() -> None:
         grad_bias = x.new_empty(0 if bias is None else x.shape[-1])
         return x.new_empty(x.shape), grad_bias
 
-    # The inputs are saved, not the outputs: what lies between is cheap to compute again in the backward kernel.
+    # The inputs are saved, not the outputs: what lies between is cheap to compute again in the
+    # backward kernel.
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         # The gradient of gelu by its bias is the column sum of grad_x, so the operator returns
         # both.

@@ -1,9 +1,9 @@
-"""Attention with grouped queries, within documents: of a fused projection to itself, or of queries to keys and values
-of their own.
+"""Attention with grouped queries, within documents: of a fused projection to itself, or of queries
+to keys and values of their own.
 
-Letters in shapes: B batch, T queries, S keys and values, H heads of queries, G of keys and values, K head size of
-queries and keys, V of values; N = H + 2G heads of a fused projection, where S = T and V = K. Query head h reads
-key/value head h // (H // G).
+Letters in shapes: B batch, T queries, S keys and values, H heads of queries, G of keys and values,
+K head size of queries and keys, V of values; N = H + 2G heads of a fused projection, where S = T
+and V = K. Query head h reads key/value head h // (H // G).
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ from megalite.kernels.library import added, own, pick
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """Describe a model's attention: sliding window, soft-capping and scale of the scores, and whether it is causal."""
+    """Describe a model's attention: sliding window, soft-capping and scale of the scores, and
+    whether it is causal."""
 
     window: int | None = None
-    """Size of the sliding window in tokens, the attending token included: as many before it and, where attention is not
-    causal, as many behind it. None: no window."""
+    """Size of the sliding window in tokens, the attending token included: as many before it and,
+    where attention is not causal, as many behind it. None: no window."""
     softcap: float | None = None
     """Cap c of the scores: s becomes c · tanh(s / c) (Gemma 2). None: no cap."""
     scale: float | None = None
     """Factor of the scores. None: 1/√K."""
     causal: bool = True
-    """Tokens attend to none behind them. False: an encoder's attention, or attention to another sequence."""
+    """Tokens attend to none behind them. False: an encoder's attention, or attention to another
+    sequence."""
     sinks: bool = False
-    """Each head has one more logit, a sink, that takes a share of the probability and has no value (gpt-oss); see
-    `kernels.sinks`."""
+    """Each head has one more logit, a sink, that takes a share of the probability and has no value
+    (gpt-oss); see `kernels.sinks`."""
 
     def within(self, length: int) -> AttentionKind:
-        """Return this kind for sequences of `length` tokens, without a window that would cover them whole."""
+        """Return this kind for sequences of `length` tokens, without a window that would cover them
+        whole."""
         if self.window is None or self.window < length:
             return self
         return replace(self, window=None)
@@ -64,18 +67,21 @@ def self_attention(
 ) -> Tensor:
     """Compute the `attention` of a fused projection to itself: [B,T,N,K] → [B,T,H·K].
 
-    `qkv_BTNK` has `num_heads` query heads, then `num_kv_heads` key heads and as many value heads. `document_BT` and
-    `kind` are those of `attention`.
+    `qkv_BTNK` has `num_heads` query heads, then `num_kv_heads` key heads and as many value heads.
+    `document_BT` and `kind` are those of `attention`.
 
-    megalite's kernel works in tiles, as flash attention does (Dao et al. 2022), and its backward pass returns the
-    gradient of the whole fused projection at once. It computes the plain kind only; `attention` computes the others."""
+    megalite's kernel works in tiles, as flash attention does (Dao et al. 2022), and its backward
+    pass returns the gradient of the whole fused projection at once. It computes the plain kind
+    only; `attention` computes the others."""
     kind = kind.within(qkv_BTNK.shape[1])
     # An added function comes first and gets every kind; it must refuse those it does not compute.
     if function := added("attention", "self_attention"):
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
     if kind == PLAIN and pick("attention", qkv_BTNK) == "megalite":
         # The operator also returns the log-sum-exp of the scores, which its backward pass reads.
-        return torch.ops.megalite.attention_forward(qkv_BTNK, num_heads, num_kv_heads, document_BT)[0]
+        return torch.ops.megalite.attention_forward(qkv_BTNK, num_heads, num_kv_heads, document_BT)[
+            0
+        ]
     return attention(*split_heads(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
 
 
@@ -90,10 +96,11 @@ def attention(
 ) -> Tensor:
     """Attend from queries to keys and values: [B,T,H,K], [B,S,G,K] and [B,S,G,V] → [B,T,H·V].
 
-    `document_BT` (int64) numbers each query's document, ascending along T; None means one document a row. Queries
-    attend only within theirs. Keys are the queries' own tokens, unless `source_BS` numbers their documents, or their
-    number differs (cross-attention): then `kind` must be neither causal nor windowed, and a query whose document has no
-    key gets 0. `bias` [B or 1,H or 1,T,S] is added to the scores, behind their scale and cap.
+    `document_BT` (int64) numbers each query's document, ascending along T; None means one document
+    a row. Queries attend only within theirs. Keys are the queries' own tokens, unless `source_BS`
+    numbers their documents, or their number differs (cross-attention): then `kind` must be neither
+    causal nor windowed, and a query whose document has no key gets 0. `bias` [B or 1,H or 1,T,S] is
+    added to the scores, behind their scale and cap.
 
     torch computes it; soft-capped scores are materialized (`eager_attention`).
 
@@ -103,7 +110,12 @@ def attention(
     if function := added("attention", "attention"):
         return function(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
     # flash_attn knows neither a bias nor heads of two sizes; torch's kernels take what is left.
-    ours = source_BS is None and bias is None and k_BSGK.shape == v_BSGV.shape and q_BTHK.shape[1] == k_BSGK.shape[1]
+    ours = (
+        source_BS is None
+        and bias is None
+        and k_BSGK.shape == v_BSGV.shape
+        and q_BTHK.shape[1] == k_BSGK.shape[1]
+    )
     if ours and pick("attention", q_BTHK) == "flash_attn":
         return _flash_attn(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
     if kind.softcap is not None:
@@ -121,8 +133,8 @@ def eager_attention(
     bias: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Compute `attention` with its scores materialized as [B,H,T,S]. `drop` is the attention dropout, applied to the
-    probabilities; the other arguments are those of `attention`."""
+    """Compute `attention` with its scores materialized as [B,H,T,S]. `drop` is the attention
+    dropout, applied to the probabilities; the other arguments are those of `attention`."""
     mask, empty = _mask(q_BTHK, k_BSGK, document_BT, kind, source_BS, bias)
     num_heads = q_BTHK.shape[2]
     k, v = (_repeat_kv(x.transpose(1, 2), num_heads) for x in (k_BSGK, v_BSGV))
@@ -138,14 +150,18 @@ def eager_heads(
     drop: Callable[[Tensor], Tensor] | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend head by head: [B,H,T,K], [B,H,S,K] and [B,H,S,V] → [B,H,T,V]. `mask` is a bool tensor, true where a query
-    attends to a key, or a number to add to each score, or None; `sinks` [1,H,T,1] has the sink's logit of each
-    query."""
-    scores = (q @ k.transpose(-1, -2)).float() * kind.scale_of(q.shape[-1])  # fp32 from here to the softmax
+    """Attend head by head: [B,H,T,K], [B,H,S,K] and [B,H,S,V] → [B,H,T,V]. `mask` is a bool tensor,
+    true where a query attends to a key, or a number to add to each score, or None; `sinks`
+    [1,H,T,1] has the sink's logit of each query."""
+    scores = (q @ k.transpose(-1, -2)).float() * kind.scale_of(
+        q.shape[-1]
+    )  # fp32 from here to the softmax
     if kind.softcap is not None:
         scores = (scores / kind.softcap).tanh() * kind.softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
     if sinks is not None:
         scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), -1)
     probabilities = scores.softmax(-1)[..., : v.shape[-2]].to(v.dtype)
@@ -153,9 +169,9 @@ def eager_heads(
 
 
 CUDNN_IS_QUICKER = (9, 10)
-"""Major compute capabilities, of Hopper and Blackwell, whose asynchronous products cuDNN's attention uses and
-FlashAttention 2 does not: on an H100 the latter reaches 35% of the peak, the former more than half (Shah et al.
-2024)."""
+"""Major compute capabilities, of Hopper and Blackwell, whose asynchronous products cuDNN's
+attention uses and FlashAttention 2 does not: on an H100 the latter reaches 35% of the peak, the
+former more than half (Shah et al. 2024)."""
 
 LARGEST_FLASH_HEAD = 256
 """Largest head size that flash attention takes."""
@@ -172,8 +188,9 @@ def largest_logits(
     kind: AttentionKind = PLAIN,
     source_BS: Tensor | None = None,
 ) -> Tensor:
-    """Return the largest logit of each head, fp32 [H]: of scaled products of queries with keys that they attend to,
-    before a soft cap or a bias. -inf where there are none. The arguments are those of `attention`.
+    """Return the largest logit of each head, fp32 [H]: of scaled products of queries with keys that
+    they attend to, before a soft cap or a bias. -inf where there are none. The arguments are those
+    of `attention`.
 
     At no time does it hold more than `LOGITS_AT_ONCE` of them."""
     kind = kind.within(q_BTHK.shape[1])
@@ -187,7 +204,11 @@ def largest_logits(
         last = rows.stop if kind.causal else len(index_S)
         keys = slice(first, last)
         # How many tokens the key lies back of the query, negative where it lies ahead.
-        back = index_S[rows, None] - index_S[None, keys] if kind.causal or kind.window is not None else None
+        back = (
+            index_S[rows, None] - index_S[None, keys]
+            if kind.causal or kind.window is not None
+            else None
+        )
         mask = None if back is None or not kind.causal else back >= 0
         if kind.window is not None and back is not None:
             near = back.abs() < kind.window
@@ -197,14 +218,20 @@ def largest_logits(
             mask = same if mask is None else mask & same
         return keys, mask
 
-    return largest_of(q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), attended, kind.scale_of(q_BTHK.shape[-1]))
+    return largest_of(
+        q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), attended, kind.scale_of(q_BTHK.shape[-1])
+    )
 
 
 def largest_of(
-    q_BHTK: Tensor, k_BGSK: Tensor, attended: Callable[[slice], tuple[slice, Tensor | None]], scale: float
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    attended: Callable[[slice], tuple[slice, Tensor | None]],
+    scale: float,
 ) -> Tensor:
-    """Return the largest logit of each head, fp32 [H]. `attended` gives for a range of queries a range of keys that
-    holds all they attend to, and a bool mask that broadcasts to [B,H,T,S] of these; None: they attend to all."""
+    """Return the largest logit of each head, fp32 [H]. `attended` gives for a range of queries a
+    range of keys that holds all they attend to, and a bool mask that broadcasts to [B,H,T,S] of
+    these; None: they attend to all."""
     (batch, heads, length, _), (groups, sources) = q_BHTK.shape, k_BGSK.shape[1:3]
     largest = torch.full((heads,), -torch.inf, device=q_BHTK.device)
     # Queries of one block: so many that their logits, B · H · rows · S, stay below the limit.
@@ -216,7 +243,9 @@ def largest_of(
         q = q_BHTK[:, :, rows].unflatten(1, (groups, -1)).flatten(2, 3)
         # [B, G, H/G · T, S] → [B, H, T, S]: query heads of a group lie side by side, so this is a
         # view.
-        logits = (q @ k_BGSK[:, :, keys].transpose(-1, -2)).view(batch, heads, rows.stop - first, -1)
+        logits = (q @ k_BGSK[:, :, keys].transpose(-1, -2)).view(
+            batch, heads, rows.stop - first, -1
+        )
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
         # Scaled at last, and once a head: a factor above 0 changes nothing about which is the
@@ -225,7 +254,9 @@ def largest_of(
     return largest
 
 
-def split_heads(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection into queries [B,T,H,K], and keys and values [B,T,G,K]."""
     return qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
 
@@ -240,25 +271,36 @@ def _check(
 ) -> None:
     """Raise ValueError where queries, keys and values do not go together."""
     (batch, length, heads, size), (sources, groups) = q_BTHK.shape, k_BSGK.shape[1:3]
-    if k_BSGK.shape != (batch, sources, groups, size) or v_BSGV.shape[:3] != k_BSGK.shape[:3] or heads % groups:
+    if (
+        k_BSGK.shape != (batch, sources, groups, size)
+        or v_BSGV.shape[:3] != k_BSGK.shape[:3]
+        or heads % groups
+    ):
         shapes = ", ".join(str(list(x.shape)) for x in (q_BTHK, k_BSGK, v_BSGV))
-        raise ValueError(f"attention: queries, keys and values have shapes {shapes}, which do not go together")
+        raise ValueError(
+            f"attention: queries, keys and values have shapes {shapes}, which do not go together"
+        )
     if source_BS is not None or length != sources:
         check_cross(document_BT, source_BS, kind)
 
 
 def check_cross(document_BT: Tensor | None, source_BS: Tensor | None, kind: AttentionKind) -> None:
-    """Raise ValueError where a kind, or the documents of queries and keys, are not for keys of another sequence."""
+    """Raise ValueError where a kind, or the documents of queries and keys, are not for keys of
+    another sequence."""
     # Positions of two sequences cannot be compared: no key is "before" a query.
     if kind.causal or kind.window is not None:
-        raise ValueError(f"attention to another sequence must be neither causal nor windowed, but is {kind}")
+        raise ValueError(
+            f"attention to another sequence must be neither causal nor windowed, but is {kind}"
+        )
     if (source_BS is None) != (document_BT is None):
-        raise ValueError("attention to another sequence: give the documents of queries and of keys, or of neither")
+        raise ValueError(
+            "attention to another sequence: give the documents of queries and of keys, or of neither"
+        )
 
 
 def attention_mask(document_BT: Tensor, source_BS: Tensor, kind: AttentionKind) -> Tensor:
-    """Return a mask [B,1,T,S] bool, true where a query (third dimension) may attend to a key (last one), from the
-    numbers of their documents."""
+    """Return a mask [B,1,T,S] bool, true where a query (third dimension) may attend to a key (last
+    one), from the numbers of their documents."""
     mask = document_BT[:, None, :, None] == source_BS[:, None, None, :]
     if kind.causal:
         mask = mask.tril()
@@ -279,9 +321,10 @@ def _mask(
     source_BS: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what SDPA calls `attn_mask`, [B or 1,H or 1,T,S]: bool, or `bias` with -inf where a query does not attend;
-    None where all queries attend to all keys. Also return which queries attend to nothing, [B,1,T,1] bool, where there
-    may be such: these seem to attend to everything, since the gradient of a softmax of nothing is not a number."""
+    """Return what SDPA calls `attn_mask`, [B or 1,H or 1,T,S]: bool, or `bias` with -inf where a
+    query does not attend; None where all queries attend to all keys. Also return which queries
+    attend to nothing, [B,1,T,1] bool, where there may be such: these seem to attend to everything,
+    since the gradient of a softmax of nothing is not a number."""
     if document_BT is None and not kind.causal and kind.window is None:
         return None if bias is None else bias.to(q_BTHK.dtype), None
     if document_BT is None:
@@ -299,7 +342,8 @@ def _mask(
 
 
 def _merged(out_BHTV: Tensor, empty: Tensor | None) -> Tensor:
-    """Return the heads' outputs beside each other, [B,T,H·V], and 0 for queries that attend to nothing."""
+    """Return the heads' outputs beside each other, [B,T,H·V], and 0 for queries that attend to
+    nothing."""
     # masked_fill also stops the gradient that would otherwise go to the keys that were let in.
     if empty is not None:
         out_BHTV = out_BHTV.masked_fill(empty, 0.0)
@@ -327,22 +371,33 @@ def _torch(
     num_heads = q.shape[1]
     # torch's kernels leave out by themselves what lies behind a query; a mask would only be read.
     implied = kind.causal and document_BT is None and kind.window is None and bias is None
-    mask, empty = (None, None) if implied else _mask(q_BTHK, k_BSGK, document_BT, kind, source_BS, bias)
-    flash = mask is None and q.shape[-1] == v.shape[-1] and q.dtype in (torch.bfloat16, torch.float16)
+    mask, empty = (
+        (None, None) if implied else _mask(q_BTHK, k_BSGK, document_BT, kind, source_BS, bias)
+    )
+    flash = (
+        mask is None and q.shape[-1] == v.shape[-1] and q.dtype in (torch.bfloat16, torch.float16)
+    )
     if q.device.type == "cuda" and not flash:
-        # The CUDA kernel that takes a mask and fp32 has no grouped-query attention; with enable_gqa torch would fall
-        # back to materialized scores.
+        # The CUDA kernel that takes a mask and fp32 has no grouped-query attention; with enable_gqa
+        # torch would fall back to materialized scores.
         k, v = _repeat_kv(k, num_heads), _repeat_kv(v, num_heads)
     with _backends(q.device) if flash and q.device.type == "cuda" else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=implied, scale=kind.scale, enable_gqa=num_heads != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=implied,
+            scale=kind.scale,
+            enable_gqa=num_heads != k.shape[1],
         )
     return _merged(out, empty)
 
 
 def prefers_cudnn(capability: tuple[int, int], deterministic: bool) -> bool:
-    """Return whether cuDNN's kernel comes before FlashAttention 2 for unmasked attention on a GPU: the rule by which
-    torch's are chosen. It has no `deterministic` backward pass; tensors that it does not take go to the next."""
+    """Return whether cuDNN's kernel comes before FlashAttention 2 for unmasked attention on a GPU:
+    the rule by which torch's are chosen. It has no `deterministic` backward pass; tensors that it
+    does not take go to the next."""
     return capability[0] in CUDNN_IS_QUICKER and not deterministic
 
 
@@ -350,17 +405,25 @@ def _backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context in which torch chooses by `prefers_cudnn`, whatever its version prefers."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    capability, deterministic = torch.cuda.get_device_capability(device), torch.are_deterministic_algorithms_enabled()
+    capability, deterministic = (
+        torch.cuda.get_device_capability(device),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     first = [SDPBackend.CUDNN_ATTENTION] if prefers_cudnn(capability, deterministic) else []
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel([*first, *others], set_priority=True)
 
 
 def _takes_varlen(q_BTHK: Tensor, v_BSGV: Tensor) -> bool:
-    """Return whether torch's variable-length attention (its build of flash attention) computes such queries and values.
-    It takes windows and documents without a mask, and looks at nothing that a query does not attend to."""
+    """Return whether torch's variable-length attention (its build of flash attention) computes such
+    queries and values. It takes windows and documents without a mask, and looks at nothing that a
+    query does not attend to."""
     size = q_BTHK.shape[-1]
-    fits = q_BTHK.dtype in (torch.bfloat16, torch.float16) and size == v_BSGV.shape[-1] and size % 8 == 0
+    fits = (
+        q_BTHK.dtype in (torch.bfloat16, torch.float16)
+        and size == v_BSGV.shape[-1]
+        and size % 8 == 0
+    )
     if q_BTHK.device.type != "cuda" or not fits or size > LARGEST_FLASH_HEAD or not _has_varlen():
         return False
     return torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
@@ -373,16 +436,22 @@ def _has_varlen() -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(
+        varlen_attn
+    ).parameters.keys()
 
 
-def _varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None, kind: AttentionKind) -> Tensor:
+def _varlen(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None, kind: AttentionKind
+) -> Tensor:
     from torch.nn.attention import varlen
 
     batch, length = q_BTHK.shape[:2]
     if document_BT is None:
         # Each row is one sequence: only its window asks for this kernel.
-        ends = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q_BTHK.device)
+        ends = torch.arange(
+            0, (batch + 1) * length, length, dtype=torch.int32, device=q_BTHK.device
+        )
     else:
         ends = _document_ends(document_BT)
     # -1: as many as there are, in flash attention's convention.
@@ -409,7 +478,10 @@ def _flash_attn(
     if kind.scale is not None:
         options["softmax_scale"] = kind.scale
     if kind.window is not None:
-        options["window_size"] = (kind.window - 1, 0 if kind.causal else kind.window - 1)  # tokens before and after
+        options["window_size"] = (
+            kind.window - 1,
+            0 if kind.causal else kind.window - 1,
+        )  # tokens before and after
     if kind.softcap is not None:
         options["softcap"] = kind.softcap
     if torch.are_deterministic_algorithms_enabled():
@@ -427,9 +499,12 @@ def _flash_attn(
 
 
 def _flash_package(device: torch.device) -> Any:
-    """Return FlashAttention 3, a package of its own, on Hopper where it is installed; otherwise FlashAttention 2."""
+    """Return FlashAttention 3, a package of its own, on Hopper where it is installed; otherwise
+    FlashAttention 2."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if importlib.util.find_spec("flash_attn") is None or (hopper and importlib.util.find_spec("flash_attn_interface")):
+    if importlib.util.find_spec("flash_attn") is None or (
+        hopper and importlib.util.find_spec("flash_attn_interface")
+    ):
         return importlib.import_module("flash_attn_interface")
     return importlib.import_module("flash_attn")
 
@@ -444,19 +519,20 @@ _ends_of_documents = WeakIdKeyDictionary()
 
 
 def _document_ends(document_BT: Tensor) -> Tensor:
-    """Return the cumulative document lengths [documents + 1] int32, from 0, of the batch's rows laid end to end
-    (cu_seqlens). All layers of a micro-batch get the same tensor.
+    """Return the cumulative document lengths [documents + 1] int32, from 0, of the batch's rows
+    laid end to end (cu_seqlens). All layers of a micro-batch get the same tensor.
 
-    Where the host does not know the documents (`note_documents`), it waits for the device to learn how many there are:
-    kernels start as many sequences as this tensor is long, so padding it to B·T would cost more than the wait."""
+    Where the host does not know the documents (`note_documents`), it waits for the device to learn
+    how many there are: kernels start as many sequences as this tensor is long, so padding it to B·T
+    would cost more than the wait."""
     if document_BT not in _ends_of_documents:
         _ends_of_documents[document_BT] = _find_ends(document_BT)
     return _ends_of_documents[document_BT]
 
 
 def note_documents(document_BT: Tensor, on_host_BT: Tensor) -> None:
-    """Note where documents end, from the same numbers on the host, so that it need not ask the device of
-    `document_BT` for them."""
+    """Note where documents end, from the same numbers on the host, so that it need not ask the
+    device of `document_BT` for them."""
     if document_BT.device.type == "cuda":
         # From pageable memory the copy would wait for the device, even with non_blocking.
         ends = _find_ends(on_host_BT).pin_memory()
@@ -503,11 +579,14 @@ def _register() -> None:
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         qkv, num_heads, num_kv_heads, document = inputs
-        # The log-sum-exp, part of `output`, lets the backward pass recompute probabilities tile by tile.
+        # The log-sum-exp, part of `output`, lets the backward pass recompute probabilities tile by
+        # tile.
         ctx.save_for_backward(qkv, *output, document)
         ctx.heads = num_heads, num_kv_heads
 
-    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
         qkv, out, lse, document = ctx.saved_tensors
         grad_qkv = ops.attention_backward(grad, qkv, out, lse, *ctx.heads, document)
         return grad_qkv, None, None, None

@@ -1,7 +1,9 @@
-"""Divergence of a student's distributions from a teacher's (Hinton et al. 2015) over vocabulary shards, with the
-cross-entropy beside it. No rank has a whole row of logits, and only a few rows at a time are widened to fp32.
+"""Divergence of a student's distributions from a teacher's (Hinton et al. 2015) over vocabulary
+shards, with the cross-entropy beside it. No rank has a whole row of logits, and only a few rows at
+a time are widened to fp32.
 
-Letters in shapes: N tokens, V vocabulary columns of this rank, D hidden size of the student, E of the teacher.
+Letters in shapes: N tokens, V vocabulary columns of this rank, D hidden size of the student, E of
+the teacher.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ ROWS = 1024
 
 
 class Divergence(NamedTuple):
-    """What training minimises: weight · T² · D + (1 - weight) · cross-entropy, where D compares distributions at the
-    temperature T, whose square keeps the gradient's size (Hinton et al. 2015). With s the student's distribution, t the
-    teacher's and m their mean, D is KL(t, s), KL(s, t), or (KL(t, m) + KL(s, m)) / 2."""
+    """What training minimises: weight · T² · D + (1 - weight) · cross-entropy, where D compares
+    distributions at the temperature T, whose square keeps the gradient's size (Hinton et al. 2015).
+    With s the student's distribution, t the teacher's and m their mean, D is KL(t, s), KL(s, t), or
+    (KL(t, m) + KL(s, m)) / 2."""
 
     kind: Literal["forward_kl", "reverse_kl", "jsd"]
     temperature: float
@@ -40,7 +43,8 @@ class Divergence(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """This rank's columns of the vocabulary, and how it reduces over the ranks that hold the others."""
+    """This rank's columns of the vocabulary, and how it reduces over the ranks that hold the
+    others."""
 
     first: int
     num_valid: int
@@ -69,12 +73,15 @@ class _Rows(NamedTuple):
     """Part that is a mean over the teacher's."""
 
 
-def divergence(student: Tensor, teacher: Tensor, labels: Tensor, columns: Columns, wanted: Divergence) -> Tensor:
-    """Return [B,T,3] fp32: the loss to minimise of every token, its cross-entropy and D, which have no gradients of
-    their own. All are 0 where the label is `IGNORE`. `student` and `teacher` are logits [B,T,V], `labels` [B,T].
+def divergence(
+    student: Tensor, teacher: Tensor, labels: Tensor, columns: Columns, wanted: Divergence
+) -> Tensor:
+    """Return [B,T,3] fp32: the loss to minimise of every token, its cross-entropy and D, which have
+    no gradients of their own. All are 0 where the label is `IGNORE`. `student` and `teacher` are
+    logits [B,T,V], `labels` [B,T].
 
-    The gradient, of the student alone, overwrites its logits in the forward pass: they must be the fresh output of a
-    product that nothing else reads. The teacher's are not kept."""
+    The gradient, of the student alone, overwrites its logits in the forward pass: they must be the
+    fresh output of a product that nothing else reads. The teacher's are not kept."""
     return _Divergence.apply(student, teacher, labels, columns, wanted)
 
 
@@ -89,8 +96,8 @@ def linear_divergence(
     wanted: Divergence,
     wgrad_callback: WgradCallback | None = None,
 ) -> Tensor:
-    """Compute `divergence` of the two heads' logits, `x` [B,T,D] and `x_teacher` [B,T,E] times the weights, of
-    `rows_per_chunk` tokens at a time: [B,T,3]. The backward pass computes them again.
+    """Compute `divergence` of the two heads' logits, `x` [B,T,D] and `x_teacher` [B,T,E] times the
+    weights, of `rows_per_chunk` tokens at a time: [B,T,3]. The backward pass computes them again.
 
     Gradients are those of `linear_cross_entropy`; the teacher has none."""
     return _LinearDivergence.apply(
@@ -101,10 +108,21 @@ def linear_divergence(
 class _Divergence(Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, columns: Columns, wanted: Divergence
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        columns: Columns,
+        wanted: Divergence,
     ) -> Tensor:
-        student = student.contiguous()  # `flatten` below must be a view, for the gradient to be written into it
-        student_NV, teacher_NV, labels_N = student.flatten(0, -2), teacher.flatten(0, -2), labels.flatten()
+        student = (
+            student.contiguous()
+        )  # `flatten` below must be a view, for the gradient to be written into it
+        student_NV, teacher_NV, labels_N = (
+            student.flatten(0, -2),
+            teacher.flatten(0, -2),
+            labels.flatten(),
+        )
         found = student.new_empty(6, len(labels_N), dtype=torch.float32)
         for rows in chunks(labels_N, ROWS):
             part = student_NV[rows], teacher_NV[rows], labels_N[rows]
@@ -119,7 +137,9 @@ class _Divergence(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, labels_N = ctx.saved_tensors
-        student = student.detach()  # the same memory, which holds each token's gradient and is scaled by the loss's
+        student = (
+            student.detach()
+        )  # the same memory, which holds each token's gradient and is scaled by the loss's
         _scale_(student.flatten(0, -2), grad, labels_N)
         increment_version(student)
         return student, None, None, None, None
@@ -143,7 +163,9 @@ class _LinearDivergence(Function):
         found = x.new_empty(6, len(labels_N), dtype=torch.float32)
         for rows in chunks(labels_N, rows_per_chunk):
             student, teacher = product(x_ND[rows], weight), product(x_NE[rows], weight_teacher)
-            found[:, rows] = torch.stack(_compare(student, teacher, labels_N[rows], columns, wanted))
+            found[:, rows] = torch.stack(
+                _compare(student, teacher, labels_N[rows], columns, wanted)
+            )
             del student, teacher  # or two chunks of logits would be alive at once
         ctx.save_for_backward(x, weight, x_teacher, weight_teacher, labels_N, found)
         ctx.rows_per_chunk, ctx.columns, ctx.wanted = rows_per_chunk, columns, wanted
@@ -158,7 +180,9 @@ class _LinearDivergence(Function):
 
         def gradient(rows: slice) -> Tensor:
             student, teacher = product(x_ND[rows], weight), product(x_NE[rows], weight_teacher)
-            _gradient_(student, teacher, labels_N[rows], _Rows(*found[:, rows]), ctx.columns, ctx.wanted)
+            _gradient_(
+                student, teacher, labels_N[rows], _Rows(*found[:, rows]), ctx.columns, ctx.wanted
+            )
             _scale_(student, grad_NV3[rows], labels_N[rows])
             return student
 
@@ -171,18 +195,27 @@ def _log_softmax(logits_NV: Tensor, lse_N: Tensor, columns: Columns, wanted: Div
     return (logits_NV[:, : columns.num_common].float() / wanted.temperature).sub_(lse_N[:, None])
 
 
-def _log_sum_exp(logits_NV: Tensor, labels_N: Tensor, columns: Columns, wanted: Divergence) -> Tensor:
+def _log_sum_exp(
+    logits_NV: Tensor, labels_N: Tensor, columns: Columns, wanted: Divergence
+) -> Tensor:
     """Return the log-sum-exp of the common columns on this rank at the temperature."""
     scaled = logits_NV if wanted.temperature == 1 else logits_NV.float() / wanted.temperature
     return cross_entropy_forward(scaled, labels_N, columns.first, columns.num_common)[0]
 
 
-def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, columns: Columns, wanted: Divergence) -> _Rows:
-    """Return what is found of some rows. Two messages of a few numbers a token are sent, no logits."""
+def _compare(
+    student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, columns: Columns, wanted: Divergence
+) -> _Rows:
+    """Return what is found of some rows. Two messages of a few numbers a token are sent, no
+    logits."""
     lse_N, target_N = cross_entropy_forward(student_NV, labels_N, columns.first, columns.num_valid)
-    lse = torch.cat((lse_N, *(_log_sum_exp(x, labels_N, columns, wanted) for x in (student_NV, teacher_NV))))
+    lse = torch.cat(
+        (lse_N, *(_log_sum_exp(x, labels_N, columns, wanted) for x in (student_NV, teacher_NV)))
+    )
     if columns.combine:
-        lse, target = columns.combine(lse, torch.cat((target_N, target_N.new_zeros(2 * len(target_N)))))
+        lse, target = columns.combine(
+            lse, torch.cat((target_N, target_N.new_zeros(2 * len(target_N))))
+        )
         target_N = target[: len(target_N)]
     lse_N, of_student, of_teacher = lse.view(3, -1)
     ls = _log_softmax(student_NV, of_student, columns, wanted)
@@ -200,14 +233,20 @@ def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, columns: 
 
 
 def _score(log_p: Tensor, log_q: Tensor, wanted: Divergence) -> Tensor:
-    """Return what a part of the divergence is the mean of over p: log p/q, or half of log p/m with m their mean."""
+    """Return what a part of the divergence is the mean of over p: log p/q, or half of log p/m with
+    m their mean."""
     if wanted.kind == "jsd":
         return 0.5 * (log_p - torch.logaddexp(log_p, log_q) + math.log(2))
     return log_p - log_q
 
 
 def _gradient_(
-    student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, found: _Rows, columns: Columns, wanted: Divergence
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    labels_N: Tensor,
+    found: _Rows,
+    columns: Columns,
+    wanted: Divergence,
 ) -> None:
     """Overwrite the student's logits of some rows with the gradient of each row's loss."""
     ls = _log_softmax(student_NV, found.student, columns, wanted)
@@ -215,17 +254,20 @@ def _gradient_(
     if wanted.kind == "forward_kl":
         grad = ls.exp() - lt.exp()
     else:
-        # Both for KL(s, t) and for half of KL(s, m): what the logarithms themselves change cancels out.
+        # Both for KL(s, t) and for half of KL(s, m): what the logarithms themselves change cancels
+        # out.
         grad = ls.exp() * (_score(ls, lt, wanted) - found.own[:, None])
     grad *= wanted.weight * wanted.temperature  # T² of the loss, 1/T of the logits
     plain = torch.full_like(found.lse, 1 - wanted.weight)
-    cross_entropy_backward_(student_NV, labels_N, found.lse, plain, columns.first, columns.num_valid)
+    cross_entropy_backward_(
+        student_NV, labels_N, found.lse, plain, columns.first, columns.num_valid
+    )
     student_NV[:, : columns.num_common] += grad
 
 
 def _scale_(grad_NV: Tensor, grad: Tensor, labels_N: Tensor) -> None:
-    """Multiply each token's gradient by `grad` [… ,3] of the losses, of which the first is minimised; with 0 where the
-    token has no label."""
+    """Multiply each token's gradient by `grad` [… ,3] of the losses, of which the first is
+    minimised; with 0 where the token has no label."""
     grad_N1 = grad[..., 0].flatten().masked_fill(labels_N == IGNORE, 0.0)[:, None]
     grad_NV.mul_(grad_N1).masked_fill_(grad_N1 == 0, 0.0)  # the fill: 0 · inf would be NaN
 

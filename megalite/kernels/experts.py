@@ -1,10 +1,12 @@
-"""What a mixture of experts computes: which experts a token visits, tokens brought together by expert and back, and a
-product for each expert. Beside the reference in plain torch are megalite's own kernels, and on GPUs torch's grouped
-product; with these the host waits for nothing in a forward pass.
+"""What a mixture of experts computes: which experts a token visits, tokens brought together by
+expert and back, and a product for each expert. Beside the reference in plain torch are megalite's
+own kernels, and on GPUs torch's grouped product; with these the host waits for nothing in a forward
+pass.
 
-All sums have a fixed order, that of the experts: a token's result does not depend on which tokens it is grouped with,
-nor on where its experts are. Letters in shapes: T tokens (or B,T), D hidden, E experts, K experts that a token visits,
-N = T·K rows, each a token at one of its experts, sorted by expert.
+All sums have a fixed order, that of the experts: a token's result does not depend on which tokens
+it is grouped with, nor on where its experts are. Letters in shapes: T tokens (or B,T), D hidden, E
+experts, K experts that a token visits, N = T·K rows, each a token at one of its experts, sorted by
+expert.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ class RowCounts:
     """How many rows each expert has. Some may have none, one may have all."""
 
     def __init__(self, on_device: Tensor, on_host: list[int] | None = None):
-        """`on_device` is int64 [E]; `on_host` the same, where it is known. From a GPU it is on its way from here on,
-        and there long before the backward pass asks for it."""
+        """`on_device` is int64 [E]; `on_host` the same, where it is known. From a GPU it is on its
+        way from here on, and there long before the backward pass asks for it."""
         self.on_device = on_device
         if on_host is not None:
             self.on_host = on_host
@@ -54,12 +56,13 @@ class RowCounts:
 
 
 GroupedWgradCallback = Callable[[Tensor, Tensor, Tensor, RowCounts], None]
-"""Callback for the weight-gradient GEMMs of a stack of matrices: takes (parameter, grad [N,O], rows [N,I], counts) and
-adds each matrix's gradᵀ rows to the parameter's gradient. See `kernels.linear.WgradCallback`."""
+"""Callback for the weight-gradient GEMMs of a stack of matrices: takes (parameter, grad [N,O], rows
+[N,I], counts) and adds each matrix's gradᵀ rows to the parameter's gradient. See
+`kernels.linear.WgradCallback`."""
 
 FEWEST_ROWS = 16
-"""Rows of a product, below which BLAS adds up in another order: a lone token would be routed by other bits, and have
-other results at an expert than among many."""
+"""Rows of a product, below which BLAS adds up in another order: a lone token would be routed by
+other bits, and have other results at an expert than among many."""
 
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ class _RouterLogits(Function):
         rows = x.flatten(0, -2).float()
         # fp32 copies of x and the weight live in here only. In bf16 two experts could swap places
         # by rounding.
-        return product(_enough(rows), weight_ED.float())[: len(rows)].reshape(*x.shape[:-1], len(weight_ED))
+        return product(_enough(rows), weight_ED.float())[: len(rows)].reshape(
+            *x.shape[:-1], len(weight_ED)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -85,7 +90,9 @@ class _RouterLogits(Function):
         grad_x = input_gradient(grad, weight_ED.float()).to(x.dtype) if of_x else None
         if not of_weight:
             return grad_x, None
-        return grad_x, weight_gradient(grad.flatten(0, -2), x.flatten(0, -2).float()).to(weight_ED.dtype)
+        return grad_x, weight_gradient(grad.flatten(0, -2), x.flatten(0, -2).float()).to(
+            weight_ED.dtype
+        )
 
 
 def _enough(rows: Tensor) -> Tensor:
@@ -95,8 +102,8 @@ def _enough(rows: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Return the experts of the `k` largest scores of each token, int64 in ascending order: [… ,E] → [… ,K]. Among
-    equal scores the lower index is chosen, which torch.topk does not promise."""
+    """Return the experts of the `k` largest scores of each token, int64 in ascending order: [… ,E]
+    → [… ,K]. Among equal scores the lower index is chosen, which torch.topk does not promise."""
     if scores.dtype == torch.float32 and pick("experts", scores) == "megalite":
         return torch.ops.megalite.top_k(scores, k)
     # The order of experts, not that of scores: sums over a token's experts then have one order.
@@ -122,8 +129,8 @@ def group_by_expert(index: Tensor, num_experts: int) -> Groups:
 
 
 def sort_by_expert(index: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first two fields of `Groups` for the experts `index` [… ,K] of each token, of which each expert has
-    `counts_E`."""
+    """Return the first two fields of `Groups` for the experts `index` [… ,K] of each token, of
+    which each expert has `counts_E`."""
     if pick("experts", index) == "megalite":
         return torch.ops.megalite.sort_by_expert(index, counts_E)
     # order[n] is which visit (token · K + slot) became row n; stable, so that within an expert rows
@@ -150,8 +157,9 @@ def grouped_linear(
     wgrad_callback: GroupedWgradCallback | None = None,
     later: WeightGradStore | None = None,
 ) -> Tensor:
-    """Return each expert's product of its rows: [N,I] and [E,O,I] → [N,O]. With `gather`, `x` has tokens [… ,I], whose
-    rows are gathered (permuted) here, and once more in the backward pass: they are K times as many.
+    """Return each expert's product of its rows: [N,I] and [E,O,I] → [N,O]. With `gather`, `x` has
+    tokens [… ,I], whose rows are gathered (permuted) here, and once more in the backward pass: they
+    are K times as many.
 
     `wgrad_callback` and `later` do what they do in `kernels.linear.linear`."""
     return _GroupedLinear.apply(x, weight, groups, gather, wgrad_callback, later)
@@ -182,13 +190,20 @@ class _GroupedLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        groups, gather, callback, parameter = ctx.groups, ctx.gather, ctx.wgrad_callback, ctx.parameter
+        groups, gather, callback, parameter = (
+            ctx.groups,
+            ctx.gather,
+            ctx.wgrad_callback,
+            ctx.parameter,
+        )
         grad = grad.contiguous()
         grad_weight = None
         # The same three ways as in `kernels.linear._Linear.backward`: put off, handed to the
         # engine, or computed here.
         if x is not None and ctx.later:
-            ctx.later.put(lambda: callback(parameter, grad, _rows(x, groups, gather), groups.counts))
+            ctx.later.put(
+                lambda: callback(parameter, grad, _rows(x, groups, gather), groups.counts)
+            )
         elif x is not None and callback:
             callback(parameter, grad, _rows(x, groups, gather), groups.counts)
         elif x is not None:
@@ -223,7 +238,9 @@ def grouped_input_gradient(grad_NO: Tensor, weight_EOI: Tensor, counts: RowCount
         return torch.ops.megalite.grouped_product(grad_NO, weight_EOI, counts.on_device, True)
     out_NI = grad_NO.new_empty(len(grad_NO), weight_EOI.shape[2])
     for expert, span in _spans(counts):
-        out_NI[span] = input_gradient(_enough(grad_NO[span]), weight_EOI[expert])[: span.stop - span.start]
+        out_NI[span] = input_gradient(_enough(grad_NO[span]), weight_EOI[expert])[
+            : span.stop - span.start
+        ]
     return out_NI
 
 
@@ -240,9 +257,16 @@ def grouped_weight_gradient(grad_NO: Tensor, rows_NI: Tensor, counts: RowCounts)
 def _torch_groups(*operands: Tensor) -> bool:
     """Return whether torch has a grouped product for these, which takes rows of 16 bytes."""
     x = operands[0]
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not len(x) or not hasattr(torch, "_grouped_mm"):
+    if (
+        x.device.type != "cuda"
+        or x.dtype != torch.bfloat16
+        or not len(x)
+        or not hasattr(torch, "_grouped_mm")
+    ):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0) and all(y.shape[-1] % 8 == 0 for y in operands)
+    return torch.cuda.get_device_capability(x.device) >= (9, 0) and all(
+        y.shape[-1] % 8 == 0 for y in operands
+    )
 
 
 def _ends(counts: RowCounts) -> Tensor:
@@ -269,7 +293,8 @@ def _gather_rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
 
 
 def add_biases(x_NO: Tensor, bias: Tensor, counts: RowCounts, first: int = 0) -> Tensor:
-    """Add to each row its expert's bias, in place: [N,O] and [E,P], which are features `first` to `first` + P."""
+    """Add to each row its expert's bias, in place: [N,O] and [E,P], which are features `first` to
+    `first` + P."""
     return _AddBiases.apply(x_NO, bias, counts, first)
 
 
@@ -277,13 +302,18 @@ class _AddBiases(Function):
     @staticmethod
     def forward(ctx: Any, x_NO: Tensor, bias_EP: Tensor, counts: RowCounts, first: int) -> Tensor:
         ctx.mark_dirty(x_NO)
-        ctx.counts, ctx.features, ctx.shape = counts, slice(first, first + bias_EP.shape[1]), bias_EP.shape
+        ctx.counts, ctx.features, ctx.shape = (
+            counts,
+            slice(first, first + bias_EP.shape[1]),
+            bias_EP.shape,
+        )
         x_NO[:, ctx.features] += bias_EP[_expert_of_each(counts, len(x_NO))]
         return x_NO
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # A product with ones in the places of an expert's rows sums these, and no host waits for their number.
+        # A product with ones in the places of an expert's rows sums these, and no host waits for
+        # their number.
         experts = torch.arange(ctx.shape[0], device=grad.device)
         is_own_EN = (experts[:, None] == _expert_of_each(ctx.counts, len(grad))).to(grad.dtype)
         return grad, is_own_EN @ grad[:, ctx.features], None, None
@@ -312,14 +342,16 @@ class _Permute(Function):
 
 
 def unpermute(rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Return each token's sum of its experts' rows, weighted by `weight` [… ,K]: [N,D] → [… ,D]. It is computed in fp32
-    in the order of the experts."""
+    """Return each token's sum of its experts' rows, weighted by `weight` [… ,K]: [N,D] → [… ,D]. It
+    is computed in fp32 in the order of the experts."""
     return _Unpermute.apply(rows_ND, weight, groups)
 
 
-def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Return the (weighted) sum of each token's rows, one expert after another, as [*shape,D] in the dtype of the
-    rows."""
+def _sum_rows(
+    rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: Sequence[int]
+) -> Tensor:
+    """Return the (weighted) sum of each token's rows, one expert after another, as [*shape,D] in
+    the dtype of the rows."""
     # A plain permutation: nothing is added, so nothing need be done in fp32.
     if weight_TK is None and row_TK.shape[1] == 1:
         return _gather_rows(rows_ND, row_TK[:, 0]).view(*shape, rows_ND.shape[1])
@@ -362,9 +394,11 @@ class _Unpermute(Function):
         return grad_rows, grad_weight.view(weight.shape), None
 
 
-def accumulate_grouped_weight_gradient(into: Tensor, grad: Tensor, rows: Tensor, counts: RowCounts, add: bool) -> None:
-    """Write each expert's gradᵀ rows to `into`, the fp32 gradient [E,O,I], or accumulate it there with `add`. An expert
-    without rows has a gradient of 0."""
+def accumulate_grouped_weight_gradient(
+    into: Tensor, grad: Tensor, rows: Tensor, counts: RowCounts, add: bool
+) -> None:
+    """Write each expert's gradᵀ rows to `into`, the fp32 gradient [E,O,I], or accumulate it there
+    with `add`. An expert without rows has a gradient of 0."""
     if pick("weight_gradient", rows) == "megalite":
         torch.ops.megalite.grouped_weight_gradient_(into, grad, rows, counts.on_device, add)
         return

@@ -1,9 +1,11 @@
-"""Selects the implementation of each fused operation: megalite's own kernels (`csrc/ops`), plain torch, an installed
-library such as flash_attn, or what a plugin has registered (`registry.kernels`).
+"""Selects the implementation of each fused operation: megalite's own kernels (`csrc/ops`), plain
+torch, an installed library such as flash_attn, or what a plugin has registered
+(`registry.kernels`).
 
-`use` takes the `kernels:` section of the config once, before a model runs; `pick` answers for a given tensor. The plain
-torch version of every operation is its reference. It also serves where the kernels are not built, for dtypes they do
-not take, and for attention with a sliding window, soft-capping or another scale (`attention.AttentionKind`).
+`use` takes the `kernels:` section of the config once, before a model runs; `pick` answers for a
+given tensor. The plain torch version of every operation is its reference. It also serves where the
+kernels are not built, for dtypes they do not take, and for attention with a sliding window,
+soft-capping or another scale (`attention.AttentionKind`).
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ FUNCTIONS = {
     "loss": ("cross_entropy_forward", "cross_entropy_backward_"),
     "weight_gradient": ("accumulate_weight_gradient",),
 }
-"""Functions of `megalite.kernels` that a plugin can stand for, by operation. A plugin that updates weights is an
-optimizer (`megalite.engine.optimizers`)."""
+"""Functions of `megalite.kernels` that a plugin can stand for, by operation. A plugin that updates
+weights is an optimizer (`megalite.engine.optimizers`)."""
 CPU_ONLY = ("attention", "weight_gradient")
 """Operations that megalite has no CUDA kernel for; torch computes them on a GPU."""
 
@@ -46,8 +48,8 @@ _added: dict[str, object] = {}
 def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
     """Choose implementations for this process, `deterministic` ones where torch has others as well.
 
-    Raises ConfigError for kernels that are not built, for a library that is not installed, and for a plugin's that has
-    no function of its operation."""
+    Raises ConfigError for kernels that are not built, for a library that is not installed, and for
+    a plugin's that has no function of its operation."""
     global _wishes, _added
     for operation in OPERATIONS:
         wish = getattr(wishes, operation)
@@ -61,7 +63,11 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
         _warn_once()
     # What is none of an operation's built-in names must be a plugin's.
     chosen = {operation: getattr(wishes, operation) for operation in OPERATIONS}
-    found = {op: kernels.get(f"{op}.{name}") for op, name in chosen.items() if name not in implementations(op)}
+    found = {
+        op: kernels.get(f"{op}.{name}")
+        for op, name in chosen.items()
+        if name not in implementations(op)
+    }
     for operation, part in found.items():
         functions = FUNCTIONS.get(operation, ())
         if not any(hasattr(part, function) for function in functions):
@@ -69,7 +75,9 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
                 f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
                 f"that it could stand for: {', '.join(functions) or 'there are none'}"
             )
-    if torch.are_deterministic_algorithms_enabled() != deterministic:  # asked first, since it imports the compiler
+    if (
+        torch.are_deterministic_algorithms_enabled() != deterministic
+    ):  # asked first, since it imports the compiler
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Only now, when nothing can fail any more: a refused section leaves the old choice.
@@ -77,27 +85,34 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
 
 
 def pick(operation: str, x: Tensor) -> str:
-    """Return which implementation computes `operation` on `x`: `megalite`, `torch`, or a library's name."""
+    """Return which implementation computes `operation` on `x`: `megalite`, `torch`, or a library's
+    name."""
     wish = getattr(_wishes, operation)
     # "megalite" is a wish and no command: dtypes and devices that its kernels do not take go to
     # torch.
     if wish not in ("auto", "megalite"):
         return wish
     # oneDNN computes bf16 products with AMX, which megalite's weight-gradient kernel does not use.
-    if wish == "auto" and operation == "weight_gradient" and x.dtype == torch.bfloat16 and _has_matrix_unit():
+    if (
+        wish == "auto"
+        and operation == "weight_gradient"
+        and x.dtype == torch.bfloat16
+        and _has_matrix_unit()
+    ):
         return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
 def added(operation: str, function: str) -> Callable[..., Any] | None:
-    """Return a function of the plugin that computes `operation`, which stands for that of the same name and signature
-    here; None where megalite computes it."""
+    """Return a function of the plugin that computes `operation`, which stands for that of the same
+    name and signature here; None where megalite computes it."""
     # A plugin need not have all functions of an operation: None, and megalite's own computes.
     return getattr(_added.get(operation), function, None) if _added else None
 
 
 def explain(operation: str, device: str) -> tuple[str, str]:
-    """Return (implementation, reason) of `operation` for fp32 and bf16 tensors of a `device` type, for a person."""
+    """Return (implementation, reason) of `operation` for fp32 and bf16 tensors of a `device` type,
+    for a person."""
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish, f"kernels.{operation} asks for it"
@@ -114,20 +129,23 @@ def explain(operation: str, device: str) -> tuple[str, str]:
 
 
 def _attention_on(capability: tuple[int, int]) -> str:
-    """Say which of torch's kernels computes attention on a GPU of this compute capability, and why."""
+    """Say which of torch's kernels computes attention on a GPU of this compute capability, and
+    why."""
     from megalite.kernels.attention import CUDNN_IS_QUICKER, prefers_cudnn
 
     quick = " and ".join(f"{major}.x" for major in CUDNN_IS_QUICKER)
     if prefers_cudnn(capability, deterministic=False):
         return (
-            f"cuDNN's, as on compute capability {quick}; FlashAttention 2 for windows, documents, train.deterministic"
+            f"cuDNN's, as on compute capability {quick}; "
+            "FlashAttention 2 for windows, documents, train.deterministic"
         )
     return f"FlashAttention 2; cuDNN's is for compute capability {quick}"
 
 
 @functools.cache
 def own() -> ModuleType | None:
-    """Return the compiled module, or None where it was not built or does not fit the installed torch."""
+    """Return the compiled module, or None where it was not built or does not fit the installed
+    torch."""
     try:
         # Importing it registers the operators under torch.ops.megalite.
         return importlib.import_module("megalite._ops")
@@ -161,10 +179,11 @@ def _warn_once() -> None:
 
 
 def tell_compiler() -> None:
-    """Mark the choice of implementation as constant for torch.compile. Call it before compiling anything.
+    """Mark the choice of implementation as constant for torch.compile. Call it before compiling
+    anything.
 
-    This is not a decorator on `_takes`, because that would import torch's compiler, which takes a second of every
-    process."""
+    This is not a decorator on `_takes`, because that would import torch's compiler, which takes a
+    second of every process."""
     torch.compiler.assume_constant_result(_takes)
 
 
@@ -173,4 +192,6 @@ def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:
     # What is no floating point are numbers of experts.
     if module is None or (dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16)):
         return False
-    return device == "cpu" or (device == "cuda" and bool(module.has_cuda) and operation not in CPU_ONLY)
+    return device == "cpu" or (
+        device == "cuda" and bool(module.has_cuda) and operation not in CPU_ONLY
+    )

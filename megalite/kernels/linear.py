@@ -1,8 +1,10 @@
-"""The linear layer's product x · Wᵀ and its two gradients: every linear in training computes them here.
+"""The linear layer's product x · Wᵀ and its two gradients: every linear in training computes them
+here.
 
-Tensor-parallel linears, the output head, the chunked loss and adapters call `linear`, or its three products by name
-(`product`, `input_gradient`, and `weight_gradient` or `accumulate_weight_gradient`). So another recipe (fp8, a
-quantised weight) is another body for these. The collectives on the way in come from outside, as `InputCollectives`.
+Tensor-parallel linears, the output head, the chunked loss and adapters call `linear`, or its three
+products by name (`product`, `input_gradient`, and `weight_gradient` or
+`accumulate_weight_gradient`). So another recipe (fp8, a quantised weight) is another body for
+these. The collectives on the way in come from outside, as `InputCollectives`.
 
 Letters in shapes: T tokens, K input features, N output features.
 """
@@ -23,8 +25,9 @@ Result = Callable[[], Tensor]
 """Waits for a collective and returns its result."""
 
 WgradCallback = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ x to the
-parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a micro-batch."""
+"""Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ
+x to the parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a
+micro-batch."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,7 +36,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]; written to `out` where it is given."""
+    """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]; written to `out` where
+    it is given."""
     return torch.matmul(grad, weight, out=out)
 
 
@@ -45,12 +49,13 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool) -> None:
     """Write gradᵀ x to `into`, or accumulate it there with `add`.
 
-    `into` is the fp32 gradient [N,K] of a weight, `grad` [T,N] that of the layer's output and `x` [T,K] the layer's
-    input, both of one dtype."""
+    `into` is the fp32 gradient [N,K] of a weight, `grad` [T,N] that of the layer's output and `x`
+    [T,K] the layer's input, both of one dtype."""
     if function := added("weight_gradient", "accumulate_weight_gradient"):
         function(into, grad, x, add)
     elif x.is_cuda and x.dtype == torch.bfloat16:
-        # cuBLAS adds its fp32 accumulators to `into` directly; a bf16 product would be rounded first.
+        # cuBLAS adds its fp32 accumulators to `into` directly; a bf16 product would be rounded
+        # first.
         if add:
             torch.addmm(into, grad.t(), x, torch.float32, out=into)
         else:
@@ -66,7 +71,8 @@ def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool)
 
 
 class InputCollectives(Protocol):
-    """Communicate the input of a linear layer, and its gradient, with the ranks that hold the rest of the weight."""
+    """Communicate the input of a linear layer, and its gradient, with the ranks that hold the rest
+    of the weight."""
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the whole input from this rank's part of it."""
@@ -75,7 +81,8 @@ class InputCollectives(Protocol):
         """Start the same for the backward pass, which needs the whole input once more."""
 
     def start_reduce(self, grad_x: Tensor) -> Result:
-        """Start summing the gradient of the whole input over the ranks; the result is this rank's part."""
+        """Start summing the gradient of the whole input over the ranks; the result is this rank's
+        part."""
 
 
 class NoCollectives:
@@ -94,9 +101,11 @@ ALONE = NoCollectives()
 
 
 class WeightGradStore:
-    """Store weight-gradient GEMMs that a zero-bubble schedule (Qi et al. 2023) defers until a pipeline would idle.
+    """Store weight-gradient GEMMs that a zero-bubble schedule (Qi et al. 2023) defers until a
+    pipeline would idle.
 
-    `put` is called in a backward pass; `take`, after it, returns the function that computes what was put since."""
+    `put` is called in a backward pass; `take`, after it, returns the function that computes what
+    was put since."""
 
     def __init__(self) -> None:
         self._waiting: list[Callable[[], None]] = []
@@ -106,7 +115,8 @@ class WeightGradStore:
         self._waiting.append(gemm)
 
     def take(self) -> Callable[[], None]:
-        """Return a function that computes every GEMM stored so far, in order; the store is empty from here on."""
+        """Return a function that computes every GEMM stored so far, in order; the store is empty
+        from here on."""
         # One list for each micro-batch: the schedule calls what `take` returned for it later, and
         # other micro-batches' backward passes come between.
         waiting, self._waiting = self._waiting, []
@@ -127,20 +137,23 @@ def linear(
     wgrad_callback: WgradCallback | None = None,
     later: WeightGradStore | None = None,
 ) -> Tensor:
-    """Compute `product` and, in the backward pass, its gradients: [… ,K] → [… ,N], whose memory is its own.
+    """Compute `product` and, in the backward pass, its gradients: [… ,K] → [… ,N], whose memory is
+    its own.
 
-    `collectives` communicate the input. With `wgrad_callback` the weight's gradient is handed over as the operands of
-    its GEMM, and autograd gives the weight none; `later` defers that to a time of its own."""
+    `collectives` communicate the input. With `wgrad_callback` the weight's gradient is handed over
+    as the operands of its GEMM, and autograd gives the weight none; `later` defers that to a time
+    of its own."""
     return _Linear.apply(x, weight, bias, collectives, wgrad_callback, later)
 
 
 class _Linear(Function):
     """Compute a linear layer together with the collective on its way in.
 
-    They are one autograd function for three reasons. Under sequence parallelism only this rank's slice of the input is
-    kept, and gathered again in the backward pass. The gradient of the input travels while that of the weight is
-    computed. And the weight-gradient GEMM goes straight to the engine, which sums it in fp32. A frozen weight has no
-    such GEMM, and the input is not kept for it."""
+    They are one autograd function for three reasons. Under sequence parallelism only this rank's
+    slice of the input is kept, and gathered again in the backward pass. The gradient of the input
+    travels while that of the weight is computed. And the weight-gradient GEMM goes straight to the
+    engine, which sums it in fp32. A frozen weight has no such GEMM, and the input is not kept for
+    it."""
 
     @staticmethod
     def forward(
@@ -160,8 +173,8 @@ class _Linear(Function):
         # `parameter` even where `weight` is not saved: the engine finds the bucket by it.
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
         out = product(collectives.gather(x), weight, bias)
-        # With a bias, F.linear returns a view, on which autograd forbids in-place operations such as the rotation of
-        # RoPE.
+        # With a bias, F.linear returns a view, on which autograd forbids in-place operations such
+        # as the rotation of RoPE.
         return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
@@ -172,23 +185,32 @@ class _Linear(Function):
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.of_bias else None
         if x is not None and not ctx.later:
-            # Two collectives, each behind a GEMM: x is gathered while the input's gradient is computed, whose
-            # reduction runs while the weight-gradient GEMM is.
+            # Two collectives, each behind a GEMM: x is gathered while the input's gradient is
+            # computed, whose reduction runs while the weight-gradient GEMM is.
             whole_x = collectives.start_gather(x)
-            grad_x = None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
+            grad_x = (
+                None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
+            )
             rows = whole_x().flatten(0, -2)
             if wgrad_callback:
-                # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd makes no .grad in the
-                # weight's dtype.
+                # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd
+                # makes no .grad in the weight's dtype.
                 grad_weight = wgrad_callback(parameter, grad_rows, rows, True)
             else:
                 grad_weight = weight_gradient(grad_rows, rows)
-            # grad_x() waits for the reduction: not before this line, or nothing would have run beside it.
+            # grad_x() waits for the reduction: not before this line, or nothing would have run
+            # beside it.
             return grad_x and grad_x(), grad_weight, grad_bias, None, None, None
         if x is not None:
-            # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is put off. Until then
-            # it holds grad_rows and this rank's slice of x; the whole x is gathered again only when the GEMM runs.
-            ctx.later.put(lambda: wgrad_callback(parameter, grad_rows, collectives.gather(x).flatten(0, -2), True))
-        # Without a GEMM to hide the communication behind: it is deferred, or the weight is frozen, as under LoRA.
+            # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is
+            # put off. Until then it holds grad_rows and this rank's slice of x; the whole x is
+            # gathered again only when the GEMM runs.
+            ctx.later.put(
+                lambda: wgrad_callback(
+                    parameter, grad_rows, collectives.gather(x).flatten(0, -2), True
+                )
+            )
+        # Without a GEMM to hide the communication behind: it is deferred, or the weight is frozen,
+        # as under LoRA.
         grad_x = None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
         return grad_x and grad_x(), None, grad_bias, None, None, None

@@ -1,10 +1,11 @@
-"""Vocabulary-parallel cross-entropy (Shoeybi et al. 2019) without a second tensor of the logits' size: the gradient
-overwrites the logits. `linear_cross_entropy` fuses the output head and never holds all logits at once. Label smoothing
-and a z-loss (`LossTerms`) need no further tensor of that size.
+"""Vocabulary-parallel cross-entropy (Shoeybi et al. 2019) without a second tensor of the logits'
+size: the gradient overwrites the logits. `linear_cross_entropy` fuses the output head and never
+holds all logits at once. Label smoothing and a z-loss (`LossTerms`) need no further tensor of that
+size.
 
-Letters in shapes: N tokens, V vocabulary columns of this rank, D hidden size. The columns are first..first+V of the
-vocabulary. The first `num_valid` of them are real; the rest is padding, which takes no probability. A label outside the
-real columns is `IGNORE` or another rank's.
+Letters in shapes: N tokens, V vocabulary columns of this rank, D hidden size. The columns are
+first..first+V of the vocabulary. The first `num_valid` of them are real; the rest is padding, which
+takes no probability. A label outside the real columns is `IGNORE` or another rank's.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from megalite.kernels.library import added, own, pick
-from megalite.kernels.linear import WgradCallback, accumulate_weight_gradient, input_gradient, product
+from megalite.kernels.linear import (
+    WgradCallback,
+    accumulate_weight_gradient,
+    input_gradient,
+    product,
+)
 
 IGNORE = -100
 """Label of a token without loss."""
 
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Reduces (lse, target) of this rank's columns, [N] and [N] or [2,N], over the ranks to those of the whole
-vocabulary."""
+"""Reduces (lse, target) of this rank's columns, [N] and [N] or [2,N], over the ranks to those of
+the whole vocabulary."""
 
 
 class LossTerms(NamedTuple):
-    """What training minimises beside the cross-entropy, by weights: (1 - s) · cross-entropy + s · its mean over all
-    classes as the label + z · lse², with s = `label_smoothing` (Szegedy et al. 2016), z = `z_loss` (Chowdhery et al.
-    2022) and lse the log-sum-exp of a token's logits."""
+    """What training minimises beside the cross-entropy, by weights: (1 - s) · cross-entropy + s ·
+    its mean over all classes as the label + z · lse², with s = `label_smoothing` (Szegedy et al.
+    2016), z = `z_loss` (Chowdhery et al. 2022) and lse the log-sum-exp of a token's logits."""
 
     z_loss: float
     label_smoothing: float
@@ -47,8 +53,8 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (lse, target), both [N] fp32, of this rank's columns `logits_NV`.
 
-    lse is the log-sum-exp over the columns; target is the logit of `labels_N`, 0 where the label is not among the
-    `num_valid` real columns from `first`."""
+    lse is the log-sum-exp over the columns; target is the logit of `labels_N`, 0 where the label is
+    not among the `num_valid` real columns from `first`."""
     if function := added("loss", "cross_entropy_forward"):
         return function(logits_NV, labels_N, first, num_valid)
     if pick("loss", logits_NV) == "megalite":
@@ -72,13 +78,15 @@ def cross_entropy_backward_(
 ) -> None:
     """Overwrite `logits_NV` with its gradient.
 
-    `lse_N` is the log-sum-exp over the whole vocabulary and `grad_N` the gradient of the losses. Where `grad_N` is 0
-    the result is 0, even for logits that are not finite. `labels_N`, `first` and `num_valid` are those of
-    `cross_entropy_forward`."""
+    `lse_N` is the log-sum-exp over the whole vocabulary and `grad_N` the gradient of the losses.
+    Where `grad_N` is 0 the result is 0, even for logits that are not finite. `labels_N`, `first`
+    and `num_valid` are those of `cross_entropy_forward`."""
     if function := added("loss", "cross_entropy_backward_"):
         function(logits_NV, labels_N, lse_N, grad_N, first, num_valid)
     elif pick("loss", logits_NV) == "megalite":
-        torch.ops.megalite.cross_entropy_backward_(logits_NV, labels_N, lse_N, grad_N, first, num_valid)
+        torch.ops.megalite.cross_entropy_backward_(
+            logits_NV, labels_N, lse_N, grad_N, first, num_valid
+        )
     else:
         # softmax − one_hot(label), times the gradient of the loss
         column, here = _column(labels_N, first, num_valid)
@@ -94,7 +102,8 @@ def cross_entropy_backward_(
 
 
 def _column(labels_N: Tensor, first: int, num_valid: int) -> tuple[Tensor, Tensor]:
-    """Return (column, whether this rank has it) of each label, both [N]. The column is 0 where another rank has it."""
+    """Return (column, whether this rank has it) of each label, both [N]. The column is 0 where
+    another rank has it."""
     column = labels_N - first
     here = (column >= 0) & (column < num_valid)
     return column.masked_fill(~here, 0), here
@@ -108,15 +117,16 @@ def cross_entropy(
     combine: Combine | None = None,
     terms: LossTerms | None = None,
 ) -> Tensor:
-    """Return the fp32 loss of every token, 0 where the label is `IGNORE`: [B,T,V] and [B,T] → [B,T]; with `terms`
-    [B,T,2], the loss to minimise and the cross-entropy in it, which has no gradient of its own.
+    """Return the fp32 loss of every token, 0 where the label is `IGNORE`: [B,T,V] and [B,T] →
+    [B,T]; with `terms` [B,T,2], the loss to minimise and the cross-entropy in it, which has no
+    gradient of its own.
 
-    `logits` are the columns from `first` of the vocabulary, `num_valid` of them real (default: all). `combine` reduces
-    over the ranks that hold the others; without it these columns are the whole vocabulary and `labels` must lie in
-    them.
+    `logits` are the columns from `first` of the vocabulary, `num_valid` of them real (default:
+    all). `combine` reduces over the ranks that hold the others; without it these columns are the
+    whole vocabulary and `labels` must lie in them.
 
-    The backward pass overwrites `logits` with their gradient: they must be the fresh output of a product that nothing
-    else reads after the forward pass. A second backward pass is refused."""
+    The backward pass overwrites `logits` with their gradient: they must be the fresh output of a
+    product that nothing else reads after the forward pass. A second backward pass is refused."""
     num_valid = logits.shape[-1] if num_valid is None else num_valid
     return _CrossEntropy.apply(logits, labels, first, num_valid, combine, terms)
 
@@ -132,7 +142,9 @@ class _CrossEntropy(Function):
         combine: Combine | None,
         terms: LossTerms | None,
     ) -> Tensor:
-        logits = logits.contiguous()  # `flatten` below must be a view, for the backward pass to write into it
+        logits = (
+            logits.contiguous()
+        )  # `flatten` below must be a view, for the backward pass to write into it
         labels_N = labels.flatten()
         lse, target = _forward(logits.flatten(0, -2), labels_N, first, num_valid, terms)
         # From here on lse is that of the whole vocabulary: with it each rank computes its columns'
@@ -162,15 +174,16 @@ def linear_cross_entropy(
     wgrad_callback: WgradCallback | None = None,
     terms: LossTerms | None = None,
 ) -> Tensor:
-    """Compute `cross_entropy(x @ weight.T, labels, …)` over chunks of tokens: [B,T,D] and [B,T] → [B,T], or [N,D] and
-    [N] → [N]; with `terms`, a last dimension of 2.
+    """Compute `cross_entropy(x @ weight.T, labels, …)` over chunks of tokens: [B,T,D] and [B,T] →
+    [B,T], or [N,D] and [N] → [N]; with `terms`, a last dimension of 2.
 
-    Only the logits of `rows_per_chunk` tokens exist at a time; the backward pass computes them again. `weight_VD` holds
-    this rank's rows of the head. `first`, `num_valid`, `combine` and `terms` are those of `cross_entropy`.
+    Only the logits of `rows_per_chunk` tokens exist at a time; the backward pass computes them
+    again. `weight_VD` holds this rank's rows of the head. `first`, `num_valid`, `combine` and
+    `terms` are those of `cross_entropy`.
 
-    The weight's gradient is accumulated in fp32 over the chunks. With `wgrad_callback` each chunk's operands are handed
-    over instead, and autograd gives the weight no gradient. The gradient of `x` covers this rank's columns only: the
-    caller sums it over the tensor ranks."""
+    The weight's gradient is accumulated in fp32 over the chunks. With `wgrad_callback` each chunk's
+    operands are handed over instead, and autograd gives the weight no gradient. The gradient of `x`
+    covers this rank's columns only: the caller sums it over the tensor ranks."""
     num_valid = weight_VD.shape[0] if num_valid is None else num_valid
     return _LinearCrossEntropy.apply(
         x, weight_VD, labels, rows_per_chunk, first, num_valid, combine, wgrad_callback, terms
@@ -196,7 +209,8 @@ class _LinearCrossEntropy(Function):
         lse = x.new_empty(labels_N.shape, dtype=torch.float32)
         # [2, N]: the label's logit, and the mean of all logits, which label smoothing asks for.
         target = lse.new_empty((2, len(lse)) if terms and terms.label_smoothing else lse.shape)
-        # Only a few numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
+        # Only a few numbers a token are kept of its logits: what the backward pass needs beside the
+        # logits themselves.
         for rows in chunks(labels_N, rows_per_chunk):
             logits = product(x_ND[rows], weight)
             lse[rows], target[..., rows] = _forward(logits, labels_N[rows], first, num_valid, terms)
@@ -226,8 +240,9 @@ class _LinearCrossEntropy(Function):
 def chunked_gradients(
     ctx: Any, x: Tensor, weight: Tensor, rows_per_chunk: int, gradient: Callable[[slice], Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of `x` [… ,D] and `weight` [V,D], whose product a loss takes in chunks of rows; None for one
-    that needs none, or that went to `ctx.wgrad_callback`. `gradient` makes that of the logits of some rows."""
+    """Return the gradients of `x` [… ,D] and `weight` [V,D], whose product a loss takes in chunks
+    of rows; None for one that needs none, or that went to `ctx.wgrad_callback`. `gradient` makes
+    that of the logits of some rows."""
     x_ND = x.flatten(0, -2)
     needs_x, needs_weight, *_ = ctx.needs_input_grad
     grad_x = torch.empty_like(x_ND) if needs_x else None
@@ -271,15 +286,17 @@ def chunks(rows: Tensor, size: int) -> Iterator[slice]:
 def _forward(
     logits_NV: Tensor, labels_N: Tensor, first: int, num_valid: int, terms: LossTerms | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `cross_entropy_forward` does. With label smoothing the targets are [2,N]: those of the labels, and
-    the mean logits under the smoothed labels."""
+    """Return what `cross_entropy_forward` does. With label smoothing the targets are [2,N]: those
+    of the labels, and the mean logits under the smoothed labels."""
     lse, target = cross_entropy_forward(logits_NV, labels_N, first, num_valid)
     if not terms or not terms.label_smoothing:
         return lse, target
     # Divided by all classes and not by this rank's columns: over the ranks these add up to the
     # mean.
     mean = logits_NV[:, :num_valid].sum(1, dtype=torch.float32) / terms.num_classes
-    return lse, torch.stack((target, (1 - terms.label_smoothing) * target + terms.label_smoothing * mean))
+    return lse, torch.stack(
+        (target, (1 - terms.label_smoothing) * target + terms.label_smoothing * mean)
+    )
 
 
 def _backward_(
@@ -290,16 +307,18 @@ def _backward_(
     columns: tuple[int, int],
     terms: LossTerms | None,
 ) -> None:
-    """Overwrite `logits_NV` with their gradient, as `cross_entropy_backward_` does, that of `terms` included. `columns`
-    are its `first` and `num_valid`."""
+    """Overwrite `logits_NV` with their gradient, as `cross_entropy_backward_` does, that of `terms`
+    included. `columns` are its `first` and `num_valid`."""
     first, num_valid = columns
     if not terms:
         cross_entropy_backward_(logits_NV, labels_N, lse_N, grad_N, first, num_valid)
         return
-    # d(lse)/d(logits) = softmax, and so d(z · lse²) = 2 · z · lse · softmax. The fill: 0 · inf would be NaN.
+    # d(lse)/d(logits) = softmax, and so d(z · lse²) = 2 · z · lse · softmax. The fill: 0 · inf
+    # would be NaN.
     of_softmax = (grad_N * (1 + 2 * terms.z_loss * lse_N)).masked_fill(grad_N == 0, 0.0)
     cross_entropy_backward_(logits_NV, labels_N, lse_N, of_softmax, first, num_valid)
-    # That took as much of the label's logit as it gave of the softmax, where the loss takes 1 - label_smoothing.
+    # That took as much of the label's logit as it gave of the softmax, where the loss takes 1 -
+    # label_smoothing.
     column, here = _column(labels_N, first, num_valid)
     excess = (of_softmax - (1 - terms.label_smoothing) * grad_N).masked_fill(~here, 0.0)
     logits_NV.scatter_add_(1, column[:, None], excess[:, None].to(logits_NV.dtype))
@@ -315,7 +334,8 @@ def _whole(
     num_valid: int,
     combine: Combine | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (lse, target) of the whole vocabulary. Without `combine`, assert that all labels are in it."""
+    """Return (lse, target) of the whole vocabulary. Without `combine`, assert that all labels are
+    in it."""
     if combine:
         return combine(lse, target)
     end = first + num_valid

@@ -1,8 +1,8 @@
-"""Orthogonalise matrices by a Newton-Schulz iteration (Muon, Jordan et al. 2024): all singular values become about 1,
-and the singular vectors stay.
+"""Orthogonalise matrices by a Newton-Schulz iteration (Muon, Jordan et al. 2024): all singular
+values become about 1, and the singular vectors stay.
 
-A step maps X to a·X + b·(XXᵀ)X + c·(XXᵀ)²X. The coefficients of five quick steps trade accuracy for speed: the singular
-values end between 0.68 and 1.13 with the `simple` ones."""
+A step maps X to a·X + b·(XXᵀ)X + c·(XXᵀ)²X. The coefficients of five quick steps trade accuracy for
+speed: the singular values end between 0.68 and 1.13 with the `simple` ones."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
     ),
     "deepseek_v4": (SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
-"""Coefficients by name: of Jordan, Moonlight and torch.optim.Muon; of Megatron-LM's default; of Amsel et al. 2025 as
-nanochat rounds them; of DeepSeek-V4, whose singular values end at 1.000."""
+"""Coefficients by name: of Jordan, Moonlight and torch.optim.Muon; of Megatron-LM's default; of
+Amsel et al. 2025 as nanochat rounds them; of DeepSeek-V4, whose singular values end at 1.000."""
 
 MARGIN = {"polar_express": 1.01}
-"""Factor of the norm that a matrix is divided by first. These coefficients diverge for singular values above 1, which
-rounding may cause."""
+"""Factor of the norm that a matrix is divided by first. These coefficients diverge for singular
+values above 1, which rounding may cause."""
 
 EPS = 1e-7
 """Lower bound of that norm."""
@@ -49,18 +49,25 @@ WORTH_CUTTING = 256
 
 
 def orthogonalize(
-    matrices: Sequence[Tensor], coefficients: str = "simple", dtype: torch.dtype = torch.float32, scale: float = 1.0
+    matrices: Sequence[Tensor],
+    coefficients: str = "simple",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
 ) -> Iterator[Tensor]:
-    """Yield `matrices` of one shape [rows, columns] with singular values of about `scale`, computed in `dtype`.
+    """Yield `matrices` of one shape [rows, columns] with singular values of about `scale`, computed
+    in `dtype`.
 
-    What is computed for a matrix on the CPU depends on it alone, to the last bit. `coefficients` names a row of
-    `COEFFICIENTS`."""
+    What is computed for a matrix on the CPU depends on it alone, to the last bit. `coefficients`
+    names a row of `COEFFICIENTS`."""
     if matrices[0].device.type == "cpu":
-        # One by one: a batched product may be computed otherwise than a single one, and is slower here.
+        # One by one: a batched product may be computed otherwise than a single one, and is slower
+        # here.
         for matrix in matrices:
             yield _iterate(matrix.to(dtype), coefficients, scale)
     else:
-        yield from _iterate(torch.stack([matrix.to(dtype) for matrix in matrices]), coefficients, scale)
+        yield from _iterate(
+            torch.stack([matrix.to(dtype) for matrix in matrices]), coefficients, scale
+        )
 
 
 def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
@@ -70,7 +77,9 @@ def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
     if is_tall:  # XXᵀ is the smaller product of a wide matrix
         x = x.mT.contiguous()
     # Frobenius norms, which no singular value exceeds, in fp32.
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * MARGIN.get(name, 1.0)
+    norms = torch.linalg.vector_norm(
+        x, dim=(-2, -1), keepdim=True, dtype=torch.float32
+    ) * MARGIN.get(name, 1.0)
     # Divided by a bound of the largest singular value, so that all of them are in (0, 1], where the
     # iteration converges.
     x = x / norms.clamp(min=EPS).to(x.dtype)
@@ -84,15 +93,21 @@ def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
     return x.mT if is_tall else x
 
 
-def symmetric_product(x: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """Return alpha · x xᵀ, plus beta · `add`, which is symmetric, too. `x` is [rows, columns] or [N, rows, columns].
+def symmetric_product(
+    x: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """Return alpha · x xᵀ, plus beta · `add`, which is symmetric, too. `x` is [rows, columns] or
+    [N, rows, columns].
 
-    On the CPU the upper right quarter of a large one is copied from the lower left: a quarter less work."""
+    On the CPU the upper right quarter of a large one is copied from the lower left: a quarter less
+    work."""
     rows = x.shape[-2]
     if x.dim() == 3 or rows < WORTH_CUTTING or rows % 2:
         if add is None:
             return x @ x.mT
-        return (torch.addmm if x.dim() == 2 else torch.baddbmm)(add, x, x.mT, beta=beta, alpha=alpha)
+        return (torch.addmm if x.dim() == 2 else torch.baddbmm)(
+            add, x, x.mT, beta=beta, alpha=alpha
+        )
     half = rows // 2
     out = x.new_empty(rows, rows)
     upper, lower = slice(None, half), slice(half, None)

@@ -1,5 +1,5 @@
-"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016) over the last dimension, alone or fused with the
-residual addition before them."""
+"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016) over the last dimension, alone
+or fused with the residual addition before them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from megalite.kernels.library import added, own, pick
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit: float = 0.0) -> Tensor:
     """Return x / √(mean(x²) + `eps`) · (`unit` + weight), computed in fp32.
 
-    `x` is […,D] and `weight` [D], of one dtype. `unit` is 1 for models that store the weight's difference from 1
-    (Gemma), else 0."""
+    `x` is […,D] and `weight` [D], of one dtype. `unit` is 1 for models that store the weight's
+    difference from 1 (Gemma), else 0."""
     if function := added("norm", "rms_norm"):
         return function(x, weight, eps, unit)
     match pick("norm", x):
         case "megalite":
-            return torch.ops.megalite.rms_norm(x, weight, eps, unit)[0]  # [1] is rstd, for the backward pass
+            return torch.ops.megalite.rms_norm(x, weight, eps, unit)[
+                0
+            ]  # [1] is rstd, for the backward pass
         case _ if unit:
             # In bf16, unit + weight would lose the weight's bits below 2⁻⁷ of the sum.
             wide = x if x.dtype == torch.float64 else x.float()
@@ -44,7 +46,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(total), total) of total = `x` + `residual`, both […,D].
 
-    `weight`, `eps` and `unit` are those of `rms_norm`. One kernel does both, which saves a pass over the stream."""
+    `weight`, `eps` and `unit` are those of `rms_norm`. One kernel does both, which saves a pass
+    over the stream."""
     if pick("norm", x) == "megalite":
         return torch.ops.megalite.add_rms_norm(x, residual, weight, eps, unit)[:2]
     # Rounded to the stream's dtype before it is normalised, as the fused kernel does: the same
@@ -61,7 +64,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return function(x, weight, bias, eps)
     match pick("norm", x):
         case "megalite":
-            return torch.ops.megalite.layer_norm(x, weight, bias, eps)[0]  # mean and rstd are for the backward pass
+            return torch.ops.megalite.layer_norm(x, weight, bias, eps)[
+                0
+            ]  # mean and rstd are for the backward pass
         case "apex":
             from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
@@ -87,12 +92,14 @@ def add_layer_norm(
 
 
 def _row_statistic(x: Tensor) -> Tensor:
-    """Return an empty fp32 tensor with one number a row, for a mean or for rstd = 1 / √(variance + eps)."""
+    """Return an empty fp32 tensor with one number a row, for a mean or for rstd = 1 / √(variance +
+    eps)."""
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-# Below, fake kernels give torch.compile the shapes and dtypes of the results without computing them. The fused forms
-# return the row statistics as well, which the backward kernels read instead of computing them again.
+# Below, fake kernels give torch.compile the shapes and dtypes of the results without computing
+# them. The fused forms return the row statistics as well, which the backward kernels read instead
+# of computing them again.
 
 
 def _register_rms_norm() -> None:
@@ -128,7 +135,9 @@ def _register_rms_norm() -> None:
         x, weight, _, ctx.unit = inputs
         ctx.save_for_backward(x, weight, output[1])
 
-    def backward(ctx: Any, grad: Tensor, grad_rstd: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor, grad_rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = ops.rms_norm_backward(grad, None, x, weight, rstd, ctx.unit)
         return grad_x, grad_weight, None, None
@@ -150,7 +159,9 @@ def _register_rms_norm() -> None:
         return grad_x, grad_x, grad_weight, None, None  # x and residual enter the sum alike
 
     torch.library.register_autograd("megalite::rms_norm", backward, setup_context=keep)
-    torch.library.register_autograd("megalite::add_rms_norm", backward_of_sum, setup_context=keep_sum)
+    torch.library.register_autograd(
+        "megalite::add_rms_norm", backward_of_sum, setup_context=keep_sum
+    )
 
 
 def _register_layer_norm() -> None:
@@ -206,11 +217,15 @@ def _register_layer_norm() -> None:
         grad_rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         total, weight, mean, rstd = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = ops.layer_norm_backward(grad, grad_sum, total, weight, mean, rstd)
+        grad_x, grad_weight, grad_bias = ops.layer_norm_backward(
+            grad, grad_sum, total, weight, mean, rstd
+        )
         return grad_x, grad_x, grad_weight, grad_bias, None  # x and residual enter the sum alike
 
     torch.library.register_autograd("megalite::layer_norm", backward, setup_context=keep)
-    torch.library.register_autograd("megalite::add_layer_norm", backward_of_sum, setup_context=keep_sum)
+    torch.library.register_autograd(
+        "megalite::add_layer_norm", backward_of_sum, setup_context=keep_sum
+    )
 
 
 if own():

@@ -1,5 +1,5 @@
-"""The AdamW update (Loshchilov and Hutter 2019), momentum, and the sum of squares of the gradient norm, over flat fp32
-tensors."""
+"""The AdamW update (Loshchilov and Hutter 2019), momentum, and the sum of squares of the gradient
+norm, over flat fp32 tensors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update `master`, `exp_avg` and `exp_avg_sq` in place by one step of AdamW, as torch.optim.AdamW does.
+    """Update `master`, `exp_avg` and `exp_avg_sq` in place by one step of AdamW, as
+    torch.optim.AdamW does.
 
-    All are flat fp32 tensors of one size, like `grad`. `weights`, if given, are the model's bf16 weights and receive
-    the new master weights, rounded, in the same pass. `factors` come from `adamw_factors`: a divisor that is not above
-    0 refuses the update and leaves everything as it is. `lr`, `betas`, `eps` and `weight_decay` are AdamW's; the decay
-    is decoupled from the gradient."""
+    All are flat fp32 tensors of one size, like `grad`. `weights`, if given, are the model's bf16
+    weights and receive the new master weights, rounded, in the same pass. `factors` come from
+    `adamw_factors`: a divisor that is not above 0 refuses the update and leaves everything as it
+    is. `lr`, `betas`, `eps` and `weight_decay` are AdamW's; the decay is decoupled from the
+    gradient."""
     if pick("optimizer", master) == "megalite":
-        torch.ops.megalite.adamw_(master, exp_avg, exp_avg_sq, weights, grad, factors, lr, *betas, eps, weight_decay)
+        torch.ops.megalite.adamw_(
+            master, exp_avg, exp_avg_sq, weights, grad, factors, lr, *betas, eps, weight_decay
+        )
         return
     beta1, beta2 = betas
     divisor, correction1, correction2 = factors
@@ -42,7 +46,8 @@ def adamw_(
     # As torch does it: eps is added behind the bias correction.
     denominator = (square.sqrt() / correction2.sqrt()).add_(eps)
     value = (master * (1 - lr * weight_decay)).sub_(lr / correction1 * average / denominator)
-    # A `where` on the device instead of an `if`: the host must not wait to learn whether the update is refused.
+    # A `where` on the device instead of an `if`: the host must not wait to learn whether the update
+    # is refused.
     refused = divisor <= 0
     for old, new in ((exp_avg, average), (exp_avg_sq, square), (master, value)):
         old.copy_(torch.where(refused, old, new))
@@ -51,11 +56,14 @@ def adamw_(
         weights.copy_(torch.where(refused, weights, rounded))
 
 
-def momentum_(buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, nesterov: bool) -> Tensor:
-    """Average `grad`, divided by `divisor` (fp32 []), into `buffer` with decay `momentum`, in place.
+def momentum_(
+    buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, nesterov: bool
+) -> Tensor:
+    """Average `grad`, divided by `divisor` (fp32 []), into `buffer` with decay `momentum`, in
+    place.
 
-    Returns what an update takes: the buffer, or with `nesterov` its average with the gradient. A divisor that is not
-    above 0 leaves the buffer as it is, and gives zeros."""
+    Returns what an update takes: the buffer, or with `nesterov` its average with the gradient. A
+    divisor that is not above 0 leaves the buffer as it is, and gives zeros."""
     if pick("optimizer", buffer) == "megalite":
         return torch.ops.megalite.momentum_(buffer, grad, divisor, momentum, nesterov)
     grad = grad / divisor
@@ -67,9 +75,15 @@ def momentum_(buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, ne
 
 
 def decayed_step_(
-    master: Tensor, weights: Tensor | None, step: Tensor, divisor: Tensor, lr: float, weight_decay: float
+    master: Tensor,
+    weights: Tensor | None,
+    step: Tensor,
+    divisor: Tensor,
+    lr: float,
+    weight_decay: float,
 ) -> None:
-    """Subtract lr · (`step` + `weight_decay` · `master`) from `master`, in place, and give bf16 `weights` the result.
+    """Subtract lr · (`step` + `weight_decay` · `master`) from `master`, in place, and give bf16
+    `weights` the result.
 
     A `divisor` (fp32 []) that is not above 0 leaves everything as it is."""
     if pick("optimizer", master) == "megalite":
@@ -83,10 +97,11 @@ def decayed_step_(
 
 
 def adamw_factors(divisor: Tensor, step: Tensor, betas: tuple[float, float]) -> Tensor:
-    """Return the `factors` of `adamw_`, [3] on the device: `divisor` and the two bias corrections 1 - beta^step.
+    """Return the `factors` of `adamw_`, [3] on the device: `divisor` and the two bias corrections 1
+    - beta^step.
 
-    `divisor` [] divides the gradient. `step` (fp64 []) counts the updates made, the coming one included; `betas` are
-    AdamW's."""
+    `divisor` [] divides the gradient. `step` (fp64 []) counts the updates made, the coming one
+    included; `betas` are AdamW's."""
     # In fp64: beta2 is so near to 1 that fp32 would lose digits of the difference in early steps.
     corrections = [1 - beta**step for beta in betas]
     return torch.stack([divisor.double(), *corrections]).to(divisor.dtype)
@@ -95,8 +110,9 @@ def adamw_factors(divisor: Tensor, step: Tensor, betas: tuple[float, float]) -> 
 def sum_of_squares(*flats: Tensor) -> Tensor:
     """Return the sum of squares of all elements of the tensors `flats`, fp64 [].
 
-    torch's own norm on the CPU adds fp32 squares one after another: over 10 million elements it is off by up to 5e-4,
-    by an amount that depends on the layout, and gradient clipping would pass that on to every weight."""
+    torch's own norm on the CPU adds fp32 squares one after another: over 10 million elements it is
+    off by up to 5e-4, by an amount that depends on the layout, and gradient clipping would pass
+    that on to every weight."""
     if pick("optimizer", flats[0]) == "megalite":
         return torch.ops.megalite.sum_of_squares(flats)
     return torch.stack([_sum_of_squares(flat) for flat in flats]).sum()
@@ -136,7 +152,12 @@ def _register() -> None:
 
     @torch.library.register_fake("megalite::decayed_step_")
     def _(
-        master: Tensor, weights: Tensor | None, step: Tensor, divisor: Tensor, lr: float, weight_decay: float
+        master: Tensor,
+        weights: Tensor | None,
+        step: Tensor,
+        divisor: Tensor,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         return None
 

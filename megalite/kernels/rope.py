@@ -1,7 +1,8 @@
-"""Rotary position embedding (RoPE, Su et al. 2021), in place in the fused projection of queries, keys and values.
+"""Rotary position embedding (RoPE, Su et al. 2021), in place in the fused projection of queries,
+keys and values.
 
-Letters in shapes: B batch, T tokens, N heads of queries, keys and values together, K head size, R rotated pairs of a
-head.
+Letters in shapes: B batch, T tokens, N heads of queries, keys and values together, K head size, R
+rotated pairs of a head.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from megalite.kernels.library import added, own, pick
 def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     """Rotate queries and keys by their positions: [B,T,N·K] → [B,T,N,K]. Computed in fp32.
 
-    `qkv` is the fused projection of heads of `head_size` K; queries and keys are its first `num_heads` heads and values
-    the last ones. Each rotated head turns its pairs (x[i], x[i + R]), Hugging Face's pairing; what lies beyond 2R
-    stays. `cos_BTR` and `sin_BTR` are fp32 tables [B or 1,T,R].
+    `qkv` is the fused projection of heads of `head_size` K; queries and keys are its first
+    `num_heads` heads and values the last ones. Each rotated head turns its pairs (x[i], x[i + R]),
+    Hugging Face's pairing; what lies beyond 2R stays. `cos_BTR` and `sin_BTR` are fp32 tables [B or
+    1,T,R].
 
-    The result shares the memory of `qkv`: a region under activation checkpointing may begin where `qkv` is computed,
-    but not after it. A hook that keeps the result's gradient must clone it."""
+    The result shares the memory of `qkv`: a region under activation checkpointing may begin where
+    `qkv` is computed, but not after it. A hook that keeps the result's gradient must clone it."""
     if function := added("rope", "rotate"):
         return function(qkv, head_size, num_heads, cos_BTR, sin_BTR)
     # contiguous() copies only where it must: the kernel rotates in place.
@@ -50,8 +52,8 @@ def _rotate_plainly(qkv_BTNK: Tensor, num_heads: int, cos_BTR: Tensor, sin_BTR: 
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates [B,T,N·K] as the linear layer returned it, not its view [B,T,N,K]: autograd would copy the whole gradient
-    three times in the backward pass of a view that changed in place."""
+    """Rotates [B,T,N·K] as the linear layer returned it, not its view [B,T,N,K]: autograd would
+    copy the whole gradient three times in the backward pass of a view that changed in place."""
 
     @staticmethod
     def forward(
@@ -83,17 +85,21 @@ class _Rotate(torch.autograd.Function):
 
 
 def _is_ours(grad: Tensor) -> bool:
-    """Return whether nothing else holds this gradient or shares its memory, so that it may change in place.
+    """Return whether nothing else holds this gradient or shares its memory, so that it may change
+    in place.
 
-    Autograd hands the same tensor to both terms of y + z, and a caller of backward(grad) still holds its argument.
-    Under torch.compile the answer is False: the compiler removes needless copies itself."""
+    Autograd hands the same tensor to both terms of y + z, and a caller of backward(grad) still
+    holds its argument. Under torch.compile the answer is False: the compiler removes needless
+    copies itself."""
     # Reference counts are the only way to know: autograd does not say who else holds a gradient.
     count = getattr(Tensor, "_use_count", None)  # not in every torch
     if torch.compiler.is_compiling() or count is None or not grad.is_contiguous():
         return False
     storage = grad.untyped_storage()
     holders = 2  # of the storage: `grad` and `storage`
-    if (whole := grad._base) is not None:  # `grad` is a view of the gradient [B,T,N,K] and keeps it alive
+    if (
+        whole := grad._base
+    ) is not None:  # `grad` is a view of the gradient [B,T,N,K] and keeps it alive
         if count(whole) != 2:  # held by `grad` and by `whole`
             return False
         holders += 1

@@ -1,6 +1,7 @@
-"""Attention sinks (gpt-oss): each head has one more logit in its softmax, which takes a share of the probability and
-has no value. Given the attention without it and its log-sum-exp, both follow in one line; and with these two, the usual
-backward pass of fused attention gives the right gradients, since all it knows of a softmax is its log-sum-exp.
+"""Attention sinks (gpt-oss): each head has one more logit in its softmax, which takes a share of
+the probability and has no value. Given the attention without it and its log-sum-exp, both follow in
+one line; and with these two, the usual backward pass of fused attention gives the right gradients,
+since all it knows of a softmax is its log-sum-exp.
 
 Letters in shapes are those of `kernels.attention`.
 """
@@ -27,8 +28,9 @@ def with_sinks(out_BHTV: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tens
 
 
 def sinks_gradient(grad_BHTV: Tensor, out_BHTV: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> Tensor:
-    """Return the gradient of the sinks, [H], from the gradient of the output; `out_BHTV` and `lse_BHT` are those with
-    the sinks. A sink's value is 0, so that of its probability is only what the normalisation takes."""
+    """Return the gradient of the sinks, [H], from the gradient of the output; `out_BHTV` and
+    `lse_BHT` are those with the sinks. A sink's value is 0, so that of its probability is only what
+    the normalisation takes."""
     probability_BHT = torch.exp(sinks_H.to(lse_BHT.dtype)[:, None] - lse_BHT)
     taken_BHT = (grad_BHTV.to(lse_BHT.dtype) * out_BHTV).sum(-1)
     return -(probability_BHT * taken_BHT).sum((0, 2)).to(sinks_H.dtype)
@@ -42,12 +44,14 @@ def self_attention_with_sinks(
     document_BT: Tensor | None,
     kind: AttentionKind,
 ) -> Tensor:
-    """Compute `kernels.attention.self_attention` of heads that have sinks: [B,T,N,K] → [B,T,H·K]. Raises ValueError for
-    soft-capped scores."""
+    """Compute `kernels.attention.self_attention` of heads that have sinks: [B,T,N,K] → [B,T,H·K].
+    Raises ValueError for soft-capped scores."""
     kind = kind.within(qkv_BTNK.shape[1])
     if kind == AttentionKind(sinks=True) and pick("attention", qkv_BTNK) == "megalite":
         return _OwnKernel.apply(qkv_BTNK, sinks_H, num_heads, num_kv_heads, document_BT)
-    return attention_with_sinks(*split_heads(qkv_BTNK, num_heads, num_kv_heads), sinks_H, document_BT, kind)
+    return attention_with_sinks(
+        *split_heads(qkv_BTNK, num_heads, num_kv_heads), sinks_H, document_BT, kind
+    )
 
 
 def attention_with_sinks(
@@ -58,8 +62,8 @@ def attention_with_sinks(
     document_BT: Tensor | None,
     kind: AttentionKind,
 ) -> Tensor:
-    """Compute `kernels.attention.attention` of heads that have sinks: [B,T,H·V]. Raises ValueError for soft-capped
-    scores."""
+    """Compute `kernels.attention.attention` of heads that have sinks: [B,T,H·V]. Raises ValueError
+    for soft-capped scores."""
     if kind.softcap is not None:
         raise ValueError(f"attention sinks beside soft-capped scores are not computed: {kind}")
     kind, mask = kind.within(q_BTHK.shape[1]), None
@@ -75,10 +79,17 @@ class _OwnKernel(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_BTNK: Tensor, sinks_H: Tensor, num_heads: int, num_kv_heads: int, document_BT: Tensor | None
+        ctx: Any,
+        qkv_BTNK: Tensor,
+        sinks_H: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        document_BT: Tensor | None,
     ) -> Tensor:
         ctx.heads = num_heads, num_kv_heads
-        out, lse_BHT = torch.ops.megalite.attention_forward(qkv_BTNK, num_heads, num_kv_heads, document_BT)
+        out, lse_BHT = torch.ops.megalite.attention_forward(
+            qkv_BTNK, num_heads, num_kv_heads, document_BT
+        )
         out_BHTK, lse_BHT = with_sinks(_heads_first(out, num_heads), lse_BHT, sinks_H)
         out = out_BHTK.transpose(1, 2).flatten(2)
         ctx.save_for_backward(qkv_BTNK, sinks_H, out, lse_BHT, document_BT)
@@ -88,7 +99,9 @@ class _OwnKernel(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv_BTNK, sinks_H, out, lse_BHT, document_BT = ctx.saved_tensors
-        grad_qkv = torch.ops.megalite.attention_backward(grad, qkv_BTNK, out, lse_BHT, *ctx.heads, document_BT)
+        grad_qkv = torch.ops.megalite.attention_backward(
+            grad, qkv_BTNK, out, lse_BHT, *ctx.heads, document_BT
+        )
         grad_BHTK, out_BHTK = (_heads_first(x, ctx.heads[0]) for x in (grad, out))
         return grad_qkv, sinks_gradient(grad_BHTK, out_BHTK, lse_BHT, sinks_H), None, None, None
 

@@ -1,5 +1,6 @@
-"""Model families. A family is one file: its config, its modules for one device, its table of weights and its mapping
-to and from a Hugging Face config.json. To add one, write the file and name it in registry.py."""
+"""Model families. A family is one file: its config, its modules for one device, its table of
+weights and its mapping to and from a Hugging Face config.json. To add one, write the file and name
+it in registry.py."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def family(name: str) -> Family:
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
-    """Return the `model:` section from its `values`: a preset or the config of a Hugging Face folder, with any field
-    overridden beside it.
+    """Return the `model:` section from its `values`: a preset or the config of a Hugging Face
+    folder, with any field overridden beside it.
 
     Raises ConfigError."""
     base: dict[str, Any] = {}
@@ -62,12 +63,16 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         raise ConfigError("give either a `preset` or an `hf` folder, not both")
     if values.get("preset"):
         base = _read_preset(str(values["preset"]))
-    elif values.get("hf") and "family" not in values:  # a run's own config.yaml has every field written out
+    elif (
+        values.get("hf") and "family" not in values
+    ):  # a run's own config.yaml has every field written out
         # Only the architecture: weights are read later, by checkpoint/load.py.
         base = from_hf_config(read_hf_config(Path(values["hf"])))
         base = family(base["family"]).CONFIG.with_files(base, stored_names(Path(values["hf"])))
     if base and values.get("family") not in (None, base["family"]):
-        raise ConfigError(f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}")
+        raise ConfigError(
+            f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}"
+        )
     if base and values.get("hf"):
         values = rope.lengthened(values, base)
     # What stands beside `preset` or `hf` in the config wins over it.
@@ -93,12 +98,14 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model's folder, or of the model that an adapter's folder is for. Raises
-    ConfigError."""
+    """Return the config.json of a model's folder, or of the model that an adapter's folder is for.
+    Raises ConfigError."""
     if peft.is_adapter(folder):
         folder = peft.base_of(folder)
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no Hugging Face model: {folder / 'config.json'}: No such file or directory")
+        raise ConfigError(
+            f"{folder} holds no Hugging Face model: {folder / 'config.json'}: No such file or directory"
+        )
     values = read_json(folder / "config.json", ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
@@ -125,16 +132,19 @@ def _known_part(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the `model:` section from a Hugging Face config.json. Raises ConfigError for an unknown
-    architecture or value."""
+    """Return the fields of the `model:` section from a Hugging Face config.json. Raises ConfigError
+    for an unknown architecture or value."""
     hf = _known_part(hf)
     kind = str(hf.get("model_type"))
     if kind in REFUSED:
-        raise ConfigError(f"config.json has model_type = {kind!r}, which megalite does not open: {REFUSED[kind]}")
+        raise ConfigError(
+            f"config.json has model_type = {kind!r}, which megalite does not open: {REFUSED[kind]}"
+        )
     if kind not in families:
         known = (*families.names(), *PARTS)
         close = nearest(kind, known)
-        # Not offered as a spelling: a name close to that of a family belongs to another architecture.
+        # Not offered as a spelling: a name close to that of a family belongs to another
+        # architecture.
         also = f"; nearest in name is {close!r}, another architecture" if close else ""
         raise ConfigError(
             f"config.json has model_type = {kind!r}, which megalite does not open{also}; known: {', '.join(known)}"
@@ -154,12 +164,15 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
         ArithmeticError,
         LookupError,
     ) as error:  # a list for a number, 0 heads
-        raise ConfigError(f"config.json of a {kind} model holds a value of another kind: {error}") from None
+        raise ConfigError(
+            f"config.json of a {kind} model holds a value of another kind: {error}"
+        ) from None
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the model's config.json. That it has no special tokens, beside those that its family counts on, is written
-    out, too: transformers' defaults for them may lie outside of the vocabulary."""
+    """Return the model's config.json. That it has no special tokens, beside those that its family
+    counts on, is written out, too: transformers' defaults for them may lie outside of the
+    vocabulary."""
     # In this order: a family may set special tokens, a head the architecture's name.
     return dict.fromkeys(SPECIAL) | family(config.family).to_hf(config) | heads.to_hf(config)
 
@@ -172,20 +185,23 @@ TWICE = (
 
 
 def copied_hf_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of a copy of a model: `hf` as it was read, but with each fact in one place, and without
-    names of code that is not copied, nor how weights were quantised, which are read as what they stand for."""
+    """Return the config.json of a copy of a model: `hf` as it was read, but with each fact in one
+    place, and without names of code that is not copied, nor how weights were quantised, which are
+    read as what they stand for."""
     ours = to_hf_config(config)
     # Where both agree, ours are written: they have the numeric types that transformers asks for.
     unsaid = {key for key, value in hf.items() if value is None or value == ours.get(key)}
     return ours | {
-        key: value for key, value in hf.items() if key not in {*TWICE, "auto_map", "quantization_config", *unsaid}
+        key: value
+        for key, value in hf.items()
+        if key not in {*TWICE, "auto_map", "quantization_config", *unsaid}
     }
 
 
 def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:
-    """Return every weight of the model, in the order in which a forward pass uses them. With `lora`, those of its
-    adapters are among them, and the others frozen. Raises ConfigError where the model does not have what `lora` asks
-    for."""
+    """Return every weight of the model, in the order in which a forward pass uses them. With
+    `lora`, those of its adapters are among them, and the others frozen. Raises ConfigError where
+    the model does not have what `lora` asks for."""
     weights = tuple(heads.head_rows(config, family(config.family).weights(config)))
     return with_adapters(weights, lora) if lora else weights
 
@@ -201,7 +217,8 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def build_model(config: ModelConfig, lora: LoraConfig | None = None) -> Decoder:
-    """Build the clean model on the meta device: shapes without memory. An engine gives it weights."""
+    """Build the clean model on the meta device: shapes without memory. An engine gives it
+    weights."""
     with torch.device("meta"):
         model = heads.put_on(family(config.family).MODEL(config), config)
     if lora:

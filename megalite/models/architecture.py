@@ -1,9 +1,10 @@
-"""What a model computes, as data: how each layer mixes tokens, what its feed-forward part is, and the few facts of the
-whole model that planning needs.
+"""What a model computes, as data: how each layer mixes tokens, what its feed-forward part is, and
+the few facts of the whole model that planning needs.
 
-A family's config gives it (`ModelConfig.describe`) beside the table of weights, whose rows have the sizes of single
-weights. The plan, the planner, the count of FLOPs and the KV cache read it, so that none of them guesses what a layer
-computes from the names of its weights. Nothing here imports torch."""
+A family's config gives it (`ModelConfig.describe`) beside the table of weights, whose rows have the
+sizes of single weights. The plan, the planner, the count of FLOPs and the KV cache read it, so that
+none of them guesses what a layer computes from the names of its weights. Nothing here imports
+torch."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from typing import Literal
 class MixerSpec:
     """Base of the kinds of mixers, the part of a layer in which tokens see each other.
 
-    Attention is one. A family with another kind (latent, recurrent, …) subclasses this. FLOPs are counted by what it
-    says, while the planner refuses kinds that it does not know."""
+    Attention is one. A family with another kind (latent, recurrent, …) subclasses this. FLOPs are
+    counted by what it says, while the planner refuses kinds that it does not know."""
 
     def num_elements(self, hidden_size: int) -> int:
         """Return the elements of its matrices, biases and norms not counted."""
@@ -26,7 +27,8 @@ class MixerSpec:
         return length
 
     def products(self, positions: int) -> int:
-        """Return how often a token's features are multiplied with those of `positions` tokens, over all heads."""
+        """Return how often a token's features are multiplied with those of `positions` tokens, over
+        all heads."""
         raise NotImplementedError
 
 
@@ -41,8 +43,8 @@ class AttentionSpec(MixerSpec):
     value_size: int
     """Features of a head's values."""
     window: int | None = None
-    """Size of the sliding window in tokens, the attending token included: as many before it and, where attention is not
-    causal, as many behind it. None: no window."""
+    """Size of the sliding window in tokens, the attending token included: as many before it and,
+    where attention is not causal, as many behind it. None: no window."""
     softcap: float | None = None
     """Cap of the scores. None: no cap."""
     scale: float | None = None
@@ -59,7 +61,8 @@ class AttentionSpec(MixerSpec):
 
     @property
     def writes_scores(self) -> bool:
-        """Return whether attention materializes its scores (eager attention), which fused kernels avoid."""
+        """Return whether attention materializes its scores (eager attention), which fused kernels
+        avoid."""
         return self.softcap is not None or self.bias or self.dropout > 0
 
     def num_elements(self, hidden_size: int) -> int:
@@ -83,21 +86,27 @@ class AttentionSpec(MixerSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec(AttentionSpec):
-    """Describes latent attention, in which each head has keys and values made from one latent of a token."""
+    """Describes latent attention, in which each head has keys and values made from one latent of a
+    token."""
 
     kv_rank: int
     """Features of that latent."""
     q_rank: int | None
-    """Features of the latent that queries are made from. None: they are made from the hidden states."""
+    """Features of the latent that queries are made from. None: they are made from the hidden
+    states."""
     rope_size: int
-    """Features of a head's queries and keys that have positions; all heads share those of the keys."""
+    """Features of a head's queries and keys that have positions; all heads share those of the
+    keys."""
 
     def num_elements(self, hidden_size: int) -> int:
-        """Return the elements of what makes latents, of what makes heads from them, and of the output."""
+        """Return the elements of what makes latents, of what makes heads from them, and of the
+        output."""
         heads, plain = self.num_heads, self.head_size - self.rope_size
         queries = heads * self.head_size
         q = hidden_size * queries if self.q_rank is None else self.q_rank * (hidden_size + queries)
-        kv = hidden_size * (self.kv_rank + self.rope_size) + self.kv_rank * heads * (plain + self.value_size)
+        kv = hidden_size * (self.kv_rank + self.rope_size) + self.kv_rank * heads * (
+            plain + self.value_size
+        )
         return q + kv + heads * self.value_size * hidden_size
 
 
@@ -109,7 +118,8 @@ class CrossSpec(AttentionSpec):
         return 2 * super().num_elements(hidden_size)
 
     def source_elements(self, hidden_size: int) -> int:
-        """Return the elements that an encoder's states are multiplied with: those that make keys and values of them."""
+        """Return the elements that an encoder's states are multiplied with: those that make keys
+        and values of them."""
         return self.num_kv_heads * (self.head_size + self.value_size) * hidden_size
 
 
@@ -140,7 +150,8 @@ class FeedForwardSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsSpec(FeedForwardSpec):
-    """Describes a mixture of experts of `inner` features each, with a router of a row for each expert."""
+    """Describes a mixture of experts of `inner` features each, with a router of a row for each
+    expert."""
 
     num_experts: int
     experts_per_token: int
@@ -178,19 +189,21 @@ class Architecture:
     norm: Literal["rms", "layer"]
     """Kind of all norms of hidden states."""
     num_streams: int = 1
-    """Tensors of hidden states [B,T,D] that a layer hands to the next: 2 where an encoder's go on beside a decoder's.
-    Predictions are made from the last."""
+    """Tensors of hidden states [B,T,D] that a layer hands to the next: 2 where an encoder's go on
+    beside a decoder's. Predictions are made from the last."""
     source_layers: int = 0
-    """Layers, the first ones, that see an encoder's own sequence, which the batch has beside that of the others."""
+    """Layers, the first ones, that see an encoder's own sequence, which the batch has beside that
+    of the others."""
     shared_tables: tuple[tuple[int, int], ...] = ()
-    """Shapes of weights that layers of several stages use, which go along before the hidden states. Tensor ranks share
-    the last dimension."""
+    """Shapes of weights that layers of several stages use, which go along before the hidden states.
+    Tensor ranks share the last dimension."""
     hidden_dropout: float = 0.0
     """Dropout of what attention and the feed-forward part add to the residual stream."""
     logit_softcap: float | None = None
     """Cap of the logits. None: no cap."""
     turning_points: range = range(0)
-    """Sequence lengths after which one token more has all positions encoded differently (LongRoPE, dynamic NTK)."""
+    """Sequence lengths after which one token more has all positions encoded differently (LongRoPE,
+    dynamic NTK)."""
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:

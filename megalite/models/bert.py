@@ -1,5 +1,5 @@
-"""BERT (Devlin et al. 2019): an encoder of post-norm layers, with learned positions, GELU, biases, dropout, and a head
-that tells what stands behind a [MASK]. RoBERTa shares its modules and rows."""
+"""BERT (Devlin et al. 2019): an encoder of post-norm layers, with learned positions, GELU, biases,
+dropout, and a head that tells what stands behind a [MASK]. RoBERTa shares its modules and rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class BertConfig(ModelConfig):
     family: Literal["bert"] = "bert"
     intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
     token_types: int = Field(
-        2, gt=0, description="Rows of the embedding of a token's type: 1 in the second of two texts, else 0."
+        2,
+        gt=0,
+        description="Rows of the embedding of a token's type: 1 in the second of two texts, else 0.",
     )
     norm_eps: float = Field(1e-12, gt=0)
     tie_embeddings: Literal[True] = True
@@ -71,7 +73,10 @@ class BertConfig(ModelConfig):
         *(f"cls.seq_relationship.{part}" for part in ("weight", "bias")),
         "cls.predictions.decoder.bias",
     )
-    OLD_ENDS: ClassVar[Mapping[str, str]] = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    OLD_ENDS: ClassVar[Mapping[str, str]] = {
+        "LayerNorm.gamma": "LayerNorm.weight",
+        "LayerNorm.beta": "LayerNorm.bias",
+    }
     HEAD_ACTS_ALIKE: ClassVar[bool] = True
     """True if the head has the activation of the layers, and not GELU in any case."""
     OFFSET: ClassVar[int] = 0
@@ -107,13 +112,16 @@ class BertConfig(ModelConfig):
             dropout=self.attention_dropout,
             rope=False,
         )
-        layer = LayerSpec(attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu"))
+        layer = LayerSpec(
+            attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu")
+        )
         layers = (layer,) * self.num_layers
         return Architecture(layers=layers, norm="layer", hidden_dropout=self.hidden_dropout)
 
 
 class Attention(nn.Module):
-    """Attention to all tokens of a document, on one fused projection of queries, keys and values."""
+    """Attention to all tokens of a document, on one fused projection of queries, keys and
+    values."""
 
     def __init__(self, config: BertConfig, site: str):
         super().__init__()
@@ -141,12 +149,14 @@ class MLP(nn.Module):
         return self.activation_and_down_proj(self.up(x))
 
     def activation_and_down_proj(self, up: Tensor) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        """Apply the activation and the down projection; recomputed as one under `train.recompute:
+        selective`."""
         return self.down(self.activation(up))
 
 
 class Layer(nn.Module):
-    """Post-norm layer: attention, then MLP; what each adds to its input is normalized together with it."""
+    """Post-norm layer: attention, then MLP; what each adds to its input is normalized together with
+    it."""
 
     def __init__(self, config: BertConfig, index: int):
         super().__init__()
@@ -213,8 +223,14 @@ class Bert(Decoder):
 
 def weights(config: BertConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
-    hidden, inner, std, prefix = config.hidden_size, config.inner_size, config.init_std, config.PREFIX
-    # Two projections a layer add to the residual stream: scaled like this, as in Megatron-LM, they keep its variance.
+    hidden, inner, std, prefix = (
+        config.hidden_size,
+        config.inner_size,
+        config.init_std,
+        config.PREFIX,
+    )
+    # Two projections a layer add to the residual stream: scaled like this, as in Megatron-LM, they
+    # keep its variance.
     residual_std = std / math.sqrt(2 * config.num_layers)
     thirds, head = (hidden, hidden, hidden), config.head_size
     # Three Hugging Face tensors make up the one fused weight, in this order.
@@ -222,7 +238,14 @@ def weights(config: BertConfig) -> Iterator[Weight]:
     layer = (
         *_linear("attention.qkv", qkv, (3 * hidden, hidden), "column", std, thirds, head),
         # `unit`: columns that stay together, as they are the outputs of one head.
-        *_linear("attention.out", ("attention.output.dense",), (hidden, hidden), "row", residual_std, unit=head),
+        *_linear(
+            "attention.out",
+            ("attention.output.dense",),
+            (hidden, hidden),
+            "row",
+            residual_std,
+            unit=head,
+        ),
         *_norm("attention_norm", "attention.output.LayerNorm", hidden, 0),
         *_linear("mlp.up", ("intermediate.dense",), (inner, hidden), "column", std),
         *_linear("mlp.down", ("output.dense",), (hidden, inner), "row", residual_std),
@@ -250,8 +273,12 @@ def weights(config: BertConfig) -> Iterator[Weight]:
     if config.task == "masked":
         yield from _norm("norm", names.norm, hidden, "last")
         if not config.tie_embeddings:
-            yield Weight("head.weight", table, (f"{names.decoder}.weight",), "vocab", init=std, place="last")
-        yield Weight("head.bias", table[:1], (names.bias,), "vocab", init="zeros", decay=False, place="last")
+            yield Weight(
+                "head.weight", table, (f"{names.decoder}.weight",), "vocab", init=std, place="last"
+            )
+        yield Weight(
+            "head.bias", table[:1], (names.bias,), "vocab", init="zeros", decay=False, place="last"
+        )
 
 
 def _norm(name: str, hf: str, size: int, place: Place) -> Iterator[Weight]:
@@ -273,13 +300,23 @@ def _linear(
     unit: int = 1,
     place: Place = 0,
 ) -> Iterator[Weight]:
-    """Yield the rows of a linear module: matrix and bias. What is not cut by output features sees a cut sequence under
-    sequence parallelism: there its gradient is partial."""
+    """Yield the rows of a linear module: matrix and bias. What is not cut by output features sees a
+    cut sequence under sequence parallelism: there its gradient is partial."""
     # Only a column-parallel bias is cut; a row-parallel one is added once, behind the reduction.
     cut = shard == "column"
     matrix, bias = (tuple(f"{module}.{part}" for module in hf) for part in ("weight", "bias"))
     partial: Literal["sequence"] | None = None if shard else "sequence"
-    yield Weight(f"{name}.weight", shape, matrix, shard, parts, unit, init=std, place=place, partial_grad=partial)
+    yield Weight(
+        f"{name}.weight",
+        shape,
+        matrix,
+        shard,
+        parts,
+        unit,
+        init=std,
+        place=place,
+        partial_grad=partial,
+    )
     yield Weight(
         f"{name}.bias", shape[:1], bias, "column" if cut else None, parts, unit if cut else 1,
         init="zeros", decay=False, place=place, partial_grad=None if cut else "sequence",
@@ -311,7 +348,13 @@ KEYS = Keys().but(
     },
     directionality="said to be of both directions, as all are",
     **dict.fromkeys(
-        ("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
+        (
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        ),
         _POOLER,
     ),
 )
@@ -322,7 +365,8 @@ def to_hf(config: BertConfig) -> dict[str, Any]:
 
 
 def fields_to_hf(config: BertConfig, architecture: str) -> dict[str, Any]:
-    """Return the keys of config.json that BERT and RoBERTa share; `architecture` is transformers' name."""
+    """Return the keys of config.json that BERT and RoBERTa share; `architecture` is transformers'
+    name."""
     return {
         "architectures": [architecture],
         "model_type": config.family,

@@ -1,6 +1,6 @@
-"""DeepSeek-V3 (2024) and kin: latent attention, and many small experts that are chosen by sigmoid scores with a bias,
-which balances their load, beside some that every token visits. The first layers are dense. Multi-token prediction is
-left out."""
+"""DeepSeek-V3 (2024) and kin: latent attention, and many small experts that are chosen by sigmoid
+scores with a bias, which balances their load, beside some that every token visits. The first layers
+are dense. Multi-token prediction is left out."""
 
 from __future__ import annotations
 
@@ -27,14 +27,24 @@ from megalite.models.weights import Weight
 
 class DeepseekV3Config(RoutedConfig, LatentConfig):
     family: Literal["deepseek_v3"] = "deepseek_v3"
-    moe_intermediate_size: int = Field(gt=0, description="Inner features of an expert; intermediate_size is dense.")
+    moe_intermediate_size: int = Field(
+        gt=0, description="Inner features of an expert; intermediate_size is dense."
+    )
     n_shared_experts: int = Field(1, gt=0, description="Experts that every token visits.")
     n_group: int = Field(1, gt=0, description="Groups of experts.")
     topk_group: int = Field(1, gt=0, description="Groups of which a token may visit experts.")
-    norm_topk_prob: bool = Field(True, description="Have the weights of a token's experts add up to 1.")
-    routed_scaling_factor: float = Field(1.0, gt=0, description="Factor of the weights of a token's experts.")
-    first_k_dense_replace: int = Field(0, ge=0, description="How many layers, the first ones, are dense.")
-    router_aux_loss_coef: float = Field(0.0001, ge=0, description="Weight of the sequence-wise load-balancing loss.")
+    norm_topk_prob: bool = Field(
+        True, description="Have the weights of a token's experts add up to 1."
+    )
+    routed_scaling_factor: float = Field(
+        1.0, gt=0, description="Factor of the weights of a token's experts."
+    )
+    first_k_dense_replace: int = Field(
+        0, ge=0, description="How many layers, the first ones, are dense."
+    )
+    router_aux_loss_coef: float = Field(
+        0.0001, ge=0, description="Weight of the sequence-wise load-balancing loss."
+    )
     router_bias_rate: float = Field(
         0.001,
         ge=0,
@@ -45,10 +55,14 @@ class DeepseekV3Config(RoutedConfig, LatentConfig):
     @model_validator(mode="after")
     def _groups_come_out_even(self) -> DeepseekV3Config:
         if self.num_experts % self.n_group:
-            raise ValueError(f"num_experts {self.num_experts} must be a multiple of n_group {self.n_group}")
+            raise ValueError(
+                f"num_experts {self.num_experts} must be a multiple of n_group {self.n_group}"
+            )
         size = self.num_experts // self.n_group
         if self.n_group > 1 and size < 2:
-            raise ValueError(f"n_group {self.n_group} leaves a group {size} expert; transformers needs two")
+            raise ValueError(
+                f"n_group {self.n_group} leaves a group {size} expert; transformers needs two"
+            )
         if self.topk_group > self.n_group or self.experts_per_token > self.topk_group * size:
             raise ValueError(
                 f"experts_per_token {self.experts_per_token} do not fit into topk_group {self.topk_group} of n_group "
@@ -98,7 +112,10 @@ class DeepseekV3(Llama):
 
 
 def weights(config: DeepseekV3Config) -> Iterator[Weight]:
-    attention, experts = latent_rows(config), (*expert_rows(config), *shared_rows(config, "mlp.shared_experts"))
+    attention, experts = (
+        latent_rows(config),
+        (*expert_rows(config), *shared_rows(config, "mlp.shared_experts")),
+    )
     dense, routed = layer_table(config, attention), layer_table(config, attention, experts)
 
     def rows(layer: int) -> Sequence[Weight]:
@@ -155,9 +172,13 @@ def to_hf(config: DeepseekV3Config) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    check_quantisation(hf, "deepseek_v3", {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]})
+    check_quantisation(
+        hf, "deepseek_v3", {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    )
     experts = routed_from_hf(hf, "n_routed_experts", "num_local_experts", "num_experts", usual=256)
-    values = fields_from_hf(hf | {"head_dim": hf["head_dim"] or hf["qk_rope_head_dim"]}, DeepseekV3Config)
+    values = fields_from_hf(
+        hf | {"head_dim": hf["head_dim"] or hf["qk_rope_head_dim"]}, DeepseekV3Config
+    )
     return values | experts | {name: hf[name] for name in SAME}
 
 

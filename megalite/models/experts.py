@@ -1,7 +1,8 @@
-"""Mixture of experts (Shazeer et al. 2017): a router sends each token to a few of a layer's MLPs. Dropless: no expert
-has a capacity, so that what becomes of a token does not depend on the others.
+"""Mixture of experts (Shazeer et al. 2017): a router sends each token to a few of a layer's MLPs.
+Dropless: no expert has a capacity, so that what becomes of a token does not depend on the others.
 
-Letters in shapes: B batch, T sequence, D hidden, E experts, K experts that a token visits, N = B·T·K rows."""
+Letters in shapes: B batch, T sequence, D hidden, E experts, K experts that a token visits, N =
+B·T·K rows."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class RoutedConfig(LlamaLike):
     num_experts: int = Field(gt=1)  # transformers opens no model with one
     experts_per_token: int = Field(gt=0, description="How many experts each token visits.")
     router_aux_loss_coef: float = Field(
-        0.001, ge=0, description="Weight of each layer's load-balancing loss, which is 1 in balance. 0: none."
+        0.001,
+        ge=0,
+        description="Weight of each layer's load-balancing loss, which is 1 in balance. 0: none.",
     )
     router_z_loss_coef: float = Field(
         0.0,
@@ -95,7 +98,8 @@ class RoutedConfig(LlamaLike):
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Return into how many groups the experts fall, and of how many of these a token may visit experts."""
+        """Return into how many groups the experts fall, and of how many of these a token may visit
+        experts."""
         return 1, 1
 
     @property
@@ -105,7 +109,8 @@ class RoutedConfig(LlamaLike):
 
     @property
     def shared_inner(self) -> int:
-        """Return the inner features of the experts that every token visits beside those chosen for it; 0: none."""
+        """Return the inner features of the experts that every token visits beside those chosen for
+        it; 0: none."""
         return 0
 
     @property
@@ -129,10 +134,18 @@ class RoutedConfig(LlamaLike):
 class Among(RoutedConfig):
     """Fields of families whose layers with experts may be among dense ones."""
 
-    moe_intermediate_size: int = Field(gt=0, description="Inner features of an expert; intermediate_size is dense.")
-    norm_topk_prob: bool = Field(False, description="Have the weights of a token's experts add up to 1.")
-    decoder_sparse_step: int = Field(1, gt=0, description="Every so many layers one has experts, the others are dense.")
-    mlp_only_layers: tuple[int, ...] = Field((), description="Numbers of layers, from 0, that are dense in any case.")
+    moe_intermediate_size: int = Field(
+        gt=0, description="Inner features of an expert; intermediate_size is dense."
+    )
+    norm_topk_prob: bool = Field(
+        False, description="Have the weights of a token's experts add up to 1."
+    )
+    decoder_sparse_step: int = Field(
+        1, gt=0, description="Every so many layers one has experts, the others are dense."
+    )
+    mlp_only_layers: tuple[int, ...] = Field(
+        (), description="Numbers of layers, from 0, that are dense in any case."
+    )
 
     @model_validator(mode="after")
     def _dense_layers_exist(self) -> Among:
@@ -157,23 +170,31 @@ class Among(RoutedConfig):
 
 
 class Router(nn.Module):
-    """Choose the experts of each token by their scores, in fp32. The weights of those chosen are their scores, too, or
-    shares of these; a bias and a limit of groups only choose."""
+    """Choose the experts of each token by their scores, in fp32. The weights of those chosen are
+    their scores, too, or shares of these; a bias and a limit of groups only choose."""
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.logit_bias = nn.Parameter(torch.empty(config.num_experts)) if config.HAS_BIASES else None
-        self.bias = None if config.bias_rate is None else nn.Parameter(torch.empty(config.num_experts))
+        self.logit_bias = (
+            nn.Parameter(torch.empty(config.num_experts)) if config.HAS_BIASES else None
+        )
+        self.bias = (
+            None if config.bias_rate is None else nn.Parameter(torch.empty(config.num_experts))
+        )
         self.experts_per_token, self.renormalizes = config.experts_per_token, config.renormalizes
-        self.scores_by, self.groups, self.scale = config.scores_by, config.groups, config.routed_scale
+        self.scores_by, self.groups, self.scale = (
+            config.scores_by,
+            config.groups,
+            config.routed_scale,
+        )
         balance, z_loss = config.router_aux_loss_coef, config.router_z_loss_coef
         self.load_balance = LayerLoss("load_balance", balance) if balance else None
         self.z_loss = LayerLoss("router_z", z_loss) if z_loss else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `x`, with the router's losses attached, and for each token its experts in ascending order: their
-        weights [B,T,K], fp32, and indices [B,T,K]."""
+        """Return `x`, with the router's losses attached, and for each token its experts in
+        ascending order: their weights [B,T,K], fp32, and indices [B,T,K]."""
         logits_BTE = router_logits(x_BTD, self.weight)
         if self.logit_bias is not None:
             logits_BTE = logits_BTE + self.logit_bias.float()
@@ -186,7 +207,9 @@ class Router(nn.Module):
         if self.renormalizes:
             total_BT1 = weight_BTK.sum(-1, keepdim=True)
             # Scores of a softmax add up to something; sigmoids might all be 0.
-            weight_BTK = weight_BTK / (total_BT1 if self.scores_by == "softmax" else total_BT1 + 1e-20)
+            weight_BTK = weight_BTK / (
+                total_BT1 if self.scores_by == "softmax" else total_BT1 + 1e-20
+            )
         if self.scale != 1.0:
             weight_BTK = weight_BTK * self.scale
         if self.bias is not None:
@@ -198,14 +221,17 @@ class Router(nn.Module):
             if self.scores_by == "sigmoid":
                 # Sigmoids do not add up to 1 by themselves; the loss is defined on shares.
                 probability_BTE = score_BTE / score_BTE.sum(-1, keepdim=True)
-            x_BTD = self.load_balance(x_BTD, self.imbalance(self.load_balance, probability_BTE, index_BTK))
+            x_BTD = self.load_balance(
+                x_BTD, self.imbalance(self.load_balance, probability_BTE, index_BTK)
+            )
         if self.z_loss is not None and self.z_loss.is_on:
             x_BTD = self.z_loss(x_BTD, logits_BTE.logsumexp(-1).square())  # Zoph et al. 2022
         return x_BTD, weight_BTK, index_BTK
 
     def choose(self, score_BTE: Tensor) -> Tensor:
-        """Return the experts of each token, in ascending order [B,T,K], by the sum of score and bias, among those of
-        the groups whose two best have the largest sums (DeepSeek-V3, section 2.1.2)."""
+        """Return the experts of each token, in ascending order [B,T,K], by the sum of score and
+        bias, among those of the groups whose two best have the largest sums (DeepSeek-V3, section
+        2.1.2)."""
         if self.bias is not None:
             score_BTE = score_BTE + self.bias.detach()
         num_groups, allowed = self.groups
@@ -222,13 +248,17 @@ class Router(nn.Module):
 
     @staticmethod
     def imbalance(loss: LayerLoss, probability_BTE: Tensor, index_BTK: Tensor) -> Tensor:
-        """Return the sequence-wise load-balancing loss of each row [B] (DeepSeek-V3, section 2.1.2): E·Σₑ fₑ·Pₑ, with
-        fₑ the share of visits that expert e has and Pₑ its mean probability. 1 in balance."""
+        """Return the sequence-wise load-balancing loss of each row [B] (DeepSeek-V3, section
+        2.1.2): E·Σₑ fₑ·Pₑ, with fₑ the share of visits that expert e has and Pₑ its mean
+        probability. 1 in balance."""
         num_experts, k = probability_BTE.shape[-1], index_BTK.shape[-1]
         # A count, without a gradient: the loss moves probabilities only.
         visits_BTE = torch.zeros_like(probability_BTE).scatter_(-1, index_BTK, 1.0)
-        # Both sums go over the whole row before they are multiplied, whatever part of it is here: one message.
-        visits_BE, total_BE = loss.row_sum(torch.cat((visits_BTE, probability_BTE), -1)).chunk(2, -1)
+        # Both sums go over the whole row before they are multiplied, whatever part of it is here:
+        # one message.
+        visits_BE, total_BE = loss.row_sum(torch.cat((visits_BTE, probability_BTE), -1)).chunk(
+            2, -1
+        )
         num_visits_B = visits_BE.sum(-1)
         # fₑ = visits / all visits; Pₑ = total / tokens, and tokens = all visits / k: hence k and
         # the square.
@@ -236,8 +266,9 @@ class Router(nn.Module):
 
 
 class _Count(Function):
-    """Pass hidden states on. In the backward pass, which a step has once for every token, the bias gets as its gradient
-    how many more tokens each expert has than the mean, times the number of experts."""
+    """Pass hidden states on. In the backward pass, which a step has once for every token, the bias
+    gets as its gradient how many more tokens each expert has than the mean, times the number of
+    experts."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, bias_E: Tensor, index_BTK: Tensor) -> Tensor:
@@ -265,14 +296,15 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
 
     def forward(self, x: Tensor, groups: Groups, gather: bool = False) -> Tensor:
-        """Return [N,O]. `x` are rows sorted by expert [N,I]; with `gather`, tokens [B,T,I], each of which has a row at
-        each of its experts."""
+        """Return [N,O]. `x` are rows sorted by expert [N,I]; with `gather`, tokens [B,T,I], each of
+        which has a row at each of its experts."""
         out_NO = grouped_linear(x, self.weight, groups, gather)
         return out_NO if self.bias is None else add_biases(out_NO, self.bias, groups.counts)
 
 
 class Experts(nn.Module):
-    """Gated MLPs, each on a fused gate and up projection, of which a token visits those that are chosen for it."""
+    """Gated MLPs, each on a fused gate and up projection, of which a token visits those that are
+    chosen for it."""
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
@@ -282,41 +314,54 @@ class Experts(nn.Module):
         self.gate = config.expert_gate
 
     def forward(
-        self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None = None
+        self,
+        x_BTD: Tensor,
+        weight_BTK: Tensor,
+        index_BTK: Tensor,
+        beside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Return each token's sum of its experts `index`, weighted by `weight`: [B,T,D]. What `beside` computes is
-        added, while rows travel where experts are on several ranks."""
+        """Return each token's sum of its experts `index`, weighted by `weight`: [B,T,D]. What
+        `beside` computes is added, while rows travel where experts are on several ranks."""
         groups = group_by_expert(index_BTK, self.down.weight.shape[0])
         gate_up_NI = self.gate_up(x_BTD, groups, gather=True)
         out_BTD = unpermute(self.activation_and_down_proj(gate_up_NI, groups), weight_BTK, groups)
         return out_BTD + beside() if beside else out_BTD
 
     def activation_and_down_proj(self, gate_up_NI: Tensor, groups: Groups) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        """Apply the activation and the down projection; recomputed as one under `train.recompute:
+        selective`."""
         return self.down(self.gate(gate_up_NI), groups)
 
 
 class SparseMLP(nn.Module):
-    """A router and its experts, in the place of a dense MLP, and in some families experts beside them that every token
-    visits."""
+    """A router and its experts, in the place of a dense MLP, and in some families experts beside
+    them that every token visits."""
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
         self.router, self.experts = Router(config), Experts(config)
         self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
-        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.gates_shared else None
+        self.shared_gate = (
+            nn.Linear(config.hidden_size, 1, bias=False) if config.gates_shared else None
+        )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # x goes through the router, which attaches its losses to it; the shared experts take the
         # plain one.
         routed = self.router(x_BTD)
-        return self.experts(*routed, None if self.shared is None else partial(self.visit_shared, x_BTD))
+        return self.experts(
+            *routed, None if self.shared is None else partial(self.visit_shared, x_BTD)
+        )
 
     def visit_shared(self, x_BTD: Tensor) -> Tensor:
         """Return the sum of the experts that every token visits, [B,T,D]."""
         assert self.shared is not None
         shared_BTD = self.shared(x_BTD)
-        return shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD
+        return (
+            shared_BTD
+            if self.shared_gate is None
+            else self.shared_gate(x_BTD).sigmoid() * shared_BTD
+        )
 
 
 class RoutedLayer(Layer):
@@ -338,19 +383,25 @@ def shared_rows(config: RoutedConfig, hf: str) -> tuple[Weight, ...]:
 
 
 def expert_rows(
-    config: RoutedConfig, block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    config: RoutedConfig,
+    block: str = "mlp",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
 ) -> tuple[Weight, ...]:
-    """Return the rows of a router and its experts. `block` is what Hugging Face calls both, `gate`, `up` and `down` the
-    projections of an expert."""
+    """Return the rows of a router and its experts. `block` is what Hugging Face calls both, `gate`,
+    `up` and `down` the projections of an expert."""
     experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
     # For FLOPs: a token is multiplied with this share of all experts' weights.
     used = config.experts_per_token / experts
 
     def names(*modules: str) -> tuple[str, ...]:
-        return tuple(f"{block}.experts.{e}.{module}.weight" for e in range(experts) for module in modules)
+        return tuple(
+            f"{block}.experts.{e}.{module}.weight" for e in range(experts) for module in modules
+        )
 
-    # Files of the hub have a tensor for each expert, and so does what transformers 5 saves. In its modules, and where
-    # it is told to save these as they are, one tensor holds all.
+    # Files of the hub have a tensor for each expert, and so does what transformers 5 saves. In its
+    # modules, and where it is told to save these as they are, one tensor holds all.
     bias = Weight(
         "mlp.router.bias", (experts,), (f"{block}.gate.e_score_correction_bias",), init="zeros", decay=False,
         by_counts=True, partial_grad="sequence",
@@ -396,7 +447,8 @@ AMONG: Keys = ROUTED.but(
 
 
 def among_to_hf(config: Among) -> dict[str, Any]:
-    """Return the keys of config.json that families with dense layers among those with experts share."""
+    """Return the keys of config.json that families with dense layers among those with experts
+    share."""
     return routed_to_hf(config) | {
         "num_experts": config.num_experts,
         "moe_intermediate_size": config.moe_intermediate_size,
@@ -407,8 +459,8 @@ def among_to_hf(config: Among) -> dict[str, Any]:
 
 
 def among_from_hf(hf: dict[str, Any], usual: int) -> dict[str, Any]:
-    """Return the fields that families with dense layers among those with experts share. `usual` is transformers'
-    default for the number of experts."""
+    """Return the fields that families with dense layers among those with experts share. `usual` is
+    transformers' default for the number of experts."""
     return routed_from_hf(hf, "num_experts", "num_local_experts", usual=usual) | {
         "moe_intermediate_size": hf["moe_intermediate_size"],
         "norm_topk_prob": hf["norm_topk_prob"],
@@ -418,7 +470,8 @@ def among_from_hf(hf: dict[str, Any], usual: int) -> dict[str, Any]:
 
 
 def routed_to_hf(config: RoutedConfig) -> dict[str, Any]:
-    """Return the keys of config.json that all families with experts share, but for the name of their number."""
+    """Return the keys of config.json that all families with experts share, but for the name of
+    their number."""
     return {
         "num_experts_per_tok": config.experts_per_token,
         "router_aux_loss_coef": config.router_aux_loss_coef,
@@ -426,8 +479,8 @@ def routed_to_hf(config: RoutedConfig) -> dict[str, Any]:
 
 
 def routed_from_hf(hf: dict[str, Any], *names: str, usual: int) -> dict[str, Any]:
-    """Return the fields of the `model:` section that all families with experts share. `names` are those of the number
-    of experts, `usual` is transformers' default for it."""
+    """Return the fields of the `model:` section that all families with experts share. `names` are
+    those of the number of experts, `usual` is transformers' default for it."""
     return {
         "num_experts": agreed(hf, *names, default=usual),
         "experts_per_token": hf["num_experts_per_tok"],

@@ -1,5 +1,6 @@
-"""Falcon (Almazrouei et al. 2023): attention and MLP in parallel on one residual stream, one key/value head for all
-queries, or for a group of them, and LayerNorm. Falcon 3 calls itself llama."""
+"""Falcon (Almazrouei et al. 2023): attention and MLP in parallel on one residual stream, one
+key/value head for all queries, or for a group of them, and LayerNorm. Falcon 3 calls itself
+llama."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class FalconConfig(Ungated):
     tie_embeddings: bool = True
     use_bias: bool = Field(False, description="Give linear modules biases.")
     norms: Literal[1, 2] = Field(
-        1, description="Norms of a layer. 1: attention and MLP share one; 2: each has one of its own (Falcon-40B)."
+        1,
+        description="Norms of a layer. 1: attention and MLP share one; 2: each has one of its own (Falcon-40B).",
     )
 
     @model_validator(mode="after")
@@ -40,7 +42,9 @@ class FalconConfig(Ungated):
 
     def describe(self) -> Architecture:
         found = super().describe()
-        return replace(found, layers=tuple(replace(layer, num_norms=self.norms) for layer in found.layers))
+        return replace(
+            found, layers=tuple(replace(layer, num_norms=self.norms) for layer in found.layers)
+        )
 
 
 class Layer(nn.Module):
@@ -50,7 +54,9 @@ class Layer(nn.Module):
         super().__init__()
         self.attention_norm = config.NORM(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, number)
-        self.mlp_norm = config.NORM(config.hidden_size, config.norm_eps) if config.norms == 2 else None
+        self.mlp_norm = (
+            config.NORM(config.hidden_size, config.norm_eps) if config.norms == 2 else None
+        )
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
@@ -75,7 +81,9 @@ def weights(config: FalconConfig) -> Iterator[Weight]:
         *(norm_rows(config, "mlp_norm", "ln_mlp") if both else ()),
         *mlp_rows(config, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     )
-    yield from table(config, layer, Names("transformer.word_embeddings", "transformer.h", "transformer.ln_f"))
+    yield from table(
+        config, layer, Names("transformer.word_embeddings", "transformer.h", "transformer.ln_f")
+    )
 
 
 KEYS = Keys().but(

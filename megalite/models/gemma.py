@@ -1,5 +1,5 @@
-"""Gemma 1 (Gemma Team 2024): Llama with GeGLU, norms that scale by 1 + weight, and embeddings scaled by the root of
-their size. Gemma 2 and 3 grew out of it."""
+"""Gemma 1 (Gemma Team 2024): Llama with GeGLU, norms that scale by 1 + weight, and embeddings
+scaled by the root of their size. Gemma 2 and 3 grew out of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ class Gemma(Llama):
 
 
 KEYS = LIKE_LLAMA.but(
-    used={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True, "hidden_act": GELU},
+    used={
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "hidden_act": GELU,
+    },
     only={"hidden_activation": GELU, "use_bidirectional_attention": False},
 )
 

@@ -1,5 +1,6 @@
-"""Gemma 2 (Gemma Team 2024): norms before and after attention and MLP, GeGLU, scores and logits limited by a tanh
-("soft caps"), a sliding window in every second layer, and embeddings scaled by the root of their size."""
+"""Gemma 2 (Gemma Team 2024): norms before and after attention and MLP, GeGLU, scores and logits
+limited by a tanh ("soft caps"), a sliding window in every second layer, and embeddings scaled by
+the root of their size."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class GemmaLike(WindowedByLayer):
     query_pre_attn_scalar: int = Field(
         0, ge=0, description="Attention scores are divided by its square root. 0: the head size."
     )
-    logit_softcap: float | None = Field(None, gt=0, description="Cap c of logits: c · tanh(logit / c).")
+    logit_softcap: float | None = Field(
+        None, gt=0, description="Cap c of logits: c · tanh(logit / c)."
+    )
 
     GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = OffsetRMSNorm
@@ -51,7 +54,9 @@ class GemmaLike(WindowedByLayer):
         # None is 1/√head_size, which megalite's own kernel computes; any other scale goes to
         # torch's.
         usual = self.query_pre_attn_scalar in (0, self.head_size)
-        return AttentionKind(self.window(layer), scale=None if usual else self.query_pre_attn_scalar**-0.5)
+        return AttentionKind(
+            self.window(layer), scale=None if usual else self.query_pre_attn_scalar**-0.5
+        )
 
     def describe(self) -> Architecture:
         return replace(super().describe(), logit_softcap=self.logit_softcap)
@@ -59,7 +64,9 @@ class GemmaLike(WindowedByLayer):
 
 class Gemma2Config(GemmaLike):
     family: Literal["gemma2"] = "gemma2"
-    attention_softcap: float | None = Field(None, gt=0, description="Cap c of attention scores: c · tanh(score / c).")
+    attention_softcap: float | None = Field(
+        None, gt=0, description="Cap c of attention scores: c · tanh(score / c)."
+    )
 
     def usual_type(self, layer: int) -> LayerType:
         return "full_attention" if layer % 2 else "sliding_attention"
@@ -75,7 +82,10 @@ class Layer(nn.Module):
     def __init__(self, config: GemmaLike, attention: Attention):
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
-        self.attention_norm, self.attention_out_norm = OffsetRMSNorm(size, eps), OffsetRMSNorm(size, eps)
+        self.attention_norm, self.attention_out_norm = (
+            OffsetRMSNorm(size, eps),
+            OffsetRMSNorm(size, eps),
+        )
         self.attention = attention
         self.mlp_norm, self.mlp_out_norm = OffsetRMSNorm(size, eps), OffsetRMSNorm(size, eps)
         self.mlp = MLP(config)
@@ -127,11 +137,19 @@ GEMMA = LIKE_LLAMA.but(
     },
     only={"hidden_activation": GELU, "hidden_act": GELU, "use_bidirectional_attention": False},
 )
-KEYS = GEMMA.but(used={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_size": None})
+KEYS = GEMMA.but(
+    used={
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window_size": None,
+    }
+)
 
 
 def to_hf(config: Gemma2Config) -> dict[str, Any]:
-    return gemma_to_hf(config, "Gemma2ForCausalLM") | {"attn_logit_softcapping": config.attention_softcap}
+    return gemma_to_hf(config, "Gemma2ForCausalLM") | {
+        "attn_logit_softcapping": config.attention_softcap
+    }
 
 
 def gemma_to_hf(config: GemmaLike, architecture: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Gemma 3, the text models (Gemma Team 2025): Gemma 2 with normalised queries and keys instead of soft caps, and five
-sliding-window layers, with a smaller RoPE theta, to one layer of full attention."""
+"""Gemma 3, the text models (Gemma Team 2025): Gemma 2 with normalised queries and keys instead of
+soft caps, and five sliding-window layers, with a smaller RoPE theta, to one layer of full
+attention."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ from pydantic import Field
 
 from megalite.errors import ConfigError
 from megalite.models import rope
-from megalite.models.gemma2 import GEMMA, Gemma2, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
+from megalite.models.gemma2 import (
+    GEMMA,
+    Gemma2,
+    GemmaLike,
+    Layer,
+    gemma_from_hf,
+    gemma_to_hf,
+    layer_rows,
+)
 from megalite.models.hf import REQUIRED, Keys, disagree
 from megalite.models.llama import HeadNormAttention, attention_rows, head_norm_rows, table
 from megalite.models.weights import Weight
@@ -22,7 +31,9 @@ from megalite.utils.outside import shown
 class Gemma3TextConfig(TwoRopes, GemmaLike):
     family: Literal["gemma3_text"] = "gemma3_text"
     rope_theta: float = Field(
-        1_000_000.0, gt=0, description="RoPE base of full-attention layers; `rope_scaling` is for these, too."
+        1_000_000.0,
+        gt=0,
+        description="RoPE base of full-attention layers; `rope_scaling` is for these, too.",
     )
 
     HEAD_NORMS: ClassVar[bool] = True
@@ -32,10 +43,14 @@ class Gemma3TextConfig(TwoRopes, GemmaLike):
         "language_model.lm_head.": "lm_head.",
     }
     SPARE_STARTS: ClassVar[tuple[str, ...]] = tuple(
-        f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+        f"{prefix}{part}."
+        for prefix in ("", "model.")
+        for part in ("vision_tower", "multi_modal_projector")
     )
     ROPE: ClassVar[rope.Names] = rope.Names(
-        kinds=("llama3", "linear", "longrope"), theta=1_000_000.0, new="rope_parameters.full_attention"
+        kinds=("llama3", "linear", "longrope"),
+        theta=1_000_000.0,
+        new="rope_parameters.full_attention",
     )
 
     def usual_type(self, layer: int) -> LayerType:
@@ -50,7 +65,9 @@ class Gemma3Text(TwoRopesDecoder, Gemma2):
 
 
 def weights(config: Gemma3TextConfig) -> Iterator[Weight]:
-    yield from table(config, layer_rows(config, attention_rows(config, norms=head_norm_rows(config))))
+    yield from table(
+        config, layer_rows(config, attention_rows(config, norms=head_norm_rows(config)))
+    )
 
 
 _IMAGES = "of images, which are not read"
@@ -66,7 +83,8 @@ OUTER = Keys().but(
         _IMAGES,
     ),
 )  # fmt: skip
-"""Keys of the config.json of a model for texts and images, which Gemma 3 was published as from 4B on."""
+"""Keys of the config.json of a model for texts and images, which Gemma 3 was published as from 4B
+on."""
 USUAL = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "max_position_embeddings": 131_072,
@@ -75,13 +93,26 @@ USUAL = {
 
 
 def text_part(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json of the text model in that of a model for texts and images. Raises ConfigError."""
+    """Return the config.json of the text model in that of a model for texts and images. Raises
+    ConfigError."""
     text = OUTER.read(hf, "gemma3").get("text_config")
     if not isinstance(text, dict):
-        raise ConfigError(f"config.json of a gemma3 model has text_config = {shown(text)}, which is no JSON object")
-    tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.get(key) is not None}
+        raise ConfigError(
+            f"config.json of a gemma3 model has text_config = {shown(text)}, which is no JSON object"
+        )
+    tokens = {
+        key: hf[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if hf.get(key) is not None
+    }
     dtype = {key: hf[key] for key in ("dtype", "torch_dtype") if hf.get(key) is not None}
-    return USUAL | text | tokens | dtype | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return (
+        USUAL
+        | text
+        | tokens
+        | dtype
+        | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    )
 
 
 KEYS = GEMMA.but(
@@ -96,20 +127,27 @@ KEYS = GEMMA.but(
 
 
 def to_hf(config: Gemma3TextConfig) -> dict[str, Any]:
-    return gemma_to_hf(config, "Gemma3ForCausalLM") | {"rope_local_base_freq": config.local_rope_theta}
+    return gemma_to_hf(config, "Gemma3ForCausalLM") | {
+        "rope_local_base_freq": config.local_rope_theta
+    }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     theta = local_theta_from_hf(hf, "gemma3_text", 10_000.0, "rope_local_base_freq")
-    return gemma_from_hf(hf, Gemma3TextConfig) | {"local_rope_theta": theta, "layer_types": _layer_types(hf)}
+    return gemma_from_hf(hf, Gemma3TextConfig) | {
+        "local_rope_theta": theta,
+        "layer_types": _layer_types(hf),
+    }
 
 
 def _layer_types(hf: dict[str, Any]) -> list[str]:
-    """Return the layer types as config.json lists them, or as its older key says: one of so many layers has full
-    attention."""
+    """Return the layer types as config.json lists them, or as its older key says: one of so many
+    layers has full attention."""
     types, pattern = hf["layer_types"], hf["sliding_window_pattern"]
     layers = range(1, hf["num_hidden_layers"] + 1)
-    usual = ["sliding_attention" if layer % (pattern or 6) else "full_attention" for layer in layers]
+    usual = [
+        "sliding_attention" if layer % (pattern or 6) else "full_attention" for layer in layers
+    ]
     if types and pattern and types != usual:
         disagree(f"layer_types = {types}", f"sliding_window_pattern = {pattern}")
     return types or usual

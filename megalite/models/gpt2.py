@@ -63,7 +63,9 @@ class GPT2Config(ModelConfig):
             dropout=self.attention_dropout,
             rope=False,
         )
-        layer = LayerSpec(attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu"))
+        layer = LayerSpec(
+            attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu")
+        )
         layers = (layer,) * self.num_layers
         return Architecture(layers=layers, norm="layer", hidden_dropout=self.hidden_dropout)
 
@@ -76,7 +78,9 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        self.core = CoreAttention(Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True))
+        self.core = CoreAttention(
+            Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
+        )
 
     def forward(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
         qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
@@ -96,7 +100,8 @@ class MLP(nn.Module):
         return self.activation_and_down_proj(self.up(x))
 
     def activation_and_down_proj(self, up: Tensor) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        """Apply the activation and the down projection; recomputed as one under `train.recompute:
+        selective`."""
         return self.down(gelu(up))
 
 
@@ -152,8 +157,24 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     thirds = (hidden, hidden, hidden)
     layer = (
         *_norm("attention_norm", "ln_1", hidden),
-        *_linear("attention.qkv", "attn.c_attn", (3 * hidden, hidden), "column", std, thirds, config.head_size),
-        *_linear("attention.out", "attn.c_proj", (hidden, hidden), "row", residual_std, (), config.head_size),
+        *_linear(
+            "attention.qkv",
+            "attn.c_attn",
+            (3 * hidden, hidden),
+            "column",
+            std,
+            thirds,
+            config.head_size,
+        ),
+        *_linear(
+            "attention.out",
+            "attn.c_proj",
+            (hidden, hidden),
+            "row",
+            residual_std,
+            (),
+            config.head_size,
+        ),
         *_norm("mlp_norm", "ln_2", hidden),
         *_linear("mlp.up", "mlp.c_fc", (inner, hidden), "column", std),
         *_linear("mlp.down", "mlp.c_proj", (hidden, inner), "row", residual_std),
@@ -180,13 +201,29 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
         yield from layer_rows(i, "transformer.h", layer)
     yield from _norm("norm", "transformer.ln_f", hidden, "last")
     if not config.tie_embeddings:
-        yield Weight("head.weight", (config.vocab_size, hidden), ("lm_head.weight",), "vocab", init=std, place="last")
+        yield Weight(
+            "head.weight",
+            (config.vocab_size, hidden),
+            ("lm_head.weight",),
+            "vocab",
+            init=std,
+            place="last",
+        )
 
 
 def _norm(name: str, hf: str, size: int, place: Place = 0) -> tuple[Weight, Weight]:
     """Return the rows of a LayerNorm: scale and shift."""
-    scale = Weight(f"{name}.weight", (size,), (f"{hf}.weight",), init="ones", decay=False, partial_grad="sequence")
-    shift = Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
+    scale = Weight(
+        f"{name}.weight",
+        (size,),
+        (f"{hf}.weight",),
+        init="ones",
+        decay=False,
+        partial_grad="sequence",
+    )
+    shift = Weight(
+        f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence"
+    )
     return replace(scale, place=place), replace(shift, place=place)
 
 
@@ -199,12 +236,15 @@ def _linear(
     parts: tuple[int, ...] = (),
     unit: int = 1,
 ) -> tuple[Weight, Weight]:
-    """Return the rows of a Hugging Face Conv1D: matrix and bias. A row-parallel bias is added after the reduction, on
-    the cut sequence, so that its gradient is partial under sequence parallelism."""
+    """Return the rows of a Hugging Face Conv1D: matrix and bias. A row-parallel bias is added after
+    the reduction, on the cut sequence, so that its gradient is partial under sequence
+    parallelism."""
     cut = shard == "column"
     bias_shard: Literal["column"] | None = "column" if cut else None
     # Conv1D stores [in, out], a linear module has [out, in].
-    matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std)
+    matrix = Weight(
+        f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std
+    )
     bias = Weight(
         f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, unit,
         init="zeros", decay=False, partial_grad=None if cut else "sequence",

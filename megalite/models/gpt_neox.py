@@ -1,5 +1,5 @@
-"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): Llama's attention with partial RoPE, LayerNorm, GELU,
-biases, and attention and MLP in parallel on one residual stream."""
+"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): Llama's attention with partial
+RoPE, LayerNorm, GELU, biases, and attention and MLP in parallel on one residual stream."""
 
 from __future__ import annotations
 
@@ -20,17 +20,27 @@ from megalite.models.weights import Weight
 
 class GPTNeoXConfig(Ungated):
     family: Literal["gpt_neox"] = "gpt_neox"
-    rotary_pct: float = Field(0.25, gt=0, le=1, description="Share of each head that is rotated by RoPE.")
+    rotary_pct: float = Field(
+        0.25, gt=0, le=1, description="Share of each head that is rotated by RoPE."
+    )
     parallel_residual: bool = Field(
-        True, description="Attention and MLP take the same input. false: the MLP comes after attention."
+        True,
+        description="Attention and MLP take the same input. false: the MLP comes after attention.",
     )
 
-    ROPE: ClassVar[rope.Names] = rope.Names(theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25)
+    ROPE: ClassVar[rope.Names] = rope.Names(
+        theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25
+    )
 
     @model_validator(mode="after")
     def _plain_heads(self) -> GPTNeoXConfig:
-        if self.kv_heads != self.num_attention_heads or self.head_size * self.num_attention_heads != self.hidden_size:
-            raise ValueError("gpt_neox has as many num_kv_heads as num_attention_heads, and together they fill a token")
+        if (
+            self.kv_heads != self.num_attention_heads
+            or self.head_size * self.num_attention_heads != self.hidden_size
+        ):
+            raise ValueError(
+                "gpt_neox has as many num_kv_heads as num_attention_heads, and together they fill a token"
+            )
         return self
 
     @property
@@ -44,8 +54,8 @@ class GPTNeoXConfig(Ungated):
 
 
 class Layer(nn.Module):
-    """Pre-norm layer whose attention and MLP take the same input, or where `parallel_residual` is off, one after the
-    other."""
+    """Pre-norm layer whose attention and MLP take the same input, or where `parallel_residual` is
+    off, one after the other."""
 
     def __init__(self, config: GPTNeoXConfig, number: int):
         super().__init__()

@@ -1,5 +1,5 @@
-"""gpt-oss (OpenAI 2025): a mixture of experts with biases and a clamped GLU in every layer, and attention whose heads
-have sinks, over a window in every other layer."""
+"""gpt-oss (OpenAI 2025): a mixture of experts with biases and a clamped GLU in every layer, and
+attention whose heads have sinks, over a window in every other layer."""
 
 from __future__ import annotations
 
@@ -34,9 +34,15 @@ from megalite.models.windows import LayerType, WindowedByLayer
 
 class GptOssConfig(RoutedConfig, WindowedByLayer):
     family: Literal["gpt_oss"] = "gpt_oss"
-    sliding_window: int | None = Field(128, gt=0, description="Tokens that each token of every other layer attends to.")
-    glu_alpha: float = Field(1.702, description="Factor of gates in the sigmoid of the experts' GLU.")
-    glu_limit: float = Field(7.0, gt=0, description="Largest gate, and largest size of an up, in the experts' GLU.")
+    sliding_window: int | None = Field(
+        128, gt=0, description="Tokens that each token of every other layer attends to."
+    )
+    glu_alpha: float = Field(
+        1.702, description="Factor of gates in the sigmoid of the experts' GLU."
+    )
+    glu_limit: float = Field(
+        7.0, gt=0, description="Largest gate, and largest size of an up, in the experts' GLU."
+    )
 
     HAS_BIASES: ClassVar[bool] = True
     ROPE: ClassVar[rope.Names] = rope.Names(theta=150_000.0)
@@ -65,13 +71,22 @@ class GptOss(Llama):
 
 def weights(config: GptOssConfig) -> Iterator[Weight]:
     heads = config.num_attention_heads
-    sinks = Weight("attention.core.sinks", (heads,), ("self_attn.sinks",), "column", init=config.init_std, decay=False)
-    yield from table(config, layer_table(config, (*attention_rows(config), sinks), _expert_rows(config)))
+    sinks = Weight(
+        "attention.core.sinks",
+        (heads,),
+        ("self_attn.sinks",),
+        "column",
+        init=config.init_std,
+        decay=False,
+    )
+    yield from table(
+        config, layer_table(config, (*attention_rows(config), sinks), _expert_rows(config))
+    )
 
 
 def _expert_rows(config: GptOssConfig) -> tuple[Weight, ...]:
-    """Return the rows of a router and its experts. A tensor has the matrices of all experts, [in, out]; gates and ups
-    take turns."""
+    """Return the rows of a router and its experts. A tensor has the matrices of all experts, [in,
+    out]; gates and ups take turns."""
     experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
     used = config.experts_per_token / experts
 

@@ -1,4 +1,5 @@
-"""Granite 3 (IBM 2024): Llama with factors of its embeddings, attention scores, residual sums and logits."""
+"""Granite 3 (IBM 2024): Llama with factors of its embeddings, attention scores, residual sums and
+logits."""
 
 from __future__ import annotations
 
@@ -11,15 +12,27 @@ from torch import Tensor
 from megalite.kernels.attention import AttentionKind
 from megalite.models import llama
 from megalite.models.layers import SequenceInfo
-from megalite.models.llama import WITH_BIASES, Attention, Biased, Llama, Shared, biased_from_hf, biased_to_hf
+from megalite.models.llama import (
+    WITH_BIASES,
+    Attention,
+    Biased,
+    Llama,
+    Shared,
+    biased_from_hf,
+    biased_to_hf,
+)
 from megalite.models.llama import weights as weights
 
 
 class GraniteConfig(Biased):
     family: Literal["granite"] = "granite"
     embedding_multiplier: float = Field(1.0, gt=0)
-    attention_multiplier: float = Field(1.0, gt=0, description="Factor of attention scores, instead of 1/√head_dim.")
-    residual_multiplier: float = Field(1.0, gt=0, description="Factor of what attention and MLP add.")
+    attention_multiplier: float = Field(
+        1.0, gt=0, description="Factor of attention scores, instead of 1/√head_dim."
+    )
+    residual_multiplier: float = Field(
+        1.0, gt=0, description="Factor of what attention and MLP add."
+    )
     logits_scaling: float = Field(1.0, gt=0, description="Number that logits are divided by.")
 
     def attention(self, layer: int) -> AttentionKind:
@@ -53,12 +66,19 @@ class Granite(Llama):
         return super().finish(x_BTD) / self.config.logits_scaling
 
 
-MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+MULTIPLIERS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
 KEYS = WITH_BIASES.but(used=dict.fromkeys(MULTIPLIERS, 1.0))
 
 
 def to_hf(config: GraniteConfig) -> dict[str, Any]:
-    return biased_to_hf(config, "GraniteForCausalLM") | {name: getattr(config, name) for name in MULTIPLIERS}
+    return biased_to_hf(config, "GraniteForCausalLM") | {
+        name: getattr(config, name) for name in MULTIPLIERS
+    }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

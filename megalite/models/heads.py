@@ -1,6 +1,7 @@
-"""Classification heads on the final hidden states, as in transformers' …ForSequenceClassification and
-…ForTokenClassification: a text is classified at its last token, by encoders at its first; tokens each at its own. They
-take the place of the head that predicts tokens. transformers applies dropout before some; here there is none."""
+"""Classification heads on the final hidden states, as in transformers' …ForSequenceClassification
+and …ForTokenClassification: a text is classified at its last token, by encoders at its first;
+tokens each at its own. They take the place of the head that predicts tokens. transformers applies
+dropout before some; here there is none."""
 
 from __future__ import annotations
 
@@ -58,9 +59,13 @@ def check_head(config: ModelConfig) -> None:
     """Raise ConfigError where the task, the labels and the family do not go together."""
     if config.task == config.PREDICTS:
         if config.labels:
-            raise ConfigError(f"model.labels = {list(config.labels)} need model.task: classification or labels")
+            raise ConfigError(
+                f"model.labels = {list(config.labels)} need model.task: classification or labels"
+            )
         if config.problem != "single_label":
-            raise ConfigError(f"model.problem = {config.problem!r} needs model.task: classification")
+            raise ConfigError(
+                f"model.problem = {config.problem!r} needs model.task: classification"
+            )
         return
     if not config.has_classes:
         raise ConfigError(
@@ -72,16 +77,24 @@ def check_head(config: ModelConfig) -> None:
             f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(NAMES)}"
         )
     if config.problem != "single_label" and config.task != "classification":
-        raise ConfigError(f"model.problem = {config.problem!r} needs model.task: classification, not {config.task}")
+        raise ConfigError(
+            f"model.problem = {config.problem!r} needs model.task: classification, not {config.task}"
+        )
     least, most = NUM_LABELS[config.problem]
     if len(set(config.labels)) != len(config.labels) or not least <= len(config.labels) <= most:
-        wanted = "one name, that of the number" if most == 1 else f"{least} to {most:,} different names of classes"
-        raise ConfigError(f"model.labels = {list(config.labels)}: model.problem: {config.problem} takes {wanted}")
+        wanted = (
+            "one name, that of the number"
+            if most == 1
+            else f"{least} to {most:,} different names of classes"
+        )
+        raise ConfigError(
+            f"model.labels = {list(config.labels)}: model.problem: {config.problem} takes {wanted}"
+        )
 
 
 def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
-    """Return the table of a model with its head in place: `rows`, with those of a classification head instead of the
-    usual."""
+    """Return the table of a model with its head in place: `rows`, with those of a classification
+    head instead of the usual."""
     if not config.has_classes:
         return tuple(rows)
     # The embedding is then not tied to the head.
@@ -94,9 +107,23 @@ def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]
     count = len(config.labels)
     shape, name = (count, config.hidden_size), head_name(config)
     # Cut as a vocabulary is, of as many words as there are classes: the loss needs no other code.
-    head = [Weight("head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last")]
+    head = [
+        Weight(
+            "head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last"
+        )
+    ]
     if has_bias(config):
-        head.append(Weight("head.bias", shape[:1], (f"{name}.bias",), "vocab", init="zeros", decay=False, place="last"))
+        head.append(
+            Weight(
+                "head.bias",
+                shape[:1],
+                (f"{name}.bias",),
+                "vocab",
+                init="zeros",
+                decay=False,
+                place="last",
+            )
+        )
     return (*body, *head)
 
 
@@ -121,8 +148,9 @@ def names_of(rows: Iterable[Weight]) -> set[str]:
 
 
 def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[str]) -> set[str]:
-    """Return the names of those `rows` of a head that files with the tensors `files` lack, and that a new head may
-    stand for: one for classes, or an encoder's for masked tokens where nothing of it is there."""
+    """Return the names of those `rows` of a head that files with the tensors `files` lack, and that
+    a new head may stand for: one for classes, or an encoder's for masked tokens where nothing of it
+    is there."""
     if config.has_classes:
         # A final norm, which every model of the family has, is no part of a head.
         own = names_of(own_table(config))
@@ -160,7 +188,10 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
                 return {"task": task, "labels": _labels(hf)}
             labels = _labels(hf)
             # As transformers takes it where it is left out.
-            stored = hf.get("problem_type") or PROBLEMS["regression" if len(labels) == 1 else "single_label"]
+            stored = (
+                hf.get("problem_type")
+                or PROBLEMS["regression" if len(labels) == 1 else "single_label"]
+            )
             problem = next((ours for ours, theirs in PROBLEMS.items() if theirs == stored), None)
             if problem is None:
                 raise ConfigError(
@@ -171,9 +202,11 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labels(hf: dict[str, Any]) -> list[str]:
-    """Return the names of the classes. Classes that config.json leaves out have no names, and by rule there are
-    two."""
-    given = hf.get("id2label") or {number: f"LABEL_{number}" for number in range(hf.get("num_labels") or 2)}
+    """Return the names of the classes. Classes that config.json leaves out have no names, and by
+    rule there are two."""
+    given = hf.get("id2label") or {
+        number: f"LABEL_{number}" for number in range(hf.get("num_labels") or 2)
+    }
     names = {int(number): str(name) for number, name in given.items()}
     if hf.get("num_labels") not in (None, len(names)):
         disagree(f"id2label = {given}", f"num_labels = {hf['num_labels']}")

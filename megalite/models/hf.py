@@ -1,6 +1,6 @@
-"""Check what a Hugging Face config.json says, and which tensors are stored beside it. A family declares each key as
-used, as supported with one value only, or as neutral; any other key whose name suggests a computation is refused, so
-that none that changes it is passed over."""
+"""Check what a Hugging Face config.json says, and which tensors are stored beside it. A family
+declares each key as used, as supported with one value only, or as neutral; any other key whose name
+suggests a computation is refused, so that none that changes it is passed over."""
 
 from __future__ import annotations
 
@@ -98,14 +98,21 @@ class Keys:
     """How a family treats the keys of config.json, beside those that are common to all."""
 
     used: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that the family's `from_hf` reads, each with transformers' default for where it is left out."""
+    """Keys that the family's `from_hf` reads, each with transformers' default for where it is left
+    out."""
     only: Mapping[str, Any] = field(default_factory=lambda: ONLY)
     """Keys that are supported with one value only."""
     neutral: Mapping[str, str] = field(default_factory=lambda: NEUTRAL)
     """Keys that do not change what is computed, each with the reason."""
 
-    def but(self, used: Mapping[str, Any] | None = None, only: Mapping[str, Any] | None = None, **neutral: str) -> Keys:
-        """Return these keys with others added, or declared differently; `neutral` gives the reason by key."""
+    def but(
+        self,
+        used: Mapping[str, Any] | None = None,
+        only: Mapping[str, Any] | None = None,
+        **neutral: str,
+    ) -> Keys:
+        """Return these keys with others added, or declared differently; `neutral` gives the reason
+        by key."""
         # A key has one declaration: the new one takes it out of all three of the old.
         new = {**(used or {}), **(only or {}), **neutral}
 
@@ -115,14 +122,20 @@ class Keys:
         return Keys(merged(self.used, used), merged(self.only, only), merged(self.neutral, neutral))
 
     def read(self, hf: Mapping[str, Any], family: str) -> dict[str, Any]:
-        """Return config.json with the defaults of used keys that it leaves out. Raises ConfigError for a key with a
-        value that the `family` does not support, or that is not declared and may change what is computed."""
+        """Return config.json with the defaults of used keys that it leaves out. Raises ConfigError
+        for a key with a value that the `family` does not support, or that is not declared and may
+        change what is computed."""
         for key, value in hf.items():
             if key == "quantization_config" and key in self.only:
                 check_compressed(value, family)
             elif key in self.only:
                 require(hf, family, {key: self.only[key]})
-            elif key not in self.used and key not in self.neutral and value is not None and computes(key):
+            elif (
+                key not in self.used
+                and key not in self.neutral
+                and value is not None
+                and computes(key)
+            ):
                 raise ConfigError(
                     f"config.json has {key} = {shown(value)}, which is unknown for the {family} family and may change "
                     "what the model computes; remove the key only if it changes nothing"
@@ -132,12 +145,15 @@ class Keys:
 
 
 def require(hf: Mapping[str, Any], family: str, supported: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a key has another value than the one `supported` by the family. A key that is left out
-    has that value, and so has null, except where it is true: to transformers null is off."""
+    """Raise ConfigError where a key has another value than the one `supported` by the family. A key
+    that is left out has that value, and so has null, except where it is true: to transformers null
+    is off."""
     for key, only in supported.items():
         value = hf.get(key, only)
         if value != only and (value is not None or only is True):
-            raise ConfigError(f"config.json has {key} = {shown(value)}; the {family} family supports {only!r}")
+            raise ConfigError(
+                f"config.json has {key} = {shown(value)}; the {family} family supports {only!r}"
+            )
 
 
 def check_quantisation(hf: Mapping[str, Any], family: str, only: Mapping[str, Any]) -> None:
@@ -147,7 +163,9 @@ def check_quantisation(hf: Mapping[str, Any], family: str, only: Mapping[str, An
     if values is None:
         return
     if not isinstance(values, Mapping):
-        raise ConfigError(f"config.json has quantization_config = {shown(values)}, which is no mapping")
+        raise ConfigError(
+            f"config.json has quantization_config = {shown(values)}, which is no mapping"
+        )
     place, computing = "quantization_config", ("activation_scheme", "modules_to_not_convert")
     refuse_others(values, (*only, *computing), place, f"weights of the {family} family")
     for key, value in only.items():
@@ -162,19 +180,23 @@ COMPRESSED = ("int-quantized", "float-quantized", "pack-quantized", "naive-quant
 
 
 def check_compressed(values: Any, family: str) -> None:
-    """Raise ConfigError for quantised weights that are none of `COMPRESSED`. How inputs are rounded where others run
-    the model is neutral: here products take them as they are."""
+    """Raise ConfigError for quantised weights that are none of `COMPRESSED`. How inputs are rounded
+    where others run the model is neutral: here products take them as they are."""
     if values is None:
         return
     read = f"compressed-tensors in {', '.join(COMPRESSED)} are read; save the model dequantised otherwise"
     if not isinstance(values, Mapping) or values.get("quant_method") != "compressed-tensors":
-        raise ConfigError(f"config.json has quantization_config = {shown(values)}; of the {family} family, {read}")
+        raise ConfigError(
+            f"config.json has quantization_config = {shown(values)}; of the {family} family, {read}"
+        )
     groups = values.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else [None]:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         kind = (group.get("format") if isinstance(group, Mapping) else None) or values.get("format")
         if kind not in COMPRESSED or not isinstance(weights, Mapping):
-            raise ConfigError(f"config.json has quantization_config of format {shown(kind)}; {read}")
+            raise ConfigError(
+                f"config.json has quantization_config of format {shown(kind)}; {read}"
+            )
         if not weights.get("symmetric", True) or weights.get("num_bits") not in (4, 8):
             raise ConfigError(
                 f"config.json has quantization_config with weights = {shown(weights)}; symmetric ones of 4 or 8 bits "
@@ -183,18 +205,23 @@ def check_compressed(values: Any, family: str) -> None:
 
 
 def check_padding(hf: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a padding token outside of the vocabulary, with which transformers builds no embedding."""
+    """Raise ConfigError for a padding token outside of the vocabulary, with which transformers
+    builds no embedding."""
     pad, vocabulary = hf["pad_token_id"], hf["vocab_size"]
     if pad is not None and not -vocabulary <= pad < vocabulary:
-        raise ConfigError(f"config.json has pad_token_id = {pad!r}, which is none of the {vocabulary} tokens")
+        raise ConfigError(
+            f"config.json has pad_token_id = {pad!r}, which is none of the {vocabulary} tokens"
+        )
 
 
-def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies: Sequence[str] = ()) -> Any:
-    """Return the value of a fact that config.json may give in several `places` ("rope_parameters.rope_theta" is
-    nested): that of the first place that has one, or `default`.
+def agreed(
+    hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies: Sequence[str] = ()
+) -> Any:
+    """Return the value of a fact that config.json may give in several `places`
+    ("rope_parameters.rope_theta" is nested): that of the first place that has one, or `default`.
 
-    Raises ConfigError where another place disagrees, or one of the `copies`, which transformers does not read. Raises
-    KeyError where no place has a value and there is no default."""
+    Raises ConfigError where another place disagrees, or one of the `copies`, which transformers
+    does not read. Raises KeyError where no place has a value and there is no default."""
     # null counts as left out, as transformers takes it.
     found = {place: value for place in (*places, *copies) if (value := at(hf, place)) is not None}
     first = next((place for place in places if place in found), None)
@@ -203,18 +230,25 @@ def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies:
     value = default if first is None else found[first]
     for place, other in found.items():
         if other != value:
-            said = f"{first} = {shown(value)}" if first else f"{places[-1]} left out, which means {shown(value)}"
+            said = (
+                f"{first} = {shown(value)}"
+                if first
+                else f"{places[-1]} left out, which means {shown(value)}"
+            )
             disagree(f"{place} = {shown(other)}", said)
     return value
 
 
 def disagree(one: str, other: str) -> None:
     """Raise the ConfigError for a fact that is given twice, differently."""
-    raise ConfigError(f"config.json says two things of one: {one}, but {other}; leave only the right one")
+    raise ConfigError(
+        f"config.json says two things of one: {one}, but {other}; leave only the right one"
+    )
 
 
 def at(hf: Mapping[str, Any], place: str) -> Any:
-    """Return the value at a nested place ("rope_parameters.rope_theta"); None where there is none."""
+    """Return the value at a nested place ("rope_parameters.rope_theta"); None where there is
+    none."""
     value: Any = hf
     for key in place.split("."):
         value = None if value is None else value.get(key)
@@ -222,16 +256,18 @@ def at(hf: Mapping[str, Any], place: str) -> Any:
 
 
 def refuse_others(values: Mapping[str, Any], known: Iterable[str], place: str, whose: str) -> None:
-    """Raise ConfigError for a key of `values`, at `place` in config.json, that has a value and is not `known`. `whose`
-    names the owner in the message."""
+    """Raise ConfigError for a key of `values`, at `place` in config.json, that has a value and is
+    not `known`. `whose` names the owner in the message."""
     for key, value in values.items():
         if value is not None and key not in known:
-            raise ConfigError(f"config.json has {place}.{key} = {shown(value)}, which is unknown for {whose}")
+            raise ConfigError(
+                f"config.json has {place}.{key} = {shown(value)}, which is unknown for {whose}"
+            )
 
 
 def stored_names(folder: Path) -> frozenset[str]:
-    """Return the names of the tensors in a Hugging Face folder, read from headers alone; none where there are no
-    readable files, of which whoever loads them tells."""
+    """Return the names of the tensors in a Hugging Face folder, read from headers alone; none where
+    there are no readable files, of which whoever loads them tells."""
     try:
         if (index := folder / "model.safetensors.index.json").is_file():
             return frozenset(read_object(index, ConfigError).get("weight_map") or ())

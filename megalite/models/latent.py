@@ -1,7 +1,9 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are made from one small vector of each
-token, its latent, and positions are in a part of the queries and keys of their own, which all heads share for keys.
+"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are made from one
+small vector of each token, its latent, and positions are in a part of the queries and keys of their
+own, which all heads share for keys.
 
-Letters in shapes, beside those of layers.py: L latent, P features of a head without positions, R features with."""
+Letters in shapes, beside those of layers.py: L latent, P features of a head without positions, R
+features with."""
 
 from __future__ import annotations
 
@@ -32,20 +34,32 @@ class LatentConfig(LlamaLike):
     """Fields of families with latent attention."""
 
     kv_lora_rank: int = Field(gt=0, description="Features of the latent of keys and values.")
-    q_lora_rank: int | None = Field(None, gt=0, description="Features of the latent of queries. null: they have none.")
-    qk_nope_head_dim: int = Field(gt=0, description="Features of a head's queries and keys without positions.")
-    qk_rope_head_dim: int = Field(gt=0, description="Features of a head's queries and keys with positions.")
+    q_lora_rank: int | None = Field(
+        None, gt=0, description="Features of the latent of queries. null: they have none."
+    )
+    qk_nope_head_dim: int = Field(
+        gt=0, description="Features of a head's queries and keys without positions."
+    )
+    qk_rope_head_dim: int = Field(
+        gt=0, description="Features of a head's queries and keys with positions."
+    )
     v_head_dim: int = Field(gt=0, description="Features of a head's values.")
-    rope_interleave: bool = Field(True, description="Rotate neighbouring features as pairs, not those of two halves.")
+    rope_interleave: bool = Field(
+        True, description="Rotate neighbouring features as pairs, not those of two halves."
+    )
 
     ROPE: ClassVar[rope.Names] = rope.Names(kinds=("yarn",))
 
     @model_validator(mode="after")
     def _every_head_has_its_keys(self) -> LatentConfig:
         if self.num_kv_heads not in (0, self.num_attention_heads):
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} must be num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} must be num_attention_heads {self.num_attention_heads}"
+            )
         if self.head_dim not in (0, self.qk_rope_head_dim):
-            raise ValueError(f"head_dim {self.head_dim} must be qk_rope_head_dim {self.qk_rope_head_dim}, or left out")
+            raise ValueError(
+                f"head_dim {self.head_dim} must be qk_rope_head_dim {self.qk_rope_head_dim}, or left out"
+            )
         return self
 
     @property
@@ -58,7 +72,11 @@ class LatentConfig(LlamaLike):
 
     def attention(self, layer: int) -> AttentionKind:
         scaling = self.rope_scaling
-        if not isinstance(scaling, rope.YarnScaling) or not scaling.mscale_all_dim or scaling.factor == 1:
+        if (
+            not isinstance(scaling, rope.YarnScaling)
+            or not scaling.mscale_all_dim
+            or scaling.factor == 1
+        ):
             return AttentionKind()
         # Not in the cosines and sines, which keys and queries without positions do not meet.
         # YaRN's temperature, squared, as it would have scaled both queries and keys.
@@ -80,13 +98,19 @@ class LatentCache(Protocol):
     """The weight that makes keys and values of latents."""
 
     def write(self, latents_BTC: Tensor, places: SequenceInfo) -> Tensor | None:
-        """Keep the latents of the tokens at `places`; return all that their sequences have, as keys [B,1,S,C] that all
-        heads share. None where there are no others than those at hand."""
+        """Keep the latents of the tokens at `places`; return all that their sequences have, as keys
+        [B,1,S,C] that all heads share. None where there are no others than those at hand."""
 
     def attend(
-        self, q_BTHC: Tensor, keys_B1SC: Tensor, value_size: int, places: SequenceInfo, kind: AttentionKind
+        self,
+        q_BTHC: Tensor,
+        keys_B1SC: Tensor,
+        value_size: int,
+        places: SequenceInfo,
+        kind: AttentionKind,
     ) -> Tensor:
-        """Attend to `keys`, whose first `value_size` features are the values: [B,T,H·value_size]."""
+        """Attend to `keys`, whose first `value_size` features are the values:
+        [B,T,H·value_size]."""
 
 
 class LatentAttention(nn.Module):
@@ -95,7 +119,11 @@ class LatentAttention(nn.Module):
     def __init__(self, config: LatentConfig, layer: int):
         super().__init__()
         heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
-        self.plain, self.turned, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.plain, self.turned, self.value = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
         self.interleaved = config.rope_interleave
         queries = config.q_lora_rank
         self.q_a = nn.Linear(hidden, queries, bias=False) if queries else None
@@ -106,7 +134,8 @@ class LatentAttention(nn.Module):
         self.kv = nn.Linear(latent, heads * (self.plain + self.value), bias=False)
         self.core = CoreAttention(kind=config.attention(layer))
         self.out = nn.Linear(heads * self.value, hidden, bias=False)
-        # Parallelism sets this: all heads share the keys' part with positions, which enters their region on its own.
+        # Parallelism sets this: all heads share the keys' part with positions, which enters their
+        # region on its own.
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
         self.cache: LatentCache | None = None
         """Set in generation."""
@@ -114,19 +143,22 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
         if self.cache is not None:
             return self.out(self.attend_to_latents(self.cache, x_BTD, shared))
-        # In a function of their own, so that what heads are put together from is freed before they attend.
+        # In a function of their own, so that what heads are put together from is freed before they
+        # attend.
         return self.out(self.attend(*self.heads(x_BTD, shared), shared.places))
 
     def attend_to_latents(self, cache: LatentCache, x_BTD: Tensor, shared: Shared) -> Tensor:
-        """Attend to the latents in the cache, [B,T,H·V]. What makes keys of latents is multiplied with the queries, and
-        what makes values with the result (DeepSeek-V2, section 2.1.2), so that no head has keys or values of its
-        own."""
+        """Attend to the latents in the cache, [B,T,H·V]. What makes keys of latents is multiplied
+        with the queries, and what makes values with the result (DeepSeek-V2, section 2.1.2), so
+        that no head has keys or values of its own."""
         q_BTHK, latent_BTL, k_BTR = self.project(x_BTD, shared)
         keys_B1SC = cache.write(torch.cat((latent_BTL, k_BTR), -1), shared.places)
         if keys_B1SC is None:
             return self.attend(*self.expand(q_BTHK, latent_BTL, k_BTR), shared.places)
         q_BTHP, q_BTHR = q_BTHK.split((self.plain, self.turned), -1)
-        keys_HPL, values_HVL = cache.up.unflatten(0, (-1, self.plain + self.value)).split((self.plain, self.value), 1)
+        keys_HPL, values_HVL = cache.up.unflatten(0, (-1, self.plain + self.value)).split(
+            (self.plain, self.value), 1
+        )
         q_BTHC = torch.cat((torch.einsum("bthp,hpl->bthl", q_BTHP, keys_HPL), q_BTHR), -1)
         kind = replace(self.core.kind, scale=self.core.kind.scale_of(self.plain + self.turned))
         size = latent_BTL.shape[-1]
@@ -137,7 +169,9 @@ class LatentAttention(nn.Module):
         """Return queries and keys [B,T,H,K] and values [B,T,H,V] of the heads on this rank."""
         return self.expand(*self.project(x_BTD, shared))
 
-    def expand(self, q_BTHK: Tensor, latent_BTL: Tensor, k_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(
+        self, q_BTHK: Tensor, latent_BTL: Tensor, k_BTR: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `heads` does, from what `project` does."""
         kv_BTHK = self.kv(latent_BTL).unflatten(-1, (-1, self.plain + self.value))
         k_BTHP, v_BTHV = kv_BTHK.split((self.plain, self.value), -1)
@@ -145,24 +179,30 @@ class LatentAttention(nn.Module):
         return q_BTHK, k_BTHK, v_BTHV
 
     def project(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B,T,H,K] of the heads on this rank, latents [B,T,L], and the part of keys with positions
-        [B,T,R]."""
+        """Return queries [B,T,H,K] of the heads on this rank, latents [B,T,L], and the part of keys
+        with positions [B,T,R]."""
         # Down to the latents (replicated linears), then up to the heads of this rank
         # (column-parallel).
-        from_BTL = x_BTD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BTD))
+        from_BTL = (
+            x_BTD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BTD))
+        )
         q_BTHK = self.q(from_BTL)
         # The last R features are the keys' positional part: one for all heads, and not normalized.
         latent_BTL, k_BTR = self.kv_a(x_BTD).split((self.kv_norm.weight.numel(), self.turned), -1)
-        q_BTHP, q_BTHR = q_BTHK.unflatten(-1, (-1, self.plain + self.turned)).split((self.plain, self.turned), -1)
+        q_BTHP, q_BTHR = q_BTHK.unflatten(-1, (-1, self.plain + self.turned)).split(
+            (self.plain, self.turned), -1
+        )
         cos_sin = shared.rope_cos_sin[0]
         # As one head of its own; every head of this rank then gets the same rotated features.
         k_BTR = self.rotate(self.enter(k_BTR.contiguous())[:, :, None], cos_sin)[:, :, 0]
         q_BTHK = torch.cat((q_BTHP, self.rotate(q_BTHR, cos_sin)), -1)
         return q_BTHK, self.kv_norm(latent_BTL.contiguous()), k_BTR
 
-    def attend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, places: SequenceInfo) -> Tensor:
-        """Attend to values of another size: [B,T,H·V]. Smaller ones are filled up to the size of keys, with which
-        attention is fused, and writes no scores, on every device."""
+    def attend(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, places: SequenceInfo
+    ) -> Tensor:
+        """Attend to values of another size: [B,T,H·V]. Smaller ones are filled up to the size of
+        keys, with which attention is fused, and writes no scores, on every device."""
         heads, size, value = *q_BTHK.shape[2:], v_BTHV.shape[-1]
         if value > size:
             return self.core.attend(q_BTHK, k_BTHK, v_BTHV, places)
@@ -181,9 +221,14 @@ class LatentAttention(nn.Module):
 
 
 def latent_rows(config: LatentConfig) -> tuple[Weight, ...]:
-    """Return the rows of latent attention. What makes latents is replicated, and used on the tokens that a rank has
-    between blocks."""
-    hidden, std, latent, queries = config.hidden_size, config.init_std, config.kv_lora_rank, config.q_lora_rank
+    """Return the rows of latent attention. What makes latents is replicated, and used on the tokens
+    that a rank has between blocks."""
+    hidden, std, latent, queries = (
+        config.hidden_size,
+        config.init_std,
+        config.kv_lora_rank,
+        config.q_lora_rank,
+    )
     heads, rotated = config.num_attention_heads, config.qk_rope_head_dim
     key, pair = config.head_size, config.qk_nope_head_dim + config.v_head_dim
 
@@ -195,7 +240,11 @@ def latent_rows(config: LatentConfig) -> tuple[Weight, ...]:
 
     def down(name: str, hf: str, size: int) -> Weight:
         return Weight(
-            f"attention.{name}.weight", (size, hidden), (f"self_attn.{hf}.weight",), init=std, partial_grad="sequence"
+            f"attention.{name}.weight",
+            (size, hidden),
+            (f"self_attn.{hf}.weight",),
+            init=std,
+            partial_grad="sequence",
         )
 
     def up(name: str, hf: str, unit: int, size: int) -> Weight:

@@ -1,9 +1,10 @@
-"""Losses of a layer's own, which are minimised beside the objective: a router's load balance or z-loss (Shazeer et al.
-2017; Zoph et al. 2022).
+"""Losses of a layer's own, which are minimised beside the objective: a router's load balance or
+z-loss (Shazeer et al. 2017; Zoph et al. 2022).
 
-A layer may be on any pipeline stage, far from the objective. So its loss is not returned, but attached to hidden states
-on their way through the layer: when their gradient comes back, the loss gets its own (as in Megatron-LM's
-MoEAuxLossAutoScaler). A layer that is computed again in the backward pass is met there once, as any other."""
+A layer may be on any pipeline stage, far from the objective. So its loss is not returned, but
+attached to hidden states on their way through the layer: when their gradient comes back, the loss
+gets its own (as in Megatron-LM's MoEAuxLossAutoScaler). A layer that is computed again in the
+backward pass is met there once, as any other."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from torch.autograd import Function
 
 
 class LayerLoss(nn.Module):
-    """Attach a loss to hidden states. Its mean over the global batch, times `weight`, is added to what a step
-    minimises; the step's record has the mean over all layers that have one of this name, as `layer_loss/NAME`.
+    """Attach a loss to hidden states. Its mean over the global batch, times `weight`, is added to
+    what a step minimises; the step's record has the mean over all layers that have one of this
+    name, as `layer_loss/NAME`.
 
     In evaluation, and outside of a training step, it does nothing."""
 
@@ -28,20 +30,22 @@ class LayerLoss(nn.Module):
         self.name, self.weight = name, weight
         # Parallelism sets these three.
         self.over_row: Callable[[Tensor], Tensor] = lambda x: x
-        """Sums over the ranks that hold parts of a sequence; each has the gradient of its own part."""
+        """Sums over the ranks that hold parts of a sequence; each has the gradient of its own
+        part."""
         self.row_share = 1.0
-        """Share of a row's loss that counts on this rank: one divided by the number of these ranks."""
+        """Share of a row's loss that counts on this rank: one divided by the number of these
+        ranks."""
         self.counts = True
         """Whether this rank counts; False where another tensor rank holds the same tokens."""
         self._gradient: Tensor | None = None
 
     def begin(self, num_tokens: int, num_rows: int, gradient: Tensor) -> None:
-        """Begin a step whose global batch has `num_tokens` tokens in `num_rows` rows. `gradient`, fp32 [], is what the
-        engine's backward pass starts from: that of the objective's loss."""
+        """Begin a step whose global batch has `num_tokens` tokens in `num_rows` rows. `gradient`,
+        fp32 [], is what the engine's backward pass starts from: that of the objective's loss."""
         self._num_tokens, self._num_rows, self._gradient = num_tokens, num_rows, gradient
         self.mean = gradient.new_zeros(())
-        """This rank's part of the loss's mean over the global batch, without `weight`, fp32 []: 0 where it does not
-        count."""
+        """This rank's part of the loss's mean over the global batch, without `weight`, fp32 []: 0
+        where it does not count."""
 
     @property
     def is_on(self) -> bool:
@@ -49,12 +53,13 @@ class LayerLoss(nn.Module):
         return self._gradient is not None and self.training
 
     def row_sum(self, x_BT: Tensor) -> Tensor:
-        """Sum over the whole sequence of each row, of which this rank may hold a part: [B,T,…] → [B,…] fp32."""
+        """Sum over the whole sequence of each row, of which this rank may hold a part: [B,T,…] →
+        [B,…] fp32."""
         return self.over_row(x_BT.float().sum(1))
 
     def forward(self, x: Tensor, loss: Tensor) -> Tensor:
-        """Return `x` with a loss attached: [B,T] of each token that is here, or [B] of each whole row, computed by way
-        of `row_sum`."""
+        """Return `x` with a loss attached: [B,T] of each token that is here, or [B] of each whole
+        row, computed by way of `row_sum`."""
         if not self.is_on:
             return x
         of_rows = loss.dim() == 1
@@ -63,7 +68,8 @@ class LayerLoss(nn.Module):
         return _Attach.apply(x, mean, self, self.row_share if of_rows else 1.0)
 
     def attached(self, mean: Tensor, share: float) -> Tensor:
-        """Take note of a micro-batch's loss, of which `share` counts on this rank. Return its gradient."""
+        """Take note of a micro-batch's loss, of which `share` counts on this rank. Return its
+        gradient."""
         assert self._gradient is not None
         if self.counts:
             # Noted in the backward pass and not in the forward, which recomputation would run
@@ -87,8 +93,8 @@ class LayerLosses:
         return tuple(f"layer_loss/{name}" for name in self.num_layers)
 
     def means(self, device: torch.device) -> Tensor:
-        """Return this rank's part of the mean of each name over the global batch and the model's layers, fp32 [names];
-        over all ranks they add up."""
+        """Return this rank's part of the mean of each name over the global batch and the model's
+        layers, fp32 [names]; over all ranks they add up."""
         sums = {name: torch.zeros((), device=device) for name in self.num_layers}
         for loss in self.here:
             sums[loss.name] += loss.mean

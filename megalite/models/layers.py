@@ -1,5 +1,5 @@
-"""Modules that families share, written for one device. Letters in shapes: B batch, T sequence, D hidden, H heads, G
-key/value heads, K head size, V vocabulary."""
+"""Modules that families share, written for one device. Letters in shapes: B batch, T sequence, D
+hidden, H heads, G key/value heads, K head size, V vocabulary."""
 
 from __future__ import annotations
 
@@ -33,27 +33,31 @@ from megalite.utils.keys import key_of
 
 @dataclass(frozen=True)
 class SequenceInfo:
-    """Positions of a micro-batch's tokens. T counts the tokens at hand: a whole sequence, or a context rank's part."""
+    """Positions of a micro-batch's tokens. T counts the tokens at hand: a whole sequence, or a
+    context rank's part."""
 
     index_T: Tensor
     """Index of each token in its whole sequence, int64, ascending."""
     position_BT: Tensor
-    """Positions to encode, int64: the index in the sequence, or in the token's own document; B may be 1."""
+    """Positions to encode, int64: the index in the sequence, or in the token's own document; B may
+    be 1."""
     document_BT: Tensor | None = None
-    """Number of each token's document in its sequence: tokens attend only within theirs. None: one document."""
+    """Number of each token's document in its sequence: tokens attend only within theirs. None: one
+    document."""
     key_B: Tensor | None = None
     """Dropout keys, int64, one per sample; with None nothing is dropped."""
     whole_length: int | Tensor | None = None
-    """Length of the whole sequence, where only a part of it is at hand; [B,1,1] where rows differ, [B,T,1] where
-    documents do; None: T."""
+    """Length of the whole sequence, where only a part of it is at hand; [B,1,1] where rows differ,
+    [B,T,1] where documents do; None: T."""
 
     whole_document_BT: Tensor | None = None
     """`document_BT` of the whole sequence, where only a part of it is at hand."""
     type_BT: Tensor | None = None
     """Types of the tokens, int64: 1 in the second text of a document. None: all are 0."""
     overlaps: tuple[tuple[bool, bool], ...] | None = None
-    """For each rank that has a part of the sequence, whether a document goes on from one of its parts to one of this
-    rank's: in the front half of the sequence, and in the back half. None: not known."""
+    """For each rank that has a part of the sequence, whether a document goes on from one of its
+    parts to one of this rank's: in the front half of the sequence, and in the back half. None: not
+    known."""
     source: Source | None = None
     """What an encoder reads, to which these tokens attend. None: there is no encoder."""
 
@@ -64,15 +68,16 @@ class SequenceInfo:
 
     @classmethod
     def whole(cls, length: int, device: torch.device, source: Source | None = None) -> SequenceInfo:
-        """Return the places of a whole sequence that is one document, beside the `source` that an encoder reads."""
+        """Return the places of a whole sequence that is one document, beside the `source` that an
+        encoder reads."""
         index = torch.arange(length, device=device)
         return cls(index, index[None], source=source)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The sequence that an encoder reads, S tokens of it. Those of one document attend to each other, and those of the
-    decoder's sequence to the tokens of theirs here."""
+    """The sequence that an encoder reads, S tokens of it. Those of one document attend to each
+    other, and those of the decoder's sequence to the tokens of theirs here."""
 
     tokens_BS: Tensor
     places: SequenceInfo
@@ -84,8 +89,8 @@ class Source:
 
 
 Streams = Tensor | tuple[Tensor, ...]
-"""What goes from layer to layer: hidden states [B,T,D]; several where the architecture has `num_streams`, behind its
-`shared_tables`."""
+"""What goes from layer to layer: hidden states [B,T,D]; several where the architecture has
+`num_streams`, behind its `shared_tables`."""
 
 
 def last_of(streams: Streams) -> Tensor:
@@ -94,10 +99,12 @@ def last_of(streams: Streams) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Base of every family's model: embed, layers one after another, predict. A pipeline cuts it between layers.
+    """Base of every family's model: embed, layers one after another, predict. A pipeline cuts it
+    between layers.
 
-    A model of several stacks, as an encoder and a decoder are, has the layers of one after those of the other. Between
-    them are several streams, of which each layer changes its own and hands the others on."""
+    A model of several stacks, as an encoder and a decoder are, has the layers of one after those of
+    the other. Between them are several streams, of which each layer changes its own and hands the
+    others on."""
 
     INPUT: tuple[str, ...]
     """Modules that `embed` uses."""
@@ -123,8 +130,8 @@ class Decoder(nn.Module):
         return self.project(self.finish(x_BTD))
 
     def final_states(self, x_BTD: Tensor) -> Tensor:
-        """Return the final hidden states [B,T,D], which transformers' models without a head return, from those of the
-        last layer."""
+        """Return the final hidden states [B,T,D], which transformers' models without a head return,
+        from those of the last layer."""
         return self.norm(x_BTD)
 
     def finish(self, x_BTD: Tensor) -> Tensor:
@@ -136,8 +143,8 @@ class Decoder(nn.Module):
         return self.head(x_BTD)
 
     def losses(self, x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
-        """Return the loss of every token, fp32 [B,T]; with `terms` [B,T,2], as `cross_entropy` does. 0 where the label
-        is `IGNORE`."""
+        """Return the loss of every token, fp32 [B,T]; with `terms` [B,T,2], as `cross_entropy`
+        does. 0 where the label is `IGNORE`."""
         return self.loss(self.predict(x_BTD), labels_BT, terms)
 
     def run_layers(self, x: Any, places: SequenceInfo) -> Any:
@@ -161,11 +168,12 @@ def numbered(layers: Iterable[nn.Module]) -> nn.ModuleDict:
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask depends on (seed, sample, position in the sample) alone, so that every layout drops the same.
+    """Dropout whose mask depends on (seed, sample, position in the sample) alone, so that every
+    layout drops the same.
 
-    Tensor parallelism sets `shard` to (rank, ranks) where it cuts dimension 1 of the input over ranks: the sequence of
-    hidden states, or the heads where `over_heads`; and `features` likewise where it cuts the last dimension, as it does
-    where `over_features`: between two matrices."""
+    Tensor parallelism sets `shard` to (rank, ranks) where it cuts dimension 1 of the input over
+    ranks: the sequence of hidden states, or the heads where `over_heads`; and `features` likewise
+    where it cuts the last dimension, as it does where `over_features`: between two matrices."""
 
     def __init__(self, p: float, site: str, over_heads: bool = False, over_features: bool = False):
         super().__init__()
@@ -173,8 +181,8 @@ class Dropout(nn.Module):
         self.over_features, self.features = over_features, (0, 1)
 
     def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
-        """Drop elements of `x` [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is
-        returned as it is."""
+        """Drop elements of `x` [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in
+        evaluation, it is returned as it is."""
         if self.p == 0.0 or places.key_B is None or not self.training:
             return x
         return self.drop(x, places, places.key_B)
@@ -189,8 +197,11 @@ class Dropout(nn.Module):
             first = places.index_T.chunk(ranks)[rank]
         inner = x[0, 0].numel()
         part, parts = self.features
-        # The index that one process would have given each element, whatever part of the input is here.
-        index = first[:, None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
+        # The index that one process would have given each element, whatever part of the input is
+        # here.
+        index = (
+            first[:, None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
+        )
         # A key a sample and site: two dropouts of a model must not drop the same elements.
         keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(x.shape[1:])) >= self.p
@@ -199,13 +210,14 @@ class Dropout(nn.Module):
 
 
 def make_embedding(rows: int, width: int) -> nn.Embedding:
-    """Make an embedding without drawing its weights: on the meta device that would import torch's compiler, which
-    takes a second."""
+    """Make an embedding without drawing its weights: on the meta device that would import torch's
+    compiler, which takes a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019), fused with the residual sum before it where one is given."""
+    """RMSNorm (Zhang and Sennrich 2019), fused with the residual sum before it where one is
+    given."""
 
     INIT: Literal["ones", "zeros"] = "ones"
     """Initial value of the weight, with which nothing is scaled."""
@@ -259,15 +271,16 @@ class UnshiftedLayerNorm(LayerNorm):
 
 
 class CrossEntropy(nn.Module):
-    """Compute the loss of every token in fp32; 0 where the label is `IGNORE`. The backward pass overwrites the
-    logits."""
+    """Compute the loss of every token in fp32; 0 where the label is `IGNORE`. The backward pass
+    overwrites the logits."""
 
     def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         return cross_entropy(logits, labels_BT, terms=terms)
 
 
 class ColumnLoss(nn.Module):
-    """Base of losses that are a mean over the columns of the logits, each by itself; 0 where the label is `IGNORE`.
+    """Base of losses that are a mean over the columns of the logits, each by itself; 0 where the
+    label is `IGNORE`.
 
     Tensor parallelism cuts the columns, and then sets `columns` and `over_ranks`."""
 
@@ -275,14 +288,17 @@ class ColumnLoss(nn.Module):
         super().__init__()
         self.num_columns = num_columns
         self.columns: Callable[[int], tuple[int, int]] = lambda width: (0, width)
-        """(columns of the logits at hand) → number of the first of them, and how many are not padding."""
+        """(columns of the logits at hand) → number of the first of them, and how many are not
+        padding."""
         self.over_ranks: Callable[[Tensor], Tensor] = lambda x_BT: x_BT
         """Sums over the ranks that have other columns."""
 
     def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         first, count = self.columns(logits.shape[-1])
         is_here_BT = labels_BT != IGNORE
-        losses_BTC = self.each(logits[..., :count].float(), labels_BT.masked_fill(~is_here_BT, 0), first)
+        losses_BTC = self.each(
+            logits[..., :count].float(), labels_BT.masked_fill(~is_here_BT, 0), first
+        )
         return self.over_ranks(losses_BTC.sum(-1)).masked_fill(~is_here_BT, 0.0) / self.num_columns
 
     def each(self, logits_BTC: Tensor, labels_BT: Tensor, first: int) -> Tensor:
@@ -291,7 +307,8 @@ class ColumnLoss(nn.Module):
 
 
 class SetLoss(ColumnLoss):
-    """Binary cross-entropy of whether a text has each class. A label is the set of its classes, as bits."""
+    """Binary cross-entropy of whether a text has each class. A label is the set of its classes, as
+    bits."""
 
     def each(self, logits_BTC: Tensor, labels_BT: Tensor, first: int) -> Tensor:
         has_BTC = in_set(labels_BT, first, logits_BTC.shape[-1]).float()
@@ -306,7 +323,8 @@ class SquaredLoss(ColumnLoss):
 
 
 def in_set(labels_BT: Tensor, first: int, count: int) -> Tensor:
-    """Return whether the set that is a label has each of `count` classes from `first` on: [B,T,count] bool."""
+    """Return whether the set that is a label has each of `count` classes from `first` on:
+    [B,T,count] bool."""
     number_C = torch.arange(first, first + count, device=labels_BT.device)
     return (labels_BT[..., None] >> number_C & 1).bool()
 
@@ -317,8 +335,8 @@ def numbers_of(labels_BT: Tensor) -> Tensor:
 
 
 class AttentionStrategy(Protocol):
-    """Attend where the keys at hand are not all: `RingAttention` to those of other ranks, `KVCache` to those of earlier
-    tokens."""
+    """Attend where the keys at hand are not all: `RingAttention` to those of other ranks, `KVCache`
+    to those of earlier tokens."""
 
     def attend(
         self,
@@ -329,53 +347,70 @@ class AttentionStrategy(Protocol):
         kind: AttentionKind,
         sinks_H: Tensor | None = None,
     ) -> Tensor | None:
-        """Return the attention of the tokens at `places` to themselves and to those elsewhere, [B,T,H·V]; None where
-        there are none elsewhere. `sinks_H` are the heads' sinks, where the kind has them."""
+        """Return the attention of the tokens at `places` to themselves and to those elsewhere,
+        [B,T,H·V]; None where there are none elsewhere. `sinks_H` are the heads' sinks, where the
+        kind has them."""
 
 
 def _largest_logits(
-    q_BTHK: Tensor, k_BSGK: Tensor, places: SequenceInfo, kind: AttentionKind, source: SequenceInfo | None
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    places: SequenceInfo,
+    kind: AttentionKind,
+    source: SequenceInfo | None,
 ) -> Tensor:
     source_BS = None if source is None else source.document_BT
     return largest_logits(q_BTHK, k_BSGK, places.document_BT, kind, source_BS)
 
 
 class CoreAttention(nn.Module):
-    """Attend from each token to tokens of its document, with grouped queries: the one mixer of all families.
+    """Attend from each token to tokens of its document, with grouped queries: the one mixer of all
+    families.
 
-    In training it computes with what is at hand. Context parallelism and generation each give it a `strategy` for keys
-    and values that are elsewhere; a family does nothing for these."""
+    In training it computes with what is at hand. Context parallelism and generation each give it a
+    `strategy` for keys and values that are elsewhere; a family does nothing for these."""
 
     def __init__(
-        self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN, num_heads: int = 0, biased: bool = False
+        self,
+        dropout: Dropout | None = None,
+        kind: AttentionKind = PLAIN,
+        num_heads: int = 0,
+        biased: bool = False,
     ):
-        """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window, soft cap and scale,
-        and whether each of `num_heads` heads of queries has a sink. `biased`: `attend` is given a bias of the scores
-        that is trained."""
+        """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window,
+        soft cap and scale, and whether each of `num_heads` heads of queries has a sink. `biased`:
+        `attend` is given a bias of the scores that is trained."""
         super().__init__()
         self.dropout, self.kind, self.biased = dropout, kind, biased
         self.sinks = nn.Parameter(torch.empty(num_heads)) if kind.sinks else None
         self.strategy: AttentionStrategy | None = None
         self.logits_of: Callable[..., Tensor] = _largest_logits
-        """(queries, keys, places, kind, places of the keys of another sequence or None) → the largest logit of each
-        head. Context parallelism sets another function, which finds those of this rank's queries, or of its heads."""
+        """(queries, keys, places, kind, places of the keys of another sequence or None) → the
+        largest logit of each head. Context parallelism sets another function, which finds those of
+        this rank's queries, or of its heads."""
         self.largest_logits: Tensor | None = None
-        """Where set, fp32 [H] or [1]: each forward pass in training raises it to the largest logit of each head."""
+        """Where set, fp32 [H] or [1]: each forward pass in training raises it to the largest logit
+        of each head."""
 
     @property
     def writes_scores(self) -> bool:
         """Return whether it may materialise the scores [B,H,T,S]."""
         return self.kind.softcap is not None or self.biased or bool(self.dropout and self.dropout.p)
 
-    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo) -> Tensor:
-        """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of keys + as many of
-        values. Returns [B,T,H·K]; `places` says which tokens are of one document."""
+    def forward(
+        self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo
+    ) -> Tensor:
+        """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of
+        keys + as many of values. Returns [B,T,H·K]; `places` says which tokens are of one
+        document."""
         if self.largest_logits is not None:
             self.note_logits(*split_heads(qkv_BTNK, num_heads, num_kv_heads)[:2], places)
         # Split only here: the fused path takes the projection as it is, and returns its gradient
         # whole.
         if self.strategy is not None or self._drops(places):
-            out = self._by_strategy_or_eager(*split_heads(qkv_BTNK, num_heads, num_kv_heads), places)
+            out = self._by_strategy_or_eager(
+                *split_heads(qkv_BTNK, num_heads, num_kv_heads), places
+            )
             if out is not None:
                 return out
         if self.sinks is not None:
@@ -392,25 +427,34 @@ class CoreAttention(nn.Module):
         source: SequenceInfo | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Attend from queries to keys and values that come apart, whose head sizes K and V may differ: [B,T,H·V].
+        """Attend from queries to keys and values that come apart, whose head sizes K and V may
+        differ: [B,T,H·V].
 
-        `places` are those of the queries, and of the keys where `source` is None. `source` are those of keys of another
-        sequence (cross-attention), whole on this rank. `bias` [B or 1,H or 1,T,S] is added to the scores. Raises
-        ValueError where these, the kind and the strategy do not go together."""
+        `places` are those of the queries, and of the keys where `source` is None. `source` are
+        those of keys of another sequence (cross-attention), whole on this rank. `bias` [B or 1,H or
+        1,T,S] is added to the scores. Raises ValueError where these, the kind and the strategy do
+        not go together."""
         if self.largest_logits is not None:
             self.note_logits(q_BTHK, k_BSGK, places, source)
         out = self._by_strategy_or_eager(q_BTHK, k_BSGK, v_BSGV, places, source, bias)
         if out is not None:
             return out
         if self.sinks is not None:
-            return attention_with_sinks(q_BTHK, k_BSGK, v_BSGV, self.sinks, places.document_BT, self.kind)
+            return attention_with_sinks(
+                q_BTHK, k_BSGK, v_BSGV, self.sinks, places.document_BT, self.kind
+            )
         source_BS = None if source is None else source.document_BT
         return attention(q_BTHK, k_BSGK, v_BSGV, places.document_BT, self.kind, source_BS, bias)
 
     def note_logits(
-        self, q_BTHK: Tensor, k_BSGK: Tensor, places: SequenceInfo, source: SequenceInfo | None = None
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        places: SequenceInfo,
+        source: SequenceInfo | None = None,
     ) -> None:
-        """Raise `largest_logits` to those of these queries and keys. In evaluation it does nothing."""
+        """Raise `largest_logits` to those of these queries and keys. In evaluation it does
+        nothing."""
         if self.training and self.largest_logits is not None:
             # Behind RoPE and norms, as attention sees them. They are computed a second time, tile
             # by tile: fused kernels do not tell them.
@@ -426,10 +470,14 @@ class CoreAttention(nn.Module):
         source: SequenceInfo | None = None,
         bias: Tensor | None = None,
     ) -> Tensor | None:
-        """Return what the strategy computes for a sequence's own keys, or eager attention with dropout; None where
-        neither is asked for."""
-        if self.sinks is not None and (source is not None or bias is not None or self.dropout is not None):
-            raise ValueError("attention sinks go with no keys of another sequence, no bias and no dropout")
+        """Return what the strategy computes for a sequence's own keys, or eager attention with
+        dropout; None where neither is asked for."""
+        if self.sinks is not None and (
+            source is not None or bias is not None or self.dropout is not None
+        ):
+            raise ValueError(
+                "attention sinks go with no keys of another sequence, no bias and no dropout"
+            )
         # A strategy is about keys of the sequence itself; those of another one are whole on each
         # rank.
         if source is not None:
@@ -439,7 +487,9 @@ class CoreAttention(nn.Module):
                 raise ValueError(f"{type(self.strategy).__name__} knows no bias of the scores")
             # None: all keys are at hand after all (a sequence's first tokens), and the usual ways
             # compute it.
-            out = self.strategy.attend(q, k, v, places, self.kind, *([] if self.sinks is None else [self.sinks]))
+            out = self.strategy.attend(
+                q, k, v, places, self.kind, *([] if self.sinks is None else [self.sinks])
+            )
             if out is not None:
                 return out
         if not self._drops(places):

@@ -1,5 +1,6 @@
-"""Llama 2, 3 and kin: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023, Dubey et al.
-2024). Families that grew out of it share its modules, its rows and its mappings, and say what they do otherwise."""
+"""Llama 2, 3 and kin: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al.
+2023, Dubey et al. 2024). Families that grew out of it share its modules, its rows and its mappings,
+and say what they do otherwise."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from megalite.kernels.activation import geglu, swiglu
 from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
-from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec, MixerSpec
+from megalite.models.architecture import (
+    Architecture,
+    AttentionSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    MixerSpec,
+)
 from megalite.models.hf import REQUIRED, Keys, check_padding
 from megalite.models.layers import (
     CoreAttention,
@@ -43,12 +50,16 @@ class Biases(NamedTuple):
 
 
 class LlamaLike(ModelConfig):
-    """Fields of Llama and kin. Names in capitals, methods and properties are not settings but belong to the family;
-    here they have Llama's values."""
+    """Fields of Llama and kin. Names in capitals, methods and properties are not settings but
+    belong to the family; here they have Llama's values."""
 
     intermediate_size: int = Field(gt=0)
-    num_kv_heads: int = Field(0, ge=0, description="Key/value heads. 0: as many as num_attention_heads.")
-    head_dim: int = Field(0, ge=0, description="Size of a head. 0: hidden_size / num_attention_heads.")
+    num_kv_heads: int = Field(
+        0, ge=0, description="Key/value heads. 0: as many as num_attention_heads."
+    )
+    head_dim: int = Field(
+        0, ge=0, description="Size of a head. 0: hidden_size / num_attention_heads."
+    )
     rope_theta: float = Field(10_000.0, gt=0)
     rope_scaling: rope.Scaling | None = None
 
@@ -60,8 +71,8 @@ class LlamaLike(ModelConfig):
     """Whether queries and keys are normalized."""
     ROPE: ClassVar[rope.Names] = rope.Names()
     HEADS_DIVIDE: ClassVar[bool] = False
-    """Whether transformers opens the family only where the hidden size is a multiple of the heads, even with a
-    head_dim."""
+    """Whether transformers opens the family only where the hidden size is a multiple of the heads,
+    even with a head_dim."""
 
     @model_validator(mode="after")
     def _opens_in_transformers(self) -> LlamaLike:
@@ -72,7 +83,9 @@ class LlamaLike(ModelConfig):
             )
         scaling = self.rope_scaling
         if isinstance(scaling, rope.YarnScaling) and self.rope_theta <= 1:
-            raise ValueError(f"rope_scaling.type yarn needs a rope_theta above 1, not {self.rope_theta}")
+            raise ValueError(
+                f"rope_scaling.type yarn needs a rope_theta above 1, not {self.rope_theta}"
+            )
         if isinstance(scaling, rope.DynamicScaling):
             # config.json has no place for another length.
             longest = rope.longest(scaling.original_max_positions, scaling.factor)
@@ -81,7 +94,9 @@ class LlamaLike(ModelConfig):
                     f"max_positions {self.max_positions} must be {longest}: rope_scaling.factor × its original ones"
                 )
             if self.rotary_size < 4:
-                raise ValueError(f"rope_scaling.type dynamic needs more than the {self.rotary_size} rotated numbers")
+                raise ValueError(
+                    f"rope_scaling.type dynamic needs more than the {self.rotary_size} rotated numbers"
+                )
         return self
 
     @model_validator(mode="after")
@@ -91,11 +106,15 @@ class LlamaLike(ModelConfig):
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
         if not self.rotary_size or self.rotary_size % 2:
-            raise ValueError(f"heads of size {self.rotary_size} cannot be rotated in pairs: the size must be even")
+            raise ValueError(
+                f"heads of size {self.rotary_size} cannot be rotated in pairs: the size must be even"
+            )
         if isinstance(self.rope_scaling, rope.LongRope):
             for name in ("short_factor", "long_factor"):
                 if (count := len(getattr(self.rope_scaling, name))) != self.rotary_size // 2:
-                    raise ValueError(f"rope_scaling.{name} has {count} numbers for {self.rotary_size // 2} pairs")
+                    raise ValueError(
+                        f"rope_scaling.{name} has {count} numbers for {self.rotary_size // 2} pairs"
+                    )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_kv_heads {self.kv_heads}"
@@ -128,7 +147,8 @@ class LlamaLike(ModelConfig):
         return AttentionKind(window=self.window(layer))
 
     def turn(self, layer: int) -> int | None:
-        """Return which of the model's cos/sin tables a layer takes; None where it encodes no positions."""
+        """Return which of the model's cos/sin tables a layer takes; None where it encodes no
+        positions."""
         return 0
 
     def mixer(self, layer: int) -> MixerSpec:
@@ -154,7 +174,9 @@ class LlamaLike(ModelConfig):
     def describe(self) -> Architecture:
         """Describe the model by the `mixer` and the `feed_forward` of each layer."""
         numbers = range(self.num_layers)
-        layers = tuple(LayerSpec(self.mixer(n), self.feed_forward(n), self.NUM_NORMS) for n in numbers)
+        layers = tuple(
+            LayerSpec(self.mixer(n), self.feed_forward(n), self.NUM_NORMS) for n in numbers
+        )
         scaling = self.rope_scaling
         return Architecture(
             layers=layers,
@@ -193,12 +215,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaLike, layer: int):
         super().__init__()
-        heads, groups, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
+        heads, groups, self.head_size = (
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_size,
+        )
         self.heads_per_group, self.turn = heads // groups, config.turn(layer)
         # Rows: all queries, then all keys, then all values. Cut over tensor ranks each on its own
         # (`parts` of the table's row), so that every rank has heads and their keys in this same
         # order.
-        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.biases.qkv)
+        self.qkv = nn.Linear(
+            config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.biases.qkv
+        )
         self.core = CoreAttention(kind=config.attention(layer), num_heads=heads)
         self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.biases.out)
 
@@ -216,13 +244,14 @@ class Attention(nn.Module):
         return self.out(self.core(qkv_BTNK, heads, groups, shared.places))
 
     def normalize(self, qkv: Tensor, heads: int, groups: int) -> Tensor:
-        """Return queries and keys as they are before RoPE, and values: [B,T,N·K]. `heads` and `groups` are those on
-        this rank."""
+        """Return queries and keys as they are before RoPE, and values: [B,T,N·K]. `heads` and
+        `groups` are those on this rank."""
         return qkv
 
 
 class HeadNormAttention(Attention):
-    """Attention that normalises each head's queries and keys, all heads by one weight (Qwen3, Gemma 3)."""
+    """Attention that normalises each head's queries and keys, all heads by one weight (Qwen3, Gemma
+    3)."""
 
     def __init__(self, config: LlamaLike, layer: int):
         super().__init__(config, layer)
@@ -251,7 +280,8 @@ class MLP(nn.Module):
         return self.activation_and_down_proj(self.gate_up(x))
 
     def activation_and_down_proj(self, gate_up: Tensor) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        """Apply the activation and the down projection; recomputed as one under `train.recompute:
+        selective`."""
         return self.down(self.gate(gate_up))
 
 
@@ -317,7 +347,8 @@ def layer_table(
     attention: Sequence[Weight] | None = None,
     mlp: Sequence[Weight] | None = None,
 ) -> tuple[Weight, ...]:
-    """Return the rows of one layer: Llama's, except for those of `attention` and `mlp` that are given."""
+    """Return the rows of one layer: Llama's, except for those of `attention` and `mlp` that are
+    given."""
     return (
         *norm_rows(config, "attention_norm", "input_layernorm"),
         *(attention_rows(config) if attention is None else attention),
@@ -332,12 +363,14 @@ def attention_rows(
     norms: Sequence[Weight] = (),
     hf_out: str = "o_proj",
 ) -> tuple[Weight, ...]:
-    """Return the rows of attention. `qkv` names the Hugging Face modules that make up the projection, `hf_out` that of
-    the output; `norms` are rows between them."""
+    """Return the rows of attention. `qkv` names the Hugging Face modules that make up the
+    projection, `hf_out` that of the output; `norms` are rows between them."""
     q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
     # `unit` keeps a head whole where tensor parallelism cuts; `parts` cuts q, k and v apart.
     parts, unit, std = (q, kv, kv), config.head_size, config.init_std
-    names = {kind: tuple(f"self_attn.{module}.{kind}" for module in qkv) for kind in ("weight", "bias")}
+    names = {
+        kind: tuple(f"self_attn.{module}.{kind}" for module in qkv) for kind in ("weight", "bias")
+    }
     shape = (q + 2 * kv, config.hidden_size)
     matrix = Weight("attention.qkv.weight", shape, names["weight"], "column", parts, unit, init=std)
     bias = Weight(
@@ -352,8 +385,11 @@ def attention_rows(
 
 
 def row_bias(name: str, hf: str, size: int) -> Weight:
-    """Return the row of a row-parallel linear module's bias. It is added after the reduction, on the cut sequence."""
-    return Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
+    """Return the row of a row-parallel linear module's bias. It is added after the reduction, on
+    the cut sequence."""
+    return Weight(
+        f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence"
+    )
 
 
 def head_norm_rows(config: LlamaLike) -> tuple[Weight, ...]:
@@ -375,16 +411,32 @@ def mlp_rows(
     name: str = "mlp",
     hf: str = "mlp",
 ) -> tuple[Weight, ...]:
-    """Return the rows of an MLP. `gate_up` names the Hugging Face modules that make up its first projection; `inner` is
-    as in `MLP`; the module is called `name` here and `hf` by Hugging Face."""
+    """Return the rows of an MLP. `gate_up` names the Hugging Face modules that make up its first
+    projection; `inner` is as in `MLP`; the module is called `name` here and `hf` by Hugging
+    Face."""
     hidden, inner = config.hidden_size, inner or config.intermediate_size
-    names = {kind: tuple(f"{hf}.{module}.{kind}" for module in gate_up) for kind in ("weight", "bias")}
-    shape, halves, first, biased = (2 * inner, hidden), (inner, inner), f"{name}.gate_up", config.biases.mlp
-    bias = Weight(f"{first}.bias", shape[:1], names["bias"], "column", halves, init="zeros", decay=False)
+    names = {
+        kind: tuple(f"{hf}.{module}.{kind}" for module in gate_up) for kind in ("weight", "bias")
+    }
+    shape, halves, first, biased = (
+        (2 * inner, hidden),
+        (inner, inner),
+        f"{name}.gate_up",
+        config.biases.mlp,
+    )
+    bias = Weight(
+        f"{first}.bias", shape[:1], names["bias"], "column", halves, init="zeros", decay=False
+    )
     return (
         Weight(f"{first}.weight", shape, names["weight"], "column", halves, init=config.init_std),
         *[bias] * biased,
-        Weight(f"{name}.down.weight", (hidden, inner), (f"{hf}.down_proj.weight",), "row", init=residual_std(config)),
+        Weight(
+            f"{name}.down.weight",
+            (hidden, inner),
+            (f"{hf}.down_proj.weight",),
+            "row",
+            init=residual_std(config),
+        ),
         *[row_bias(f"{name}.down", f"{hf}.down_proj", hidden)] * biased,
     )
 
@@ -397,8 +449,8 @@ def norm_rows(config: LlamaLike, name: str, hf: str, place: Place = 0) -> tuple[
 
 
 def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
-    """Return the row of a norm over hidden states, called `name` here and `hf` by Hugging Face. Under sequence
-    parallelism each tensor rank has a part of its gradient."""
+    """Return the row of a norm over hidden states, called `name` here and `hf` by Hugging Face.
+    Under sequence parallelism each tensor rank has a part of its gradient."""
     return Weight(
         f"{name}.weight", (config.hidden_size,), (f"{hf}.weight",), init=config.NORM.INIT, decay=False,
         partial_grad="sequence", place=place,
@@ -418,27 +470,40 @@ NAMES = Names()
 
 
 def table(
-    config: LlamaLike, layer: Sequence[Weight] | Callable[[int], Sequence[Weight]], names: Names = NAMES
+    config: LlamaLike,
+    layer: Sequence[Weight] | Callable[[int], Sequence[Weight]],
+    names: Names = NAMES,
 ) -> Iterator[Weight]:
-    """Yield the whole table, from the rows of one layer, or from a function that gives those of each."""
+    """Yield the whole table, from the rows of one layer, or from a function that gives those of
+    each."""
     shape, std = (config.vocab_size, config.hidden_size), config.init_std
     # "both": the first pipeline stage looks it up, the last multiplies with it, and both keep a
     # copy.
     ends: Place = "both" if config.tie_embeddings else "first"
     # A look-up multiplies nothing; the head, where it is tied, does.
     used = float(config.tie_embeddings)
-    yield Weight("embedding.weight", shape, (f"{names.embedding}.weight",), "vocab", used=used, init=std, place=ends)
+    yield Weight(
+        "embedding.weight",
+        shape,
+        (f"{names.embedding}.weight",),
+        "vocab",
+        used=used,
+        init=std,
+        place=ends,
+    )
     # In the order of a forward pass: engines fill their buckets from the end of this table.
     for i in range(config.num_layers):
         yield from layer_rows(i, names.layers, layer(i) if callable(layer) else layer)
     yield from norm_rows(config, "norm", names.norm, "last")
     if not config.tie_embeddings:
-        yield Weight("head.weight", shape, (f"{names.head}.weight",), "vocab", init=std, place="last")
+        yield Weight(
+            "head.weight", shape, (f"{names.head}.weight",), "vocab", init=std, place="last"
+        )
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Return the standard deviation of projections that add to the residual stream, which keeps its variance (GPT-2,
-    Megatron)."""
+    """Return the standard deviation of projections that add to the residual stream, which keeps its
+    variance (GPT-2, Megatron)."""
     return config.init_std / math.sqrt(2 * config.num_layers)
 
 
@@ -461,7 +526,12 @@ LIKE_LLAMA = Keys().but(
         "rope_parameters": None,
         "pad_token_id": None,
     },
-    only={"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False},
+    only={
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+    },
 )
 """Keys of families that grew out of Llama."""
 WITH_BIASES = LIKE_LLAMA.but(used={"attention_bias": False, "mlp_bias": False})
@@ -480,7 +550,8 @@ def biased_to_hf(config: Biased, architecture: str) -> dict[str, Any]:
 
 
 def fields_to_hf(config: LlamaLike, architecture: str, activation: str = "silu") -> dict[str, Any]:
-    """Return the keys of config.json that all kin share; `architecture` and `activation` are transformers' names."""
+    """Return the keys of config.json that all kin share; `architecture` and `activation` are
+    transformers' names."""
     return {
         "architectures": [architecture],
         "model_type": config.family,

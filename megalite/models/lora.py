@@ -1,8 +1,10 @@
-"""LoRA, low-rank adapters (Hu et al. 2021): a linear module W also adds scale · B A x, and only A and B are trained.
+"""LoRA, low-rank adapters (Hu et al. 2021): a linear module W also adds scale · B A x, and only A
+and B are trained.
 
-An adapter belongs to one Hugging Face module, as in PEFT. Where a linear module here is several of those in one, it
-carries an adapter for each, which adds to its own slice of the output. Both weights of an adapter are rows of the
-table, and everything about them follows from the row of the weight they adapt:
+An adapter belongs to one Hugging Face module, as in PEFT. Where a linear module here is several of
+those in one, it carries an adapter for each, which adds to its own slice of the output. Both
+weights of an adapter are rows of the table, and everything about them follows from the row of the
+weight they adapt:
 
                   of a column-parallel weight         of a row-parallel weight
     A [r, in]     whole on every tensor rank          cut as its input columns
@@ -62,8 +64,8 @@ class Adapter:
     def local_rows(self, tensor: int) -> slice:
         """Return the module's slice of the output features on one of `tensor` ranks."""
         ranks = tensor if self.base.shard == "column" else 1
-        # Parts of a weight are cut each on its own, so a module's features keep their place among the local ones,
-        # scaled down.
+        # Parts of a weight are cut each on its own, so a module's features keep their place among
+        # the local ones, scaled down.
         return slice(self.start // ranks, self.stop // ranks)
 
     def rows(self, rank: int) -> tuple[Weight, Weight]:
@@ -78,8 +80,8 @@ class Adapter:
             # kaiming_uniform_ with a = √5, as PEFT initialises A.
             init=Uniform(1 / sqrt(base.shape[1])), place=base.place, partial_grad="sequence" if column else None,
         )  # fmt: skip
-        # B of a row-parallel weight is whole on every rank, but is used on the rank's part of A x: so its gradient is
-        # partial.
+        # B of a row-parallel weight is whole on every rank, but is used on the rank's part of A x:
+        # so its gradient is partial.
         b = Weight(
             f"{name}_b", (self.stop - self.start, rank), (f"{hf}_B.weight",),
             shard="column" if column else None, unit=base.unit if column else 1,
@@ -95,14 +97,18 @@ def _is_called(module: str, target: str) -> bool:
 
 
 def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
-    """Return the adapters of all modules that `lora` targets. Raises ConfigError for a target that is no linear module
-    of the model."""
+    """Return the adapters of all modules that `lora` targets. Raises ConfigError for a target that
+    is no linear module of the model."""
     # All adapters that the model could have, to say in the message which there are.
     every = [adapter for weight in weights for adapter in _of_weight(weight)]
-    experts = [name.removesuffix(".weight") for weight in weights if weight.stack for name in weight.hf]
+    experts = [
+        name.removesuffix(".weight") for weight in weights if weight.stack for name in weight.hf
+    ]
     for target in lora.targets:
         # PEFT would adapt experts by these names, too.
-        if experts and (target == ALL_LINEAR or any(_is_called(module, target) for module in experts)):
+        if experts and (
+            target == ALL_LINEAR or any(_is_called(module, target) for module in experts)
+        ):
             raise ConfigError(
                 f"lora.targets: {target!r} means experts, too, which cannot be adapted; name modules of attention, "
                 "such as q_proj and v_proj"
@@ -110,7 +116,9 @@ def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
         if not any(adapter.matches(target) for adapter in every):
             known = sorted({adapter.short for adapter in every})
             hint = did_you_mean(target, known, f"those of this model are {', '.join(known)}")
-            raise ConfigError(f"lora.targets: no linear module is called {target!r}; {hint}, or all: {ALL_LINEAR}")
+            raise ConfigError(
+                f"lora.targets: no linear module is called {target!r}; {hint}, or all: {ALL_LINEAR}"
+            )
     return [adapter for adapter in every if any(adapter.matches(target) for target in lora.targets)]
 
 
@@ -126,17 +134,20 @@ def _of_weight(weight: Weight) -> Iterator[Adapter]:
 
 
 def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, ...]:
-    """Return the table of a model whose adapters alone are trained: each weight frozen, followed by the rows of its
-    adapters."""
+    """Return the table of a model whose adapters alone are trained: each weight frozen, followed by
+    the rows of its adapters."""
     rows: dict[str, list[Weight]] = {}
     for adapter in adapters_of(weights, lora):
         rows.setdefault(adapter.base.name, []).extend(adapter.rows(lora.rank))
     return tuple(row for w in weights for row in (replace(w, frozen=True), *rows.get(w.name, ())))
 
 
-def merged(local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int) -> Tensor:
-    """Return the local tensor of a weight on one of `tensor` ranks with its adapters' updates added, in fp32, to be
-    rounded once by the caller. `adapters` come with that rank's A and B; `scale` multiplies the updates."""
+def merged(
+    local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int
+) -> Tensor:
+    """Return the local tensor of a weight on one of `tensor` ranks with its adapters' updates
+    added, in fp32, to be rounded once by the caller. `adapters` come with that rank's A and B;
+    `scale` multiplies the updates."""
     whole = local.float() if local.dtype != torch.float32 else local.clone()
     for adapter, a, b in adapters:
         whole[adapter.local_rows(tensor)].addmm_(b.float(), a.float(), alpha=scale)
@@ -144,10 +155,13 @@ def merged(local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], sc
 
 
 class _AddUpdates(Function):
-    """Add scale · low Bᵀ to a slice of `out` for each B, in place: `out` is always the fresh output of a product."""
+    """Add scale · low Bᵀ to a slice of `out` for each B, in place: `out` is always the fresh output
+    of a product."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, low: Tensor, scale: float, slices: Sequence[slice], *bs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, low: Tensor, scale: float, slices: Sequence[slice], *bs: Tensor
+    ) -> Tensor:
         ctx.mark_dirty(out)
         ctx.save_for_backward(low, *bs)
         ctx.scale, ctx.slices = scale, slices
@@ -163,8 +177,13 @@ class _AddUpdates(Function):
         low, *bs = ctx.saved_tensors
         features = grad.flatten(0, -2)
         grads = [features[:, rows] for rows in ctx.slices]
-        of_low = torch.cat([input_gradient(g, b) for g, b in zip(grads, bs, strict=True)], -1).mul_(ctx.scale)
-        of_bs = [weight_gradient(g, part).mul_(ctx.scale) for g, part in zip(grads, _parts(low, bs), strict=True)]
+        of_low = torch.cat([input_gradient(g, b) for g, b in zip(grads, bs, strict=True)], -1).mul_(
+            ctx.scale
+        )
+        of_bs = [
+            weight_gradient(g, part).mul_(ctx.scale)
+            for g, part in zip(grads, _parts(low, bs), strict=True)
+        ]
         # `out` was only added to, so its gradient passes through.
         return grad, of_low.view_as(low), None, None, *of_bs
 
@@ -175,8 +194,8 @@ def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class AdapterDropout(Dropout):
-    """Dropout on the input of adapters. Linear modules are not given places: they are those of the layer's current
-    call."""
+    """Dropout on the input of adapters. Linear modules are not given places: they are those of the
+    layer's current call."""
 
     places: SequenceInfo
 
@@ -185,8 +204,12 @@ class AdapterDropout(Dropout):
 
 
 def _tell_places(layer: nn.Module) -> None:
-    """Make every call of a layer, recomputation included, give its places to the dropouts inside."""
-    forward, dropouts = layer.forward, [module for module in layer.modules() if isinstance(module, AdapterDropout)]
+    """Make every call of a layer, recomputation included, give its places to the dropouts
+    inside."""
+    forward, dropouts = (
+        layer.forward,
+        [module for module in layer.modules() if isinstance(module, AdapterDropout)],
+    )
 
     def telling(x: Tensor, shared: Any) -> Tensor:
         for dropout in dropouts:
@@ -199,8 +222,8 @@ def _tell_places(layer: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Updates:
-    """Add the adapters' updates to the output of a linear module. The module holds their weights, by the names NAME_a
-    and NAME_b, and their `dropout`."""
+    """Add the adapters' updates to the output of a linear module. The module holds their weights,
+    by the names NAME_a and NAME_b, and their `dropout`."""
 
     adapters: tuple[Adapter, ...]
     scale: float
@@ -217,13 +240,19 @@ class Updates:
         tensor: int = 1,
         enter: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Add to `out` [B,T,O], in place, the updates from `module`'s input `x` [B,T,I]. Each of `tensor` ranks holds
-        a share of the features; `enter` takes the low-rank features into the tensor-parallel region."""
-        of_a, of_b = ([getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters] for factor in "ab")
+        """Add to `out` [B,T,O], in place, the updates from `module`'s input `x` [B,T,I]. Each of
+        `tensor` ranks holds a share of the features; `enter` takes the low-rank features into the
+        tensor-parallel region."""
+        of_a, of_b = (
+            [getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters]
+            for factor in "ab"
+        )
         if module.dropout is not None:
             x = module.dropout(x)
         # [B, T, r · adapters]: the low-rank features of all adapters beside each other.
-        low = linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one read of `x` for all of them
+        low = linear(
+            x, torch.cat(of_a) if len(of_a) > 1 else of_a[0]
+        )  # one read of `x` for all of them
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
         return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
 
@@ -233,19 +262,23 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, updates: Updates, rank: int, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.dropout = AdapterDropout(dropout, f"{updates.adapters[0].owner}.lora") if dropout else None
+        self.dropout = (
+            AdapterDropout(dropout, f"{updates.adapters[0].owner}.lora") if dropout else None
+        )
         self.weight, self.bias, self.updates = base.weight, base.bias, updates
         for adapter in updates.adapters:
             for row in adapter.rows(rank):
-                self.register_parameter(row.name.rpartition(".")[2], nn.Parameter(torch.empty(row.shape)))
+                self.register_parameter(
+                    row.name.rpartition(".")[2], nn.Parameter(torch.empty(row.shape))
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.updates.add(self, x, linear(x, self.weight, self.bias))
 
 
 def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
-    """Give the linear modules of a clean model on the meta device the adapters that `lora` asks for. `weights` is the
-    table without them."""
+    """Give the linear modules of a clean model on the meta device the adapters that `lora` asks
+    for. `weights` is the table without them."""
     by_owner: dict[str, list[Adapter]] = {}
     for adapter in adapters_of(weights, lora):
         by_owner.setdefault(adapter.owner, []).append(adapter)
@@ -254,7 +287,9 @@ def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
         base = model.get_submodule(owner)
         assert isinstance(base, nn.Linear)
         with torch.device("meta"):
-            adapted = LoraLinear(base, Updates(tuple(adapters), lora.scale), lora.rank, lora.dropout)
+            adapted = LoraLinear(
+                base, Updates(tuple(adapters), lora.scale), lora.rank, lora.dropout
+            )
         setattr(model.get_submodule(parent), name, adapted)
     # A linear's forward takes x alone; its dropout must know which tokens these are.
     for layer in model.layers.values() if lora.dropout else ():

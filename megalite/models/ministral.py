@@ -1,4 +1,5 @@
-"""Ministral (Mistral AI 2024): Mistral whose layers differ in whether they look back over a window."""
+"""Ministral (Mistral AI 2024): Mistral whose layers differ in whether they look back over a
+window."""
 
 from __future__ import annotations
 

@@ -8,7 +8,14 @@ from typing import Any, ClassVar, Literal
 import torch.nn as nn
 
 from megalite.models import rope
-from megalite.models.experts import ROUTED, RoutedConfig, RoutedLayer, expert_rows, routed_from_hf, routed_to_hf
+from megalite.models.experts import (
+    ROUTED,
+    RoutedConfig,
+    RoutedLayer,
+    expert_rows,
+    routed_from_hf,
+    routed_to_hf,
+)
 from megalite.models.llama import Attention, Llama, fields_from_hf, fields_to_hf, layer_table, table
 from megalite.models.weights import Weight
 from megalite.models.windows import Windowed
@@ -29,7 +36,9 @@ class Mixtral(Llama):
 
 def weights(config: MixtralConfig) -> Iterator[Weight]:
     # w1 is the gate, w3 up, w2 down.
-    yield from table(config, layer_table(config, mlp=expert_rows(config, "block_sparse_moe", "w1", "w3", "w2")))
+    yield from table(
+        config, layer_table(config, mlp=expert_rows(config, "block_sparse_moe", "w1", "w3", "w2"))
+    )
 
 
 KEYS = ROUTED.but(
@@ -45,7 +54,11 @@ KEYS = ROUTED.but(
 
 def to_hf(config: MixtralConfig) -> dict[str, Any]:
     experts = routed_to_hf(config) | {"num_local_experts": config.num_experts}
-    return fields_to_hf(config, "MixtralForCausalLM") | experts | {"sliding_window": config.sliding_window}
+    return (
+        fields_to_hf(config, "MixtralForCausalLM")
+        | experts
+        | {"sliding_window": config.sliding_window}
+    )
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

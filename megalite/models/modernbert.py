@@ -1,5 +1,6 @@
-"""ModernBERT (Warner et al. 2024): an encoder of Llama's modules, with LayerNorm and GeGLU, without biases. A layer
-attends to all of a document, or to a window around each token, with a RoPE theta of its own."""
+"""ModernBERT (Warner et al. 2024): an encoder of Llama's modules, with LayerNorm and GeGLU, without
+biases. A layer attends to all of a document, or to a window around each token, with a RoPE theta of
+its own."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from torch import Tensor
 from megalite.kernels.attention import AttentionKind
 from megalite.models import llama, rope
 from megalite.models.architecture import Architecture
-from megalite.models.hf import REQUIRED, Keys, agreed, check_padding, disagree, refuse_others, require
+from megalite.models.hf import (
+    REQUIRED,
+    Keys,
+    agreed,
+    check_padding,
+    disagree,
+    refuse_others,
+    require,
+)
 from megalite.models.layers import (
     LayerNorm,
     RMSNorm,
@@ -41,13 +50,21 @@ class ModernBertConfig(TwoRopes):
     GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = UnshiftedLayerNorm
     ROPE: ClassVar[rope.Names] = rope.Names(
-        kinds=(), theta_key="global_rope_theta", theta=160_000.0, new="rope_parameters.full_attention"
+        kinds=(),
+        theta_key="global_rope_theta",
+        theta=160_000.0,
+        new="rope_parameters.full_attention",
     )
 
     @model_validator(mode="after")
     def _plain_heads(self) -> ModernBertConfig:
-        if self.kv_heads != self.num_attention_heads or self.head_size * self.num_attention_heads != self.hidden_size:
-            raise ValueError("modernbert has no num_kv_heads or head_dim of its own: its heads fill a token together")
+        if (
+            self.kv_heads != self.num_attention_heads
+            or self.head_size * self.num_attention_heads != self.hidden_size
+        ):
+            raise ValueError(
+                "modernbert has no num_kv_heads or head_dim of its own: its heads fill a token together"
+            )
         return self
 
     def describe(self) -> Architecture:
@@ -117,7 +134,11 @@ HF_NAMES = {
 
 def weights(config: ModernBertConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
-    hidden, std, shape = config.hidden_size, config.init_std, (config.vocab_size, config.hidden_size)
+    hidden, std, shape = (
+        config.hidden_size,
+        config.init_std,
+        (config.vocab_size, config.hidden_size),
+    )
     tied = config.tie_embeddings
     yield Weight(
         "embedding.weight", shape, ("model.embeddings.tok_embeddings.weight",), "vocab", used=float(tied), init=std,
@@ -129,13 +150,26 @@ def weights(config: ModernBertConfig) -> Iterator[Weight]:
         yield from layer_rows(i, "model.layers", layer if i else layer[1:])
     yield norm_row(config, "norm", "model.final_norm", "last")
     yield Weight(
-        "transform.weight", (hidden, hidden), ("head.dense.weight",), init=std, partial_grad="sequence", place="last"
+        "transform.weight",
+        (hidden, hidden),
+        ("head.dense.weight",),
+        init=std,
+        partial_grad="sequence",
+        place="last",
     )
     yield norm_row(config, "head_norm", "head.norm", "last")
     if config.task == "masked":
         if not tied:
             yield Weight("head.weight", shape, ("decoder.weight",), "vocab", init=std, place="last")
-        yield Weight("head.bias", shape[:1], ("decoder.bias",), "vocab", init="zeros", decay=False, place="last")
+        yield Weight(
+            "head.bias",
+            shape[:1],
+            ("decoder.bias",),
+            "vocab",
+            init="zeros",
+            decay=False,
+            place="last",
+        )
 
 
 _SPARSE = "which logits transformers returns beside the loss"
@@ -211,13 +245,17 @@ def to_hf(config: ModernBertConfig) -> dict[str, Any]:
         **rope.to_hf(config.ROPE, config.rope_theta, None),
     }
     # transformers 4 knows the types by this alone.
-    every = next((n for n in range(1, config.num_layers + 1) if types == _types(config.num_layers, n)), None)
+    every = next(
+        (n for n in range(1, config.num_layers + 1) if types == _types(config.num_layers, n)), None
+    )
     return values if every is None else values | {"global_attn_every_n_layers": every}
 
 
 def _types(num_layers: int, every: int) -> list[str]:
     """Return the types of layers of which one in `every` has full attention."""
-    return ["sliding_attention" if layer % every else "full_attention" for layer in range(num_layers)]
+    return [
+        "sliding_attention" if layer % every else "full_attention" for layer in range(num_layers)
+    ]
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
@@ -225,17 +263,30 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if str((hf.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
         require(hf, "modernbert", {"classifier_pooling": "cls"})
     ropes = hf["rope_parameters"] or {}
-    refuse_others(ropes, LAYER_TYPES, "rope_parameters", "ModernBERT, which has them by the type of the layer")
+    refuse_others(
+        ropes, LAYER_TYPES, "rope_parameters", "ModernBERT, which has them by the type of the layer"
+    )
     for kind in LAYER_TYPES:
         place = f"rope_parameters.{kind}"
         refuse_others(ropes.get(kind) or {}, ("rope_type", "rope_theta"), place, "ModernBERT")
-        require({"rope_type": rope.kind_of(ropes.get(kind) or {}, place)}, "modernbert", {"rope_type": "default"})
-    types, every, layers = hf["layer_types"], hf["global_attn_every_n_layers"], hf["num_hidden_layers"]
+        require(
+            {"rope_type": rope.kind_of(ropes.get(kind) or {}, place)},
+            "modernbert",
+            {"rope_type": "default"},
+        )
+    types, every, layers = (
+        hf["layer_types"],
+        hf["global_attn_every_n_layers"],
+        hf["num_hidden_layers"],
+    )
     if types and every and types != _types(layers, every):
         disagree(f"layer_types = {types}", f"global_attn_every_n_layers = {every}")
     thetas = [
         agreed(hf, f"rope_parameters.{kind}.rope_theta", f"{name}_rope_theta", default=default)
-        for kind, name, default in (("full_attention", "global", 160_000.0), ("sliding_attention", "local", 10_000.0))
+        for kind, name, default in (
+            ("full_attention", "global", 160_000.0),
+            ("sliding_attention", "local", 10_000.0),
+        )
     ]
     return {
         "family": "modernbert",

@@ -18,7 +18,9 @@ KEYS = T5_KEYS.but(used={"feed_forward_proj": "gated-gelu"}, only={"scale_decode
 
 
 def to_hf(config: MT5Config) -> dict[str, Any]:
-    return fields_to_hf(config, "MT5ForConditionalGeneration") | {"tie_word_embeddings": config.tie_embeddings}
+    return fields_to_hf(config, "MT5ForConditionalGeneration") | {
+        "tie_word_embeddings": config.tie_embeddings
+    }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

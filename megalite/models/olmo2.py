@@ -1,5 +1,5 @@
-"""OLMo 2 (OLMo et al. 2024): Llama that normalises the outputs of attention and MLP instead of their inputs, and a
-token's queries of all heads, and its keys, each as one vector."""
+"""OLMo 2 (OLMo et al. 2024): Llama that normalises the outputs of attention and MLP instead of
+their inputs, and a token's queries of all heads, and its keys, each as one vector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from megalite.models import llama
 from megalite.models.layers import RMSNorm
-from megalite.models.llama import Llama, LlamaLike, Shared, attention_rows, mlp_rows, norm_row, table
+from megalite.models.llama import (
+    Llama,
+    LlamaLike,
+    Shared,
+    attention_rows,
+    mlp_rows,
+    norm_row,
+    table,
+)
 from megalite.models.weights import Weight
 
 
@@ -37,7 +45,8 @@ class Attention(llama.Attention):
 
 
 class Layer(nn.Module):
-    """Post-norm layer: the outputs of attention and MLP are normalised before they join the residual stream."""
+    """Post-norm layer: the outputs of attention and MLP are normalised before they join the
+    residual stream."""
 
     def __init__(self, config: LlamaLike, number: int):
         super().__init__()
@@ -67,7 +76,8 @@ def weights(config: Olmo2Config) -> Iterator[Weight]:
 
 
 def projection_norms(config: LlamaLike) -> Iterator[Weight]:
-    """Yield the rows of the norms of queries and keys, which are cut over tensor ranks as the heads are."""
+    """Yield the rows of the norms of queries and keys, which are cut over tensor ranks as the heads
+    are."""
     for part, heads in (("q", config.num_attention_heads), ("k", config.kv_heads)):
         name, size = f"{part}_norm.weight", heads * config.head_size
         yield Weight(

@@ -1,5 +1,5 @@
-"""OLMo 3 (Team Olmo 2025): OLMo 2 whose layers look back over a window, all but every fourth, which alone have their
-positions scaled."""
+"""OLMo 3 (Team Olmo 2025): OLMo 2 whose layers look back over a window, all but every fourth, which
+alone have their positions scaled."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ THETA = 500_000.0
 class Olmo3Config(TwoRopes):
     family: Literal["olmo3"] = "olmo3"
     rope_theta: float = Field(
-        THETA, gt=0, description="RoPE base of full-attention layers; `rope_scaling` is for these, too."
+        THETA,
+        gt=0,
+        description="RoPE base of full-attention layers; `rope_scaling` is for these, too.",
     )
     local_rope_theta: float = Field(THETA, gt=0, description="RoPE base of sliding-window layers.")
 
     HEAD_NORMS: ClassVar[bool] = True
     NEEDS_WINDOW: ClassVar[bool] = True
     ROPE: ClassVar[rope.Names] = rope.Names(
-        kinds=("llama3", "linear", "longrope", "yarn"), theta=THETA, new="rope_parameters.full_attention"
+        kinds=("llama3", "linear", "longrope", "yarn"),
+        theta=THETA,
+        new="rope_parameters.full_attention",
     )
 
     def usual_type(self, layer: int) -> LayerType:
@@ -38,7 +42,8 @@ class Olmo3(TwoRopesDecoder, Olmo2):
 
 
 KEYS = olmo2.KEYS.but(
-    used={"sliding_window": 4096, "layer_types": None}, only={"original_max_position_embeddings": None}
+    used={"sliding_window": 4096, "layer_types": None},
+    only={"original_max_position_embeddings": None},
 )
 
 
@@ -49,9 +54,13 @@ def to_hf(config: Olmo3Config) -> dict[str, Any]:
     }
     if config.rope_theta == config.local_rope_theta == THETA:
         return values
-    # transformers 4 gives both kinds of layers the one rope_theta, transformers 5 only those of full attention: here
-    # there is no way to tell both, and the newer is told.
-    full = {"rope_type": "default"} | (values.pop("rope_scaling") or {}) | {"rope_theta": values.pop("rope_theta")}
+    # transformers 4 gives both kinds of layers the one rope_theta, transformers 5 only those of
+    # full attention: here there is no way to tell both, and the newer is told.
+    full = (
+        {"rope_type": "default"}
+        | (values.pop("rope_scaling") or {})
+        | {"rope_theta": values.pop("rope_theta")}
+    )
     local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
     return values | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
 

@@ -1,5 +1,5 @@
-"""OLMoE (Muennighoff et al. 2024): a mixture of experts in every layer, whose queries and keys are normalised over all
-heads, as OLMo 2's are."""
+"""OLMoE (Muennighoff et al. 2024): a mixture of experts in every layer, whose queries and keys are
+normalised over all heads, as OLMo 2's are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from typing import Any, ClassVar, Literal
 import torch.nn as nn
 from pydantic import Field, model_validator
 
-from megalite.models.experts import ROUTED, RoutedConfig, RoutedLayer, expert_rows, routed_from_hf, routed_to_hf
-from megalite.models.llama import Llama, attention_rows, fields_from_hf, fields_to_hf, layer_table, table
+from megalite.models.experts import (
+    ROUTED,
+    RoutedConfig,
+    RoutedLayer,
+    expert_rows,
+    routed_from_hf,
+    routed_to_hf,
+)
+from megalite.models.llama import (
+    Llama,
+    attention_rows,
+    fields_from_hf,
+    fields_to_hf,
+    layer_table,
+    table,
+)
 from megalite.models.olmo2 import Attention, projection_norms
 from megalite.models.weights import Weight
 
@@ -18,7 +32,9 @@ from megalite.models.weights import Weight
 class OlmoeConfig(RoutedConfig):
     family: Literal["olmoe"] = "olmoe"
     router_aux_loss_coef: float = Field(0.01, ge=0)
-    norm_topk_prob: bool = Field(False, description="Have the weights of a token's experts add up to 1.")
+    norm_topk_prob: bool = Field(
+        False, description="Have the weights of a token's experts add up to 1."
+    )
 
     HEAD_NORMS: ClassVar[bool] = True
     HEADS_DIVIDE: ClassVar[bool] = True
@@ -50,13 +66,21 @@ def weights(config: OlmoeConfig) -> Iterator[Weight]:
 
 
 KEYS = ROUTED.but(
-    used={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.01, "norm_topk_prob": False},
+    used={
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 8,
+        "router_aux_loss_coef": 0.01,
+        "norm_topk_prob": False,
+    },
     only={"clip_qkv": None},
 )
 
 
 def to_hf(config: OlmoeConfig) -> dict[str, Any]:
-    experts = routed_to_hf(config) | {"num_experts": config.num_experts, "norm_topk_prob": config.norm_topk_prob}
+    experts = routed_to_hf(config) | {
+        "num_experts": config.num_experts,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
     return fields_to_hf(config, "OlmoeForCausalLM") | experts
 
 

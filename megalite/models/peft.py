@@ -24,7 +24,10 @@ MEANINGLESS = (
     "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern", "exclude_modules",
 )  # fmt: skip
 READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-ONLY: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+ONLY: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -41,8 +44,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> Path:
-    """Return the folder of the model that an adapter is for. Raises ConfigError where there is none on this
-    machine."""
+    """Return the folder of the model that an adapter is for. Raises ConfigError where there is none
+    on this machine."""
     name = _read(folder).get("base_model_name_or_path")
     base = Path(str(name))
     if not name or not (base / "config.json").is_file():
@@ -60,7 +63,9 @@ def read_lora(folder: Path) -> dict[str, Any]:
         # A key that is off (null, false, 0 or empty) changes nothing, whatever it is.
         plain = value in ONLY[key] if key in ONLY else not value
         if key not in (*MEANINGLESS, *READ) and not plain:
-            raise ConfigError(f"{folder / CONFIG} has {key} = {shown(value)}, which is not supported")
+            raise ConfigError(
+                f"{folder / CONFIG} has {key} = {shown(value)}, which is not supported"
+            )
     targets = values.get("target_modules")
     # A string is a regular expression of PEFT's; the tensors say which modules it matched.
     if missing := [key for key in ("r", "lora_alpha") if key not in values]:
@@ -75,8 +80,8 @@ def read_lora(folder: Path) -> dict[str, Any]:
 
 
 def with_adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a `lora:` section with what it leaves out taken from its `adapter`. A run's own config leaves nothing
-    out, and does not need that folder any more. Raises ConfigError."""
+    """Return a `lora:` section with what it leaves out taken from its `adapter`. A run's own config
+    leaves nothing out, and does not need that folder any more. Raises ConfigError."""
     if not values.get("adapter") or LoraConfig.model_fields.keys() <= values.keys():
         return values
     return read_lora(Path(str(values["adapter"]))) | values
@@ -88,20 +93,24 @@ def _modules(folder: Path) -> list[str]:
     check_regular(path, ConfigError)
     with reading(path, ConfigError), safe_open(path, framework="pt") as file:
         names = file.keys()
-        return sorted({re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names})
+        return sorted(
+            {re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names}
+        )
 
 
 def to_peft(
     lora: LoraConfig, weights: Sequence[Weight], base: Path, task_type: str | None = "CAUSAL_LM"
 ) -> dict[str, Any]:
-    """Return adapter_config.json. `weights` is the table of the base model; PEFT finds it at the path `base`.
-    `task_type` is PEFT's name of what the model does; None, where it has none."""
+    """Return adapter_config.json. `weights` is the table of the base model; PEFT finds it at the
+    path `base`. `task_type` is PEFT's name of what the model does; None, where it has none."""
     adapters = adapters_of(weights, lora)
     every = sorted({adapter.short for adapter in adapters})
     targets = every if ALL_LINEAR in lora.targets else list(lora.targets)
     # A head's own modules may be called as those of layers are, but have no adapter.
     # PEFT matches the ends of names in the whole model, we only linears inside layers.
-    head = {name.removesuffix(".weight") for row in weights if row.place == "last" for name in row.hf}
+    head = {
+        name.removesuffix(".weight") for row in weights if row.place == "last" for name in row.hf
+    }
     others = sorted(name for name in head if any(name.endswith(f".{target}") for target in targets))
     return {
         "peft_type": "LORA",

@@ -1,5 +1,5 @@
-"""Phi-1, 1.5 and 2 (Gunasekar et al. 2023): GPT-NeoX's parallel attention and MLP behind one norm, with partial RoPE,
-biases, also of the head, and dropout. Phi-3 and 4 are another family."""
+"""Phi-1, 1.5 and 2 (Gunasekar et al. 2023): GPT-NeoX's parallel attention and MLP behind one norm,
+with partial RoPE, biases, also of the head, and dropout. Phi-3 and 4 are another family."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ from megalite.models.weights import Weight
 class PhiConfig(Dropping):
     family: Literal["phi"] = "phi"
     tanh_gelu: bool = Field(True, description="Use GELU's tanh approximation.")
-    partial_rotary_factor: float = Field(0.5, gt=0, le=1, description="Share of each head that is rotated by RoPE.")
+    partial_rotary_factor: float = Field(
+        0.5, gt=0, le=1, description="Share of each head that is rotated by RoPE."
+    )
 
     NUM_NORMS: ClassVar[int] = 1
     ROPE: ClassVar[rope.Names] = rope.Names(share_key="partial_rotary_factor", share=0.5)
@@ -93,7 +95,15 @@ def weights(config: PhiConfig) -> Iterator[Weight]:
         *mlp_rows(config, "mlp.fc1", "mlp.fc2"),
     )
     yield from table(config, layer, Names(norm="model.final_layernorm"))
-    yield Weight("head.bias", (config.vocab_size,), ("lm_head.bias",), "vocab", init="zeros", decay=False, place="last")
+    yield Weight(
+        "head.bias",
+        (config.vocab_size,),
+        ("lm_head.bias",),
+        "vocab",
+        init="zeros",
+        decay=False,
+        place="last",
+    )
 
 
 KEYS = LIKE_LLAMA.but(

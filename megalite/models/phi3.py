@@ -1,5 +1,5 @@
-"""Phi-3 and 4 (Abdin et al. 2024): Llama with a sliding window and optional partial RoPE; Hugging Face stores its
-projections fused, as megalite does."""
+"""Phi-3 and 4 (Abdin et al. 2024): Llama with a sliding window and optional partial RoPE; Hugging
+Face stores its projections fused, as megalite does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from megalite.models.windows import Windowed
 
 class Phi3Config(Windowed):
     family: Literal["phi3"] = "phi3"
-    partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="Share of each head that is rotated by RoPE.")
+    partial_rotary_factor: float = Field(
+        1.0, gt=0, le=1, description="Share of each head that is rotated by RoPE."
+    )
 
     ROPE: ClassVar[rope.Names] = rope.Names(kinds=("longrope",), share_key="partial_rotary_factor")
 
@@ -33,8 +35,13 @@ class Phi3Config(Windowed):
     def _factors_fit(self) -> Phi3Config:
         # transformers counts them by this size, whatever head_dim says.
         size = self.hidden_size // self.num_attention_heads
-        if self.rope_scaling and int(size * self.partial_rotary_factor) // 2 != self.rotary_size // 2:
-            raise ValueError(f"head_dim {self.head_dim}: with rope_scaling it must be hidden_size / heads = {size}")
+        if (
+            self.rope_scaling
+            and int(size * self.partial_rotary_factor) // 2 != self.rotary_size // 2
+        ):
+            raise ValueError(
+                f"head_dim {self.head_dim}: with rope_scaling it must be hidden_size / heads = {size}"
+            )
         return self
 
     @property
@@ -45,7 +52,9 @@ class Phi3Config(Windowed):
 
 def weights(config: Phi3Config) -> Iterator[Weight]:
     # One Hugging Face name each: stored fused, in the order of rows that megalite has.
-    layer = layer_table(config, attention_rows(config, ("qkv_proj",)), mlp_rows(config, ("gate_up_proj",)))
+    layer = layer_table(
+        config, attention_rows(config, ("qkv_proj",)), mlp_rows(config, ("gate_up_proj",))
+    )
     yield from table(config, layer)
 
 
@@ -56,7 +65,13 @@ KEYS = LIKE_LLAMA.but(
         "partial_rotary_factor": None,
         "original_max_position_embeddings": 4096,
     },
-    only={"embd_pdrop": 0.0, "resid_pdrop": 0.0, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1},
+    only={
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    },
 )
 
 
@@ -69,7 +84,11 @@ def to_hf(config: Phi3Config) -> dict[str, Any]:
         # transformers 4 takes these three keys alone.
         factors = {key: values["rope_scaling"][key] for key in ("short_factor", "long_factor")}
         values["rope_scaling"] = {"type": "longrope", **factors}
-    return values | {"original_max_position_embeddings": original, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    return values | {
+        "original_max_position_embeddings": original,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

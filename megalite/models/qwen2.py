@@ -1,4 +1,5 @@
-"""Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases in the projection of queries, keys and values."""
+"""Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases in the projection of queries, keys and
+values."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Qwen 1.5 and 2 with a mixture of experts (Yang et al. 2024): beside those that are chosen, an expert that every token
-visits, weighed by a gate."""
+"""Qwen 1.5 and 2 with a mixture of experts (Yang et al. 2024): beside those that are chosen, an
+expert that every token visits, weighed by a gate."""
 
 from __future__ import annotations
 
@@ -9,16 +9,35 @@ from typing import Any, Literal
 import torch.nn as nn
 from pydantic import Field
 
-from megalite.models.experts import AMONG, Among, RoutedLayer, among_from_hf, among_to_hf, expert_rows, shared_rows
+from megalite.models.experts import (
+    AMONG,
+    Among,
+    RoutedLayer,
+    among_from_hf,
+    among_to_hf,
+    expert_rows,
+    shared_rows,
+)
 from megalite.models.hf import disagree
-from megalite.models.llama import Attention, Biases, Layer, Llama, fields_from_hf, fields_to_hf, layer_table, table
+from megalite.models.llama import (
+    Attention,
+    Biases,
+    Layer,
+    Llama,
+    fields_from_hf,
+    fields_to_hf,
+    layer_table,
+    table,
+)
 from megalite.models.weights import Weight
 from megalite.utils.outside import shown
 
 
 class Qwen2MoeConfig(Among):
     family: Literal["qwen2_moe"] = "qwen2_moe"
-    shared_expert_intermediate_size: int = Field(gt=0, description="Inner features of the expert of every token.")
+    shared_expert_intermediate_size: int = Field(
+        gt=0, description="Inner features of the expert of every token."
+    )
 
     @property
     def biases(self) -> Biases:

@@ -33,7 +33,9 @@ class Qwen3(Llama):
 
 
 def weights(config: Qwen3Config) -> Iterator[Weight]:
-    yield from table(config, layer_table(config, attention_rows(config, norms=head_norm_rows(config))))
+    yield from table(
+        config, layer_table(config, attention_rows(config, norms=head_norm_rows(config)))
+    )
 
 
 KEYS = QWEN.but(used={"head_dim": 128})

@@ -7,7 +7,14 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn as nn
 
-from megalite.models.experts import AMONG, Among, RoutedLayer, among_from_hf, among_to_hf, expert_rows
+from megalite.models.experts import (
+    AMONG,
+    Among,
+    RoutedLayer,
+    among_from_hf,
+    among_to_hf,
+    expert_rows,
+)
 from megalite.models.llama import (
     HeadNormAttention,
     Layer,
@@ -39,7 +46,10 @@ class Qwen3Moe(Llama):
 
 def weights(config: Qwen3MoeConfig) -> Iterator[Weight]:
     attention = attention_rows(config, norms=head_norm_rows(config))
-    dense, routed = layer_table(config, attention), layer_table(config, attention, expert_rows(config))
+    dense, routed = (
+        layer_table(config, attention),
+        layer_table(config, attention, expert_rows(config)),
+    )
 
     def rows(layer: int) -> Sequence[Weight]:
         return routed if config.is_routed(layer) else dense
@@ -60,7 +70,10 @@ KEYS = AMONG.but(
 
 
 def to_hf(config: Qwen3MoeConfig) -> dict[str, Any]:
-    window = {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
+    window = {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+    }
     return fields_to_hf(config, "Qwen3MoeForCausalLM") | among_to_hf(config) | window
 
 

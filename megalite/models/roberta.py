@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al. 2019): BERT's modules, with positions that begin behind those of padding, one type of tokens, and
-other names."""
+"""RoBERTa (Liu et al. 2019): BERT's modules, with positions that begin behind those of padding, one
+type of tokens, and other names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ PADDING = 1
 class RobertaConfig(BertConfig):
     family: Literal["roberta"] = "roberta"  # type: ignore[assignment]
     token_types: int = Field(
-        1, gt=0, description="Rows of the embedding of a token's type: 1 in the second of two texts, else 0."
+        1,
+        gt=0,
+        description="Rows of the embedding of a token's type: 1 in the second of two texts, else 0.",
     )
     norm_eps: float = Field(1e-5, gt=0)
 

@@ -1,5 +1,6 @@
-"""RoPE, rotary positions (Su et al. 2021): the cos/sin tables, their scaling to longer sequences than were trained on,
-and how a Hugging Face config.json describes them. R in shapes: pairs of a head that are rotated."""
+"""RoPE, rotary positions (Su et al. 2021): the cos/sin tables, their scaling to longer sequences
+than were trained on, and how a Hugging Face config.json describes them. R in shapes: pairs of a
+head that are rotated."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ CosSin = tuple[Tensor, Tensor]
 
 
 class Llama3Scaling(Section):
-    """Llama 3.1's scaling: frequencies that turn often within the original length are kept, low ones are divided by
-    `factor`, those between are blended."""
+    """Llama 3.1's scaling: frequencies that turn often within the original length are kept, low
+    ones are divided by `factor`, those between are blended."""
 
     type: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
@@ -42,8 +43,8 @@ class Llama3Scaling(Section):
         """Return the scaled frequencies [R]; the sequence's `length` does not matter."""
         # How often each pair turns within the length that the model was trained on.
         turns = self.original_max_positions * frequency_R / (2 * math.pi)
-        # 1 for a frequency that turns at least high_freq_factor times within the original length (kept), 0 for one
-        # that turns at most low_freq_factor times (divided by factor).
+        # 1 for a frequency that turns at least high_freq_factor times within the original length
+        # (kept), 0 for one that turns at most low_freq_factor times (divided by factor).
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = smooth.clamp(0, 1)
         return frequency_R * (smooth + (1 - smooth) / self.factor)
@@ -67,8 +68,8 @@ class LinearScaling(Section):
 
 
 class LongRope(Section):
-    """LongRoPE: each frequency is divided by its own factor, from `short_factor` up to the original length, and from
-    `long_factor` in any longer sequence (Ding et al. 2024)."""
+    """LongRoPE: each frequency is divided by its own factor, from `short_factor` up to the original
+    length, and from `long_factor` in any longer sequence (Ding et al. 2024)."""
 
     type: Literal["longrope"]
     short_factor: tuple[Annotated[float, Field(gt=0)], ...]
@@ -76,9 +77,12 @@ class LongRope(Section):
     original_max_positions: int = Field(gt=1)
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
-        """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R last, where that is a
-        tensor."""
-        long, short = (torch.tensor(f, device=frequency_R.device) for f in (self.long_factor, self.short_factor))
+        """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R
+        last, where that is a tensor."""
+        long, short = (
+            torch.tensor(f, device=frequency_R.device)
+            for f in (self.long_factor, self.short_factor)
+        )
         is_long = torch.as_tensor(length, device=frequency_R.device) > self.original_max_positions
         # [R] for one length, [B, 1, R] or [B, T, R] where rows or documents have lengths of their
         # own.
@@ -87,13 +91,17 @@ class LongRope(Section):
     def magnitude(self, max_positions: int) -> float:
         """Return the factor of cosines and sines, by which queries and keys are so multiplied."""
         factor = max_positions / self.original_max_positions
-        return math.sqrt(1 + math.log(factor) / math.log(self.original_max_positions)) if factor > 1 else 1.0
+        return (
+            math.sqrt(1 + math.log(factor) / math.log(self.original_max_positions))
+            if factor > 1
+            else 1.0
+        )
 
 
 class YarnScaling(Section):
-    """YaRN: pairs that turn more than `beta_fast` times within the original length keep their frequency, those that
-    turn less than `beta_slow` times have it divided by `factor`, those between are blended, and queries and keys are
-    scaled (Peng et al. 2023)."""
+    """YaRN: pairs that turn more than `beta_fast` times within the original length keep their
+    frequency, those that turn less than `beta_slow` times have it divided by `factor`, those
+    between are blended, and queries and keys are scaled (Peng et al. 2023)."""
 
     type: Literal["yarn"]
     factor: float = Field(ge=1)
@@ -101,7 +109,9 @@ class YarnScaling(Section):
     beta_fast: float = Field(32.0, gt=0)
     beta_slow: float = Field(1.0, gt=0)
     attention_factor: float | None = Field(
-        None, gt=0, description="Factor of queries and keys. By default 0.1 · log(factor) + 1, or what `mscale` says."
+        None,
+        gt=0,
+        description="Factor of queries and keys. By default 0.1 · log(factor) + 1, or what `mscale` says.",
     )
     mscale: float | None = Field(None, gt=0)
     mscale_all_dim: float | None = Field(None, gt=0)
@@ -110,7 +120,9 @@ class YarnScaling(Section):
     @model_validator(mode="after")
     def _a_band(self) -> YarnScaling:
         if self.beta_fast < self.beta_slow:
-            raise ValueError(f"beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}")
+            raise ValueError(
+                f"beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}"
+            )
         return self
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
@@ -119,7 +131,11 @@ class YarnScaling(Section):
 
         def pair(turns: float) -> float:
             """Return the number of the pair that turns so often within the original length."""
-            return count * math.log(self.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
+            return (
+                count
+                * math.log(self.original_max_positions / (turns * 2 * math.pi))
+                / math.log(theta)
+            )
 
         # Numbers of pairs: the first pairs turn fastest, so `low` belongs to the larger number of
         # turns.
@@ -128,7 +144,9 @@ class YarnScaling(Section):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, 2 * count - 1)
         high += 0.001 if low == high else 0.0  # as in transformers
-        divided_R = ((torch.arange(count, device=frequency_R.device) - low) / (high - low)).clamp(0, 1)
+        divided_R = ((torch.arange(count, device=frequency_R.device) - low) / (high - low)).clamp(
+            0, 1
+        )
         return frequency_R / self.factor * divided_R + frequency_R * (1 - divided_R)
 
     def magnitude(self, max_positions: int) -> float:
@@ -147,22 +165,25 @@ class YarnScaling(Section):
 
 
 class DynamicScaling(Section):
-    """Dynamic NTK: a sequence longer than the original length has the base that its own length asks for, up to
-    `factor` times that length."""
+    """Dynamic NTK: a sequence longer than the original length has the base that its own length asks
+    for, up to `factor` times that length."""
 
     type: Literal["dynamic"]
     factor: float = Field(ge=1)
     original_max_positions: int = Field(
-        gt=0, description="max_position_embeddings of config.json; model.max_positions is `factor` times as many."
+        gt=0,
+        description="max_position_embeddings of config.json; model.max_positions is `factor` times as many.",
     )
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
-        """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R last, where that is a
-        tensor."""
+        """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R
+        last, where that is a tensor."""
         count, original = len(frequency_R), self.original_max_positions
         longer = torch.as_tensor(length, device=frequency_R.device).clamp(min=original)
         # With size = 2 · count, this is transformers' exponent size / (size - 2).
-        base = theta * (self.factor * longer / original - (self.factor - 1)) ** (count / (count - 1))
+        base = theta * (self.factor * longer / original - (self.factor - 1)) ** (
+            count / (count - 1)
+        )
         return base ** -(torch.arange(count, device=frequency_R.device).float() / count)
 
     def magnitude(self, max_positions: int) -> float:
@@ -179,7 +200,11 @@ KINDS: dict[str, type[Section]] = {
 
 
 def _kind(values: Any) -> str:
-    return values.get("type", "llama3") if isinstance(values, dict) else getattr(values, "type", "llama3")
+    return (
+        values.get("type", "llama3")
+        if isinstance(values, dict)
+        else getattr(values, "type", "llama3")
+    )
 
 
 Scaling = Annotated[
@@ -194,13 +219,18 @@ HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 
 
 def rope_cos_sin(
-    position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int | Tensor, max_positions: int
+    position_BT: Tensor,
+    size: int,
+    theta: float,
+    scaling: Scaling | None,
+    length: int | Tensor,
+    max_positions: int,
 ) -> CosSin:
-    """Return the cos/sin tables for positions [B,T] and heads whose first `size` numbers are rotated with base
-    `theta`.
+    """Return the cos/sin tables for positions [B,T] and heads whose first `size` numbers are
+    rotated with base `theta`.
 
-    `scaling` depends on `length`, that of the whole sequence ([B,1,1] where rows differ, [B,T,1] where documents do),
-    and on `max_positions`, the longest that the model is meant for."""
+    `scaling` depends on `length`, that of the whole sequence ([B,1,1] where rows differ, [B,T,1]
+    where documents do), and on `max_positions`, the longest that the model is meant for."""
     exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
     # Pair i turns by theta^(-2i / size) radians per position.
     frequency_R = theta**-exponent
@@ -215,11 +245,15 @@ def rope_cos_sin(
 
 
 def turning_points(scaling: Scaling | None, max_positions: int) -> range:
-    """Return the lengths of a sequence of up to `max_positions` tokens after which one token more turns all positions
-    otherwise."""
+    """Return the lengths of a sequence of up to `max_positions` tokens after which one token more
+    turns all positions otherwise."""
     if isinstance(scaling, LongRope):
         return range(scaling.original_max_positions, scaling.original_max_positions + 1)
-    return range(scaling.original_max_positions, max_positions) if isinstance(scaling, DynamicScaling) else range(0)
+    return (
+        range(scaling.original_max_positions, max_positions)
+        if isinstance(scaling, DynamicScaling)
+        else range(0)
+    )
 
 
 @dataclass(frozen=True)
@@ -236,33 +270,46 @@ class Names:
     share: float = 1.0
     """Default where config.json does not say."""
     new: str = "rope_parameters"
-    """The place that transformers 5 writes; every version reads `rope_scaling` and the keys beside it."""
+    """The place that transformers 5 writes; every version reads `rope_scaling` and the keys beside
+    it."""
 
 
-def to_hf(names: Names, theta: float, scaling: Scaling | None, share: float | None = None) -> dict[str, Any]:
-    """Return the keys of config.json for `theta`, `scaling` and the `share` of each head that is rotated, under the
-    family's `names`. Each fact stands in one place: the one that transformers 4, 5 and vLLM read."""
+def to_hf(
+    names: Names, theta: float, scaling: Scaling | None, share: float | None = None
+) -> dict[str, Any]:
+    """Return the keys of config.json for `theta`, `scaling` and the `share` of each head that is
+    rotated, under the family's `names`. Each fact stands in one place: the one that transformers 4,
+    5 and vLLM read."""
     values: dict[str, Any] = {names.theta_key: theta, "rope_scaling": None}
     if scaling:
         fields = scaling.model_dump(mode="json", exclude_none=True)
         kind = fields.pop("type")
         if isinstance(scaling, DynamicScaling):  # transformers takes it for the original length
             values["max_position_embeddings"] = fields.pop("original_max_positions")
-        values["rope_scaling"] = {"rope_type": kind} | {HF_NAMES.get(key, key): fields[key] for key in fields}
+        values["rope_scaling"] = {"rope_type": kind} | {
+            HF_NAMES.get(key, key): fields[key] for key in fields
+        }
     return values if share is None else values | {str(names.share_key): share}
 
 
 def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
-    """Return rope_theta and rope_scaling of the `model:` section from config.json, `hf`, of a `family` with these
-    `names`; and max_positions where the scaling decides them. Raises ConfigError."""
+    """Return rope_theta and rope_scaling of the `model:` section from config.json, `hf`, of a
+    `family` with these `names`; and max_positions where the scaling decides them. Raises
+    ConfigError."""
     # `place` counts; what `copy` says as well must agree.
     place, copy = _places(hf, names)
     values = at(hf, place) or {}
     kind = kind_of(values, place)
     if kind not in ("default", *names.kinds):
         known = ", ".join(repr(name) for name in ("default", *names.kinds))
-        raise ConfigError(f"config.json has rope_type = {kind!r}; the {family} family supports {known}")
-    fields = {} if kind == "default" else {HF_NAMES.get(name, name): name for name in KINDS[kind].model_fields}
+        raise ConfigError(
+            f"config.json has rope_type = {kind!r}; the {family} family supports {known}"
+        )
+    fields = (
+        {}
+        if kind == "default"
+        else {HF_NAMES.get(name, name): name for name in KINDS[kind].model_fields}
+    )
     if kind == "dynamic":
         del fields["original_max_position_embeddings"]
     known_keys = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *fields}
@@ -276,7 +323,11 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
         )
     # transformers reads no other theta where the family has a key of its own.
     theta = agreed(
-        hf, f"{place}.rope_theta", names.theta_key, default=names.theta, copies=("rope_theta", f"{copy}.rope_theta")
+        hf,
+        f"{place}.rope_theta",
+        names.theta_key,
+        default=names.theta,
+        copies=("rope_theta", f"{copy}.rope_theta"),
     )
     found: dict[str, Any] = {
         "rope_theta": theta,
@@ -289,13 +340,15 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
 
 
 def longest(original: int, factor: float) -> int:
-    """Return the longest sequence of a model for `original` positions that is scaled by `factor`."""
+    """Return the longest sequence of a model for `original` positions that is scaled by
+    `factor`."""
     return int(round(original * factor, 6))
 
 
 def lengthened(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Return the `values` of a `model:` section with what its `rope_scaling` leaves to a pretrained model without one,
-    whose fields are `base`: the original length is the model's, and max_positions are `factor` times as many."""
+    """Return the `values` of a `model:` section with what its `rope_scaling` leaves to a pretrained
+    model without one, whose fields are `base`: the original length is the model's, and
+    max_positions are `factor` times as many."""
     scaling = values.get("rope_scaling")
     if not isinstance(scaling, dict) or base.get("rope_scaling") or _kind(scaling) not in KINDS:
         return values
@@ -316,17 +369,23 @@ def rotary_share(hf: dict[str, Any], names: Names) -> float:
     copies = ("partial_rotary_factor", f"{copy}.partial_rotary_factor")
     share = agreed(hf, f"{place}.partial_rotary_factor", key, default=names.share, copies=copies)
     if names.share_key is None and share != 1.0:
-        raise ConfigError(f"config.json has partial_rotary_factor = {shown(share)}; the family supports 1.0")
+        raise ConfigError(
+            f"config.json has partial_rotary_factor = {shown(share)}; the family supports 1.0"
+        )
     return float(share)
 
 
 def _places(hf: dict[str, Any], names: Names) -> tuple[str, str]:
-    """Return the place that transformers reads, which is `rope_scaling` where that says anything, and the other one.
-    Raises ConfigError where both say something, and not the same."""
+    """Return the place that transformers reads, which is `rope_scaling` where that says anything,
+    and the other one. Raises ConfigError where both say something, and not the same."""
     old, new = (at(hf, place) or {} for place in ("rope_scaling", names.new))
     if not old or not new:
         return ("rope_scaling", names.new) if old else (names.new, "rope_scaling")
-    beside = {"rope_theta", "partial_rotary_factor", "type"}  # these are compared where they are read
+    beside = {
+        "rope_theta",
+        "partial_rotary_factor",
+        "type",
+    }  # these are compared where they are read
     said = [
         {key: value for key, value in values.items() if value is not None and key not in beside}
         | {"rope_type": kind_of(values, place)}
@@ -338,8 +397,13 @@ def _places(hf: dict[str, Any], names: Names) -> tuple[str, str]:
 
 
 def kind_of(values: dict[str, Any], place: str) -> str:
-    """Return the name of a scaling, which older versions call `type`, and Phi-3's first models `su`."""
-    kinds = [{"su": "longrope"}.get(kind, kind) for key in ("rope_type", "type") if (kind := values.get(key))]
+    """Return the name of a scaling, which older versions call `type`, and Phi-3's first models
+    `su`."""
+    kinds = [
+        {"su": "longrope"}.get(kind, kind)
+        for key in ("rope_type", "type")
+        if (kind := values.get(key))
+    ]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         disagree(f"{place}.rope_type = {shown(kinds[0])}", f"{place}.type = {shown(kinds[1])}")
     return kinds[0] if kinds else "default"

@@ -1,5 +1,5 @@
-"""SmolLM 3 (Bakouch et al. 2025): Llama in which every fourth layer encodes no positions (NoPE, Kazemnejad et al.
-2023). SmolLM 1 and 2 are Llama."""
+"""SmolLM 3 (Bakouch et al. 2025): Llama in which every fourth layer encodes no positions (NoPE,
+Kazemnejad et al. 2023). SmolLM 1 and 2 are Llama."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from megalite.models.llama import weights as weights
 class SmolLM3Config(LlamaLike):
     family: Literal["smollm3"] = "smollm3"
     nope_layers: tuple[int, ...] | None = Field(
-        None, description="Numbers, from 0, of the layers that encode no positions. Every fourth where left out."
+        None,
+        description="Numbers, from 0, of the layers that encode no positions. Every fourth where left out.",
     )
 
     ROPE: ClassVar[rope.Names] = rope.Names(theta=2_000_000.0)
 
     @field_validator("nope_layers")
     @classmethod
-    def _layers_exist(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+    def _layers_exist(
+        cls, layers: tuple[int, ...] | None, info: ValidationInfo
+    ) -> tuple[int, ...] | None:
         count = info.data.get("num_layers")
         if layers and count and not 0 <= min(layers) <= max(layers) < count:
             raise ValueError(f"the {count} layers have the numbers 0 to {count - 1}")
@@ -66,14 +69,24 @@ def to_hf(config: SmolLM3Config) -> dict[str, Any]:
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     count, interval = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
     if hf["layer_types"] and hf["layer_types"] != ["full_attention"] * count:
-        disagree(f"layer_types = {hf['layer_types']}", f"num_hidden_layers = {count} and use_sliding_window = False")
+        disagree(
+            f"layer_types = {hf['layer_types']}",
+            f"num_hidden_layers = {count} and use_sliding_window = False",
+        )
     turning = [int((layer + 1) % interval != 0) for layer in range(count)]
     if hf["no_rope_layers"] is not None:
-        if interval != KEYS.used["no_rope_layer_interval"] and hf["no_rope_layers"][:count] != turning:
-            disagree(f"no_rope_layers = {hf['no_rope_layers']}", f"no_rope_layer_interval = {interval}")
+        if (
+            interval != KEYS.used["no_rope_layer_interval"]
+            and hf["no_rope_layers"][:count] != turning
+        ):
+            disagree(
+                f"no_rope_layers = {hf['no_rope_layers']}", f"no_rope_layer_interval = {interval}"
+            )
         turning = hf["no_rope_layers"]
     if len(turning) < count:
-        raise ConfigError(f"config.json has no_rope_layers = {turning} for num_hidden_layers = {count}")
+        raise ConfigError(
+            f"config.json has no_rope_layers = {turning} for num_hidden_layers = {count}"
+        )
     return fields_from_hf(hf, SmolLM3Config) | {
         "nope_layers": [layer for layer in range(count) if not turning[layer]],
     }

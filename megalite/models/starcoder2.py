@@ -1,5 +1,5 @@
-"""StarCoder 2 (Lozhkov et al. 2024): Llama with LayerNorm, an MLP without a gate, biases, a sliding window and
-dropout."""
+"""StarCoder 2 (Lozhkov et al. 2024): Llama with LayerNorm, an MLP without a gate, biases, a sliding
+window and dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.models.layers import Dropout
-from megalite.models.llama import LIKE_LLAMA, Biases, Shared, fields_from_hf, fields_to_hf, layer_table, table
+from megalite.models.llama import (
+    LIKE_LLAMA,
+    Biases,
+    Shared,
+    fields_from_hf,
+    fields_to_hf,
+    layer_table,
+    table,
+)
 from megalite.models.ungated import (
     MLP,
     Dropping,

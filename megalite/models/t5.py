@@ -1,8 +1,9 @@
-"""T5 (Raffel et al. 2020): an encoder, and a decoder that attends to it. Attention is without scale, positions are
-biases of its scores. T5 1.0 has ReLU and a head tied to the embedding, whose input is scaled; T5 1.1, Flan-T5 and mT5
-have gated GELU and a head of their own.
+"""T5 (Raffel et al. 2020): an encoder, and a decoder that attends to it. Attention is without
+scale, positions are biases of its scores. T5 1.0 has ReLU and a head tied to the embedding, whose
+input is scaled; T5 1.1, Flan-T5 and mT5 have gated GELU and a head of their own.
 
-Letters in shapes, beside those of layers.py: S tokens of the encoder, N buckets of relative positions."""
+Letters in shapes, beside those of layers.py: S tokens of the encoder, N buckets of relative
+positions."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from torch import Tensor
 from megalite.config import ModelConfig
 from megalite.kernels.activation import geglu
 from megalite.kernels.attention import AttentionKind
-from megalite.models.architecture import Architecture, AttentionSpec, CrossSpec, FeedForwardSpec, LayerSpec
+from megalite.models.architecture import (
+    Architecture,
+    AttentionSpec,
+    CrossSpec,
+    FeedForwardSpec,
+    LayerSpec,
+)
 from megalite.models.hf import REQUIRED, Keys, require
 from megalite.models.layers import (
     CoreAttention,
@@ -46,28 +53,42 @@ START = 0
 class T5Config(ModelConfig):
     family: Literal["t5"] = "t5"
     num_layers: int = Field(gt=1, le=10_000, description="Layers of both stacks together.")
-    encoder_layers: int = Field(gt=0, description="How many of the layers, the first ones, are the encoder's.")
+    encoder_layers: int = Field(
+        gt=0, description="How many of the layers, the first ones, are the encoder's."
+    )
     intermediate_size: int = Field(gt=0)
-    head_dim: int = Field(64, gt=0, description="Size of a head; all heads together may be wider than a token.")
+    head_dim: int = Field(
+        64, gt=0, description="Size of a head; all heads together may be wider than a token."
+    )
     feed_forward: Literal["relu", "gated-gelu"] = Field(
         "gated-gelu", description="relu: of T5 1.0; gated-gelu: of T5 1.1, Flan-T5 and mT5."
     )
     scale_head: bool = Field(
-        False, description="Scale what the head takes by 1/√hidden_size, as T5 1.0 does, whose head is the embedding."
+        False,
+        description="Scale what the head takes by 1/√hidden_size, as T5 1.0 does, whose head is the embedding.",
     )
     relative_buckets: int = Field(32, gt=0, description="Buckets of relative positions, even.")
-    relative_distance: int = Field(128, gt=0, description="Distance from which on all are in one bucket.")
-    max_positions: int = Field(512, gt=0, description="Longest sequence of either stack, in tokens.")
+    relative_distance: int = Field(
+        128, gt=0, description="Distance from which on all are in one bucket."
+    )
+    max_positions: int = Field(
+        512, gt=0, description="Longest sequence of either stack, in tokens."
+    )
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(
-        1.0, gt=0, description="Standard deviation of the embedding's initial values. Matrices have 1/√inputs of it."
+        1.0,
+        gt=0,
+        description="Standard deviation of the embedding's initial values. Matrices have 1/√inputs of it.",
     )
     dropout: float = Field(0.0, ge=0, lt=1)
     task: Literal["seq2seq"] = "seq2seq"
 
     PREDICTS: ClassVar[Literal["causal", "masked", "seq2seq"]] = "seq2seq"
     START_TOKEN: ClassVar[int] = START
-    COPIES: ClassVar[tuple[str, ...]] = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    COPIES: ClassVar[tuple[str, ...]] = (
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+    )
     SPARE: ClassVar[tuple[str, ...]] = (
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",  # transformers reads it nowhere
     )
@@ -90,8 +111,8 @@ class T5Config(ModelConfig):
 
     @classmethod
     def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
-        """Return the fields with the head as its files have it. transformers 5 says of every T5 that it is tied; it is
-        where no other head is stored."""
+        """Return the fields with the head as its files have it. transformers 5 says of every T5
+        that it is tied; it is where no other head is stored."""
         is_own = HEAD in names and not fields.get("scale_head")
         return fields | {"tie_embeddings": False} if is_own else fields
 
@@ -111,13 +132,19 @@ class T5Config(ModelConfig):
             "bias": True, "rope": False,
         }  # fmt: skip
         activation = "gelu" if self.is_gated else "relu"
-        feed_forward = FeedForwardSpec(inner=self.intermediate_size, gated=self.is_gated, activation=activation)
+        feed_forward = FeedForwardSpec(
+            inner=self.intermediate_size, gated=self.is_gated, activation=activation
+        )
         encoder = LayerSpec(AttentionSpec(**heads, causal=False), feed_forward)
         decoder = LayerSpec(CrossSpec(**heads), feed_forward, num_norms=3)
         first = replace(decoder, num_norms=decoder.num_norms + 1)  # that of the encoder's states
         table = (self.relative_buckets, self.num_attention_heads)
         return Architecture(
-            layers=(*[encoder] * self.encoder_layers, first, *[decoder] * (self.num_layers - self.encoder_layers - 1)),
+            layers=(
+                *[encoder] * self.encoder_layers,
+                first,
+                *[decoder] * (self.num_layers - self.encoder_layers - 1),
+            ),
             norm="rms",
             num_streams=2,
             source_layers=self.encoder_layers,
@@ -126,10 +153,12 @@ class T5Config(ModelConfig):
         )
 
 
-def buckets(index_T: Tensor, index_S: Tensor, both_sides: bool, count: int, distance: int) -> Tensor:
-    """Return the bucket of each key's position relative to each query's, int64 [T,S]. Half of the `count` buckets (of
-    one side) hold one distance each, the others ever more of them, up to `distance`; of a causal stack, keys behind the
-    query are in bucket 0."""
+def buckets(
+    index_T: Tensor, index_S: Tensor, both_sides: bool, count: int, distance: int
+) -> Tensor:
+    """Return the bucket of each key's position relative to each query's, int64 [T,S]. Half of the
+    `count` buckets (of one side) hold one distance each, the others ever more of them, up to
+    `distance`; of a causal stack, keys behind the query are in bucket 0."""
     relative_TS = index_S[None] - index_T[:, None]
     first_TS = torch.zeros_like(relative_TS)
     if both_sides:
@@ -139,8 +168,13 @@ def buckets(index_T: Tensor, index_S: Tensor, both_sides: bool, count: int, dist
     else:
         relative_TS = (-relative_TS).clamp(min=0)
     exact = count // 2
-    # The logarithm in fp32, and cut off: as transformers computes it, another rounding would be another bucket.
-    wide = torch.log(relative_TS.float().clamp(min=1) / exact) / math.log(distance / exact) * (count - exact)
+    # The logarithm in fp32, and cut off: as transformers computes it, another rounding would be
+    # another bucket.
+    wide = (
+        torch.log(relative_TS.float().clamp(min=1) / exact)
+        / math.log(distance / exact)
+        * (count - exact)
+    )
     far_TS = (exact + wide.long()).clamp(max=count - 1)
     return first_TS + torch.where(relative_TS < exact, relative_TS, far_TS)
 
@@ -157,8 +191,8 @@ class RelativeBias(nn.Module):
 
 
 class Shared(NamedTuple):
-    """What all layers need besides the hidden states: places, and biases of the scores, [1,H,S,S] and [1,H,T,T], where
-    there are layers of that stack."""
+    """What all layers need besides the hidden states: places, and biases of the scores, [1,H,S,S]
+    and [1,H,T,T], where there are layers of that stack."""
 
     places: SequenceInfo
     source: SequenceInfo
@@ -215,7 +249,8 @@ class MLP(nn.Module):
         return self.activation_and_down_proj(self.up(x), places)
 
     def activation_and_down_proj(self, up: Tensor, places: SequenceInfo) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        """Apply the activation and the down projection; recomputed as one under `train.recompute:
+        selective`."""
         return self.down(self.dropout(self.activation(up), places))
 
 
@@ -242,8 +277,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm layer: attention, attention to the encoder, MLP. The first of them normalizes the encoder's states for
-    all."""
+    """Pre-norm layer: attention, attention to the encoder, MLP. The first of them normalizes the
+    encoder's states for all."""
 
     def __init__(self, config: T5Config, number: int):
         super().__init__()
@@ -301,14 +336,21 @@ class T5(Decoder):
         """Return the tables of biases, and both stacks' hidden states, [B,S,D] and [B,T,D]."""
         source = _source_of(places)
         memory = self.source_dropout(self.embedding(source.tokens_BS), source.places)
-        return self.source_bias(), self.bias(), memory, self.dropout(self.embedding(tokens_BT), places)
+        return (
+            self.source_bias(),
+            self.bias(),
+            memory,
+            self.dropout(self.embedding(tokens_BT), places),
+        )
 
     def run_layers(self, x: Streams, places: SequenceInfo) -> tuple[Tensor, ...]:
-        """Run the layers that are here; behind the last stack also the final norm, whose dropout asks for `places`."""
+        """Run the layers that are here; behind the last stack also the final norm, whose dropout
+        asks for `places`."""
         source_table, table, *_ = x
         source, numbers = _source_of(places).places, [int(name) for name in self.layers]
         has_encoder, has_decoder = (
-            any((number < self.config.encoder_layers) == encodes for number in numbers) for encodes in (True, False)
+            any((number < self.config.encoder_layers) == encodes for number in numbers)
+            for encodes in (True, False)
         )
         shared = Shared(
             places,
@@ -325,7 +367,10 @@ class T5(Decoder):
 
     def encode(self, source: Source) -> Tensor:
         """Return the encoder's states [B,S,D] as the decoder attends to them."""
-        split, x = self.config.encoder_layers, self.source_dropout(self.embedding(source.tokens_BS), source.places)
+        split, x = (
+            self.config.encoder_layers,
+            self.source_dropout(self.embedding(source.tokens_BS), source.places),
+        )
         bias = self._bias(self.source_bias(), source.places, both_sides=True)
         shared = Shared(source.places, source.places, bias, None)
         for number in range(split):
@@ -335,7 +380,8 @@ class T5(Decoder):
         return first.memory_dropout(first.memory_norm(x), source.places)
 
     def _bias(self, table_NH: Tensor, places: SequenceInfo, both_sides: bool) -> Tensor:
-        """Return the bias of a stack's scores, [1,H,T,T]: the same within each document as in the whole sequence."""
+        """Return the bias of a stack's scores, [1,H,T,T]: the same within each document as in the
+        whole sequence."""
         c, index_T = self.config, places.index_T
         found_TT = buckets(index_T, index_T, both_sides, c.relative_buckets, c.relative_distance)
         return F.embedding(found_TT, table_NH).permute(2, 0, 1)[None]
@@ -349,7 +395,9 @@ class T5(Decoder):
 
 def _source_of(places: SequenceInfo) -> Source:
     if places.source is None:
-        raise ValueError("an encoder-decoder needs `SequenceInfo.source`, the sequence that its encoder reads")
+        raise ValueError(
+            "an encoder-decoder needs `SequenceInfo.source`, the sequence that its encoder reads"
+        )
     return places.source
 
 
@@ -358,7 +406,15 @@ def weights(config: T5Config) -> Iterator[Weight]:
     hidden, std, tied = config.hidden_size, config.init_std, config.tie_embeddings
     table, by_width = (config.vocab_size, hidden), std * hidden**-0.5
     ends: Place = "both" if tied else "first"
-    yield Weight("embedding.weight", table, ("shared.weight",), "vocab", used=float(tied), init=std, place=ends)
+    yield Weight(
+        "embedding.weight",
+        table,
+        ("shared.weight",),
+        "vocab",
+        used=float(tied),
+        init=std,
+        place=ends,
+    )
     for name, stack in (("source_bias", "encoder"), ("bias", "decoder")):
         yield Weight(
             f"{name}.weight", (config.relative_buckets, config.num_attention_heads),
@@ -387,8 +443,14 @@ def _norm(config: T5Config, name: str, hf: str, place: Place = 0) -> Weight:
 
 
 def _attention(config: T5Config) -> Iterator[Weight]:
-    """Yield the rows of a stack's attention to itself, with T5's initial values (Raffel et al.'s code)."""
-    hidden, inner, unit, std = config.hidden_size, config.inner_heads, config.head_dim, config.init_std
+    """Yield the rows of a stack's attention to itself, with T5's initial values (Raffel et al.'s
+    code)."""
+    hidden, inner, unit, std = (
+        config.hidden_size,
+        config.inner_heads,
+        config.head_dim,
+        config.init_std,
+    )
     yield _norm(config, "attention_norm", "layer.0.layer_norm")
     yield Weight(
         "attention.qkv.weight", (3 * inner, hidden), tuple(f"layer.0.SelfAttention.{name}.weight" for name in "qkv"),
@@ -401,13 +463,19 @@ def _attention(config: T5Config) -> Iterator[Weight]:
 
 
 def _query_std(config: T5Config) -> float:
-    """Return the standard deviation of queries' initial values, which make up for scores without a scale."""
+    """Return the standard deviation of queries' initial values, which make up for scores without a
+    scale."""
     return config.init_std * (config.hidden_size * config.head_dim) ** -0.5
 
 
 def _cross(config: T5Config) -> Iterator[Weight]:
     """Yield the rows of a decoder's attention to the encoder."""
-    hidden, inner, unit, std = config.hidden_size, config.inner_heads, config.head_dim, config.init_std
+    hidden, inner, unit, std = (
+        config.hidden_size,
+        config.inner_heads,
+        config.head_dim,
+        config.init_std,
+    )
     yield _norm(config, "cross_norm", "layer.1.layer_norm")
     yield Weight(
         "cross.q.weight", (inner, hidden), ("layer.1.EncDecAttention.q.weight",), "column", unit=unit,
@@ -424,15 +492,27 @@ def _cross(config: T5Config) -> Iterator[Weight]:
 
 
 def _mlp(config: T5Config, number: int) -> Iterator[Weight]:
-    """Yield the rows of the feed-forward part, which Hugging Face counts as `number` in its layer."""
-    hidden, inner, std, hf = config.hidden_size, config.intermediate_size, config.init_std, f"layer.{number}"
+    """Yield the rows of the feed-forward part, which Hugging Face counts as `number` in its
+    layer."""
+    hidden, inner, std, hf = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.init_std,
+        f"layer.{number}",
+    )
     names = ("wi_0", "wi_1") if config.is_gated else ("wi",)
     yield _norm(config, "mlp_norm", f"{hf}.layer_norm")
     yield Weight(
         "mlp.up.weight", (len(names) * inner, hidden), tuple(f"{hf}.DenseReluDense.{name}.weight" for name in names),
         "column", (inner,) * len(names), init=std * hidden**-0.5,
     )  # fmt: skip
-    yield Weight("mlp.down.weight", (hidden, inner), (f"{hf}.DenseReluDense.wo.weight",), "row", init=std * inner**-0.5)
+    yield Weight(
+        "mlp.down.weight",
+        (hidden, inner),
+        (f"{hf}.DenseReluDense.wo.weight",),
+        "row",
+        init=std * inner**-0.5,
+    )
 
 
 KEYS = Keys().but(
@@ -454,7 +534,12 @@ KEYS = Keys().but(
         "scale_decoder_outputs": None,
         "n_positions": 512,
     },
-    only={"is_encoder_decoder": True, "is_decoder": False, "pad_token_id": START, "decoder_start_token_id": START},
+    only={
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+        "pad_token_id": START,
+        "decoder_start_token_id": START,
+    },
     dense_act_fn="which follows from feed_forward_proj",
     is_gated_act="which follows from feed_forward_proj",
     classifier_dropout="of training alone",
@@ -464,15 +549,16 @@ KEYS = Keys().but(
 
 def to_hf(config: T5Config) -> dict[str, Any]:
     return fields_to_hf(config, "T5ForConditionalGeneration") | {
-        # transformers 4 takes the first key for both facts. 5 ties in any case, unless a head of its own is stored, and
-        # reads the second.
+        # transformers 4 takes the first key for both facts. 5 ties in any case, unless a head of
+        # its own is stored, and reads the second.
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.scale_head,
     }
 
 
 def fields_to_hf(config: T5Config, architecture: str) -> dict[str, Any]:
-    """Return the keys of config.json that T5 and mT5 share; `architecture` is transformers' name."""
+    """Return the keys of config.json that T5 and mT5 share; `architecture` is transformers'
+    name."""
     return {
         "architectures": [architecture],
         "model_type": config.family,
@@ -498,7 +584,9 @@ def fields_to_hf(config: T5Config, architecture: str) -> dict[str, Any]:
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     scaled = hf["scale_decoder_outputs"]
-    return fields_from_hf(hf, T5Config) | {"scale_head": hf["tie_word_embeddings"] if scaled is None else scaled}
+    return fields_from_hf(hf, T5Config) | {
+        "scale_head": hf["tie_word_embeddings"] if scaled is None else scaled
+    }
 
 
 def fields_from_hf(hf: dict[str, Any], config: type[T5Config]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What decoders share whose MLP has no gate: GPT-NeoX, StarCoder 2, Phi and Falcon. They are Llama otherwise, with
-LayerNorm, and biases in some."""
+"""What decoders share whose MLP has no gate: GPT-NeoX, StarCoder 2, Phi and Falcon. They are Llama
+otherwise, with LayerNorm, and biases in some."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class MLP(nn.Module):
         return self.activation_and_down_proj(self.up(x))
 
     def activation_and_down_proj(self, up: Tensor) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        """Apply the activation and the down projection; recomputed as one under `train.recompute:
+        selective`."""
         return self.down(self.activation(up))
 
 
@@ -55,14 +56,21 @@ def mlp_rows(config: Ungated, up: str, down: str) -> tuple[Weight, ...]:
     return (
         Weight("mlp.up.weight", (inner, hidden), (f"{up}.weight",), "column", init=config.init_std),
         *[bias] * biased,
-        Weight("mlp.down.weight", (hidden, inner), (f"{down}.weight",), "row", init=residual_std(config)),
+        Weight(
+            "mlp.down.weight",
+            (hidden, inner),
+            (f"{down}.weight",),
+            "row",
+            init=residual_std(config),
+        ),
         *[row_bias("mlp.down", down, hidden)] * biased,
     )
 
 
 def attention_rows(config: Ungated, qkv: str, out: str) -> tuple[Weight, ...]:
-    """Return the rows of attention, of whose `qkv` Hugging Face stores the queries of heads that share a key, the key
-    and the value before those of the next. `qkv` and `out` are its names of the modules."""
+    """Return the rows of attention, of whose `qkv` Hugging Face stores the queries of heads that
+    share a key, the key and the value before those of the next. `qkv` and `out` are its names of
+    the modules."""
     q, kv, hidden = (
         config.num_attention_heads * config.head_size,
         config.kv_heads * config.head_size,
@@ -73,11 +81,25 @@ def attention_rows(config: Ungated, qkv: str, out: str) -> tuple[Weight, ...]:
         f"{name}.weight", (sum(parts), hidden), (f"{qkv}.weight",), "column", parts, unit, by_unit=True,
         init=config.init_std,
     )  # fmt: skip
-    bias = replace(matrix, name=f"{name}.bias", shape=matrix.shape[:1], hf=(f"{qkv}.bias",), init="zeros", decay=False)
+    bias = replace(
+        matrix,
+        name=f"{name}.bias",
+        shape=matrix.shape[:1],
+        hf=(f"{qkv}.bias",),
+        init="zeros",
+        decay=False,
+    )
     return (
         matrix,
         *[bias] * config.biases.qkv,
-        Weight("attention.out.weight", (hidden, q), (f"{out}.weight",), "row", unit=unit, init=residual_std(config)),
+        Weight(
+            "attention.out.weight",
+            (hidden, q),
+            (f"{out}.weight",),
+            "row",
+            unit=unit,
+            init=residual_std(config),
+        ),
         *[row_bias("attention.out", out, hidden)] * config.biases.out,
     )
 
@@ -101,7 +123,9 @@ class DroppingAttention(Attention):
 
     def __init__(self, config: Dropping, layer: int):
         super().__init__(config, layer)
-        dropout = Dropout(config.attention_dropout, f"layers.{layer}.attention.probabilities", over_heads=True)
+        dropout = Dropout(
+            config.attention_dropout, f"layers.{layer}.attention.probabilities", over_heads=True
+        )
         self.core = CoreAttention(dropout, config.attention(layer))
 
 
@@ -117,7 +141,9 @@ class DroppingDecoder(Llama):
         return self.dropout(self.embedding(tokens_BT), places)
 
 
-def dropouts_from_hf(hf: dict[str, Any], embedding: str, attention: str, hidden: str) -> dict[str, Any]:
+def dropouts_from_hf(
+    hf: dict[str, Any], embedding: str, attention: str, hidden: str
+) -> dict[str, Any]:
     """Return the fields of the `model:` section of `Dropping`, from these keys of config.json."""
     return {
         "embedding_dropout": hf[embedding],
@@ -127,8 +153,8 @@ def dropouts_from_hf(hf: dict[str, Any], embedding: str, attention: str, hidden:
 
 
 def is_tanh(hf: dict[str, Any], family: str, key: str = "hidden_act") -> bool:
-    """Return whether the activation at `key` of config.json is GELU's tanh approximation. Raises ConfigError where it
-    is no GELU."""
+    """Return whether the activation at `key` of config.json is GELU's tanh approximation. Raises
+    ConfigError where it is no GELU."""
     if hf[key] not in ("gelu", *TANH):
         require(hf, family, {key: "gelu"})
     return hf[key] in TANH

@@ -1,12 +1,14 @@
-"""The table of weights: one row a weight, and everything that differs between weights is read from the row.
+"""The table of weights: one row a weight, and everything that differs between weights is read from
+the row.
 
-A row says which Hugging Face tensors a weight is made of, how tensor parallelism cuts it, how it is initialised,
-whether it decays, and whether sequence parallelism leaves each tensor rank with only a part of its gradient.
-Conversion, sharding, initialisation, optimizer groups and checkpoints all read this table; there is no second mapping.
+A row says which Hugging Face tensors a weight is made of, how tensor parallelism cuts it, how it is
+initialised, whether it decays, and whether sequence parallelism leaves each tensor rank with only a
+part of its gradient. Conversion, sharding, initialisation, optimizer groups and checkpoints all
+read this table; there is no second mapping.
 
-Terms: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the
-*local* tensor is what one of its *holders* has of it: of the tensor ranks, or for a stack of experts of expert ×
-expert-tensor ranks, in this order (see `Cut`)."""
+Terms: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in
+torch.nn.Linear; the *local* tensor is what one of its *holders* has of it: of the tensor ranks, or
+for a stack of experts of expert × expert-tensor ranks, in this order (see `Cut`)."""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from megalite.utils.counter_random import normal, uniform
 from megalite.utils.keys import key_of
 
 VOCAB_MULTIPLE = 64
-"""Rows of a vocabulary shard are padded to a multiple of this, so that its matrix products stay aligned."""
+"""Rows of a vocabulary shard are padded to a multiple of this, so that its matrix products stay
+aligned."""
 
 Fetch = Callable[[str, tuple[slice, ...]], Tensor]
 """Reads a slice of the Hugging Face tensor of a name."""
@@ -40,8 +43,8 @@ class Uniform(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """A part of one of a weight's matrices that lies in one piece in a flattened local tensor: whole rows, or a part
-    of a single row."""
+    """A part of one of a weight's matrices that lies in one piece in a flattened local tensor:
+    whole rows, or a part of a single row."""
 
     start: int
     """First of its elements in the local tensor."""
@@ -65,52 +68,63 @@ class Weight:
     hf: tuple[str, ...]
     """Names of its Hugging Face tensors: one, or one for each of `row_groups`."""
     shard: Literal["column", "row", "vocab", "expert"] | None = None
-    """Which dimension tensor parallelism cuts. column: the output features (Megatron's column-parallel); row: the input
-    features, which follow them; vocab: the first, padded; expert: the first of a stack; None: replicated."""
+    """Which dimension tensor parallelism cuts. column: the output features (Megatron's
+    column-parallel); row: the input features, which follow them; vocab: the first, padded; expert:
+    the first of a stack; None: replicated."""
     parts: tuple[int, ...] = ()
-    """Row groups that are each cut on their own, so that a rank gets matching rows of each: (q, k, v) or (gate,
-    up)."""
+    """Row groups that are each cut on their own, so that a rank gets matching rows of each: (q, k,
+    v) or (gate, up)."""
     unit: int = 1
-    """Rows (of a column-parallel weight) or columns (of a row-parallel one) that stay together: those of a head."""
+    """Rows (of a column-parallel weight) or columns (of a row-parallel one) that stay together:
+    those of a head."""
     transpose: bool = False
     """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D), or [stack, in, out]."""
     by_unit: bool = False
-    """The single Hugging Face tensor interleaves the parts: q, k and v of the first head, then of the second
-    (GPT-NeoX). With fewer heads of k and v, those of q come with the k and v that they share (Falcon)."""
+    """The single Hugging Face tensor interleaves the parts: q, k and v of the first head, then of
+    the second (GPT-NeoX). With fewer heads of k and v, those of q come with the k and v that they
+    share (Falcon)."""
     stack: int = 0
-    """Number of leading dimensions that index matrices of the same kind: 1 where the weight is [experts, out, in]."""
+    """Number of leading dimensions that index matrices of the same kind: 1 where the weight is
+    [experts, out, in]."""
     used: float = 1.0
-    """Share of its elements that a token is multiplied with: k / n for n experts of which each token visits k; 0 for
-    an embedding, which is looked up, unless it is tied to the head."""
+    """Share of its elements that a token is multiplied with: k / n for n experts of which each
+    token visits k; 0 for an embedding, which is looked up, unless it is tied to the head."""
     init: float | tuple[float, ...] | Uniform | Literal["ones", "zeros"] = 0.02
-    """Standard deviation of a normal distribution, or one for each of the `parts`, a uniform one, or a constant."""
+    """Standard deviation of a normal distribution, or one for each of the `parts`, a uniform one,
+    or a constant."""
     decay: bool = True
     """Takes weight decay."""
     by_counts: bool = False
-    """A router's selection bias: no gradient trains it, but each step moves it by how many tokens its experts had. fp32
-    in every precision."""
+    """A router's selection bias: no gradient trains it, but each step moves it by how many tokens
+    its experts had. fp32 in every precision."""
     frozen: bool = False
     """Not trained: no gradient, no optimizer state, and in no checkpoint."""
     place: Place = "first"
     """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
     partial_grad: Literal["sequence", "heads"] | None = None
-    """A replicated weight of whose gradient each tensor rank has a part, which is summed over them. sequence: used on
-    activations that sequence parallelism cuts along the sequence; heads: used on the heads, or other features, that
-    each rank has of a token."""
+    """A replicated weight of whose gradient each tensor rank has a part, which is summed over them.
+    sequence: used on activations that sequence parallelism cuts along the sequence; heads: used on
+    the heads, or other features, that each rank has of a token."""
     one_hf: str | None = None
-    """Name of a single Hugging Face tensor that holds all of it in some files instead: it is read, not written."""
+    """Name of a single Hugging Face tensor that holds all of it in some files instead: it is read,
+    not written."""
 
     def __post_init__(self) -> None:
-        assert sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack], self
+        assert (
+            sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack]
+        ), self
         assert len(self.hf) in (1, len(self.row_groups)), self
-        assert not self.by_unit or (len(self.hf) == 1 and self.interleaved and not self.transpose), self
+        assert not self.by_unit or (
+            len(self.hf) == 1 and self.interleaved and not self.transpose
+        ), self
         assert self.stack == 0 or not (self.by_unit or self.shard == "vocab"), self
         # <= of two bools: the first implies the second.
         assert (self.shard == "expert") <= (self.stack > 0), self
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        """Return the sizes of the groups of rows: the parts of each matrix, one matrix after another."""
+        """Return the sizes of the groups of rows: the parts of each matrix, one matrix after
+        another."""
         return (self.parts or (self.shape[self.stack],)) * prod(self.shape[: self.stack])
 
     @property
@@ -122,7 +136,8 @@ class Weight:
 
     @property
     def num_rows(self) -> int:
-        """Return the rows of all matrices of the stack together. A row is the elements of one output feature."""
+        """Return the rows of all matrices of the stack together. A row is the elements of one
+        output feature."""
         return prod(self.shape[: self.stack + 1])
 
     @property
@@ -137,8 +152,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Return whether it is a matrix of a layer, or a stack of them: what Muon is for. Embeddings, heads, norms and
-        biases are not."""
+        """Return whether it is a matrix of a layer, or a stack of them: what Muon is for.
+        Embeddings, heads, norms and biases are not."""
         return isinstance(self.place, int) and len(self.shape) == self.stack + 2
 
     @property
@@ -156,21 +171,23 @@ class Weight:
 
     @property
     def is_looked_up(self) -> bool:
-        """Return whether tokens or positions pick rows of it, which are no product's operand: an embedding."""
+        """Return whether tokens or positions pick rows of it, which are no product's operand: an
+        embedding."""
         return self.used == 0.0 or self.place == "both"
 
     def num_states(self, optimizer: OptimizerConfig) -> int:
-        """Return how many states `optimizer` keeps for each of its elements. Those of another shape, which are small
-        beside it, do not count."""
+        """Return how many states `optimizer` keeps for each of its elements. Those of another
+        shape, which are small beside it, do not count."""
         return sum(optimizer.state_row(self, state) is self for state in optimizer.states_of(self))
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
-        """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""
+        """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence
+        parallelism is on."""
         return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)
 
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
-        """Return the shape on each of `expert` × `tensor` ranks, of which `expert` share the experts. Raises ValueError
-        when the weight cannot be cut evenly."""
+        """Return the shape on each of `expert` × `tensor` ranks, of which `expert` share the
+        experts. Raises ValueError when the weight cannot be cut evenly."""
         if expert > 1:
             return self._experts_of_one(expert, tensor).local_shape(tensor)
         if self.shard is None or tensor == 1:
@@ -183,7 +200,11 @@ class Weight:
         cut = {"expert": 0, "column": self.stack, "row": self.stack + 1}[self.shard]
         for size in self.parts if self.parts and self.shard == "column" else (self.shape[cut],):
             if size % (self.unit * tensor):
-                features = f"{size // self.unit} heads of {self.unit}" if self.unit > 1 else f"{size} features"
+                features = (
+                    f"{size // self.unit} heads of {self.unit}"
+                    if self.unit > 1
+                    else f"{size} features"
+                )
                 what = f"{size} experts" if self.shard == "expert" else features
                 raise ValueError(f"{self.name} has {what}, which do not divide by {tensor}")
         return (*self.shape[:cut], self.shape[cut] // tensor, *self.shape[cut + 1 :])
@@ -192,15 +213,19 @@ class Weight:
         """Return the row as if the model had only those experts that one of `expert` ranks has."""
         num_experts = self.shape[0]
         if num_experts % expert:
-            raise ValueError(f"{self.name} has {num_experts} experts, which do not divide by {expert}")
+            raise ValueError(
+                f"{self.name} has {num_experts} experts, which do not divide by {expert}"
+            )
         if self.shard is None and tensor > 1:
-            raise ValueError(f"{self.name}, which tensor ranks do not share, cannot be on {tensor} of them")
+            raise ValueError(
+                f"{self.name}, which tensor ranks do not share, cannot be on {tensor} of them"
+            )
         # Asked for shapes and ranges only: it has no names of tensors.
         return replace(self, shape=(num_experts // expert, *self.shape[1:]), hf=("",))
 
     def _row_ranges(self, rank: int, tensor: int, expert: int = 1) -> list[tuple[int, int]]:
-        """Return the logical row ranges that make up the local rows, in local order. Padding rows, always last, are
-        left out."""
+        """Return the logical row ranges that make up the local rows, in local order. Padding rows,
+        always last, are left out."""
         if expert > 1:
             # Holders are expert-major: which experts, then which part of them. Experts of a rank
             # are neighbours, so their rows lie `before` rows further on.
@@ -215,7 +240,8 @@ class Weight:
             held = self.local_shape(tensor)[0]
             first = min(rank * held, rows)
             return [(first, min(first + held, rows))]
-        # Each group is cut on its own: the local rows are this rank's share of q, then of k, then of v.
+        # Each group is cut on its own: the local rows are this rank's share of q, then of k, then
+        # of v.
         groups = (rows,) if self.shard == "expert" else self.row_groups
         starts = accumulate(groups, initial=0)
         return [
@@ -233,8 +259,8 @@ class Weight:
     def read_local(
         self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int, expert: int = 1
     ) -> Tensor:
-        """Return elements [start, stop) of the flattened local tensor of `rank`, one of `expert` × `tensor` ranks;
-        `read_rows` gives logical rows. Padding is zero."""
+        """Return elements [start, stop) of the flattened local tensor of `rank`, one of `expert` ×
+        `tensor` ranks; `read_rows` gives logical rows. Padding is zero."""
         # Elements of one local row; 1 for a bias or a norm.
         width = prod(self.local_shape(tensor, expert)[self.stack + 1 :])
         # Whole rows are read, and what is too much at both ends is cut off at last.
@@ -245,7 +271,9 @@ class Weight:
             # Local rows [offset, offset + high - low) are logical rows [low, high).
             a, b = max(first, offset), min(last, offset + high - low)
             if a < b:
-                found.append(read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1))
+                found.append(
+                    read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1)
+                )
             offset += high - low
         # Rows beyond the vocabulary: no logical row stands for them.
         padding = max(0, last - max(offset, first)) * width
@@ -254,9 +282,11 @@ class Weight:
         flat = torch.cat(found) if len(found) > 1 else found[0]
         return flat[start - first * width : stop - first * width]
 
-    def rectangles(self, rank: int, tensor: int, start: int, stop: int, expert: int = 1) -> Iterator[Rectangle]:
-        """Yield what elements [start, stop) of the flattened local tensor of `rank`, one of `expert` × `tensor` ranks,
-        are of the weight's matrices. Padding is left out."""
+    def rectangles(
+        self, rank: int, tensor: int, start: int, stop: int, expert: int = 1
+    ) -> Iterator[Rectangle]:
+        """Yield what elements [start, stop) of the flattened local tensor of `rank`, one of
+        `expert` × `tensor` ranks, are of the weight's matrices. Padding is left out."""
         left, right = self._columns(rank % tensor, tensor) if self.row_shape else (0, 1)
         width, offset = right - left, 0
         ends = list(accumulate(self.row_groups))
@@ -274,14 +304,16 @@ class Weight:
                     # cut.
                     size = rows * width or min(width - inside, end - begin)
                     within = (left, right) if rows else (left + inside, left + inside + size)
-                    yield Rectangle(begin, begin + size, matrix, (low + row, low + row + max(rows, 1)), within)
+                    yield Rectangle(
+                        begin, begin + size, matrix, (low + row, low + row + max(rows, 1)), within
+                    )
                     begin += size
                 offset += (last - low) * width
                 low = last
 
     def assemble(self, locals_: Sequence[Tensor], expert: int = 1) -> Tensor:
-        """Return the logical tensor from the local tensors of all ranks that hold it (one, where it is replicated), of
-        which `expert` share the experts."""
+        """Return the logical tensor from the local tensors of all ranks that hold it (one, where it
+        is replicated), of which `expert` share the experts."""
         if len(locals_) == 1:
             return locals_[0]
         tensor = len(locals_) // expert
@@ -296,7 +328,7 @@ class Weight:
                 offset += high - low
         return full.view(self.shape)
 
-    # --- as Hugging Face tensors ----------------------------------------------------------------------------------
+    # --- as Hugging Face tensors ------------------------------------------------------------------
 
     def to_hf(self, logical: Tensor) -> dict[str, Tensor]:
         """Return the Hugging Face tensors of the logical tensor, by name."""
@@ -308,34 +340,51 @@ class Weight:
         if len(self.hf) == 1:
             return {self.hf[0]: self._turned(logical).contiguous()}
         pieces = logical.flatten(0, self.stack).split(self.row_groups)
-        return {name: self._turned(piece).contiguous() for name, piece in zip(self.hf, pieces, strict=True)}
+        return {
+            name: self._turned(piece).contiguous()
+            for name, piece in zip(self.hf, pieces, strict=True)
+        }
 
     def as_stored(self, names: Container[str]) -> Weight:
         """Return the row as it is in files that hold tensors of these names."""
-        return self if self.one_hf is None or self.one_hf not in names else replace(self, hf=(self.one_hf,))
+        return (
+            self
+            if self.one_hf is None or self.one_hf not in names
+            else replace(self, hf=(self.one_hf,))
+        )
 
     def _turned(self, matrices: Tensor) -> Tensor:
-        """Exchange the output and the input features of one matrix or of a stack, where Hugging Face stores them
-        so."""
+        """Exchange the output and the input features of one matrix or of a stack, where Hugging
+        Face stores them so."""
         outputs = self.stack if len(self.hf) == 1 else 0
         return matrices.transpose(outputs, outputs + 1) if self.transpose else matrices
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the Hugging Face tensors, by name."""
-        shapes = [self.shape] if len(self.hf) == 1 else [(size, *self.row_shape) for size in self.row_groups]
+        shapes = (
+            [self.shape]
+            if len(self.hf) == 1
+            else [(size, *self.row_shape) for size in self.row_groups]
+        )
         # On meta tensors, so that the rule of `_turned` need not be written twice.
         turned = [tuple(self._turned(torch.empty(shape, device="meta")).shape) for shape in shapes]
         return dict(zip(self.hf, turned, strict=True))
 
-    def rows_from_hf(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
-        """Return logical rows [start, stop), cut to `columns` for a matrix, with `fetch` reading as few bytes as
-        possible."""
+    def rows_from_hf(
+        self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None
+    ) -> Tensor:
+        """Return logical rows [start, stop), cut to `columns` for a matrix, with `fetch` reading as
+        few bytes as possible."""
         if self.by_unit:
             return self._rows_by_unit(fetch, start, stop, columns)
         stacked = self.stack > 0 and len(self.hf) == 1  # one tensor holds all matrices
         # Rows that are read from one place: of each matrix of a stack in one tensor, else of each
         # tensor.
-        sizes = (self.shape[self.stack],) * prod(self.shape[: self.stack]) if stacked else self._rows_of_each()
+        sizes = (
+            (self.shape[self.stack],) * prod(self.shape[: self.stack])
+            if stacked
+            else self._rows_of_each()
+        )
         pieces, offset = [], 0
         for number, rows in enumerate(sizes):
             low, high = max(start, offset) - offset, min(stop, offset + rows) - offset
@@ -347,7 +396,9 @@ class Weight:
             where = where[::-1] if self.transpose else where
             if stacked:
                 matrix = [int(at) for at in np.unravel_index(number, self.shape[: self.stack])]
-                piece = fetch(self.hf[0], (*(slice(at, at + 1) for at in matrix), *where)).flatten(0, self.stack)
+                piece = fetch(self.hf[0], (*(slice(at, at + 1) for at in matrix), *where)).flatten(
+                    0, self.stack
+                )
             else:
                 piece = fetch(self.hf[number], where)
             pieces.append(piece.transpose(0, 1) if self.transpose else piece)
@@ -357,31 +408,40 @@ class Weight:
         """Return how many rows each Hugging Face tensor holds."""
         return self.row_groups if len(self.hf) > 1 else (self.num_rows,)
 
-    def _rows_by_unit(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+    def _rows_by_unit(
+        self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None
+    ) -> Tensor:
         """Return logical rows from a tensor that interleaves the parts."""
         pieces, sizes = [], self.interleaved
         ends = list(accumulate(self.parts))
         while start < stop:
-            # Logical rows are ordered (part, group, row in group), stored ones (group, part, row in group). At most
-            # one group's rows of a part are contiguous in both.
+            # Logical rows are ordered (part, group, row in group), stored ones (group, part, row in
+            # group). At most one group's rows of a part are contiguous in both.
             part = bisect_right(ends, start)
             group, inside = divmod(start - (ends[part] - self.parts[part]), sizes[part])
             count = min(sizes[part] - inside, stop - start)
             row = group * sum(sizes) + sum(sizes[:part]) + inside
             rows = slice(row, row + count)
-            pieces.append(fetch(self.hf[0], (rows,) if columns is None else (rows, slice(*columns))))
+            pieces.append(
+                fetch(self.hf[0], (rows,) if columns is None else (rows, slice(*columns)))
+            )
             start += count
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def initial_rows(
-        self, seed: int, start: int, stop: int, columns: tuple[int, int] | None, device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        start: int,
+        stop: int,
+        columns: tuple[int, int] | None,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Return initial values of logical rows [start, stop), cut to `columns`, on `device`: a function of (`seed`,
-        name, element index), whatever the layout."""
+        """Return initial values of logical rows [start, stop), cut to `columns`, on `device`: a
+        function of (`seed`, name, element index), whatever the layout."""
         width = prod(self.row_shape)
         if isinstance(self.init, float):
-            # Whole rows are drawn, and cut to `columns` below: an element's random number goes by its place in the
-            # logical tensor.
+            # Whole rows are drawn, and cut to `columns` below: an element's random number goes by
+            # its place in the logical tensor.
             flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
         elif isinstance(self.init, Uniform):
             index = torch.arange(start * width, stop * width, device=device)
@@ -389,11 +449,15 @@ class Weight:
             flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
         elif isinstance(self.init, tuple):
             sizes = torch.tensor(self.row_groups, device=device)
-            std_of_rows = torch.tensor(self.init, device=device).repeat_interleave(sizes)[start:stop]
+            std_of_rows = torch.tensor(self.init, device=device).repeat_interleave(sizes)[
+                start:stop
+            ]
             flat = normal(key_of(seed, self.name), start * width, stop * width, device)
             flat = (flat.view(-1, width) * std_of_rows[:, None]).flatten()
         else:
-            flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device)
+            flat = torch.full(
+                ((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device
+            )
         return flat if columns is None else flat.view(-1, *self.row_shape)[:, slice(*columns)]
 
 
@@ -401,9 +465,11 @@ RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
 """(weight, first row, last row, column range of a matrix) → those logical elements."""
 
 
-def layer_rows(index: int, hf_prefix: str, rows: Sequence[Weight], hf_index: int | None = None) -> Iterator[Weight]:
-    """Yield the rows of one layer, with the names of layer `index`; Hugging Face's begin with `hf_prefix`, and count
-    the layer as `hf_index` where its stack is not the first."""
+def layer_rows(
+    index: int, hf_prefix: str, rows: Sequence[Weight], hf_index: int | None = None
+) -> Iterator[Weight]:
+    """Yield the rows of one layer, with the names of layer `index`; Hugging Face's begin with
+    `hf_prefix`, and count the layer as `hf_index` where its stack is not the first."""
     prefix = f"{hf_prefix}.{index if hf_index is None else hf_index}"
     for row in rows:
         hf = tuple(f"{prefix}.{name}" for name in row.hf)

@@ -18,7 +18,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 class Windowed(LlamaLike):
     sliding_window: int | None = Field(
-        None, gt=0, description="Tokens that each token attends to, itself included. All before it where left out."
+        None,
+        gt=0,
+        description="Tokens that each token attends to, itself included. All before it where left out.",
     )
 
     def window(self, layer: int) -> int | None:
@@ -27,7 +29,8 @@ class Windowed(LlamaLike):
 
 class WindowedByLayer(Windowed):
     layer_types: tuple[LayerType, ...] | None = Field(
-        None, description="sliding_attention or full_attention for each layer. The family's usual types where left out."
+        None,
+        description="sliding_attention or full_attention for each layer. The family's usual types where left out.",
     )
 
     NEEDS_WINDOW: ClassVar[bool] = False
@@ -36,9 +39,13 @@ class WindowedByLayer(Windowed):
     @model_validator(mode="after")
     def _a_type_a_layer(self) -> WindowedByLayer:
         if self.layer_types is not None and len(self.layer_types) != self.num_layers:
-            raise ValueError(f"layer_types has {len(self.layer_types)} entries for num_layers = {self.num_layers}")
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for num_layers = {self.num_layers}"
+            )
         if self.sliding_window is None and (self.NEEDS_WINDOW or "sliding_attention" in self.types):
-            raise ValueError(f"sliding_window is left out, but {self.family} needs one for layers of sliding_attention")
+            raise ValueError(
+                f"sliding_window is left out, but {self.family} needs one for layers of sliding_attention"
+            )
         return self
 
     @property
@@ -61,7 +68,9 @@ class WindowedByLayer(Windowed):
 class TwoRopes(WindowedByLayer):
     """Fields of families whose sliding-window layers have a RoPE of their own."""
 
-    local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
+    local_rope_theta: float = Field(
+        10_000.0, gt=0, description="RoPE base of sliding-window layers."
+    )
 
     def turn(self, layer: int) -> int | None:
         """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
@@ -72,28 +81,40 @@ class TwoRopesDecoder(Llama):
     config: TwoRopes
 
     def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
-        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
+        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window
+        layers."""
         c = self.config
         # Local layers have no scaling: a window never reaches further than was trained.
         local = rope.rope_cos_sin(
-            places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions
+            places.position_BT,
+            c.rotary_size,
+            c.local_rope_theta,
+            None,
+            places.length,
+            c.max_positions,
         )
         return *super().rope_cos_sin(places), local
 
 
 def local_theta_from_hf(hf: dict[str, Any], family: str, default: float, *older: str) -> float:
-    """Return the RoPE base of sliding-window layers from config.json, whose `rope_parameters` are by the type of the
-    layer; `older` are other keys that may have it. Raises ConfigError."""
+    """Return the RoPE base of sliding-window layers from config.json, whose `rope_parameters` are
+    by the type of the layer; `older` are other keys that may have it. Raises ConfigError."""
     if at(hf, "rope_scaling.type") and not at(hf, "rope_scaling.rope_type"):
         raise ConfigError(
             f"config.json has rope_scaling.type, which transformers does not read for {family}: it is rope_type"
         )
     ropes, place = hf["rope_parameters"] or {}, "rope_parameters.sliding_attention"
-    refuse_others(ropes, LAYER_TYPES, "rope_parameters", f"{family}, which has them by the type of the layer")
+    refuse_others(
+        ropes, LAYER_TYPES, "rope_parameters", f"{family}, which has them by the type of the layer"
+    )
     local = ropes.get("sliding_attention") or {}
-    refuse_others(local, ("rope_type", "type", "rope_theta"), place, "layers that look back over a window")
+    refuse_others(
+        local, ("rope_type", "type", "rope_theta"), place, "layers that look back over a window"
+    )
     if (kind := rope.kind_of(local, place)) != "default":
-        raise ConfigError(f"config.json has {place}.rope_type = {kind!r}; the {family} family supports 'default'")
+        raise ConfigError(
+            f"config.json has {place}.rope_type = {kind!r}; the {family} family supports 'default'"
+        )
     return agreed(hf, f"{place}.rope_theta", *older, default=default)
 
 
@@ -109,8 +130,9 @@ QWEN = LIKE_LLAMA.but(
 
 
 def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
-    """Return the window as Qwen 2 and 3 spell it. Older versions of transformers know only `max_window_layers`, before
-    which layers have full attention: what that cannot say is written as `layer_types`."""
+    """Return the window as Qwen 2 and 3 spell it. Older versions of transformers know only
+    `max_window_layers`, before which layers have full attention: what that cannot say is written as
+    `layer_types`."""
     types = list(config.types)
     first = types.index("sliding_attention") if "sliding_attention" in types else config.num_layers
     layers: dict[str, Any] = {"max_window_layers": first}
@@ -121,7 +143,8 @@ def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
 
 
 def qwen_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the window's fields from Qwen's config.json. Raises ConfigError where its keys disagree."""
+    """Return the window's fields from Qwen's config.json. Raises ConfigError where its keys
+    disagree."""
     # Qwen writes a sliding_window into every config; only this switch makes it count.
     sliding = bool(hf["use_sliding_window"]) and hf["sliding_window"] is not None
     first, count = hf["max_window_layers"], hf["num_hidden_layers"]

@@ -1,4 +1,5 @@
-"""The console: one live line on a terminal, or one plain line every `observe.log_every` steps in a log file."""
+"""The console: one live line on a terminal, or one plain line every `observe.log_every` steps in a
+log file."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class Console:
         self._valid: float | None = found[-1] if found else None
         self._best = min(found, default=math.inf)
         self._began = time.perf_counter()
-        self._pace: deque[tuple[float, int]] = deque(maxlen=100)  # when each of the last steps ended
+        self._pace: deque[tuple[float, int]] = deque(
+            maxlen=100
+        )  # when each of the last steps ended
         self._drawn = 0.0
         self._lost = 0
         self._why = ""
@@ -70,7 +73,9 @@ class Console:
             auto_refresh=False,  # drawn by `step`, not by a thread of rich
             transient=True,
         )
-        self._task = progress.add_task("", total=self._total, completed=start_step, line="[dim]first step ...[/]")
+        self._task = progress.add_task(
+            "", total=self._total, completed=start_step, line="[dim]first step ...[/]"
+        )
         return progress
 
     def _header(
@@ -96,7 +101,9 @@ class Console:
         first = f"{train.batch_size(0) * config.sample_tokens:,} to " if train.batch_ramp else ""
         self._print(f"{self._total:,} steps of {first}{tokens:,} tokens, {in_all} in all", "dim")
         if phases := config.data.seq_length_warmup:
-            short = ", ".join(f"{phase.seq_length:,} tokens up to step {phase.until_step:,}" for phase in phases)
+            short = ", ".join(
+                f"{phase.seq_length:,} tokens up to step {phase.until_step:,}" for phase in phases
+            )
             self._print(f"sequences of {short}, then of {config.data.seq_length:,}", "dim")
         if start_step:
             self._print(f"resumed after step {start_step:,}", "dim")
@@ -124,7 +131,8 @@ class Console:
             self._print(self._plain(record))
 
     def _live(self, record: dict[str, float]) -> str:
-        # Only what fits into one line, since wrapping would break the live display; the record has the rest.
+        # Only what fits into one line, since wrapping would break the live display; the record has
+        # the rest.
         loss_style = "bold" if math.isfinite(record["loss"]) else "bold red"
         parts = [
             f"loss [{loss_style}]{record['loss']:.4f}[/]",
@@ -155,7 +163,8 @@ class Console:
         return "  ".join(parts)
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """Print the losses of an evaluation and, for validation, how they compare with those before."""
+        """Print the losses of an evaluation and, for validation, how they compare with those
+        before."""
         split = "test" if "test_loss" in record else "valid"
         loss = record[f"{split}_loss"]
         label = self._at(f"{split:<5}", record["step"])
@@ -209,7 +218,9 @@ class Console:
         if self._pace:
             _, last = self._pace[-1]
         took = clock(time.perf_counter() - self._began)
-        of = f" of {self._total:,}" if last <= self._total else ""  # a run may be resumed with fewer steps than it has
+        of = (
+            f" of {self._total:,}" if last <= self._total else ""
+        )  # a run may be resumed with fewer steps than it has
         text = f"{status} at step {last:,}{of} after {took}"
         if self._loss is not None:
             text += f", loss {self._loss:.4f}"
@@ -222,7 +233,8 @@ class Console:
         return f"{label} {int(step):>{self._width}}/{self._total}"
 
     def _eta(self, record: dict[str, float]) -> str:
-        """Estimate the remaining time from the wall clock of the last steps, evaluations and saves included."""
+        """Estimate the remaining time from the wall clock of the last steps, evaluations and saves
+        included."""
         # The last hundred steps: long enough to even out an evaluation, short enough to follow a
         # change.
         since, from_step = self._pace[0]
@@ -233,7 +245,8 @@ class Console:
         return clock(seconds * (self._total - step))
 
     def _print(self, text: str, style: str = "") -> None:
-        """Print a line. One that the disk of a log file refuses is counted, and the loss told with the next line."""
+        """Print a line. One that the disk of a log file refuses is counted, and the loss told with
+        the next line."""
         try:
             if self._lost:
                 print(

@@ -1,5 +1,5 @@
-"""How the tokens of one step are spread over experts, over the whole global batch and so the same on every layout; and
-its picture, experts.png."""
+"""How the tokens of one step are spread over experts, over the whole global batch and so the same
+on every layout; and its picture, experts.png."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ from megalite.utils.files import replacing
 class ExpertLoads:
     """Counts the tokens of each expert from `begin` on, in training, until `end`."""
 
-    def __init__(self, stages: Sequence[Stage], mesh: Mesh, architecture: Architecture, sequence: bool):
+    def __init__(
+        self, stages: Sequence[Stage], mesh: Mesh, architecture: Architecture, sequence: bool
+    ):
         """`architecture` is that of the whole model. `sequence`: sequence parallelism is on."""
         self._mesh = mesh
         parts = [layer.feed_forward for layer in architecture.layers]
-        self.num_experts = {number: x.num_experts for number, x in enumerate(parts) if isinstance(x, ExpertsSpec)}
+        self.num_experts = {
+            number: x.num_experts for number, x in enumerate(parts) if isinstance(x, ExpertsSpec)
+        }
         """Of the layers that have any."""
         self._routers = [
             (int(number), module)
@@ -45,8 +49,8 @@ class ExpertLoads:
         self._counts = sequence or mesh.tensor.rank == 0
         self._handles: list[RemovableHandle] = []
         self.loads = torch.zeros(0, 0)
-        """Of the last measured step: tokens of each expert over the layer's mean, [layers with experts, experts]; not a
-        number where another layer has more experts."""
+        """Of the last measured step: tokens of each expert over the layer's mean, [layers with
+        experts, experts]; not a number where another layer has more experts."""
 
     def begin(self) -> None:
         """Begin to count a step."""
@@ -58,7 +62,8 @@ class ExpertLoads:
 
     def _note(self, row: int) -> Any:
         def note(router: nn.Module, arguments: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
-            # What is computed again counts again, for all experts of a layer alike: shares do not change.
+            # What is computed again counts again, for all experts of a layer alike: shares do not
+            # change.
             if router.training and self._counts:
                 # out[2]: the experts of each token, [B, T, K]. A layer with fewer experts leaves
                 # the last columns 0.
@@ -67,7 +72,8 @@ class ExpertLoads:
         return note
 
     def end(self) -> Record:
-        """Return measures of each layer by name, and keep `loads`, all on the device. All ranks call it."""
+        """Return measures of each layer by name, and keep `loads`, all on the device. All ranks
+        call it."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -80,16 +86,21 @@ class ExpertLoads:
             share = visits[row, :count] / visits[row].sum().clamp(min=1.0)
             self.loads[row, :count] = share * count
             record[f"expert_load/{number}"] = (share.max() * count).float()
-            record[f"expert_entropy/{number}"] = (-torch.xlogy(share, share).sum() / math.log(count)).float()
+            record[f"expert_entropy/{number}"] = (
+                -torch.xlogy(share, share).sum() / math.log(count)
+            ).float()
             record[f"dead_experts/{number}"] = (share == 0).sum().float()
         return record
 
 
-def plot_loads(loads: Tensor, layers: Sequence[int], step: int, metrics_path: Path, out_path: Path) -> None:
-    """Draw the loads of a step, and the largest of each layer over the steps in `metrics_path`, to `out_path` (PNG),
-    which appears only when complete.
+def plot_loads(
+    loads: Tensor, layers: Sequence[int], step: int, metrics_path: Path, out_path: Path
+) -> None:
+    """Draw the loads of a step, and the largest of each layer over the steps in `metrics_path`, to
+    `out_path` (PNG), which appears only when complete.
 
-    `loads` are those of `ExpertLoads`, `layers` the numbers of their layers. Raises ImportError without matplotlib."""
+    `loads` are those of `ExpertLoads`, `layers` the numbers of their layers. Raises ImportError
+    without matplotlib."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
@@ -103,19 +114,28 @@ def plot_loads(loads: Tensor, layers: Sequence[int], step: int, metrics_path: Pa
         values, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(values)))),
         interpolation="nearest",
     )  # fmt: skip
-    now.set_title(f"tokens of each expert over the mean, step {step:,}", loc="left", fontsize=13, fontweight="bold")
+    now.set_title(
+        f"tokens of each expert over the mean, step {step:,}",
+        loc="left",
+        fontsize=13,
+        fontweight="bold",
+    )
     now.set_xlabel("expert", fontsize=11)
     now.set_ylabel("layer", fontsize=11)
     ticks = range(0, len(layers), max(1, len(layers) // 12))
     now.set_yticks([*ticks], [str(layers[tick]) for tick in ticks])
     figure.colorbar(image, ax=now, shrink=0.9)
-    records = [record for record in read_metrics(metrics_path) if f"expert_load/{layers[0]}" in record]
+    records = [
+        record for record in read_metrics(metrics_path) if f"expert_load/{layers[0]}" in record
+    ]
     steps = [record["step"] for record in records]
     for place, number in enumerate(layers):
         color = colormaps["viridis"](place / max(1, len(layers) - 1))
         label = f"layer {number}" if place in (0, len(layers) - 1) else None
         largest = [record.get(f"expert_load/{number}") for record in records]
-        over_steps.plot(steps, np.array(largest, dtype=float), color=color, linewidth=1.4, label=label)
+        over_steps.plot(
+            steps, np.array(largest, dtype=float), color=color, linewidth=1.4, label=label
+        )
     over_steps.axhline(1.0, color="#8a8a8a", linewidth=1, linestyle=(0, (5, 4)))
     over_steps.set_ylim(bottom=0.9)
     over_steps.set_xlabel("step", fontsize=11)

@@ -1,5 +1,5 @@
-"""metrics.jsonl: one JSON object a line, one line a step, with evaluations in between. Other tools read this record.
-samples.jsonl likewise: one line an answer to a prompt."""
+"""metrics.jsonl: one JSON object a line, one line a step, with evaluations in between. Other tools
+read this record. samples.jsonl likewise: one line an answer to a prompt."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ MOST_PENDING = 32 << 20
 
 
 def replaced(path: Path) -> Path:
-    """Return the file beside a metrics.jsonl for the lines of steps that a resumed run did again."""
+    """Return the file beside a metrics.jsonl for the lines of steps that a resumed run did
+    again."""
     return path.with_suffix(".replaced.jsonl")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics.jsonl, in order. Lines that are not records, as after a crash, are skipped."""
+    """Yield the records of a metrics.jsonl, in order. Lines that are not records, as after a crash,
+    are skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -38,11 +40,11 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 class JsonlSink:
     """Sink that appends records to metrics.jsonl.
 
-    After a resume from step `start_step` the lines of later steps are first moved to `replaced(path)`: the file reads
-    as if the run had never stopped, and nothing is lost.
+    After a resume from step `start_step` the lines of later steps are first moved to
+    `replaced(path)`: the file reads as if the run had never stopped, and nothing is lost.
 
-    No line is lost to a disk that is full or gone: lines wait in memory until one can be written again. `say` prints a
-    line for the user when that begins."""
+    No line is lost to a disk that is full or gone: lines wait in memory until one can be written
+    again. `say` prints a line for the user when that begins."""
 
     name = "metrics.jsonl"
 
@@ -88,20 +90,24 @@ class JsonlSink:
             if self._file is None:
                 self._file = FileIO(self._path, "a")
             while self._pending:
-                # A disk that fills up takes a part: go on behind it next time, so that no line is written twice.
+                # A disk that fills up takes a part: go on behind it next time, so that no line is
+                # written twice.
                 written = self._file.write(self._pending)
                 self._pending = self._pending[written:]
             self._error = None
         except OSError as error:
             if self._error is None:
-                self._say(f"warning: {self._path}: {error.strerror or error}; its lines wait until there is room again")
+                self._say(
+                    f"warning: {self._path}: {error.strerror or error}; its lines wait until there is room again"
+                )
             self._error = error
             # The oldest go first, possibly within a line: readers pass over what is no record.
             self._pending = self._pending[-MOST_PENDING:]
             self._close_quietly()
 
     def _close_quietly(self) -> None:
-        """Close the file after an error. It is opened again by name: a file system may have been mounted anew."""
+        """Close the file after an error. It is opened again by name: a file system may have been
+        mounted anew."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -134,7 +140,8 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
-    """Move the lines of steps after `start_step` to `replaced(path)`. Returns the first and last of these, or None."""
+    """Move the lines of steps after `start_step` to `replaced(path)`. Returns the first and last of
+    these, or None."""
     steps: list[int] = []
     lines: list[str] = []
     with replacing(path, durable=True) as temporary:
@@ -146,7 +153,8 @@ def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
                 else:
                     steps.append(step)
                     lines.append(_line(record))
-        # The moved lines are on disk before the file without them takes its name: a crash between loses none.
+        # The moved lines are on disk before the file without them takes its name: a crash between
+        # loses none.
         if lines:
             _append(replaced(path), "".join(lines).encode())
     return (min(steps), max(steps)) if steps else None

@@ -1,5 +1,5 @@
-"""Measures of each layer in one step, over the whole global batch and so the same on every layout: the norm of its
-gradients, the root mean square of its output, and its largest attention logit."""
+"""Measures of each layer in one step, over the whole global batch and so the same on every layout:
+the norm of its gradients, the root mean square of its output, and its largest attention logit."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ENDS = {"first": "embeddings", "both": "embeddings", "last": "head"}
 
 
 def largest_logit(stages: Sequence[Stage], mesh: Mesh) -> Tensor:
-    """Return the largest attention logit of the step, over all layers, heads and ranks, fp32 []. All ranks call it,
-    where QK-clip has the models note them."""
+    """Return the largest attention logit of the step, over all layers, heads and ranks, fp32 [].
+    All ranks call it, where QK-clip has the models note them."""
     largest = torch.full((), -torch.inf, device=mesh.device)
     for stage in stages:
         for module in stage.modules():
@@ -41,12 +41,23 @@ def largest_logit(stages: Sequence[Stage], mesh: Mesh) -> Tensor:
 class LayerMeasures:
     """Measures the layers of this rank's stages from `begin` on, in training, until `end`."""
 
-    def __init__(self, stages: Sequence[Stage], engine: NativeEngine, mesh: Mesh, config: Config, sequence: bool):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        engine: NativeEngine,
+        mesh: Mesh,
+        config: Config,
+        sequence: bool,
+    ):
         """`config` gives the whole model. `sequence`: sequence parallelism is on."""
         self._engine, self._mesh, self._num_layers = engine, mesh, config.model.num_layers
-        trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
+        trained = [
+            weight for weight in weight_table(config.model, config.lora) if not weight.frozen
+        ]
         self._places = [*dict.fromkeys(_name_of(weight) for weight in trained)]
-        self._layers = {int(name): layer for stage in stages for name, layer in stage.model.layers.items()}
+        self._layers = {
+            int(name): layer for stage in stages for name, layer in stage.model.layers.items()
+        }
         self._cores = {
             number: [module for module in layer.modules() if isinstance(module, CoreAttention)]
             for number, layer in self._layers.items()
@@ -57,10 +68,13 @@ class LayerMeasures:
         self._lent: list[CoreAttention] = []
 
     def begin(self) -> None:
-        """Begin to measure a step. It costs each layer a pass over its output, and one of attention's products."""
+        """Begin to measure a step. It costs each layer a pass over its output, and one of
+        attention's products."""
         # For each layer of the whole model the sum of squares, and how many numbers it is of; this
         # rank fills in those of its own layers and tokens, and one all-reduce makes it the whole.
-        self._outputs = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self._mesh.device)
+        self._outputs = torch.zeros(
+            2, self._num_layers, dtype=torch.float64, device=self._mesh.device
+        )
         for number, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._note(number)))
             for core in self._cores[number]:
@@ -78,7 +92,8 @@ class LayerMeasures:
         return note
 
     def end(self) -> Record:
-        """Return the measures by name, when the gradients are reduced and not yet forgotten. All ranks call it."""
+        """Return the measures by name, when the gradients are reduced and not yet forgotten. All
+        ranks call it."""
         for handle in self._handles:
             handle.remove()
         logits = torch.full((self._num_layers,), -torch.inf, device=self._mesh.device)
@@ -97,14 +112,20 @@ class LayerMeasures:
         for number in range(self._num_layers):
             record[f"activation_rms/{number}"] = (squares[number] / numbers[number]).sqrt()
             record[f"attention_logit/{number}"] = logits[number]
-        return {name: value.float() if isinstance(value, Tensor) else value for name, value in record.items()}
+        return {
+            name: value.float() if isinstance(value, Tensor) else value
+            for name, value in record.items()
+        }
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Return the gradient norm of each layer, of embeddings and of the head, as far as they are trained."""
+        """Return the gradient norm of each layer, of embeddings and of the head, as far as they are
+        trained."""
         sums = torch.zeros(len(self._places), dtype=torch.float64, device=self._mesh.device)
         for weight, square in self._engine.gradients.squares():
             sums[self._places.index(_name_of(weight))] += square
-        return dict(zip(self._places, all_reduce(sums, self._mesh.world).sqrt().unbind(), strict=True))
+        return dict(
+            zip(self._places, all_reduce(sums, self._mesh.world).sqrt().unbind(), strict=True)
+        )
 
 
 def _name_of(weight: Weight) -> str:

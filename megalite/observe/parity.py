@@ -1,6 +1,6 @@
-"""Settles whether two runs differ by more than rounding: their recorded weights, losses and gradients, step by step
-(`megalite parity`). What comes first is the cause: the weights before a step, the loss, and the gradients in the order
-of the backward pass."""
+"""Settles whether two runs differ by more than rounding: their recorded weights, losses and
+gradients, step by step (`megalite parity`). What comes first is the cause: the weights before a
+step, the loss, and the gradients in the order of the backward pass."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class Difference:
         return f"{self.name} {list(self.shape)}: off by {self.error:.1e}{f', {self.where}' if self.where else ''}"
 
 
-def compare_runs(a: Path, b: Path, tolerance: float, steps: Sequence[int] = ()) -> tuple[list[str], bool]:
+def compare_runs(
+    a: Path, b: Path, tolerance: float, steps: Sequence[int] = ()
+) -> tuple[list[str], bool]:
     """Return what a person is told about two runs, and whether they agree.
 
-    `tolerance` bounds the relative difference of losses and of each tensor; `steps` are those to compare, by default
-    all that both have recorded. Raises DataError where there are none."""
+    `tolerance` bounds the relative difference of losses and of each tensor; `steps` are those to
+    compare, by default all that both have recorded. Raises DataError where there are none."""
     ours, theirs = read_steps(a), read_steps(b)
     common = [step for step in ours if step in theirs and (not steps or step in steps)]
     if not common:
@@ -50,11 +52,17 @@ def compare_runs(a: Path, b: Path, tolerance: float, steps: Sequence[int] = ()) 
         said, equal = _compare_step(ours[step], theirs[step], tolerance)
         lines += [f"step {step}", *(f"  {line}" for line in said)]
         agree &= equal
-    verdict = "no difference beyond rounding" if agree else "the runs differ; the first of what is named is the cause"
+    verdict = (
+        "no difference beyond rounding"
+        if agree
+        else "the runs differ; the first of what is named is the cause"
+    )
     return [*lines, f"{verdict} (tolerance {tolerance:g})"], agree
 
 
-def _compare_step(ours: RecordedStep, theirs: RecordedStep, tolerance: float) -> tuple[list[str], bool]:
+def _compare_step(
+    ours: RecordedStep, theirs: RecordedStep, tolerance: float
+) -> tuple[list[str], bool]:
     lines, agree = [], True
     # Relative, so that one tolerance does for all.
     off = abs(ours.loss - theirs.loss) / max(abs(ours.loss), 1e-12)
@@ -80,7 +88,9 @@ def _compare_tensors(
 ) -> tuple[list[str], bool]:
     mine = {name for name in names if f"{kind}/{name}" in ours.files}
     others = {key.partition("/")[2] for key in theirs.files if key.startswith(f"{kind}/")}
-    found = list(_differences(kind, [name for name in names if name in mine & others], ours, theirs))
+    found = list(
+        _differences(kind, [name for name in names if name in mine & others], ours, theirs)
+    )
     beyond = [each for each in found if not each.error <= tolerance]
     worst = max(found, key=lambda each: each.error, default=None)
     if worst is None:
@@ -91,14 +101,20 @@ def _compare_tensors(
     elif worst.error == 0:
         lines = [f"{len(found)} tensors, equal bit for bit"]
     else:
-        lines = [f"{len(found)} tensors; the largest difference is {worst.error:.1e}, of {worst.name}"]
-    alone = [(name, "first") for name in sorted(mine - others)] + [(name, "second") for name in sorted(others - mine)]
+        lines = [
+            f"{len(found)} tensors; the largest difference is {worst.error:.1e}, of {worst.name}"
+        ]
+    alone = [(name, "first") for name in sorted(mine - others)] + [
+        (name, "second") for name in sorted(others - mine)
+    ]
     lines += [f"{name} is in the {side} alone" for name, side in alone[:SHOWN]]
     lines += [f"and {len(alone) - SHOWN} more in one alone"] if len(alone) > SHOWN else []
     return lines, not beyond and not alone
 
 
-def _differences(kind: str, names: Sequence[str], ours: RecordedStep, theirs: RecordedStep) -> Iterator[Difference]:
+def _differences(
+    kind: str, names: Sequence[str], ours: RecordedStep, theirs: RecordedStep
+) -> Iterator[Difference]:
     for name in names:
         a, b = (each.read(f"{kind}/{name}").double() for each in (ours, theirs))
         if a.shape != b.shape:
@@ -112,7 +128,8 @@ def _differences(kind: str, names: Sequence[str], ours: RecordedStep, theirs: Re
 
 
 def _where(off: Tensor) -> str:
-    """Say in which part of a tensor nearly all of a difference is, if it is one range of an axis."""
+    """Say in which part of a tensor nearly all of a difference is, if it is one range of an
+    axis."""
     total = off.square().sum()
     for axis in range(off.dim() if off.numel() > 1 and total > 0 and total.isfinite() else 0):
         # How much of the difference each index along the axis has: a tensor rank's part stands out.

@@ -1,4 +1,5 @@
-"""loss.png: the loss curves, learning rate and gradient norm of a run, drawn from its metrics.jsonl."""
+"""loss.png: the loss curves, learning rate and gradient norm of a run, drawn from its
+metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ Records = list[dict[str, float | None]]
 
 
 class PlotSink:
-    """Sink that redraws loss.png at evaluations, as often as SHARE_OF_TIME allows, and at the end."""
+    """Sink that redraws loss.png at evaluations, as often as SHARE_OF_TIME allows, and at the
+    end."""
 
     name = "loss.png"
 
@@ -61,10 +63,11 @@ def plot_loss(
     out_path: Path,
     reference: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw the losses in `metrics_path` over the steps to `out_path` (PNG), which appears only when complete.
+    """Draw the losses in `metrics_path` over the steps to `out_path` (PNG), which appears only when
+    complete.
 
-    `reference` adds named losses as horizontal lines, such as the entropy of a unigram model. Draws nothing before the
-    first step. Raises ImportError without matplotlib."""
+    `reference` adds named losses as horizontal lines, such as the entropy of a unigram model. Draws
+    nothing before the first step. Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,8 +175,8 @@ def _last(values: np.ndarray) -> float:
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Return the moving mean of the finite `values` over up to `window` points to either side.
 
-    The first points take fewer, as many to the left as to the right: otherwise the steep beginning of a loss would be
-    bent."""
+    The first points take fewer, as many to the left as to the right: otherwise the steep beginning
+    of a loss would be bent."""
     finite = np.isfinite(values)
     # Differences of running sums give every mean in one pass.
     known = np.where(finite, values, 0.0)
@@ -189,7 +192,8 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _limit_to(axes: Axes, curves: Iterable[np.ndarray]) -> None:
-    """Set the y axis to the range of `curves`, so that one spike of the raw values does not flatten the rest."""
+    """Set the y axis to the range of `curves`, so that one spike of the raw values does not flatten
+    the rest."""
     values = np.concatenate(list(curves))
     values = values[np.isfinite(values)]
     if len(values):

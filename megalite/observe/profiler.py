@@ -1,4 +1,5 @@
-"""Profiles some steps into a Chrome trace for https://ui.perfetto.dev: what each rank computed and sent, and when."""
+"""Profiles some steps into a Chrome trace for https://ui.perfetto.dev: what each rank computed and
+sent, and when."""
 
 from __future__ import annotations
 
@@ -15,13 +16,16 @@ from megalite.config import ProfileConfig
 
 
 class Profiler:
-    """Writes RUN/trace/steps-A-B-rank-R.json.gz on the ranks in `config.ranks`; does nothing on others."""
+    """Writes RUN/trace/steps-A-B-rank-R.json.gz on the ranks in `config.ranks`; does nothing on
+    others."""
 
-    def __init__(self, config: ProfileConfig, folder: Path, rank: int, wait_for_params: Callable[[], None]):
+    def __init__(
+        self, config: ProfileConfig, folder: Path, rank: int, wait_for_params: Callable[[], None]
+    ):
         """Write to `folder`, the run's, as `rank`.
 
-        `wait_for_params` waits for all messages in flight: torch crashes if one that began under the profiler
-        outlives it."""
+        `wait_for_params` waits for all messages in flight: torch crashes if one that began under
+        the profiler outlives it."""
         self.config = config
         self.rank = rank
         self.wait_for_params = wait_for_params
@@ -30,7 +34,8 @@ class Profiler:
         self._profile: profile | None = None
 
     def begin(self, step: int) -> None:
-        """Start the profiler if `step` is among those to profile. A run resumed among them profiles the rest."""
+        """Start the profiler if `step` is among those to profile. A run resumed among them profiles
+        the rest."""
         if not self.active or self._profile is not None:
             return
         first, last = self.config.steps
@@ -38,7 +43,9 @@ class Profiler:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
-            self._profile = profile(activities=activities, profile_memory=self.config.memory, record_shapes=True)
+            self._profile = profile(
+                activities=activities, profile_memory=self.config.memory, record_shapes=True
+            )
             self._profile.start()
 
     def end(self, step: int) -> None:

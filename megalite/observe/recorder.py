@@ -1,7 +1,8 @@
-"""Hands the records of a run to its sinks: console, metrics.jsonl, samples.jsonl, TensorBoard, W&B, loss.png. Rank 0
-only.
+"""Hands the records of a run to its sinks: console, metrics.jsonl, samples.jsonl, TensorBoard, W&B,
+loss.png. Rank 0 only.
 
-A sink that fails is dropped with one warning: training never ends because something could not be recorded.
+A sink that fails is dropped with one warning: training never ends because something could not be
+recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from megalite.utils.secrecy import hide_secrets
 
 
 class Sink(Protocol):
-    """Receives the records of a run (see `Recorder` for their keys). `name` is how warnings call it."""
+    """Receives the records of a run (see `Recorder` for their keys). `name` is how warnings call
+    it."""
 
     name: str
 
@@ -47,9 +49,10 @@ S = TypeVar("S", bound=Sink)
 class Recorder:
     """Hands each record to the sinks that `config.observe` asks for.
 
-    They write to the run folder `folder`. `num_params` is the model's size; `start_step` the step of the checkpoint the
-    run is resumed from, 0 for a new run; `wandb_id` the W&B run that checkpoint names; `layout` what the header shows
-    of the parallel layout, such as {"tensor": 2, "data": 4}."""
+    They write to the run folder `folder`. `num_params` is the model's size; `start_step` the step
+    of the checkpoint the run is resumed from, 0 for a new run; `wandb_id` the W&B run that
+    checkpoint names; `layout` what the header shows of the parallel layout, such as {"tensor": 2,
+    "data": 4}."""
 
     def __init__(
         self,
@@ -68,37 +71,50 @@ class Recorder:
         # None first: the console may fail to start, and `_add` then prints its warning without one.
         self._console: Console | None = None
         shown = layout or {}
-        self._console = self._add(lambda: Console(config, folder, num_params, start_step, shown), "console")
+        self._console = self._add(
+            lambda: Console(config, folder, num_params, start_step, shown), "console"
+        )
         self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
         if config.observe.samples.prompts:
-            self._add(lambda: SamplesSink(folder / "samples.jsonl", start_step, self.message), SamplesSink.name)
+            self._add(
+                lambda: SamplesSink(folder / "samples.jsonl", start_step, self.message),
+                SamplesSink.name,
+            )
         if config.observe.tensorboard:
-            self._add(lambda: TensorboardSink(folder / "tensorboard", start_step), TensorboardSink.name)
+            self._add(
+                lambda: TensorboardSink(folder / "tensorboard", start_step), TensorboardSink.name
+            )
         if config.observe.wandb.mode != "disabled":
-            wandb = self._add(lambda: WandbSink(config, folder, wandb_id, self.message), WandbSink.name)
+            wandb = self._add(
+                lambda: WandbSink(config, folder, wandb_id, self.message), WandbSink.name
+            )
             self.wandb_id = wandb.id if wandb else wandb_id
-        self._add(lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name)  # last: it reads what jsonl wrote
+        self._add(
+            lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name
+        )  # last: it reads what jsonl wrote
 
     def step(self, record: dict[str, float]) -> None:
         """Record a training step.
 
-        `record` has step, loss, lr, grad_norm, tokens (so far), tokens_per_s and step_time_s; where known tflops, mfu
-        and memory_gb; tokens/NAME (so far) of each of several sources; straggler (a rank) and straggler_slowness
-        (multiple of its peers' median) while one is reported; skipped_samples (so far) after a rewind; grad_norm/N,
-        activation_rms/N and attention_logit/N of layers, and noise_scale, in steps that measure them; attention_logit
-        under QK-clip. Flags are 1 or absent: not_finite, loss_spike, grad_norm_spike, no_labels (its loss is NaN),
+        `record` has step, loss, lr, grad_norm, tokens (so far), tokens_per_s and step_time_s; where
+        known tflops, mfu and memory_gb; tokens/NAME (so far) of each of several sources; straggler
+        (a rank) and straggler_slowness (multiple of its peers' median) while one is reported;
+        skipped_samples (so far) after a rewind; grad_norm/N, activation_rms/N and attention_logit/N
+        of layers, and noise_scale, in steps that measure them; attention_logit under QK-clip. Flags
+        are 1 or absent: not_finite, loss_spike, grad_norm_spike, no_labels (its loss is NaN),
         skipped (no update)."""
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:
         """Record an evaluation.
 
-        `record` has step, valid_loss, valid_perplexity and valid_loss/NAME of each of several sources; or the same of
-        test."""
+        `record` has step, valid_loss, valid_perplexity and valid_loss/NAME of each of several
+        sources; or the same of test."""
         self._each(lambda sink: sink.evaluation(record))
 
     def tasks(self, record: dict[str, float]) -> None:
-        """Record the results of downstream tasks. `record` has step and tasks/NAME/METRIC of each."""
+        """Record the results of downstream tasks. `record` has step and tasks/NAME/METRIC of
+        each."""
         self._each(lambda sink: sink.tasks(record))
 
     def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
@@ -118,7 +134,8 @@ class Recorder:
             self._console = None
 
     def close(self, status: str) -> None:
-        """Close all sinks. `status` is "finished", "stopped" (to be resumed), "sent back" or "failed"."""
+        """Close all sinks. `status` is "finished", "stopped" (to be resumed), "sent back" or
+        "failed"."""
         # In reverse: what the other sinks still have to say stands above the console's last line.
         self._sinks.reverse()
         self._each(lambda sink: sink.close(status))

@@ -1,5 +1,5 @@
-"""Delays the records of steps until the device has computed them. A GPU runs behind the host: asking for the loss right
-after a step would make the host wait.
+"""Delays the records of steps until the device has computed them. A GPU runs behind the host:
+asking for the loss right after a step would make the host wait.
 """
 
 from __future__ import annotations
@@ -15,27 +15,32 @@ from megalite.observe.recorder import Recorder
 from megalite.observe.throughput import Meter, Tick
 
 Record = dict[str, float | Tensor]
-"""Record of a step. Tensors are numbers [] on the device. Bool ones are flags: recorded as 1 if set, else left out."""
+"""Record of a step. Tensors are numbers [] on the device. Bool ones are flags: recorded as 1 if
+set, else left out."""
 
 
 class StepLog:
     """Hands each step's record to the recorder, in order, once the device has finished the step.
 
-    Leaving the `with` block waits for all records. After an error only those are written that the device has finished.
+    Leaving the `with` block waits for all records. After an error only those are written that the
+    device has finished.
     """
 
     def __init__(self, recorder: Recorder | None, meter: Meter):
-        """Log nothing without a `recorder`, as on all ranks but the first. `meter` times the steps."""
+        """Log nothing without a `recorder`, as on all ranks but the first. `meter` times the
+        steps."""
         self._recorder = recorder
         self._meter = meter
         self._waiting: deque[tuple[Record, Tensor, Tick]] = deque()
 
     def add(self, record: Record, tokens: int) -> None:
-        """Queue the `record` of the step that ends here and consumed `tokens`. Does not wait for the device."""
+        """Queue the `record` of the step that ends here and consumed `tokens`. Does not wait for
+        the device."""
         if self._recorder is None:
             return
         numbers = torch.stack([value for value in record.values() if isinstance(value, Tensor)])
-        # One copy into pinned memory; the tick after it in the stream tells when the numbers are there.
+        # One copy into pinned memory; the tick after it in the stream tells when the numbers are
+        # there.
         copy = numbers.to("cpu", non_blocking=True)
         self._waiting.append((record, copy, self._meter.tick(tokens)))
         self._write_passed()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 class TensorboardSink:
-    """Sink that writes `train/*`, `valid/*` and `tasks/*` scalars, and samples as texts. Raises ImportError without
-    tensorboard."""
+    """Sink that writes `train/*`, `valid/*` and `tasks/*` scalars, and samples as texts. Raises
+    ImportError without tensorboard."""
 
     name = "TensorBoard"
 

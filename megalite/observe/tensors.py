@@ -1,4 +1,5 @@
-"""The tensors of single steps: weights and gradients under Hugging Face names, a folder a step, for `megalite parity`.
+"""The tensors of single steps: weights and gradients under Hugging Face names, a folder a step, for
+`megalite parity`.
 
 RUN/tensors/step-00000003/rank-00000.safetensors   weight/NAME: before the step; grad/NAME: of the global batch
                          /rank-00001.safetensors   a file of every rank that owns some
@@ -31,22 +32,30 @@ def folder_of(root: Path, step: int) -> Path:
 def write_tensors(folder: Path, rank: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write the tensors that a rank owns, by kind and Hugging Face name."""
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {f"{kind}/{name}": x.detach().cpu().contiguous() for kind in tensors for name, x in tensors[kind].items()}
+    flat = {
+        f"{kind}/{name}": x.detach().cpu().contiguous()
+        for kind in tensors
+        for name, x in tensors[kind].items()
+    }
     save_file(flat, folder / f"rank-{rank:05d}.safetensors")
 
 
 def write_numbers(folder: Path, loss: float, grad_norm: float | None, names: Sequence[str]) -> None:
-    """Write what stands beside the tensors, on one rank. `names` are those of the weights, in the model's order."""
+    """Write what stands beside the tensors, on one rank. `names` are those of the weights, in the
+    model's order."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"loss": loss, "grad_norm": grad_norm, "names": list(names)}
     (folder / "step.json").write_text(json.dumps(numbers, indent=1))
 
 
 def record_model(root: Path, step: int, model: nn.Module, loss: float) -> None:
-    """Write the weights and gradients of any module, such as one of transformers, whose parameters have the names of
-    its files, for a comparison with a run. Call it between `backward` and the optimizer's step."""
+    """Write the weights and gradients of any module, such as one of transformers, whose parameters
+    have the names of its files, for a comparison with a run. Call it between `backward` and the
+    optimizer's step."""
     parameters = dict(model.named_parameters())
-    grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    grads = {
+        name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
+    }
     write_tensors(folder_of(root, step), 0, {"weight": parameters, "grad": grads})
     write_numbers(folder_of(root, step), loss, None, list(parameters))
 
@@ -70,7 +79,8 @@ class RecordedStep:
 
 
 def read_steps(root: Path) -> dict[int, RecordedStep]:
-    """Return the recorded steps below `root`. Raises DataError where there is none, or one that cannot be read."""
+    """Return the recorded steps below `root`. Raises DataError where there is none, or one that
+    cannot be read."""
     found = {}
     for folder in sorted((root / "tensors").glob("step-*")):
         try:
@@ -84,8 +94,12 @@ def read_steps(root: Path) -> dict[int, RecordedStep]:
                 step, float(numbers["loss"]), numbers["grad_norm"], tuple(numbers["names"]), files
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise DataError(f"{folder} is no recorded step: {type(error).__name__}: {error}") from None
+            raise DataError(
+                f"{folder} is no recorded step: {type(error).__name__}: {error}"
+            ) from None
     if not found:
-        raise DataError(f"{root} has no recorded steps; `profile: {{tensors: [1, 3]}}` has a run record two of them")
+        raise DataError(
+            f"{root} has no recorded steps; `profile: {{tensors: [1, 3]}}` has a run record two of them"
+        )
 
     return found

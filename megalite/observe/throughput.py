@@ -1,7 +1,8 @@
 """Throughput of training, and model FLOPs utilization (MFU): its share of the chip's peak.
 
-FLOPs are counted as published MFUs count them (PaLM, appendix B, arXiv:2204.02311): what the model needs, forward and
-backward, without recomputation, and with attention in full although a causal mask leaves half of it out.
+FLOPs are counted as published MFUs count them (PaLM, appendix B, arXiv:2204.02311): what the model
+needs, forward and backward, without recomputation, and with attention in full although a causal
+mask leaves half of it out.
 """
 
 from __future__ import annotations
@@ -22,28 +23,32 @@ from megalite.utils.resources import configs_dir
 
 
 def flops_per_token(num_params_without_embedding: float, products: float) -> float:
-    """Return the floating-point operations of one training token: 6N + 6P, which is 6N + 12·L·(H·Q)·T for a model of L
-    layers of full attention over T positions with H heads of Q dimensions (PaLM, appendix B).
+    """Return the floating-point operations of one training token: 6N + 6P, which is 6N +
+    12·L·(H·Q)·T for a model of L layers of full attention over T positions with H heads of Q
+    dimensions (PaLM, appendix B).
 
-    N, `num_params_without_embedding`, counts the parameters each token is multiplied with (`Weight.used`): the
-    embedding, a look-up, is left out; the output head is counted even when it is tied to it. P, `products`, counts its
-    multiplications with other tokens: 2·H·Q·T in a layer of full, non-causal attention. 6 = 2 operations a multiply-add
-    × (1 forward + 2 backward)."""
+    N, `num_params_without_embedding`, counts the parameters each token is multiplied with
+    (`Weight.used`): the embedding, a look-up, is left out; the output head is counted even when it
+    is tied to it. P, `products`, counts its multiplications with other tokens: 2·H·Q·T in a layer
+    of full, non-causal attention. 6 = 2 operations a multiply-add × (1 forward + 2 backward)."""
     return 6.0 * num_params_without_embedding + 6.0 * products
 
 
 def model_flops_per_token(config: Config, seq_length: int | None = None) -> float:
-    """Return `flops_per_token` of the model of a config, for sequences of `seq_length`; None: of `data.seq_length`.
+    """Return `flops_per_token` of the model of a config, for sequences of `seq_length`; None: of
+    `data.seq_length`.
 
-    A layer with a sliding window attends to no more positions than the window. A frozen weight has no weight gradient
-    and counts 4 instead of 6. What stands behind the layers counts for the tokens that are predicted; an
-    encoder-decoder's is the mean over the tokens of both stacks."""
+    A layer with a sliding window attends to no more positions than the window. A frozen weight has
+    no weight gradient and counts 4 instead of 6. What stands behind the layers counts for the
+    tokens that are predicted; an encoder-decoder's is the mean over the tokens of both stacks."""
     if config.model.architecture.source_layers:
         return _flops_of_stacks(config) / config.sample_tokens
     table = weight_table(config.model, config.lora)
     behind = {weight.name for weight in table if weight.place in ("last", "both")}
     predicted = config.objective.predicted()
-    used = sum(weight.multiplied * (predicted if weight.name in behind else 1.0) for weight in table)
+    used = sum(
+        weight.multiplied * (predicted if weight.name in behind else 1.0) for weight in table
+    )
     frozen = sum(weight.multiplied for weight in table if weight.frozen)
     mixers = [layer.mixer for layer in config.model.architecture.layers]
     length = seq_length or config.data.seq_length
@@ -53,8 +58,9 @@ def model_flops_per_token(config: Config, seq_length: int | None = None) -> floa
 
 
 def _flops_of_stacks(config: Config) -> float:
-    """Return the floating-point operations of training an encoder-decoder on one sample: each matrix multiplies the
-    tokens of its stack, and what makes keys and values of the encoder's states multiplies these."""
+    """Return the floating-point operations of training an encoder-decoder on one sample: each
+    matrix multiplies the tokens of its stack, and what makes keys and values of the encoder's
+    states multiplies these."""
     model, (_, source, target) = config.model, config.lengths
     architecture, hidden = model.architecture, model.hidden_size
     total = target * flops_per_token(model.vocab_size * hidden, 0.0)  # the head
@@ -76,22 +82,24 @@ def _chips() -> list[dict[str, Any]]:
 
 
 def chip_peak(device_name: str, dtype: torch.dtype) -> float | None:
-    """Return the dense peak in TFLOP/s of the chip that torch.cuda.get_device_name() calls `device_name`.
+    """Return the dense peak in TFLOP/s of the chip that torch.cuda.get_device_name() calls
+    `device_name`.
 
-    None where configs/chips.yaml has no such chip, and for any `dtype` but bf16: the peak of fp32 depends on whether
-    TF32 is on."""
+    None where configs/chips.yaml has no such chip, and for any `dtype` but bf16: the peak of fp32
+    depends on whether TF32 is on."""
     chip = chip_row(device_name)
     return float(chip["bf16_tflops"]) if chip and dtype is torch.bfloat16 else None
 
 
 def chip_row(device_name: str) -> dict[str, Any] | None:
-    """Return the line of configs/chips.yaml of the chip that torch.cuda.get_device_name() calls `device_name`, if it
-    has one."""
+    """Return the line of configs/chips.yaml of the chip that torch.cuda.get_device_name() calls
+    `device_name`, if it has one."""
     return next((chip for chip in _chips() if re.fullmatch(chip["name"], device_name)), None)
 
 
 class HostEvent:
-    """Stands in for torch.cuda.Event on the CPU, where work is done when it is called: `record` takes the time."""
+    """Stands in for torch.cuda.Event on the CPU, where work is done when it is called: `record`
+    takes the time."""
 
     def record(self) -> None:
         """Take the time."""
@@ -112,8 +120,9 @@ class HostEvent:
 class Meter:
     """Times the steps of one rank.
 
-    Call `start` when the clock should run from now (after an evaluation or a save), `tick` at the end of a step.
-    Neither waits for a GPU: they put events in its stream, and the time is when the GPU gets there."""
+    Call `start` when the clock should run from now (after an evaluation or a save), `tick` at the
+    end of a step. Neither waits for a GPU: they put events in its stream, and the time is when the
+    GPU gets there."""
 
     def __init__(
         self,
@@ -174,8 +183,8 @@ class Tick:
     def read(self) -> dict[str, float]:
         """Wait for the step's end and return its part of the metrics record.
 
-        These are step_time_s, tokens_per_s (all ranks), tflops (TFLOP/s, per chip), mfu (0 to 1, known chips only) and
-        memory_gb (CUDA only)."""
+        These are step_time_s, tokens_per_s (all ranks), tflops (TFLOP/s, per chip), mfu (0 to 1,
+        known chips only) and memory_gb (CUDA only)."""
         self.until.synchronize()
         seconds = max(self.since.elapsed_time(self.until) / 1e3, 1e-9)  # clocks may stand still
         tflops = self.flops / seconds / 1e12

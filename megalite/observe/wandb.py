@@ -1,7 +1,7 @@
 """Sends records to Weights & Biases. The only module that imports wandb, and only when asked to.
 
-All calls to wandb happen on a thread of their own, fed through a queue: a slow import, a server that does not answer,
-an upload that hangs or an exception costs the training loop nothing.
+All calls to wandb happen on a thread of their own, fed through a queue: a slow import, a server
+that does not answer, an upload that hangs or an exception costs the training loop nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class WandbSink:
     ):
         """Start the thread. `wandb_id` is the id of the run to resume, None for a new one.
 
-        `config` is stored with the run, offline files go to `folder`, and `say` prints a line for the user."""
+        `config` is stored with the run, offline files go to `folder`, and `say` prints a line for
+        the user."""
         self.id = wandb_id or secrets.token_hex(4)
         self._config = config
         self._folder = folder
@@ -60,7 +61,8 @@ class WandbSink:
         self._put({key.replace("valid_", "valid/"): value for key, value in record.items()})
 
     def tasks(self, record: dict[str, float]) -> None:
-        """Record the results of tasks. Without a `step` they come after what the run has recorded so far."""
+        """Record the results of tasks. Without a `step` they come after what the run has recorded
+        so far."""
         self._put(record)
 
     def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
@@ -71,10 +73,13 @@ class WandbSink:
         self._put(1 if status == "failed" else 0)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            raise TimeoutError(f"no answer in {CLOSE_SECONDS} s; `wandb sync` can upload what is on disk later")
+            raise TimeoutError(
+                f"no answer in {CLOSE_SECONDS} s; `wandb sync` can upload what is on disk later"
+            )
 
     def _put(self, item: dict[str, Any] | int) -> None:
-        """Queue a record or the exit code. Raises TimeoutError if the thread has fallen too far behind."""
+        """Queue a record or the exit code. Raises TimeoutError if the thread has fallen too far
+        behind."""
         if not self._thread.is_alive():
             return  # turned off; _work has said why
         try:
@@ -103,7 +108,9 @@ class WandbSink:
         mode = self._config.observe.wandb.mode
         if mode == "online" and not _has_credentials(wandb.setup().settings.base_url):
             mode = "offline"
-            self._say("warning: W&B: no API key (WANDB_API_KEY or `wandb login`), recording offline")
+            self._say(
+                "warning: W&B: no API key (WANDB_API_KEY or `wandb login`), recording offline"
+            )
         try:
             run = self._init(wandb, mode)
         except Exception as error:
@@ -157,7 +164,8 @@ def _table(rows: list[list[str]]) -> Any:
 
 
 def _has_credentials(base_url: str) -> bool:
-    """Return whether wandb will find a key for `base_url`. Asked first, because wandb would prompt on a terminal."""
+    """Return whether wandb will find a key for `base_url`. Asked first, because wandb would prompt
+    on a terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:

@@ -1,1 +1,2 @@
-"""Everything that is done to a clean model so that several ranks run it as one. Start with `apply.py`."""
+"""Everything that is done to a clean model so that several ranks run it as one. Start with
+`apply.py`."""

@@ -37,15 +37,15 @@ def apply_parallelism(
 ) -> None:
     """Turn a clean model on the meta device into this rank's part of one pipeline stage, in place.
 
-    `weights` is the whole table, `span` the layers of the stage. `later` defers weight-gradient GEMMs (zero-bubble
-    schedules); `train` says what is recomputed, compiled and chunked.
+    `weights` is the whole table, `span` the layers of the stage. `later` defers weight-gradient
+    GEMMs (zero-bubble schedules); `train` says what is recomputed, compiled and chunked.
 
-    Each step finds what those before it have made. An engine then adopts the parameters, registers its hooks with
-    modules and sets the `wgrad_callback` of linears."""
+    Each step finds what those before it have made. An engine then adopts the parameters, registers
+    its hooks with modules and sets the `wgrad_callback` of linears."""
     # First: what another stage has must not be replaced, wrapped or compiled here.
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
-    # Modules become their parallel counterparts, whose `forward` is then another. torch.compile cannot see what linears
-    # among them do besides computing, so those inside layers stay plain.
+    # Modules become their parallel counterparts, whose `forward` is then another. torch.compile
+    # cannot see what linears among them do besides computing, so those inside layers stay plain.
     parents = [model] if train.compile else list(model.modules())
     # All of this works on the meta device: shapes only, until the engine gives memory to
     # parameters.
@@ -58,9 +58,11 @@ def apply_parallelism(
         compile_layers(model)
 
 
-def wrap(module: nn.Module, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a method of one module by what `wrapper` makes of it. Recomputation and compilation change modules in
-    this way only."""
+def wrap(
+    module: nn.Module, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Replace a method of one module by what `wrapper` makes of it. Recomputation and compilation
+    change modules in this way only."""
     setattr(module, method, wrapper(getattr(module, method)))
 
 
@@ -73,21 +75,30 @@ def compile_layers(model: Decoder) -> None:
                 # The compiler turns products that wrap around int64 into constants that do not fit.
                 wrap(module, "drop", torch.compiler.disable)
             if isinstance(module, CoreAttention):
-                wrap(module, "note_logits", torch.compiler.disable)  # it writes beside the layer's own values
+                wrap(
+                    module, "note_logits", torch.compiler.disable
+                )  # it writes beside the layer's own values
             if isinstance(module, LayerLoss | Experts):
-                # The backward pass of a loss takes note of it; an expert's rows are other ones in every pass.
+                # The backward pass of a loss takes note of it; an expert's rows are other ones in
+                # every pass.
                 wrap(module, "forward", torch.compiler.disable)
         wrap(layer, "forward", partial(torch.compile, dynamic=False))
 
 
-def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:
-    """Replace head and loss by a `ChunkedHead` that never holds the logits of more than `rows` tokens, in place.
+def apply_chunked_loss(
+    model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int
+) -> None:
+    """Replace head and loss by a `ChunkedHead` that never holds the logits of more than `rows`
+    tokens, in place.
 
-    `weights` is the whole table, which tells the size of the vocabulary; `axis` is the tensor axis, and `sequence`
-    says whether sequence parallelism is on."""
+    `weights` is the whole table, which tells the size of the vocabulary; `axis` is the tensor axis,
+    and `sequence` says whether sequence parallelism is on."""
     assert isinstance(model.head.weight, nn.Parameter)
     head = ChunkedHead(model.head.weight, axis, sequence, vocab_size_of(weights), rows)
-    model.head, model.loss = head, nn.Identity()  # the head computes the loss itself; nn.Identity is never called
+    model.head, model.loss = (
+        head,
+        nn.Identity(),
+    )  # the head computes the loss itself; nn.Identity is never called
 
     def losses(x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         return head(model.finish(x_BTD), labels_BT, terms)
@@ -98,8 +109,9 @@ def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, se
 def apply_recompute(model: Decoder, train: TrainConfig) -> None:
     """Recompute activations in the backward pass instead of keeping them (Chen et al. 2016).
 
-    `selective` (Korthikanti et al. 2022) recomputes what is large and cheap: the element-wise part of an MLP (its
-    `activation_and_down_proj`), and attention where it materialises its probabilities, which SDPA never does."""
+    `selective` (Korthikanti et al. 2022) recomputes what is large and cheap: the element-wise part
+    of an MLP (its `activation_and_down_proj`), and attention where it materialises its
+    probabilities, which SDPA never does."""
     # The first layers of a stage, whose activations would be kept longest.
     for layer in list(model.layers.values())[: train.recompute_layers]:
         if train.recompute == "full":

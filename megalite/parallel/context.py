@@ -1,17 +1,19 @@
 """Context parallelism: attention over a sequence that is cut over the ranks of an axis.
 
-Every rank keeps its queries. Keys and values travel around the ring of ranks, each block while attention to the one
-before it is computed (ring attention, Liu et al. 2023), and the results of the blocks are merged by their
-log-sum-exp. In the backward pass the blocks travel again and their gradients with them, home after a whole round.
+Every rank keeps its queries. Keys and values travel around the ring of ranks, each block while
+attention to the one before it is computed (ring attention, Liu et al. 2023), and the results of the
+blocks are merged by their log-sum-exp. In the backward pass the blocks travel again and their
+gradients with them, home after a whole round.
 
 Blocks in which no query attends to any key, because of documents or a window, travel on uncomputed.
 
-The sequence is cut into twice as many chunks as there are ranks, and rank r takes chunks r and 2n-1-r, "zigzag" (Llama
-3, Dubey et al. 2024). So all ranks have as much to do, and of another rank's keys either all queries attend to exactly
-the first half, or exactly the second half of the queries attends to all.
+The sequence is cut into twice as many chunks as there are ranks, and rank r takes chunks r and
+2n-1-r, "zigzag" (Llama 3, Dubey et al. 2024). So all ranks have as much to do, and of another
+rank's keys either all queries attend to exactly the first half, or exactly the second half of the
+queries attends to all.
 
-Letters in shapes: B batch, T tokens at hand, S keys at hand, H heads, G key/value heads, K head size of queries and
-keys, V of values.
+Letters in shapes: B batch, T tokens at hand, S keys at hand, H heads, G key/value heads, K head
+size of queries and keys, V of values.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def zigzag(length: int, axis: Axis) -> Tensor:
 
     Raises ValueError where the sequence cannot be cut into 2 · `axis.size` equal chunks."""
     if length % (2 * axis.size):
-        raise ValueError(f"a sequence of {length} tokens cannot be cut into 2 × {axis.size} equal chunks")
+        raise ValueError(
+            f"a sequence of {length} tokens cannot be cut into 2 × {axis.size} equal chunks"
+        )
     return _zigzag_of(axis.rank, length, axis.size)
 
 
@@ -51,19 +55,22 @@ def _zigzag_of(rank: int, length: int, ranks: int) -> Tensor:
 
 
 def zigzag_order(length: int, ranks: int) -> Tensor:
-    """Return the tokens of a sequence of `length` that rank 0 takes, then those of rank 1, and so on: [length]."""
+    """Return the tokens of a sequence of `length` that rank 0 takes, then those of rank 1, and so
+    on: [length]."""
     return torch.cat([_zigzag_of(rank, length, ranks) for rank in range(ranks)])
 
 
 def document_overlaps(document_BS: Tensor, axis: Axis) -> tuple[tuple[bool, bool], ...]:
-    """Return `SequenceInfo.overlaps` of this rank: from the documents of whole sequences, on the host, which ascend."""
+    """Return `SequenceInfo.overlaps` of this rank: from the documents of whole sequences, on the
+    host, which ascend."""
     ranks = axis.size
     # N = 2 · ranks chunks of C tokens, in the order of the sequence.
     chunks_BNC = document_BS.unflatten(1, (2 * ranks, -1))
     first_BN, last_BN = chunks_BNC[..., 0], chunks_BNC[..., -1]
 
     def goes_on(before: int, behind: int) -> bool:
-        """Return whether a document of one chunk is in a later one, too; then it is in all between them."""
+        """Return whether a document of one chunk is in a later one, too; then it is in all between
+        them."""
         return bool((last_BN[:, before] == first_BN[:, behind]).any())
 
     found = []
@@ -72,14 +79,19 @@ def document_overlaps(document_BS: Tensor, axis: Axis) -> tuple[tuple[bool, bool
         # comes first, at the back the higher rank's.
         low, high = sorted((rank, axis.rank))
         is_own = low == high
-        found.append((is_own or goes_on(low, high), is_own or goes_on(2 * ranks - 1 - high, 2 * ranks - 1 - low)))
+        found.append(
+            (
+                is_own or goes_on(low, high),
+                is_own or goes_on(2 * ranks - 1 - high, 2 * ranks - 1 - low),
+            )
+        )
     return tuple(found)
 
 
 class RingAttention:
-    """Attend from this rank's tokens to those of all ranks of the axis, each of which holds the tokens that `zigzag`
-    gives it: the strategy of attention under context parallelism. Who attends to whom follows from that;
-    `places.index_T` is not read."""
+    """Attend from this rank's tokens to those of all ranks of the axis, each of which holds the
+    tokens that `zigzag` gives it: the strategy of attention under context parallelism. Who attends
+    to whom follows from that; `places.index_T` is not read."""
 
     def __init__(self, axis: Axis):
         self.axis = axis
@@ -93,8 +105,8 @@ class RingAttention:
         kind: AttentionKind,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
-        refuses soft-capped scores and dropout."""
+        """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets
+        this strategy refuses soft-capped scores and dropout."""
         kind = kind.within(q_BTHK.shape[1] * self.axis.size)
         found = places.document_BT, self.axis, kind, places.overlaps
         return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, sinks_H, *found)
@@ -108,8 +120,9 @@ class RingAttention:
         kind: AttentionKind,
         source: SequenceInfo | None = None,
     ) -> Tensor:
-        """Return the largest logit of each head over this rank's queries and the keys of all ranks, fp32 [H]; see
-        `kernels.attention.largest_logits`. The keys travel the ring for it once more."""
+        """Return the largest logit of each head over this rank's queries and the keys of all ranks,
+        fp32 [H]; see `kernels.attention.largest_logits`. The keys travel the ring for it once
+        more."""
         kind, q = kind.within(q_BTHK.shape[1] * self.axis.size), q_BTHK.transpose(1, 2)
         largest = torch.full((q.shape[1],), -torch.inf, device=q.device)
         # Values of size 0: only the keys travel.
@@ -124,13 +137,16 @@ class RingAttention:
 
 
 def _attended(block: _Block, rows: slice) -> tuple[slice, Tensor | None]:
-    """Return the keys that a range of a block's queries attends to, and the mask for them, as `largest_of` asks."""
+    """Return the keys that a range of a block's queries attends to, and the mask for them, as
+    `largest_of` asks."""
     # In the block of this rank's own keys, `rows` counts as the keys do: none behind the last
     # query.
     keys = slice(0, rows.stop if block.causal else block.k.shape[2])
     mask = None if block.mask is None else block.mask[:, :, rows, keys]
     if block.causal:
-        ones = torch.ones(rows.stop - rows.start, keys.stop, dtype=torch.bool, device=block.k.device)
+        ones = torch.ones(
+            rows.stop - rows.start, keys.stop, dtype=torch.bool, device=block.k.device
+        )
         before = ones.tril(rows.start)
         mask = before if mask is None else mask & before
     return keys, mask
@@ -154,11 +170,13 @@ class _RingAttention(Function):
         for block in _blocks(_Message.of(k_BTGK, v_BTGV), document_BT, kind, axis, overlaps):
             if not block.has_any:
                 continue
-            out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask, kind.scale)
+            out, lse = attend(
+                q[:, :, block.rows], block.k, block.v, block.causal, block.mask, kind.scale
+            )
             if block.step == 0:
-                # Every token attends to itself, so that this lse is finite and no row of the merges is empty.
-                # Kept in fp32 between blocks: rounded to bf16 at each merge, errors would grow with
-                # the ranks.
+                # Every token attends to itself, so that this lse is finite and no row of the merges
+                # is empty. Kept in fp32 between blocks: rounded to bf16 at each merge, errors would
+                # grow with the ranks.
                 merged, merged_lse = out.to(lse.dtype), lse
             else:
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
@@ -182,13 +200,14 @@ class _RingAttention(Function):
         dq_BHTK = torch.zeros_like(q, dtype=lse.dtype)
         kv = _Message.of(k_BTGK, v_BTGV)
         dkv = kv.with_data(torch.zeros_like(kv.data, dtype=lse.dtype))
-        # dK and dV follow their keys and values around the ring, one shift a block. After as many shifts as there are
-        # ranks they are back at the rank that owns them, with every rank's share added.
+        # dK and dV follow their keys and values around the ring, one shift a block. After as many
+        # shifts as there are ranks they are back at the rank that owns them, with every rank's
+        # share added.
         travelling: Result | None = None
         for block in _blocks(kv, document_BT, ctx.kind, ctx.axis, ctx.overlaps):
             rows = block.rows
-            # `out` and `lse` are those of the attention to all keys, so the block's probabilities come out normalised
-            # over all blocks, and gradients of blocks simply add up.
+            # `out` and `lse` are those of the attention to all keys, so the block's probabilities
+            # come out normalised over all blocks, and gradients of blocks simply add up.
             parts: list[Tensor] = []
             if block.has_any:
                 dq, *parts = attend_backward(
@@ -203,11 +222,12 @@ class _RingAttention(Function):
                     ctx.kind.scale,
                 )
                 dq_BHTK[:, :, rows] += dq
-            # Wait for the gradients of this block only here: they travelled while attend_backward computed.
+            # Wait for the gradients of this block only here: they travelled while attend_backward
+            # computed.
             if travelling is not None:
                 dkv = dkv.with_data(travelling())
-            # Add in place only once they have arrived, and send them on only after this: the shift reads this very
-            # buffer.
+            # Add in place only once they have arrived, and send them on only after this: the shift
+            # reads this very buffer.
             for whole_BTGK, part in zip(dkv.parts(), parts, strict=False):
                 whole_BTGK[:, block.keys] += part.transpose(1, 2)
             travelling = start_shift(dkv.data, ctx.axis)
@@ -245,7 +265,8 @@ class _Block(NamedTuple):
 
     step: int
     has_any: bool
-    """False where no query attends to any key; then only `step` is of use, and nothing is to be computed."""
+    """False where no query attends to any key; then only `step` is of use, and nothing is to be
+    computed."""
     rows: slice
     keys: slice
     causal: bool
@@ -262,8 +283,8 @@ def _blocks(
     axis: Axis,
     overlaps: tuple[tuple[bool, bool], ...] | None = None,
 ) -> Iterator[_Block]:
-    """Yield the blocks of keys and values of all ranks, this rank's own first. The next block travels while the caller
-    works on the one it was given."""
+    """Yield the blocks of keys and values of all ranks, this rank's own first. The next block
+    travels while the caller works on the one it was given."""
     half, window = kv.k_shape[1] // 2, kind.window
     # The documents of a block's tokens travel with it, to compare with those of this rank's
     # queries.
@@ -273,12 +294,14 @@ def _blocks(
         # one rank a step: in step s this rank has the keys of rank - s.
         arriving = [start_shift(x, axis) for x in at_hand] if step + 1 < axis.size else []
         source = (axis.rank - step) % axis.size
-        # Zigzag: of a higher rank's keys only our second half of the queries sees any, and it sees all; of a lower
-        # rank's keys all our queries see the first half and none the second. Only our own block needs a causal mask.
-        # Where attention is not causal, all see all.
+        # Zigzag: of a higher rank's keys only our second half of the queries sees any, and it sees
+        # all; of a lower rank's keys all our queries see the first half and none the second. Only
+        # our own block needs a causal mask. Where attention is not causal, all see all.
         rows = slice(half if kind.causal and source > axis.rank else 0, None)
         keys = slice(0, half if kind.causal and source < axis.rank else None)
-        has_any = _has_any(kind, axis.rank, source, half, None if overlaps is None else overlaps[source])
+        has_any = _has_any(
+            kind, axis.rank, source, half, None if overlaps is None else overlaps[source]
+        )
         mask = None
         if document_BT is not None and has_any:
             # [B, 1, rows, keys]
@@ -293,9 +316,12 @@ def _blocks(
         at_hand = [arrived() for arrived in arriving]
 
 
-def _has_any(kind: AttentionKind, rank: int, source: int, half: int, overlap: tuple[bool, bool] | None) -> bool:
-    """Return whether any query of a rank may attend to a key of the rank `source`, by what is known on the host. `half`
-    is the length of a chunk, `overlap` the entry of `source` in `SequenceInfo.overlaps`."""
+def _has_any(
+    kind: AttentionKind, rank: int, source: int, half: int, overlap: tuple[bool, bool] | None
+) -> bool:
+    """Return whether any query of a rank may attend to a key of the rank `source`, by what is known
+    on the host. `half` is the length of a chunk, `overlap` the entry of `source` in
+    `SequenceInfo.overlaps`."""
     # Chunks are as far apart in the front half of the sequence as in the back half.
     # Between the last token of one chunk and the first of the next but one lies a chunk: half + 1.
     if kind.window is not None and (abs(rank - source) - 1) * half + 1 >= kind.window:
@@ -310,15 +336,17 @@ def _has_any(kind: AttentionKind, rank: int, source: int, half: int, overlap: tu
 
 
 def _distances(kv: _Message, axis: Axis, source: int) -> Tensor:
-    """Return how far back in the sequence rank `source`'s keys lie from this rank's queries: [T,T]."""
+    """Return how far back in the sequence rank `source`'s keys lie from this rank's queries:
+    [T,T]."""
     length = kv.k_shape[1] * axis.size
     with kv.data.device:
         return zigzag(length, axis)[:, None] - _zigzag_of(source, length, axis.size)
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Merge in place the attention of the same queries to `more` keys. Each result weighs as much as the sum of
-    exponentials behind it; a difference of logarithms gives the share, and is safe because `lse` is finite."""
+    """Merge in place the attention of the same queries to `more` keys. Each result weighs as much
+    as the sum of exponentials behind it; a difference of logarithms gives the share, and is safe
+    because `lse` is finite."""
     # e^m / (e^l + e^m) = sigmoid(m - l). An empty row has m = -inf and weighs 0.
     out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse)[..., None])
     lse.copy_(torch.logaddexp(lse, more_lse))

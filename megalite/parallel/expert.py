@@ -1,12 +1,16 @@
-"""A mixture of experts on several ranks, which share the experts, or the inner features of each, or both.
+"""A mixture of experts on several ranks, which share the experts, or the inner features of each, or
+both.
 
-Expert-tensor ranks hold some inner features of every expert, so that experts are cut as a dense MLP is. Tokens enter
-their region together with the weights of their experts, whose gradient is partial, too.
+Expert-tensor ranks hold some inner features of every expert, so that experts are cut as a dense MLP
+is. Tokens enter their region together with the weights of their experts, whose gradient is partial,
+too.
 
-Expert ranks hold some of the experts. Rows of tokens travel to the ranks of their experts and back (all-to-all: how
-many, the rows, and their results). What an expert rank computes is no partial sum, and its gradients are whole.
+Expert ranks hold some of the experts. Rows of tokens travel to the ranks of their experts and back
+(all-to-all: how many, the rows, and their results). What an expert rank computes is no partial sum,
+and its gradients are whole.
 
-Each rank routes the tokens that it has between blocks (its slice of the sequence under sequence parallelism)."""
+Each rank routes the tokens that it has between blocks (its slice of the sequence under sequence
+parallelism)."""
 
 from __future__ import annotations
 
@@ -39,11 +43,18 @@ from megalite.parallel.tensor import SEQUENCE, enter, leave
 class ParallelGroupedLinear(GroupedLinear):
     """Hold this rank's part of a stack of matrices.
 
-    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; `later` defers them (see `ParallelLinear`)."""
+    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; `later` defers them (see
+    `ParallelLinear`)."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, tensor: Axis, later: WeightGradStore | None):
-        """`tensor` are the ranks that share each matrix, and the features of its bias. Where these are of an output
-        that is summed over the ranks, each adds its own."""
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        tensor: Axis,
+        later: WeightGradStore | None,
+    ):
+        """`tensor` are the ranks that share each matrix, and the features of its bias. Where these
+        are of an output that is summed over the ranks, each adds its own."""
         nn.Module.__init__(self)
         self.weight, self.bias, self.tensor, self.later = weight, bias, tensor, later
         self.wgrad_callback: GroupedWgradCallback | None = None
@@ -52,7 +63,9 @@ class ParallelGroupedLinear(GroupedLinear):
         out_NO = grouped_linear(x, self.weight, groups, gather, self.wgrad_callback, self.later)
         if self.bias is None:
             return out_NO
-        first = 0 if self.bias.shape[1] == out_NO.shape[1] else self.tensor.rank * self.bias.shape[1]
+        first = (
+            0 if self.bias.shape[1] == out_NO.shape[1] else self.tensor.rank * self.bias.shape[1]
+        )
         return add_biases(out_NO, self.bias, groups.counts, first)
 
 
@@ -60,14 +73,18 @@ class ParallelExperts(Experts):
     """Hold some of the experts, or some inner features of each, or both."""
 
     def __init__(self, experts: Experts, fold: Fold, own_tokens: bool):
-        """Take the place of `experts`, shared as `fold` says. `own_tokens`: each rank has tokens of its own between
-        blocks, and not those of its tensor ranks."""
+        """Take the place of `experts`, shared as `fold` says. `own_tokens`: each rank has tokens of
+        its own between blocks, and not those of its tensor ranks."""
         nn.Module.__init__(self)
         self.gate_up, self.down, self.gate = experts.gate_up, experts.down, experts.gate
         self.fold, self.own_tokens = fold, own_tokens
 
     def forward(
-        self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None = None
+        self,
+        x_BTD: Tensor,
+        weight_BTK: Tensor,
+        index_BTK: Tensor,
+        beside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         tensor, own_tokens = self.fold.tensor, self.own_tokens
         # Expert-tensor ranks each hold a slice of every expert's inner features, so all of them
@@ -86,12 +103,17 @@ class ParallelExperts(Experts):
         return out_BTD if found is None else out_BTD + found
 
     def _dispatch(
-        self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None
+        self,
+        x_BTD: Tensor,
+        weight_BTK: Tensor,
+        index_BTK: Tensor,
+        beside: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return each token's weighted sum of its experts, wherever they are, and what `beside` computes.
+        """Return each token's weighted sum of its experts, wherever they are, and what `beside`
+        computes.
 
-        Rows travel to the ranks of their experts and back, where they are added up in the order of the experts, as on
-        one rank."""
+        Rows travel to the ranks of their experts and back, where they are added up in the order of
+        the experts, as on one rank."""
         # `here`: experts on this rank, numbered rank · here and up. counts [ranks, here]: how many
         # rows this rank sends to each expert of each rank.
         axis, here = self.fold.expert, len(self.down.weight)
@@ -111,7 +133,8 @@ class ParallelExperts(Experts):
         arriving_ND = there.start(permute(x_BTD, groups))
         found = beside and beside()  # while rows travel, as do their gradients in its backward pass
         arrived_ND = there.finish(arriving_ND)
-        # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that visits one of them.
+        # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that
+        # visits one of them.
         experts = torch.arange(here, device=counts.device).repeat(axis.size)
         # [ranks · here] numbers of experts, each repeated for its rows. `output_size` is known on
         # the host already: without it, repeat_interleave would wait for the device.
@@ -131,20 +154,24 @@ class ParallelExperts(Experts):
         return unpermute(back_ND, weight_BTK, groups), found
 
 
-def read_counts(leaving: Tensor, arriving: Tensor, rank: int, num_rows: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return on the host how many rows leave to each rank, and arrive from it, for each expert there, and here. A dry
-    run, whose device knows no numbers, sets this aside: it has `num_rows` leave this `rank` in balance."""
+def read_counts(
+    leaving: Tensor, arriving: Tensor, rank: int, num_rows: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return on the host how many rows leave to each rank, and arrive from it, for each expert
+    there, and here. A dry run, whose device knows no numbers, sets this aside: it has `num_rows`
+    leave this `rank` in balance."""
     leaves, arrives = torch.stack((leaving, arriving)).tolist()
     return leaves, arrives
 
 
 class Exchange:
-    """Rows on their way between ranks (all-to-all), and later their gradients on the way back. What is computed between
-    `start` and `finish` does not wait for them, and nor does its backward pass, which comes between the other two."""
+    """Rows on their way between ranks (all-to-all), and later their gradients on the way back. What
+    is computed between `start` and `finish` does not wait for them, and nor does its backward pass,
+    which comes between the other two."""
 
     def __init__(self, sent: Sequence[int], received: Sequence[int], axis: Axis):
-        """The first `sent[0]` rows go to rank 0 of the axis, the next `sent[1]` to rank 1, and so on; of each rank r
-        `received[r]` rows arrive, one after another."""
+        """The first `sent[0]` rows go to rank 0 of the axis, the next `sent[1]` to rank 1, and so
+        on; of each rank r `received[r]` rows arrive, one after another."""
         self.sent, self.received, self.axis = list(sent), list(received), axis
         self._wait: Callable[[], object] = lambda: None
         self._arriving: Tensor | None = None

@@ -1,5 +1,6 @@
-"""What an objective may ask of the last pipeline stage beside each token's loss: logits in vocabulary shards, or
-hidden states with the head that makes logits of them. Every tensor rank of the stage has the same tokens."""
+"""What an objective may ask of the last pipeline stage beside each token's loss: logits in
+vocabulary shards, or hidden states with the head that makes logits of them. Every tensor rank of
+the stage has the same tokens."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ from megalite.parallel.tensor import SEQUENCE, ChunkedHead, enter, leave, vocab_
 class VocabShards:
     """Logits [B,T,V/n], of which each tensor rank holds some columns of the vocabulary.
 
-    The methods that return [B,T] give every tensor rank the same, in fp32, with the gradient of this rank's columns:
-    an objective computes the same loss on each rank, as from whole logits. What is alike on all ranks goes back to
-    columns by `spread`. They are collectives."""
+    The methods that return [B,T] give every tensor rank the same, in fp32, with the gradient of
+    this rank's columns: an objective computes the same loss on each rank, as from whole logits.
+    What is alike on all ranks goes back to columns by `spread`. They are collectives."""
 
     padded_BTV: Tensor
     """Logits of this rank's columns, as many on every rank: the last may be padding."""
@@ -36,7 +37,8 @@ class VocabShards:
 
     @property
     def columns(self) -> slice:
-        """Return which columns of the vocabulary `logits_BTV` has; on the last ranks it may be none."""
+        """Return which columns of the vocabulary `logits_BTV` has; on the last ranks it may be
+        none."""
         first, count = vocab_columns(self.padded_BTV.shape[-1], self.axis, self.vocab_size)
         return slice(first, first + count)
 
@@ -47,19 +49,21 @@ class VocabShards:
         return self.padded_BTV[..., : columns.stop - columns.start].float()
 
     def sum(self, x_BTV: Tensor) -> Tensor:
-        """Sum over the whole vocabulary what each rank has computed of its columns, [B,T,V/n] fp32: [B,T]."""
+        """Sum over the whole vocabulary what each rank has computed of its columns, [B,T,V/n] fp32:
+        [B,T]."""
         # All-reduce forward, identity backward: each rank goes on with the same sum, and each has
         # the whole gradient of it for its own columns.
         return leave(x_BTV.sum(-1), self.axis, sequence=False)
 
     def spread(self, x_BT: Tensor) -> Tensor:
-        """Return [B,T,1] for computing with this rank's columns, from what every rank has alike, [B,T]. Its gradient is
-        summed over the ranks, each of which has that of its own columns."""
+        """Return [B,T,1] for computing with this rank's columns, from what every rank has alike,
+        [B,T]. Its gradient is summed over the ranks, each of which has that of its own columns."""
         return enter(x_BT[..., None], self.axis, sequence=False)
 
     @cached_property
     def log_sum_exp_BT(self) -> Tensor:
-        """Return the log-sum-exp over the whole vocabulary, [B,T]: the normaliser whose square a z-loss keeps small."""
+        """Return the log-sum-exp over the whole vocabulary, [B,T]: the normaliser whose square a
+        z-loss keeps small."""
         lse = self.logits_BTV.logsumexp(-1)
         if self.axis.size == 1:
             return lse
@@ -72,7 +76,9 @@ class VocabShards:
     def largest_BT(self) -> Tensor:
         """Return the largest logit of each token, [B,T]; without a gradient."""
         logits_BTV = self.logits_BTV.detach()
-        none = logits_BTV.new_full((*logits_BTV.shape[:2], 1), -torch.inf)  # a rank of padding alone has no columns
+        none = logits_BTV.new_full(
+            (*logits_BTV.shape[:2], 1), -torch.inf
+        )  # a rank of padding alone has no columns
         return all_reduce(torch.cat((logits_BTV, none), 2).amax(2), self.axis, dist.ReduceOp.MAX)
 
     def log_softmax(self) -> Tensor:
@@ -96,22 +102,30 @@ class VocabShards:
 
     @torch.no_grad()
     def whole(self) -> Tensor:
-        """Return the logits of the whole vocabulary, [B,T,V] fp32, on every tensor rank; without a gradient."""
+        """Return the logits of the whole vocabulary, [B,T,V] fp32, on every tensor rank; without a
+        gradient."""
         return all_gather(self.padded_BTV.float(), self.axis, dim=2)[..., : self.vocab_size]
 
 
 class HiddenStates:
-    """Hidden states [B,T,D] behind the last norm, whole on every tensor rank, with the head that takes them."""
+    """Hidden states [B,T,D] behind the last norm, whole on every tensor rank, with the head that
+    takes them."""
 
-    def __init__(self, states_BTD: Tensor, head: Callable[[Tensor], VocabShards], chunked: ChunkedHead | None = None):
-        """Take hidden states with their `head`; under train.loss_chunk it is `chunked`, for an objective that takes a
-        few tokens at a time."""
+    def __init__(
+        self,
+        states_BTD: Tensor,
+        head: Callable[[Tensor], VocabShards],
+        chunked: ChunkedHead | None = None,
+    ):
+        """Take hidden states with their `head`; under train.loss_chunk it is `chunked`, for an
+        objective that takes a few tokens at a time."""
         self.states_BTD, self._head, self.chunked = states_BTD, head, chunked
         self._is_used = False
 
     def head(self, x_BTD: Tensor) -> VocabShards:
-        """Return the logits of `x`: of these hidden states, or of others of their shape. Raises RuntimeError when asked
-        again: engines count on one weight-gradient GEMM of the head in a micro-batch."""
+        """Return the logits of `x`: of these hidden states, or of others of their shape. Raises
+        RuntimeError when asked again: engines count on one weight-gradient GEMM of the head in a
+        micro-batch."""
         if self._is_used:
             raise RuntimeError("an objective can ask for the head's logits once in a micro-batch")
         self._is_used = True
@@ -119,8 +133,8 @@ class HiddenStates:
 
 
 class _GatherSequence(Function):
-    """All-gather along the sequence in the forward pass, this rank's slice in the backward pass: every rank computes
-    the same of the result, and so has the same gradient."""
+    """All-gather along the sequence in the forward pass, this rank's slice in the backward pass:
+    every rank computes the same of the result, and so has the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

@@ -1,8 +1,9 @@
-"""Pipeline parallelism (Narayanan et al. 2021; zero bubble: Qi et al. 2023). torch decides the order of passes; here
-are the stages it runs, and the plain forward pass for validation and generation.
+"""Pipeline parallelism (Narayanan et al. 2021; zero bubble: Qi et al. 2023). torch decides the
+order of passes; here are the stages it runs, and the plain forward pass for validation and
+generation.
 
-torch's schedules cut tensors into micro-batches. Ours are ready-made, on every rank, so what travels through the
-schedule beside the hidden states is only their number."""
+torch's schedules cut tensors into micro-batches. Ours are ready-made, on every rank, so what
+travels through the schedule beside the hidden states is only their number."""
 
 from __future__ import annotations
 
@@ -34,11 +35,15 @@ from megalite.runtime.activity import NOW
 
 LossOf = Callable[[Tensor, Inputs], Tensor]
 """Maps the losses [B,T] of a micro-batch to the scalar to minimise."""
-SCHEDULES: dict[str, Any] = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
+SCHEDULES: dict[str, Any] = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+}
 
 
 class Pipeline:
-    """Run this rank's stages of the model, and exchange hidden states and gradients with other ranks' stages."""
+    """Run this rank's stages of the model, and exchange hidden states and gradients with other
+    ranks' stages."""
 
     def __init__(
         self,
@@ -51,9 +56,9 @@ class Pipeline:
     ):
         """Build the schedule of `plan`.
 
-        `hidden` is a meta tensor shaped like the hidden states of a training micro-batch; `deferred` has the
-        weight-gradient store of each of `stages`, or None. `source` is the length of what an encoder reads beside them,
-        if there is one."""
+        `hidden` is a meta tensor shaped like the hidden states of a training micro-batch;
+        `deferred` has the weight-gradient store of each of `stages`, or None. `source` is the
+        length of what an encoder reads beside them, if there is one."""
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
         self._architecture = stages[0].model.config.architecture
         # Under sequence parallelism stages hand over [B, T/n, D], each tensor rank its own slice.
@@ -61,13 +66,18 @@ class Pipeline:
         self._batch: Sequence[Inputs] = ()
         self._loss_of: LossOf | None = None
         self._plan, self._deferred = plan, deferred
-        self._streams = self._streams_of(hidden.shape[0], hidden.shape[1] * self._sequence_cut, source)
+        self._streams = self._streams_of(
+            hidden.shape[0], hidden.shape[1] * self._sequence_cut, source
+        )
         self._make_schedule(plan.micro_batches)
 
     def _make_schedule(self, micro_batches: int) -> None:
         """Build torch's schedule, which is of one number of micro-batches a step."""
         plan = self._plan
-        parts = [self._part(stage, plan, later) for stage, later in zip(self.stages, self._deferred, strict=True)]
+        parts = [
+            self._part(stage, plan, later)
+            for stage, later in zip(self.stages, self._deferred, strict=True)
+        ]
         self._parts, self._micro_batches = parts, micro_batches
         arguments: dict[str, Any] = {
             "n_microbatches": micro_batches,
@@ -84,7 +94,8 @@ class Pipeline:
             self._schedule = SCHEDULES[plan.schedule](parts, **arguments)
 
     def _part(self, stage: Stage, plan: Plan, later: WeightGradStore | None) -> _Part:
-        """Wrap a stage as torch's schedule wants it; `later` is its weight-gradient store, if it defers any."""
+        """Wrap a stage as torch's schedule wants it; `later` is its weight-gradient store, if it
+        defers any."""
         # The first stage's input is a micro-batch's number, of whose chunks torch makes one element
         # each.
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
@@ -105,12 +116,18 @@ class Pipeline:
         return part
 
     def _streams_of(self, rows: int, length: int, source: int) -> list[tuple[int, ...]]:
-        """Return the shapes of what goes from stage to stage, `Streams`, for sequences of `length` tokens on this rank,
-        beside `source` of an encoder if there are any."""
-        tables = [(count, of_all // self.mesh.tensor.size) for count, of_all in self._architecture.shared_tables]
+        """Return the shapes of what goes from stage to stage, `Streams`, for sequences of `length`
+        tokens on this rank, beside `source` of an encoder if there are any."""
+        tables = [
+            (count, of_all // self.mesh.tensor.size)
+            for count, of_all in self._architecture.shared_tables
+        ]
         lengths = [length] * self._architecture.num_streams
         lengths[0] = source or length
-        return [*tables, *((rows, each // self._sequence_cut, self.hidden.shape[-1]) for each in lengths)]
+        return [
+            *tables,
+            *((rows, each // self._sequence_cut, self.hidden.shape[-1]) for each in lengths),
+        ]
 
     def _shapes_of(self, inputs: Inputs) -> list[tuple[int, ...]]:
         """Return the shapes of what goes from stage to stage for these inputs."""
@@ -118,10 +135,12 @@ class Pipeline:
         return self._streams_of(rows, length, 0 if source is None else source.tokens_BS.shape[1])
 
     def forward_backward(self, batch: Sequence[Inputs], loss_of: LossOf, engine: Engine) -> None:
-        """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The last stage calls
-        `loss_of` once for each micro-batch."""
+        """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The
+        last stage calls `loss_of` once for each micro-batch."""
         streams = self._shapes_of(batch[0])
-        if len(batch) != self._micro_batches or streams != self._streams:  # the global batch or its sequences grow
+        if (
+            len(batch) != self._micro_batches or streams != self._streams
+        ):  # the global batch or its sequences grow
             self._streams = streams
             self._make_schedule(len(batch))
         # Every rank has the whole batch: tokens, labels and documents need not travel between
@@ -134,14 +153,18 @@ class Pipeline:
         # Only now may the memory of what was sent last be used again.
         for part in self._parts:
             part.await_sent(0)
-        self._batch, self._loss_of = (), None  # which hold what a frozen model has made of each micro-batch
+        self._batch, self._loss_of = (
+            (),
+            None,
+        )  # which hold what a frozen model has made of each micro-batch
         engine.finish()
 
     def _run(self, stage: Stage, streams: tuple[Tensor, ...], number: int) -> Streams:
         """Run one stage on micro-batch `number`; the last stage returns the loss to minimise."""
         out = stage(None if stage.span.first else _one_or_all(streams), self._batch[number])
         if not stage.span.last:
-            # What goes through unchanged has a backward pass of its own: torch asks for that of each output.
+            # What goes through unchanged has a backward pass of its own: torch asks for that of
+            # each output.
             return out if isinstance(out, Tensor) else tuple(x.view_as(x) for x in out)
         assert self._loss_of is not None
         loss = self._loss_of(out, self._batch[number])
@@ -149,13 +172,14 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, batch: Sequence[Inputs]) -> list[Tensor]:
-        """Return the last stage's output for each micro-batch, and an empty list on other ranks. Each stage takes all
-        micro-batches before the next one does.
+        """Return the last stage's output for each micro-batch, and an empty list on other ranks.
+        Each stage takes all micro-batches before the next one does.
 
-        NCCL keeps the messages of a rank in one order, in which a send waits for its receive. Where ranks have several
-        stages, their messages go round in a ring, and all ranks could wait for one another. So the ring is open at one
-        place: the last rank sends to the first when it has received all of a stage's micro-batches, and the first rank
-        receives all of them before it sends any on."""
+        NCCL keeps the messages of a rank in one order, in which a send waits for its receive. Where
+        ranks have several stages, their messages go round in a ring, and all ranks could wait for
+        one another. So the ring is open at one place: the last rank sends to the first when it has
+        received all of a stage's micro-batches, and the first rank receives all of them before it
+        sends any on."""
         outputs: list[Tensor] = []
         sent: list[tuple[Tensor, dist.Work]] = []  # a message is kept until it has arrived
         ring = self.mesh.pipeline
@@ -186,8 +210,8 @@ class Pipeline:
         return outputs
 
     def _send(self, stage: Stage, out: Streams) -> Iterator[tuple[Tensor, dist.Work]]:
-        """Start sending a stage's output to the next stage; yield each tensor with its work, as it must be kept until
-        it has arrived."""
+        """Start sending a stage's output to the next stage; yield each tensor with its work, as it
+        must be kept until it has arrived."""
         # Stages go round the ranks: stage i is on rank i mod p (interleaved: Megatron's virtual
         # pipeline).
         to = (stage.span.index + 1) % self.mesh.pipeline.size
@@ -199,7 +223,9 @@ class Pipeline:
     def _receive(self, stage: Stage, inputs: Inputs) -> Streams:
         """Receive the hidden states of a micro-batch from the stage before."""
         shapes = self._shapes_of(inputs)  # generation's shapes differ from training's
-        streams = tuple(torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device) for shape in shapes)
+        streams = tuple(
+            torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device) for shape in shapes
+        )
         came_from = (stage.span.index - 1) % self.mesh.pipeline.size
         _await_neighbours()
         for x in streams:
@@ -208,8 +234,8 @@ class Pipeline:
 
 
 class _WithGradients(Function):
-    """The loss as it is; every stream that arrived has a gradient, of zeros if it has no part in the loss, as torch
-    sends one back for each."""
+    """The loss as it is; every stream that arrived has a gradient, of zeros if it has no part in
+    the loss, as torch sends one back for each."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *streams: Tensor) -> Tensor:
@@ -232,8 +258,8 @@ def _await_neighbours() -> None:
 
 
 class _Numbered(nn.Module):
-    """Run a stage as torch calls it: with what the stage before returned (the first stage: with the number) and the
-    number of the micro-batch."""
+    """Run a stage as torch calls it: with what the stage before returned (the first stage: with the
+    number) and the number of the micro-batch."""
 
     def __init__(self, stage: Stage, pipeline: Pipeline):
         super().__init__()
@@ -247,16 +273,18 @@ class _Numbered(nn.Module):
 class _Part(PipelineStage):
     """Bound what torch's pipeline stage holds.
 
-    torch allocates what it receives for every micro-batch of a step at once, and keeps it. Here a message has memory
-    from when it is asked for until its backward pass is done, so that what a stage holds is bounded by the
-    micro-batches its schedule has under way. And what is sent is let go when it has arrived, where torch's schedules
-    of several stages hold it until the step ends."""
+    torch allocates what it receives for every micro-batch of a step at once, and keeps it. Here a
+    message has memory from when it is asked for until its backward pass is done, so that what a
+    stage holds is bounded by the micro-batches its schedule has under way. And what is sent is let
+    go when it has arrived, where torch's schedules of several stages hold it until the step
+    ends."""
 
     hidden: Tensor
     arrives: Sequence[Tensor]
     """Meta tensors shaped like what goes from stage to stage."""
     sends_itself: bool
-    """False under 1F1B, which joins each message with the one that comes back, and waits for both."""
+    """False under 1F1B, which joins each message with the one that comes back, and waits for
+    both."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -273,7 +301,9 @@ class _Part(PipelineStage):
         if not self.sends_itself:
             return messages
         for message in messages:
-            work = dist.isend(message.tensor, group=message.group, group_dst=message.group_peer, tag=message.tag)
+            work = dist.isend(
+                message.tensor, group=message.group, group_dst=message.group_peer, tag=message.tag
+            )
             assert work is not None
             self._sent.append(work)
         # Waits for older messages only, which their receivers have asked for by now.
@@ -281,8 +311,8 @@ class _Part(PipelineStage):
         return []
 
     def await_sent(self, but: int) -> None:
-        """Wait until at most `but` messages are on their way. It is safe to wait: schedules are laid out so that every
-        message is asked for before anything that is sent later."""
+        """Wait until at most `but` messages are on their way. It is safe to wait: schedules are
+        laid out so that every message is asked for before anything that is sent later."""
         while len(self._sent) > but:
             self._sent.popleft().wait()
 

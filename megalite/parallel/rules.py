@@ -1,9 +1,11 @@
-"""Rules that replace a module by its tensor-, sequence- or context-parallel counterpart, by its type.
+"""Rules that replace a module by its tensor-, sequence- or context-parallel counterpart, by its
+type.
 
-A model is written for one device. `apply_rules` walks over its modules and asks the rule of each one's type (or of the
-nearest base class that has one) for a counterpart on this rank, which takes its place. A module without a rule stays,
-and every parameter that is cut becomes this rank's part of it. So a module of a new family needs a rule only where it
-must communicate, or must know which part it holds:
+A model is written for one device. `apply_rules` walks over its modules and asks the rule of each
+one's type (or of the nearest base class that has one) for a counterpart on this rank, which takes
+its place. A module without a rule stays, and every parameter that is cut becomes this rank's part
+of it. So a module of a new family needs a rule only where it must communicate, or must know which
+part it holds:
 
     @rule(MyRouter)
     def _(router: MyRouter, layout: Layout) -> nn.Module | None: ..."""
@@ -58,7 +60,8 @@ class Layout:
     experts: Fold
     """How experts are shared."""
     sequence: bool
-    """Sequence parallelism is on: between blocks, activations are cut along the sequence over the tensor ranks."""
+    """Sequence parallelism is on: between blocks, activations are cut along the sequence over the
+    tensor ranks."""
     vocab_size: int
     rows: Mapping[Tensor, Weight]
     """Row of the weight table, by the parameter of the whole model."""
@@ -86,11 +89,14 @@ _rules: dict[type[nn.Module], Rule] = {}
 
 
 def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module | None]], Rule]:
-    """Return a decorator that makes a function the rule of a type of module, and of subclasses without their own."""
+    """Return a decorator that makes a function the rule of a type of module, and of subclasses
+    without their own."""
 
     def add(function: Rule) -> Rule:
         if kind in _rules:
-            raise ConfigError(f"{kind.__name__} has a rule for parallelism already; give one to a subclass of it")
+            raise ConfigError(
+                f"{kind.__name__} has a rule for parallelism already; give one to a subclass of it"
+            )
         _rules[kind] = function
         return function
 
@@ -98,8 +104,8 @@ def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module |
 
 
 def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
-    """Replace each child of `parents`, a model and modules in it, by its counterpart, and all parameters by this
-    rank's part of them. Tied weights stay tied."""
+    """Replace each child of `parents`, a model and modules in it, by its counterpart, and all
+    parameters by this rank's part of them. Tied weights stay tied."""
     # A parent's rule may look at its children, and should find them parallel already. modules()
     # lists parents first.
     for parent in reversed(parents):  # children before their parents
@@ -114,7 +120,8 @@ def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
 
 
 def _counterpart(module: nn.Module, layout: Layout) -> nn.Module | None:
-    """Return what takes the place of `module` by the rule of its nearest type; None where it stays."""
+    """Return what takes the place of `module` by the rule of its nearest type; None where it
+    stays."""
     # From the type itself up through its base classes: the nearest with a rule decides.
     for kind in type(module).__mro__:
         if kind in _rules:
@@ -129,8 +136,8 @@ def make_layout(
     mesh: Mesh,
     later: WeightGradStore | None,
 ) -> Layout:
-    """Describe a model with whole weights, of which this rank is to have its part under `plan` and `mesh`. `weights`
-    is the whole table; `later` defers weight-gradient GEMMs."""
+    """Describe a model with whole weights, of which this rank is to have its part under `plan` and
+    `mesh`. `weights` is the whole table; `later` defers weight-gradient GEMMs."""
     table = {weight.name: weight for weight in weights}
     rows: dict[Tensor, Weight] = {}
     locals_: dict[Tensor, nn.Parameter] = {}
@@ -161,7 +168,7 @@ def vocab_size_of(weights: Iterable[Weight]) -> int:
     return [weight.shape[0] for weight in weights if weight.shard == "vocab"][-1]
 
 
-# --- the rules --------------------------------------------------------------------------------------------------------
+# --- the rules ------------------------------------------------------------------------------------
 
 
 @rule(nn.Linear)
@@ -175,7 +182,10 @@ def _(linear: nn.Linear, layout: Layout) -> nn.Module | None:
     kind = LINEAR[layout.rows[linear.weight].shard]
     found = kind(weight, layout.local(linear.bias), layout.tensor, layout.sequence, layout.later)
     if isinstance(linear, LoraLinear):
-        found.adapt(linear, {name: layout.locals[getattr(linear, name)] for name in linear.updates.parameters()})
+        found.adapt(
+            linear,
+            {name: layout.locals[getattr(linear, name)] for name in linear.updates.parameters()},
+        )
     return found
 
 
@@ -196,17 +206,17 @@ def _(linear: GroupedLinear, layout: Layout) -> nn.Module | None:
 def _(experts: Experts, layout: Layout) -> nn.Module | None:
     if layout.experts.holders.size == 1:
         return None
-    # Only tensor ranks can have the same tokens. All others have their own, as slices of a sequence are.
-    # Then the ranks that share each expert's features are the tensor ranks, and all of these hold
-    # the whole sequence.
+    # Only tensor ranks can have the same tokens. All others have their own, as slices of a sequence
+    # are. Then the ranks that share each expert's features are the tensor ranks, and all of these
+    # hold the whole sequence.
     same_tokens = layout.experts.tensor.size == layout.tensor.size and not layout.sequence
     return ParallelExperts(experts, layout.experts, own_tokens=not same_tokens)
 
 
 @rule(LatentAttention)
 def _(attention: LatentAttention, layout: Layout) -> None:
-    # Queries, keys and values enter the tensor-parallel region in their column-parallel linears; the
-    # keys' part with positions goes through none of these, and enters on its own.
+    # Queries, keys and values enter the tensor-parallel region in their column-parallel linears;
+    # the keys' part with positions goes through none of these, and enters on its own.
     attention.enter = partial(enter, axis=layout.tensor, sequence=layout.sequence)
 
 
@@ -231,7 +241,11 @@ def _(norm: RMSNorm, layout: Layout) -> nn.Module | None:
 
 @rule(CrossEntropy)
 def _(loss: CrossEntropy, layout: Layout) -> nn.Module | None:
-    return VocabParallelCrossEntropy(layout.tensor, layout.vocab_size) if layout.tensor.size > 1 else None
+    return (
+        VocabParallelCrossEntropy(layout.tensor, layout.vocab_size)
+        if layout.tensor.size > 1
+        else None
+    )
 
 
 @rule(ColumnLoss)
@@ -281,7 +295,11 @@ def _(attention: CoreAttention, layout: Layout) -> None:
     if attention.writes_scores and not (by_heads and attention.dropout is None):
         raise ConfigError(
             f"parallel.context = {layout.context.size} must be 1 for this model: "
-            + ("Ulysses attention drops nothing" if by_heads else "ring attention has no scores to cap or to drop")
+            + (
+                "Ulysses attention drops nothing"
+                if by_heads
+                else "ring attention has no scores to cap or to drop"
+            )
         )
     strategy = UlyssesAttention(layout.context) if by_heads else RingAttention(layout.context)
     attention.strategy, attention.logits_of = strategy, strategy.largest_logits

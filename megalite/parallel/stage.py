@@ -25,8 +25,8 @@ TILE = 64
 """Picked tokens are filled up to a multiple of this."""
 
 Output = Literal["losses", "logits", "hidden_states", "final_states"]
-"""What the last stage returns of each token: its loss; the head's logits; what the head takes; what the model without a
-head returns."""
+"""What the last stage returns of each token: its loss; the head's logits; what the head takes; what
+the model without a head returns."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Pairs:
     reference_BP2: Tensor
     """The reference model's log-probabilities, fp32."""
     share: float
-    """Share of each pair that counts on this rank: context ranks share pairs, and each knows all of them."""
+    """Share of each pair that counts on this rank: context ranks share pairs, and each knows all of
+    them."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,19 @@ class Contrast:
     share: float
     """Share of each pair that counts on this rank: context ranks share pairs."""
     grad_BND: Tensor | None = None
-    """Gradient of the sum of the losses of the global batch by what is pooled of each text, N = 2P, fp32."""
+    """Gradient of the sum of the losses of the global batch by what is pooled of each text, N = 2P,
+    fp32."""
     found_BP2: Tensor | None = None
     """Loss of each pair, and whether its first text is nearest to its second of all."""
 
 
 @dataclass(frozen=True)
 class Picked:
-    """The tokens of a micro-batch of which predictions are asked, which are few where most have no label.
+    """The tokens of a micro-batch of which predictions are asked, which are few where most have no
+    label.
 
-    Under sequence parallelism each tensor rank takes those of its slice of the sequence, as many on each, and the head
-    gathers them: M = N · ranks; else M = N. What fills up has no label."""
+    Under sequence parallelism each tensor rank takes those of its slice of the sequence, as many on
+    each, and the head gathers them: M = N · ranks; else M = N. What fills up has no label."""
 
     index_N: Tensor
     """Where they are in this rank's hidden states, [B·T/n] flattened."""
@@ -72,19 +75,26 @@ class Picked:
 
     @classmethod
     def of(cls, labels_BT: Tensor, slices: int, rank: int, device: torch.device) -> Picked:
-        """Pick the tokens with a label. `labels_BT` is on the host, so that nothing waits to know how many there are;
-        `slices` and `rank` tell how a sequence is cut over the tensor ranks."""
+        """Pick the tokens with a label. `labels_BT` is on the host, so that nothing waits to know
+        how many there are; `slices` and `rank` tell how a sequence is cut over the tensor ranks."""
         batch, length = labels_BT.shape
-        there = [(piece != IGNORE).flatten().nonzero()[:, 0] for piece in labels_BT.chunk(slices, 1)]
+        there = [
+            (piece != IGNORE).flatten().nonzero()[:, 0] for piece in labels_BT.chunk(slices, 1)
+        ]
         width = length // slices
         # Whole tiles of a product; one at least, since collectives take nothing of no size.
         count = min(-(-max(len(each) for each in there) // TILE) * TILE, batch * width) or 1
-        index, place = torch.zeros(slices, count, dtype=torch.long), torch.full((slices, count), batch * length)
+        index, place = (
+            torch.zeros(slices, count, dtype=torch.long),
+            torch.full((slices, count), batch * length),
+        )
         for number, each in enumerate(there):
             index[number, : len(each)] = each
             place[number, : len(each)] = each // width * length + number * width + each % width
         labels = F.pad(labels_BT.flatten(), (0, 1), value=IGNORE)[place.flatten()]
-        own, labels, where = (x.to(device, non_blocking=True) for x in (index[rank], labels[None], place.flatten()))
+        own, labels, where = (
+            x.to(device, non_blocking=True) for x in (index[rank], labels[None], place.flatten())
+        )
         return cls(own, labels, where, (batch, length))
 
     def take(self, x_BTD: Tensor) -> Tensor:
@@ -116,12 +126,13 @@ class Inputs:
     pairs: Pairs | None = None
     contrast: Contrast | None = None
     frozen: Callable[[], HiddenStates] | None = None
-    """Gives what the objective's frozen model makes of these tokens; only on ranks of the last stage."""
+    """Gives what the objective's frozen model makes of these tokens; only on ranks of the last
+    stage."""
 
     @property
     def count_B(self) -> Tensor:
-        """Return the number that each row's sum of losses is divided by: its labels, or its pairs. Summed over the
-        replicas, it is that of the whole row."""
+        """Return the number that each row's sum of losses is divided by: its labels, or its pairs.
+        Summed over the replicas, it is that of the whole row."""
         if (pairs := self.pairs or self.contrast) is not None:
             return pairs.real_BP.sum(1) * pairs.share
         assert self.labels_BT is not None
@@ -129,17 +140,19 @@ class Inputs:
 
 
 class Stage(nn.Module):
-    """Embed the tokens in the first stage, run the stage's layers, and compute the loss of every token in the last."""
+    """Embed the tokens in the first stage, run the stage's layers, and compute the loss of every
+    token in the last."""
 
     def __init__(self, model: Decoder, span: StageSpan):
         super().__init__()
         self.model, self.span = model, span
 
     def forward(self, x: Streams | None, inputs: Inputs) -> Streams:
-        """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage, a
-        tuple where the model has several streams of hidden states; the last returns `inputs.output`: losses [B,T], with
-        `terms` [B,T,2], fp32 (0 where there is no label), logits [B,T or 1,V/n], of picked tokens [1,M,V/n], or hidden
-        states [B,T,D], as the head takes them or final."""
+        """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for
+        the next stage, a tuple where the model has several streams of hidden states; the last
+        returns `inputs.output`: losses [B,T], with `terms` [B,T,2], fp32 (0 where there is no
+        label), logits [B,T or 1,V/n], of picked tokens [1,M,V/n], or hidden states [B,T,D], as the
+        head takes them or final."""
         model = self.model
         if self.span.first:
             x = model.embed(inputs.tokens_BT, inputs.places)
@@ -169,8 +182,8 @@ class Stage(nn.Module):
 
 
 def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
-    """Remove from a model all that the stage of `span` does not need, in place. What is left keeps its names. `tied`
-    says that the head shares the embedding's weight."""
+    """Remove from a model all that the stage of `span` does not need, in place. What is left keeps
+    its names. `tied` says that the head shares the embedding's weight."""
     for number in list(model.layers):
         if not span.start <= int(number) < span.stop:
             del model.layers[number]
@@ -184,7 +197,8 @@ def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
 
 
 def positions_of(document_BT: Tensor) -> Tensor:
-    """Return each token's position in its own document: [B,T] int64, from numbers of documents that ascend along T."""
+    """Return each token's position in its own document: [B,T] int64, from numbers of documents that
+    ascend along T."""
     index = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
     begins = torch.ones_like(document_BT, dtype=torch.bool)
     begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
@@ -193,7 +207,9 @@ def positions_of(document_BT: Tensor) -> Tensor:
 
 
 def lengths_of(document_BT: Tensor) -> Tensor:
-    """Return the length of each token's own document: [B,T,1], from numbers of documents that ascend along T from
-    0."""
-    counts = torch.zeros_like(document_BT).scatter_add_(1, document_BT, torch.ones_like(document_BT))
+    """Return the length of each token's own document: [B,T,1], from numbers of documents that
+    ascend along T from 0."""
+    counts = torch.zeros_like(document_BT).scatter_add_(
+        1, document_BT, torch.ones_like(document_BT)
+    )
     return counts.gather(1, document_BT)[..., None]

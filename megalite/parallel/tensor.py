@@ -1,8 +1,8 @@
-"""Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022): the modules that replace linear,
-embedding and loss modules, and the conjugate pairs of collectives between them.
+"""Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022): the modules that
+replace linear, embedding and loss modules, and the conjugate pairs of collectives between them.
 
-Every matrix is cut over the tensor axis: column-parallel (output rows) then row-parallel (input columns), so that a
-block communicates once on its way in and once on its way out.
+Every matrix is cut over the tensor axis: column-parallel (output rows) then row-parallel (input
+columns), so that a block communicates once on its way in and once on its way out.
 
                without sequence parallelism          with: activations between blocks are [B, T/n, D]
     way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter   RegionInput
@@ -45,7 +45,9 @@ class _Leave(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.mark_dirty(x)  # x is always the fresh output of a product or look-up, which nothing else needs
+        ctx.mark_dirty(
+            x
+        )  # x is always the fresh output of a product or look-up, which nothing else needs
         return all_reduce(x, axis)
 
     @staticmethod
@@ -67,7 +69,8 @@ class _ScatterSequence(Function):
 
 
 class RegionInput(NamedTuple):
-    """The collectives on the way into a tensor-parallel region, as `kernels.linear` asks for them."""
+    """The collectives on the way into a tensor-parallel region, as `kernels.linear` asks for
+    them."""
 
     axis: Axis
     sequence: bool
@@ -79,15 +82,16 @@ class RegionInput(NamedTuple):
         return start_gather_along(x, self.axis, SEQUENCE) if self.sequence else lambda: x
 
     def start_reduce(self, grad_x: Tensor) -> Result:
-        """Start summing the input's gradient over the tensor ranks; under sequence parallelism each rank keeps its
-        slice."""
+        """Start summing the input's gradient over the tensor ranks; under sequence parallelism each
+        rank keeps its slice."""
         if self.sequence:
             return start_scatter_along(grad_x, self.axis, SEQUENCE)
         return start_reduce_whole(grad_x, self.axis)
 
 
 class _Enter(Function):
-    """Enter a tensor-parallel region apart from the linear layer that usually does it (`kernels.linear`)."""
+    """Enter a tensor-parallel region apart from the linear layer that usually does it
+    (`kernels.linear`)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: RegionInput) -> Tensor:
@@ -101,21 +105,24 @@ class _Enter(Function):
 
 
 def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """Enter a tensor-parallel region: return whole features of the whole sequence, whose gradient is summed over the
-    tensor ranks (Megatron's copy-to-region; gather-from-sequence-region under sequence parallelism)."""
+    """Enter a tensor-parallel region: return whole features of the whole sequence, whose gradient
+    is summed over the tensor ranks (Megatron's copy-to-region; gather-from-sequence-region under
+    sequence parallelism)."""
     return x if axis.size == 1 else _Enter.apply(x, RegionInput(axis, sequence))
 
 
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """Sum partial outputs `x` over the tensor ranks (Megatron's reduce-from-region; reduce-scatter under sequence
-    parallelism, where each rank keeps [B, T/n, D]). Without `sequence`, the sum overwrites `x`."""
+    """Sum partial outputs `x` over the tensor ranks (Megatron's reduce-from-region; reduce-scatter
+    under sequence parallelism, where each rank keeps [B, T/n, D]). Without `sequence`, the sum
+    overwrites `x`."""
     if axis.size == 1:
         return x
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
 class _Parallel(nn.Module):
-    """Keep what every tensor-parallel module knows: its axis, and whether sequence parallelism is on."""
+    """Keep what every tensor-parallel module knows: its axis, and whether sequence parallelism is
+    on."""
 
     def __init__(self, axis: Axis, sequence: bool):
         super().__init__()
@@ -125,8 +132,8 @@ class _Parallel(nn.Module):
 class ParallelLinear(_Parallel):
     """Hold this rank's part of a linear layer's weight.
 
-    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; without it, autograd computes the gradient.
-    `later` defers the GEMMs for a zero-bubble schedule."""
+    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; without it, autograd computes
+    the gradient. `later` defers the GEMMs for a zero-bubble schedule."""
 
     def __init__(
         self,
@@ -142,19 +149,23 @@ class ParallelLinear(_Parallel):
         self.wgrad_callback: WgradCallback | None = None
         self.updates: Updates | None = None
 
-    def multiply(self, x: Tensor, bias: Tensor | None, collectives: InputCollectives = ALONE) -> Tensor:
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, collectives: InputCollectives = ALONE
+    ) -> Tensor:
         """Return x · Wᵀ + `bias`; `collectives` communicate x."""
         return linear(x, self.weight, bias, collectives, self.wgrad_callback, self.later)
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take over the LoRA adapters of `linear`; `parameters` holds this rank's part of their weights, by name."""
+        """Take over the LoRA adapters of `linear`; `parameters` holds this rank's part of their
+        weights, by name."""
         self.updates, self.dropout = linear.updates, linear.dropout
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """Hold some of the output rows (column-parallel); return those output features of the whole sequence."""
+    """Hold some of the output rows (column-parallel); return those output features of the whole
+    sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.multiply(x, self.bias, self.region)
@@ -176,8 +187,8 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """Hold some of the input columns (row-parallel). The partial outputs are summed over the tensor ranks, with what
-    adapters add to them; then the whole bias is added once."""
+    """Hold some of the input columns (row-parallel). The partial outputs are summed over the tensor
+    ranks, with what adapters add to them; then the whole bias is added once."""
 
     def forward(self, x: Tensor) -> Tensor:
         alone = self.axis.size == 1
@@ -197,16 +208,17 @@ class RowParallelLinear(ParallelLinear):
 
 
 class ReplicatedLinear(ParallelLinear):
-    """Hold the whole weight and take whole features, of this rank's slice of the sequence or of all of it. Nothing is
-    communicated; the row of the weight says whether its gradient is summed over the tensor ranks (a router of
-    experts)."""
+    """Hold the whole weight and take whole features, of this rank's slice of the sequence or of all
+    of it. Nothing is communicated; the row of the weight says whether its gradient is summed over
+    the tensor ranks (a router of experts)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.bias)
 
 
 class VocabParallelEmbedding(_Parallel):
-    """Hold some rows of the vocabulary; tokens of other ranks contribute zero to the sum over the tensor ranks."""
+    """Hold some rows of the vocabulary; tokens of other ranks contribute zero to the sum over the
+    tensor ranks."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool):
         super().__init__(axis, sequence)
@@ -223,19 +235,22 @@ class VocabParallelEmbedding(_Parallel):
 
 
 class SequenceCutEmbedding(_Parallel):
-    """Replicated position embedding that looks up only the positions of this rank's slice of the sequence."""
+    """Replicated position embedding that looks up only the positions of this rank's slice of the
+    sequence."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis):
         super().__init__(axis, sequence=True)
         self.weight = weight
 
     def forward(self, positions_BT: Tensor) -> Tensor:
-        return F.embedding(positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
+        return F.embedding(
+            positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight
+        )
 
 
 class _SumOverRanks(Function):
-    """Sum over ranks, all of which use the result for features of their own: so its gradient is summed over ranks,
-    too."""
+    """Sum over ranks, all of which use the result for features of their own: so its gradient is
+    summed over ranks, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -250,8 +265,8 @@ class _SumOverRanks(Function):
 
 
 class FeatureCutRMSNorm(nn.Module):
-    """Apply RMSNorm over features, and a weight, that are cut over the tensor ranks (OLMo 2 normalises all heads of a
-    token together). One number per token is communicated."""
+    """Apply RMSNorm over features, and a weight, that are cut over the tensor ranks (OLMo 2
+    normalises all heads of a token together). One number per token is communicated."""
 
     def __init__(self, weight: nn.Parameter, eps: float, axis: Axis):
         super().__init__()
@@ -266,8 +281,8 @@ class FeatureCutRMSNorm(nn.Module):
 
 
 class VocabParallelCrossEntropy(nn.Module):
-    """Compute every token's loss from logits of which each rank holds some columns. Three numbers per token are
-    communicated, no logits. The backward pass overwrites the logits."""
+    """Compute every token's loss from logits of which each rank holds some columns. Three numbers
+    per token are communicated, no logits. The backward pass overwrites the logits."""
 
     def __init__(self, axis: Axis, vocab_size: int):
         super().__init__()
@@ -279,25 +294,34 @@ class VocabParallelCrossEntropy(nn.Module):
 
 
 class ChunkedHead(ParallelLinear):
-    """The output head and, with labels, the loss behind it: it never holds the logits of more than `rows` tokens."""
+    """The output head and, with labels, the loss behind it: it never holds the logits of more than
+    `rows` tokens."""
 
-    def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool, vocab_size: int, rows: int):
+    def __init__(
+        self, weight: nn.Parameter, axis: Axis, sequence: bool, vocab_size: int, rows: int
+    ):
         super().__init__(weight, None, axis, sequence)
         self.vocab_size, self.rows = vocab_size, rows
 
-    def forward(self, x: Tensor, labels_BT: Tensor | None = None, terms: LossTerms | None = None) -> Tensor:
-        """Return logits [B,T,V/n], or with labels the losses [B,T]; with `terms` as well [B,T,2]."""
+    def forward(
+        self, x: Tensor, labels_BT: Tensor | None = None, terms: LossTerms | None = None
+    ) -> Tensor:
+        """Return logits [B,T,V/n], or with labels the losses [B,T]; with `terms` as well
+        [B,T,2]."""
         if labels_BT is None:
             return self.multiply(x, None, self.region)
         columns = vocab_columns(self.weight.shape[0], self.axis, self.vocab_size)
         # Once for the whole sequence, and not for each chunk: one collective.
         x = _Enter.apply(x, self.region)
         both = partial(combine, axis=self.axis) if self.axis.size > 1 else None
-        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, both, self.wgrad_callback, terms)
+        return linear_cross_entropy(
+            x, self.weight, labels_BT, self.rows, *columns, both, self.wgrad_callback, terms
+        )
 
 
 def vocab_columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
-    """Return (first column, number that are not padding) of the `held` columns of the vocabulary on this rank."""
+    """Return (first column, number that are not padding) of the `held` columns of the vocabulary on
+    this rank."""
     # The vocabulary is padded to equal parts: the last ranks may have fewer columns that count, or
     # none.
     first = axis.rank * held

@@ -1,15 +1,16 @@
 """Ulysses attention (Jacobs et al. 2023): context parallelism by heads.
 
-Between attention layers every rank has some tokens of all heads, those that `zigzag` gives it; for attention it has
-all tokens of some heads. One all-to-all before attention changes the first into the second, another one behind it
-changes back, and each is the backward pass of the other. Attention itself is that of one process.
+Between attention layers every rank has some tokens of all heads, those that `zigzag` gives it; for
+attention it has all tokens of some heads. One all-to-all before attention changes the first into
+the second, another one behind it changes back, and each is the backward pass of the other.
+Attention itself is that of one process.
 
-Of the keys and values, a rank sends and receives its own share only, where a ring passes on those of all ranks; but
-nothing is computed beside the messages, and the ranks must divide the key/value heads. All ranks have as much to do,
-whatever documents are packed.
+Of the keys and values, a rank sends and receives its own share only, where a ring passes on those
+of all ranks; but nothing is computed beside the messages, and the ranks must divide the key/value
+heads. All ranks have as much to do, whatever documents are packed.
 
-Letters in shapes: B batch, T tokens at hand, S tokens of the whole sequence, H heads, G key/value heads, K and V sizes
-of heads, R ranks, F features of a token that go to one rank."""
+Letters in shapes: B batch, T tokens at hand, S tokens of the whole sequence, H heads, G key/value
+heads, K and V sizes of heads, R ranks, F features of a token that go to one rank."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ from megalite.parallel.context import zigzag_order
 
 
 class UlyssesAttention:
-    """Attend within this rank's heads to the tokens of all ranks of the axis: a strategy of attention under context
-    parallelism. Raises ValueError for heads that the ranks do not divide."""
+    """Attend within this rank's heads to the tokens of all ranks of the axis: a strategy of
+    attention under context parallelism. Raises ValueError for heads that the ranks do not
+    divide."""
 
     def __init__(self, axis: Axis):
         self.axis = axis
@@ -44,8 +46,8 @@ class UlyssesAttention:
         kind: AttentionKind,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
-        refuses dropout."""
+        """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets
+        this strategy refuses dropout."""
         found, heads, groups = self._whole(q_BTHK, k_BTGK, v_BTGV)
         document_BS = _documents(places)
         # Heads of one size lie as a fused projection's output does, q then k then v: the fast path.
@@ -55,7 +57,9 @@ class UlyssesAttention:
             qkv_BSNK = found.unflatten(2, (-1, k_BTGK.shape[-1]))
             out = self_attention_with_sinks(qkv_BSNK, heads, groups, sinks_H, document_BS, kind)
         elif k_BTGK.shape == v_BTGV.shape:
-            out = self_attention(found.unflatten(2, (-1, k_BTGK.shape[-1])), heads, groups, document_BS, kind)
+            out = self_attention(
+                found.unflatten(2, (-1, k_BTGK.shape[-1])), heads, groups, document_BS, kind
+            )
         else:
             sizes = (heads * q_BTHK.shape[-1], groups * k_BTGK.shape[-1], groups * v_BTGV.shape[-1])
             split = zip(found.split(sizes, 2), (heads, groups, groups), strict=True)
@@ -75,8 +79,9 @@ class UlyssesAttention:
         kind: AttentionKind,
         source: SequenceInfo | None = None,
     ) -> Tensor:
-        """Return the largest logit of each of this rank's heads, fp32 [H], and -inf for those of other ranks; see
-        `kernels.attention.largest_logits`. Queries and keys travel for it once more."""
+        """Return the largest logit of each of this rank's heads, fp32 [H], and -inf for those of
+        other ranks; see `kernels.attention.largest_logits`. Queries and keys travel for it once
+        more."""
         found, heads, groups = self._whole(q_BTHK, k_BTGK)
         q, k = found.unflatten(2, (-1, k_BTGK.shape[-1])).split((heads, groups), 2)
         largest = torch.full((q_BTHK.shape[2],), -torch.inf, device=q.device)
@@ -84,12 +89,14 @@ class UlyssesAttention:
         return largest
 
     def _whole(self, *parts_BTNK: Tensor) -> tuple[Tensor, int, int]:
-        """Return all tokens of this rank's heads of the parts, beside each other: [B,S,F]; and its numbers of queries'
-        and of keys' heads."""
+        """Return all tokens of this rank's heads of the parts, beside each other: [B,S,F]; and its
+        numbers of queries' and of keys' heads."""
         ranks = self.axis.size
         if any(part.shape[2] % ranks for part in parts_BTNK):
             numbers = " and ".join(str(part.shape[2]) for part in parts_BTNK[:2])
-            raise ValueError(f"Ulysses attention: {numbers} heads of queries and keys do not divide by {ranks} ranks")
+            raise ValueError(
+                f"Ulysses attention: {numbers} heads of queries and keys do not divide by {ranks} ranks"
+            )
         # [B, T, R, F]: of q, k and v the heads that go to rank r, side by side, so that one message
         # has all three. Query heads go with the key heads they share, since both are cut into R
         # equal runs.
@@ -101,7 +108,9 @@ class UlyssesAttention:
 def _documents(places: SequenceInfo) -> Tensor | None:
     """Return the documents of the whole sequence, [B,S]."""
     if places.document_BT is not None and places.whole_document_BT is None:
-        raise ValueError("Ulysses attention needs the documents of the whole sequence, beside those of the part here")
+        raise ValueError(
+            "Ulysses attention needs the documents of the whole sequence, beside those of the part here"
+        )
     return places.whole_document_BT
 
 
@@ -120,7 +129,8 @@ class _Exchange(Function):
 
 
 def _to_heads(x_BTRF: Tensor, axis: Axis) -> Tensor:
-    """Send every rank its features of this rank's tokens; return this rank's features of all tokens, [B,S,F]."""
+    """Send every rank its features of this rank's tokens; return this rank's features of all
+    tokens, [B,S,F]."""
     received_RBTF = _all_to_all(x_BTRF.permute(2, 0, 1, 3).contiguous(), axis)
     out = x_BTRF.new_empty(x_BTRF.shape[0], x_BTRF.shape[1] * axis.size, x_BTRF.shape[3])
     with x_BTRF.device:
@@ -131,7 +141,8 @@ def _to_heads(x_BTRF: Tensor, axis: Axis) -> Tensor:
 
 
 def _to_tokens(x_BSF: Tensor, axis: Axis) -> Tensor:
-    """Send every rank its tokens of this rank's features; return this rank's tokens of all features, [B,T,R,F]."""
+    """Send every rank its tokens of this rank's features; return this rank's tokens of all
+    features, [B,T,R,F]."""
     with x_BSF.device:
         order = zigzag_order(x_BSF.shape[1], axis.size)
     parts_BRTF = x_BSF[:, order].unflatten(1, (axis.size, -1))

@@ -1,4 +1,5 @@
-"""Predicts what a layout costs before it is run: memory of each rank, time of a step, and which layout is best.
+"""Predicts what a layout costs before it is run: memory of each rank, time of a step, and which
+layout is best.
 
     hardware.py     chips and interconnects, read from configs/
     network.py      time of collectives over groups of ranks (α–β model)
@@ -14,6 +15,7 @@
     report.py       the result as text; timeline.py: as a picture
     run.py          the command `megalite plan`
 
-Times come from first principles with few measured constants: matrix products from the share of the peak measured on the
-chip and from how well they fill it, everything else from the bytes it moves, messages from latency and bandwidth.
+Times come from first principles with few measured constants: matrix products from the share of the
+peak measured on the chip and from how well they fill it, everything else from the bytes it moves,
+messages from latency and bandwidth.
 """

@@ -1,9 +1,11 @@
-"""Counts the bytes that modules keep for the backward pass, tensor by tensor, and what passes hold on top while they
-run. The counts follow models/, kernels/ and parallel/ with megalite's own kernels; plain torch keeps more.
+"""Counts the bytes that modules keep for the backward pass, tensor by tensor, and what passes hold
+on top while they run. The counts follow models/, kernels/ and parallel/ with megalite's own
+kernels; plain torch keeps more.
 
-Letters: T tokens of a micro-batch on this rank, D hidden size, d hidden features a token has here (D, or a share under
-sequence parallelism), Q and K features of its queries and of its keys, I of its MLP, V rows of the vocabulary; all but
-D are per tensor rank. The MLP's first product has 2·I output features if it is gated, otherwise I.
+Letters: T tokens of a micro-batch on this rank, D hidden size, d hidden features a token has here
+(D, or a share under sequence parallelism), Q and K features of its queries and of its keys, I of
+its MLP, V rows of the vocabulary; all but D are per tensor rank. The MLP's first product has 2·I
+output features if it is gated, otherwise I.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ class PartBytes:
     forward: int
     backward: int
     backward_input: int
-    """Peak of a zero-bubble schedule's input-gradient pass, which leaves both operands of each product behind."""
+    """Peak of a zero-bubble schedule's input-gradient pass, which leaves both operands of each
+    product behind."""
     for_weights: int
     """Both operands of each product, kept from that pass to the weight-gradient pass."""
 
 
 def layer_bytes(shapes: LayerShapes, recompute: Recompute, on_gloo: bool = False) -> PartBytes:
-    """Return the bytes of one layer of these `shapes`. `on_gloo`: collectives are the CPU's, which need buffers.
+    """Return the bytes of one layer of these `shapes`. `on_gloo`: collectives are the CPU's, which
+    need buffers.
 
     `recompute` is the setting train.recompute."""
     layer = _Layer(shapes, recompute, on_gloo)
@@ -53,15 +57,18 @@ def layer_bytes(shapes: LayerShapes, recompute: Recompute, on_gloo: bool = False
         kept=layer.kept,
         forward=max(layer.forward()),
         backward=max(of_mlp, of_attention),
-        # Without weight gradients, the input of the MLP's second product stays alive; and all operands of the MLP do
-        # until attention's backward pass.
-        backward_input=max(of_mlp + layer.inner, of_attention + sum(operands[shapes.num_mixer_matrices :])),
+        # Without weight gradients, the input of the MLP's second product stays alive; and all
+        # operands of the MLP do until attention's backward pass.
+        backward_input=max(
+            of_mlp + layer.inner, of_attention + sum(operands[shapes.num_mixer_matrices :])
+        ),
         for_weights=sum(operands),
     )
 
 
 class _Layer:
-    """Counts the tensors of a layer, and what is alive at each moment of its passes that may be the peak."""
+    """Counts the tensors of a layer, and what is alive at each moment of its passes that may be the
+    peak."""
 
     def __init__(self, shapes: LayerShapes, recompute: Recompute, on_gloo: bool):
         self.shapes = shapes
@@ -85,7 +92,8 @@ class _Layer:
         mlp = self.first + gate + self.inner
         self.routed = _routed(shapes)
         self.plain = norms + self.attention + _latents(shapes) + mlp + self.routed + 2 * self.masks
-        """All that a layer keeps for its backward pass without recomputation, or holds after it has recomputed."""
+        """All that a layer keeps for its backward pass without recomputation, or holds after it has
+        recomputed."""
         self.kept = self.plain
         if recompute == "selective":
             # activation_and_down_proj is recomputed from the first product's output.
@@ -97,8 +105,9 @@ class _Layer:
     def forward(self) -> list[int]:
         """Return the bytes at the moments that may be the peak of the forward pass."""
         hidden = self.hidden
-        # Until its end, even a layer that is recomputed in full holds three hidden states: its input, the residual sum
-        # after attention and the norm of that. What attention added stays in any case.
+        # Until its end, even a layer that is recomputed in full holds three hidden states: its
+        # input, the residual sum after attention and the norm of that. What attention added stays
+        # in any case.
         at_end = self.plain
         if self.recompute == "full":
             at_end = 3 * hidden + self.first + self.inner
@@ -119,7 +128,8 @@ class _Layer:
         The gradient of the residual stream is alive beside each of them."""
         whole = _whole(self.shapes)
         before = self.hidden + self.plain - self.masks
-        # Gradients of the second product's input, which is freed by then, and of the first one's output.
+        # Gradients of the second product's input, which is freed by then, and of the first one's
+        # output.
         moments = [before + self.first]
         if self.shapes.visited:
             # Gradients of the rows of each expert, beside these.
@@ -129,7 +139,8 @@ class _Layer:
                 moments.append(before + 2 * rows)
         if self.shapes.sequence:
             moments.append(before + max(_gathered(self.shapes), whole + self.inner))
-            # The first product's input, gathered again, and its gradient; its output is freed by then.
+            # The first product's input, gathered again, and its gradient; its output is freed by
+            # then.
             moments.append(before - self.inner + 2 * whole + self._scatter())
         if self.recompute != "none":
             # Recomputation runs through the second product, whose output comes again.
@@ -139,10 +150,13 @@ class _Layer:
         return moments
 
     def attention_backward(self) -> list[int]:
-        """Return the bytes at the moments of attention's backward pass that may be its peak. The MLP is freed."""
+        """Return the bytes at the moments of attention's backward pass that may be its peak. The
+        MLP is freed."""
         beside = self.hidden + self.norm + _attended(self.shapes)
         moments = [beside + _attention_backward(self.shapes, self.on_gloo)]
-        if self.recompute == "full" or (self.recompute == "selective" and self.shapes.writes_scores):
+        if self.recompute == "full" or (
+            self.recompute == "selective" and self.shapes.writes_scores
+        ):
             moments.append(beside + _attention_forward(self.shapes))
         return moments
 
@@ -151,16 +165,22 @@ class _Layer:
 
 
 def _routed(shapes: LayerShapes) -> int:
-    """Count what a mixture of experts keeps beside the input and the output of its activation: each expert's output
-    for each of its tokens, the router's probabilities, which token is where, and under sequence parallelism the tokens
-    of all ranks. Where tokens travel to experts of other ranks, also those that arrive."""
+    """Count what a mixture of experts keeps beside the input and the output of its activation: each
+    expert's output for each of its tokens, the router's probabilities, which token is where, and
+    under sequence parallelism the tokens of all ranks. Where tokens travel to experts of other
+    ranks, also those that arrive."""
     if not shapes.visited:
         return 0
     gathered = _routed_whole(shapes) if shapes.routed_tokens > _tokens_here(shapes) else 0
     probabilities = _tokens_here(shapes) * shapes.num_experts * FP32
     rows = shapes.routed_tokens * shapes.visited
     if shapes.expert == 1:
-        return gathered + shapes.visited * _routed_whole(shapes) + probabilities + rows * (2 * INT64 + FP32)
+        return (
+            gathered
+            + shapes.visited * _routed_whole(shapes)
+            + probabilities
+            + rows * (2 * INT64 + FP32)
+        )
     return 2 * shapes.visited * _routed_whole(shapes) + probabilities + rows * (4 * INT64 + FP32)
 
 
@@ -183,7 +203,8 @@ def _norm(shapes: Shapes) -> int:
 
 
 def _more_norms(shapes: LayerShapes) -> int:
-    """Count the norms after attention and MLP, which some families have beside the usual two: input and statistics."""
+    """Count the norms after attention and MLP, which some families have beside the usual two: input
+    and statistics."""
     return (shapes.norms - 2) * (shapes.hidden_bytes + _tokens_here(shapes) * FP32)
 
 
@@ -193,8 +214,8 @@ def _projection(shapes: LayerShapes) -> int:
 
 
 def _latents(shapes: LayerShapes) -> int:
-    """Count what latent attention keeps beside: latents and their norms, and the output without what values were filled
-    up with."""
+    """Count what latent attention keeps beside: latents and their norms, and the output without
+    what values were filled up with."""
     of_values = shapes.tokens * shapes.heads * shapes.latent_value
     return (of_values + 2 * _tokens_here(shapes) * shapes.latents) * shapes.element
 
@@ -205,8 +226,8 @@ def _attended(shapes: LayerShapes) -> int:
 
 
 def _copied(shapes: LayerShapes) -> int:
-    """Count the copies of queries, keys and values for the products of attention that materializes its scores, in which
-    every query head has keys and values of its own."""
+    """Count the copies of queries, keys and values for the products of attention that materializes
+    its scores, in which every query head has keys and values of its own."""
     return shapes.tokens * (2 * shapes.q + shapes.attended) * shapes.element
 
 
@@ -216,13 +237,18 @@ def _scores(shapes: LayerShapes) -> int:
 
 
 def _mask(shapes: LayerShapes, on_gloo: bool) -> int:
-    """Count the mask that attention keeps, in numbers to add to the scores, where torch's kernel takes one: on the CPU
-    for windows, with the bool mask beside it; on a GPU, where variable-length attention does not compute it, for
-    documents as well, which differ from row to row."""
+    """Count the mask that attention keeps, in numbers to add to the scores, where torch's kernel
+    takes one: on the CPU for windows, with the bool mask beside it; on a GPU, where variable-length
+    attention does not compute it, for documents as well, which differ from row to row."""
     if on_gloo:
         return shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
     size = shapes.head_size
-    if shapes.element != FP32 and size == shapes.value_size and size % 8 == 0 and size <= LARGEST_FLASH_HEAD:
+    if (
+        shapes.element != FP32
+        and size == shapes.value_size
+        and size % 8 == 0
+        and size <= LARGEST_FLASH_HEAD
+    ):
         return 0
     rows = shapes.tokens if shapes.document_mask else shapes.seq_length
     is_masked = (shapes.window or shapes.document_mask) and shapes.context == 1
@@ -230,7 +256,8 @@ def _mask(shapes: LayerShapes, on_gloo: bool) -> int:
 
 
 def _repeated(shapes: LayerShapes, on_gloo: bool) -> int:
-    """Count the keys and values of every query head, which the GPU's kernel for masks and for fp32 takes."""
+    """Count the keys and values of every query head, which the GPU's kernel for masks and for fp32
+    takes."""
     if on_gloo or shapes.context > 1 or shapes.heads == shapes.kv_heads:
         return 0
     if shapes.element == FP32 or _mask(shapes, on_gloo):
@@ -246,9 +273,9 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
         if shapes.by_heads:  # the output of all tokens for some heads, and of some tokens for all
             kept += _attended(shapes)
         return kept + _mask(shapes, on_gloo) + _repeated(shapes, on_gloo)
-    # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are copied for their
-    # products, after which the projection is freed.
-    # [B, H, T, S] in fp32 and in the model's dtype, and a bool mask [T, S].
+    # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are
+    # copied for their products, after which the projection is freed. [B, H, T, S] in fp32 and in
+    # the model's dtype, and a bool mask [T, S].
     scores = _scores(shapes) * (FP32 + shapes.element) + shapes.seq_length**2
     if shapes.attention_dropout:
         scores += _scores(shapes) * shapes.element  # the dropout's mask beside its output
@@ -274,8 +301,8 @@ def _attention_forward(shapes: LayerShapes) -> int:
     size = _projection(shapes)
     scores = _scores(shapes)
     if shapes.attention_dropout:
-        # The scores and their softmax in fp32, its rounded copy, and the random numbers for the mask with their
-        # indices, which all samples share.
+        # The scores and their softmax in fp32, its rounded copy, and the random numbers for the
+        # mask with their indices, which all samples share.
         bytes_each = 2 * FP32 + shapes.element + RANDOM_BYTES
         indices = scores // shapes.micro_batch_size * INT64
         size += _copied(shapes) + scores * bytes_each + indices
@@ -292,7 +319,8 @@ def _attention_forward(shapes: LayerShapes) -> int:
         # Its features by rank; as they arrive, behind each other, and in the order of tokens.
         size = max(size, 5 * _projection(shapes))
     elif shapes.context > 1:
-        # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of all blocks.
+        # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of
+        # all blocks.
         keys_values = 2 * shapes.kv * shapes.element
         outputs = shapes.attended * (shapes.element + 2 * FP32)
         size += shapes.tokens * (keys_values + outputs)
@@ -300,7 +328,8 @@ def _attention_forward(shapes: LayerShapes) -> int:
 
 
 def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
-    """Count what is alive at the peak of attention's backward pass: what it has kept, and its gradients."""
+    """Count what is alive at the peak of attention's backward pass: what it has kept, and its
+    gradients."""
     size = _attention(shapes, on_gloo) + _projection(shapes)
     if not shapes.writes_scores:
         size += _repeated(shapes, on_gloo)
@@ -312,9 +341,9 @@ def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
         # Then the gradient as it is, in the order of ranks, as messages and as they arrive.
         size = max(size + _attended(shapes), 4 * _projection(shapes))
     elif shapes.context > 1:
-        # Keys and values twice, own and arriving. In fp32 the gradients of queries, and of keys and values twice. The
-        # gradients of the last block, which has half of the queries or half of the keys. And the projection's
-        # gradient in pieces before it is whole.
+        # Keys and values twice, own and arriving. In fp32 the gradients of queries, and of keys and
+        # values twice. The gradients of the last block, which has half of the queries or half of
+        # the keys. And the projection's gradient in pieces before it is whole.
         keys_values = 2 * shapes.kv * shapes.element
         fp32 = (shapes.q + 2 * shapes.kv) * FP32
         half_queries = shapes.q // 2 + shapes.kv
@@ -325,7 +354,8 @@ def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
 
 
 def _mask_numbers(shapes: Shapes) -> int:
-    """Count the random numbers for a dropout mask of hidden states, and their indices, which all samples share."""
+    """Count the random numbers for a dropout mask of hidden states, and their indices, which all
+    samples share."""
     numbers = shapes.tokens * shapes.norm_hidden
     indices = numbers // shapes.micro_batch_size * INT64
     return numbers * RANDOM_BYTES + indices
@@ -337,13 +367,15 @@ def _whole(shapes: Shapes) -> int:
 
 
 def _gathered(shapes: Shapes) -> int:
-    """Count a gathered T·D: the ranks' slices in a row, and a copy in order if they are of several sequences."""
+    """Count a gathered T·D: the ranks' slices in a row, and a copy in order if they are of several
+    sequences."""
     return _whole(shapes) if shapes.micro_batch_size == 1 else 2 * _whole(shapes)
 
 
 def _scatter(shapes: Shapes, on_gloo: bool) -> int:
-    """Count the buffers of a reduce-scatter beside its input T·D: the own slice of the sum; all slices in a row, if
-    they are of several sequences. gloo also receives the slices of the other ranks."""
+    """Count the buffers of a reduce-scatter beside its input T·D: the own slice of the sum; all
+    slices in a row, if they are of several sequences. gloo also receives the slices of the other
+    ranks."""
     if not shapes.sequence:
         return 0
     whole = _whole(shapes)
@@ -365,7 +397,8 @@ def _product_features(shapes: LayerShapes) -> list[int]:
 
 
 def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
-    """Return the bytes of the embedding. `largest_gradient`: bytes of the largest gradient among its tables.
+    """Return the bytes of the embedding. `largest_gradient`: bytes of the largest gradient among
+    its tables.
 
     Its output is the first layer's input and counted there."""
     gradient = _gathered(shapes) if shapes.sequence else _whole(shapes)
@@ -382,11 +415,13 @@ def rope_bytes(shapes: Shapes) -> int:
 def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> PartBytes:
     """Return the bytes of the last norm, the head and the loss.
 
-    The loss keeps the logits and their log-sum-exp, and overwrites the logits with their gradient. `by_autograd`:
-    autograd makes the head's weight gradient, in a tensor beside them. `on_gloo` is that of `layer_bytes`."""
+    The loss keeps the logits and their log-sum-exp, and overwrites the logits with their gradient.
+    `by_autograd`: autograd makes the head's weight gradient, in a tensor beside them. `on_gloo` is
+    that of `layer_bytes`."""
     if shapes.loss_chunk is not None:
         return _chunked_head_bytes(shapes, shapes.loss_chunk, by_autograd, on_gloo)
-    # A soft cap keeps what its tanh gave beside the logits, and in both passes makes a third of that size.
+    # A soft cap keeps what its tanh gave beside the logits, and in both passes makes a third of
+    # that size.
     logits = shapes.head_tokens * shapes.vocab * shapes.element
     capped = logits if shapes.logit_softcap else 0
     log_sum_exp = shapes.head_tokens * FP32
@@ -406,11 +441,13 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
 def _chunked_head_bytes(shapes: Shapes, chunk: int, by_autograd: bool, on_gloo: bool) -> PartBytes:
     """Count a head whose logits exist for `chunk` tokens at a time.
 
-    It keeps its input, whole also under sequence parallelism, and never defers its weight gradient."""
+    It keeps its input, whole also under sequence parallelism, and never defers its weight
+    gradient."""
     norm = _norm(shapes) - shapes.hidden_bytes  # its output is the head's input, counted whole
     kept = norm + _whole(shapes) + shapes.tokens * FP32
     logits = chunk * shapes.vocab * shapes.element
-    # Autograd's gradient is accumulated in fp32 over the chunks, beside each chunk's share in the weights' precision.
+    # Autograd's gradient is accumulated in fp32 over the chunks, beside each chunk's share in the
+    # weights' precision.
     of_weight = shapes.vocab * shapes.hidden * (FP32 + shapes.element) if by_autograd else 0
     backward = kept + _whole(shapes) + max(logits + of_weight, _scatter(shapes, on_gloo))
     return PartBytes(kept, kept + logits, backward, backward, for_weights=0)

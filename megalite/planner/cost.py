@@ -1,4 +1,5 @@
-"""Predicts the time of one layer, of the embedding and of the head on one rank, for one micro-batch."""
+"""Predicts the time of one layer, of the embedding and of the head on one rank, for one
+micro-batch."""
 
 from __future__ import annotations
 
@@ -9,15 +10,16 @@ from megalite.planner.network import Network
 from megalite.planner.shapes import LayerShapes, Matrix, Shapes
 
 ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
-"""Bytes per element to add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4. In the weight-gradient GEMM's
-own epilogue: read 4, write 4."""
+"""Bytes per element to add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4. In the
+weight-gradient GEMM's own epilogue: read 4, write 4."""
 
 
 def optimizer_bytes(params: float, states: float) -> float:
-    """Return the bytes that an optimizer moves to update `params` elements with `states` elements of fp32 states.
+    """Return the bytes that an optimizer moves to update `params` elements with `states` elements
+    of fp32 states.
 
-    The norm reads the gradient. The update, in one pass, reads gradient, master and states, and writes master, states
-    and the bf16 weight."""
+    The norm reads the gradient. The update, in one pass, reads gradient, master and states, and
+    writes master, states and the bf16 weight."""
     norm, read, written = 4 * params, 4 * (2 * params + states), 4 * (params + states) + 2 * params
     return norm + read + written
 
@@ -63,7 +65,8 @@ class Costs:
         self.network = network
         self._product_add_bytes = FUSED_ACCUMULATE_BYTES if products_add else ACCUMULATE_BYTES
         self._whole = shapes.tokens * shapes.hidden * shapes.element
-        """Bytes of the hidden states of all of this rank's tokens, not split by sequence parallelism."""
+        """Bytes of the hidden states of all of this rank's tokens, not split by sequence
+        parallelism."""
 
     def layer(self, layer: LayerShapes, recompute: str) -> PassTimes:
         """Return the times of one layer. `recompute` is the setting train.recompute."""
@@ -72,15 +75,21 @@ class Costs:
             total += self._product(matrix)
         size = sum(matrix.elements for matrix in layer.matrices)
         accumulation = self._accumulation(size, self._product_add_bytes)
-        total += self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
+        total += (
+            self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
+        )
         activation, _ = self._activation(layer)
         # Recomputation happens within the backward pass, and delays the input's gradient as well.
         software = self.kernels.software
         last_product = self._product(layer.matrices[-1]).forward if software.stops_early else 0.0
-        some = software.selective_products * sum(self._product(matrix).forward for matrix in layer.matrices)
+        some = software.selective_products * sum(
+            self._product(matrix).forward for matrix in layer.matrices
+        )
         if layer.writes_scores:
             some += self._attention(layer).forward
-        again = {"none": 0.0, "selective": activation + some, "full": total.forward - last_product}[recompute]
+        again = {"none": 0.0, "selective": activation + some, "full": total.forward - last_product}[
+            recompute
+        ]
         # What is computed again ends with what the last product is computed from.
         last = self._leave_bytes if layer.matrices[-1].reduces else 0.0
         sent_again = self._forward_tensor_bytes(layer) - last if recompute == "full" else 0.0
@@ -109,12 +118,16 @@ class Costs:
         tokens = shapes.head_tokens
         logit_bytes = tokens * shapes.vocab * shapes.element / 2
         chunks = -(-tokens // (shapes.loss_chunk or tokens))
-        loss_forward, loss_backward = (count * logit_bytes for count in self.kernels.software.loss_bytes)
-        # The loss all-reduces each rank's log-sum-exp for the maximum, then its share of the sum and the label's logit.
+        loss_forward, loss_backward = (
+            count * logit_bytes for count in self.kernels.software.loss_bytes
+        )
+        # The loss all-reduces each rank's log-sum-exp for the maximum, then its share of the sum
+        # and the label's logit.
         agree = 0.0
         for bytes_a_token in (4.0, 8.0):
             agree += self.network.all_reduce(bytes_a_token * tokens, self.network.tensor)
-        # The norm reads and writes hidden states. Its backward pass reads the gradient and its input, and writes.
+        # The norm reads and writes hidden states. Its backward pass reads the gradient and its
+        # input, and writes.
         norm_forward = memory(2 * shapes.hidden_bytes, 1)
         norm_backward = memory(3 * shapes.hidden_bytes, 2)
         forward = memory(loss_forward, 7 + chunks) + norm_forward + agree
@@ -126,12 +139,15 @@ class Costs:
             return around + self._chunked_product(shapes.loss_chunk, chunks)
         share = tokens / shapes.tokens
         matrix = Matrix(shapes.vocab, shapes.hidden, gathers=True, reduces=False, used=share)
-        return around + self._product(matrix) + self._accumulation(elements, self._product_add_bytes)
+        return (
+            around + self._product(matrix) + self._accumulation(elements, self._product_add_bytes)
+        )
 
     def _chunked_product(self, chunk: int, chunks: int) -> PassTimes:
         """Return the times of a head that computes `chunks` chunks of `chunk` tokens.
 
-        The backward pass computes the logits again and defers no weight gradient. Nothing runs beside the messages."""
+        The backward pass computes the logits again and defers no weight gradient. Nothing runs
+        beside the messages."""
         shapes = self.shapes
         product = self.kernels.product
         forward = chunks * product(chunk, shapes.vocab, shapes.hidden)
@@ -146,14 +162,19 @@ class Costs:
         backward += self._leave()  # the reduction of the input's gradient
         return PassTimes(forward, backward, backward, 0.0, 2 * self._sent(self._whole))
 
-    # --- parts of a layer -----------------------------------------------------------------------------------------
+    # --- parts of a layer -------------------------------------------------------------------------
 
     def _product(self, matrix: Matrix) -> PassTimes:
         """Return the times of a matrix product in all passes, with the collectives around it."""
         shapes = self.shapes
         product, count = self.kernels.product, matrix.count
-        # A replicated matrix takes the tokens of the residual stream, which sequence parallelism cuts.
-        here = shapes.tokens // shapes.tensor if matrix.replicated and shapes.sequence else shapes.tokens
+        # A replicated matrix takes the tokens of the residual stream, which sequence parallelism
+        # cuts.
+        here = (
+            shapes.tokens // shapes.tensor
+            if matrix.replicated and shapes.sequence
+            else shapes.tokens
+        )
         tokens, rows, columns = matrix.tokens_of_each(here), matrix.rows, matrix.columns
         forward = count * product(tokens, rows, columns)
         # The three products of a linear layer have equal FLOPs but different shapes, hence other
@@ -169,8 +190,11 @@ class Costs:
                 # The input's gradient is reduced beside the weight-gradient GEMM.
                 backward = for_input + max(message, for_weight)
                 return PassTimes(forward, backward, for_input + message, for_weight, bytes_sent)
-            return PassTimes(forward + message, for_input + for_weight, for_input, for_weight, bytes_sent)
-        # The input of a column-parallel product is gathered again for its weight gradient; experts keep theirs.
+            return PassTimes(
+                forward + message, for_input + for_weight, for_input, for_weight, bytes_sent
+            )
+        # The input of a column-parallel product is gathered again for its weight gradient; experts
+        # keep theirs.
         times = 3 if matrix.gathers and not shapes.frozen and matrix.count == 1 else 2
         bytes_sent = times * self._sent(self._whole)
         message = self.network.gather(self._whole, self.network.tensor)
@@ -178,16 +202,21 @@ class Costs:
         copies = self._cut_copies(matrix.gathers)
         if matrix.gathers:
             backward = max(message, for_input) + max(message, for_weight)
-            apart = PassTimes(beside(forward), backward, for_input + message, for_weight + message, bytes_sent)
+            apart = PassTimes(
+                beside(forward), backward, for_input + message, for_weight + message, bytes_sent
+            )
             if shapes.frozen:
-                apart = PassTimes(beside(forward), for_input + message, for_input + message, 0.0, bytes_sent)
+                apart = PassTimes(
+                    beside(forward), for_input + message, for_input + message, 0.0, bytes_sent
+                )
         else:
             backward = beside(for_input) + for_weight
             apart = PassTimes(beside(forward), backward, beside(for_input), for_weight, bytes_sent)
         return apart + PassTimes(copies, copies, copies, 0.0, 0.0)
 
     def _dispatch(self, layer: LayerShapes) -> PassTimes:
-        """Return the times of bringing tokens to experts on other ranks and back, which nothing runs beside."""
+        """Return the times of bringing tokens to experts on other ranks and back, which nothing
+        runs beside."""
         if not layer.visited or (layer.expert == 1 and layer.expert_tensor == 1):
             return NOTHING
         network = self.network
@@ -196,33 +225,41 @@ class Costs:
         shared = network.gather(tokens, network.expert_tensor) if layer.expert_tensor > 1 else 0.0
         # Rows are copied together for their way, and sorted by expert behind it.
         time = shared + network.all_to_all(rows, network.expert) + self.kernels.memory(4 * rows, 2)
-        sent = rows * (layer.expert - 1) / layer.expert + tokens * (layer.expert_tensor - 1) / layer.expert_tensor
+        sent = (
+            rows * (layer.expert - 1) / layer.expert
+            + tokens * (layer.expert_tensor - 1) / layer.expert_tensor
+        )
         # There and back, in the forward pass and in the backward pass.
         return PassTimes(2 * time, 2 * time, 2 * time, 0.0, 0.0, expert_bytes=4 * sent)
 
     def _beside(self, work: float) -> float:
         """Return the time of a product that is overlapped with its collective.
 
-        Both run in as many pieces as there are tensor ranks; all but one piece of the shorter of the two is hidden."""
+        Both run in as many pieces as there are tensor ranks; all but one piece of the shorter of
+        the two is hidden."""
         message = self.network.gather(self._whole, self.network.tensor)
         pieces = self.shapes.tensor
         return max(work, message) + min(work, message) / pieces
 
     def _cut_copies(self, gathers: bool) -> float:
-        """Return the time of the copies that put slices of a sequence together, or take them apart."""
+        """Return the time of the copies that put slices of a sequence together, or take them
+        apart."""
         if self.kernels.software.sequence_first:
             return 0.0
-        if gathers and self.shapes.micro_batch_size == 1:  # the slices of one sequence arrive in order
+        if (
+            gathers and self.shapes.micro_batch_size == 1
+        ):  # the slices of one sequence arrive in order
             return 0.0
         return self.kernels.memory(2.0 * self._whole, 1)
 
     def _attention(self, layer: LayerShapes) -> PassTimes:
         """Return the times of attention.
 
-        Two products forward, five backward (the scores are computed again). In the context ring, keys and values travel
-        beside the work on the block before."""
+        Two products forward, five backward (the scores are computed again). In the context ring,
+        keys and values travel beside the work on the block before."""
         shapes = self.shapes
-        # 2 operations for a feature of the queries and of the output, over half of the sequence on average if causal.
+        # 2 operations for a feature of the queries and of the output, over half of the sequence on
+        # average if causal.
         seen = shapes.seq_length / 2 if layer.causal else shapes.seq_length
         # q · kᵀ and probabilities · v, each a multiplication and an addition.
         operations = 2.0 * shapes.tokens * seen * (layer.q + layer.attended)
@@ -248,7 +285,8 @@ class Costs:
         steps = shapes.context - 1
 
         def around(work: float, num_bytes: float) -> float:
-            """Return the time of a ring in which each block's work overlaps the next block's message."""
+            """Return the time of a ring in which each block's work overlaps the next block's
+            message."""
             step = self.network.ring_step(num_bytes)
             block = work / shapes.context
             # The first block has no message to wait for; each later one waits for the longer of the
@@ -263,29 +301,34 @@ class Costs:
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
     def _attention_by_heads(self, layer: LayerShapes, forward: float, backward: float) -> PassTimes:
-        """Return the times of attention by heads over context ranks, from those of its products on one of them.
+        """Return the times of attention by heads over context ranks, from those of its products on
+        one of them.
 
-        An all-to-all of queries, keys and values and one of the output; the same of gradients. Nothing is beside them.
-        Each is written into messages, and from them, which reads and writes it twice."""
+        An all-to-all of queries, keys and values and one of the output; the same of gradients.
+        Nothing is beside them. Each is written into messages, and from them, which reads and writes
+        it twice."""
         shapes = self.shapes
         there = float(shapes.tokens * (layer.q + layer.kv) * shapes.element)
         back = float(shapes.tokens * layer.attended * shapes.element)
-        messages = self.network.gather(there, self.network.context) + self.network.gather(back, self.network.context)
+        messages = self.network.gather(there, self.network.context) + self.network.gather(
+            back, self.network.context
+        )
         messages += self.kernels.memory(4 * (there + back), 8)
         forward, backward = forward + messages, backward + messages
         sent = 2 * (there + back) * (shapes.context - 1) / shapes.context
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
     def _elementwise(self, layer: LayerShapes) -> PassTimes:
-        """Return the times of norms, RoPE, activation, dropout and residual sums, from the bytes they move."""
+        """Return the times of norms, RoPE, activation, dropout and residual sums, from the bytes
+        they move."""
         shapes = self.shapes
         hidden = shapes.tokens * shapes.norm_hidden * shapes.element
         heads = shapes.tokens * (layer.heads + layer.kv_heads) * layer.head_size * shapes.element
-        # A norm moves 2 hidden states forward; backward it reads the gradient and its input and writes: 3. Where the
-        # residual stream forks, two gradients are added.
+        # A norm moves 2 hidden states forward; backward it reads the gradient and its input and
+        # writes: 3. Where the residual stream forks, two gradients are added.
         if self.kernels.software.norm_adds:
-            # One norm alone (2 forward, 3 backward), one fused with the addition before it (4, 4), one addition (3, 0)
-            # and one sum of gradients (0, 3).
+            # One norm alone (2 forward, 3 backward), one fused with the addition before it (4, 4),
+            # one addition (3, 0) and one sum of gradients (0, 3).
             forward, backward = 9 * hidden, 10 * hidden
         else:
             # Two norms, two additions, and two sums of gradients.
@@ -305,7 +348,9 @@ class Costs:
             forward += 2 * heads
             backward += 3 * heads
             kernels += 2
-        if shapes.hidden_dropout:  # forward: random keys, comparison, scaling, product; backward: a product
+        if (
+            shapes.hidden_dropout
+        ):  # forward: random keys, comparison, scaling, product; backward: a product
             forward += 2 * 12 * hidden
             backward += 2 * 3 * hidden
             kernels += 16
@@ -333,10 +378,11 @@ class Costs:
             time = self.kernels.memory(float(elements * bytes_each), 1)
         return PassTimes(0.0, time, 0.0, time, 0.0)
 
-    # --- messages -------------------------------------------------------------------------------------------------
+    # --- messages ---------------------------------------------------------------------------------
 
     def _leave(self) -> float:
-        """Return the time to leave a tensor-parallel region (reduce-from-region) with nothing to overlap."""
+        """Return the time to leave a tensor-parallel region (reduce-from-region) with nothing to
+        overlap."""
         if self.shapes.sequence:
             return self.network.gather(self._whole, self.network.tensor)
         return self.network.all_reduce(self._whole, self.network.tensor)
@@ -360,6 +406,6 @@ class Costs:
 
     @property
     def _leave_bytes(self) -> float:
-        """Bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends twice what a reduce-scatter
-        does."""
+        """Bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends twice what
+        a reduce-scatter does."""
         return (1 if self.shapes.sequence else 2) * self._sent(self._whole)

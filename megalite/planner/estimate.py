@@ -1,4 +1,5 @@
-"""Estimates what a plan costs on given hardware: memory of every pipeline rank, time of a step, MFU and traffic."""
+"""Estimates what a plan costs on given hardware: memory of every pipeline rank, time of a step, MFU
+and traffic."""
 
 from __future__ import annotations
 
@@ -19,11 +20,20 @@ from megalite.planner.kernels import MEGALITE, Kernels, Software
 from megalite.planner.memory import Memory, rank_memories
 from megalite.planner.network import Network, place
 from megalite.planner.schedule import Order, order_of
-from megalite.planner.shapes import LayerShapes, ModelTable, Shapes, StageSizes, each, runs, shapes_of
+from megalite.planner.shapes import (
+    LayerShapes,
+    ModelTable,
+    Shapes,
+    StageSizes,
+    each,
+    runs,
+    shapes_of,
+)
 from megalite.planner.simulate import Links, Piece, StageWork, Timeline, simulate
 
 HEADROOM_GB = 2.0
-"""GiB of a GPU that tensors cannot have: the CUDA context, cuBLAS' workspaces and NCCL's buffers."""
+"""GiB of a GPU that tensors cannot have: the CUDA context, cuBLAS' workspaces and NCCL's
+buffers."""
 
 FRAGMENTATION = 0.05
 """Share of the rest that the allocator loses to fragmentation."""
@@ -44,7 +54,8 @@ class Estimate:
     volume: dict[str, float]
     """Bytes a rank sends in a step, by axis; of the rank that sends most."""
     comm_time: dict[str, float]
-    """Seconds of a step that messages take, hidden or not, by axis; of the rank where they take longest."""
+    """Seconds of a step that messages take, hidden or not, by axis; of the rank where they take
+    longest."""
     exposed_s: float
     """Seconds at the end of the step spent waiting for gradient reductions."""
     optimizer_s: float
@@ -85,8 +96,9 @@ def estimate(
 ) -> Estimate:
     """Simulate a step of `config` under `plan` on this `hardware`.
 
-    `software` is the trainer to predict. `record` keeps every event of the step, for a picture. Raises ConfigError for
-    a model the planner does not know and a precision without a known peak."""
+    `software` is the trainer to predict. `record` keeps every event of the step, for a picture.
+    Raises ConfigError for a model the planner does not know and a precision without a known
+    peak."""
     return Outlook(config, plan, hardware, ModelTable(config), software).estimate(record)
 
 
@@ -96,7 +108,8 @@ def memory_of(
     *,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> tuple[Memory, ...]:
-    """Predict the memory of each pipeline rank for `config` under `plan`, on GPUs or with gloo on the CPU (`device`).
+    """Predict the memory of each pipeline rank for `config` under `plan`, on GPUs or with gloo on
+    the CPU (`device`).
 
     Raises ConfigError for a model the planner does not know."""
     table = ModelTable(config)
@@ -108,7 +121,8 @@ def memory_of(
 
 
 class Outlook:
-    """Computes the parts of an estimate on demand. In a search, cheap parts decide whether the others are needed."""
+    """Computes the parts of an estimate on demand. In a search, cheap parts decide whether the
+    others are needed."""
 
     def __init__(
         self,
@@ -127,22 +141,32 @@ class Outlook:
         self.shapes: Shapes
         self.layers: tuple[LayerShapes, ...]
         self.shapes, self.layers = shapes_of(config, plan, table)
-        self.sizes: tuple[StageSizes, ...] = tuple(table.sizes(plan).of(stage) for stage in plan.stages)
-        self.frozen: FrozenBytes = frozen_bytes(plan, config, table, self.shapes.vocab, on_gloo=False)
+        self.sizes: tuple[StageSizes, ...] = tuple(
+            table.sizes(plan).of(stage) for stage in plan.stages
+        )
+        self.frozen: FrozenBytes = frozen_bytes(
+            plan, config, table, self.shapes.vocab, on_gloo=False
+        )
         self.network: Network = place(plan, hardware)
         self.kernels = Kernels(hardware.chip, software, self.shapes.element)
-        self.costs = Costs(self.shapes, self.kernels, self.network, products_add=plan.engine == "native")
+        self.costs = Costs(
+            self.shapes, self.kernels, self.network, products_add=plan.engine == "native"
+        )
 
     @cached_property
     def order(self) -> Order:
         """Order of passes of each pipeline rank."""
-        return order_of(self.plan.schedule, self.plan.pipeline, self.plan.virtual, self.plan.micro_batches)
+        return order_of(
+            self.plan.schedule, self.plan.pipeline, self.plan.virtual, self.plan.micro_batches
+        )
 
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
         """Memory of each pipeline rank."""
         plan, config = self.plan, self.config
-        return rank_memories(plan, config, self.shapes, self.layers, self.sizes, self.order, self.frozen, "cuda")
+        return rank_memories(
+            plan, config, self.shapes, self.layers, self.sizes, self.order, self.frozen, "cuda"
+        )
 
     @cached_property
     def work(self) -> tuple[StageWork, ...]:
@@ -155,19 +179,23 @@ class Outlook:
         """Pass times of every layer with the config's recomputation."""
         return each(self.layers, lambda layer: self.costs.layer(layer, self.config.train.recompute))
 
-    def _stage_work(self, span: StageSpan, plain: Sequence[PassTimes], lean: Sequence[PassTimes]) -> StageWork:
-        """Compute the pass times of a stage from those of each layer without (`plain`) and with recomputation
-        (`lean`)."""
+    def _stage_work(
+        self, span: StageSpan, plain: Sequence[PassTimes], lean: Sequence[PassTimes]
+    ) -> StageWork:
+        """Compute the pass times of a stage from those of each layer without (`plain`) and with
+        recomputation (`lean`)."""
         sizes = self.sizes[span.index]
         # The first layers of the stage are recomputed, as `apply_recompute` has it.
         num_lean = self.config.train.recompute_layers or len(sizes.layers)
         trained = sizes.trained
-        # Each part's times, its elements, those of them that are trained, and of these those of experts with other
-        # replicas, in the order of the forward pass.
+        # Each part's times, its elements, those of them that are trained, and of these those of
+        # experts with other replicas, in the order of the forward pass.
         parts: list[tuple[PassTimes, int, int, int]] = []
         if span.first:
             parts.append((self.costs.embedding(), sizes.before, trained.before, 0))
-        for number, of_layer in enumerate(zip(sizes.layers, trained.layers, trained.experts.layers, strict=True)):
+        for number, of_layer in enumerate(
+            zip(sizes.layers, trained.layers, trained.experts.layers, strict=True)
+        ):
             times = (lean if number < num_lean else plain)[span.start + number]
             parts.append((times, *of_layer))
         if span.last:
@@ -180,36 +208,47 @@ class Outlook:
                     forward=times.forward,
                     backward=times.backward_weight if self._separate else times.backward,
                     gather=self._gather_time(size_trained, of_experts),
-                    reduce=self._reduce_time(size_trained, of_experts) if self.plan.zero_stage < 3 else 0.0,
+                    reduce=self._reduce_time(size_trained, of_experts)
+                    if self.plan.zero_stage < 3
+                    else 0.0,
                 )
             )
         forward, backward = total.forward, total.backward
         if self.plan.zero_stage == 3:
-            # Weights are gathered and gradients reduced in every pass, beside the work on the layer before.
+            # Weights are gathered and gradients reduced in every pass, beside the work on the layer
+            # before.
             forward = backward = 0.0
             for times, size, size_trained, of_experts in parts:
                 gather = self._whole_time(size)
                 forward += max(times.forward, gather)
-                backward += max(times.backward, gather + self._reduce_time(size_trained, of_experts))
-        return StageWork(forward, backward, total.backward_input, total.backward_weight, tuple(pieces))
+                backward += max(
+                    times.backward, gather + self._reduce_time(size_trained, of_experts)
+                )
+        return StageWork(
+            forward, backward, total.backward_input, total.backward_weight, tuple(pieces)
+        )
 
     def _whole_time(self, size: int, of_experts: int = 0) -> float:
-        """Return the seconds to all-gather weights of `size` elements over the replicas, `of_experts` of them over
-        theirs."""
+        """Return the seconds to all-gather weights of `size` elements over the replicas,
+        `of_experts` of them over theirs."""
         network, element = self.network, self.shapes.element
         dense = network.gather((size - of_experts) * element, network.replicas)
         return dense + network.gather(of_experts * element, network.expert_replicas)
 
     def _gather_time(self, size: int, of_experts: int) -> float:
-        """Return the seconds of the all-gather after the optimizer step, at ZeRO stages that have one."""
+        """Return the seconds of the all-gather after the optimizer step, at ZeRO stages that have
+        one."""
         return self._whole_time(size, of_experts) if self.plan.zero_stage in (1, 2) else 0.0
 
     def _reduce_time(self, size: int, of_experts: int) -> float:
-        """Return the seconds to reduce fp32 gradients over the replicas: a reduce-scatter under ZeRO."""
+        """Return the seconds to reduce fp32 gradients over the replicas: a reduce-scatter under
+        ZeRO."""
         network = self.network
         collective = network.gather if self.plan.zero_stage else network.all_reduce
         dense = collective(4.0 * (size - of_experts), network.replicas)
-        return dense + (collective(4.0 * of_experts, network.expert_replicas) if of_experts else 0.0)
+        return dense + (
+            collective(4.0 * of_experts, network.expert_replicas) if of_experts else 0.0
+        )
 
     @property
     def links(self) -> Links:
@@ -223,7 +262,8 @@ class Outlook:
 
     @property
     def optimizer_s(self) -> float:
-        """Seconds of the gradient norm and of the update of the fullest rank: of its shard, at ZeRO stage 0 of all."""
+        """Seconds of the gradient norm and of the update of the fullest rank: of its shard, at ZeRO
+        stage 0 of all."""
         params = states = 0.0
         for held in self.held:
             # From stage 1 on a rank updates a shard.
@@ -241,15 +281,17 @@ class Outlook:
 
     @cached_property
     def _whole_matrices_s(self) -> float:
-        """Seconds that an optimizer takes for whole matrices: their owners' products, and the messages to and from
-        them, a shard long each."""
+        """Seconds that an optimizer takes for whole matrices: their owners' products, and the
+        messages to and from them, a shard long each."""
         plan, busiest = self.plan, 0.0
         for rank in range(plan.pipeline):
             products = Counter[tuple[int, int, int]]()
             for span in plan.stages_of(rank):
                 for layer in range(span.start, span.stop):
                     products.update(self.table.products[layer])
-            solving = sum(count * self.kernels.product(*product) for product, count in products.items())
+            solving = sum(
+                count * self.kernels.product(*product) for product, count in products.items()
+            )
             # Owners are all ranks of a stage.
             busiest = max(busiest, solving / (plan.replicas * plan.tensor))
         if not busiest:
@@ -260,7 +302,9 @@ class Outlook:
     @property
     def _tied_over_pipeline(self) -> bool:
         """True if the first and the last stage share a trained embedding."""
-        return self.plan.pipeline > 1 and self.config.model.tie_embeddings and not self.shapes.frozen
+        return (
+            self.plan.pipeline > 1 and self.config.model.tie_embeddings and not self.shapes.frozen
+        )
 
     @cached_property
     def held(self) -> tuple[Held, ...]:
@@ -278,8 +322,8 @@ class Outlook:
 
     @property
     def shortest_step_s(self) -> float:
-        """Lower bound of the step time in seconds: the busiest rank's work, and the time to fill and drain the pipeline
-        before and after it."""
+        """Lower bound of the step time in seconds: the busiest rank's work, and the time to fill
+        and drain the pipeline before and after it."""
         plan = self.plan
         work = self.work
         longest = 0.0
@@ -290,7 +334,9 @@ class Outlook:
             # Before its first pass a rank waits for the ranks before it; after its last, these
             # still work.
             ways = sum(work[index].forward for index in range(rank))
-            if not self._separate:  # under zero bubble no rank waits for the last weight-gradient passes
+            if (
+                not self._separate
+            ):  # under zero bubble no rank waits for the last weight-gradient passes
                 ways += sum(work[index].backward for index in range(rank))
             longest = max(longest, busy * plan.micro_batches + ways)
         return longest + self.optimizer_s
@@ -307,7 +353,8 @@ class Outlook:
         return work.backward
 
     def estimate(self, record: bool = False) -> Estimate:
-        """Simulate the step and put the estimate together. `record` keeps the events of the step."""
+        """Simulate the step and put the estimate together. `record` keeps the events of the
+        step."""
         timeline = simulate(self.order, self.work, self.links, self.plan.micro_batches, record)
         step = timeline.end + self.optimizer_s
         tokens_per_s = self.plan.tokens_per_step / step
@@ -331,7 +378,8 @@ class Outlook:
         )
 
     def _traffic(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return (bytes a rank sends in a step, seconds that takes at the links' speed), by axis."""
+        """Return (bytes a rank sends in a step, seconds that takes at the links' speed), by
+        axis."""
         plan = self.plan
         network = self.network
         volume = dict.fromkeys(("tensor", "context", "expert", "data", "pipeline"), 0.0)
@@ -348,7 +396,8 @@ class Outlook:
             messages = sum((not span.last) + (not span.first) for span in plan.stages_of(rank))
             if plan.pipeline > 1:
                 volume["pipeline"] = max(
-                    volume["pipeline"], float(messages * plan.micro_batches * self.shapes.hidden_bytes)
+                    volume["pipeline"],
+                    float(messages * plan.micro_batches * self.shapes.hidden_bytes),
                 )
         volume["data"] = max(map(self._data_bytes, self._held_by_ranks)) + self._solved_bytes
         speed = {
@@ -361,7 +410,8 @@ class Outlook:
         return volume, {axis: sent / speed[axis] for axis, sent in volume.items()}
 
     def _data_bytes(self, held: Sequence[Held]) -> float:
-        """Return the bytes that a rank sends to its replicas for gradients and weights of all that it holds."""
+        """Return the bytes that a rank sends to its replicas for gradients and weights of all that
+        it holds."""
         plan, total = self.plan, 0.0
         # Without whole gradients (from stage 2 on) nothing can be accumulated over micro-batches
         # first.
@@ -379,9 +429,12 @@ class Outlook:
 
     @property
     def _solved_bytes(self) -> float:
-        """Bytes that a rank sends for updates of whole matrices: its parts to their owners, and what they own back."""
+        """Bytes that a rank sends for updates of whole matrices: its parts to their owners, and
+        what they own back."""
         plan, ranks = self.plan, self.plan.replicas * self.plan.tensor
-        replicas = [plan.replicas, plan.replicas_of(plan.experts)] if plan.zero_stage else [ranks, ranks]
+        replicas = (
+            [plan.replicas, plan.replicas_of(plan.experts)] if plan.zero_stage else [ranks, ranks]
+        )
         updated = 0.0
         for rank in range(plan.pipeline):
             sizes = [self.sizes[span.index] for span in plan.stages_of(rank)]
@@ -394,16 +447,23 @@ class Outlook:
         return ways * 4.0 * updated * (ranks - 1) / ranks
 
     def _partial_bytes(self, rank: int) -> float:
-        """Return the bytes that a pipeline rank sends to sum gradients of which each tensor rank has a part."""
+        """Return the bytes that a pipeline rank sends to sum gradients of which each tensor rank
+        has a part."""
         plan = self.plan
         held = [w for w in plan.weights_of(rank, self.table.weights) if not w.frozen]
-        elements = sum(prod(w.local_shape(plan.tensor)) for w in held if w.sums_over_tensor_ranks(plan.sequence))
+        elements = sum(
+            prod(w.local_shape(plan.tensor))
+            for w in held
+            if w.sums_over_tensor_ranks(plan.sequence)
+        )
         reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
         return 2 * 4.0 * elements * reductions * (plan.tensor - 1) / plan.tensor
 
     def _parts_of(self, span: StageSpan) -> PassTimes:
         """Add up the times and messages of a stage's parts."""
-        total = sum((times * count for count, times in runs(self.lean[span.start : span.stop])), NOTHING)
+        total = sum(
+            (times * count for count, times in runs(self.lean[span.start : span.stop])), NOTHING
+        )
         if span.first:
             total += self.costs.embedding()
         if span.last:

@@ -1,4 +1,5 @@
-"""Chips and interconnects: data read from configs/chips.yaml, configs/interconnects.yaml or a file of the user's.
+"""Chips and interconnects: data read from configs/chips.yaml, configs/interconnects.yaml or a file
+of the user's.
 
 Unknown hardware is an error that asks for a description; its peak is never guessed.
 """
@@ -27,7 +28,8 @@ TYPICAL_SUSTAINED = 0.7
 """Share of `matmul` for chips without a calibrated `sustained`: an H100's."""
 
 TYPICAL_ATTENTION = 0.35
-"""Share of the peak for chips without a measured `attention`: FlashAttention-2 on an H100 (arXiv:2407.08608)."""
+"""Share of the peak for chips without a measured `attention`: FlashAttention-2 on an H100
+(arXiv:2407.08608)."""
 
 
 class Chip(Section):
@@ -62,8 +64,8 @@ class Chip(Section):
 
     @property
     def clock(self) -> float:
-        """Share of its clock that the chip keeps under its `power_limit`: power grows with the clock's third power, as
-        the voltage grows with the clock."""
+        """Share of its clock that the chip keeps under its `power_limit`: power grows with the
+        clock's third power, as the voltage grows with the clock."""
         if self.watts is None or self.power_limit is None:
             return 1.0
         return min(1.0, self.power_limit / self.watts) ** (1 / 3)
@@ -117,7 +119,8 @@ class Hardware:
 
     @property
     def network_bytes_s(self) -> float:
-        """Bandwidth of a GPU's share of its node's network, in bytes/s, one direction, datasheet."""
+        """Bandwidth of a GPU's share of its node's network, in bytes/s, one direction,
+        datasheet."""
         net = self.interconnect
         # Either a network card for each GPU, or one network that the node's GPUs share.
         gb_s = net.gpu_gb_s or (net.node_gb_s or 0.0) / self.gpus_per_node
@@ -134,8 +137,8 @@ def find_hardware(
 ) -> Hardware:
     """Find a chip and an interconnect by name, or by the path of a YAML file that describes one.
 
-    `gpu` and `interconnect` are such names or paths; a node has `gpus_per_node` GPUs. Raises ConfigError with the known
-    names."""
+    `gpu` and `interconnect` are such names or paths; a node has `gpus_per_node` GPUs. Raises
+    ConfigError with the known names."""
     if gpus_per_node < 1:
         raise ConfigError(f"--nodes-of {gpus_per_node}: a node has at least one GPU")
     return Hardware(find_chip(gpu), find_interconnect(interconnect), gpus_per_node)
@@ -179,7 +182,9 @@ def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
 
 def _described(path: Path, key: str, section: type[S]) -> S:
     values = parse_yaml(read_text(path, ConfigError), str(path))
-    if isinstance(values, list) and len(values) == 1:  # a row of the table, copied as it stands there
+    if (
+        isinstance(values, list) and len(values) == 1
+    ):  # a row of the table, copied as it stands there
         values = values[0]
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected the `field: value` lines of one {key}")

@@ -1,4 +1,5 @@
-"""Predicts the time of single kernels on a chip: matrix products, attention, and passes over memory."""
+"""Predicts the time of single kernels on a chip: matrix products, attention, and passes over
+memory."""
 
 from __future__ import annotations
 
@@ -11,21 +12,25 @@ MEMORY_SHARE = 0.85
 """Share of the datasheet's bandwidth that element-wise kernels reach on large tensors."""
 
 TILES = ((128, 256), (256, 128), (128, 128))
-"""Rows and columns of the result that one multiprocessor computes at a time (the shapes cuBLAS and CUTLASS prefer)."""
+"""Rows and columns of the result that one multiprocessor computes at a time (the shapes cuBLAS and
+CUTLASS prefer)."""
 
 PROLOGUE = 128
-"""Set-up and write-out of a tile, in the time that this many elements of the summed dimension take to multiply."""
+"""Set-up and write-out of a tile, in the time that this many elements of the summed dimension take
+to multiply."""
 
 RAMP = 450
-"""Length of a sequence at which flash attention reaches half of its rate: on an A100 with heads of 128, forward and
-backward, 99 TFLOP/s at 512, 133 at 1k, 155 at 2k, 173 at 4k, 182 at 8k and 189 at 16k (Dao 2023, figure 4)."""
+"""Length of a sequence at which flash attention reaches half of its rate: on an A100 with heads of
+128, forward and backward, 99 TFLOP/s at 512, 133 at 1k, 155 at 2k, 173 at 4k, 182 at 8k and 189 at
+16k (Dao 2023, figure 4)."""
 
 WHOLE_HEAD, NARROW_HEAD = 128, 0.2
-"""Head size from which on flash attention is as quick as it gets, and the power of a smaller one's share of it with
-which it slows down: by 13% at 64 (Shah et al. 2024, figure 6)."""
+"""Head size from which on flash attention is as quick as it gets, and the power of a smaller one's
+share of it with which it slows down: by 13% at 64 (Shah et al. 2024, figure 6)."""
 
 LAUNCH_US = 4.0
-"""Lower bound of a kernel's time in µs: PyTorch's host side of an operation. It matters for small models only."""
+"""Lower bound of a kernel's time in µs: PyTorch's host side of an operation. It matters for small
+models only."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +39,26 @@ class Software:
 
     name: str
     hides_tensor: bool
-    """True if tensor-parallel collectives run in pieces beside the pieces of their product, in both passes. Otherwise
-    only what `parallel/tensor.py` overlaps: both collectives of a column-parallel layer's backward pass."""
+    """True if tensor-parallel collectives run in pieces beside the pieces of their product, in both
+    passes. Otherwise only what `parallel/tensor.py` overlaps: both collectives of a column-parallel
+    layer's backward pass."""
     sequence_first: bool
-    """True if activations are [sequence, batch, …]: slices of a sequence are contiguous and never copied."""
+    """True if activations are [sequence, batch, …]: slices of a sequence are contiguous and never
+    copied."""
     norm_adds: bool
     """True if the residual addition is fused with the norm after it."""
     loss_bytes: tuple[int, int]
     """Bytes read and written per bf16 logit in the forward and in the backward pass."""
     score_bytes: tuple[int, int] = (30, 40)
-    """Bytes moved per score in the forward and in the backward pass of attention that materializes them."""
+    """Bytes moved per score in the forward and in the backward pass of attention that materializes
+    them."""
     attention: float = 1.0
     """Rate of its flash attention, as a share of FlashAttention-2's."""
     elementwise: float = 1.0
     """Bytes that its element-wise operations move, as a multiple of those of fused kernels."""
     stops_early: bool = False
-    """True if a recomputed layer ends before its last product, whose output no backward pass needs (torch's
-    non-reentrant checkpoints)."""
+    """True if a recomputed layer ends before its last product, whose output no backward pass needs
+    (torch's non-reentrant checkpoints)."""
     selective_products: float = 0.0
     """Share of the products that its selective recomputation computes again."""
 
@@ -69,11 +77,13 @@ MEGATRON = Software(
     hides_tensor=True,
     sequence_first=True,
     norm_adds=False,
-    # core/tensor_parallel/cross_entropy.py. Forward: to fp32 (6), maximum (4), subtraction (8), exponential (8), sum
-    # (4), division (8). Backward: scaled by the loss's gradient (8), to bf16 (6).
+    # core/tensor_parallel/cross_entropy.py. Forward: to fp32 (6), maximum (4), subtraction (8),
+    # exponential (8), sum (4), division (8). Backward: scaled by the loss's gradient (8), to bf16
+    # (6).
     loss_bytes=(38, 14),
 )
-"""Megatron-LM as its published figures were measured: with --tp-comm-overlap, and its default loss."""
+"""Megatron-LM as its published figures were measured: with --tp-comm-overlap, and its default
+loss."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,8 @@ class Kernels:
     def product(self, m: int, n: int, k: int) -> float:
         """Return the seconds of the product [`m`,`k`] × [`k`,`n`].
 
-        Multiprocessors compute tiles in waves of one tile each, of which the last may be partly empty (wave
-        quantization). A small product is bound by memory or by its launch instead."""
+        Multiprocessors compute tiles in waves of one tile each, of which the last may be partly
+        empty (wave quantization). A small product is bound by memory or by its launch instead."""
         # The library takes the tile shape that suits the product best.
         full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
         share = self.chip.product_share * full * k / (k + PROLOGUE)
@@ -108,8 +118,8 @@ class Kernels:
         return max(computing, self.memory(moved), LAUNCH_US * 1e-6)
 
     def attention(self, operations: float, length: int, head_size: int) -> float:
-        """Return the seconds of flash attention with so many `operations`, masked ones not counted, over sequences of
-        `length` tokens."""
+        """Return the seconds of flash attention with so many `operations`, masked ones not counted,
+        over sequences of `length` tokens."""
         rate = self._peak * self.chip.attention_share * self.chip.clock * self.software.attention
         rate *= length / (length + RAMP) * min(1.0, head_size / WHOLE_HEAD) ** NARROW_HEAD
         return max(operations / rate, LAUNCH_US * 1e-6)
@@ -121,7 +131,8 @@ class Kernels:
 
 
 def _fill(m: int, n: int, tile: tuple[int, int], num_sms: int) -> float:
-    """Return the share of the multiprocessors' time that goes into the result, over whole waves of whole tiles."""
+    """Return the share of the multiprocessors' time that goes into the result, over whole waves of
+    whole tiles."""
     tiles = -(-m // tile[0]) * -(-n // tile[1])
     waves = -(-tiles // num_sms)
     return m * n / (waves * num_sms * tile[0] * tile[1])

@@ -1,5 +1,5 @@
-"""Predicts the peak memory of each pipeline rank: what it holds through the whole step, what passes keep for their
-backward passes, and what they hold on top while they run.
+"""Predicts the peak memory of each pipeline rank: what it holds through the whole step, what passes
+keep for their backward passes, and what they hold on top while they run.
 """
 
 from __future__ import annotations
@@ -38,16 +38,26 @@ class Memory:
     activations: int
     """Kept by micro-batches in flight, at the peak."""
     transient: int
-    """Held on top by the pass that runs at the peak: gradients of one layer or of an embedding, gathered tensors."""
+    """Held on top by the pass that runs at the peak: gradients of one layer or of an embedding,
+    gathered tensors."""
     buffers: int
-    """The step's tokens, and messages in flight beside the passes: pipeline hand-overs and gradient buckets."""
+    """The step's tokens, and messages in flight beside the passes: pipeline hand-overs and gradient
+    buckets."""
     checkpoint: int
-    """Held beside weights and optimizer state while a checkpoint is gathered, on the rank that gathers most."""
+    """Held beside weights and optimizer state while a checkpoint is gathered, on the rank that
+    gathers most."""
 
     @property
     def step(self) -> int:
         """Bytes at the peak of a step."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.buffers
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.transient
+            + self.buffers
+        )
 
     @property
     def save(self) -> int:
@@ -76,18 +86,21 @@ def rank_memories(
 ) -> tuple[Memory, ...]:
     """Return the memory of each pipeline rank of `plan`.
 
-    `config` gives the training settings, `shapes` and `layers` the model on a tensor rank, `sizes` the elements of each
-    stage, `order` the passes of each rank, `frozen` what the objective's frozen model adds. On the `device` cpu, gloo's
-    collectives need memory of their own."""
+    `config` gives the training settings, `shapes` and `layers` the model on a tensor rank, `sizes`
+    the elements of each stage, `order` the passes of each rank, `frozen` what the objective's
+    frozen model adds. On the `device` cpu, gloo's collectives need memory of their own."""
     on_gloo = device == "cpu"
     counts = _Counts(plan, config.train, shapes, layers, frozen, on_gloo)
     stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
     memories = []
     for rank in range(plan.pipeline):
-        # Weights, gradients and optimizer state stay all step long; the rest is counted at the peak of the passes.
+        # Weights, gradients and optimizer state stay all step long; the rest is counted at the peak
+        # of the passes.
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
-        held = resident_bytes(config, [held for size in own for held in size.held(plan)], plan.zero_stage)
+        held = resident_bytes(
+            config, [held for size in own for held in size.held(plan)], plan.zero_stage
+        )
         held["weights"] += frozen.weights[rank]
         activations, transient = _in_passes(order[rank], stages)
         updating = _whole_matrices(plan, own)
@@ -102,7 +115,13 @@ def rank_memories(
         )
         checkpoint = 0 if on_gloo else _checkpoint(plan, config, own, held["gradients"])
         memories.append(
-            Memory(**held, activations=activations, transient=transient, buffers=buffers, checkpoint=checkpoint)
+            Memory(
+                **held,
+                activations=activations,
+                transient=transient,
+                buffers=buffers,
+                checkpoint=checkpoint,
+            )
         )
     return tuple(memories)
 
@@ -121,7 +140,8 @@ class _Counts:
     ):
         self.train = train
         self.shapes = shapes
-        # The native engine's weight-gradient GEMMs accumulate in place. Only gradients of look-ups come from autograd.
+        # The native engine's weight-gradient GEMMs accumulate in place. Only gradients of look-ups
+        # come from autograd.
         self.by_autograd = plan.engine != "native"
         self.plain = each(layers, lambda layer: layer_bytes(layer, "none", on_gloo))
         self.lean = each(layers, lambda layer: layer_bytes(layer, train.recompute, on_gloo))
@@ -141,8 +161,8 @@ class _Counts:
             # Negative where the pass frees more than the operands it leaves.
             left = part.for_weights - part.kept
             backward_input.append((number, part.backward_input - part.kept, left))
-        # The cos/sin tables of all layers; and the stage's output, which torch holds until the backward pass. Under
-        # zero bubble it also holds the input until the weight-gradient pass.
+        # The cos/sin tables of all layers; and the stage's output, which torch holds until the
+        # backward pass. Under zero bubble it also holds the input until the weight-gradient pass.
         output = 0 if stage.last else hidden
         held_input = 0 if stage.first else hidden
         beside = rope_bytes(self.shapes) + output
@@ -155,10 +175,14 @@ class _Counts:
         )
 
     def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
-        """Return the parts in the order of the forward pass, each with how many of it follow one another."""
+        """Return the parts in the order of the forward pass, each with how many of it follow one
+        another."""
         count = stage.stop - stage.start
         first_plain = stage.start + min(count, self.train.recompute_layers or count)
-        parts = [*runs(self.lean[stage.start : first_plain]), *runs(self.plain[first_plain : stage.stop])]
+        parts = [
+            *runs(self.lean[stage.start : first_plain]),
+            *runs(self.plain[first_plain : stage.stop]),
+        ]
         if stage.first:
             largest = sizes.trained.largest if self.by_autograd else sizes.trained.largest_looked_up
             parts.insert(0, (1, embedding_bytes(self.shapes, largest * self.shapes.element)))
@@ -182,8 +206,8 @@ def beside_frozen(head: PartBytes, frozen: FrozenBytes) -> PartBytes:
 def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
     """Return the peak of a pass that begins with `held` bytes.
 
-    `parts` are (how many follow one another, bytes one holds on top while it runs, bytes one leaves behind; negative if
-    it frees some)."""
+    `parts` are (how many follow one another, bytes one holds on top while it runs, bytes one leaves
+    behind; negative if it frees some)."""
     most = held
     for number, on_top, left in parts:
         # Of equal parts in a row the peak is at the first or at the last, as `held` grows or falls
@@ -194,8 +218,11 @@ def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
     return most
 
 
-def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]) -> tuple[int, int]:
-    """Return (bytes kept by passes, bytes held on top by the pass that runs) at the moment of the largest sum."""
+def _in_passes(
+    actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]
+) -> tuple[int, int]:
+    """Return (bytes kept by passes, bytes held on top by the pass that runs) at the moment of the
+    largest sum."""
     held = 0
     most = (0, 0)
     for kind, number, _ in actions:
@@ -219,8 +246,8 @@ def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartByt
 def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes]) -> int:
     """Count what an update of whole matrices holds, of stages of these `sizes`.
 
-    It is what owners are to see of this rank's part; with other ranks also the matrices that it owns, as far as they
-    are not that very memory, and the messages that go back and come."""
+    It is what owners are to see of this rank's part; with other ranks also the matrices that it
+    owns, as far as they are not that very memory, and the messages that go back and come."""
     of_experts = sum(size.experts.solved for size in sizes)
     dense = sum(size.solved for size in sizes) - of_experts
     owned = -(-dense // plan.replicas) - (-of_experts // plan.replicas_of(plan.experts))
@@ -241,9 +268,10 @@ def _tokens(plan: Plan, shapes: Shapes) -> int:
 def _messages(plan: Plan, spans: Sequence[StageSpan]) -> int:
     """Return the number of hidden states and gradients that a rank holds only because they travel.
 
-    What it receives is counted where it is used, but one message is requested ahead of its pass. Of what a stage sends,
-    the last messages stay until the next ones go. Sent hidden states are kept for the backward pass in any case; only
-    gradients count, every other message of a stage that sends both."""
+    What it receives is counted where it is used, but one message is requested ahead of its pass. Of
+    what a stage sends, the last messages stay until the next ones go. Sent hidden states are kept
+    for the backward pass in any case; only gradients count, every other message of a stage that
+    sends both."""
     if plan.pipeline == 1:
         return 0
     if plan.schedule == "1f1b":
@@ -257,15 +285,16 @@ def _messages(plan: Plan, spans: Sequence[StageSpan]) -> int:
 
 
 def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: bool) -> int:
-    """Count the gradient buckets of ZeRO 2, where gradients are whole only while they are filled and reduced."""
+    """Count the gradient buckets of ZeRO 2, where gradients are whole only while they are filled
+    and reduced."""
     if plan.zero_stage != 2:
         return 0
     everything = sum(size.trained.total for size in sizes) * FP32
     largest = max(size.trained.largest for size in sizes) * FP32
     bucket = min(everything, max(FP32 * bucket_elements(config, plan), largest))
-    # One bucket is being filled. The peak is at the begin of a backward pass, when only the last bucket of the pass
-    # before is still being reduced, if there is one. Under full recomputation little is kept, and any moment may be the
-    # peak.
+    # One bucket is being filled. The peak is at the begin of a backward pass, when only the last
+    # bucket of the pass before is still being reduced, if there is one. Under full recomputation
+    # little is kept, and any moment may be the peak.
     travelling = min(plan.micro_batches - 1, 1)
     if config.train.recompute == "full" and everything > 2 * bucket:
         travelling = IN_FLIGHT
@@ -274,8 +303,9 @@ def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: b
 
 
 def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradients: int) -> int:
-    """Count what a rank holds while it gathers optimizer states: the gradients, which ZeRO 2 has freed by then; the
-    largest bucket, where tensor ranks assemble weights from it; and the pieces that are on their way to the host."""
+    """Count what a rank holds while it gathers optimizer states: the gradients, which ZeRO 2 has
+    freed by then; the largest bucket, where tensor ranks assemble weights from it; and the pieces
+    that are on their way to the host."""
     trained = sum(size.trained.total for size in sizes)
     largest = max(size.trained.largest for size in sizes)
     bucket = max(min(trained, bucket_elements(config, plan)), largest)
@@ -288,7 +318,8 @@ def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradien
 
 
 def _gathered_weights(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:
-    """Count the gathered weights of ZeRO 3: those of one layer, and the prefetched ones of the next."""
+    """Count the gathered weights of ZeRO 3: those of one layer, and the prefetched ones of the
+    next."""
     if plan.zero_stage != 3:
         return 0
     layers = [layer for size in sizes for layer in size.layers]

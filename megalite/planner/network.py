@@ -1,8 +1,9 @@
-"""Predicts the time of messages between ranks: latency plus bytes over bandwidth (the α–β model, Hockney 1994), with
-collectives as the rings that NCCL runs.
+"""Predicts the time of messages between ranks: latency plus bytes over bandwidth (the α–β model,
+Hockney 1994), with collectives as the rings that NCCL runs.
 
-There are two kinds of hop: within a node (NVLink or PCIe) and between nodes. All groups of an axis communicate at the
-same time, and every GPU has its own share of its node's network: a ring over k GPUs of each node has k shares.
+There are two kinds of hop: within a node (NVLink or PCIe) and between nodes. All groups of an axis
+communicate at the same time, and every GPU has its own share of its node's network: a ring over k
+GPUs of each node has k shares.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from megalite.plan import Plan
 from megalite.planner.hardware import Hardware
 
 BASE_US = 8.4
-"""Latency in µs before the first byte of a collective: baseLat of ring/simple in NVIDIA/nccl src/graph/tuning.cc."""
+"""Latency in µs before the first byte of a collective: baseLat of ring/simple in NVIDIA/nccl
+src/graph/tuning.cc."""
 
 LINK_US = 3.4
 """Latency in µs of a hop within a node: hwLat of ring/simple over NVLink, the same file."""
 
 LINK_SHARE = 0.8
-"""Share of NVLink's datasheet bandwidth that rings reach: nccl-tests on 8 H100 show about 360 of 450 GB/s."""
+"""Share of NVLink's datasheet bandwidth that rings reach: nccl-tests on 8 H100 show about 360 of
+450 GB/s."""
 
 NETWORK_SHARE = 0.9
-"""Share of a network card's bandwidth that rings reach: nccl-tests over 400 Gbit/s InfiniBand show 45 to 48 of 50
-GB/s."""
+"""Share of a network card's bandwidth that rings reach: nccl-tests over 400 Gbit/s InfiniBand show
+45 to 48 of 50 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Network:
     pipeline_crosses_nodes: bool
 
     def gather(self, num_bytes: float, group: Group) -> float:
-        """Return the seconds of an all-gather or a reduce-scatter whose whole tensor has `num_bytes`."""
+        """Return the seconds of an all-gather or a reduce-scatter whose whole tensor has
+        `num_bytes`."""
         if group.ranks == 1 or num_bytes == 0:
             return 0.0
         hops = group.ranks - 1
@@ -62,13 +66,14 @@ class Network:
         return latency * 1e-6 + num_bytes * hops / group.ranks / self.bandwidth(group)
 
     def all_reduce(self, num_bytes: float, group: Group) -> float:
-        """Return the seconds of a ring all-reduce, which is a reduce-scatter and an all-gather in one launch."""
+        """Return the seconds of a ring all-reduce, which is a reduce-scatter and an all-gather in
+        one launch."""
         # One launch instead of two: the base latency counts once.
         return max(0.0, 2 * self.gather(num_bytes, group) - BASE_US * 1e-6)
 
     def all_to_all(self, num_bytes: float, group: Group) -> float:
-        """Return the seconds in which every rank sends `num_bytes`, as much to each rank of the group, itself
-        included."""
+        """Return the seconds in which every rank sends `num_bytes`, as much to each rank of the
+        group, itself included."""
         if group.ranks == 1 or num_bytes == 0:
             return 0.0
         # Shares of the bytes that stay in the node and that leave it; the two travel at the same

@@ -9,13 +9,15 @@ from megalite.planner.search import Found
 from megalite.utils.counts import parse_count
 
 MOST_ROWS = 16
-"""Largest number of pipeline ranks in the memory table. Of more, the first, the fullest and the last few are shown."""
+"""Largest number of pipeline ranks in the memory table. Of more, the first, the fullest and the
+last few are shown."""
 
 GIB = 2**30
 
 
 def describe(estimate: Estimate, tokens: float | None = None) -> str:
-    """Describe an estimate. `tokens` is the length of the training (default: that of the config's steps)."""
+    """Describe an estimate. `tokens` is the length of the training (default: that of the config's
+    steps)."""
     sections = [
         _header(estimate),
         _step(estimate),
@@ -140,8 +142,16 @@ def _step(estimate: Estimate) -> list[str]:
     tflops = estimate.mfu * estimate.hardware.chip.bf16_tflops
     rows = [
         ("step", _seconds(estimate.step_time_s), f"{estimate.plan.tokens_per_step:,} tokens"),
-        ("  passes", _seconds(passes), f"of which the average rank waits {estimate.bubble:.1%} (bubble)"),
-        ("  reduction not hidden", _seconds(estimate.exposed_s), "of gradients, after the last pass"),
+        (
+            "  passes",
+            _seconds(passes),
+            f"of which the average rank waits {estimate.bubble:.1%} (bubble)",
+        ),
+        (
+            "  reduction not hidden",
+            _seconds(estimate.exposed_s),
+            "of gradients, after the last pass",
+        ),
         ("  norm and optimizer", _seconds(estimate.optimizer_s), ""),
         ("throughput", f"{estimate.tokens_per_s:,.0f}", f"tokens/s; {tokens_a_gpu:,.0f} a GPU"),
         ("MFU", f"{estimate.mfu:.1%}", f"{tflops:.0f} TFLOP/s a GPU"),
@@ -177,7 +187,9 @@ def _memory(estimate: Estimate) -> list[str]:
         lines.append(f"fits: {share:.0%} of the {room:.1f} GiB that tensors may take of {capacity}")
     else:
         needed = fullest.total / GIB
-        lines.append(f"DOES NOT FIT: {needed:.1f} GiB, and tensors may take {room:.1f} GiB of {capacity}; try --search")
+        lines.append(
+            f"DOES NOT FIT: {needed:.1f} GiB, and tensors may take {room:.1f} GiB of {capacity}; try --search"
+        )
     return lines
 
 
@@ -197,14 +209,20 @@ def _traffic(estimate: Estimate) -> list[str]:
     rows = [row for row in _links(estimate, network) if estimate.volume[row[0]] > 0]
     if not rows:
         return ["nothing is sent: one rank"]
-    lines = [f"{'axis':<12}{'ranks':>6}  {'link':<16}{'GB/s':>6}{'GB a step':>12}{'seconds':>10}{'of the step':>13}"]
+    lines = [
+        f"{'axis':<12}{'ranks':>6}  {'link':<16}{'GB/s':>6}{'GB a step':>12}{'seconds':>10}{'of the step':>13}"
+    ]
     for axis, ranks, link, speed in rows:
         gb = estimate.volume[axis] / 1e9
         gb_s = speed / 1e9
         seconds = estimate.comm_time[axis]
         share = seconds / estimate.step_time_s
-        lines.append(f"{axis:<12}{ranks:>6}  {link:<16}{gb_s:>6.0f}{gb:>12,.2f}{seconds:>10.3f}{share:>12.1%}")
-    lines.append("sent by a rank at the link's speed, hidden behind work or not; latencies come on top")
+        lines.append(
+            f"{axis:<12}{ranks:>6}  {link:<16}{gb_s:>6.0f}{gb:>12,.2f}{seconds:>10.3f}{share:>12.1%}"
+        )
+    lines.append(
+        "sent by a rank at the link's speed, hidden behind work or not; latencies come on top"
+    )
     return lines
 
 
@@ -234,7 +252,9 @@ def _duration(estimate: Estimate, tokens: float | None) -> list[str]:
     """Say how long a training of so many tokens takes."""
     total = tokens or float(estimate.plan.tokens)
     if not total:
-        return ["How long the training takes, --tokens says: train.epochs are known in steps once the data is open."]
+        return [
+            "How long the training takes, --tokens says: train.epochs are known in steps once the data is open."
+        ]
     seconds = total / estimate.tokens_per_s
     gpu_hours = seconds * estimate.plan.world_size / 3600
     return [

@@ -1,4 +1,5 @@
-"""Runs `megalite plan`: estimates one layout or searches for the best, prints the result and writes it."""
+"""Runs `megalite plan`: estimates one layout or searches for the best, prints the result and writes
+it."""
 
 from __future__ import annotations
 
@@ -30,9 +31,9 @@ def run_plan(
 ) -> None:
     """Print the estimate of a config on `num_gpus` GPUs, or with `with_search` the best layouts.
 
-    `gpu` and `interconnect` are names or YAML files (see `find_hardware`); a node has `gpus_per_node` GPUs. `tokens` is
-    the length of the training, such as "300B". A search writes the best config to `output`; `picture` is a PNG for the
-    timeline. Raises ConfigError."""
+    `gpu` and `interconnect` are names or YAML files (see `find_hardware`); a node has
+    `gpus_per_node` GPUs. `tokens` is the length of the training, such as "300B". A search writes
+    the best config to `output`; `picture` is a PNG for the timeline. Raises ConfigError."""
     # All that can be wrong with the command is found before the search, which may take minutes.
     if num_gpus < 1:
         raise ConfigError(f"--gpus {num_gpus}: at least one")
@@ -40,13 +41,17 @@ def run_plan(
     wanted = parse_tokens(tokens) if tokens else None
     if not with_search:
         if output:
-            raise ConfigError(f"--output {output} is where --search writes the best config; give --search as well")
+            raise ConfigError(
+                f"--output {output} is where --search writes the best config; give --search as well"
+            )
         one = _estimate(config, num_gpus, hardware, record=picture is not None)
     else:
         one = _search(config, num_gpus, hardware, _output(output), record=picture is not None)
     print(describe(one, wanted))
     if num_gpus > gpus_per_node and interconnect is None:
-        print(f"Nodes are taken to be joined by {DEFAULT_INTERCONNECT}; --interconnect says otherwise.")
+        print(
+            f"Nodes are taken to be joined by {DEFAULT_INTERCONNECT}; --interconnect says otherwise."
+        )
     if picture:
         _draw(one, picture)
 
@@ -78,7 +83,8 @@ def _search(
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror or error}") from None
     print(f"\nThe best is written to {output}:\n")
-    # Estimated anew from the config that was written: this is the plan that `megalite train` will make of it.
+    # Estimated anew from the config that was written: this is the plan that `megalite train` will
+    # make of it.
     return _estimate(best, num_gpus, hardware, record)
 
 

@@ -1,5 +1,5 @@
-"""The order of passes of every pipeline rank, taken from the schedules of torch.distributed.pipelining that execute it:
-what is simulated is what runs.
+"""The order of passes of every pipeline rank, taken from the schedules of
+torch.distributed.pipelining that execute it: what is simulated is what runs.
 """
 
 from __future__ import annotations
@@ -24,23 +24,30 @@ Order = tuple[tuple[Action, ...], ...]
 
 @lru_cache(maxsize=64)
 def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> Order:
-    """Return the passes of each of `pipeline` ranks with `virtual` stages each, for a step of `micro_batches`.
+    """Return the passes of each of `pipeline` ranks with `virtual` stages each, for a step of
+    `micro_batches`.
 
     `schedule` is parallel.schedule: 1f1b, interleaved or zero_bubble."""
-    if pipeline == 1:  # the engine's own loop: forward and backward of one micro-batch after the other
+    if (
+        pipeline == 1
+    ):  # the engine's own loop: forward and backward of one micro-batch after the other
         actions = []
         for number in range(micro_batches):
             actions += [Action("F", 0, number), Action("B", 0, number)]
         return (tuple(actions),)
     if schedule == "1f1b":
-        return tuple(_one_forward_one_backward(rank, pipeline, micro_batches) for rank in range(pipeline))
+        return tuple(
+            _one_forward_one_backward(rank, pipeline, micro_batches) for rank in range(pipeline)
+        )
     # Importing it takes more than a second.
     from torch.distributed.pipelining import schedules as torch_schedules
 
-    name = "ScheduleInterleavedZeroBubble" if schedule == "zero_bubble" else "ScheduleInterleaved1F1B"
+    name = (
+        "ScheduleInterleavedZeroBubble" if schedule == "zero_bubble" else "ScheduleInterleaved1F1B"
+    )
     kind: Any = getattr(torch_schedules, name)
-    # The constructor needs process groups. Its method for the order reads only these attributes of it.
-    # As torch's constructor computes it.
+    # The constructor needs process groups. Its method for the order reads only these attributes of
+    # it. As torch's constructor computes it.
     rounds = max(1, micro_batches // pipeline)
     known = SimpleNamespace(
         n_local_stages=virtual,
@@ -53,8 +60,8 @@ def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> 
 
 
 def _one_forward_one_backward(rank: int, pipeline: int, micro_batches: int) -> tuple[Action, ...]:
-    """Return the passes of a rank under Schedule1F1B, which has no table to read (the one it prints misnumbers the
-    last rank's passes)."""
+    """Return the passes of a rank under Schedule1F1B, which has no table to read (the one it prints
+    misnumbers the last rank's passes)."""
     # The last rank begins a backward pass after one forward pass, the first after `pipeline` of
     # them.
     warmup = min(micro_batches, pipeline - rank)
@@ -80,10 +87,11 @@ def _plain(actions: Any) -> tuple[Action, ...]:
 
 
 def most_in_flight(order: Order, pipeline: int, frees: str) -> list[dict[int, int]]:
-    """Return the micro-batches in flight for each stage of each rank, at the moment when a rank holds most of them.
+    """Return the micro-batches in flight for each stage of each rank, at the moment when a rank
+    holds most of them.
 
-    `order` has the passes of `pipeline` ranks. A micro-batch is in flight from its F to the action whose kind is in
-    `frees`."""
+    `order` has the passes of `pipeline` ranks. A micro-batch is in flight from its F to the action
+    whose kind is in `frees`."""
     found = []
     for rank, actions in enumerate(order):
         held: dict[int, int] = {}

@@ -1,7 +1,8 @@
 """Searches all layouts of a model on given GPUs for those with the shortest step.
 
-A layout is not simulated if its work alone, without any waiting, takes longer than the best steps found so far.
-Candidates are taken in the order of that lower bound, so the search ends at the first one beyond them.
+A layout is not simulated if its work alone, without any waiting, takes longer than the best steps
+found so far. Candidates are taken in the order of that lower bound, so the search ends at the first
+one beyond them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Found:
     num_layouts: int
     """Layouts that the plan allows."""
     num_refused: int
-    """Layouts that the plan refuses: heads that do not divide, batches that do not come out even, …"""
+    """Layouts that the plan refuses: heads that do not divide, batches that do not come out even,
+    …"""
     num_simulated: int
     num_too_large: int
     """Layouts looked at closely that do not fit, whatever is recomputed and sharded."""
@@ -76,12 +78,15 @@ def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) 
             best.append(one.estimate())
         best = sorted(best, key=lambda estimate: estimate.step_time_s)[:keep]
     if not best:
-        raise ConfigError(_nothing_fits([outlook for _, _, outlook in candidates], world_size, hardware))
+        raise ConfigError(
+            _nothing_fits([outlook for _, _, outlook in candidates], world_size, hardware)
+        )
     return Found(tuple(best), len(candidates), refused, simulated, too_large)
 
 
 def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Yield the settings of `parallel` and `train` of every layout to try. The plan refuses some of them."""
+    """Yield the settings of `parallel` and `train` of every layout to try. The plan refuses some of
+    them."""
     num_layers = config.model.num_layers
     for tensor in _divisors(gpus_per_node):  # tensor parallelism stays within a node
         if world_size % tensor:
@@ -94,10 +99,13 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
                     continue
                 data = world_size // (tensor * pipeline * context)
                 for micro_batch_size in MICRO_BATCHES:
-                    if any(size % (micro_batch_size * data) for size, _ in config.train.batch_sizes):
+                    if any(
+                        size % (micro_batch_size * data) for size, _ in config.train.batch_sizes
+                    ):
                         continue
                     for (virtual, schedule), (expert, expert_tensor) in product(
-                        _schedules(pipeline, num_layers), _expert_cuts(config, tensor, world_size // pipeline)
+                        _schedules(pipeline, num_layers),
+                        _expert_cuts(config, tensor, world_size // pipeline),
                     ):
                         yield {
                             "tensor": tensor,
@@ -113,8 +121,8 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
 
 
 def _expert_cuts(config: Config, tensor: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """Yield the (expert, expert-tensor) ranks to try in a pipeline stage of so many `ranks`: experts cut as dense
-    weights are, or whole, on any number of them."""
+    """Yield the (expert, expert-tensor) ranks to try in a pipeline stage of so many `ranks`:
+    experts cut as dense weights are, or whole, on any number of them."""
     feed_forwards = (layer.feed_forward for layer in config.model.architecture.layers)
     counts = [each.num_experts for each in feed_forwards if isinstance(each, ExpertsSpec)]
     for expert in _divisors(gcd(*counts)) if counts else (1,):
@@ -130,7 +138,8 @@ def _schedules(pipeline: int, num_layers: int) -> Iterator[tuple[int, str]]:
     if pipeline > 1:
         yield 1, "zero_bubble"
         for virtual in range(2, min(MOST_STAGES_A_RANK, num_layers // pipeline) + 1):
-            # Layers that do not come out even make some stages longer, and all ranks wait for those.
+            # Layers that do not come out even make some stages longer, and all ranks wait for
+            # those.
             if num_layers % (pipeline * virtual) == 0 or virtual == 2:
                 yield virtual, "interleaved"
                 yield virtual, "zero_bubble"
@@ -184,7 +193,8 @@ def _resident(plan: Plan, outlook: Outlook) -> int:
 
 
 def _updated(config: Config, parallel: dict[str, Any], train: dict[str, Any]) -> Config:
-    """Return the config with some settings of `parallel` and `train` replaced, without validating it again."""
+    """Return the config with some settings of `parallel` and `train` replaced, without validating
+    it again."""
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=parallel),

@@ -1,5 +1,6 @@
-"""Says what one tensor rank holds and computes: the sizes of its weights from the rows of the table, and what each
-layer does from the model's architecture. Layers need not be alike; equal ones are described once.
+"""Says what one tensor rank holds and computes: the sizes of its weights from the rows of the
+table, and what each layer does from the model's architecture. Layers need not be alike; equal ones
+are described once.
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describes a matrix of a layer as one tensor rank holds it, or a stack of equal ones (experts)."""
+    """Describes a matrix of a layer as one tensor rank holds it, or a stack of equal ones
+    (experts)."""
 
     rows: int
     """Output features."""
     columns: int
     """Input features."""
     gathers: bool
-    """True at the way into a tensor-parallel region: its input is gathered. Column-parallel matrices are there."""
+    """True at the way into a tensor-parallel region: its input is gathered. Column-parallel
+    matrices are there."""
     reduces: bool
-    """True at the way out of it: its output is reduced. Row-parallel matrices are there; replicated ones are at neither
-    way, and take the tokens that this rank has."""
+    """True at the way out of it: its output is reduced. Row-parallel matrices are there; replicated
+    ones are at neither way, and take the tokens that this rank has."""
     replicated: bool = False
     count: int = 1
     """Number of matrices in the stack."""
     used: float = 1.0
-    """Share of them that a token of this rank is multiplied with, on average; more where tokens of others come."""
+    """Share of them that a token of this rank is multiplied with, on average; more where tokens of
+    others come."""
 
     @property
     def elements(self) -> int:
@@ -63,10 +67,12 @@ class Shapes:
     """Length of a whole sequence, over all context ranks."""
     hidden: int
     norm_hidden: int
-    """Hidden features per token here: all of them, or under sequence parallelism this rank's share on average."""
+    """Hidden features per token here: all of them, or under sequence parallelism this rank's share
+    on average."""
     vocab: int
     loss_chunk: int | None
-    """Tokens whose logits exist at a time, and are computed again in the backward pass. None: all, computed once."""
+    """Tokens whose logits exist at a time, and are computed again in the backward pass. None: all,
+    computed once."""
     rope_size: int
     """Features of a head that have cos/sin tables; 0 where no layer rotates any."""
     rms_norm: bool
@@ -108,11 +114,13 @@ class LayerShapes(Shapes):
     inner: int
     """Features that a token has within the MLP, over all experts it visits."""
     routed_tokens: int
-    """Tokens that this rank sends to experts. With expert-tensor ranks that have other tokens, also theirs."""
+    """Tokens that this rank sends to experts. With expert-tensor ranks that have other tokens, also
+    theirs."""
     expert: int
     """Ranks that share the layer's experts."""
     expert_tensor: int
-    """Ranks that share every expert, where they are other ones than the tensor ranks; otherwise 1."""
+    """Ranks that share every expert, where they are other ones than the tensor ranks; otherwise
+    1."""
     num_experts: int
     """Experts of the layer; 0 where it has none."""
     visited: int
@@ -133,7 +141,8 @@ class LayerShapes(Shapes):
     writes_scores: bool
     """True if attention materializes its scores (eager attention)."""
     matrices: tuple[Matrix, ...]
-    """Matrices in the order of the forward pass. Those of adapters, which are small, are left out."""
+    """Matrices in the order of the forward pass. Those of adapters, which are small, are left
+    out."""
     num_mixer_matrices: int
     """How many of them, the first ones, are attention's."""
 
@@ -165,14 +174,16 @@ class LayerKind:
 
 
 class ModelTable:
-    """Holds the rows of a model, its layers grouped by kind, and its sizes at each degree of tensor parallelism.
+    """Holds the rows of a model, its layers grouped by kind, and its sizes at each degree of tensor
+    parallelism.
 
     A search makes thousands of plans; what does not depend on the plan is found here, once."""
 
     def __init__(self, config: Config):
         """Make the table of the `config`'s model, adapters included.
 
-        Raises ConfigError for a layer that the planner does not know, or that its family describes wrongly."""
+        Raises ConfigError for a layer that the planner does not know, or that its family describes
+        wrongly."""
         if config.model.architecture.num_streams > 1:
             raise ConfigError(
                 f"the planner knows models of one stack, and model.family = {config.model.family!r} has two; "
@@ -185,17 +196,20 @@ class ModelTable:
         self.kinds = self._kinds()
         """Kind of every layer, by its number; the same object for equal layers."""
         self.products = self._products()
-        """Products of an optimizer that looks at whole matrices, for every layer, each with how often it is made."""
+        """Products of an optimizer that looks at whole matrices, for every layer, each with how
+        often it is made."""
         self._sizes: dict[tuple[int, Cut], LocalSizes] = {}
 
     @cached_property
     def frozen(self) -> ModelTable | None:
-        """The table of the model that the objective holds beside this one; None where it holds none. Raises ConfigError
-        where the planner does not know it."""
+        """The table of the model that the objective holds beside this one; None where it holds
+        none. Raises ConfigError where the planner does not know it."""
         folder = self.config.objective.frozen_model(self.config)
         if folder is None:
             return None
-        return ModelTable(self.config.model_copy(update={"model": model_config({"hf": folder}), "lora": None}))
+        return ModelTable(
+            self.config.model_copy(update={"model": model_config({"hf": folder}), "lora": None})
+        )
 
     def _products(self) -> tuple[Counter[tuple[int, int, int]], ...]:
         found: list[Counter[tuple[int, int, int]]] = [Counter() for _ in self.kinds]
@@ -205,8 +219,8 @@ class ModelTable:
         return tuple(found)
 
     def sizes(self, plan: Plan) -> LocalSizes:
-        """Return the sizes under a plan's degrees of tensor and expert parallelism. Raises ValueError where a weight
-        cannot be split."""
+        """Return the sizes under a plan's degrees of tensor and expert parallelism. Raises
+        ValueError where a weight cannot be split."""
         # Sizes depend on nothing else of a plan: a search's thousands of plans have few such pairs.
         cuts = plan.tensor, plan.experts
         if cuts not in self._sizes:
@@ -220,7 +234,12 @@ class ModelTable:
         for weight in self.weights:
             # The adapters of LoRA are all that is not frozen beside them.
             is_adapter = self.config.lora is not None and not weight.frozen
-            if isinstance(weight.place, int) and weight.row_shape and weight.used and not is_adapter:
+            if (
+                isinstance(weight.place, int)
+                and weight.row_shape
+                and weight.used
+                and not is_adapter
+            ):
                 rows[weight.place].append(weight)
         found: dict[tuple[object, ...], LayerKind] = {}
         kinds = []
@@ -234,7 +253,8 @@ class ModelTable:
         return tuple(kinds)
 
     def _kind(self, number: int, spec: LayerSpec, matrices: tuple[Weight, ...]) -> LayerKind:
-        """Return the kind of a layer with this `number`, after comparing its `spec` with the rows of its `matrices`."""
+        """Return the kind of a layer with this `number`, after comparing its `spec` with the rows
+        of its `matrices`."""
         model = self.config.model
         if not isinstance(spec.mixer, AttentionSpec):
             raise ConfigError(
@@ -243,10 +263,14 @@ class ModelTable:
             )
         # Some figures come from the spec and others from the rows: a family whose two descriptions
         # differ would be planned wrongly without a word.
-        described = [part.num_elements(model.hidden_size) for part in (spec.mixer, spec.feed_forward)]
+        described = [
+            part.num_elements(model.hidden_size) for part in (spec.mixer, spec.feed_forward)
+        ]
         # Rows are in the order of the forward pass: the mixer's matrices are the first that have
         # its size.
-        sums = [sum(weight.numel for weight in matrices[:count]) for count in range(len(matrices) + 1)]
+        sums = [
+            sum(weight.numel for weight in matrices[:count]) for count in range(len(matrices) + 1)
+        ]
         if sums[-1] != sum(described) or described[0] not in sums:
             raise ConfigError(
                 f"model.family = {model.family!r} describes layer {number} as matrices of {described[0]:,} elements of "
@@ -257,7 +281,8 @@ class ModelTable:
 
 
 def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
-    """Return the matrices of a layer on one rank. It sends a share `routed` of its tokens to experts."""
+    """Return the matrices of a layer on one rank. It sends a share `routed` of its tokens to
+    experts."""
     experts = [weight for weight in kind.matrices if weight.shard == "expert"]
     found = []
     for weight in kind.matrices:
@@ -269,8 +294,9 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
                 # flattened.
                 rows=shape[weight.stack],
                 columns=prod(shape[weight.stack + 1 :]),
-                # Whole experts on a rank: tokens enter before the first matrix of theirs, and leave behind the last.
-                # Experts that are folded over other ranks have collectives of their own (`Costs.dispatch`).
+                # Whole experts on a rank: tokens enter before the first matrix of theirs, and leave
+                # behind the last. Experts that are folded over other ranks have collectives of
+                # their own (`Costs.dispatch`).
                 gathers=not folded and (weight.shard == "column" or weight in experts[:1]),
                 reduces=not folded and (weight.shard == "row" or weight in experts[-1:]),
                 replicated=weight.shard is None,
@@ -283,8 +309,11 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
     return tuple(found)
 
 
-def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tuple[LayerShapes, ...]]:
-    """Return the shapes of a model under `plan`, and those of each of its layers; equal layers share an object.
+def shapes_of(
+    config: Config, plan: Plan, table: ModelTable
+) -> tuple[Shapes, tuple[LayerShapes, ...]]:
+    """Return the shapes of a model under `plan`, and those of each of its layers; equal layers
+    share an object.
 
     Raises ConfigError for a model the planner does not know."""
     architecture, train = config.model.architecture, config.train
@@ -333,7 +362,9 @@ def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
         head_size=mixer.head_size,
         # Flash attention needs keys and values of one width: the values of latent attention are
         # padded.
-        value_size=max(mixer.value_size, mixer.head_size) if isinstance(mixer, LatentSpec) else mixer.value_size,
+        value_size=max(mixer.value_size, mixer.head_size)
+        if isinstance(mixer, LatentSpec)
+        else mixer.value_size,
         latent_value=mixer.value_size if isinstance(mixer, LatentSpec) else 0,
         latents=mixer.kv_rank + (mixer.q_rank or 0) if isinstance(mixer, LatentSpec) else 0,
         inner=feed_forward.active_inner // model.tensor,
@@ -361,7 +392,8 @@ K = TypeVar("K")
 
 
 def each(layers: Sequence[K], function: Callable[[K], T]) -> list[T]:
-    """Return what `function` makes of each layer. It is called once for all layers that are the same object."""
+    """Return what `function` makes of each layer. It is called once for all layers that are the
+    same object."""
     # By identity: `shapes_of` gives equal layers as one object.
     found: dict[int, T] = {}
     for layer in layers:
@@ -425,7 +457,10 @@ class StageSizes:
         """Return what a rank holds of dense weights, and of experts."""
         trained, experts = self.trained, self.experts
         of_experts = Held(
-            sum(experts.layers), sum(trained.experts.layers), experts.states, plan.replicas_of(plan.experts)
+            sum(experts.layers),
+            sum(trained.experts.layers),
+            experts.states,
+            plan.replicas_of(plan.experts),
         )
         dense = Held(
             self.total - of_experts.params, trained.total - of_experts.trained, self.states - experts.states,
@@ -435,7 +470,8 @@ class StageSizes:
 
 
 class LocalSizes:
-    """Adds up the elements of all weights on one tensor rank, by the place of the weight in the model."""
+    """Adds up the elements of all weights on one tensor rank, by the place of the weight in the
+    model."""
 
     def __init__(self, weights: Sequence[Weight], plan: Plan, optimizer: OptimizerConfig):
         """Add up `weights` as `plan` cuts them, with the states that `optimizer` keeps.
@@ -444,7 +480,9 @@ class LocalSizes:
         folded = [weight for weight in weights if weight.is_expert and plan.folds_experts]
         # The second condition ends the recursion: among experts alone there is nothing to tell
         # apart.
-        self.experts = LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
+        self.experts = (
+            LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
+        )
         self.states: dict[Place, int] = {}
         self.solved: dict[Place, int] = {}
         self.largest_solved = 0
@@ -506,9 +544,16 @@ class Together:
 
     A search makes thousands of plans, and a plan asks only for sums of weights."""
 
-    def __init__(self, place: Place, frozen: bool, is_expert: bool, num_states: int, weights: Sequence[Weight]):
-        """Sum up `weights`, all of this `place`, all `frozen` or not and of experts or not, with so many states of the
-        optimizer."""
+    def __init__(
+        self,
+        place: Place,
+        frozen: bool,
+        is_expert: bool,
+        num_states: int,
+        weights: Sequence[Weight],
+    ):
+        """Sum up `weights`, all of this `place`, all `frozen` or not and of experts or not, with so
+        many states of the optimizer."""
         self._num_states = num_states
         self.place = place
         self.frozen = frozen
@@ -520,11 +565,13 @@ class Together:
         self._local: dict[Cut, tuple[int]] = {}
 
     def num_states(self, optimizer: OptimizerConfig) -> int:
-        """Return how many states the optimizer keeps for each element, whatever `optimizer` is: known already."""
+        """Return how many states the optimizer keeps for each element, whatever `optimizer` is:
+        known already."""
         return self._num_states
 
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
-        """Return the number of elements on one of `expert` × `tensor` ranks, as a shape of one dimension.
+        """Return the number of elements on one of `expert` × `tensor` ranks, as a shape of one
+        dimension.
 
         Raises ValueError where a weight cannot be split."""
         cut = Cut(tensor, expert)
@@ -535,8 +582,8 @@ class Together:
 
 
 def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:
-    """Group weights by place, by whether they are frozen and of experts, and by how many states `optimizer` keeps for
-    them."""
+    """Group weights by place, by whether they are frozen and of experts, and by how many states
+    `optimizer` keeps for them."""
     places: dict[tuple[Place, bool, bool, int], list[Weight]] = {}
     for weight in weights:
         kind = weight.place, weight.frozen, weight.is_expert, weight.num_states(optimizer)

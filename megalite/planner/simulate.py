@@ -1,10 +1,10 @@
-"""Simulates one optimizer step, event by event: every pass of every pipeline rank in the order of its schedule, the
-messages between ranks, and the collectives over the replicas beside them.
+"""Simulates one optimizer step, event by event: every pass of every pipeline rank in the order of
+its schedule, the messages between ranks, and the collectives over the replicas beside them.
 
-A rank computes one pass at a time and sends each message when its pass has ended. Weights gathered after the last
-update arrive layer by layer in the order of the forward pass, and the first micro-batch waits for each. Gradients are
-reduced layer by layer as the last micro-batch's backward pass makes them. Replicas and tensor ranks all do the same, so
-one of each stands for all.
+A rank computes one pass at a time and sends each message when its pass has ended. Weights gathered
+after the last update arrive layer by layer in the order of the forward pass, and the first
+micro-batch waits for each. Gradients are reduced layer by layer as the last micro-batch's backward
+pass makes them. Replicas and tensor ranks all do the same, so one of each stands for all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Piece:
 
     forward: float
     backward: float
-    """Seconds until its gradients are there: a backward pass, or the weight-gradient pass of zero bubble."""
+    """Seconds until its gradients are there: a backward pass, or the weight-gradient pass of zero
+    bubble."""
     gather: float
     """Seconds of the all-gather of its weights; 0: none."""
     reduce: float
@@ -59,8 +60,8 @@ class Links:
     waits_for_hand_over: bool
     """True if a rank requests a message only when it is due, and waits for it (Schedule1F1B)."""
     reduces_every_time: bool
-    """True if gradients are reduced after every micro-batch (ZeRO stage 2), not only after the last. At stage 3 the
-    reductions are within the passes' times."""
+    """True if gradients are reduced after every micro-batch (ZeRO stage 2), not only after the
+    last. At stage 3 the reductions are within the passes' times."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,17 @@ class Timeline:
 
 
 class _Rank:
-    """Holds the clocks of one pipeline rank: of its compute stream and of its stream of collectives over replicas."""
+    """Holds the clocks of one pipeline rank: of its compute stream and of its stream of collectives
+    over replicas."""
 
     def __init__(self, work: dict[int, StageWork]):
         self.clock = self.busy = 0.0
         self.gathered: dict[int, list[float]] = {}
-        """When the weights of each piece of a stage have been gathered, until the stage's first forward pass."""
+        """When the weights of each piece of a stage have been gathered, until the stage's first
+        forward pass."""
         traffic = 0.0
-        # The gathers run one after the other, in the order in which the forward passes need the weights.
+        # The gathers run one after the other, in the order in which the forward passes need the
+        # weights.
         for stage, parts in work.items():
             arrivals = []
             for piece in parts.pieces:
@@ -121,10 +125,11 @@ def simulate(
     micro_batches: int,
     record: bool = False,
 ) -> Timeline:
-    """Walk the schedule: ranks take turns, each going on until it needs a message that has not been sent.
+    """Walk the schedule: ranks take turns, each going on until it needs a message that has not been
+    sent.
 
-    `order` has the passes of each rank, `work` the times of each stage, `links` those of messages; a step has
-    `micro_batches`. `record` keeps all events."""
+    `order` has the passes of each rank, `work` the times of each stage, `links` those of messages;
+    a step has `micro_batches`. `record` keeps all events."""
     last_stage = len(work) - 1
     ranks = _ranks(work, len(order))
     events: list[Event] = _gather_events(ranks, work) if record else []
@@ -184,7 +189,8 @@ def _ranks(work: Sequence[StageWork], pipeline: int) -> list[_Rank]:
 
 
 def _received(clock: float, sent: float, links: Links) -> float:
-    """Return when a rank that is free from `clock` on has received a message that was sent at `sent`."""
+    """Return when a rank that is free from `clock` on has received a message that was sent at
+    `sent`."""
     if links.waits_for_hand_over:
         # The message travels only when the receiver, idle, requests it.
         return max(clock, sent) + links.hand_over
@@ -192,7 +198,8 @@ def _received(clock: float, sent: float, links: Links) -> float:
 
 
 def _first_forward(state: _Rank, work: StageWork, stage: int, start: float) -> float:
-    """Return the end of a stage's first forward pass, which waits for weights that are still being gathered."""
+    """Return the end of a stage's first forward pass, which waits for weights that are still being
+    gathered."""
     clock = start
     for piece, arrival in zip(work.pieces, state.gathered.pop(stage), strict=True):
         clock = max(clock, arrival) + piece.forward
@@ -209,13 +216,16 @@ def _reduce(
 ) -> None:
     """Advance the collectives' clock by the reduction of a stage's gradients.
 
-    Its backward pass, which began at `start`, makes them one piece after the other, the last piece's first."""
+    Its backward pass, which began at `start`, makes them one piece after the other, the last
+    piece's first."""
     ready = start
     first = None
     for piece in reversed(work.pieces):
         ready += piece.backward
         if piece.reduce:
-            began = max(state.traffic, ready)  # after the reduction before, and not before the gradients are there
+            began = max(
+                state.traffic, ready
+            )  # after the reduction before, and not before the gradients are there
             first = began if first is None else first
             state.traffic = began + piece.reduce
     # One event for the stage: a picture has no room for one a layer.

@@ -73,7 +73,9 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
         _boxes(axes, chosen, scale, TRAFFIC_HEIGHT, below, COLOURS[kind], edge=False)
     end = estimate.timeline.end * scale
     for rank in range(rows):
-        axes.barh(rank, estimate.optimizer_s * scale, left=end, height=HEIGHT, color=OPTIMIZER, zorder=3)
+        axes.barh(
+            rank, estimate.optimizer_s * scale, left=end, height=HEIGHT, color=OPTIMIZER, zorder=3
+        )
     _number(axes, events, scale, estimate.step_time_s)
     _dress(figure, axes, estimate, unit)
     with replacing(path) as temporary:
@@ -121,7 +123,10 @@ def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> No
     """Write the number of its micro-batch into each pass that is wide enough."""
     inches_a_second = WIDTH_IN * 0.9 / step
     for event in events:
-        if event.micro_batch >= 0 and (event.end - event.start) * inches_a_second >= NARROWEST_LABEL_IN:
+        if (
+            event.micro_batch >= 0
+            and (event.end - event.start) * inches_a_second >= NARROWEST_LABEL_IN
+        ):
             middle = (event.start + event.end) / 2 * scale
             text = str(event.micro_batch + 1)
             axes.text(

@@ -1,5 +1,5 @@
-"""Writes models whose matrices are stored in few bits, in the formats of compressed-tensors, which transformers and
-vLLM open.
+"""Writes models whose matrices are stored in few bits, in the formats of compressed-tensors, which
+transformers and vLLM open.
 
 schemes.py     how numbers and scales are stored: w8a8, w4a16, fp8, fp8_block
 gptq.py        rounds the columns of a matrix one after another, so that later ones make up for the error of earlier

@@ -1,6 +1,7 @@
-"""GPTQ (Frantar et al. 2023): rounds the columns of a matrix one after another, and after each moves what is left so
-that the products with the inputs stay near. Column order by the inputs' size (act-order) with scales found before
-(static groups), the one kind that compressed-tensors takes without an index of groups."""
+"""GPTQ (Frantar et al. 2023): rounds the columns of a matrix one after another, and after each
+moves what is left so that the products with the inputs stay near. Column order by the inputs' size
+(act-order) with scales found before (static groups), the one kind that compressed-tensors takes
+without an index of groups."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from megalite.quantization.schemes import Scheme
 DAMPING = 0.01
 """Share of the mean of the diagonal that is added to it."""
 BLOCK = 128
-"""Columns that are done before the ones behind them are moved: one large product in place of many small ones."""
+"""Columns that are done before the ones behind them are moved: one large product in place of many
+small ones."""
 
 
 def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
@@ -26,8 +28,11 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, scheme: Scheme) -> Ten
     order = diagonal.argsort(descending=True, stable=True)
     hessian = hessian[order][:, order]
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    # Row c of the upper Cholesky factor of H⁻¹ says how the error of column c is made up for by those after it.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    # Row c of the upper Cholesky factor of H⁻¹ says how the error of column c is made up for by
+    # those after it.
+    factor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
+    ).float()
     rest = weight.float()[:, order].clone()
     scale = scheme.spread(scales, tuple(weight.shape))[:, order]
     numbers = scheme.encode(rest, scale)
@@ -39,7 +44,9 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, scheme: Scheme) -> Ten
             # The same numbers as slices of one column: a scheme encodes element by element.
             here = slice(column, column + 1)
             numbers[:, here] = scheme.encode(rest[:, here], scale[:, here])
-            error = (rest[:, here] - scheme.decode(numbers[:, here], scale[:, here])) / factor[column, column]
+            error = (rest[:, here] - scheme.decode(numbers[:, here], scale[:, here])) / factor[
+                column, column
+            ]
             rest[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         rest[:, stop:] -= errors @ factor[start:stop, stop:]

@@ -1,5 +1,6 @@
-"""Runs a model layer by layer over rows of tokens: one layer is in memory at a time. Rows to calibrate with go through
-what is quantised so far, as the model that comes out will see them; held-out rows go through both models."""
+"""Runs a model layer by layer over rows of tokens: one layer is in memory at a time. Rows to
+calibrate with go through what is quantised so far, as the model that comes out will see them;
+held-out rows go through both models."""
 
 from __future__ import annotations
 
@@ -24,13 +25,18 @@ ROWS_AT_A_TIME = 8
 
 
 def read_rows(prefix: str, count: int, length: int) -> Tensor:
-    """Return `count` rows of `length` + 1 tokens from all over a token file: [count, length + 1]. Raises DataError,
-    or ConfigError where there are too few."""
+    """Return `count` rows of `length` + 1 tokens from all over a token file: [count, length + 1].
+    Raises DataError, or ConfigError where there are too few."""
     dataset = IndexedDataset(prefix)
     if dataset.num_tokens < count * (length + 1):
-        raise ConfigError(f"{prefix} has {dataset.num_tokens:,} tokens, too few for {count} rows of {length + 1:,}")
+        raise ConfigError(
+            f"{prefix} has {dataset.num_tokens:,} tokens, too few for {count} rows of {length + 1:,}"
+        )
     starts = torch.arange(count) * (dataset.num_tokens - length - 1) // max(1, count - 1)
-    rows = [torch.from_numpy(dataset.tokens[start : start + length + 1].astype("int64")) for start in starts.tolist()]
+    rows = [
+        torch.from_numpy(dataset.tokens[start : start + length + 1].astype("int64"))
+        for start in starts.tolist()
+    ]
     return torch.stack(rows)
 
 
@@ -39,7 +45,8 @@ class LayerRuns:
 
     @classmethod
     def from_tokens(cls, folder: Path, prefix: str, count: int, length: int) -> LayerRuns:
-        """Take `count` rows of a token file, of which every fourth measures, and is not calibrated with."""
+        """Take `count` rows of a token file, of which every fourth measures, and is not calibrated
+        with."""
         rows = read_rows(prefix, count, length)
         measures = torch.arange(count) % 4 == min(3, count - 1)
         return cls(folder, rows[~measures], rows[measures])
@@ -57,7 +64,9 @@ class LayerRuns:
         self.plan = make_plan(self.config, self.table, 1)
         largest = int(max(calibration.max(), held_out.max()))
         if largest >= self.config.model.vocab_size:
-            raise ConfigError(f"the rows have token {largest}, the model has {self.config.model.vocab_size} of them")
+            raise ConfigError(
+                f"the rows have token {largest}, the model has {self.config.model.vocab_size} of them"
+            )
         batches = calibration[:, :-1].split(ROWS_AT_A_TIME)
         # Hidden states behind the last layer that was run, of each batch; tokens before the first.
         self._calibration: list[Tensor | None] = [None] * len(batches)
@@ -69,13 +78,20 @@ class LayerRuns:
 
     @torch.no_grad()
     def run(self, layer: int, quantise: Callable[[Weight, Tensor, Tensor], Tensor]) -> None:
-        """Run the next layer. For each of its matrices, `quantise` takes the row of the table, the weight, and the
-        sum of x xᵀ, fp64 [K, K], over the tokens that went into it; it returns the weight to go on with."""
+        """Run the next layer. For each of its matrices, `quantise` takes the row of the table, the
+        weight, and the sum of x xᵀ, fp64 [K, K], over the tokens that went into it; it returns the
+        weight to go on with."""
         num_layers = self.config.model.num_layers
         span = StageSpan(0, layer, layer + 1, first=layer == 0, last=layer == num_layers - 1)
-        stage, _ = load_stage(self.folder, self.config.model, self.plan, span, Mesh.alone(), self.config.train)
+        stage, _ = load_stage(
+            self.folder, self.config.model, self.plan, span, Mesh.alone(), self.config.train
+        )
         self._held_out[0] = self._pass(stage, self._held_out[0])
-        weights = {weight.name: weight for weight in self.table if weight.is_matrix and weight.place == layer}
+        weights = {
+            weight.name: weight
+            for weight in self.table
+            if weight.is_matrix and weight.place == layer
+        }
         sums = self._collect(stage, weights)
         for name, weight in weights.items():
             parameter = stage.model.get_parameter(name)
@@ -84,7 +100,9 @@ class LayerRuns:
         for number, (tokens, x) in enumerate(zip(self._tokens, self._calibration, strict=True)):
             self._calibration[number] = None if span.last else stage(x, _inputs(tokens))
         if span.last:
-            before, after = (float(x.double().mean().exp()) for x in self._held_out if x is not None)
+            before, after = (
+                float(x.double().mean().exp()) for x in self._held_out if x is not None
+            )
             self.perplexities = before, after
 
     def _collect(self, stage: Stage, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
@@ -98,7 +116,9 @@ class LayerRuns:
             return note
 
         handles = [
-            stage.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(watch(name))
+            stage.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+                watch(name)
+            )
             for name in weights
         ]
         for tokens, x in zip(self._tokens, self._calibration, strict=True):

@@ -1,4 +1,5 @@
-"""Quantises a stored model: the matrices of its layers, and nothing else. Embeddings, heads, norms and biases stay."""
+"""Quantises a stored model: the matrices of its layers, and nothing else. Embeddings, heads, norms
+and biases stay."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class Report:
     """What quantising cost."""
 
     errors: dict[str, float] = field(default_factory=dict)
-    """Share of the squared outputs of each matrix that its rounding changed, Σ|(Q−W)x|² / Σ|Wx|², by the name of its
-    Hugging Face tensor; without calibration rows of the weights themselves."""
+    """Share of the squared outputs of each matrix that its rounding changed, Σ|(Q−W)x|² / Σ|Wx|²,
+    by the name of its Hugging Face tensor; without calibration rows of the weights themselves."""
     perplexities: tuple[float, float] | None = None
     """Of held-out rows, before and after."""
 
@@ -37,20 +38,25 @@ class Report:
 class Quantiser:
     """Gives the tensors to write for each weight, in the order of the table."""
 
-    def __init__(self, model: Model, scheme: Scheme, method: Method = "rtn", runs: LayerRuns | None = None):
-        """`runs` gives the inputs of the matrices, which GPTQ needs. Raises ConfigError for a model or a matrix that
-        cannot be quantised."""
+    def __init__(
+        self, model: Model, scheme: Scheme, method: Method = "rtn", runs: LayerRuns | None = None
+    ):
+        """`runs` gives the inputs of the matrices, which GPTQ needs. Raises ConfigError for a model
+        or a matrix that cannot be quantised."""
         if method == "gptq" and runs is None:
             raise ConfigError("--method gptq needs inputs of the matrices: give --data")
         self.model, self.scheme, self.method, self.runs = model, scheme, method, runs
         self.report = Report()
         self._ready: dict[str, dict[str, Tensor]] = {}
-        """What is to be written for tensors of the layer that was quantised last, by their names."""
+        """What is to be written for tensors of the layer that was quantised last, by their
+        names."""
         self._layer = -1
         for weight in self._matrices():
             if weight.stack or weight.transpose:
                 what = "experts" if weight.stack else "matrices stored as [in, out]"
-                raise ConfigError(f"{weight.name}: {what} are not quantised here; they are no torch.nn.Linear")
+                raise ConfigError(
+                    f"{weight.name}: {what} are not quantised here; they are no torch.nn.Linear"
+                )
             for name, shape in weight.hf_shapes().items():
                 scheme.check(name, shape)
 
@@ -60,9 +66,18 @@ class Quantiser:
     def config(self) -> dict[str, object]:
         """Return config.json's `quantization_config`."""
         names = [name for weight in self._matrices() for name in weight.hf]
-        every = [name for weight in self.model.weights for name in weight.hf if len(weight.row_shape) == 1]
+        every = [
+            name
+            for weight in self.model.weights
+            for name in weight.hf
+            if len(weight.row_shape) == 1
+        ]
         # Modules that transformers has as torch.nn.Linear, and that stay: the head, a router.
-        ignore = [name.removesuffix(".weight") for name in every if name not in names and "embed" not in name]
+        ignore = [
+            name.removesuffix(".weight")
+            for name in every
+            if name not in names and "embed" not in name
+        ]
         return self.scheme.config(ignore or ["lm_head"])
 
     def encode(self, weight: Weight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,9 +96,14 @@ class Quantiser:
 
     def _in_layer(self, weight: Weight, value: Tensor, inputs: Tensor) -> Tensor:
         """Quantise a weight with what went into it; return what its numbers stand for."""
-        # By Hugging Face tensor: their rows do not depend on each other, but blocks of fp8 must not reach over two.
-        rounded = {name: self._quantise(name, part, inputs) for name, part in weight.to_hf(value).items()}
-        rows = weight.rows_from_hf(lambda name, where: rounded[name][where], 0, weight.num_rows, (0, value.shape[1]))
+        # By Hugging Face tensor: their rows do not depend on each other, but blocks of fp8 must not
+        # reach over two.
+        rounded = {
+            name: self._quantise(name, part, inputs) for name, part in weight.to_hf(value).items()
+        }
+        rows = weight.rows_from_hf(
+            lambda name, where: rounded[name][where], 0, weight.num_rows, (0, value.shape[1])
+        )
         return rows.view(weight.shape).to(value.dtype)
 
     def _quantise(self, name: str, value: Tensor, inputs: Tensor | None) -> Tensor:
@@ -104,9 +124,11 @@ class Quantiser:
 
 
 def relative_error(weight: Tensor, rounded: Tensor, inputs: Tensor | None) -> float:
-    """Return Σ|(Q−W)x|² / Σ|Wx|² from `inputs`, the sum of x xᵀ; without it as if these were alike in all
-    directions."""
-    lost, whole = ((x.double() if inputs is None else x.double() @ inputs) for x in (rounded - weight, weight))
+    """Return Σ|(Q−W)x|² / Σ|Wx|² from `inputs`, the sum of x xᵀ; without it as if these were alike
+    in all directions."""
+    lost, whole = (
+        (x.double() if inputs is None else x.double() @ inputs) for x in (rounded - weight, weight)
+    )
     if inputs is None:
         return float(lost.square().sum() / whole.square().sum())
     return float((lost * (rounded - weight)).sum() / (whole * weight).sum())
@@ -115,8 +137,8 @@ def relative_error(weight: Tensor, rounded: Tensor, inputs: Tensor | None) -> fl
 def quantised(
     folder: Path, scheme: Scheme, method: Method = "rtn", runs: LayerRuns | None = None
 ) -> tuple[Model, Report]:
-    """Return the model in `folder` as `write_model` is to write it, and the report that is filled in as it does. Raises
-    ConfigError or CheckpointError."""
+    """Return the model in `folder` as `write_model` is to write it, and the report that is filled
+    in as it does. Raises ConfigError or CheckpointError."""
     model = open_source(folder)
     quantiser = Quantiser(model, scheme, method, runs)
     config = model.config | {"quantization_config": quantiser.config()}

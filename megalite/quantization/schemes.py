@@ -1,5 +1,5 @@
-"""How the numbers of a quantised matrix and their scales are stored: compressed-tensors' formats, as transformers and
-vLLM read them. All are symmetric: a number stands for itself × its scale."""
+"""How the numbers of a quantised matrix and their scales are stored: compressed-tensors' formats,
+as transformers and vLLM read them. All are symmetric: a number stands for itself × its scale."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Scheme:
-    """Stores matrices [N, K], of N output features. Scales are [N, K / group], one for each `group` of columns, and
-    are rounded to the model's own dtype first, as readers hold them in it."""
+    """Stores matrices [N, K], of N output features. Scales are [N, K / group], one for each `group`
+    of columns, and are rounded to the model's own dtype first, as readers hold them in it."""
 
     name: str
     format: str
@@ -56,7 +56,8 @@ class Scheme:
         return scales.repeat_interleave(self.group or shape[1], 1)
 
     def encode(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return the stored numbers, one for each of `weight`, by the `scale` of each (all of one shape)."""
+        """Return the stored numbers, one for each of `weight`, by the `scale` of each (all of one
+        shape)."""
         raise NotImplementedError
 
     def decode(self, numbers: Tensor, scale: Tensor) -> Tensor:
@@ -90,12 +91,20 @@ class Scheme:
 def _arguments(
     bits: int, kind: Literal["int", "float"], strategy: str, dynamic: bool = False, **more: Any
 ) -> dict[str, Any]:
-    return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": dynamic, **more}
+    return {
+        "num_bits": bits,
+        "type": kind,
+        "strategy": strategy,
+        "symmetric": True,
+        "dynamic": dynamic,
+        **more,
+    }
 
 
 @dataclass(frozen=True)
 class Integers(Scheme):
-    """Integers of `bits` bits in two's complement; of 4 bits eight in an int32, the first in its lowest bits."""
+    """Integers of `bits` bits in two's complement; of 4 bits eight in an int32, the first in its
+    lowest bits."""
 
     bits: int = 8
 
@@ -173,7 +182,8 @@ class Float8(Scheme):
 
 SCHEMES = ("w8a8", "w4a16", "fp8", "fp8_block")
 GROUP = 128
-"""Columns that share a scale under w4a16, and rows and columns of a block under fp8_block, unless told otherwise."""
+"""Columns that share a scale under w4a16, and rows and columns of a block under fp8_block, unless
+told otherwise."""
 
 
 def make_scheme(name: str, group: int = GROUP) -> Scheme:
@@ -183,7 +193,9 @@ def make_scheme(name: str, group: int = GROUP) -> Scheme:
             return Integers(name, "int-quantized")
         case "w4a16":
             if group % 8:
-                raise ConfigError(f"--group {group} must be a multiple of 8: eight numbers share a word")
+                raise ConfigError(
+                    f"--group {group} must be a multiple of 8: eight numbers share a word"
+                )
             return Integers(name, "pack-quantized", group, bits=4)
         case "fp8":
             return Float8(name, "float-quantized")

@@ -1,1 +1,2 @@
-"""The surroundings of a run on a machine: its folder, exit status, processes, and what it is doing now."""
+"""The surroundings of a run on a machine: its folder, exit status, processes, and what it is doing
+now."""

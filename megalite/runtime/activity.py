@@ -1,8 +1,9 @@
-"""Notes on what this process is doing, for whoever watches it from another thread (health/watchdog.py).
+"""Notes on what this process is doing, for whoever watches it from another thread
+(health/watchdog.py).
 
-The code that does the work leaves notes on one object, `NOW`: plain assignments, with no lock, no file and no clock,
-so that a note costs next to nothing beside what it is about. A reader may see half of a note, and the rest a moment
-later."""
+The code that does the work leaves notes on one object, `NOW`: plain assignments, with no lock, no
+file and no clock, so that a note costs next to nothing beside what it is about. A reader may see
+half of a note, and the rest a moment later."""
 
 from __future__ import annotations
 
@@ -20,7 +21,18 @@ class Timer(Protocol):
 class Activity:
     """The current phase, step and collective of this process."""
 
-    __slots__ = ("action", "beats", "counts", "micro_batch", "number", "over", "phase", "step", "timer", "waits_in")
+    __slots__ = (
+        "action",
+        "beats",
+        "counts",
+        "micro_batch",
+        "number",
+        "over",
+        "phase",
+        "step",
+        "timer",
+        "waits_in",
+    )
 
     def __init__(self) -> None:
         self.beats = 0
@@ -30,7 +42,8 @@ class Activity:
     def reset(self) -> None:
         """Forget all notes; only `beats` goes on growing."""
         self.counts: defaultdict[str, int] = defaultdict(int)
-        """How many collectives were begun over each axis of the mesh. Ranks of a group count alike."""
+        """How many collectives were begun over each axis of the mesh. Ranks of a group count
+        alike."""
         self.phase, self.step, self.action, self.micro_batch = "starting", 0, "", -1
         # `waits_in` is what a reader looks at: empty while this rank works.
         self.waits_in, self.over, self.number = "", "", 0
@@ -57,7 +70,8 @@ class Activity:
         return self.counts[over]
 
     def wait(self, kind: str, over: str, number: int = 0) -> None:
-        """Note that this rank waits for others: `kind` of collective, `over` which axis, its `number` there."""
+        """Note that this rank waits for others: `kind` of collective, `over` which axis, its
+        `number` there."""
         # `waits_in` last: a watcher that sees it finds the other two of the same wait.
         self.over, self.number, self.waits_in = over, number, kind
         self.beats += 1

@@ -9,9 +9,11 @@ OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """Its name before torch 2.9, which torch still reads."""
 
 ALWAYS = {
-    # Blocks of memory grow in place: micro-batches of several sizes do not leave holes that none of them fits in.
+    # Blocks of memory grow in place: micro-batches of several sizes do not leave holes that none of
+    # them fits in.
     ALLOCATOR: "expandable_segments:True",
-    # A collective is put on the device before the products that were launched ahead of it, and runs beside them.
+    # A collective is put on the device before the products that were launched ahead of it, and runs
+    # beside them.
     "TORCH_NCCL_HIGH_PRIORITY": "1",
 }
 DETERMINISTIC = {
@@ -22,7 +24,8 @@ DETERMINISTIC = {
 
 
 def set_defaults(deterministic: bool) -> None:
-    """Set the variables that nobody has set. Call it before torch first uses a GPU or makes a process group."""
+    """Set the variables that nobody has set. Call it before torch first uses a GPU or makes a
+    process group."""
     for name, value in (ALWAYS | (DETERMINISTIC if deterministic else {})).items():
         if name != ALLOCATOR or OLD_ALLOCATOR not in os.environ:
             os.environ.setdefault(name, value)

@@ -1,5 +1,5 @@
-"""The error file that a failing rank leaves for its launcher, which shows it last: below it, the other ranks only say
-that they lost that rank. The file is torchrun's own, in its format."""
+"""The error file that a failing rank leaves for its launcher, which shows it last: below it, the
+other ranks only say that they lost that rank. The file is torchrun's own, in its format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def leave(message: str, traceback: str = "") -> None:
     if not path:
         return
     now = time.time_ns()
-    extra = {"py_callstack": hide_secrets(traceback), "timestamp": str(now // 10**9), "time_ns": now}
+    extra = {
+        "py_callstack": hide_secrets(traceback),
+        "timestamp": str(now // 10**9),
+        "time_ns": now,
+    }
     try:
         with open(path, "w") as file:
             json.dump({"message": {"message": hide_secrets(message), "extraInfo": extra}}, file)
@@ -27,15 +31,16 @@ def leave(message: str, traceback: str = "") -> None:
 
 
 def time_of(failure: Any) -> int:
-    """Return when a rank failed, in ns: torchrun counts whole seconds, within which others follow. `failure` is its
-    record."""
+    """Return when a rank failed, in ns: torchrun counts whole seconds, within which others follow.
+    `failure` is its record."""
     message = failure.message
     extra = message.get("extraInfo", {}) if isinstance(message, Mapping) else {}
     return extra.get("time_ns", failure.timestamp * 10**9 + 10**9)
 
 
 def read(failure: Any) -> tuple[str, str]:
-    """Return (message, traceback) from torchrun's record of a failure; empty where the rank left none."""
+    """Return (message, traceback) from torchrun's record of a failure; empty where the rank left
+    none."""
     if not isinstance(failure.message, Mapping):
         return "", ""
     return failure.message["message"], failure.message["extraInfo"]["py_callstack"]

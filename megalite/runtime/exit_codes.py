@@ -52,7 +52,8 @@ PASSES = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH,
     errno.ENETUNREACH, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.EAGAIN,
 }  # fmt: skip
-"""Errors of disks and networks that are gone for a while, or on one node. They are not the user's mistake."""
+"""Errors of disks and networks that are gone for a while, or on one node. They are not the user's
+mistake."""
 
 
 def passes(error: BaseException | None) -> bool:
@@ -65,15 +66,16 @@ def passes(error: BaseException | None) -> bool:
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process at once, from any thread, whatever the others wait for. Nothing is cleaned up."""
+    """End the process at once, from any thread, whatever the others wait for. Nothing is cleaned
+    up."""
     if sys.stdout.isatty():
         os.write(1, b"\x1b[?25h\n")  # the live line hides the cursor
     os._exit(status)
 
 
 def flush_output() -> None:
-    """Flush what was printed, before the process ends. What a full disk does not take is dropped: Python would end
-    with a status of its own for it."""
+    """Flush what was printed, before the process ends. What a full disk does not take is dropped:
+    Python would end with a status of its own for it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -86,9 +88,9 @@ def flush_output() -> None:
 
 
 def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run a tool's `main`, and return its exit status. A mistake of the user's is one line on stderr and status
-    MISTAKE, as in `megalite`; a full disk or a store that is gone for a while is one line and FAILED. `interrupted` is
-    printed on Ctrl-C."""
+    """Run a tool's `main`, and return its exit status. A mistake of the user's is one line on
+    stderr and status MISTAKE, as in `megalite`; a full disk or a store that is gone for a while is
+    one line and FAILED. `interrupted` is printed on Ctrl-C."""
     try:
         return tool()
     except (ConfigError, DataError, CheckpointError, OSError) as error:
@@ -114,7 +116,13 @@ def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
     return integer
 
 
-_OF_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_OF_PATHS = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 def killed_by(number: int) -> int:

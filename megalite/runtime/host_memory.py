@@ -8,9 +8,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Let the memory that a step frees serve the next step. By default glibc returns blocks of 32 MB and more to the
-    system at once, and every new one is paid for in page faults, at a tenth of memory's speed. Does nothing without
-    glibc."""
+    """Let the memory that a step frees serve the next step. By default glibc returns blocks of 32
+    MB and more to the system at once, and every new one is paid for in page faults, at a tenth of
+    memory's speed. Does nothing without glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -15,8 +15,8 @@ from multiprocessing.connection import wait
 def worker_pool(
     workers: int, initializer: Callable[..., None], *arguments: object
 ) -> AbstractContextManager[Executor | None]:
-    """Open a pool of processes that each begin with `initializer(*arguments)`, which calls `start_worker`. Gives None
-    for one worker, which is this very process."""
+    """Open a pool of processes that each begin with `initializer(*arguments)`, which calls
+    `start_worker`. Gives None for one worker, which is this very process."""
     if workers == 1:
         return nullcontext()
     # Spawned, since a fork of a process with threads may hang.
@@ -25,15 +25,20 @@ def worker_pool(
 
 
 def start_worker() -> None:
-    """Prepare a process of a pool: it tokenizes in one thread, ignores Ctrl-C, and ends with its parent."""
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
+    """Prepare a process of a pool: it tokenizes in one thread, ignores Ctrl-C, and ends with its
+    parent."""
+    os.environ.update(
+        TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1"
+    )  # the processes are the parallelism
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent alone answers it
     leave_with_parent()
 
 
 def leave_with_parent() -> None:
-    """End this worker when its parent ends: a parent that was killed outright cannot end its workers, which would wait
-    for work for ever."""
+    """End this worker when its parent ends: a parent that was killed outright cannot end its
+    workers, which would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel

@@ -16,15 +16,16 @@ from megalite.errors import ConfigError
 
 LOCK = "lock"
 LOCK_PATIENCE_S = 100.0
-"""Seconds to wait for the lock: time for an earlier run to end, and for a shared file system to forget the locks of a
-lost node."""
+"""Seconds to wait for the lock: time for an earlier run to end, and for a shared file system to
+forget the locks of a lost node."""
 KEPT_CONFIGS = 20
 """Configs of earlier starts that are kept; each checkpoint has its own beside its weights."""
 
 
 def check_run_folder(folder: Path) -> None:
-    """Check the folder before anything is written. Raises ConfigError where a link in it leads elsewhere: whoever may
-    write to a shared folder could make the run write, and delete, in its owner's name."""
+    """Check the folder before anything is written. Raises ConfigError where a link in it leads
+    elsewhere: whoever may write to a shared folder could make the run write, and delete, in its
+    owner's name."""
     for path in (*folder.glob("*"), *folder.glob("checkpoints/*")):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
@@ -34,8 +35,8 @@ def check_run_folder(folder: Path) -> None:
 
 
 def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
-    """Write the config of a start that goes on after `step` to `folder`. Returns where another one that was there is
-    kept.
+    """Write the config of a start that goes on after `step` to `folder`. Returns where another one
+    that was there is kept.
 
     Raises ConfigError where it cannot be written."""
     path, kept = folder / "config.yaml", None
@@ -56,8 +57,14 @@ def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
 
 def _forget_oldest(folder: Path, newest: Path) -> None:
     """Delete the oldest kept configs beyond `KEPT_CONFIGS`."""
-    ages = {path: path.stat().st_mtime_ns for path in folder.glob("config.until-step-*.yaml") if path != newest}
-    for path in sorted(ages, key=lambda path: (ages[path], path))[: max(0, len(ages) + 1 - KEPT_CONFIGS)]:
+    ages = {
+        path: path.stat().st_mtime_ns
+        for path in folder.glob("config.until-step-*.yaml")
+        if path != newest
+    }
+    for path in sorted(ages, key=lambda path: (ages[path], path))[
+        : max(0, len(ages) + 1 - KEPT_CONFIGS)
+    ]:
         path.unlink()
 
 
@@ -85,9 +92,9 @@ def _explained(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock: no other process gets in at the same time, where the file system has locks. A
-    process that is killed releases it. Raises ConfigError where another one keeps it, or the folder cannot be
-    written."""
+    """Make the folder and hold its lock: no other process gets in at the same time, where the file
+    system has locks. A process that is killed releases it. Raises ConfigError where another one
+    keeps it, or the folder cannot be written."""
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # "a+" does not truncate: until the lock is taken, the file says who holds it.
@@ -118,7 +125,9 @@ def _sign(file: FileIO) -> None:
     """Write into the lock file who holds it."""
     job = os.environ.get("SLURM_JOB_ID")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}{f' (job {job})' if job else ''}\n".encode())
+    file.write(
+        f"process {os.getpid()} on {os.uname().nodename}{f' (job {job})' if job else ''}\n".encode()
+    )
 
 
 def _is_mine(file: FileIO) -> bool:

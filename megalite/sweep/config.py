@@ -1,4 +1,5 @@
-"""What a sweep's YAML file says: the config to begin with, the space of settings to search, and what is best."""
+"""What a sweep's YAML file says: the config to begin with, the space of settings to search, and
+what is best."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Dimension(Section):
     log: bool = Field(False, description="Spread the values between evenly over their logarithms.")
     step: float | None = Field(None, gt=0, description="Distance of the values between.")
     when: dict[str, Any] = Field(
-        {}, description="Only where other settings of the space have these values, or one of these in a list."
+        {},
+        description="Only where other settings of the space have these values, or one of these in a list.",
     )
 
     @model_validator(mode="after")
@@ -48,11 +50,15 @@ class Dimension(Section):
             return self
         low, high = self.between
         if not low < high:
-            raise ValueError(f"between {low} and {high} there is nothing; give the smaller one first")
+            raise ValueError(
+                f"between {low} and {high} there is nothing; give the smaller one first"
+            )
         if self.log and (low <= 0 or self.step):
             raise ValueError("log needs numbers above 0, and no step")
         if self.is_whole and self.step and self.step != int(self.step):
-            raise ValueError(f"step {self.step} leads from a whole number to none; write {low}.0 for fractions")
+            raise ValueError(
+                f"step {self.step} leads from a whole number to none; write {low}.0 for fractions"
+            )
         return self
 
     @property
@@ -70,7 +76,9 @@ class Dimension(Section):
         if step is None:
             raise ValueError("a grid needs `values`, or a `step`")
         count = int((high - low) / step + 1e-9) + 1
-        return tuple(low + number * (int(step) if self.is_whole else step) for number in range(count))
+        return tuple(
+            low + number * (int(step) if self.is_whole else step) for number in range(count)
+        )
 
     @property
     def ends(self) -> tuple[Any, ...]:
@@ -80,7 +88,9 @@ class Dimension(Section):
     def holds(self, chosen: Mapping[str, Any]) -> bool:
         """Return whether `when` is met by the values chosen so far."""
         for key, wanted in self.when.items():
-            if key not in chosen or chosen[key] not in (wanted if isinstance(wanted, list) else [wanted]):
+            if key not in chosen or chosen[key] not in (
+                wanted if isinstance(wanted, list) else [wanted]
+            ):
                 return False
         return True
 
@@ -89,14 +99,20 @@ class Metric(Section):
     """A number of metrics.jsonl to make best."""
 
     metric: str
-    maximize: bool | None = Field(None, description="Whether more is better. Left out where the name says it.")
+    maximize: bool | None = Field(
+        None, description="Whether more is better. Left out where the name says it."
+    )
 
     @property
     def grows(self) -> bool:
         """Return whether more is better."""
         if self.maximize is not None:
             return self.maximize
-        return self.metric in GROWING or self.metric.startswith("tasks/") or self.metric.endswith("accuracy")
+        return (
+            self.metric in GROWING
+            or self.metric.startswith("tasks/")
+            or self.metric.endswith("accuracy")
+        )
 
     @model_validator(mode="after")
     def _direction_is_known(self) -> Metric:
@@ -109,27 +125,41 @@ class Metric(Section):
 class SweepConfig(Section):
     """Holds all settings of a sweep."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="Name of its folder in dir.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="Name of its folder in dir.",
+    )
     dir: Path = Path("runs")
     config: Path = Field(description="YAML file of the config that every trial begins with.")
-    settings: dict[str, Any] = Field({}, description="Settings of all trials, such as train.steps: 200.")
+    settings: dict[str, Any] = Field(
+        {}, description="Settings of all trials, such as train.steps: 200."
+    )
     space: dict[str, Dimension] = Field(min_length=1, description="Values to try, by setting.")
     objective: tuple[Metric, ...] = Field(
-        (Metric(metric="valid_loss"),), min_length=1, description="Metrics to make best; of several, the Pareto front."
+        (Metric(metric="valid_loss"),),
+        min_length=1,
+        description="Metrics to make best; of several, the Pareto front.",
     )
     sampler: Literal["tpe", "random", "grid", "gp"] = "tpe"
     pruner: Literal["none", "median", "hyperband"] = Field(
         "none", description="What ends trials early that are behind others at a validation."
     )
-    trials: int | None = Field(None, gt=0, description="Number of trials. A grid's is that of its points.")
+    trials: int | None = Field(
+        None, gt=0, description="Number of trials. A grid's is that of its points."
+    )
     parallel: int = Field(1, gt=0, description="Trials at a time on a machine.")
-    ranks: int | None = Field(None, gt=0, description="Ranks of a trial. Defaults to the fewest that the config needs.")
+    ranks: int | None = Field(
+        None, gt=0, description="Ranks of a trial. Defaults to the fewest that the config needs."
+    )
     seed: int = Field(0, ge=0, description="Seed of the sampler.")
     seeds: Literal["same", "different"] = Field(
         "same",
         description="same: all trials have the config's train.seed, and so the same weights and batches at first.",
     )
-    storage: str = Field("journal", description="journal: a file in the sweep's folder. Or the URL of a database.")
+    storage: str = Field(
+        "journal", description="journal: a file in the sweep's folder. Or the URL of a database."
+    )
 
     @property
     def folder(self) -> Path:
@@ -140,7 +170,9 @@ class SweepConfig(Section):
     def _lists_are_values(cls, space: Any) -> Any:
         if not isinstance(space, dict):
             return space
-        return {key: {"values": each} if isinstance(each, list) else each for key, each in space.items()}
+        return {
+            key: {"values": each} if isinstance(each, list) else each for key, each in space.items()
+        }
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -154,7 +186,9 @@ class SweepConfig(Section):
         if storage != "journal" and "://" not in storage:
             raise ValueError("must be journal, or a URL such as postgresql://host/sweeps")
         if storage.startswith("sqlite"):
-            raise ValueError("SQLite loses writes on shared disks; the journal is the file that does not")
+            raise ValueError(
+                "SQLite loses writes on shared disks; the journal is the file that does not"
+            )
         check_no_secret(storage)
         return storage
 
@@ -168,7 +202,9 @@ class SweepConfig(Section):
                 )
             for other in dimension.when:
                 if other not in seen:
-                    raise ValueError(f"space.{key}: when names {other}, which must be in the space above it")
+                    raise ValueError(
+                        f"space.{key}: when names {other}, which must be in the space above it"
+                    )
             if self.sampler == "grid":
                 try:
                     dimension.points  # noqa: B018
@@ -178,7 +214,9 @@ class SweepConfig(Section):
         if self.sampler != "grid" and self.trials is None:
             raise ValueError("trials is required, unless for sampler: grid")
         if len(self.objective) > 1 and self.pruner != "none":
-            raise ValueError(f"pruner: {self.pruner} compares by one metric; with several give pruner: none")
+            raise ValueError(
+                f"pruner: {self.pruner} compares by one metric; with several give pruner: none"
+            )
         return self
 
     @property
@@ -188,7 +226,8 @@ class SweepConfig(Section):
         return min(filter(None, (self.trials, points)))
 
     def choose(self, choose: Callable[[str, Dimension], Any]) -> dict[str, Any]:
-        """Return a value for each setting of the space whose conditions are met, each by `choose`."""
+        """Return a value for each setting of the space whose conditions are met, each by
+        `choose`."""
         chosen: dict[str, Any] = {}
         for key, dimension in self.space.items():
             if dimension.holds(chosen):
@@ -206,37 +245,47 @@ class SweepConfig(Section):
                 yield chosen
 
     def trial_values(self, chosen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Return the config of a trial with the `chosen` settings, as YAML has it. `folder` is that of its run, whose
-        name ends with the number that makes its seed a different one."""
+        """Return the config of a trial with the `chosen` settings, as YAML has it. `folder` is that
+        of its run, whose name ends with the number that makes its seed a different one."""
         settings = self.settings | dict(chosen)
         settings |= {"run.name": folder.name, "run.dir": str(folder.parent)}
         values = with_overrides(read_yaml(self.config), spelled_out(settings))
         if self.seeds == "different":
             seed = (values.get("train") or {}).get("seed", 0)
-            values = with_overrides(values, spelled_out({"train.seed": seed + int(folder.name.rpartition("-")[2])}))
+            values = with_overrides(
+                values, spelled_out({"train.seed": seed + int(folder.name.rpartition("-")[2])})
+            )
         if ((values.get("observe") or {}).get("wandb") or {}).get("mode", "disabled") != "disabled":
             values = with_overrides(values, spelled_out({"observe.wandb.group": self.name}))
         return values
 
     def check(self) -> Config:
-        """Return the config of a trial at an end of the space. Raises ConfigError where a setting is not known, or
-        the objective is not measured."""
+        """Return the config of a trial at an end of the space. Raises ConfigError where a setting
+        is not known, or the objective is not measured."""
         for end in (0, -1):  # of every dimension: a mistake is found before the first trial
             chosen = self.choose(lambda key, dimension, end=end: dimension.ends[end])  # type: ignore[misc]
             values = self.trial_values(chosen, self.folder / "trial-0000")
-            config = parse_config(values, origin=f"{self.config} with {', '.join(spelled_out(chosen))}")
+            config = parse_config(
+                values, origin=f"{self.config} with {', '.join(spelled_out(chosen))}"
+            )
         validated = config.data.valid or (config.data.split and config.data.split[1])
         for each in self.objective:
             if each.metric.startswith("valid_") and not validated:
-                raise ConfigError(f"objective {each.metric} needs data.valid or data.split in {self.config}")
+                raise ConfigError(
+                    f"objective {each.metric} needs data.valid or data.split in {self.config}"
+                )
             if each.metric.startswith("tasks/") and not config.observe.tasks.names:
-                raise ConfigError(f"objective {each.metric} needs observe.tasks.names in {self.config}")
+                raise ConfigError(
+                    f"objective {each.metric} needs observe.tasks.names in {self.config}"
+                )
         return config
 
 
 def encoded(value: Any) -> Value:
     """Return what optuna stores for a value to choose."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    return (
+        value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    )
 
 
 def spelled_out(settings: Mapping[str, Any]) -> list[str]:
@@ -245,7 +294,8 @@ def spelled_out(settings: Mapping[str, Any]) -> list[str]:
 
 
 def load_sweep_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read the YAML file `path` and apply `overrides`, such as `trials=40`. Raises ConfigError with every mistake."""
+    """Read the YAML file `path` and apply `overrides`, such as `trials=40`. Raises ConfigError with
+    every mistake."""
     values = with_overrides(read_yaml(path), overrides)
     try:
         return SweepConfig.model_validate(values)

@@ -45,14 +45,18 @@ def write_report(sweep: SweepConfig, study: Study) -> list[str]:
         text = best_config(sweep, best[0])
         with replacing(sweep.folder / "best.yaml") as temporary:
             temporary.write_text(text, encoding="utf-8")
-        lines.append(f"the best is {best[0].user_attrs[RUN]}; its config is {sweep.folder / 'best.yaml'}")
+        lines.append(
+            f"the best is {best[0].user_attrs[RUN]}; its config is {sweep.folder / 'best.yaml'}"
+        )
     else:
         lines.append("no trial is complete, so there is no best one")
     pictures, lacking = draw(sweep, study)
     lines += lacking
     with replacing(sweep.folder / "report.html") as temporary:
         temporary.write_text(page(sweep, header, rows, best, pictures), encoding="utf-8")
-    lines.append(f"{sweep.folder / 'report.html'} shows all trials" + (", with pictures" if pictures else ""))
+    lines.append(
+        f"{sweep.folder / 'report.html'} shows all trials" + (", with pictures" if pictures else "")
+    )
     return lines
 
 
@@ -69,7 +73,8 @@ def rank(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]
 
 
 def best_trials(study: Study) -> list[FrozenTrial]:
-    """Return the best trial; of several metrics those than which none is better in all; none where none is complete."""
+    """Return the best trial; of several metrics those than which none is better in all; none where
+    none is complete."""
     try:
         return list(study.best_trials) if len(study.directions) > 1 else [study.best_trial]
     except ValueError:
@@ -80,7 +85,9 @@ def best_config(sweep: SweepConfig, trial: FrozenTrial) -> str:
     """Return the config of a trial as YAML, for a run of its own."""
     values = read_yaml(sweep.folder / trial.user_attrs[RUN] / "trial.yaml")
     values["run"] = read_yaml(sweep.config).get("run", {}) | {"name": f"{sweep.name}-best"}
-    found = ", ".join(f"{m.metric} {v:.6g}" for m, v in zip(sweep.objective, trial.values, strict=True))
+    found = ", ".join(
+        f"{m.metric} {v:.6g}" for m, v in zip(sweep.objective, trial.values, strict=True)
+    )
     return f"# {trial.user_attrs[RUN]} of {sweep.folder}: {found}\n{yaml.safe_dump(values, sort_keys=False)}"
 
 
@@ -106,12 +113,18 @@ def _cell(value: Any) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the rows of a table as lines, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
-    """Draw the pictures that there are enough trials for; return them by name, and lines for the console."""
-    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    """Draw the pictures that there are enough trials for; return them by name, and lines for the
+    console."""
+    complete = [
+        trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"
+    ]
     if len(complete) < 2:
         return {}, []
     try:
@@ -128,11 +141,16 @@ def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
             warnings.simplefilter("ignore")
             try:
                 plot()
-            except (ValueError, RuntimeError):  # trials that have too little in common for this picture
+            except (
+                ValueError,
+                RuntimeError,
+            ):  # trials that have too little in common for this picture
                 pyplot.close("all")
                 continue
             with replacing(path) as temporary:
-                pyplot.gcf().savefig(temporary, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+                pyplot.gcf().savefig(
+                    temporary, format="png", dpi=110, bbox_inches="tight", facecolor="white"
+                )
         pyplot.close("all")
         pictures[name] = path
     return pictures, []
@@ -145,7 +163,11 @@ def _plots(sweep: SweepConfig, study: Study) -> dict[str, Callable[[], Any]]:
 
     names = [each.metric for each in sweep.objective]
     if len(names) > 1:
-        return {"pareto": lambda: plots.plot_pareto_front(study, target_names=names)} if len(names) < 4 else {}
+        return (
+            {"pareto": lambda: plots.plot_pareto_front(study, target_names=names)}
+            if len(names) < 4
+            else {}
+        )
     (name,) = names
     found: dict[str, Callable[[], Any]] = {
         "history": lambda: plots.plot_optimization_history(study, target_name=name),
@@ -168,14 +190,20 @@ def page(
 ) -> str:
     """Return one HTML page that needs no other file."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
     drawn = "".join(
         f'<h2>{escape(TITLES[name])}</h2><img alt="{name}" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for name, path in pictures.items()
     )
-    winner = f"<h2>The best config</h2><pre>{escape(best_config(sweep, best[0]))}</pre>" if best else ""
-    metrics = ", ".join(f"{each.metric} ({'most' if each.grows else 'least'})" for each in sweep.objective)
+    winner = (
+        f"<h2>The best config</h2><pre>{escape(best_config(sweep, best[0]))}</pre>" if best else ""
+    )
+    metrics = ", ".join(
+        f"{each.metric} ({'most' if each.grows else 'least'})" for each in sweep.objective
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{escape(sweep.name)}</title>
 <style>

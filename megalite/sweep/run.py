@@ -1,4 +1,5 @@
-"""Runs `megalite sweep`: workers of this machine take trials until the budget is used up, then a report is written."""
+"""Runs `megalite sweep`: workers of this machine take trials until the budget is used up, then a
+report is written."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ TRIES = 3
 
 
 def run_sweep(path: Path, overrides: Sequence[str] = ()) -> Exit:
-    """Run the sweep that a YAML file describes, or go on with it. Return DONE, or STOPPED after a signal.
+    """Run the sweep that a YAML file describes, or go on with it. Return DONE, or STOPPED after a
+    signal.
 
     Raises ConfigError for a mistake, before the first trial."""
     sweep = load_sweep_config(path, overrides)
@@ -55,12 +57,18 @@ def run_sweep(path: Path, overrides: Sequence[str] = ()) -> Exit:
 
 
 def _devices(sweep: SweepConfig, ranks: int) -> list[str]:
-    """Return this machine's GPUs by the names that CUDA_VISIBLE_DEVICES gives them; none without any. Raises
-    ConfigError where they are too few for the trials at a time."""
+    """Return this machine's GPUs by the names that CUDA_VISIBLE_DEVICES gives them; none without
+    any. Raises ConfigError where they are too few for the trials at a time."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        visible = ",".join(str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU "))
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
+        ).stdout
+        visible = ",".join(
+            str(number)
+            for number, line in enumerate(listed.splitlines())
+            if line.startswith("GPU ")
+        )
     found = [name for name in (visible or "").split(",") if name]
     if found and len(found) < sweep.parallel * ranks:
         raise ConfigError(
@@ -81,7 +89,8 @@ class Workers:
         self._failed: BaseException | None = None
 
     def run(self) -> bool:
-        """Work until the budget is used up; return whether a signal came before. Raises what a worker raised."""
+        """Work until the budget is used up; return whether a signal came before. Raises what a
+        worker raised."""
         handlers = {number: signal.signal(number, self._leave) for number in SIGNALS}
         threads = [
             threading.Thread(target=self._work, args=(number,), name=f"worker-{number}")
@@ -106,7 +115,10 @@ class Workers:
             for run in list(self._runs.values()):
                 run.kill()
             return
-        print("asked to stop: trials that run are saved, and go on when the same command is started again", flush=True)
+        print(
+            "asked to stop: trials that run are saved, and go on when the same command is started again",
+            flush=True,
+        )
         self._stop.set()
 
     def _work(self, number: int) -> None:
@@ -118,10 +130,13 @@ class Workers:
             self._stop.set()
 
     def _try(self, trial: Trial, chosen: dict[str, Any], number: int) -> None:
-        """Run a trial with the settings `chosen` to its end, on the devices of the worker of this number, and note what
-        became of it."""
+        """Run a trial with the settings `chosen` to its end, on the devices of the worker of this
+        number, and note what became of it."""
         folder = self._sweep.folder / trial.user_attrs[RUN]
-        print(f"{folder.name}: {', '.join(f'{key}={shown(value)}' for key, value in chosen.items())}", flush=True)
+        print(
+            f"{folder.name}: {', '.join(f'{key}={shown(value)}' for key, value in chosen.items())}",
+            flush=True,
+        )
         values = self._sweep.trial_values(chosen, folder)
         run = TrialRun(folder, values, self._ranks, self._environment(number))
         status, pruned = None, False
@@ -151,16 +166,23 @@ class Workers:
         return self._note(trial, run, "complete", values)
 
     def _note(
-        self, trial: Trial, run: TrialRun, outcome: str, values: Sequence[float] | None = None, pruned: bool = False
+        self,
+        trial: Trial,
+        run: TrialRun,
+        outcome: str,
+        values: Sequence[float] | None = None,
+        pruned: bool = False,
     ) -> None:
         told = ", ".join(
-            f"{each.metric} {value:.6g}" for each, value in zip(self._sweep.objective, values or (), strict=False)
+            f"{each.metric} {value:.6g}"
+            for each, value in zip(self._sweep.objective, values or (), strict=False)
         )
         print(f"{run.folder.name}: {told or outcome}", flush=True)
         self._journal.tell(trial, outcome, values, pruned)
 
     def _watch(self, run: TrialRun, trial: Trial) -> tuple[int, bool]:
-        """Wait for the end of a run: return its exit status, and whether it was ended for being behind others."""
+        """Wait for the end of a run: return its exit status, and whether it was ended for being
+        behind others."""
         pause, asked_at, pruned = POLL_S, None, False
         while (status := run.wait(pause)) is None:
             began = time.monotonic()
@@ -191,7 +213,9 @@ class Workers:
         cores = len(os.sched_getaffinity(0)) // (self._sweep.parallel * ranks)
         found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores))}
         if self._devices:
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices[number * ranks : (number + 1) * ranks])
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(
+                self._devices[number * ranks : (number + 1) * ranks]
+            )
         return found
 
 

@@ -1,7 +1,9 @@
-"""The journal of a sweep: which trials there are, which comes next, and what became of each, in optuna's words.
+"""The journal of a sweep: which trials there are, which comes next, and what became of each, in
+optuna's words.
 
-Workers share it by a file on a shared disk, or by a database. A worker asks for a trial under a lock: what is left of
-the budget is counted, and trials of workers that died are given to others, before anything new is chosen."""
+Workers share it by a file on a shared disk, or by a database. A worker asks for a trial under a
+lock: what is left of the budget is counted, and trials of workers that died are given to others,
+before anything new is chosen."""
 
 from __future__ import annotations
 
@@ -32,13 +34,13 @@ PAUSE_S = 0.02
 MOST_DEATHS = 3
 """Workers that may die of one trial before it is left alone."""
 RUN, WORKER, GOES_ON, OUTCOME, DEATHS = "run", "worker", "goes_on", "outcome", "deaths"
-"""Names under which a trial notes its run's folder, its worker, the trial whose run it goes on with, what became of it,
-and how many workers have died of it."""
+"""Names under which a trial notes its run's folder, its worker, the trial whose run it goes on
+with, what became of it, and how many workers have died of it."""
 
 
 class FileLock:
-    """A lock among threads and processes on a shared disk, in the form that optuna's journal takes one. The system
-    releases it when its holder dies, where optuna's own stay for half a minute."""
+    """A lock among threads and processes on a shared disk, in the form that optuna's journal takes
+    one. The system releases it when its holder dies, where optuna's own stay for half a minute."""
 
     def __init__(self, path: Path):
         self._path, self._threads = path, threading.Lock()
@@ -56,7 +58,8 @@ class FileLock:
 
     def acquire(self) -> bool:
         self._threads.acquire()
-        # Not by waiting in the system, which sees a dead-lock where threads of two processes wait for two files.
+        # Not by waiting in the system, which sees a dead-lock where threads of two processes wait
+        # for two files.
         while not self.try_once():
             time.sleep(PAUSE_S)
         return True
@@ -81,8 +84,8 @@ class Journal:
     """A worker's view of a sweep. Its threads share one."""
 
     def __init__(self, sweep: SweepConfig, config: Config):
-        """Open the journal of `sweep`, or begin it. `config` is that of any trial. Raises ConfigError where it is of
-        another objective, and where optuna is not installed."""
+        """Open the journal of `sweep`, or begin it. `config` is that of any trial. Raises
+        ConfigError where it is of another objective, and where optuna is not installed."""
         self.sweep, self.folder = sweep, sweep.folder
         self._steps, self._first_report = config.train.steps, config.observe.eval_every
         optuna = _optuna()
@@ -99,7 +102,10 @@ class Journal:
             )  # fmt: skip
             names = [each.metric for each in sweep.objective]
             known = self.study.user_attrs.get("objective", names)
-            if known != names or [each.name.lower() for each in self.study.directions] != directions:
+            if (
+                known != names
+                or [each.name.lower() for each in self.study.directions] != directions
+            ):
                 raise ConfigError(
                     f"objective: {', '.join(names)}, but {self.folder} is a sweep for {', '.join(known)}; take another "
                     "name for this one"
@@ -116,7 +122,8 @@ class Journal:
         return JournalStorage(JournalFileBackend(str(self.folder / "journal.log"), lock_obj=lock))
 
     def _sampler(self, number: int) -> BaseSampler:
-        """Return the sampler of the trial that is asked for after `number` others, by any worker."""
+        """Return the sampler of the trial that is asked for after `number` others, by any
+        worker."""
         from optuna import samplers
 
         seed = self.sweep.seed + number
@@ -160,7 +167,8 @@ class Journal:
             return trial, self._choose(trial)
 
     def _choose(self, trial: Trial) -> dict[str, Any]:
-        """Return the settings of a trial, which the sampler chooses where they are not given already."""
+        """Return the settings of a trial, which the sampler chooses where they are not given
+        already."""
 
         def suggest(key: str, dimension: Dimension) -> Any:
             if dimension.values is not None:
@@ -169,13 +177,18 @@ class Journal:
             assert dimension.between is not None
             low, high = dimension.between
             if dimension.is_whole:
-                return trial.suggest_int(key, int(low), int(high), step=int(dimension.step or 1), log=dimension.log)
+                return trial.suggest_int(
+                    key, int(low), int(high), step=int(dimension.step or 1), log=dimension.log
+                )
             return trial.suggest_float(key, low, high, step=dimension.step, log=dimension.log)
 
         return self.sweep.choose(suggest)
 
-    def tell(self, trial: Trial, outcome: str, values: Sequence[float] | None, pruned: bool = False) -> None:
-        """Note what became of a trial: its `values`, or else whether it was `pruned` or failed, and why in words."""
+    def tell(
+        self, trial: Trial, outcome: str, values: Sequence[float] | None, pruned: bool = False
+    ) -> None:
+        """Note what became of a trial: its `values`, or else whether it was `pruned` or failed, and
+        why in words."""
         from optuna.trial import TrialState
 
         with self._asking:
@@ -183,17 +196,19 @@ class Journal:
             if values is not None:
                 self.study.tell(trial, list(values))
             else:
-                # What is far from good is told to the sampler, which passes over failures; of several objectives it
-                # cannot be told.
+                # What is far from good is told to the sampler, which passes over failures; of
+                # several objectives it cannot be told.
                 is_told = pruned and len(self.sweep.objective) == 1
                 self.study.tell(trial, state=TrialState.PRUNED if is_told else TrialState.FAIL)
 
     def give_back(self, trials: Sequence[Trial], died: bool = False) -> None:
-        """Let another worker, or the next start, go on with the runs of `trials`, which stopped when they were asked
-        to, or `died`."""
+        """Let another worker, or the next start, go on with the runs of `trials`, which stopped
+        when they were asked to, or `died`."""
         numbers = {trial.number for trial in trials}
         with self._asking:
-            given = [each for each in self.study.get_trials(deepcopy=False) if each.number in numbers]
+            given = [
+                each for each in self.study.get_trials(deepcopy=False) if each.number in numbers
+            ]
             self._give_away(given, died)
 
     def _give_away(self, trials: Sequence[FrozenTrial], died: bool) -> None:
@@ -216,7 +231,8 @@ class Journal:
         return [trial for trial in running if not self._lives(trial.user_attrs.get(WORKER))]
 
     def _lives(self, worker: str | None) -> bool:
-        """Return whether a worker holds its lock still. One that died before it noted its name does not."""
+        """Return whether a worker holds its lock still. One that died before it noted its name does
+        not."""
         if worker is None or not self._path_of(worker).exists():
             return False
         lock = FileLock(self._path_of(worker))
@@ -229,7 +245,8 @@ class Journal:
         return self.folder / "workers" / worker
 
     def alone(self) -> FileLock:
-        """Return the lock under which trials are counted, chosen and finished, for writing a report."""
+        """Return the lock under which trials are counted, chosen and finished, for writing a
+        report."""
         return self._asking
 
     def close(self) -> None:
@@ -263,4 +280,6 @@ def _told(storage: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"storage: {storage} cannot be opened: {type(error).__name__}: {error}") from None
+        raise ConfigError(
+            f"storage: {storage} cannot be opened: {type(error).__name__}: {error}"
+        ) from None

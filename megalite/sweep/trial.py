@@ -22,7 +22,9 @@ from megalite.sweep.config import Metric
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|MemoryError", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|can't allocate memory|MemoryError", re.IGNORECASE
+)
 GOES_ON = (Exit.HUNG, Exit.CORRUPTED)
 """Exit statuses after which the same command goes on."""
 TAIL = 200_000
@@ -32,18 +34,30 @@ TAIL = 200_000
 class TrialRun:
     """The run of a trial in `folder`, which an earlier start may have begun."""
 
-    def __init__(self, folder: Path, values: dict[str, Any], ranks: int, environment: dict[str, str]):
-        """Write the config, `values`, beside what the run will write. `environment` is added to this process's."""
+    def __init__(
+        self, folder: Path, values: dict[str, Any], ranks: int, environment: dict[str, str]
+    ):
+        """Write the config, `values`, beside what the run will write. `environment` is added to
+        this process's."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._config = folder / "trial.yaml"
         self._config.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         launcher = ["megalite"]
         if ranks > 1:
-            launcher = ["megalite.launch", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+            launcher = [
+                "megalite.launch",
+                "--standalone",
+                "--local-addr=127.0.0.1",
+                f"--nproc-per-node={ranks}",
+            ]
             launcher += ["-m", "megalite"]
         self._command = [sys.executable, "-m", *launcher, "train", str(self._config)]
-        inherited = {key: x for key, x in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        inherited = {
+            key: x
+            for key, x in os.environ.items()
+            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         self._environment = inherited | environment
         self._reported: set[int] = set()
 
@@ -57,7 +71,8 @@ class TrialRun:
             )  # fmt: skip
 
     def wait(self, seconds: float) -> int | None:
-        """Wait up to so many seconds; return the exit status as shells count it, None where it still runs."""
+        """Wait up to so many seconds; return the exit status as shells count it, None where it
+        still runs."""
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -82,8 +97,8 @@ class TrialRun:
                     yield step, value
 
     def value(self, metric: Metric) -> float | str:
-        """Return the value of a metric at the end: its last; of what every step has, the median of the run's second
-        half. Or why there is none, in words."""
+        """Return the value of a metric at the end: its last; of what every step has, the median of
+        the run's second half. Or why there is none, in words."""
         records = [record for record in self._records() if metric.metric in record]
         if not records:
             known = sorted({key for record in self._records() for key in record} - {"step"})
@@ -96,8 +111,8 @@ class TrialRun:
         return statistics.median(found) if found else f"{metric.metric} is not finite"
 
     def why(self, status: int) -> tuple[str, bool]:
-        """Return why the run ended with a status that is no success, in words, and whether its settings are to blame:
-        they diverge, or need too much memory."""
+        """Return why the run ended with a status that is no success, in words, and whether its
+        settings are to blame: they diverge, or need too much memory."""
         text = self._console()
         if status == Exit.BAD_NUMBERS:
             return "diverged", True

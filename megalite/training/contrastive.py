@@ -1,9 +1,10 @@
-"""Vectors of texts by contrast (van den Oord et al. 2018; Reimers and Gurevych 2019): a text is to be nearer to its
-partner than to the partners of all others in the global batch.
+"""Vectors of texts by contrast (van den Oord et al. 2018; Reimers and Gurevych 2019): a text is to
+be nearer to its partner than to the partners of all others in the global batch.
 
-A pair's loss sees the vectors of all micro-batches and replicas, so that it is the same on every layout. These are
-computed once without a gradient; from them follows the gradient of each vector, with which each micro-batch then goes
-through its own passes (Gao et al. 2021, GradCache). That takes one more forward pass, and no more memory."""
+A pair's loss sees the vectors of all micro-batches and replicas, so that it is the same on every
+layout. These are computed once without a gradient; from them follows the gradient of each vector,
+with which each micro-batch then goes through its own passes (Gao et al. 2021, GradCache). That
+takes one more forward pass, and no more memory."""
 
 from __future__ import annotations
 
@@ -25,18 +26,27 @@ from megalite.models.layers import IGNORE
 from megalite.parallel.stage import Contrast, Inputs, Output
 from megalite.training.objectives import Objective, gather_rows, sum_by_document
 
-MODES = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
-"""Ways to pool, with what sentence-transformers before version 6 calls them. Later ones read these, too."""
+MODES = {
+    "mean": "pooling_mode_mean_tokens",
+    "first": "pooling_mode_cls_token",
+    "last": "pooling_mode_lasttoken",
+}
+"""Ways to pool, with what sentence-transformers before version 6 calls them. Later ones read these,
+too."""
 
 
 class ContrastiveConfig(ObjectiveConfig):
-    """Cross-entropy of which text of the global batch is the partner, by the cosines of their vectors."""
+    """Cross-entropy of which text of the global batch is the partner, by the cosines of their
+    vectors."""
 
     name: Literal["contrastive"] = "contrastive"
     scale: float = Field(20.0, gt=0, description="Factor of the cosines: 1 / temperature.")
-    symmetric: bool = Field(False, description="Also tell the first text of each pair from its second.")
+    symmetric: bool = Field(
+        False, description="Also tell the first text of each pair from its second."
+    )
     pooling: Literal["mean", "first", "last"] = Field(
-        "mean", description="What a text's vector is: the mean of its tokens' hidden states, or that of one token."
+        "mean",
+        description="What a text's vector is: the mean of its tokens' hidden states, or that of one token.",
     )
 
     DATA: ClassVar[DataKind] = "pairs"
@@ -44,11 +54,17 @@ class ContrastiveConfig(ObjectiveConfig):
 
     def check(self, config: Config) -> None:
         if not config.data.document_mask:
-            raise ValueError("objective.name: contrastive needs data.document_mask: true, which keeps texts apart")
+            raise ValueError(
+                "objective.name: contrastive needs data.document_mask: true, which keeps texts apart"
+            )
         if config.model.has_classes:
-            raise ValueError(f"objective.name: contrastive trains no head of model.task: {config.model.task}")
+            raise ValueError(
+                f"objective.name: contrastive trains no head of model.task: {config.model.task}"
+            )
         if config.model.PREDICTS == "causal" and self.pooling == "first":
-            raise ValueError("objective.pooling: first is for encoders, whose first token sees the whole text")
+            raise ValueError(
+                "objective.pooling: first is for encoders, whose first token sees the whole text"
+            )
 
     def predicted(self) -> float:
         return 0.0
@@ -56,7 +72,12 @@ class ContrastiveConfig(ObjectiveConfig):
     def files(self) -> dict[str, Any]:
         kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
         modules = [
-            {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            {
+                "idx": number,
+                "name": str(number),
+                "path": path,
+                "type": f"sentence_transformers.models.{kind}",
+            }
             for number, (kind, path) in enumerate(kinds.items())
         ]
         modes = {name: mode == self.pooling for mode, name in MODES.items()}
@@ -77,7 +98,9 @@ class Contrastive:
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         assert micro.documents is not None
         num_pairs = int(micro.documents.max()) // 2 + 1
-        num_labels = sum_by_document((micro.labels != IGNORE).float(), micro.documents, 2 * num_pairs)
+        num_labels = sum_by_document(
+            (micro.labels != IGNORE).float(), micro.documents, 2 * num_pairs
+        )
         real_BP = (num_labels > 0).unflatten(1, (-1, 2)).all(2)
         contrast = Contrast(real_BP.to(inputs.tokens_BT.device), 1 / self.mesh.context.size)
         return replace(inputs, contrast=contrast)
@@ -98,11 +121,16 @@ class Contrastive:
 
     @torch.enable_grad()
     def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
-        pooled = [all_reduce(self.pool(out, each), self.mesh.context) for out, each in zip(outs, inputs, strict=False)]
+        pooled = [
+            all_reduce(self.pool(out, each), self.mesh.context)
+            for out, each in zip(outs, inputs, strict=False)
+        ]
         if not pooled:  # before the last stage
             return inputs
         real = [each.contrast.real_BP for each in inputs if each.contrast]
-        own = torch.cat([x.unflatten(1, (-1, 2))[where] for x, where in zip(pooled, real, strict=True)])
+        own = torch.cat(
+            [x.unflatten(1, (-1, 2))[where] for x, where in zip(pooled, real, strict=True)]
+        )
         every, first = gather_rows(own.flatten(1), self.mesh.data)
         texts_N2D = every.detach().unflatten(1, (2, -1)).requires_grad_()
         losses_N, right_N = self.compare(texts_N2D)
@@ -121,7 +149,8 @@ class Contrastive:
         return completed
 
     def compare(self, texts_N2D: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each pair, [N], and 1 where its first text is nearest to its second, else 0."""
+        """Return the loss of each pair, [N], and 1 where its first text is nearest to its second,
+        else 0."""
         one_ND, other_ND = F.normalize(texts_N2D, dim=2).unbind(1)
         scores_NN = self.config.scale * one_ND @ other_ND.T
         number_N = torch.arange(len(one_ND), device=one_ND.device)

@@ -1,4 +1,5 @@
-"""Distillation (Hinton et al. 2015): learn from the distributions of a frozen teacher, beside the tokens themselves."""
+"""Distillation (Hinton et al. 2015): learn from the distributions of a frozen teacher, beside the
+tokens themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from megalite.training.objectives import NextToken, Objective
 
 
 class DistillConfig(ObjectiveConfig):
-    """Divergence from a frozen teacher's distribution of every token that has a label, beside its cross-entropy."""
+    """Divergence from a frozen teacher's distribution of every token that has a label, beside its
+    cross-entropy."""
 
     name: Literal["distill"] = "distill"
     teacher: Path = Field(description="Hugging Face folder of the teacher, or a checkpoint.")
@@ -33,15 +35,21 @@ class DistillConfig(ObjectiveConfig):
         description="forward_kl: cover all that the teacher may say; reverse_kl: say only what it may say, which small "
         "students can do better; jsd: between the two (Jensen-Shannon).",
     )
-    temperature: float = Field(1.0, gt=0, description="Both models' logits are divided by it, for the divergence only.")
-    weight: float = Field(0.5, gt=0, le=1, description="Weight of the divergence; the cross-entropy has the rest.")
+    temperature: float = Field(
+        1.0, gt=0, description="Both models' logits are divided by it, for the divergence only."
+    )
+    weight: float = Field(
+        0.5, gt=0, le=1, description="Weight of the divergence; the cross-entropy has the rest."
+    )
 
     NEEDS: ClassVar[Output] = "hidden_states"
     IN_CHUNKS: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
         if config.model.task != "causal":
-            raise ValueError(f"objective.name: distill needs model.task: causal, not {config.model.task}")
+            raise ValueError(
+                f"objective.name: distill needs model.task: causal, not {config.model.task}"
+            )
 
     def frozen_model(self, config: Config) -> Path:
         return self.teacher
@@ -53,8 +61,8 @@ class DistillConfig(ObjectiveConfig):
 
 
 def check_teacher(folder: Path, teacher: ModelConfig, config: Config) -> None:
-    """Raise ConfigError where the model in `folder` cannot teach that of `config`, because a token is another one to
-    it."""
+    """Raise ConfigError where the model in `folder` cannot teach that of `config`, because a token
+    is another one to it."""
     named, model = f"objective.teacher = {folder}", config.model
     if teacher.task != "causal":
         raise ConfigError(f"{named} predicts no next token; its task is {teacher.task}")
@@ -68,7 +76,9 @@ def check_teacher(folder: Path, teacher: ModelConfig, config: Config) -> None:
             )
     if teacher.vocab_size == model.vocab_size:
         return
-    sizes = f"{named} has vocab_size = {teacher.vocab_size}, and the trained model {model.vocab_size}"
+    sizes = (
+        f"{named} has vocab_size = {teacher.vocab_size}, and the trained model {model.vocab_size}"
+    )
     if not is_known:
         raise ConfigError(
             f"{sizes}; that is the same vocabulary with other padding only where data.tokenizer and a tokenizer in the "
@@ -82,12 +92,14 @@ def check_teacher(folder: Path, teacher: ModelConfig, config: Config) -> None:
 
 
 class Distill(NextToken):
-    """Compare with the teacher in training; validation is of the cross-entropy alone, which other runs have too."""
+    """Compare with the teacher in training; validation is of the cross-entropy alone, which other
+    runs have too."""
 
     metrics: tuple[str, ...] = ("cross_entropy", "divergence")
 
     def __init__(self, config: DistillConfig, axis: Axis, num_common: int):
-        """Learn as `config` says; `axis` is the tensor axis, and both models have the first `num_common` tokens."""
+        """Learn as `config` says; `axis` is the tensor axis, and both models have the first
+        `num_common` tokens."""
         super().__init__()
         self.wanted = Divergence(config.loss, config.temperature, config.weight)
         self.axis, self.num_common = axis, num_common

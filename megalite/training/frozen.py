@@ -1,5 +1,6 @@
-"""A second, frozen model beside the trained one: the teacher of a distillation, or a reference that is asked anew in
-every step. It is built by the same code, on the same ranks and layout, and has no gradients."""
+"""A second, frozen model beside the trained one: the teacher of a distillation, or a reference that
+is asked anew in every step. It is built by the same code, on the same ranks and layout, and has no
+gradients."""
 
 from __future__ import annotations
 
@@ -26,25 +27,36 @@ if TYPE_CHECKING:
 
 
 class FrozenModel:
-    """This rank's stages of a frozen model, which computes hidden states of the trained model's inputs."""
+    """This rank's stages of a frozen model, which computes hidden states of the trained model's
+    inputs."""
 
     def __init__(self, stages: Sequence[Stage], last_stage: LastStage, pipeline: Pipeline | None):
         self._stages, self._last_stage, self._pipeline = stages, last_stage, pipeline
 
     def beside(self, inputs: Sequence[Inputs]) -> list[Inputs]:
-        """Return micro-batches with what the frozen model makes of each, which `Inputs.frozen` gives. With a pipeline
-        it is computed here, and kept as hidden states; otherwise when it is asked for. A collective."""
+        """Return micro-batches with what the frozen model makes of each, which `Inputs.frozen`
+        gives. With a pipeline it is computed here, and kept as hidden states; otherwise when it is
+        asked for. A collective."""
         # Without dropout keys nothing is dropped: the frozen model answers as it would after
         # training.
-        asked = [replace(micro, output="hidden_states", places=replace(micro.places, key_B=None)) for micro in inputs]
+        asked = [
+            replace(micro, output="hidden_states", places=replace(micro.places, key_B=None))
+            for micro in inputs
+        ]
         if self._pipeline is None:
-            return [replace(micro, frozen=partial(self._run, each)) for micro, each in zip(inputs, asked, strict=True)]
+            return [
+                replace(micro, frozen=partial(self._run, each))
+                for micro, each in zip(inputs, asked, strict=True)
+            ]
         # All micro-batches before the first trained one: two pipelines cannot take turns within a
         # schedule. What is kept is hidden states [B, T, D], much smaller than logits.
         found = self._pipeline.forward(asked)
         if not found:  # before the last stage
             return list(inputs)
-        return [replace(micro, frozen=partial(self._read, out)) for micro, out in zip(inputs, found, strict=True)]
+        return [
+            replace(micro, frozen=partial(self._read, out))
+            for micro, out in zip(inputs, found, strict=True)
+        ]
 
     @torch.no_grad()
     def _run(self, inputs: Inputs) -> HiddenStates:
@@ -58,9 +70,11 @@ class FrozenModel:
 
 
 def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) -> FrozenModel:
-    """Load the Hugging Face model in `folder`, in the precision `dtype`, on the layout of `config` over `mesh`.
+    """Load the Hugging Face model in `folder`, in the precision `dtype`, on the layout of `config`
+    over `mesh`.
 
-    Raises ConfigError where it does not fit the layout, and CheckpointError where it cannot be read."""
+    Raises ConfigError where it does not fit the layout, and CheckpointError where it cannot be
+    read."""
     model = model_config({"hf": folder})
     if config.data.seq_length > model.max_positions:
         raise ConfigError(
@@ -77,7 +91,8 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
     except ConfigError as error:
         raise ConfigError(f"the model in {folder}: {error}") from None
     stages = [
-        load_stage(folder, model, plan, span, mesh, train, dtype)[0] for span in plan.stages_of(mesh.pipeline.rank)
+        load_stage(folder, model, plan, span, mesh, train, dtype)[0]
+        for span in plan.stages_of(mesh.pipeline.rank)
     ]
     pipeline = None
     if plan.pipeline > 1:
@@ -87,4 +102,8 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
         # matter.
         hidden = torch.empty((1, 1, model.hidden_size), dtype=dtype, device="meta")
         pipeline = Pipeline(stages, plan, mesh, hidden, [None] * len(stages))
-    return FrozenModel(stages, LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table)), pipeline)
+    return FrozenModel(
+        stages,
+        LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table)),
+        pipeline,
+    )

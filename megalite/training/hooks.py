@@ -1,4 +1,5 @@
-"""Hooks: each duty of a run beside its steps is one. `run_steps` calls them; `make_hooks` lists them in their order.
+"""Hooks: each duty of a run beside its steps is one. `run_steps` calls them; `make_hooks` lists
+them in their order.
 
 A plugin adds one:
 
@@ -48,7 +49,8 @@ class Step:
     samples: int = 0
     """Samples that the run has trained on when the step is done."""
     asked: Any = None
-    """Signal by which a rank was asked to stop; all ranks know it. The run leaves after this step."""
+    """Signal by which a rank was asked to stop; all ranks know it. The run leaves after this
+    step."""
     saves: bool = False
     """Whether a checkpoint is written after it."""
     due: Sequence[Hook] = ()
@@ -56,18 +58,19 @@ class Step:
     refused: int = 0
     """Steps in a row, up to this one, whose update was refused, as far as the host knows."""
     valid_loss: float | None = None
-    """Validation loss of the weights after the step, where it was measured and is finite; the same on all ranks."""
+    """Validation loss of the weights after the step, where it was measured and is finite; the same
+    on all ranks."""
 
 
 class Hook:
     """Do something beside the steps of a run.
 
-    Every rank has the same hooks and calls them in one order, so that they may use collectives. A hook is open, as in
-    a `with` block, while the run trains."""
+    Every rank has the same hooks and calls them in one order, so that they may use collectives. A
+    hook is open, as in a `with` block, while the run trains."""
 
     def before_first(self) -> Ending | None:
-        """Return why there is nothing to train from here, or None: the same on all ranks. Asked before the first
-        step."""
+        """Return why there is nothing to train from here, or None: the same on all ranks. Asked
+        before the first step."""
         return None
 
     def begin(self, step: Step) -> None:
@@ -77,34 +80,39 @@ class Hook:
         """Act between the backward pass and the optimizer."""
 
     def after_update(self, step: Step) -> None:
-        """Act when a step has been handed to the device. May add to `step.record`; must not wait for the device."""
+        """Act when a step has been handed to the device. May add to `step.record`; must not wait
+        for the device."""
 
     def is_due(self, step: Step) -> bool:
-        """Return whether `act` has work after this step that waits for the device. Asked once; `step.due` has the
-        answers."""
+        """Return whether `act` has work after this step that waits for the device. Asked once;
+        `step.due` has the answers."""
         return False
 
     def act(self, step: Step) -> Ending | None:
         """Act after every step. Return why the run ends here, or None: the same on all ranks.
 
-        Hooks behind this one, of which the last saves, are not called when the run ends. To end it with a checkpoint
-        of this step, return Ending(Exit.DONE, saves=(step.number, step.samples))."""
+        Hooks behind this one, of which the last saves, are not called when the run ends. To end it
+        with a checkpoint of this step, return Ending(Exit.DONE, saves=(step.number,
+        step.samples))."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return what the hook must know after a resume, as JSON can hold it; empty for nothing. All ranks are asked
-        when a checkpoint is saved, and it keeps that of rank 0."""
+        """Return what the hook must know after a resume, as JSON can hold it; empty for nothing.
+        All ranks are asked when a checkpoint is saved, and it keeps that of rank 0."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned when the checkpoint was saved. Called on every rank before the first step,
-        where the checkpoint has a state of this hook."""
+        """Go on from what `state` returned when the checkpoint was saved. Called on every rank
+        before the first step, where the checkpoint has a state of this hook."""
 
     def __enter__(self) -> Hook:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         return None
 
@@ -131,7 +139,9 @@ class Profile(Hook):
 
     def __init__(self, run: Run, parts: RankModel):
         config = run.config
-        self._profiler = Profiler(config.profile, config.run.folder, run.mesh.world.rank, parts.engine.wait_for_params)
+        self._profiler = Profiler(
+            config.profile, config.run.folder, run.mesh.world.rank, parts.engine.wait_for_params
+        )
 
     def begin(self, step: Step) -> None:
         self._profiler.begin(step.number)
@@ -149,7 +159,9 @@ class RecordTensors(Hook):
     def __init__(self, run: Run, parts: RankModel, owners: Mapping[str, int]):
         """`owners` says which rank writes each weight."""
         self._run, self._parts, self._owners = run, parts, owners
-        self._table = {weight.name: weight for weight in weight_table(run.config.model, run.config.lora)}
+        self._table = {
+            weight.name: weight for weight in weight_table(run.config.model, run.config.lora)
+        }
 
     def before_update(self, step: Step) -> None:
         if not self.is_due(step):
@@ -159,17 +171,25 @@ class RecordTensors(Hook):
         found = {}
         for kind in KINDS:
             owned = self._parts.engine.gather(kind, self._owners)
-            found[kind] = {hf: x for name in owned for hf, x in self._table[name].to_hf(owned[name]).items()}
-        write_tensors(folder_of(self._run.config.run.folder, step.number), self._run.mesh.world.rank, found)
+            found[kind] = {
+                hf: x for name in owned for hf, x in self._table[name].to_hf(owned[name]).items()
+            }
+        write_tensors(
+            folder_of(self._run.config.run.folder, step.number), self._run.mesh.world.rank, found
+        )
 
     def is_due(self, step: Step) -> bool:
         return step.number in self._run.config.profile.tensors
 
     def act(self, step: Step) -> None:
         if self in step.due and self._run.recorder:
-            names = [name for weight in self._table.values() if not weight.frozen for name in weight.hf]
+            names = [
+                name for weight in self._table.values() if not weight.frozen for name in weight.hf
+            ]
             folder = folder_of(self._run.config.run.folder, step.number)
-            write_numbers(folder, float(step.record["loss"]), float(step.record["grad_norm"]), names)
+            write_numbers(
+                folder, float(step.record["loss"]), float(step.record["grad_norm"]), names
+            )
 
 
 class ListenToSignals(Hook):
@@ -223,8 +243,9 @@ class GuardNumbers(Hook):
 
 
 class Evaluate(Hook):
-    """Measure the validation loss every `observe.eval_every` steps, and the loss of the test split at the end. End the
-    run where `train.patience` says that the former has not come down for long enough."""
+    """Measure the validation loss every `observe.eval_every` steps, and the loss of the test split
+    at the end. End the run where `train.patience` says that the former has not come down for long
+    enough."""
 
     def __init__(self, run: Run, parts: RankModel, data: Data):
         self._run, self._parts, self._data = run, parts, data
@@ -237,7 +258,9 @@ class Evaluate(Hook):
     def before_first(self) -> Ending | None:
         if not self._is_out_of_patience:
             return None
-        self._run.say(f"the run has ended early: {self._why}; a higher train.patience goes on with it")
+        self._run.say(
+            f"the run has ended early: {self._why}; a higher train.patience goes on with it"
+        )
         return Ending(Exit.DONE)
 
     def is_due(self, step: Step) -> bool:
@@ -281,7 +304,8 @@ class Evaluate(Hook):
         self._since = int(state["since"])
 
     def _evaluate(self, split: Split, step: int) -> float | None:
-        """Record what `validate` finds in a split, if there is one. Return its loss; None where it is not finite."""
+        """Record what `validate` finds in a split, if there is one. Return its loss; None where it
+        is not finite."""
         run, mixture = self._run, self._data[split]
         if mixture is None:
             return None
@@ -298,7 +322,9 @@ class Evaluate(Hook):
 
     def _validate(self, mixture: Mixture, split: Split) -> dict[str, float]:
         run = self._run
-        batches = mixture.num_batches(run.config.train.global_batch_size, run.config.observe.eval_batches)
+        batches = mixture.num_batches(
+            run.config.train.global_batch_size, run.config.observe.eval_batches
+        )
         with make_loader(mixture, run) as loader:
             return validate(self._parts, loader, batches, split, run.mesh)
 
@@ -320,7 +346,9 @@ class MeasureTasks(Hook):
         parts.train(False)
         found = run.tasks.measure(parts.stages, parts.pipeline, run.mesh)
         if run.recorder:
-            run.recorder.tasks({"step": step.number} | {f"tasks/{name}": value for name, value in found.items()})
+            run.recorder.tasks(
+                {"step": step.number} | {f"tasks/{name}": value for name, value in found.items()}
+            )
 
 
 class MeasureLayers(Hook):
@@ -329,8 +357,12 @@ class MeasureLayers(Hook):
     def __init__(self, run: Run, parts: RankModel):
         assert isinstance(parts.engine, NativeEngine)
         self._run = run
-        self._measures = LayerMeasures(parts.stages, parts.engine, run.mesh, run.config, run.plan.sequence)
-        self._loads = ExpertLoads(parts.stages, run.mesh, run.config.model.architecture, run.plan.sequence)
+        self._measures = LayerMeasures(
+            parts.stages, parts.engine, run.mesh, run.config, run.plan.sequence
+        )
+        self._loads = ExpertLoads(
+            parts.stages, run.mesh, run.config.model.architecture, run.plan.sequence
+        )
         self._found: Record = {}
 
     def begin(self, step: Step) -> None:
@@ -352,7 +384,13 @@ class MeasureLayers(Hook):
     def act(self, step: Step) -> None:
         if self in step.due and self._run.recorder:
             folder, layers = self._run.config.run.folder, [*self._loads.num_experts]
-            plot_loads(self._loads.loads, layers, step.number, folder / "metrics.jsonl", folder / "experts.png")
+            plot_loads(
+                self._loads.loads,
+                layers,
+                step.number,
+                folder / "metrics.jsonl",
+                folder / "experts.png",
+            )
 
     def _is_measured(self, step: Step) -> bool:
         return self._run.due(step.number, self._run.config.observe.layers_every)
@@ -454,8 +492,9 @@ class Save(Hook):
         return Ending(Exit.STOPPED)
 
     def save(self, number: int, samples: int, step: Step) -> None:
-        """Start writing the checkpoint of step `number`, by which the run has trained on `samples` samples. `step` is
-        the one that the run is at, which may be a later one: what it knows decides which checkpoints are kept."""
+        """Start writing the checkpoint of step `number`, by which the run has trained on `samples`
+        samples. `step` is the one that the run is at, which may be a later one: what it knows
+        decides which checkpoints are kept."""
         NOW.begin("saving", number)
         state: Mapping[str, Any] = {
             "step": number,
@@ -465,7 +504,8 @@ class Save(Hook):
             "data": self._loader.state(samples),
             "valid_loss": step.valid_loss,
             "refused": step.refused,
-            # Saved for the sake of a later step that ended the run: what made that bad may be in these weights.
+            # Saved for the sake of a later step that ended the run: what made that bad may be in
+            # these weights.
             "doubted": number < step.number,
             "base": self._base,
             "hooks": states_of(self._others),
@@ -484,22 +524,30 @@ def make_hooks(
     start: Start,
     requests: StopRequests,
 ) -> tuple[Sequence[Hook], Save]:
-    """Return the hooks of a run, in the order in which each of their methods is called, and the last of them, which
-    saves. They go on from their states at `start`.
+    """Return the hooks of a run, in the order in which each of their methods is called, and the
+    last of them, which saves. They go on from their states at `start`.
 
-    The other arguments are those of `run` that hooks watch. Raises CheckpointError for a state that its hook does not
-    take."""
+    The other arguments are those of `run` that hooks watch. Raises CheckpointError for a state that
+    its hook does not take."""
     # The order matters: "signals" and "guard" come before whatever acts on what they found;
     # evaluation sets `valid_loss`, which saving reads; plugins' follow, and saving is last.
     hooks: dict[str, Hook] = {
         "stragglers": TimeRanks(run),
         "profile": Profile(run, parts),
-        **({"tensors": RecordTensors(run, parts, saver.target.owners)} if run.config.profile.tensors else {}),
+        **(
+            {"tensors": RecordTensors(run, parts, saver.target.owners)}
+            if run.config.profile.tensors
+            else {}
+        ),
         "signals": ListenToSignals(run, requests),
         "guard": GuardNumbers(run, parts, loader, guard),
         **({"logits": RecordLogits(run, parts)} if run.config.optimizer.qk_clip else {}),
         **({"layers": MeasureLayers(run, parts)} if run.config.observe.layers_every else {}),
-        **({"noise_scale": MeasureNoise(run, parts, loader)} if run.config.observe.noise_scale_every else {}),
+        **(
+            {"noise_scale": MeasureNoise(run, parts, loader)}
+            if run.config.observe.noise_scale_every
+            else {}
+        ),
         "evaluation": Evaluate(run, parts, data),
         **({"tasks": MeasureTasks(run, parts)} if run.tasks else {}),
         **({"prompts": AnswerPrompts(run, parts)} if run.samples else {}),
@@ -514,14 +562,16 @@ def make_hooks(
 
 
 def states_of(hooks: Mapping[str, Hook]) -> dict[str, Any]:
-    """Return the states of those hooks that have one, by their names. Raises TypeError for one that is not JSON."""
+    """Return the states of those hooks that have one, by their names. Raises TypeError for one that
+    is not JSON."""
     states = {name: hook.state() for name, hook in hooks.items()}
     # A copy: a hook may change what it gave while the checkpoint is still being written.
     return {name: json.loads(json.dumps(state)) for name, state in states.items() if state}
 
 
 def load_states(hooks: Mapping[str, Hook], run: Run, start: Start) -> None:
-    """Give hooks their states at `start`, and say which of them begin afresh and which states nobody takes."""
+    """Give hooks their states at `start`, and say which of them begin afresh and which states
+    nobody takes."""
     kept = start.state.get("hooks", {})
     for name, hook in hooks.items():
         if name in kept:
@@ -533,6 +583,10 @@ def load_states(hooks: Mapping[str, Hook], run: Run, start: Start) -> None:
                     f"state that the hook goes on from: {type(error).__name__}: {error}"
                 ) from error
         elif start.step and hook.state():
-            run.say(f"the checkpoint of step {start.step} has no state of the hook {name}, which begins afresh")
+            run.say(
+                f"the checkpoint of step {start.step} has no state of the hook {name}, which begins afresh"
+            )
     for name in sorted(kept.keys() - hooks.keys()):
-        run.say(f"warning: the run has no hook {name} any more; its state at step {start.step} is dropped")
+        run.say(
+            f"warning: the run has no hook {name} any more; its state at step {start.step} is dropped"
+        )

@@ -20,15 +20,27 @@ from megalite.training.schedules import learning_rate
 
 
 def run_steps(
-    run: Run, parts: RankModel, loader: Batches, data: Data, saver: Saver, start: Start, requests: StopRequests
+    run: Run,
+    parts: RankModel,
+    loader: Batches,
+    data: Data,
+    saver: Saver,
+    start: Start,
+    requests: StopRequests,
 ) -> Ending:
-    """Train to the last step, or to one after which all ranks agree to stop, or which the run cannot go on from.
+    """Train to the last step, or to one after which all ranks agree to stop, or which the run
+    cannot go on from.
 
-    `start` says where the run begins, `loader` reads its batches, and `requests` tells of signals. `parts` are
-    trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns why the run ended."""
+    `start` says where the run begins, `loader` reads its batches, and `requests` tells of signals.
+    `parts` are trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns
+    why the run ended."""
     # A token of a longer sequence costs more attention; runs may begin with shorter ones.
-    flops = {length: model_flops_per_token(run.config, length) for length in run.config.data.seq_lengths}
-    meter = Meter(flops[run.config.data.seq_length], run.mesh.world.size, run.mesh.device, parts.dtype)
+    flops = {
+        length: model_flops_per_token(run.config, length) for length in run.config.data.seq_lengths
+    }
+    meter = Meter(
+        flops[run.config.data.seq_length], run.mesh.world.size, run.mesh.device, parts.dtype
+    )
     guard = Guard(run.config, run.mesh, loader)
     hooks, save = make_hooks(run, parts, loader, data, saver, guard, start, requests)
     with ExitStack() as stack, StepLog(run.recorder, meter) as log:
@@ -48,8 +60,8 @@ def run_steps(
             step.saves = save in step.due
             if step.due:
                 log.wait()
-            # next() stops at the first hook that ends the run: a guard that does so keeps `save` from writing a
-            # checkpoint.
+            # next() stops at the first hook that ends the run: a guard that does so keeps `save`
+            # from writing a checkpoint.
             ending = next(filter(None, (hook.act(step) for hook in hooks)), None)
             if ending:
                 # No gather may be under way when the process groups are destroyed.
@@ -66,9 +78,12 @@ def run_steps(
     return Ending(Exit.DONE)
 
 
-def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: Guard, hooks: Sequence[Hook]) -> None:
-    """Hand one optimizer step on the next batch of `loader` to the device, and put its results in `step.record`.
-    `guard` decides on the device whether the weights are updated; `hooks` act around it."""
+def train_step(
+    step: Step, run: Run, parts: RankModel, loader: Batches, guard: Guard, hooks: Sequence[Hook]
+) -> None:
+    """Hand one optimizer step on the next batch of `loader` to the device, and put its results in
+    `step.record`. `guard` decides on the device whether the weights are updated; `hooks` act around
+    it."""
     for hook in hooks:
         hook.begin(step)
     lr = learning_rate(step.number, run.config.train.steps, run.config.optimizer)
@@ -92,7 +107,12 @@ def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: G
 
 
 def consumed_tokens(loader: Batches) -> Record:
-    """Return the tokens of each source that were trained on so far, if there are several sources."""
+    """Return the tokens of each source that were trained on so far, if there are several
+    sources."""
     found = loader.consumed()
     length = loader.mixture.seq_length
-    return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}
+    return (
+        {f"tokens/{name}": count * length for name, count in found.items()}
+        if len(found) > 1
+        else {}
+    )

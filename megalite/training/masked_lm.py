@@ -1,4 +1,5 @@
-"""Masked language modelling (Devlin et al. 2019): tell the tokens that were masked from those around them."""
+"""Masked language modelling (Devlin et al. 2019): tell the tokens that were masked from those
+around them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from megalite.utils.keys import key_of
 
 
 class MaskedLMConfig(ObjectiveConfig):
-    """Cross-entropy of the tokens that are masked. Which these are is another choice in every epoch."""
+    """Cross-entropy of the tokens that are masked. Which these are is another choice in every
+    epoch."""
 
     name: Literal["masked_lm"] = "masked_lm"
     share: float = Field(
@@ -36,15 +38,25 @@ class MaskedLMConfig(ObjectiveConfig):
 
     def check(self, config: Config) -> None:
         if config.model.task != "masked":
-            raise ValueError(f"objective.name: masked_lm needs an encoder, not model.task: {config.model.task}")
+            raise ValueError(
+                f"objective.name: masked_lm needs an encoder, not model.task: {config.model.task}"
+            )
         if config.data.tokenizer is None:
-            raise ValueError("objective.name: masked_lm needs data.tokenizer, which has the mask token")
+            raise ValueError(
+                "objective.name: masked_lm needs data.tokenizer, which has the mask token"
+            )
         if config.data.fim or not config.data.border_loss:
-            raise ValueError("objective.name: masked_lm predicts no next token; leave data.fim and .border_loss out")
+            raise ValueError(
+                "objective.name: masked_lm predicts no next token; leave data.fim and .border_loss out"
+            )
         if config.train.loss_chunk is not None:
-            raise ValueError(f"objective.name: masked_lm needs train.loss_chunk: null, not {config.train.loss_chunk}")
+            raise ValueError(
+                f"objective.name: masked_lm needs train.loss_chunk: null, not {config.train.loss_chunk}"
+            )
 
-    def corruption(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Corruption | None:
+    def corruption(
+        self, config: Config, tokenizer: Tokenizer | None, split: Split
+    ) -> Corruption | None:
         assert tokenizer is not None
         # Keyed by the seed and the split, not by ranks: every layout masks the same tokens.
         return Masking(self.share, tokenizer, key_of(config.train.seed, "masked", split))
@@ -57,8 +69,8 @@ class MaskedLMConfig(ObjectiveConfig):
 
 
 class MaskedLM(NextToken):
-    """Cross-entropy of the masked tokens, which alone the head is computed of. Validation also tells how many of them
-    are the likeliest one."""
+    """Cross-entropy of the masked tokens, which alone the head is computed of. Validation also
+    tells how many of them are the likeliest one."""
 
     judges: Output = "logits"
     num_judged = 1
@@ -71,7 +83,9 @@ class MaskedLM(NextToken):
         labels, context = micro.labels, self.mesh.context
         if context.size > 1:
             labels = labels[:, zigzag(labels.shape[1], context)]
-        picked = Picked.of(labels, self.slices, self.mesh.tensor.rank % self.slices, self.mesh.device)
+        picked = Picked.of(
+            labels, self.slices, self.mesh.tensor.rank % self.slices, self.mesh.device
+        )
         return replace(inputs, picked=picked)
 
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -81,7 +95,9 @@ class MaskedLM(NextToken):
         labels_1M = picked.labels_1M
         losses_1M = out.cross_entropy(labels_1M)
         is_right_1M = (labels_1M != IGNORE) & (out.target(labels_1M) >= out.largest_BT)
-        losses_B, right_B = (picked.spread(x_1M.float()).sum(1) for x_1M in (losses_1M, is_right_1M))
+        losses_B, right_B = (
+            picked.spread(x_1M.float()).sum(1) for x_1M in (losses_1M, is_right_1M)
+        )
         return losses_B, right_B[:, None]
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:

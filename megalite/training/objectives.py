@@ -1,5 +1,6 @@
-"""Objectives: the loss that training minimises, as sums over the rows of a micro-batch and the counts that divide
-them. Every token, or every pair of answers, of the whole global batch weighs the same, whatever the layout."""
+"""Objectives: the loss that training minimises, as sums over the rows of a micro-batch and the
+counts that divide them. Every token, or every pair of answers, of the whole global batch weighs the
+same, whatever the layout."""
 
 from __future__ import annotations
 
@@ -29,37 +30,40 @@ class Objective(Protocol):
     """Turn what the last stage computes of each token into the loss to minimise."""
 
     judges: Output
-    """What `judge` takes; ObjectiveConfig.NEEDS says the same of `measure`. Losses are [B,T] fp32, logits
-    `VocabShards`, hidden states `HiddenStates`."""
+    """What `judge` takes; ObjectiveConfig.NEEDS says the same of `measure`. Losses are [B,T] fp32,
+    logits `VocabShards`, hidden states `HiddenStates`."""
     metrics: tuple[str, ...]
     """Names of the metrics that `measure` returns beside the loss."""
     num_judged: int
     """Number of values per row that `judge` returns beside the loss."""
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
-        """Return `inputs` with what the objective needs beside tokens and labels. `micro` is the whole micro-batch of
-        `split`, `inputs` this rank's part of it."""
+        """Return `inputs` with what the objective needs beside tokens and labels. `micro` is the
+        whole micro-batch of `split`, `inputs` this rank's part of it."""
 
     def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
-        """Return `inputs` with what the objective finds in `outs`: what the last stage returns of all of this rank's
-        micro-batches of a global batch, without a gradient; nothing before the last stage. It is for losses that
-        compare rows of other micro-batches and ranks. `outs` that nobody looks at cost no pass."""
+        """Return `inputs` with what the objective finds in `outs`: what the last stage returns of
+        all of this rank's micro-batches of a global batch, without a gradient; nothing before the
+        last stage. It is for losses that compare rows of other micro-batches and ranks. `outs` that
+        nobody looks at cost no pass."""
 
     def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return from what is needed of each token the sums of the losses of each row, [B], and of each metric, [B,
-        metrics]. Summed over the replicas they are those of the whole row, and the gradients of the first are to be
-        summed over the replicas, too. Tensor ranks all return the same."""
+        """Return from what is needed of each token the sums of the losses of each row, [B], and of
+        each metric, [B, metrics]. Summed over the replicas they are those of the whole row, and the
+        gradients of the first are to be summed over the replicas, too. Tensor ranks all return the
+        same."""
 
     def judge(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return the same for validation, from `judges`: [B] and [B, num_judged]."""
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
-        """Return what validation reports beside the mean `loss`. `judged` is summed over all rows, `count` is what
-        their losses are divided by."""
+        """Return what validation reports beside the mean `loss`. `judged` is summed over all rows,
+        `count` is what their losses are divided by."""
 
 
 class NextToken:
-    """Cross-entropy of every token that has a label, in training with `terms` beside it; validation is without."""
+    """Cross-entropy of every token that has a label, in training with `terms` beside it; validation
+    is without."""
 
     judges: Output = "losses"
     metrics: tuple[str, ...] = ()
@@ -95,17 +99,24 @@ class NextTokenConfig(ObjectiveConfig):
 
     name: Literal["next_token"] = "next_token"
     z_loss: float = Field(
-        0.0, ge=0, description="Weight of the squared log-sum-exp of the logits, which it keeps small."
+        0.0,
+        ge=0,
+        description="Weight of the squared log-sum-exp of the logits, which it keeps small.",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="Share of each label that is spread evenly over the whole vocabulary."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each label that is spread evenly over the whole vocabulary.",
     )
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
         labels = config.model.labels
         terms = None
         if self.z_loss or self.label_smoothing:
-            terms = LossTerms(self.z_loss, self.label_smoothing, len(labels) or config.model.vocab_size)
+            terms = LossTerms(
+                self.z_loss, self.label_smoothing, len(labels) or config.model.vocab_size
+            )
         if config.model.problem == "multi_label":
             return ClassSets(len(labels))
         if config.model.problem == "regression":
@@ -123,8 +134,8 @@ class NextTokenConfig(ObjectiveConfig):
 class Classes(NextToken):
     """Cross-entropy of the classes of texts or tokens.
 
-    Validation counts for each class how often it occurs, is predicted, and is predicted rightly; averages over classes
-    are over those that occur or are predicted, as in scikit-learn."""
+    Validation counts for each class how often it occurs, is predicted, and is predicted rightly;
+    averages over classes are over those that occur or are predicted, as in scikit-learn."""
 
     judges: Output = "logits"
 
@@ -136,7 +147,9 @@ class Classes(NextToken):
         labels_BT = inputs.labels_BT
         assert labels_BT is not None
         logits_BTC = out.whole()
-        losses_BT = F.cross_entropy(logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none")
+        losses_BT = F.cross_entropy(
+            logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none"
+        )
         # C classes are few: whole logits on every tensor rank cost nothing.
         told_BT, is_here = logits_BTC.argmax(2), labels_BT != IGNORE
         right = is_here & (told_BT == labels_BT)
@@ -153,12 +166,16 @@ class Classes(NextToken):
         # last.
         there, told, right = judged.double().view(3, -1)
         accuracy = {"accuracy": (right.sum() / there.sum().clamp(min=1)).item()}
-        return accuracy | means_over_classes(there, told, right) | {"matthews": matthews(there, told, right)}
+        return (
+            accuracy
+            | means_over_classes(there, told, right)
+            | {"matthews": matthews(there, told, right)}
+        )
 
 
 def means_over_classes(there: Tensor, told: Tensor, right: Tensor) -> dict[str, float]:
-    """Return F1, precision and recall as means over the classes that occur or are told, from how often each class [C]
-    occurs, is told, and is told rightly."""
+    """Return F1, precision and recall as means over the classes that occur or are told, from how
+    often each class [C] occurs, is told, and is told rightly."""
     occurs = there + told > 0
     means = {
         "f1": 2 * right / (there + told).clamp(min=1),
@@ -169,22 +186,26 @@ def means_over_classes(there: Tensor, told: Tensor, right: Tensor) -> dict[str, 
 
 
 def matthews(there: Tensor, told: Tensor, right: Tensor) -> float:
-    """Return Matthews' correlation coefficient of any number of classes (Gorodkin 2004), from the same counts as
-    `means_over_classes`. 0 where one class alone occurs, or is told."""
+    """Return Matthews' correlation coefficient of any number of classes (Gorodkin 2004), from the
+    same counts as `means_over_classes`. 0 where one class alone occurs, or is told."""
     count, covariance = there.sum(), right.sum() * there.sum() - (there * told).sum()
     spread = (count**2 - (told**2).sum()) * (count**2 - (there**2).sum())
     return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
 
 
 class ClassSets(NextToken):
-    """Binary cross-entropy of each class of texts that may have several. Validation counts as `Classes` does; its
-    `accuracy` is the share of texts all of whose classes are told rightly."""
+    """Binary cross-entropy of each class of texts that may have several. Validation counts as
+    `Classes` does; its `accuracy` is the share of texts all of whose classes are told rightly."""
 
     judges: Output = "logits"
 
     def __init__(self, num_classes: int):
         super().__init__()
-        self.loss, self.num_classes, self.num_judged = SetLoss(num_classes), num_classes, 1 + 3 * num_classes
+        self.loss, self.num_classes, self.num_judged = (
+            SetLoss(num_classes),
+            num_classes,
+            1 + 3 * num_classes,
+        )
 
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
         labels_BT, logits_BTC = inputs.labels_BT, out.whole()
@@ -204,7 +225,8 @@ class ClassSets(NextToken):
 
 
 class Numbers(NextToken):
-    """Squared error of a number for each text. Validation also tells how what is told correlates with what is there."""
+    """Squared error of a number for each text. Validation also tells how what is told correlates
+    with what is there."""
 
     judges: Output = "logits"
 
@@ -224,15 +246,20 @@ class Numbers(NextToken):
         return self.loss(logits_BTC, labels_BT).sum(1), out.padded_BTV.new_empty(len(labels_BT), 0)
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
-        own = torch.cat((torch.zeros(0, 2, dtype=torch.float64, device=self.mesh.device), *self.judged))
+        own = torch.cat(
+            (torch.zeros(0, 2, dtype=torch.float64, device=self.mesh.device), *self.judged)
+        )
         self.judged = []
         there, told = gather_rows(own, self.mesh.world)[0].cpu().unbind(1)
-        return {"pearson": pearson(there, told), "spearman": pearson(ranks_of(there), ranks_of(told))}
+        return {
+            "pearson": pearson(there, told),
+            "spearman": pearson(ranks_of(there), ranks_of(told)),
+        }
 
 
 def gather_rows(own: Tensor, axis: Axis) -> tuple[Tensor, int]:
-    """Return the rows [n,D] of all ranks of `axis`, which may have other numbers of them each, and the number of the
-    first of this rank's."""
+    """Return the rows [n,D] of all ranks of `axis`, which may have other numbers of them each, and
+    the number of the first of this rank's."""
     if axis.size == 1:
         return own, 0
     counts = all_gather(torch.tensor([len(own)], device=own.device), axis, 0).tolist()
@@ -249,8 +276,8 @@ def pearson(x: Tensor, y: Tensor) -> float:
 
 
 def ranks_of(x: Tensor) -> Tensor:
-    """Return the rank of each value, from 0; equal ones share the mean of theirs: Spearman's coefficient is Pearson's
-    of these."""
+    """Return the rank of each value, from 0; equal ones share the mean of theirs: Spearman's
+    coefficient is Pearson's of these."""
     _, which, counts = torch.unique(x, return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts + 1).double() / 2)[which]
 
@@ -261,10 +288,12 @@ class Reference:
 
     mixture: Mixture
     tables: Sequence[Tensor]
-    """One table for each source: [samples, most documents of a sample] fp32, with an even number of columns."""
+    """One table for each source: [samples, most documents of a sample] fp32, with an even number of
+    columns."""
 
     def of(self, samples: Tensor) -> Tensor:
-        """Return the log-probabilities [B, documents] of the samples with these numbers [B] in the run."""
+        """Return the log-probabilities [B, documents] of the samples with these numbers [B] in the
+        run."""
         source, sample = self.mixture.order.locate(samples.numpy())
         width = max(table.shape[1] for table in self.tables)
         rows = [self.tables[s][n] for s, n in zip(source.tolist(), sample.tolist(), strict=True)]
@@ -272,12 +301,16 @@ class Reference:
 
 
 class DPOConfig(ObjectiveConfig):
-    """Direct preference optimisation: prefer the chosen of two answers more than the model of model.hf does."""
+    """Direct preference optimisation: prefer the chosen of two answers more than the model of
+    model.hf does."""
 
     name: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0, description="Cost of straying from the model of model.hf.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the pairs that are assumed to be the wrong way round."
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the pairs that are assumed to be the wrong way round.",
     )
 
     DATA: ClassVar[DataKind] = "preference"
@@ -289,26 +322,37 @@ class DPOConfig(ObjectiveConfig):
                 "objective.name: dpo needs data.document_mask: true, which keeps the rows of a sample apart"
             )
         if config.model.hf is None:
-            raise ValueError("objective.name: dpo needs model.hf, the model that the run starts from")
+            raise ValueError(
+                "objective.name: dpo needs model.hf, the model that the run starts from"
+            )
         if config.model.task != "causal":
-            raise ValueError(f"objective.name: dpo needs a model that answers, not model.task: {config.model.task}")
+            raise ValueError(
+                f"objective.name: dpo needs a model that answers, not model.task: {config.model.task}"
+            )
         if config.data.long_rows == "cut":
-            raise ValueError("objective.name: dpo compares whole answers; data.long_rows must be refuse or drop")
+            raise ValueError(
+                "objective.name: dpo compares whole answers; data.long_rows must be refuse or drop"
+            )
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
         return DPO(self, mesh)
 
 
 class DPO:
-    """Direct preference optimisation (Rafailov et al. 2023): prefer the chosen of two answers, compared with a
-    reference, the model that the run starts from.
+    """Direct preference optimisation (Rafailov et al. 2023): prefer the chosen of two answers,
+    compared with a reference, the model that the run starts from.
 
-    A sample holds pairs as documents side by side, the chosen one first. `label_smoothing` is the share of pairs that
-    may be the wrong way round (Mitchell 2023)."""
+    A sample holds pairs as documents side by side, the chosen one first. `label_smoothing` is the
+    share of pairs that may be the wrong way round (Mitchell 2023)."""
 
     judges: Output = "losses"
     num_judged = 4
-    metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+    metrics: tuple[str, ...] = (
+        "reward_chosen",
+        "reward_rejected",
+        "reward_margin",
+        "reward_accuracy",
+    )
 
     def __init__(self, config: DPOConfig, mesh: Mesh):
         self.config, self.context = config, mesh.context
@@ -318,9 +362,13 @@ class DPO:
         assert micro.documents is not None
         reference_BP2 = self.references[split].of(micro.samples).unflatten(1, (-1, 2))
         # On the host, from the whole sequence: a context rank sees only a part of each answer.
-        num_labels = sum_by_document((micro.labels != IGNORE).float(), micro.documents, 2 * reference_BP2.shape[1])
+        num_labels = sum_by_document(
+            (micro.labels != IGNORE).float(), micro.documents, 2 * reference_BP2.shape[1]
+        )
         real_BP, device = (num_labels > 0).unflatten(1, (-1, 2)).all(2), inputs.tokens_BT.device
-        return replace(inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size))
+        return replace(
+            inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size)
+        )
 
     def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
         return inputs
@@ -330,7 +378,8 @@ class DPO:
         assert pairs is not None
         assert document_BT is not None
         beta, smoothing = self.config.beta, self.config.label_smoothing
-        # A loss is -log p of one token: summed, an answer's log-probability, of which each context rank has a part.
+        # A loss is -log p of one token: summed, an answer's log-probability, of which each context
+        # rank has a part.
         mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
         # Documents 2p and 2p + 1 are the chosen and the rejected answer of pair p.
         policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
@@ -338,10 +387,12 @@ class DPO:
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
         loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
         loss_B = loss_BP.masked_fill(~pairs.real_BP, 0.0).sum(1)
-        # Every context rank has the whole loss, but the gradient of its own tokens only: the value is divided among
-        # them, the gradient is not.
+        # Every context rank has the whole loss, but the gradient of its own tokens only: the value
+        # is divided among them, the gradient is not.
         loss_B = loss_B - loss_B.detach() * (1 - pairs.share)
-        found = torch.stack((*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1).detach()
+        found = torch.stack(
+            (*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1
+        ).detach()
         return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) * pairs.share
 
     def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -352,7 +403,8 @@ class DPO:
 
 
 def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:
-    """Sum the values `x_BT`, [B,T] or [B,T,D], of each document's tokens: [B, count] or [B, count, D]."""
+    """Sum the values `x_BT`, [B,T] or [B,T,D], of each document's tokens: [B, count] or [B, count,
+    D]."""
     index = document_BT.view(*document_BT.shape, *[1] * (x_BT.dim() - 2)).expand_as(x_BT)
     return x_BT.new_zeros(len(x_BT), count, *x_BT.shape[2:]).scatter_add(1, index, x_BT)
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankModel:
-    """What a rank trains: its stages of the model, their engine, and the pipeline that connects them to other
-    ranks'."""
+    """What a rank trains: its stages of the model, their engine, and the pipeline that connects
+    them to other ranks'."""
 
     stages: tuple[Stage, ...]
     engine: Engine
@@ -65,7 +65,8 @@ class RankModel:
 
 
 def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
-    """Build this rank's part of the model, with its weights still zero. Chooses the process's kernels."""
+    """Build this rank's part of the model, with its weights still zero. Chooses the process's
+    kernels."""
     library.use(config.kernels, config.train.deterministic)
     table = weight_table(config.model, config.lora)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -76,7 +77,9 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     for span, later in zip(spans, deferred, strict=True):
         model = build_model(config.model, config.lora)
         # Before the model is cut to its stage: how many layers of the whole model have such a loss.
-        num_losses = Counter(module.name for module in model.modules() if isinstance(module, LayerLoss))
+        num_losses = Counter(
+            module.name for module in model.modules() if isinstance(module, LayerLoss)
+        )
         apply_parallelism(model, table, plan, span, mesh, config.train, later)
         stages.append(Stage(model, span))
     # The engine comes after all parallelism: it sets hooks on modules that rules may have replaced.
@@ -89,31 +92,50 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
         # What a stage hands to the next: cut over context ranks, and under sequence parallelism
         # over tensor ranks as well.
         length = config.lengths.target // plan.context // (plan.tensor if plan.sequence else 1)
-        hidden = torch.empty(plan.micro_batch_size, length, config.model.hidden_size, dtype=dtype, device="meta")
+        hidden = torch.empty(
+            plan.micro_batch_size, length, config.model.hidden_size, dtype=dtype, device="meta"
+        )
         pipeline = Pipeline(stages, plan, mesh, hidden, deferred, config.lengths.source)
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
-    here = [module for stage in stages for module in stage.modules() if isinstance(module, LayerLoss)]
+    here = [
+        module for stage in stages for module in stage.modules() if isinstance(module, LayerLoss)
+    ]
     losses = LayerLosses(here, num_losses)
     return RankModel(
-        tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS, frozen, losses
+        tuple(stages),
+        engine,
+        pipeline,
+        dtype,
+        objective,
+        last_stage,
+        config.objective.NEEDS,
+        frozen,
+        losses,
     )
 
 
-def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
-    """Run all of this rank's micro-batches of one global batch, and leave their gradients in the engine.
+def forward_backward(
+    parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed: int
+) -> dict[str, Tensor]:
+    """Run all of this rank's micro-batches of one global batch, and leave their gradients in the
+    engine.
 
-    Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
-    micro-batches. `seed` gives dropout its keys. Returns the mean loss of the global batch, the objective's metrics and
-    the means of layers' own losses: NaN where nothing of the `batch` has a label, in which case the gradient is exactly
-    0."""
+    Every token (or pair of answers) of the global batch weighs the same, however they are spread
+    over ranks and micro-batches. `seed` gives dropout its keys. Returns the mean loss of the global
+    batch, the objective's metrics and the means of layers' own losses: NaN where nothing of the
+    `batch` has a label, in which case the gradient is exactly 0."""
     objective, layers = parts.objective, parts.layer_losses
-    inputs = [objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train") for micro in batch]
+    inputs = [
+        objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train")
+        for micro in batch
+    ]
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
     parts.train()
     inputs = objective.look_ahead(_outputs(parts, inputs, parts.needs), inputs)
-    # Known before the first backward pass: each micro-batch's loss is divided by the count of the whole global batch.
+    # Known before the first backward pass: each micro-batch's loss is divided by the count of the
+    # whole global batch.
     num_labels = all_reduce(count_labels(inputs), mesh.replicas)
     count = num_labels.clamp(min=1)
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
@@ -130,7 +152,11 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
     # Context, tensor and pipeline ranks share rows; only data ranks have others.
     num_rows = sum(len(micro.tokens) for micro in batch) * mesh.data.size
     for each in layers.here:
-        each.begin(num_rows * batch[0].tokens.shape[1], num_rows, parts.engine.loss_scale * (num_labels > 0).float())
+        each.begin(
+            num_rows * batch[0].tokens.shape[1],
+            num_rows,
+            parts.engine.loss_scale * (num_labels > 0).float(),
+        )
     if parts.pipeline:
         parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
     else:
@@ -143,20 +169,30 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
             parts.engine.backward(loss)
         NOW.do("summing gradients")
         parts.engine.finish()
-    # Tensor ranks have computed the same: one of them counts. All ranks act on the result, and so need the same bits.
-    # Losses are on last stages only, a part on each replica: the sum over the world is the mean.
+    # Tensor ranks have computed the same: one of them counts. All ranks act on the result, and so
+    # need the same bits. Losses are on last stages only, a part on each replica: the sum over the
+    # world is the mean.
     found = found if mesh.tensor.rank == 0 else torch.zeros_like(found)
-    found = all_reduce(torch.cat((found, layers.means(mesh.device))) if layers.names else found, mesh.world)
-    found = torch.where(num_labels > 0, found, torch.nan)  # a mean of nothing is not 0, the best loss there is
+    found = all_reduce(
+        torch.cat((found, layers.means(mesh.device))) if layers.names else found, mesh.world
+    )
+    found = torch.where(
+        num_labels > 0, found, torch.nan
+    )  # a mean of nothing is not 0, the best loss there is
     return dict(zip(("loss", *objective.metrics, *layers.names), found.unbind(), strict=True))
 
 
 @torch.no_grad()
 def forward(
-    parts: RankModel, batch: list[MicroBatch], mesh: Mesh, output: Output = "losses", split: Split | None = None
+    parts: RankModel,
+    batch: list[MicroBatch],
+    mesh: Mesh,
+    output: Output = "losses",
+    split: Split | None = None,
 ) -> Iterator[tuple[Any, Inputs, MicroBatch]]:
-    """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its inputs and the
-    micro-batch itself; nothing before the last stage. With `split`, inputs are completed for the objective."""
+    """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its
+    inputs and the micro-batch itself; nothing before the last stage. With `split`, inputs are
+    completed for the objective."""
     inputs = [make_inputs(micro, mesh, output=output) for micro in batch]
     if split:
         pairs = zip(inputs, batch, strict=True)
@@ -169,7 +205,8 @@ def forward(
 
 @torch.no_grad()
 def _outputs(parts: RankModel, inputs: list[Inputs], output: Output) -> Iterator[Any]:
-    """Yield what the last stage returns of each micro-batch, without a gradient; nothing before the last stage."""
+    """Yield what the last stage returns of each micro-batch, without a gradient; nothing before the
+    last stage."""
     if parts.pipeline:
         found: Iterable[Any] = parts.pipeline.forward(inputs)
     else:
@@ -179,9 +216,11 @@ def _outputs(parts: RankModel, inputs: list[Inputs], output: Output) -> Iterator
         yield parts.last_stage.read(out, output)
 
 
-def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: Output = "losses") -> Inputs:
-    """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives dropout its keys, None:
-    no dropout; `output` is what is asked of the last stage."""
+def make_inputs(
+    micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: Output = "losses"
+) -> Inputs:
+    """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives
+    dropout its keys, None: no dropout; `output` is what is asked of the last stage."""
     context, overlaps = mesh.context, None
     if context.size > 1 and micro.documents is not None:
         overlaps = document_overlaps(
@@ -204,12 +243,15 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
         note_documents(document if context.size == 1 else micro.documents, on_host)
     types = None if micro.types is None else micro.types[:, index]
     source = None if micro.source is None else _source_of(micro, micro.source, keys)
-    places = SequenceInfo(index, position, document, keys, whole, whole_document, types, overlaps, source)
+    places = SequenceInfo(
+        index, position, document, keys, whole, whole_document, types, overlaps, source
+    )
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 
 
 def _source_of(micro: MicroBatch, tokens_BS: Tensor, keys: Tensor | None) -> Source:
-    """Return what an encoder reads of a micro-batch on the device, with the dropout `keys` of its samples."""
+    """Return what an encoder reads of a micro-batch on the device, with the dropout `keys` of its
+    samples."""
     document = micro.source_documents
     index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
     position = index[None] if document is None else positions_of(document)
@@ -222,13 +264,17 @@ def count_labels(inputs: list[Inputs]) -> Tensor:
 
 
 @torch.no_grad()
-def validate(parts: RankModel, loader: Batches, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
-    """Return the mean loss over the loader's next `batches` global batches; with several sources also that of each,
-    and what else the objective reports. All of it is NaN where nothing of these batches has a label. `split` is the
-    one that `loader` reads."""
+def validate(
+    parts: RankModel, loader: Batches, batches: int, split: Split, mesh: Mesh
+) -> dict[str, float]:
+    """Return the mean loss over the loader's next `batches` global batches; with several sources
+    also that of each, and what else the objective reports. All of it is NaN where nothing of these
+    batches has a label. `split` is the one that `loader` reads."""
     mixture, objective = loader.mixture, parts.objective
     # For each source: the sum of the losses, what it is divided by, and what else is judged.
-    sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(
+        len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device
+    )
     parts.train(False)
     for _ in range(batches):
         for out, micro, read in forward(parts, next(loader), mesh, objective.judges, split):
@@ -239,8 +285,8 @@ def validate(parts: RankModel, loader: Batches, batches: int, split: Split, mesh
             found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
             # fp64: over millions of tokens fp32 sums would depend on how rows are spread.
             sums.index_add_(0, source, found.double())
-    # Only last stages have losses; the others' sums are 0, so that a sum over the pipeline gives every rank the
-    # result.
+    # Only last stages have losses; the others' sums are 0, so that a sum over the pipeline gives
+    # every rank the result.
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
     total, count = of_source[:, :2].sum(0).tolist()
     loss = total / count if count else math.nan
@@ -249,5 +295,9 @@ def validate(parts: RankModel, loader: Batches, batches: int, split: Split, mesh
         record = dict.fromkeys(record, math.nan)
     if len(mixture.names) > 1:
         each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
-        record |= {f"loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
+        record |= {
+            f"loss/{name}": x
+            for name, x in zip(mixture.names, each, strict=True)
+            if math.isfinite(x)
+        }
     return record

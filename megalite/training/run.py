@@ -67,15 +67,19 @@ class Run:
         return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
 
     def due(self, step: int, every: int) -> bool:
-        """Return whether something done every `every` steps, and after the last one, is due after `step`. With `every`
-        0 it is due after the last one only."""
+        """Return whether something done every `every` steps, and after the last one, is due after
+        `step`. With `every` 0 it is due after the last one only."""
         return step == self.last_step or (every > 0 and step % every == 0)
 
     def give_up(self, why: str) -> Ending:
         """Print why the run cannot go on, and how it can again; return its ending."""
         self.say(f"error: {why} (health.bad_steps_limit)")
         if self.recorder:
-            self.say(*way_back(self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit))
+            self.say(
+                *way_back(
+                    self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit
+                )
+            )
         error_file.leave(why)
         return Ending(Exit.BAD_NUMBERS)
 
@@ -89,8 +93,8 @@ class Run:
 
 
 def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
-    """Return where weights and optimizer state come from: a `checkpoint` to resume, a model to start from, or the
-    seed.
+    """Return where weights and optimizer state come from: a `checkpoint` to resume, a model to
+    start from, or the seed.
 
     Raises CheckpointError or ConfigError where these do not go with `config`."""
     weights = weight_table(config.model, config.lora)
@@ -104,10 +108,15 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
 
 
 def make_loader(
-    mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = (), ramps: bool = False
+    mixture: Mixture,
+    run: Run,
+    start_sample: int = 0,
+    skipped: Sequence[Span] = (),
+    ramps: bool = False,
 ) -> Loader:
-    """Open a loader of this rank's micro-batches of `mixture`, from sample `start_sample` of the run on, without those
-    `skipped`. Where it `ramps`, the batches grow as `train.batch_ramp` says."""
+    """Open a loader of this rank's micro-batches of `mixture`, from sample `start_sample` of the
+    run on, without those `skipped`. Where it `ramps`, the batches grow as `train.batch_ramp`
+    says."""
     train, data = run.config.train, run.mesh.data
     return Loader(
         mixture,

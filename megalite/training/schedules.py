@@ -11,12 +11,14 @@ from megalite.config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `num_steps`, as `config` sets it.
+    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `num_steps`,
+    as `config` sets it.
 
-    The warmup rises linearly and reaches the peak at its last step; without a warmup step 1 has the peak. The decay
-    would reach `min_lr` one step after the last, so that no step is wasted at rate 0, not even the only one of a run.
-    Megatron-LM (OptimizerParamScheduler) and transformers end in the same way, but give the first step of a warmup
-    rate 0; torchtitan has this warmup, and a virtual last step."""
+    The warmup rises linearly and reaches the peak at its last step; without a warmup step 1 has the
+    peak. The decay would reach `min_lr` one step after the last, so that no step is wasted at rate
+    0, not even the only one of a run. Megatron-LM (OptimizerParamScheduler) and transformers end in
+    the same way, but give the first step of a warmup rate 0; torchtitan has this warmup, and a
+    virtual last step."""
     schedule = config.schedule
     warmup = schedule.warmup(num_steps)
     # step / warmup, so that step 1 is above 0 and step `warmup` is the peak.
@@ -26,8 +28,8 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
 
 
 def share_decayed(step: int, num_steps: int, decay_steps: int) -> float:
-    """Return which share of a decay over the last `decay_steps` of `num_steps` is over at `step`: 0 before it, 1 one
-    step after the last."""
+    """Return which share of a decay over the last `decay_steps` of `num_steps` is over at `step`: 0
+    before it, 1 one step after the last."""
     # Divided by one more than there are steps: the last step is not at 1 yet.
     return min(max(0.0, (step - (num_steps - decay_steps)) / (decay_steps + 1)), 1.0)
 
@@ -53,11 +55,13 @@ class Linear(ScheduleConfig):
         return self.min_lr + (peak - self.min_lr) * self.shape(decayed)
 
     def shape(self, decayed: float) -> float:
-        """Return the share of the way from `min_lr` to the peak when `decayed` of the decay is over."""
+        """Return the share of the way from `min_lr` to the peak when `decayed` of the decay is
+        over."""
         return 1.0 - decayed
 
     def steps_below_peak(self, num_steps: int) -> int:
-        """Return how many steps follow the one that has the peak: the last of the warmup, or the first of all."""
+        """Return how many steps follow the one that has the peak: the last of the warmup, or the
+        first of all."""
         return max(0, num_steps - max(self.warmup(num_steps), 1))
 
 
@@ -74,7 +78,9 @@ class Polynomial(Linear):
     """Decay to `min_lr` along a power of the share of steps that are left."""
 
     name: Literal["polynomial"] = "polynomial"  # type: ignore[assignment]
-    power: float = Field(1.0, gt=0, description="Above 1 the rate falls fast at first, below 1 at last.")
+    power: float = Field(
+        1.0, gt=0, description="Above 1 the rate falls fast at first, below 1 at last."
+    )
 
     def shape(self, decayed: float) -> float:
         return (1.0 - decayed) ** self.power
@@ -93,11 +99,14 @@ class Exponential(Linear):
 
 
 class InverseSquareRoot(ScheduleConfig):
-    """Decay with the inverse square root of the step, whatever the length of the run (Vaswani et al. 2017)."""
+    """Decay with the inverse square root of the step, whatever the length of the run (Vaswani et
+    al. 2017)."""
 
     name: Literal["inverse_sqrt"] = "inverse_sqrt"
     timescale: int | None = Field(
-        None, gt=0, description="Steps until the rate is √½ of the peak. Those of the warmup, or 10,000 without one."
+        None,
+        gt=0,
+        description="Steps until the rate is √½ of the peak. Those of the warmup, or 10,000 without one.",
     )
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
@@ -111,9 +120,12 @@ class WarmupStableDecay(Linear):
     """Stay at the peak, and decay to `min_lr` over the last `decay_steps` (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"  # type: ignore[assignment]
-    decay_steps: int | None = Field(None, gt=0, description="Steps of the final decay. Defaults to a tenth of the run.")
+    decay_steps: int | None = Field(
+        None, gt=0, description="Steps of the final decay. Defaults to a tenth of the run."
+    )
     decay: Literal["linear", "sqrt"] = Field(
-        "linear", description="A straight line, or 1 - √ of the share of the decay that is over (Hägele et al. 2024)."
+        "linear",
+        description="A straight line, or 1 - √ of the share of the decay that is over (Hägele et al. 2024).",
     )
 
     def shape(self, decayed: float) -> float:

@@ -25,8 +25,8 @@ SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 class Seq2Seq(NextToken):
-    """Cross-entropy of the target's tokens. Validation also tells how many of them are the likeliest one, and how many
-    whole targets: those that greedy decoding gives exactly."""
+    """Cross-entropy of the target's tokens. Validation also tells how many of them are the
+    likeliest one, and how many whole targets: those that greedy decoding gives exactly."""
 
     judges: Output = "logits"
     num_judged = 3
@@ -39,10 +39,14 @@ class Seq2Seq(NextToken):
         document_BT = inputs.places.document_BT
         document_BT = torch.zeros_like(labels_BT) if document_BT is None else document_BT
         count = int(document_BT.max()) + 1
-        labels_BD, right_BD = (sum_by_document(x.float(), document_BT, count) for x in (has_label_BT, is_right_BT))
+        labels_BD, right_BD = (
+            sum_by_document(x.float(), document_BT, count) for x in (has_label_BT, is_right_BT)
+        )
         there_BD = labels_BD > 0
         whole_B = (there_BD & (labels_BD == right_BD)).sum(1)
-        return losses_BT.sum(1), torch.stack((is_right_BT.sum(1), there_BD.sum(1), whole_B), 1).float()
+        return losses_BT.sum(1), torch.stack(
+            (is_right_BT.sum(1), there_BD.sum(1), whole_B), 1
+        ).float()
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         right, targets, whole = judged.tolist()
@@ -60,16 +64,21 @@ class SourceObjectiveConfig(ObjectiveConfig):
                 f"objective.name: {self.name} needs an encoder-decoder, not model.task: {config.model.task}"
             )
         if data.fim or not data.border_loss:
-            raise ValueError(f"objective.name: {self.name} has no use for data.fim and .border_loss; leave them out")
+            raise ValueError(
+                f"objective.name: {self.name} has no use for data.fim and .border_loss; leave them out"
+            )
         if data.order == "megatron":
-            raise ValueError(f"objective.name: {self.name} needs data.order: shuffle or sequential, not megatron")
+            raise ValueError(
+                f"objective.name: {self.name} needs data.order: shuffle or sequential, not megatron"
+            )
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
         return Seq2Seq()
 
 
 class SpanCorruptionConfig(SourceObjectiveConfig):
-    """Cross-entropy of spans that are hidden from the encoder. Which these are is another choice in every epoch."""
+    """Cross-entropy of spans that are hidden from the encoder. Which these are is another choice in
+    every epoch."""
 
     name: Literal["span_corruption"] = "span_corruption"
     density: float = Field(0.15, gt=0, lt=1, description="Share of the tokens that are hidden.")
@@ -79,7 +88,9 @@ class SpanCorruptionConfig(SourceObjectiveConfig):
         super().check(config)
         data = config.data
         if data.tokenizer is None:
-            raise ValueError("objective.name: span_corruption needs data.tokenizer, which has the sentinels")
+            raise ValueError(
+                "objective.name: span_corruption needs data.tokenizer, which has the sentinels"
+            )
         if data.seq_length < 4:
             raise ValueError(
                 f"objective.name: span_corruption needs a data.seq_length of at least 4, not {data.seq_length}"
@@ -93,7 +104,9 @@ class SpanCorruptionConfig(SourceObjectiveConfig):
     def lengths(self, config: Config) -> Lengths:
         return span_lengths(config.data.seq_length, self.density, self.mean_length)
 
-    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> SpanCorruption | SourceAndTarget:
+    def stacks(
+        self, config: Config, tokenizer: Tokenizer | None, split: Split
+    ) -> SpanCorruption | SourceAndTarget:
         lengths = self.lengths(config)
         _, spans = num_hidden(lengths.read, self.density, self.mean_length)
         assert tokenizer is not None
@@ -114,7 +127,8 @@ class Seq2SeqConfig(SourceObjectiveConfig):
 
     name: Literal["seq2seq"] = "seq2seq"
     target_length: int = Field(
-        gt=0, description="Tokens of the decoder in a sample. data.seq_length are those of the encoder."
+        gt=0,
+        description="Tokens of the decoder in a sample. data.seq_length are those of the encoder.",
     )
 
     DATA: ClassVar[DataKind] = "seq2seq"
@@ -126,19 +140,26 @@ class Seq2SeqConfig(SourceObjectiveConfig):
                 "objective.name: seq2seq needs data.document_mask: true, which keeps rows of a sample apart"
             )
         if config.data.long_rows == "cut":
-            raise ValueError("objective.name: seq2seq learns whole targets; data.long_rows must be refuse or drop")
+            raise ValueError(
+                "objective.name: seq2seq learns whole targets; data.long_rows must be refuse or drop"
+            )
 
     def lengths(self, config: Config) -> Lengths:
         source = config.data.seq_length
         return Lengths(source + self.target_length, source, self.target_length)
 
-    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> SpanCorruption | SourceAndTarget:
+    def stacks(
+        self, config: Config, tokenizer: Tokenizer | None, split: Split
+    ) -> SpanCorruption | SourceAndTarget:
         return SourceAndTarget(self.lengths(config), config.model.START_TOKEN)
 
 
 def sentinels_of(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a tokenizer's sentinels, from <extra_id_0> on, as far as there is one for each number."""
-    named = {name: number for name, number in tokenizer.vocabulary().items() if SENTINEL.fullmatch(name)}
+    """Return the ids of a tokenizer's sentinels, from <extra_id_0> on, as far as there is one for
+    each number."""
+    named = {
+        name: number for name, number in tokenizer.vocabulary().items() if SENTINEL.fullmatch(name)
+    }
     found: list[int] = []
     while (name := f"<extra_id_{len(found)}>") in named:
         found.append(named[name])

@@ -1,1 +1,2 @@
-"""Small tools that every package uses: files from outside, counter-based random numbers, progress, secrets."""
+"""Small tools that every package uses: files from outside, counter-based random numbers, progress,
+secrets."""

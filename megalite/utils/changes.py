@@ -1,5 +1,5 @@
-"""Compare two sets of settings: the keys that differ, and both values. A digest would say only that something
-differs."""
+"""Compare two sets of settings: the keys that differ, and both values. A digest would say only that
+something differs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,19 @@ def spelled(value: Any) -> str:
     """Return a value as a config spells it, cut where it is long."""
     bounded = "" if isinstance(value, str) else shown(value)
     is_long = len(bounded) > LONGEST or "a value of type" in bounded or bounded.endswith("bits")
-    text = value if isinstance(value, str) else bounded if is_long else json.dumps(value, ensure_ascii=False)
+    text = (
+        value
+        if isinstance(value, str)
+        else bounded
+        if is_long
+        else json.dumps(value, ensure_ascii=False)
+    )
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[Change]:
-    """List what differs between `was` and `now`, in the order of `now`, with sections and lists of sections by their
-    own keys. What is left out counts as null. `at` is put before every key."""
+    """List what differs between `was` and `now`, in the order of `now`, with sections and lists of
+    sections by their own keys. What is left out counts as null. `at` is put before every key."""
     found: list[Change] = []
     # Keys of `now` in their order, then those that only `was` has.
     for name in dict.fromkeys((*now, *was)):
@@ -55,11 +61,16 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> lis
 
 
 def _are_sections(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(item, Mapping) for item in value)
+    )
 
 
 def with_defaults(values: Mapping[str, Any], section: BaseModel) -> dict[str, Any]:
-    """Return values that were stored before some settings of a section existed, with the defaults of these."""
+    """Return values that were stored before some settings of a section existed, with the defaults
+    of these."""
     # Here, since tools that compare plain settings start sooner without it.
     from pydantic import BaseModel
     from pydantic_core import PydanticUndefined, to_jsonable_python

@@ -1,8 +1,8 @@
 """Random numbers as a function of (key, index): no state, so every layout draws the same ones.
 
-A rank that holds a slice of a weight, or some of the tokens of a sample, computes the indices it needs and gets what
-one process would have drawn for them. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014) over a Weyl
-sequence, as in counter-based generators (Salmon et al. 2011).
+A rank that holds a slice of a weight, or some of the tokens of a sample, computes the indices it
+needs and gets what one process would have drawn for them. The mixer is splitmix64's finaliser
+(Steele, Lea, Flood 2014) over a Weyl sequence, as in counter-based generators (Salmon et al. 2011).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def random_bits(key: Tensor | int, index: Tensor) -> Tensor:
-    """Return 64 random bits for every index (int64, wrapping). `key` is from `key_of`, or an int64 tensor that
-    broadcasts against `index`."""
+    """Return 64 random bits for every index (int64, wrapping). `key` is from `key_of`, or an int64
+    tensor that broadcasts against `index`."""
     # int64 wraps around, as unsigned arithmetic would: the bits are those of splitmix64.
     x = index * _WEYL + (_signed(key) if isinstance(key, int) else key)
     x = (x ^ _shift_right(x, 30)) * _MIX_1
@@ -45,16 +45,16 @@ def uniform(key: Tensor | int, index: Tensor) -> Tensor:
 
 
 def normal(key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return float32 standard normal numbers for the indices [start, stop) on `device`, by Box and Muller in float64.
-    `key` is from `key_of`.
+    """Return float32 standard normal numbers for the indices [start, stop) on `device`, by Box and
+    Muller in float64. `key` is from `key_of`.
 
     Works in slices, so the int64 and float64 temporaries stay small beside a large weight."""
     out = torch.empty(stop - start, device=device)
     step = 1 << 22
     for first in range(start, stop, step):
         last = min(first + step, stop)
-        # One draw of 64 bits gives both of Box and Muller's numbers: the high half the radius, the low half the angle.
-        # The half added keeps the logarithm finite.
+        # One draw of 64 bits gives both of Box and Muller's numbers: the high half the radius, the
+        # low half the angle. The half added keeps the logarithm finite.
         bits = random_bits(key, torch.arange(first, last, device=device))
         radius = ((_shift_right(bits, 32).double() + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = (bits & 0xFFFFFFFF).double().mul_(2.0**-32 * 2.0 * math.pi)

@@ -12,8 +12,9 @@ from megalite.utils.resources import fsync
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Give another path to write to, which takes the place of `path` when the block ends; after an error it is gone,
-    and what was there stays. With `durable`, it is on disk by then, whenever the power goes."""
+    """Give another path to write to, which takes the place of `path` when the block ends; after an
+    error it is gone, and what was there stays. With `durable`, it is on disk by then, whenever the
+    power goes."""
     # The process id keeps apart a process that was thought dead and still writes.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

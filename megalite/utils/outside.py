@@ -1,5 +1,5 @@
-"""Read files that others have written, which may hold anything: reading one gives a value, or one line that says why
-not."""
+"""Read files that others have written, which may hold anything: reading one gives a value, or one
+line that says why not."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 from megalite.errors import CheckpointError, ConfigError, DataError
 
 LARGEST_JSON = 32 << 20
-"""Limit in bytes. The index of the largest model published has 16 million; parsed, JSON takes up to 20 times as much
-memory."""
+"""Limit in bytes. The index of the largest model published has 16 million; parsed, JSON takes up to
+20 times as much memory."""
 SHOWN = 80
 """Most characters of a text that a message shows."""
 ALL_SHOWN = 200
@@ -29,8 +29,8 @@ DEPTH = 3
 def reading(path: Path | str, error: type[Exception]) -> Iterator[None]:
     """Turn whatever reading a file raises into one line of class `error` that names the file.
 
-    This includes what is no Exception, such as the panic of a library written in Rust. Interruptions, and errors that
-    are such a line already, pass through."""
+    This includes what is no Exception, such as the panic of a library written in Rust.
+    Interruptions, and errors that are such a line already, pass through."""
     try:
         yield
     except (ConfigError, DataError, CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -56,7 +56,8 @@ def _plainly(error: BaseException) -> str:
 
 
 def check_regular(path: Path, error: type[Exception]) -> None:
-    """Refuse a path that exists but is no regular file: opening a FIFO waits forever, and a device may have no end."""
+    """Refuse a path that exists but is no regular file: opening a FIFO waits forever, and a device
+    may have no end."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -66,16 +67,19 @@ def check_regular(path: Path, error: type[Exception]) -> None:
 
 
 def check_apart(target: Path, sources: Iterable[Path | str], error: type[Exception]) -> None:
-    """Refuse to write a file over one that is read: what was to be made of it would be all that is left."""
+    """Refuse to write a file over one that is read: what was to be made of it would be all that is
+    left."""
     for source in sources:
         with suppress(OSError):  # where one of them is not there, it is not lost
             if os.path.samefile(target, source):
-                raise error(f"{source} is an input, and {target} would be written over it; name another output")
+                raise error(
+                    f"{source} is an input, and {target} would be written over it; name another output"
+                )
 
 
 def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> bytes:
-    """Return the bytes of a file of at most `largest` bytes. Raises OSError, and `error` for a longer or irregular
-    one."""
+    """Return the bytes of a file of at most `largest` bytes. Raises OSError, and `error` for a
+    longer or irregular one."""
     check_regular(path, error)
     with open(path, "rb") as file:
         data = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
@@ -85,13 +89,15 @@ def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON
 
 
 def read_text(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> str:
-    """Return the text of a file of at most `largest` bytes. Raises `error` where it cannot be read or is not UTF-8."""
+    """Return the text of a file of at most `largest` bytes. Raises `error` where it cannot be read
+    or is not UTF-8."""
     with reading(path, error):
         return read_limited(path, error, largest).decode()
 
 
 def read_object(path: Path, error: type[Exception]) -> dict[str, Any]:
-    """Return the JSON object that a file holds. Raises `error` where it cannot be read or holds none."""
+    """Return the JSON object that a file holds. Raises `error` where it cannot be read or holds
+    none."""
     values = read_json(path, error)
     if not isinstance(values, dict):
         raise error(f"{path} is not a JSON object")
@@ -105,9 +111,17 @@ def read_json(path: Path, error: type[Exception]) -> Any:
 
 
 def beside(folder: Path, name: Any, named_by: Path) -> Path:
-    """Return the path of a file that an index names. Raises CheckpointError unless it lies in the index's folder."""
-    if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or not (name and name.isprintable()):
-        raise CheckpointError(f"{named_by} names {shown(name)}, which is outside of the folder or no file's name")
+    """Return the path of a file that an index names. Raises CheckpointError unless it lies in the
+    index's folder."""
+    if (
+        not isinstance(name, str)
+        or Path(name).name != name
+        or name in (".", "..")
+        or not (name and name.isprintable())
+    ):
+        raise CheckpointError(
+            f"{named_by} names {shown(name)}, which is outside of the folder or no file's name"
+        )
     check_regular(folder / name, CheckpointError)
     return folder / name
 
@@ -138,7 +152,13 @@ def shown(value: Any, depth: int = 0) -> str:
 
 def _items_shown(values: dict[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> str:
     """Return the items as `repr` spells them, up to a limit of characters."""
-    begin, end = ("{", "}") if isinstance(values, dict) else ("[", "]") if isinstance(values, list) else ("(", ")")
+    begin, end = (
+        ("{", "}")
+        if isinstance(values, dict)
+        else ("[", "]")
+        if isinstance(values, list)
+        else ("(", ")")
+    )
     text = begin
     for number, item in enumerate(values.items() if isinstance(values, dict) else values):
         if len(text) > ALL_SHOWN:
@@ -146,4 +166,8 @@ def _items_shown(values: dict[Any, Any] | list[Any] | tuple[Any, ...], depth: in
         key = f"{shown(item[0], DEPTH)}: " if isinstance(values, dict) else ""
         text += f"{', ' if number else ''}{key}{shown(item[1] if isinstance(values, dict) else item, depth + 1)}"
     is_single = isinstance(values, tuple) and len(values) == 1
-    return f"{text[:ALL_SHOWN]}…" if len(text) > ALL_SHOWN else f"{text}{',' if is_single else ''}{end}"
+    return (
+        f"{text[:ALL_SHOWN]}…"
+        if len(text) > ALL_SHOWN
+        else f"{text}{',' if is_single else ''}{end}"
+    )

@@ -13,14 +13,19 @@ SECONDS_PER_LINE = 5.0
 
 
 class ProgressMeter:
-    """Show a progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Without console,
-    nothing."""
+    """Show a progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds.
+    Without console, nothing."""
 
     def __init__(
-        self, name: str, total: int, columns: Sequence[ProgressColumn], console: Console | None, **fields: Any
+        self,
+        name: str,
+        total: int,
+        columns: Sequence[ProgressColumn],
+        console: Console | None,
+        **fields: Any,
     ) -> None:
-        """Show progress up to `total` under `name`. `fields` are values for the `columns`, until `show` gives newer
-        ones."""
+        """Show progress up to `total` under `name`. `fields` are values for the `columns`, until
+        `show` gives newer ones."""
         self.total, self._console = total, console
         self._start = self._said = time.monotonic()
         self._bar: Progress | None = None
@@ -35,8 +40,8 @@ class ProgressMeter:
         return max(time.monotonic() - self._start, 1e-9)
 
     def show(self, completed: int, line: str, due: bool = False, **fields: Any) -> None:
-        """Show that `completed` of the total is done; `line` says the same where there is no bar, at once where it is
-        `due`. `fields` are values for the columns."""
+        """Show that `completed` of the total is done; `line` says the same where there is no bar,
+        at once where it is `due`. `fields` are values for the columns."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, **fields)

@@ -15,16 +15,19 @@ from megalite.utils.outside import reading, shown
 LONGEST_YAML = 1 << 19
 """Limit on the characters of a config; this many are read in some seconds."""
 MOST_VALUES = 100_000
-"""Limit on the values of a config, where those that aliases repeat count as often as they are repeated."""
+"""Limit on the values of a config, where those that aliases repeat count as often as they are
+repeated."""
 
 
 def configs_dir() -> Path:
-    """Return the `configs/` of the checkout the package is in, else the one the wheel installed inside the package.
+    """Return the `configs/` of the checkout the package is in, else the one the wheel installed
+    inside the package.
 
     Raises FileNotFoundError."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "configs", package / "configs"):
-        # Recognised by one of its files: beside an installed package there may be somebody else's `configs`.
+        # Recognised by one of its files: beside an installed package there may be somebody else's
+        # `configs`.
         if (folder / "chips.yaml").is_file():
             return folder
     raise FileNotFoundError(f"no configs/ beside or inside {package}: reinstall megalite")
@@ -43,13 +46,16 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse a text whose aliases (`*name`) expand to more than MOST_VALUES values, or stand within what they name."""
+    """Refuse a text whose aliases (`*name`) expand to more than MOST_VALUES values, or stand within
+    what they name."""
     # Without recursion, which deep nesting would exhaust: a node is pushed twice, and counted when
     # it comes up again behind all that is within it.
     sizes: dict[int, int] = {}
@@ -57,12 +63,16 @@ def _check_size(root: yaml.Node) -> None:
     pending = [(root, False)]
     while pending:
         node, is_done = pending.pop()
-        inner = [item for pair in node.value for item in (pair if isinstance(pair, tuple) else (pair,))]
+        inner = [
+            item for pair in node.value for item in (pair if isinstance(pair, tuple) else (pair,))
+        ]
         inner = inner if isinstance(node, yaml.CollectionNode) else []
         if is_done:
             sizes[id(node)] = 1 + sum(sizes[id(item)] for item in inner)
             if sizes[id(node)] > MOST_VALUES:
-                raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, its aliases written out")
+                raise yaml.YAMLError(
+                    f"it has more than {MOST_VALUES:,} values, its aliases written out"
+                )
         elif id(node) not in sizes:
             if id(node) in begun:
                 raise yaml.YAMLError(f"an alias stands within what it names{node.start_mark}")
@@ -72,9 +82,12 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Return the value of a YAML text. Raises ConfigError, whose message calls the text `origin`."""
+    """Return the value of a YAML text. Raises ConfigError, whose message calls the text
+    `origin`."""
     if len(text) > LONGEST_YAML:
-        raise ConfigError(f"{origin} is longer than {LONGEST_YAML:,} characters, which no config is")
+        raise ConfigError(
+            f"{origin} is longer than {LONGEST_YAML:,} characters, which no config is"
+        )
     with reading(origin, ConfigError):  # also a date that is none, or a number that is too long
         try:
             return yaml.load(text, _Loader)
@@ -97,12 +110,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}"
+        )
     return values
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `values` with overrides such as `train.steps=100` applied. Raises ConfigError."""
+    """Return a copy of `values` with overrides such as `train.steps=100` applied. Raises
+    ConfigError."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):

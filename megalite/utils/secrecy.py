@@ -1,4 +1,5 @@
-"""Hide keys, tokens and passwords, which must not be written down, in whatever text they turn up."""
+"""Hide keys, tokens and passwords, which must not be written down, in whatever text they turn
+up."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ _NAME = re.compile(
 _SHORTEST = 6
 """Least characters of a secret. Shorter ones are found in innocent words."""
 _PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*):([^\s/@]+)@")
-_SIGNED = re.compile(r"(?i)\b(x-amz-\w[\w-]*|x-goog-\w[\w-]*|sig|signature|access_token|token)=[^&\s'\"<>]+")
+_SIGNED = re.compile(
+    r"(?i)\b(x-amz-\w[\w-]*|x-goog-\w[\w-]*|sig|signature|access_token|token)=[^&\s'\"<>]+"
+)
 
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:"
@@ -27,7 +30,8 @@ _TOKEN = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]*)?"  # JSON web tokens
     r")|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-"""Tokens of well-known services begin with a mark of their own, so that they are recognised anywhere."""
+"""Tokens of well-known services begin with a mark of their own, so that they are recognised
+anywhere."""
 
 
 def names_a_secret(name: str) -> bool:
@@ -36,11 +40,13 @@ def names_a_secret(name: str) -> bool:
 
 
 def hide_secrets(text: str) -> str:
-    """Return the text without the secrets of this process's environment, those of any URL, and the tokens of
-    well-known services."""
+    """Return the text without the secrets of this process's environment, those of any URL, and the
+    tokens of well-known services."""
     for value, name in sorted(_secrets(), key=lambda found: -len(found[0])):
         text = text.replace(value, f"<{name}>")
-    return _TOKEN.sub("<token>", _SIGNED.sub(r"\1=<hidden>", _PASSWORD.sub(r"\1:<password>@", text)))
+    return _TOKEN.sub(
+        "<token>", _SIGNED.sub(r"\1=<hidden>", _PASSWORD.sub(r"\1:<password>@", text))
+    )
 
 
 def _secrets() -> Iterator[tuple[str, str]]:

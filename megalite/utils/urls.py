@@ -13,8 +13,8 @@ def is_url(path: str) -> bool:
 
 
 def check_no_secret(url: str) -> None:
-    """Refuse a URL with a password or a signature, since configs, notes and messages repeat it. Raises ValueError,
-    which does not repeat it."""
+    """Refuse a URL with a password or a signature, since configs, notes and messages repeat it.
+    Raises ValueError, which does not repeat it."""
     protocol, _, rest = url.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
     if (at and ":" in user) or ("?" in rest and protocol in ("http", "https")):

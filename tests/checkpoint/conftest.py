@@ -10,7 +10,8 @@ from small_runs import make_config, train_on_rank
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of 12 steps over tensor 2, with checkpoints at 4, 8 and 12 and a tokenizer in them: every kind of file."""
+    """A run of 12 steps over tensor 2, with checkpoints at 4, 8 and 12 and a tokenizer in them:
+    every kind of file."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("def f(x): return x + 1\n" * 50)
     train_tokenizer([str(folder / "text.txt")], str(folder / "tokenizer"), 300)

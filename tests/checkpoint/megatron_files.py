@@ -1,4 +1,5 @@
-"""Checkpoints as Megatron-LM writes them, from a Hugging Face model like Llama: its parts, names and pickles."""
+"""Checkpoints as Megatron-LM writes them, from a Hugging Face model like Llama: its parts, names
+and pickles."""
 
 from __future__ import annotations
 
@@ -90,8 +91,12 @@ def weights_of(model: Any, tensor: int, style: str) -> dict[str, list[Tensor]]:
     found = {"embedding.word_embeddings.weight": padded(state["model.embed_tokens.weight"])}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
-        gate, up = (state[f"{theirs}.mlp.{part}_proj.weight"].chunk(tensor) for part in ("gate", "up"))
-        found[f"{ours}.{names['first_norm']}"] = [state[f"{theirs}.input_layernorm.weight"]] * tensor
+        gate, up = (
+            state[f"{theirs}.mlp.{part}_proj.weight"].chunk(tensor) for part in ("gate", "up")
+        )
+        found[f"{ours}.{names['first_norm']}"] = [
+            state[f"{theirs}.input_layernorm.weight"]
+        ] * tensor
         found[f"{ours}.{names['qkv']}.weight"] = by_group("weight", i)
         if config.model_type == "qwen2":
             found[f"{ours}.{names['qkv']}.bias"] = by_group("bias", i)
@@ -99,17 +104,27 @@ def weights_of(model: Any, tensor: int, style: str) -> dict[str, list[Tensor]]:
             found[f"{ours}.self_attention.{part}_layernorm.weight"] = [
                 state[f"{theirs}.self_attn.{part}_norm.weight"]
             ] * tensor
-        found[f"{ours}.{names['out']}.weight"] = list(state[f"{theirs}.self_attn.o_proj.weight"].chunk(tensor, 1))
-        found[f"{ours}.{names['second_norm']}"] = [state[f"{theirs}.post_attention_layernorm.weight"]] * tensor
-        found[f"{ours}.{names['up']}.weight"] = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
-        found[f"{ours}.{names['down']}.weight"] = list(state[f"{theirs}.mlp.down_proj.weight"].chunk(tensor, 1))
+        found[f"{ours}.{names['out']}.weight"] = list(
+            state[f"{theirs}.self_attn.o_proj.weight"].chunk(tensor, 1)
+        )
+        found[f"{ours}.{names['second_norm']}"] = [
+            state[f"{theirs}.post_attention_layernorm.weight"]
+        ] * tensor
+        found[f"{ours}.{names['up']}.weight"] = [
+            torch.cat(pair) for pair in zip(gate, up, strict=True)
+        ]
+        found[f"{ours}.{names['down']}.weight"] = list(
+            state[f"{theirs}.mlp.down_proj.weight"].chunk(tensor, 1)
+        )
     found[f"{names['last_norm']}.weight"] = [state["model.norm.weight"]] * tensor
     if not config.tie_word_embeddings:
         found["output_layer.weight"] = padded(state["lm_head.weight"])
     return found
 
 
-def write_rank_files(model: Any, folder: Path, tensor: int, pipeline: int, virtual: int, style: str) -> None:
+def write_rank_files(
+    model: Any, folder: Path, tensor: int, pipeline: int, virtual: int, style: str
+) -> None:
     """iter_0000012/mp_rank_TT[_PPP]/model_optim_rng.pt, and what else lies in them."""
     weights, layers = weights_of(model, tensor, style), model.config.num_hidden_layers
     each = layers // (pipeline * virtual)
@@ -129,11 +144,19 @@ def write_rank_files(model: Any, folder: Path, tensor: int, pipeline: int, virtu
                         if not stage * each <= number < (stage + 1) * each:
                             continue
                         words[2] = str(number - stage * each)
-                    elif not (stage == 0 if key.startswith("embedding") else stage == pipeline * virtual - 1):
+                    elif not (
+                        stage == 0
+                        if key.startswith("embedding")
+                        else stage == pipeline * virtual - 1
+                    ):
                         continue
                     found[".".join(words)] = parts[t].clone()
-                found["decoder.layers.0.self_attention.linear_qkv._extra_state"] = io.BytesIO(b"scales")
-                chunks["model" if virtual == 1 else f"model{v}"] = _nested(found) if style == "old" else found
+                found["decoder.layers.0.self_attention.linear_qkv._extra_state"] = io.BytesIO(
+                    b"scales"
+                )
+                chunks["model" if virtual == 1 else f"model{v}"] = (
+                    _nested(found) if style == "old" else found
+                )
             (folder / "iter_0000012" / name).mkdir()
             other = {
                 "args": arguments(model.config, tensor, pipeline), "checkpoint_version": 3.0, "iteration": 12,
@@ -167,29 +190,42 @@ def write_pieces(model: Any, folder: Path, tensor: int, stacked: bool) -> None:
         parts = parts[:1] if replicated else parts
         whole[key] = torch.cat(parts, dim)
         size = parts[0].shape[dim]
-        cuts[key] = [tuple(size * n if d == dim else 0 for d in range(whole[key].dim())) for n in range(len(parts))]
+        cuts[key] = [
+            tuple(size * n if d == dim else 0 for d in range(whole[key].dim()))
+            for n in range(len(parts))
+        ]
         cuts[key].append(parts[0].shape)
     if stacked:
         whole, cuts = _stacked(whole, cuts, model.config.num_hidden_layers)
     folder.mkdir(parents=True)
     args = arguments(model.config, tensor, 1)
-    torch.save({"args": args, "trap": Trap(folder / "trapped"), "iteration": 3}, folder / "common.pt")
+    torch.save(
+        {"args": args, "trap": Trap(folder / "trapped"), "iteration": 3}, folder / "common.pt"
+    )
     tensors, storage = {}, {}
     with open(folder / "__0_0.distcp", "wb") as file:
         for key, (*offsets, size) in cuts.items():
-            chunks = [ChunkStorageMetadata(torch.Size(offset), torch.Size(size)) for offset in offsets]
+            chunks = [
+                ChunkStorageMetadata(torch.Size(offset), torch.Size(size)) for offset in offsets
+            ]
             tensors[key] = TensorStorageMetadata(TensorProperties(), whole[key].shape, chunks)
             for number, offset in enumerate(offsets):
                 begin = file.tell()
-                piece = whole[key][tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].clone()
+                piece = whole[key][
+                    tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
+                ].clone()
                 torch.save(piece, file)
                 index = MetadataIndex(key, torch.Size(offset), number)
                 storage[index] = _StorageInfo("__0_0.distcp", begin, file.tell() - begin)
-    metadata = Metadata(tensors, planner_data={"trap": Trap(folder / "trapped")}, storage_data=storage)
+    metadata = Metadata(
+        tensors, planner_data={"trap": Trap(folder / "trapped")}, storage_data=storage
+    )
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _stacked(whole: dict[str, Tensor], cuts: dict[str, Any], layers: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _stacked(
+    whole: dict[str, Tensor], cuts: dict[str, Any], layers: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All layers of a weight as one tensor, a piece for each layer and tensor rank."""
     all_whole = {key: x for key, x in whole.items() if not key.startswith("decoder.layers.")}
     all_cuts = {key: x for key, x in cuts.items() if key in all_whole}
@@ -199,5 +235,7 @@ def _stacked(whole: dict[str, Tensor], cuts: dict[str, Any], layers: int) -> tup
             of_layers = [f"decoder.layers.{i}.{rest}" for i in range(layers)]
             all_whole[f"decoder.layers.{rest}"] = torch.stack([whole[name] for name in of_layers])
             *offsets, size = cuts[key]
-            all_cuts[f"decoder.layers.{rest}"] = [(i, *o) for i in range(layers) for o in offsets] + [(1, *size)]
+            all_cuts[f"decoder.layers.{rest}"] = [
+                (i, *o) for i in range(layers) for o in offsets
+            ] + [(1, *size)]
     return all_whole, all_cuts

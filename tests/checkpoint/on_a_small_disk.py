@@ -1,4 +1,5 @@
-"""Train on disks of 2 MB, in a namespace of mounts that ends with this process; print what came of it as JSON.
+"""Train on disks of 2 MB, in a namespace of mounts that ends with this process; print what came of
+it as JSON.
 
 unshare -rm python on_a_small_disk.py CONFIG FOLDER...     each FOLDER's last part says what happens on its disk
 """
@@ -35,11 +36,15 @@ def fill(folder: Path) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+    }
 
 
 def train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The disk is full or read-only from before the save of step 3 until before that of step 5, or to the end."""
+    """The disk is full or read-only from before the save of step 3 until before that of step 5, or
+    to the end."""
     what = folder.name
     run = folder / "test"
     disk = run / "checkpoints" if what == "read-only" else folder
@@ -77,7 +82,9 @@ def train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "status": status,
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
-        "kept": all(digests(run / "checkpoints").get(name) == digest for name, digest in older.items()),
+        "kept": all(
+            digests(run / "checkpoints").get(name) == digest for name, digest in older.items()
+        ),
         "steps": [record["step"] for line in metrics if "loss" in (record := json.loads(line))],
         "heartbeat": json.loads((run / "health" / "rank-00000.json").read_text())["phase"],
         "log": (folder / "log").read_text(),

@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint import writing
-from megalite.checkpoint.folder import Damage, complete_steps, prune, read_manifest, step_folder, steps_in
+from megalite.checkpoint.folder import (
+    Damage,
+    complete_steps,
+    prune,
+    read_manifest,
+    step_folder,
+    steps_in,
+)
 from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
@@ -73,7 +80,9 @@ def test_optimizer_state_has_the_names_and_shapes_of_the_weights(trained: Config
     master = TensorFolder(folder / "optimizer", "master")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     everything = (slice(None),)
-    assert index["metadata"]["total_size"] == sum(model.fetch(name, everything).nbytes for name in model.files)
+    assert index["metadata"]["total_size"] == sum(
+        model.fetch(name, everything).nbytes for name in model.files
+    )
     for name in model.files:
         assert master.fetch(name, everything).dtype == torch.float32
         assert torch.equal(master.fetch(name, everything).bfloat16(), model.fetch(name, everything))
@@ -90,14 +99,21 @@ def test_every_file_is_in_the_manifest_and_nothing_is_pickled(trained: Config) -
 
 
 def test_both_ranks_write_about_half(trained: Config) -> None:
-    sizes = [path.stat().st_size for path in step_folder(checkpoints(trained), 12).glob("model-*.safetensors")]
+    sizes = [
+        path.stat().st_size
+        for path in step_folder(checkpoints(trained), 12).glob("model-*.safetensors")
+    ]
     assert len(sizes) == 2
     assert min(sizes) > 0.3 * max(sizes)
 
 
 def test_owners_are_balanced(tmp_path: Path) -> None:
     config = make_config(
-        tmp_path, {"preset": "llama-8b"}, "parallel.tensor=4", "train.global_batch_size=16", "data.seq_length=32"
+        tmp_path,
+        {"preset": "llama-8b"},
+        "parallel.tensor=4",
+        "train.global_batch_size=16",
+        "data.seq_length=32",
     )
     weights = weight_table(config.model)
     owners = choose_owners(make_plan(config, weights, 64), weights, config.optimizer, 10 << 20)
@@ -124,7 +140,9 @@ def test_pruning_counts_only_complete_checkpoints(run: Config) -> None:
     assert step_folder(checkpoints(run), 12).is_dir()  # incomplete: left to be looked at
 
 
-def test_a_half_deleted_checkpoint_has_no_name_of_one(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_deleted_checkpoint_has_no_name_of_one(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would be neither taken nor pruned, and stay for ever."""
 
     def killed(path: Path) -> None:
@@ -149,8 +167,11 @@ def test_a_leftover_of_a_crash_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["load", "step"])
-def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    """Training goes on while the thread copies and writes: what it writes must not change any more."""
+def test_saving_takes_the_state_of_that_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Training goes on while the thread copies and writes: what it writes must not change any
+    more."""
     config = make_config(tmp_path)
     weights = weight_table(config.model)
     parts = build(config, make_plan(config, weights, 1), LONE)
@@ -158,7 +179,15 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
     alone = dict.fromkeys((weight.name for weight in weights), 0)
     engine.load(from_seed(1, Mesh.alone()), num_updates=5)
     may_write = threading.Event()
-    saver = Saver(tmp_path / "saved", 3, weights, LONE, engine, alone, lambda folder: may_write.wait() and None)
+    saver = Saver(
+        tmp_path / "saved",
+        3,
+        weights,
+        LONE,
+        engine,
+        alone,
+        lambda folder: may_write.wait() and None,
+    )
 
     def write_late(*arguments: Any, **options: Any) -> None:
         may_write.wait()
@@ -189,7 +218,9 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
     found = from_checkpoint(config, weights, folder, Mesh.alone())
     wanted = from_seed(1, Mesh.alone())
     for weight in weights:
-        assert torch.equal(found(weight, "weight", 0, weight.numel), wanted(weight, "weight", 0, weight.numel))
+        assert torch.equal(
+            found(weight, "weight", 0, weight.numel), wanted(weight, "weight", 0, weight.numel)
+        )
 
 
 def test_plain_hugging_face_folder_starts_with_fresh_moments(tmp_path: Path) -> None:
@@ -206,7 +237,9 @@ def test_plain_hugging_face_folder_starts_with_fresh_moments(tmp_path: Path) -> 
     read = from_hf(tmp_path / "hf", weights, config.model, Mesh.alone())
     assert all(read(weight, "exp_avg", 0, weight.numel).abs().sum() == 0 for weight in weights)
     stored = load_file(tmp_path / "hf" / "model.safetensors")
-    assert torch.equal(read(weights[0], "master", 0, VOCAB * 32), stored["model.embed_tokens.weight"].flatten())
+    assert torch.equal(
+        read(weights[0], "master", 0, VOCAB * 32), stored["model.embed_tokens.weight"].flatten()
+    )
     train(config)
     state = json.loads((step_folder(checkpoints(config), 1) / "train_state.json").read_text())
     assert state["step"] == 1

@@ -1,4 +1,5 @@
-"""tools/convert_checkpoint.py: whatever a model is stored as becomes a Hugging Face folder with the same weights."""
+"""tools/convert_checkpoint.py: whatever a model is stored as becomes a Hugging Face folder with the
+same weights."""
 
 from __future__ import annotations
 
@@ -46,11 +47,17 @@ def make_model(case: str, **fields: Any) -> Any:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+    return {
+        name: x
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, x in load_file(path).items()
+    }
 
 
 def opened(folder: Path) -> Any:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -112,7 +119,9 @@ def test_a_tied_output_layer_of_megatrons_is_a_copy(
         if is_copy:
             assert open_source(tmp_path / name).config["tie_word_embeddings"]
         else:
-            with pytest.raises(CheckpointError, match=r"tie the output layer to the embedding, but .* different"):
+            with pytest.raises(
+                CheckpointError, match=r"tie the output layer to the embedding, but .* different"
+            ):
                 open_source(tmp_path / name)
 
 
@@ -131,15 +140,22 @@ def test_what_is_no_llama_of_megatrons_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "megatron"
     write_rank_files(make_model("llama"), folder, 1, 1, 1, "engine")
     damaged(folder, model={"decoder.layers.0.mlp.router.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"decoder.layers.0.mlp.router.weight is no weight of a model like Llama"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"decoder.layers.0.mlp.router.weight is no weight of a model like Llama",
+    ):
         open_source(folder)
     damaged(folder)
-    with pytest.raises(CheckpointError, match=r"missing weights: \['embedding.weight', 'head.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"missing weights: \['embedding.weight', 'head.weight'"
+    ):
         open_source(folder)
     args = arguments(make_model("llama").config, 1, 1)
     args.normalization = "LayerNorm"
     damaged(folder, args=args)
-    with pytest.raises(ConfigError, match="has normalization = 'LayerNorm'; models like Llama have 'RMSNorm'"):
+    with pytest.raises(
+        ConfigError, match="has normalization = 'LayerNorm'; models like Llama have 'RMSNorm'"
+    ):
         open_source(folder)
     args.normalization, args.tensor_model_parallel_size = "RMSNorm", 2
     damaged(folder, args=args)
@@ -152,10 +168,16 @@ def test_what_is_no_llama_of_megatrons_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_torchs_is_refused(tmp_path: Path) -> None:
-    """Whatever bits are flipped in it, or where it ends: the tensor is read as it was, or not at all."""
+    """Whatever bits are flipped in it, or where it ends: the tensor is read as it was, or not at
+    all."""
     whole = torch.arange(100.0)
     torch.save({"a": whole}, tmp_path / "whole.pt")
-    intact, path, refused, rng = (tmp_path / "whole.pt").read_bytes(), tmp_path / "damaged.pt", 0, random.Random(0)
+    intact, path, refused, rng = (
+        (tmp_path / "whole.pt").read_bytes(),
+        tmp_path / "damaged.pt",
+        0,
+        random.Random(0),
+    )
     for number in range(300):
         data = bytearray(intact)
         for _ in range(rng.randint(1, 4)):
@@ -178,14 +200,20 @@ def test_what_is_packed_is_not_unpacked(tmp_path: Path) -> None:
 
 def twice(metadata: Any) -> None:
     """As many numbers as there should be, some of them in the place of others."""
-    _, second = (index for index in metadata.storage_data if index.fqn == "embedding.word_embeddings.weight")
-    metadata.storage_data[replace(second, offset=torch.Size([1, 0]))] = metadata.storage_data.pop(second)
+    _, second = (
+        index for index in metadata.storage_data if index.fqn == "embedding.word_embeddings.weight"
+    )
+    metadata.storage_data[replace(second, offset=torch.Size([1, 0]))] = metadata.storage_data.pop(
+        second
+    )
 
 
 def endless(metadata: Any) -> None:
     name = "decoder.layers.mlp.linear_fc2.weight"
     stored = metadata.state_dict_metadata[name]
-    metadata.state_dict_metadata[name] = replace(stored, size=torch.Size([10**12, *stored.size[1:]]))
+    metadata.state_dict_metadata[name] = replace(
+        stored, size=torch.Size([10**12, *stored.size[1:]])
+    )
 
 
 def too_long(metadata: Any) -> None:
@@ -238,7 +266,9 @@ def test_what_fp16_cannot_hold_is_said(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs.model.norm.weight[3] = 1e5
     theirs.save_pretrained(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=r"norm.weight goes up to 1e\+05, which fp16 cannot hold"):
+    with pytest.raises(
+        CheckpointError, match=r"norm.weight goes up to 1e\+05, which fp16 cannot hold"
+    ):
         write_model(open_source(tmp_path / "hf"), tmp_path / "half", "fp16")
     assert not (tmp_path / "half").exists()
 
@@ -256,7 +286,14 @@ def test_a_checkpoint_without_its_optimizer(
     """By the command, from a run; in another precision and several files."""
     config = make_config(tmp_path, "llama", "train.steps=1")
     train(config)
-    arguments = [str(config.run.folder), str(tmp_path / "hf"), "--dtype", "bf16", "--shard-gb", "0.00001"]
+    arguments = [
+        str(config.run.folder),
+        str(tmp_path / "hf"),
+        "--dtype",
+        "bf16",
+        "--shard-gb",
+        "0.00001",
+    ]
     assert run_tool(monkeypatch, *arguments) == 0
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     stored = tensors_of(step_folder(config.run.folder / "checkpoints", 1))
@@ -274,7 +311,12 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     base = make_model("gpt2", embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, vocab_size=VOCAB)
     base.save_pretrained(tmp_path / "base")
     base = opened(tmp_path / "base")
-    options = {"r": 3, "lora_alpha": 5, "fan_in_fan_out": True, "target_modules": r".*\.1\..*c_(attn|fc)"}
+    options = {
+        "r": 3,
+        "lora_alpha": 5,
+        "fan_in_fan_out": True,
+        "target_modules": r".*\.1\..*c_(attn|fc)",
+    }
     adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -287,13 +329,17 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     changed = {name for name, x in before.items() if not torch.equal(found[name], x)}
     assert changed == {f"transformer.h.1.{module}.weight" for module in ("attn.c_attn", "mlp.c_fc")}
     for name, x in found.items():
-        torch.testing.assert_close(x, wanted[name], rtol=0, atol=1e-6)  # B A summed in another order
+        torch.testing.assert_close(
+            x, wanted[name], rtol=0, atol=1e-6
+        )  # B A summed in another order
     assert type(opened(tmp_path / "hf")) is type(base)
 
 
 def test_unknown_architectures_and_strangers_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(ConfigError, match=r"model_type = 'mamba', which megalite does not open.*known: bert"):
+    with pytest.raises(
+        ConfigError, match=r"model_type = 'mamba', which megalite does not open.*known: bert"
+    ):
         open_source(tmp_path)
     shutil.rmtree(tmp_path)
     with pytest.raises(CheckpointError, match=r"is none of: a folder with a config\.json"):
@@ -332,14 +378,19 @@ HOW = ("an axis shorter", "an axis longer", "an axis more", "whole numbers")
 
 @pytest.mark.parametrize("how", HOW)
 def test_every_tensor_of_megatrons_is_held_against_its_row(tmp_path: Path, how: str) -> None:
-    """One tensor after the other is of another shape or kind, on one tensor rank: no model comes of it."""
-    write_rank_files(make_model("llama", num_hidden_layers=1), tmp_path / "megatron", 2, 1, 1, "engine")
+    """One tensor after the other is of another shape or kind, on one tensor rank: no model comes of
+    it."""
+    write_rank_files(
+        make_model("llama", num_hidden_layers=1), tmp_path / "megatron", 2, 1, 1, "engine"
+    )
     path = tmp_path / "megatron" / "iter_0000012" / "mp_rank_01" / "model_optim_rng.pt"
     saved = torch.load(path, weights_only=False, pickle_module=pickle)
     names = [name for name, value in saved["model"].items() if isinstance(value, Tensor)]
     assert len(names) == 9
     for name in names:
-        torch.save(saved | {"model": saved["model"] | {name: changed(saved["model"][name], how)}}, path)
+        torch.save(
+            saved | {"model": saved["model"] | {name: changed(saved["model"][name], how)}}, path
+        )
         with pytest.raises(CheckpointError, match=r"has shape|is stored as"):
             write_model(open_source(tmp_path / "megatron", vocab_size=99), tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
@@ -350,9 +401,14 @@ def test_pieces_are_held_against_their_rows(tmp_path: Path) -> None:
     write_pieces(make_model("llama"), folder, 1, False)
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     for name, stored in metadata.state_dict_metadata.items():
-        for size in (torch.Size([*stored.size[:-1], stored.size[-1] // 2]), torch.Size([*stored.size, 1])):
+        for size in (
+            torch.Size([*stored.size[:-1], stored.size[-1] // 2]),
+            torch.Size([*stored.size, 1]),
+        ):
             wrong = replace(
-                metadata, state_dict_metadata=metadata.state_dict_metadata | {name: replace(stored, size=size)}
+                metadata,
+                state_dict_metadata=metadata.state_dict_metadata
+                | {name: replace(stored, size=size)},
             )
             (folder / ".metadata").write_bytes(pickle.dumps(wrong))
             with pytest.raises(CheckpointError, match="has shape"):
@@ -360,17 +416,23 @@ def test_pieces_are_held_against_their_rows(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_stored_twice_is_the_same_twice(tmp_path: Path) -> None:
-    """A tied embedding stands on the first stage and on the last, and a norm under two names of Megatron's."""
+    """A tied embedding stands on the first stage and on the last, and a norm under two names of
+    Megatron's."""
     write_rank_files(make_model("llama"), tmp_path / "megatron", 1, 1, 1, "engine")
     path = tmp_path / "megatron" / "iter_0000012" / "mp_rank_00" / "model_optim_rng.pt"
     saved = torch.load(path, weights_only=False, pickle_module=pickle)
     norm = saved["model"]["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"]
     for other, fits in ((norm, True), (norm + 1, False)):
-        torch.save(saved | {"model": saved["model"] | {"decoder.layers.0.input_layernorm.weight": other}}, path)
+        torch.save(
+            saved | {"model": saved["model"] | {"decoder.layers.0.input_layernorm.weight": other}},
+            path,
+        )
         if fits:
             open_source(tmp_path / "megatron")
         else:
-            with pytest.raises(CheckpointError, match=r"layers\.0\.attention_norm\.weight is stored twice"):
+            with pytest.raises(
+                CheckpointError, match=r"layers\.0\.attention_norm\.weight is stored twice"
+            ):
                 open_source(tmp_path / "megatron")
 
 

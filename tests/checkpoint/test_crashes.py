@@ -1,7 +1,8 @@
-"""A crash at any moment of a save leaves a checkpoint to go on from: the one before, or the new one, whole.
+"""A crash at any moment of a save leaves a checkpoint to go on from: the one before, or the new
+one, whole.
 
-Every file operation of real saves is recorded; each of their prefixes is replayed as a kill and as a power cut, and the
-next start looks for its checkpoint there.
+Every file operation of real saves is recorded; each of their prefixes is replayed as a kill and as
+a power cut, and the next start looks for its checkpoint there.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def saver(tmp_path: Path) -> Callable[[int, str], Saver]:
         def write_extras(folder: Path) -> None:
             (folder / "config.json").write_text("{}")
 
-        return Saver(tmp_path / "checkpoints", keep, weights, LONE, engine, owners, write_extras, stem=stem)
+        return Saver(
+            tmp_path / "checkpoints", keep, weights, LONE, engine, owners, write_extras, stem=stem
+        )
 
     return make
 
@@ -60,7 +63,9 @@ def save(saver: Saver, step: int, record: Recorded, note: str = "") -> None:
     record.claim((step, note))
 
 
-def what_a_start_finds(crash: Crash, folder: Path, saver: Callable[[int, str], Saver]) -> tuple[int, str] | None:
+def what_a_start_finds(
+    crash: Crash, folder: Path, saver: Callable[[int, str], Saver]
+) -> tuple[int, str] | None:
     """Which save the next start goes on from, after it has tidied up."""
     crash.write(folder)
     root = folder.parent / "checkpoints"
@@ -79,13 +84,16 @@ def what_a_start_finds(crash: Crash, folder: Path, saver: Callable[[int, str], S
 
 
 def check_all(record: Recorded, tmp_path: Path, saver: Callable[[int, str], Saver]) -> int:
-    """After every crash the newest save that was said to be done is there, or one that came after it."""
+    """After every crash the newest save that was said to be done is there, or one that came after
+    it."""
     order: list[tuple[int, str] | None] = [None]
     crashes = list(record.crashes())
     for crash in crashes:
         order += [claim for claim in crash.claimed if claim not in order]
         found = what_a_start_finds(crash, tmp_path / "crashed", saver)
-        where = f"{crash.kind} at moment {crash.moment} after {crash.claimed}: {sorted(crash.files)}"
+        where = (
+            f"{crash.kind} at moment {crash.moment} after {crash.claimed}: {sorted(crash.files)}"
+        )
         if found in order:
             least = max((order.index(claim) for claim in crash.claimed), default=0)
             assert order.index(found) >= least, f"{found} is older than what was safe; {where}"
@@ -109,7 +117,8 @@ def test_a_crash_at_any_moment_of_a_save(
 def test_a_crash_while_a_step_is_saved_again(
     tmp_path: Path, saver: Callable[[int, str], Saver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a resume from an older checkpoint. The only one there is gives way to its successor."""
+    """As after a resume from an older checkpoint. The only one there is gives way to its
+    successor."""
     with recorded(tmp_path / "checkpoints", monkeypatch) as record:
         first = saver(1, "model")
         save(first, 1, record, "first")

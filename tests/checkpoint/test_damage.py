@@ -1,4 +1,5 @@
-"""Checkpoints that were cut short or lost a bit: found whichever file it is, named, passed over, on all ranks alike."""
+"""Checkpoints that were cut short or lost a bit: found whichever file it is, named, passed over, on
+all ranks alike."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ LONE = Mesh.alone()
 def root(trained: Config, tmp_path: Path) -> Path:
     """Checkpoints of steps 8 and 12 that a test may damage."""
     for step in (8, 12):
-        shutil.copytree(step_folder(trained.run.folder / "checkpoints", step), step_folder(tmp_path, step))
+        shutil.copytree(
+            step_folder(trained.run.folder / "checkpoints", step), step_folder(tmp_path, step)
+        )
     return tmp_path
 
 
@@ -53,7 +56,10 @@ def flip(place: int) -> Callable[[bytes], bytes]:
 
 
 def damages(rng: random.Random) -> dict[str, Callable[[bytes], bytes]]:
-    found = {f"bit {place}": flip(place) for place in (0, -1, *(rng.randrange(1 << 40) for _ in range(4)))}
+    found = {
+        f"bit {place}": flip(place)
+        for place in (0, -1, *(rng.randrange(1 << 40) for _ in range(4)))
+    }
     return found | {
         "cut to nothing": lambda data: b"",
         "cut in half": lambda data: data[: len(data) // 2],
@@ -94,7 +100,8 @@ def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken(root: Pa
 
 
 def test_no_bit_of_the_manifest_can_change_unnoticed(root: Path) -> None:
-    """What the flip leaves readable must differ from what was written, so that the files do not match it."""
+    """What the flip leaves readable must differ from what was written, so that the files do not
+    match it."""
     folder = step_folder(root, 12)
     whole = read_manifest(folder)
     assert not isinstance(whole, Damage)
@@ -122,7 +129,9 @@ def test_a_disk_that_cannot_read_is_damage(root: Path, monkeypatch: pytest.Monke
     real = folder_module.digest
     monkeypatch.setattr(folder_module, "digest", read)
     assert find_damage(victim.parent, LONE) == {"train_state.json": Damage.UNREADABLE}
-    with pytest.raises(CheckpointError, match=r"every .*: train_state\.json cannot be read") as error:
+    with pytest.raises(
+        CheckpointError, match=r"every .*: train_state\.json cannot be read"
+    ) as error:
         find_checkpoint(root, "auto", LONE)
     assert passes(error.value), "a launcher tries again, as the disk may come back"
 
@@ -136,19 +145,23 @@ def test_of_many_damaged_files_some_are_named(root: Path) -> None:
 def test_all_damaged_is_an_error_not_a_fresh_start(root: Path) -> None:
     for path in root.glob("step-*/config.json"):
         path.write_bytes(flip(99)(path.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*: config.json is not what was") as error:
+    with pytest.raises(
+        CheckpointError, match=r"every checkpoint is damaged.*: config.json is not what was"
+    ) as error:
         find_checkpoint(root, "auto", LONE)
     assert not passes(error.value)
     assert len(list(root.glob("step-*"))) == 2, "nothing was touched"
-    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint there: config.json is not what was written"):
+    with pytest.raises(
+        CheckpointError, match=r"no undamaged checkpoint there: config.json is not what was written"
+    ):
         find_checkpoint(root / "none", step_folder(root, 8), LONE)
 
 
 def agree(
     rank: int, world_size: int, config: Config, root: Path
 ) -> tuple[list[dict[str, Damage]], tuple[Path | None, list[str]]]:
-    """What each rank makes of damage to files that one rank, or another, or both read; then of a manifest that one of
-    them sees otherwise; and of finding the rest."""
+    """What each rank makes of damage to files that one rank, or another, or both read; then of a
+    manifest that one of them sees otherwise; and of finding the rest."""
     mesh = make_mesh(make_plan(config, weight_table(config.model), world_size), torch.device("cpu"))
     newest = step_folder(root, 12)
     names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
@@ -190,7 +203,9 @@ def test_all_ranks_agree(trained: Config, root: Path) -> None:
     assert first == second
     (*found, of_another_manifest), (folder, (warning,)) = first
     for name, damage in zip(names, found, strict=True):
-        assert damage == {name: Damage.CONTENT} or (name == MANIFEST and damage), f"{name}: {damage}"
+        assert damage == {name: Damage.CONTENT} or (name == MANIFEST and damage), (
+            f"{name}: {damage}"
+        )
     assert of_another_manifest == {MANIFEST: Damage.CONTENT}
     assert f"{names[0]} is missing" in warning
     assert folder == step_folder(root, 8)
@@ -218,7 +233,9 @@ def test_an_index_cannot_lead_out_of_its_folder(root: Path) -> None:
         TensorFolder(path.parent)
 
 
-@pytest.mark.parametrize("named", [["model.safetensors"], None, {"lm_head.weight": 5}, {"lm_head.weight": None}])
+@pytest.mark.parametrize(
+    "named", [["model.safetensors"], None, {"lm_head.weight": 5}, {"lm_head.weight": None}]
+)
 def test_an_index_of_something_else_is_refused(tmp_path: Path, named: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
     with pytest.raises(CheckpointError, match=r"no readable model\.safetensors"):

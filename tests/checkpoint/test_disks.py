@@ -1,4 +1,5 @@
-"""A disk that is full, read-only, gone or slow costs a checkpoint, never the run, an older checkpoint, or more room."""
+"""A disk that is full, read-only, gone or slow costs a checkpoint, never the run, an older
+checkpoint, or more room."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ HERE = Path(__file__).parent
 
 def no_mounts() -> str:
     done = subprocess.run(
-        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True, check=False
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stderr
 
@@ -68,12 +72,20 @@ def test_training_goes_on_on_a_full_disk(tmp_path: Path) -> None:
     assert to_the_end["status"] == 74
     assert to_the_end["checkpoints"] == saved, "older ones stand, and nothing half-written stays"
     assert to_the_end["kept"]
-    assert full["steps"] == read_only["steps"] == [1, 2, 3, 4, 5, 6], "lines of the metrics waited for room"
-    assert full["heartbeat"] == to_the_end["heartbeat"] == "ended", "they go on in the place of those before"
+    assert full["steps"] == read_only["steps"] == [1, 2, 3, 4, 5, 6], (
+        "lines of the metrics waited for room"
+    )
+    assert full["heartbeat"] == to_the_end["heartbeat"] == "ended", (
+        "they go on in the place of those before"
+    )
     assert "No space left on device" in full["log"]
     assert "Read-only file system" in read_only["log"]
     for step in (3, 4):
-        lines = [line for line in read_only["log"].splitlines() if f"step-0000000{step} was not saved" in line]
+        lines = [
+            line
+            for line in read_only["log"].splitlines()
+            if f"step-0000000{step} was not saved" in line
+        ]
         assert lines
         assert len(lines) <= 2
 
@@ -89,7 +101,9 @@ def test_a_file_in_the_way_costs_one_checkpoint(tmp_path: Path) -> None:
     assert len(curve_of(config)) == 4
 
 
-def test_a_run_whose_last_save_failed_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_last_save_failed_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writing, "PAUSES_S", (0.05,))
     config = make_config(tmp_path, "llama", "train.steps=2", "checkpoint.every=1")
     checkpoints(config).mkdir(parents=True)
@@ -101,8 +115,8 @@ def test_a_run_whose_last_save_failed_has_not_finished(tmp_path: Path, monkeypat
 
 
 class Faults:
-    """Calls of one function that a disk answers with an error: the first `count` of them whose argument `path` is
-    found in."""
+    """Calls of one function that a disk answers with an error: the first `count` of them whose
+    argument `path` is found in."""
 
     def __init__(self, function: str, path: str, error: int, count: int = 1 << 30):
         self.function, self.path, self.error, self.count = function, path, error, count
@@ -141,10 +155,17 @@ FAULTS = {
     "giving it its name": Faults("rename", ".tmp", errno.EIO),
     "after it has its name": Faults("fsync", "checkpoints$", errno.EIO),
 }
-ON_ANY_RANK = ("in the middle of the weights", "in the middle of the optimizer state", "fsync", "reading it back")
+ON_ANY_RANK = (
+    "in the middle of the weights",
+    "in the middle of the optimizer state",
+    "fsync",
+    "reading it back",
+)
 
 
-def make_saver(config: Config, rank: int, world_size: int, write_extras: Callable[[Path], None]) -> Saver:
+def make_saver(
+    config: Config, rank: int, world_size: int, write_extras: Callable[[Path], None]
+) -> Saver:
     weights = weight_table(config.model)
     plan = make_plan(config, weights, world_size)
     mesh = make_mesh(plan, torch.device("cpu"))
@@ -170,7 +191,11 @@ def go_through(rank: int, world_size: int, config: Config, broken: int, faults: 
     for name in faults:
         fault = FAULTS[name]
         step += 1
-        with Faults(fault.function, fault.path, fault.error, 1).happening() if rank == broken else nothing():
+        with (
+            Faults(fault.function, fault.path, fault.error, 1).happening()
+            if rank == broken
+            else nothing()
+        ):
             error, news = save(saver, step)
         assert error is None, f"once {name}: {error}"
         if rank == 0:
@@ -188,7 +213,9 @@ def go_through(rank: int, world_size: int, config: Config, broken: int, faults: 
         if rank == 0:
             assert len(news) == 2, news
             # With keep: 1, deleting the old one too early would show.
-            assert [path.name for path in root.iterdir()] == [step_folder(root, step - 1).name], name
+            assert [path.name for path in root.iterdir()] == [step_folder(root, step - 1).name], (
+                name
+            )
     assert save(saver, step + 1)[0] is None
     if world_size > 1:
         torch.distributed.barrier()
@@ -208,7 +235,9 @@ def test_a_fault_anywhere_is_tried_again_and_leaves_nothing(tmp_path: Path) -> N
         writing.PAUSES_S = pauses  # type: ignore[misc]
 
 
-def test_a_step_that_cannot_be_saved_again_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_saved_again_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a resume from an older checkpoint."""
     monkeypatch.setattr(writing, "PAUSES_S", ())
     config = make_config(tmp_path)
@@ -219,7 +248,9 @@ def test_a_step_that_cannot_be_saved_again_stays_as_it_was(tmp_path: Path, monke
         saver.wait()
     assert saver.error is not None
     assert complete_steps(checkpoints(config)) == [1]
-    assert json.loads((step_folder(checkpoints(config), 1) / "train_state.json").read_text()) == {"step": 1}
+    assert json.loads((step_folder(checkpoints(config), 1) / "train_state.json").read_text()) == {
+        "step": 1
+    }
 
 
 def test_what_failed_is_told_although_the_loop_has_asked_before(
@@ -250,7 +281,13 @@ def on_two_ranks(rank: int, world_size: int, folder: Path) -> None:
     """One start of the ranks for all of it."""
     config = make_config(folder, "llama", "parallel.tensor=2", "run.name=broken-0")
     go_through(rank, world_size, config, 0, ["making the folder", "fsync", "giving it its name"])
-    go_through(rank, world_size, config.model_copy(update={"run": run_named(config, "broken-1")}), 1, [*ON_ANY_RANK])
+    go_through(
+        rank,
+        world_size,
+        config.model_copy(update={"run": run_named(config, "broken-1")}),
+        1,
+        [*ON_ANY_RANK],
+    )
     hang(rank, world_size, config.model_copy(update={"run": run_named(config, "hangs")}))
 
 

@@ -1,5 +1,5 @@
-"""A checkpoint goes on only as the model it is: whatever changes what its weights compute, while shapes agree, is
-refused by name; whatever else has changed is said."""
+"""A checkpoint goes on only as the model it is: whatever changes what its weights compute, while
+shapes agree, is refused by name; whatever else has changed is said."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def others(name: str, value: Any) -> list[Any]:
 def logits(model: ModelConfig) -> torch.Tensor:
     """Of weights that differ in nothing but their names and shapes."""
     random, built = torch.Generator().manual_seed(1), build_model(model)
-    weights = {weight.name: torch.randn(weight.shape, generator=random) * 0.3 for weight in weight_table(model)}
+    weights = {
+        weight.name: torch.randn(weight.shape, generator=random) * 0.3
+        for weight in weight_table(model)
+    }
     set_parameters(built, {name: nn.Parameter(weight) for name, weight in weights.items()})
     with torch.no_grad():
         return built.eval()(torch.arange(40)[None])
@@ -81,12 +84,22 @@ def match(checkpoint: Path, config: Config, **state: Any) -> list[str]:
     train = build_mixtures(config, tokenizer)["train"]
     assert train is not None
     data = {"fingerprint": train.fingerprint(), "samples": 12}
-    return check_match(checkpoint, {"step": 3, "data": data} | state, config, tokenizer, train, state.get("now", {}))
+    return check_match(
+        checkpoint,
+        {"step": 3, "data": data} | state,
+        config,
+        tokenizer,
+        train,
+        state.get("now", {}),
+    )
 
 
 @pytest.mark.parametrize("family", families.own)
-def test_a_field_of_the_model_is_refused_by_name_or_changes_nothing(family: str, tmp_path: Path) -> None:
-    """Every field of every family, one at a time, as of a checkpoint whose weights have the same shapes."""
+def test_a_field_of_the_model_is_refused_by_name_or_changes_nothing(
+    family: str, tmp_path: Path
+) -> None:
+    """Every field of every family, one at a time, as of a checkpoint whose weights have the same
+    shapes."""
     tiny = next(case for case in CASES.values() if case["model_type"] == family)
     model = model_config(from_hf_config(transformers.AutoConfig.for_model(**tiny).to_dict()))
     make = masked_config if family in MASKED else make_config
@@ -108,7 +121,9 @@ def test_a_field_of_the_model_is_refused_by_name_or_changes_nothing(family: str,
                 continue
             assert any(f"model.{name} " in line for line in told), name
             if name != "hf":
-                assert torch.equal(logits(changed), wanted), f"model.{name} {value} → {other} changes what is computed"
+                assert torch.equal(logits(changed), wanted), (
+                    f"model.{name} {value} → {other} changes what is computed"
+                )
     assert {"norm_eps", "hf", "init_std"} <= tried
     assert "norm_eps" in refused
     assert "rope_theta" in refused or family in ("gpt2", *MASKED)
@@ -131,7 +146,10 @@ LORA = "lora={rank: 4, alpha: 8, targets: [q_proj, v_proj]}"
     [
         ("lora.alpha=16", "lora.alpha = 16.0, there 8.0"),
         ("lora.rslora=true", "lora.rslora = true, there false"),
-        ("lora.targets=[q_proj, k_proj]", 'lora.targets = ["q_proj", "k_proj"], there ["q_proj", "v_proj"]'),
+        (
+            "lora.targets=[q_proj, k_proj]",
+            'lora.targets = ["q_proj", "k_proj"], there ["q_proj", "v_proj"]',
+        ),
         ("lora=null", "lora = null, there "),
     ],
 )
@@ -155,7 +173,12 @@ def test_other_frozen_weights_are_refused_by_file(tmp_path: Path) -> None:
 
 def test_every_other_change_is_said(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, make_config(tmp_path, "llama"))
-    changed = ("optimizer.betas=[0.9, 0.99]", "train.precision=bf16", "train.global_batch_size=8", "data.fim=null")
+    changed = (
+        "optimizer.betas=[0.9, 0.99]",
+        "train.precision=bf16",
+        "train.global_batch_size=8",
+        "data.fim=null",
+    )
     (told,) = match(checkpoint, make_config(tmp_path, "llama", *changed))
     assert told == (
         "changed since step 3: train.global_batch_size 4 → 8; train.precision fp32 → bf16; "
@@ -176,7 +199,10 @@ def test_a_setting_that_an_old_checkpoint_does_not_know_had_its_default(tmp_path
     del values["checkpoint"]["keep_best"], values["model"]["rope_theta"], values["kernels"]
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(values))
     assert match(checkpoint, make_config(tmp_path)) == []
-    assert "kernels.norm auto → torch" in match(checkpoint, make_config(tmp_path, "llama", "kernels.norm=torch"))[0]
+    assert (
+        "kernels.norm auto → torch"
+        in match(checkpoint, make_config(tmp_path, "llama", "kernels.norm=torch"))[0]
+    )
     with pytest.raises(CheckpointError, match=r"model\.rope_theta = 500000\.0, there 10000\.0"):
         match(checkpoint, make_config(tmp_path, "llama", "model.rope_theta=5e5"))
     (checkpoint / "config.yaml").unlink()
@@ -194,7 +220,9 @@ def test_a_setting_that_an_old_checkpoint_does_not_know_had_its_default(tmp_path
         (b"!!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],
 )
-def test_a_stored_config_that_cannot_be_read_is_no_match(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_stored_config_that_cannot_be_read_is_no_match(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
     checkpoint = saved(tmp_path, make_config(tmp_path))
     (checkpoint / "config.yaml").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{checkpoint}/config\.yaml.*{words}"):
@@ -219,7 +247,9 @@ STATE = {
         ("wandb_id", 5), ("valid_loss", "low"),
     ],
 )  # fmt: skip
-def test_the_state_of_a_run_is_what_a_run_writes_or_refused_by_name(tmp_path: Path, place: str, value: Any) -> None:
+def test_the_state_of_a_run_is_what_a_run_writes_or_refused_by_name(
+    tmp_path: Path, place: str, value: Any
+) -> None:
     (tmp_path / "train_state.json").write_text(json.dumps(STATE))
     assert read_train_state(tmp_path)["step"] == 3
     state: Any = copy.deepcopy(STATE)
@@ -248,7 +278,9 @@ OTHER_DATA = {
     "data.seq_length=8": "data.seq_length 16 → 8",
     "data.order=sequential": "data.order shuffle → sequential",
     "data.packing=best_fit": "data.packing concat → best_fit",
-    "data.phases=[{after_step: 9, weights: {more: 1}}]": ("data.phases[0].weights.corpus 1.0 → null"),
+    "data.phases=[{after_step: 9, weights: {more: 1}}]": (
+        "data.phases[0].weights.corpus 1.0 → null"
+    ),
     "data.split=[8, 2, 0]": "data.split null → [8.0, 2.0, 0.0]",
     "train.global_batch_size=8": "train.global_batch_size 4 → 8",
     "data.temperature=2": "data.temperature 1.0 → 2.0",
@@ -257,10 +289,20 @@ OTHER_DATA = {
 
 @pytest.mark.parametrize("change", OTHER_DATA)
 def test_what_makes_other_data_is_named_with_both_values(tmp_path: Path, change: str) -> None:
-    sources = [f"{{path: {write_corpus(tmp_path / name, 800, n)}, weight: {n + 1}}}" for n, name in enumerate("ab")]
+    sources = [
+        f"{{path: {write_corpus(tmp_path / name, 800, n)}, weight: {n + 1}}}"
+        for n, name in enumerate("ab")
+    ]
     names = ("corpus", "more")
-    both = ", ".join(source.replace("}", f", name: {name}}}") for source, name in zip(sources, names, strict=True))
-    base = ("llama", f"data.train=[{both}]", "data.phases=[{after_step: 9, weights: {corpus: 1, more: 1}}]")
+    both = ", ".join(
+        source.replace("}", f", name: {name}}}")
+        for source, name in zip(sources, names, strict=True)
+    )
+    base = (
+        "llama",
+        f"data.train=[{both}]",
+        "data.phases=[{after_step: 9, weights: {corpus: 1, more: 1}}]",
+    )
     before = make_config(tmp_path, *base)
     train = build_mixtures(before)["train"]
     assert train is not None
@@ -275,9 +317,14 @@ def test_other_tokens_under_the_same_name_are_named(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     train = build_mixtures(config)["train"]
     assert train is not None
-    state, checkpoint = {"fingerprint": train.fingerprint(), "samples": 12, "sources": train.contents()}, tmp_path
+    state, checkpoint = (
+        {"fingerprint": train.fingerprint(), "samples": 12, "sources": train.contents()},
+        tmp_path,
+    )
     write_corpus(tmp_path / "corpus", seed=1)
-    with pytest.raises(DataError, match=r"changed: the tokens of \S+corpus, whose content was \w+ and is \w+\. Put"):
+    with pytest.raises(
+        DataError, match=r"changed: the tokens of \S+corpus, whose content was \w+ and is \w+\. Put"
+    ):
         match(saved(tmp_path, config), config, data=state)
     del state["sources"]  # as checkpoints of older versions
     with pytest.raises(DataError, match=r"changed: the token files of data\.train\. Put"):
@@ -292,12 +339,16 @@ def test_another_tokenizer_is_refused_by_what_differs(tmp_path: Path) -> None:
     moved.mkdir()
     for path in (tmp_path / "one").iterdir():
         (moved / path.name).write_bytes(path.read_bytes())
-    config = make_config(tmp_path, "llama", "model.vocab_size=300", f"data.tokenizer={tmp_path / 'one'}")
+    config = make_config(
+        tmp_path, "llama", "model.vocab_size=300", f"data.tokenizer={tmp_path / 'one'}"
+    )
     checkpoint = saved(tmp_path, config)
     load_tokenizer(tmp_path / "one").save(checkpoint)
 
     def with_tokenizer(path: Path) -> Config:
-        return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": path})})
+        return config.model_copy(
+            update={"data": config.data.model_copy(update={"tokenizer": path})}
+        )
 
     assert "data.tokenizer" in match(checkpoint, with_tokenizer(moved))[0]
     with pytest.raises(CheckpointError, match=r"it has 261 token ids, there are 260"):

@@ -27,7 +27,9 @@ def by_blocks(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers in fp8, scales, and what both stand for, of a matrix."""
     rows, columns = ((-(-size // 128)) for size in weight.shape)
     scales = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) + 0.5
-    spread = scales.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    spread = scales.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[
+        :, : weight.shape[1]
+    ]
     numbers = (weight / spread).to(torch.float8_e4m3fn)
     return numbers, scales, numbers.float() * spread
 
@@ -40,7 +42,10 @@ WHERE = [
 
 def test_blocks_of_fp8_are_scaled(tmp_path: Path) -> None:
     numbers, scales, wanted = by_blocks(random(300, 200))
-    save_file({"a.weight": numbers, "a.weight_scale_inv": scales, "b": random(3)}, tmp_path / "model.safetensors")
+    save_file(
+        {"a.weight": numbers, "a.weight_scale_inv": scales, "b": random(3)},
+        tmp_path / "model.safetensors",
+    )
     folder = TensorFolder(tmp_path)
     assert folder.files.keys() == {"a.weight", "b"}
     assert folder.shape("a.weight") == (300, 200)
@@ -58,7 +63,10 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     folder = TensorFolder(tmp_path)
     assert folder.shape("w") == wanted.shape == (3, 128, 10)
-    for where in ((slice(0, 3), slice(0, 128), slice(0, 10)), (slice(1, 2), slice(31, 97), slice(4, 5))):
+    for where in (
+        (slice(0, 3), slice(0, 128), slice(0, 10)),
+        (slice(1, 2), slice(31, 97), slice(4, 5)),
+    ):
         assert torch.equal(folder.fetch("w", where), wanted[where])
 
 
@@ -69,12 +77,20 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
             {"a": (300, 200), "a_scale_inv": (3, 3)},
             r"a: numbers of shape \[300, 200\] and scales of \[3, 3\] are no block",
         ),
-        ({"w_blocks": (2, 3, 4, 8), "w_scales": (2, 3, 4)}, r"w: numbers of shape \[2, 3, 4, 8\] .* no groups of 32"),
+        (
+            {"w_blocks": (2, 3, 4, 8), "w_scales": (2, 3, 4)},
+            r"w: numbers of shape \[2, 3, 4, 8\] .* no groups of 32",
+        ),
     ],
 )
-def test_scales_of_another_size_are_refused(tmp_path: Path, tensors: dict[str, tuple[int, ...]], words: str) -> None:
+def test_scales_of_another_size_are_refused(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], words: str
+) -> None:
     dtypes = {"a": torch.float8_e4m3fn, "a_scale_inv": torch.float32}
-    made = {name: torch.zeros(shape).to(dtypes.get(name, torch.uint8)) for name, shape in tensors.items()}
+    made = {
+        name: torch.zeros(shape).to(dtypes.get(name, torch.uint8))
+        for name, shape in tensors.items()
+    }
     save_file(made, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=words):
         TensorFolder(tmp_path)
@@ -94,7 +110,12 @@ def say(folder: Path, quantised: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
 
 
-FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
 
 
 def test_a_model_of_the_hub_in_fp8_opens(tmp_path: Path) -> None:
@@ -120,7 +141,9 @@ def test_a_model_of_the_hub_in_mxfp4_opens(tmp_path: Path) -> None:
     wanted = {}
     for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
         experts, inputs, outputs = tensors.pop(name).shape
-        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        blocks = torch.randint(
+            0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8
+        )
         scales = torch.randint(120, 126, blocks.shape[:3], generator=generator, dtype=torch.uint8)
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
@@ -142,8 +165,14 @@ def test_a_model_of_the_hub_in_mxfp4_opens(tmp_path: Path) -> None:
             {"quant_method": "gptq", "bits": 4},
             r"quantization_config\.bits = 4, which is unknown for weights of the deep",
         ),
-        (FP8 | {"quant_method": "awq"}, r"quant_method = 'awq'; of the deepseek_v3 family, 'fp8' is read"),
-        (FP8 | {"weight_block_size": [1, 128]}, r"weight_block_size = \[1, 128\]; .* \[128, 128\] is read"),
+        (
+            FP8 | {"quant_method": "awq"},
+            r"quant_method = 'awq'; of the deepseek_v3 family, 'fp8' is read",
+        ),
+        (
+            FP8 | {"weight_block_size": [1, 128]},
+            r"weight_block_size = \[1, 128\]; .* \[128, 128\] is read",
+        ),
         ({}, r"quant_method = None; of the deepseek_v3 family, 'fp8' is read"),
         ([1], "quantization_config = .* which is no mapping"),
     ],

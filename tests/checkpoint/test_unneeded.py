@@ -1,4 +1,5 @@
-"""No stored tensor is dropped unseen: what belongs to no weight says nothing new, or is refused by name."""
+"""No stored tensor is dropped unseen: what belongs to no weight says nothing new, or is refused by
+name."""
 
 from __future__ import annotations
 
@@ -53,9 +54,16 @@ def test_a_tied_head_that_is_stored_is_a_copy_or_is_refused(tmp_path: Path, fami
     other[40:, 3] += 1e-6
     grown = torch.cat([tensors[embedding], torch.ones(1, other.shape[1])])
     rounded = tensors[embedding].bfloat16()
-    for stored, why in ((other, "row 40 is"), (grown, r"shapes are \[100, 32\] and \[99, 32\]"), (rounded, "row 0")):
+    for stored, why in (
+        (other, "row 40 is"),
+        (grown, r"shapes are \[100, 32\] and \[99, 32\]"),
+        (rounded, "row 0"),
+    ):
         store(tmp_path, tensors | {head: stored})
-        with pytest.raises(CheckpointError, match=f"tie_word_embeddings = true .* {head} is {embedding}, but .*{why}"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"tie_word_embeddings = true .* {head} is {embedding}, but .*{why}",
+        ):
             load_model(tmp_path)
     if family in MASKED:  # whose heads are tied in any case
         return
@@ -70,18 +78,23 @@ def test_another_head_is_refused_wherever_a_model_is_opened(tmp_path: Path) -> N
     tensors = save_model(folder, "llama-tied")
     store(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     config = make_config(tmp_path, {}, f"model.hf={folder}", "train.steps=1")
-    lora = make_config(tmp_path, {}, f"model.hf={folder}", "train.steps=1", "run.name=lora", "lora.rank=2")
+    lora = make_config(
+        tmp_path, {}, f"model.hf={folder}", "train.steps=1", "run.name=lora", "lora.rank=2"
+    )
     ways: list[Callable[[], object]] = [
         lambda: load_model(folder), lambda: open_source(folder), lambda: train(config), lambda: train(lora),
     ]  # fmt: skip
     for way in ways:
         with pytest.raises(
-            CheckpointError, match=r"lm_head\.weight is model\.embed_tokens\.weight, but both are stored"
+            CheckpointError,
+            match=r"lm_head\.weight is model\.embed_tokens\.weight, but both are stored",
         ):
             way()
 
 
-def test_a_difference_is_found_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_is_found_in_any_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(unneeded, "BLOCK_BYTES", 4 * 32 * 10)
     tensors = save_model(tmp_path, "llama-tied")
     for row in (0, 9, 10, 55, 98):
@@ -93,7 +106,9 @@ def test_a_difference_is_found_in_any_block(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_model_stored_without_a_prefix_may_have_a_copy_too(tmp_path: Path) -> None:
-    tensors = {name.removeprefix("transformer."): x for name, x in save_model(tmp_path, "gpt2").items()}
+    tensors = {
+        name.removeprefix("transformer."): x for name, x in save_model(tmp_path, "gpt2").items()
+    }
     store(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"].clone()})
     load_model(tmp_path)
     store(tmp_path, tensors | {"lm_head.weight": -tensors["wte.weight"]})
@@ -151,22 +166,38 @@ def test_what_an_index_does_not_list_is_seen(tmp_path: Path) -> None:
     tensors = save_model(tmp_path, "llama-tied")
     (tmp_path / "model.safetensors").unlink()
     listed = dict.fromkeys(tensors, "part-0.safetensors")
-    write_parts(tmp_path, [tensors | {"lm_head.weight": -tensors["model.embed_tokens.weight"]}], listed)
+    write_parts(
+        tmp_path, [tensors | {"lm_head.weight": -tensors["model.embed_tokens.weight"]}], listed
+    )
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is model\.embed_tokens\.weight"):
         load_model(tmp_path)
-    write_parts(tmp_path, [tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}], listed)
-    with pytest.raises(CheckpointError, match=r"of no weight: model\.layers\.0\.self_attn\.q_proj\.bias"):
+    write_parts(
+        tmp_path, [tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}], listed
+    )
+    with pytest.raises(
+        CheckpointError, match=r"of no weight: model\.layers\.0\.self_attn\.q_proj\.bias"
+    ):
         load_model(tmp_path)
 
 
 def test_a_tensor_and_a_model_are_stored_once(tmp_path: Path) -> None:
     x = {"a": torch.ones(2)}
-    write_parts(tmp_path, [x, {"b": torch.ones(2), **x}], {"a": "part-0.safetensors", "b": "part-1.safetensors"})
-    with pytest.raises(CheckpointError, match=r"a is stored in both part-0\.safetensors and part-1\.safetensors"):
+    write_parts(
+        tmp_path,
+        [x, {"b": torch.ones(2), **x}],
+        {"a": "part-0.safetensors", "b": "part-1.safetensors"},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"a is stored in both part-0\.safetensors and part-1\.safetensors"
+    ):
         TensorFolder(tmp_path)
     write_parts(tmp_path, [x], {"a": "part-0.safetensors"})
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds two models: model\.safetensors, and the files that"):
+    with pytest.raises(
+        CheckpointError, match=r"holds two models: model\.safetensors, and the files that"
+    ):
         TensorFolder(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors"}})
+    )
     assert TensorFolder(tmp_path).files == {"a": "model.safetensors"}

@@ -41,7 +41,10 @@ def raw(tmp_path_factory):
 
 
 def config_of(raw, output, **settings):
-    sources = [{"name": "planted", "path": str(raw / "planted")}, {"name": "more", "path": str(raw / "more")}]
+    sources = [
+        {"name": "planted", "path": str(raw / "planted")},
+        {"name": "more", "path": str(raw / "more")},
+    ]
     values = {"output": str(output), "sources": sources, "shard_mb": 0.05, "workers": 1} | settings
     return CorpusConfig.model_validate(values | {"split": {"valid": 0.05, "test": 0.05}})
 
@@ -53,19 +56,29 @@ def prepared(raw, tmp_path_factory):
 
 
 def documents_of(output):
-    """(split, document) of everything that was written, read as tools/preprocess_data.py reads it."""
+    """(split, document) of everything that was written, read as tools/preprocess_data.py reads
+    it."""
     report = Report()
     for split in ("train", "valid", "test"):
         if (output / split).exists():
-            for document in read_files(list_files([str(output / split)], report), Reading(metadata=True), report):
+            for document in read_files(
+                list_files([str(output / split)], report), Reading(metadata=True), report
+            ):
                 yield split, document
     assert str(report) == ""
 
 
 def digest_of(output):
     """Of every file that was written, but those of the work."""
-    files = [path for path in sorted(output.rglob("*")) if path.is_file() and output / "work" not in path.parents]
-    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = [
+        path
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and output / "work" not in path.parents
+    ]
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def stage_of(report, name):
@@ -73,7 +86,10 @@ def stage_of(report, name):
 
 
 def dropped_by(report, name):
-    return {reason: dropped["documents"] for reason, dropped in stage_of(report, name)["dropped"].items()}
+    return {
+        reason: dropped["documents"]
+        for reason, dropped in stage_of(report, name)["dropped"].items()
+    }
 
 
 def test_every_planted_case_is_found_and_none_is_fatal(raw, prepared, capsys):
@@ -81,14 +97,17 @@ def test_every_planted_case_is_found_and_none_is_fatal(raw, prepared, capsys):
     assert check(raw, output) == 0, capsys.readouterr().out
     assert dropped_by(report, "read") == {"bad lines or files": 6, "empty": 2, "binary files": 1}
     assert stage_of(report, "read")["notes"] == {"documents not all UTF-8, mended": 2}
-    assert dropped_by(report, "length") == {"over 1,000,000 characters": 1, "under 200 characters": 1}
+    assert dropped_by(report, "length") == {
+        "over 1,000,000 characters": 1,
+        "under 200 characters": 1,
+    }
     assert dropped_by(report, "language") == {"language de": 1}
     assert dropped_by(report, "repetition") == {"one 3-gram everywhere": 1}
     assert dropped_by(report, "gopher") == {"hashes (#)": 1}
     assert dropped_by(report, "c4") == {"lorem ipsum": 1}
     assert stage_of(report, "personal")["notes"] == {"email addresses": 1, "IP addresses": 2}
-    # The planted copy, the 40 documents of seeds that were planted as well, the line that ends each of four files, and
-    # the pages that are in both WARC files.
+    # The planted copy, the 40 documents of seeds that were planted as well, the line that ends each
+    # of four files, and the pages that are in both WARC files.
     assert dropped_by(report, "exact") == {"the same text before": 1 + 40 + 3 + 2}
     assert dropped_by(report, "near") == {"nearly the same text": 2}
 
@@ -109,7 +128,10 @@ def test_documents_say_where_they_come_from(raw, prepared):
     }
     assert 0.65 < document.metadata["language_score"] <= 1
     page = documents["<urn:page-71>"]
-    assert (page.metadata["line"], page.metadata["metadata"]["url"]) == (2, "https://example.org/page-71")
+    assert (page.metadata["line"], page.metadata["metadata"]["url"]) == (
+        2,
+        "https://example.org/page-71",
+    )
     assert documents["latin"].metadata["mended_bytes"] == documents["latin"].text.count("ö") > 0
 
 
@@ -123,7 +145,17 @@ def test_counts_add_up(prepared):
             if after:
                 assert after["came"][count] == stage["kept"][count], stage["name"]
     assert [stage["name"] for stage in report["stages"]] == [
-        *("read", "extract", "encoding", "length", "language", "repetition", "gopher", "c4", "fineweb"),
+        *(
+            "read",
+            "extract",
+            "encoding",
+            "length",
+            "language",
+            "repetition",
+            "gopher",
+            "c4",
+            "fineweb",
+        ),
         *("personal", "words", "exact", "near"),
     ]
     written = {"train": [0, 0], "valid": [0, 0], "test": [0, 0]}
@@ -136,14 +168,22 @@ def test_counts_add_up(prepared):
         report["stages"][-1]["kept"].values()
     )
     for split, count in report["splits"].items():
-        assert count["documents"] == sum(source[split]["documents"] for source in report["sources"].values())
-    for dropped in (dropped for stage in report["stages"][1:] for dropped in stage["dropped"].values()):
+        assert count["documents"] == sum(
+            source[split]["documents"] for source in report["sources"].values()
+        )
+    for dropped in (
+        dropped for stage in report["stages"][1:] for dropped in stage["dropped"].values()
+    ):
         assert 1 <= len(dropped["samples"]) <= 3
 
 
 def test_any_number_of_workers_gives_the_same_bytes(raw, prepared, tmp_path):
     prepare_corpus(config_of(raw, tmp_path / "out", workers=2))
-    changed = (tmp_path / "out" / "report.json").read_text().replace(str(tmp_path / "out"), str(prepared[0]))
+    changed = (
+        (tmp_path / "out" / "report.json")
+        .read_text()
+        .replace(str(tmp_path / "out"), str(prepared[0]))
+    )
     assert changed == (prepared[0] / "report.json").read_text()
     mine, other = digest_of(tmp_path / "out"), digest_of(prepared[0])
     reports = {"report.json", "report.html"}  # which name the output folder
@@ -212,18 +252,23 @@ def long(raw, tmp_path):
         os.link(tmp_path / "long" / "0.jsonl", tmp_path / "long" / f"{number}.jsonl")
     sources = [{"name": "raw", "path": str(raw)}, {"name": "long", "path": str(tmp_path / "long")}]
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(config_of(raw, tmp_path / "out", sources=sources).model_dump(mode="json")))
+    config.write_text(
+        json.dumps(config_of(raw, tmp_path / "out", sources=sources).model_dump(mode="json"))
+    )
     return config
 
 
 @pytest.mark.parametrize("phase", ["clean", "signatures"])
 def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase):
-    """Killed once a task of the phase is finished; that one is not done again, and no process stays behind."""
+    """Killed once a task of the phase is finished; that one is not done again, and no process stays
+    behind."""
     output = tmp_path / "out"
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(config_of(raw, output).model_dump(mode="json")))
     command = [sys.executable, TOOL, str(config), "workers=2"]
-    process = subprocess.Popen([sys.executable, "-c", HELD, phase, *command[1:]], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD, phase, *command[1:]], stderr=subprocess.DEVNULL
+    )
     finished = output / "work" / "logs" / phase / "completions"
     wait_until(lambda: list(finished.glob("*")), process)
     children = descendants(process.pid)
@@ -243,17 +288,24 @@ def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase)
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_tool_leaves_no_processes(long, tmp_path, sent):
-    process = subprocess.Popen([sys.executable, TOOL, str(long), "workers=2"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, TOOL, str(long), "workers=2"], stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: list((tmp_path / "out" / "work" / "clean").glob("*")), process)
     children = descendants(process.pid)
     process.send_signal(sent)
     _, said = process.communicate()
-    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted; the same command goes on from here")
+    assert (process.returncode, said.splitlines()[-1]) == (
+        130,
+        "interrupted; the same command goes on from here",
+    )
     assert_gone(children)
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_reason(long, tmp_path):
-    process = subprocess.Popen([sys.executable, TOOL, str(long), "workers=2"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, TOOL, str(long), "workers=2"], stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: list((tmp_path / "out" / "work" / "clean").glob("*")), process)
     for child in descendants(process.pid):
         if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
@@ -265,26 +317,47 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_reason(long, tmp_path):
 
 
 def test_no_duplicate_crosses_the_split(tmp_path):
-    """Also where duplicates are kept, and where they differ in what no reader would call another text."""
-    variants = [str, str.upper, lambda text: text.replace(" ", "\n"), lambda text: text.replace(".", "!"), str]
-    lines = [json.dumps({"text": variant(prose(seed))}) for variant in variants for seed in range(150)]
+    """Also where duplicates are kept, and where they differ in what no reader would call another
+    text."""
+    variants = [
+        str,
+        str.upper,
+        lambda text: text.replace(" ", "\n"),
+        lambda text: text.replace(".", "!"),
+        str,
+    ]
+    lines = [
+        json.dumps({"text": variant(prose(seed))}) for variant in variants for seed in range(150)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    off = dict.fromkeys(("encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "near"))
-    settings = {"output": tmp_path / "out", "sources": [{"name": "a", "path": str(tmp_path / "a.jsonl")}], "workers": 1}
+    off = dict.fromkeys(
+        ("encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "near")
+    )
+    settings = {
+        "output": tmp_path / "out",
+        "sources": [{"name": "a", "path": str(tmp_path / "a.jsonl")}],
+        "workers": 1,
+    }
     split = {"valid": 0.2, "test": 0.1}
-    report = prepare_corpus(CorpusConfig.model_validate({**settings, **off, "exact": False, "split": split}))
+    report = prepare_corpus(
+        CorpusConfig.model_validate({**settings, **off, "exact": False, "split": split})
+    )
     sides: dict[int, set[str]] = {}
     for side, document in documents_of(tmp_path / "out"):
         sides.setdefault((document.metadata["line"] - 1) % 150, set()).add(side)
     assert len(sides) == 150
     assert all(len(found) == 1 for found in sides.values())
     shares = [report["splits"][side]["documents"] / 750 for side in ("train", "valid", "test")]
-    for found, wanted in zip(shares, (0.7, 0.2, 0.1), strict=True):  # three standard deviations of 150 draws
+    for found, wanted in zip(
+        shares, (0.7, 0.2, 0.1), strict=True
+    ):  # three standard deviations of 150 draws
         assert found == pytest.approx(wanted, abs=3 * (wanted * (1 - wanted) / 150) ** 0.5)
 
 
 def test_compression_and_stages_that_are_off(raw, tmp_path):
-    report = prepare_corpus(config_of(raw, tmp_path / "out", compression="gz", c4=None, near=None, words=None))
+    report = prepare_corpus(
+        config_of(raw, tmp_path / "out", compression="gz", c4=None, near=None, words=None)
+    )
     names = [stage["name"] for stage in report["stages"]]
     assert not {"c4", "near", "words"} & set(names)
     with gzip.open(min((tmp_path / "out" / "train").iterdir()), "rt", encoding="utf-8") as file:
@@ -299,10 +372,16 @@ def test_compression_and_stages_that_are_off(raw, tmp_path):
 def test_sources_skip_stages(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": planted()["german"][1]}) + "\n")
     sources = [
-        {"name": "a", "path": str(tmp_path / "a.jsonl"), "skip": ["language", "gopher", "repetition", "fineweb"]}
+        {
+            "name": "a",
+            "path": str(tmp_path / "a.jsonl"),
+            "skip": ["language", "gopher", "repetition", "fineweb"],
+        }
     ]
     settings = {"output": tmp_path / "out", "sources": sources, "workers": 1}
-    assert prepare_corpus(CorpusConfig.model_validate(settings))["splits"]["train"]["documents"] == 1
+    assert (
+        prepare_corpus(CorpusConfig.model_validate(settings))["splits"]["train"]["documents"] == 1
+    )
 
 
 class Page(HTMLParser):
@@ -310,7 +389,14 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.loaded, self.text, self.targets, self.ids, self.classes = [], [], [], [], [], []
+        self.open, self.loaded, self.text, self.targets, self.ids, self.classes = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
 
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "br"):
@@ -355,10 +441,15 @@ def test_page_is_whole_and_shows_what_the_json_says(prepared):
 
 
 def test_report_shows_nobodys_addresses(tmp_path):
-    texts = ["Write to jane.doe@mail.acme.io from 81.2.69.142.", prose(1)]  # the first is dropped as too short
+    texts = [
+        "Write to jane.doe@mail.acme.io from 81.2.69.142.",
+        prose(1),
+    ]  # the first is dropped as too short
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sources = [{"name": "a", "path": str(tmp_path / "a.jsonl")}]
-    prepare_corpus(CorpusConfig.model_validate({"output": tmp_path / "out", "sources": sources, "workers": 1}))
+    prepare_corpus(
+        CorpusConfig.model_validate({"output": tmp_path / "out", "sources": sources, "workers": 1})
+    )
     for name in ("report.json", "report.html"):
         told = (tmp_path / "out" / name).read_text()
         assert "Write to email@example.com from 192.0.2.1." in told
@@ -374,7 +465,9 @@ def test_words_and_groups(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "words.txt").write_text("# mine\nblurgh\n")
-    (tmp_path / "groups.yaml").write_text("gender: {women: [woman]}\nreligion: {muslims: [mosque]}\n")
+    (tmp_path / "groups.yaml").write_text(
+        "gender: {women: [woman]}\nreligion: {muslims: [mosque]}\n"
+    )
     sources = [{"name": "a", "path": str(tmp_path / "a.jsonl")}]
     words = {"file": str(tmp_path / "words.txt"), "groups": str(tmp_path / "groups.yaml")}
     settings = {"output": tmp_path / "out", "sources": sources, "workers": 1, "words": words}
@@ -382,12 +475,19 @@ def test_words_and_groups(tmp_path):
     assert report["groups"] == {
         "documents": 4,
         "listed": 1,
-        "groups": {"gender/women": {"documents": 2, "listed": 1}, "religion/muslims": {"documents": 1, "listed": 0}},
+        "groups": {
+            "gender/women": {"documents": 2, "listed": 1},
+            "religion/muslims": {"documents": 1, "listed": 0},
+        },
     }
-    marked = [document.metadata.get("listed_words") for _, document in documents_of(tmp_path / "out")]
+    marked = [
+        document.metadata.get("listed_words") for _, document in documents_of(tmp_path / "out")
+    ]
     assert sorted(marked, key=str) == [1, None, None, None]
     settings |= {"output": tmp_path / "strict", "words": words | {"max_share": 0.001}}
-    assert prepare_corpus(CorpusConfig.model_validate(settings))["splits"]["train"]["documents"] == 3
+    assert (
+        prepare_corpus(CorpusConfig.model_validate(settings))["splits"]["train"]["documents"] == 3
+    )
     (tmp_path / "groups.yaml").write_text("gender: women\n")
     with pytest.raises(ConfigError, match="must be a list of words"):
         prepare_corpus(CorpusConfig.model_validate(settings | {"output": tmp_path / "other"}))
@@ -395,11 +495,14 @@ def test_words_and_groups(tmp_path):
 
 def test_an_output_of_another_config_or_other_files_is_refused(raw, prepared, tmp_path):
     with pytest.raises(
-        DataError, match=r"was begun with another config; name another `output`.*\(length\.min_chars \d+ → 100\)"
+        DataError,
+        match=r"was begun with another config; name another `output`.*\(length\.min_chars \d+ → 100\)",
     ):
         prepare_corpus(config_of(raw, prepared[0], length={"min_chars": 100}))
     other = config_of(raw, prepared[0], sources=[{"name": "more", "path": str(raw / "more")}])
-    with pytest.raises(DataError, match=r"was begun with files of other names or sizes.*\(\S+bad\.jsonl \d+ → null"):
+    with pytest.raises(
+        DataError, match=r"was begun with files of other names or sizes.*\(\S+bad\.jsonl \d+ → null"
+    ):
         prepare_corpus(other)
     before = digest_of(prepared[0])
     prepare_corpus(config_of(raw, prepared[0], workers=2))
@@ -414,10 +517,19 @@ def test_an_output_of_another_config_or_other_files_is_refused(raw, prepared, tm
             "unknown key languag (value None); did you mean 'language'?",
         ),
         ("output: o\nsources: [{name: a, path: p, skip: [gophr]}]", "did you mean 'gopher'?"),
-        ("output: o\nsources: [{name: a, path: p}, {name: a, path: q}]", "two sources are named 'a'"),
+        (
+            "output: o\nsources: [{name: a, path: p}, {name: a, path: q}]",
+            "two sources are named 'a'",
+        ),
         ("output: o\nsources: []", "sources = []"),
-        ("output: o\nsources: [{name: a, path: p}]\nsplit: {valid: 0.5, test: 0.5}", "leave nothing for train"),
-        ("output: o\nsources: [{name: a, path: p}]\nlanguage: {keep: [English]}", "'English' is not an ISO 639 code"),
+        (
+            "output: o\nsources: [{name: a, path: p}]\nsplit: {valid: 0.5, test: 0.5}",
+            "leave nothing for train",
+        ),
+        (
+            "output: o\nsources: [{name: a, path: p}]\nlanguage: {keep: [English]}",
+            "'English' is not an ISO 639 code",
+        ),
     ],
 )
 def test_mistakes_in_a_config(tmp_path, settings, message):
@@ -428,7 +540,10 @@ def test_mistakes_in_a_config(tmp_path, settings, message):
 
 
 def test_example_configs_are_right():
-    assert {load_corpus_config(path).output.name for path in (ROOT / "configs" / "corpus").glob("[mw]*.yaml")} == {
+    assert {
+        load_corpus_config(path).output.name
+        for path in (ROOT / "configs" / "corpus").glob("[mw]*.yaml")
+    } == {
         "web",
         "machine-clean",
     }
@@ -437,11 +552,14 @@ def test_example_configs_are_right():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tool_says_little(raw, tmp_path, workers):
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(config_of(raw, tmp_path / "out", near=None).model_dump(mode="json")))
+    config.write_text(
+        json.dumps(config_of(raw, tmp_path / "out", near=None).model_dump(mode="json"))
+    )
     command = [sys.executable, TOOL, str(config), f"workers={workers}", "shard_mb=null"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.fullmatch(
-        r"\S+: \d+ train, \d+ valid, \d+ test documents out of \d+ \(.*\) in .* s; see .*\n", done.stdout
+        r"\S+: \d+ train, \d+ valid, \d+ test documents out of \d+ \(.*\) in .* s; see .*\n",
+        done.stdout,
     )
     assert re.fullmatch(r"(\w+: \d+ of \d+ tasks, [\d.]+ s\n)+", done.stderr), done.stderr
 
@@ -453,6 +571,10 @@ def test_tool_says_what_is_wrong(tmp_path):
         "none": f"input '{tmp_path}/none' matches no file; give existing files, folders or a quoted glob",
         "blank.jsonl": f"no document is left; {tmp_path}/out/report.html says what was left out, and why",
     }.items():
-        (tmp_path / "c.yaml").write_text(f"output: {tmp_path}/out\nsources: [{{name: a, path: {tmp_path}/{name}}}]\n")
-        done = subprocess.run([sys.executable, TOOL, str(tmp_path / "c.yaml")], capture_output=True, text=True)
+        (tmp_path / "c.yaml").write_text(
+            f"output: {tmp_path}/out\nsources: [{{name: a, path: {tmp_path}/{name}}}]\n"
+        )
+        done = subprocess.run(
+            [sys.executable, TOOL, str(tmp_path / "c.yaml")], capture_output=True, text=True
+        )
         assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {why}")

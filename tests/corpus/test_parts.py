@@ -67,7 +67,10 @@ def test_a_version_is_no_address_and_an_address_no_version():
 
 
 def test_tables_of_different_numbers_are_near_duplicates_only_where_numbers_do_not_count(tmp_path):
-    tables = ["\n".join(f"row {a} has {a * seed} of {seed + a} items" for a in range(1, 40)) for seed in (3, 7)]
+    tables = [
+        "\n".join(f"row {a} has {a * seed} of {seed + a} items" for a in range(1, 40))
+        for seed in (3, 7)
+    ]
     equal = {}
     for numbers in (True, False):
         step = signatures(NearConfig(same_numbers=numbers), tmp_path)
@@ -86,9 +89,23 @@ def test_addresses_are_found_in_linear_time(run):
 
 def test_words_and_sentences():
     words = Words()
-    assert words.word_tokenize("It's 3.14, état-major…") == ["It's", "3.14", ",", "état", "-", "major", "…"]
+    assert words.word_tokenize("It's 3.14, état-major…") == [
+        "It's",
+        "3.14",
+        ",",
+        "état",
+        "-",
+        "major",
+        "…",
+    ]
     text = 'Hello world. It is 3.14 today! "Really?" she said\nNo end here'
-    assert words.sent_tokenize(text) == ["Hello world.", "It is 3.14 today!", '"Really?"', "she said", "No end here"]
+    assert words.sent_tokenize(text) == [
+        "Hello world.",
+        "It is 3.14 today!",
+        '"Really?"',
+        "she said",
+        "No end here",
+    ]
     assert "".join(text[start:end] for start, end in words.span_tokenize(text)) == text
 
 
@@ -104,7 +121,9 @@ def test_a_rule_that_fails_drops_the_document_and_says_so():
 
 
 def test_odd_documents_pass_every_stage_without_a_failure():
-    config = CorpusConfig.model_validate({"output": "o", "sources": [{"name": "a", "path": "p"}], "length": None})
+    config = CorpusConfig.model_validate(
+        {"output": "o", "sources": [{"name": "a", "path": "p"}], "length": None}
+    )
     texts = [
         "x",
         "\n",
@@ -119,10 +138,15 @@ def test_odd_documents_pass_every_stage_without_a_failure():
         "é" * 10,
     ]
     made = stages(config)
-    documents = [Document(text=text, id=str(number), metadata={"source": "a"}) for number, text in enumerate(texts)]
+    documents = [
+        Document(text=text, id=str(number), metadata={"source": "a"})
+        for number, text in enumerate(texts)
+    ]
     for stage in made:
         documents = list(stage.run(documents))
-    assert not [reason for stage in made for reason in stage.tally.dropped if reason.startswith("failed")]
+    assert not [
+        reason for stage in made for reason in stage.tally.dropped if reason.startswith("failed")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +206,11 @@ def test_tallies_merge_in_any_order():
         return tally
 
     one = tally_of(range(100))
-    for parts in ([range(50), range(50, 100)], [range(50, 100), range(50)], [range(0, 100, 2), range(1, 100, 2)]):
+    for parts in (
+        [range(50), range(50, 100)],
+        [range(50, 100), range(50)],
+        [range(0, 100, 2), range(1, 100, 2)],
+    ):
         merged = Tally("a")
         for part in parts:
             merged.merge(Tally.from_json(tally_of(part).to_json()))

@@ -1,4 +1,5 @@
-"""What is submitted to Slurm, with a stand-in for sbatch that records it, and one task of it as Slurm would run it."""
+"""What is submitted to Slurm, with a stand-in for sbatch that records it, and one task of it as
+Slurm would run it."""
 
 import json
 import os
@@ -41,17 +42,34 @@ def test_a_chain_of_job_arrays(cluster):
             "sources": [{"name": "a", "path": str(cluster / "*.jsonl")}],
             "shard_mb": 0.001,
             "workers": 7,
-            "slurm": {"partition": "cpu", "time": "01:00:00", "setup": "source env", "sbatch": {"account": "mine"}},
+            "slurm": {
+                "partition": "cpu",
+                "time": "01:00:00",
+                "setup": "source env",
+                "sbatch": {"account": "mine"},
+            },
         }
     )
     assert prepare_corpus(config) is None
-    jobs = {path.name: path.read_text() for path in (cluster / "called").iterdir() if path.name != "number"}
+    jobs = {
+        path.name: path.read_text()
+        for path in (cluster / "called").iterdir()
+        if path.name != "number"
+    }
     arrays = {}
     for number, job in sorted(jobs.items()):
         if "launch_pickled_pipeline" in job:
-            options = dict(line[10:].partition("=")[::2] for line in job.splitlines() if line.startswith("#SBATCH --"))
+            options = dict(
+                line[10:].partition("=")[::2]
+                for line in job.splitlines()
+                if line.startswith("#SBATCH --")
+            )
             arrays[options["job-name"]] = (number, options["array"], job.splitlines()[0])
-            assert (options["partition"], options["time"], options["account"]) == ("cpu", "01:00:00", "mine")
+            assert (options["partition"], options["time"], options["account"]) == (
+                "cpu",
+                "01:00:00",
+                "mine",
+            )
             assert "source env" in job
     assert {name: array for name, (_, array, _) in arrays.items()} == {
         "corpus-clean": "0-2%7",
@@ -67,7 +85,8 @@ def test_a_chain_of_job_arrays(cluster):
         assert (f"--dependency=afterok:{before}" in call) == (before is not None)
         before = number
 
-    # A task in a process of its own, from the pickle alone, as in the job array; it is not submitted again.
+    # A task in a process of its own, from the pickle alone, as in the job array; it is not
+    # submitted again.
     clean = cluster / "out" / "work" / "logs" / "clean"
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_NODELIST": "node0"}
     command = [sys.executable, "-c", LAUNCH, str(clean / "executor.pik")]

@@ -27,18 +27,26 @@ from megalite.errors import DataError
 
 def kept_of(output):
     files = list_files([str(output / "train")], Report())
-    return {document.text: document.metadata for document in read_files(files, Reading(metadata=True), Report())}
+    return {
+        document.text: document.metadata
+        for document in read_files(files, Reading(metadata=True), Report())
+    }
 
 
 def prepare(tmp_path, **source):
     settings = {"output": tmp_path / "out", "workers": 1, "split": {"valid": 0, "test": 0}}
-    config = CorpusConfig.model_validate(settings | {"sources": [{"name": "a", "path": str(tmp_path / "in")} | source]})
+    config = CorpusConfig.model_validate(
+        settings | {"sources": [{"name": "a", "path": str(tmp_path / "in")} | source]}
+    )
     return prepare_corpus(config), kept_of(tmp_path / "out")
 
 
 def write_arrow(path, table):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+    with (
+        pyarrow.OSFile(str(path), "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as writer,
+    ):
         for batch in table.to_batches(max_chunksize=2):
             writer.write_batch(batch)
 
@@ -46,7 +54,9 @@ def write_arrow(path, table):
 @pytest.mark.parametrize("kind", ["parquet", "datasets"])
 def test_columns_come_along(tmp_path, kind):
     texts = [prose(seed) for seed in range(5)]
-    table = pyarrow.table({"body": [*texts, None], "stars": range(6), "id": [f"id-{n}" for n in range(6)]})
+    table = pyarrow.table(
+        {"body": [*texts, None], "stars": range(6), "id": [f"id-{n}" for n in range(6)]}
+    )
     folder = tmp_path / "in"
     if kind == "parquet":
         folder.mkdir()
@@ -65,12 +75,16 @@ def test_columns_come_along(tmp_path, kind):
 
 
 def test_damaged_arrow_is_reported_and_what_came_before_is_read(tmp_path):
-    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": [str(number) * 1000 for number in range(10)]}))
+    write_arrow(
+        tmp_path / "a.arrow", pyarrow.table({"text": [str(number) * 1000 for number in range(10)]})
+    )
     data = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "a.arrow").write_bytes(data[: len(data) // 2])
     report = Report()
     documents = list(read_files([str(tmp_path / "a.arrow")], Reading(), report))
-    assert [document.text for document in documents] == [str(number) * 1000 for number in range(len(documents))]
+    assert [document.text for document in documents] == [
+        str(number) * 1000 for number in range(len(documents))
+    ]
     assert 0 < len(documents) < 10
     assert report.num_bad == 1
     (tmp_path / "a.arrow").write_bytes(b"no Arrow at all")
@@ -97,7 +111,12 @@ def test_wet_is_text_and_other_charsets_are_decoded(tmp_path):
     record = b"".join(warc_record("wet", ""))
     body = text.encode()
     header = record.partition(b"Content-Type")[0].replace(b"response", b"conversion")
-    wet = header + b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(body) + body + b"\r\n\r\n"
+    wet = (
+        header
+        + b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(body)
+        + body
+        + b"\r\n\r\n"
+    )
     (tmp_path / "a.wet.gz").write_bytes(gzip.compress(wet))
     documents = list(read_warc(str(tmp_path / "a.wet.gz"), Report()))
     assert [document.text for document in documents] == [text]
@@ -105,14 +124,18 @@ def test_wet_is_text_and_other_charsets_are_decoded(tmp_path):
     latin = page.encode("latin-1")
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + latin
     header = b"".join(warc_record("latin", "")).partition(b"Content-Length")[0]
-    (tmp_path / "a.warc").write_bytes(header + b"Content-Length: %d\r\n\r\n" % len(http) + http + b"\r\n\r\n")
+    (tmp_path / "a.warc").write_bytes(
+        header + b"Content-Length: %d\r\n\r\n" % len(http) + http + b"\r\n\r\n"
+    )
     assert "pâtisserie" in next(read_warc(str(tmp_path / "a.warc"), Report())).text
 
 
 def test_html_in_json_lines(tmp_path):
     (tmp_path / "in").mkdir()
     pages = [html(prose(0)), "<html><body><script>x</script></body></html>", ""]
-    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    (tmp_path / "in" / "a.jsonl").write_text(
+        "".join(json.dumps({"text": page}) + "\n" for page in pages)
+    )
     report, kept = prepare(tmp_path, html=True)
     assert list(kept) == [prose(0)]
     extract = report["stages"][1]
@@ -121,7 +144,8 @@ def test_html_in_json_lines(tmp_path):
 
 
 def test_pages_that_hang_or_crash_the_parser_are_dropped(monkeypatch):
-    """By a clock that runs out for a page that hangs alone, not for a process that is slow to start."""
+    """By a clock that runs out for a page that hangs alone, not for a process that is slow to
+    start."""
 
     def extract(page):
         if page == "":  # as it begins
@@ -137,12 +161,15 @@ def test_pages_that_hang_or_crash_the_parser_are_dropped(monkeypatch):
     monkeypatch.setattr("datatrove.pipeline.extractors.base.time", clock)
     step._extractor.extract = extract
     documents = [
-        Document(text=text, id=text, metadata={"html": True}) for text in ("one", "hang", "two", "crash", "three")
+        Document(text=text, id=text, metadata={"html": True})
+        for text in ("one", "hang", "two", "crash", "three")
     ]
     said = []
     with step:
         for document in documents:
-            times = itertools.chain([0.0], itertools.repeat(0.1 if document.text == "hang" else 0.0))
+            times = itertools.chain(
+                [0.0], itertools.repeat(0.1 if document.text == "hang" else 0.0)
+            )
             clock.monotonic = times.__next__
             said.append(step(document, Counter()))
     assert said == [None, "no text after 0.1 s", None, "the HTML crashed the parser", None]
@@ -151,7 +178,9 @@ def test_pages_that_hang_or_crash_the_parser_are_dropped(monkeypatch):
 def test_bytes_that_are_not_utf8_are_mended_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("Un été à la plage, œuvre".encode("cp1252"))
     (tmp_path / "b.txt").write_bytes("Долгое лето на берегу".encode("koi8-r"))
-    (tmp_path / "c.jsonl").write_bytes(b'{"text": "caf\xe9 \xc3\xa9", "k\xe9": "\xe9"}\n{"text": "\\ud83d alone"}\n')
+    (tmp_path / "c.jsonl").write_bytes(
+        b'{"text": "caf\xe9 \xc3\xa9", "k\xe9": "\xe9"}\n{"text": "\\ud83d alone"}\n'
+    )
     report = Report()
     files = list_files([str(tmp_path)], report)
     documents = list(read_files(files, Reading(metadata=True, mend=True), report))
@@ -164,15 +193,25 @@ def test_bytes_that_are_not_utf8_are_mended_and_counted(tmp_path):
 
 
 def test_shards_follow_from_the_files(tmp_path):
-    files = [InputFile("a", str(number), size) for number, size in enumerate([3, 3, 3, 20, 1, 1, 1])]
-    assert [[file.num_bytes for file in shard] for shard in shards_of(files, 6)] == [[3, 3], [3], [20], [1, 1, 1]]
+    files = [
+        InputFile("a", str(number), size) for number, size in enumerate([3, 3, 3, 20, 1, 1, 1])
+    ]
+    assert [[file.num_bytes for file in shard] for shard in shards_of(files, 6)] == [
+        [3, 3],
+        [3],
+        [20],
+        [1, 1, 1],
+    ]
     many = [InputFile("a", str(number), 10**10) for number in range(5000)]
     assert len(shards_of(many, None)) == 1000
 
 
 def test_a_file_in_two_sources_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
-    sources = [Source(name="one", path=str(tmp_path)), Source(name="two", path=str(tmp_path / "*.jsonl"))]
+    sources = [
+        Source(name="one", path=str(tmp_path)),
+        Source(name="two", path=str(tmp_path / "*.jsonl")),
+    ]
     with pytest.raises(DataError, match=r"a\.jsonl is in two sources, one and two"):
         list_inputs(sources, Report())
 

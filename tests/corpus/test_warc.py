@@ -1,4 +1,5 @@
-"""Web pages as crawlers store them: each charset wherever it is declared, each packing, what is no page."""
+"""Web pages as crawlers store them: each charset wherever it is declared, each packing, what is no
+page."""
 
 from __future__ import annotations
 
@@ -40,7 +41,10 @@ CHARSETS = [
     ("Big5", "big5hkscs", "traditional"), ("EUC-KR", "cp949", "korean"), ("ks_c_5601-1987", "cp949", "korean"),
     ("iso-8859-7", "iso8859-7", "greek"), ("windows-1253", "cp1253", "greek"), ("TIS-620", "cp874", "thai"),
 ]  # fmt: skip
-UTF_16 = [("utf-16le", "utf-16-le", codecs.BOM_UTF16_LE), ("utf-16be", "utf-16-be", codecs.BOM_UTF16_BE)]
+UTF_16 = [
+    ("utf-16le", "utf-16-le", codecs.BOM_UTF16_LE),
+    ("utf-16be", "utf-16-be", codecs.BOM_UTF16_BE),
+]
 WHERE = {
     "header": ("text/html; charset={}", "<title>x</title>"),
     "quoted header": ('text/html;x=y; CHARSET="{}"', "<title>x</title>"),
@@ -58,7 +62,9 @@ def page_of(text: str, head: str) -> str:
     return f"<html><head>{head}</head><body><p>{text}</p></body></html>"
 
 
-def record(body: bytes, http: str = "Content-Type: text/html\r\n", status: str = "200 OK", more: str = "") -> bytes:
+def record(
+    body: bytes, http: str = "Content-Type: text/html\r\n", status: str = "200 OK", more: str = ""
+) -> bytes:
     answer = f"HTTP/1.1 {status}\r\n{http}\r\n".encode() + body
     head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.io/\r\nWARC-Record-ID: <urn:a>\r\n{more}"
     head += f"Content-Type: application/http\r\nContent-Length: {len(answer)}\r\n\r\n"
@@ -88,14 +94,19 @@ def test_a_byte_order_mark_comes_before_all_else(tmp_path: Path) -> None:
     page = page_of(WORDS["japanese"], '<meta charset="shift_jis">')
     header = "Content-Type: text/html; charset=windows-1252\r\n"
     marked = [(codecs.BOM_UTF8, "utf-8"), *((mark, codec) for _, codec, mark in UTF_16)]
-    documents, _ = read(tmp_path, *(record(mark + page.encode(codec), header) for mark, codec in marked))
+    documents, _ = read(
+        tmp_path, *(record(mark + page.encode(codec), header) for mark, codec in marked)
+    )
     assert [document.text for document in documents] == [page] * 3
 
 
 def test_utf_16_by_header_or_by_its_zeros_but_not_by_meta(tmp_path: Path) -> None:
-    page = page_of("Plain English in two bytes each, as some editors save it.", '<meta charset="utf-16">')
+    page = page_of(
+        "Plain English in two bytes each, as some editors save it.", '<meta charset="utf-16">'
+    )
     records = [
-        record(page.encode(codec), f"Content-Type: text/html; charset={label}\r\n") for label, codec, _ in UTF_16
+        record(page.encode(codec), f"Content-Type: text/html; charset={label}\r\n")
+        for label, codec, _ in UTF_16
     ]
     records += [record(page.encode(codec)) for _, codec, _ in UTF_16]
     records += [record(page.encode())]  # what says so in ASCII is UTF-8
@@ -112,7 +123,9 @@ def test_a_charset_that_cannot_be_is_passed_over() -> None:
         assert codec_of(label) is None, f"{label} is no charset of a page"
         assert decode(japanese.encode(), f"text/html; charset={label}", True).text == japanese
     broken = japanese.encode()[:50] + b"\xff" + japanese.encode()[50:]
-    assert decode(broken * 20, "text/html; charset=utf-8", True).codec == "utf_8", "a few bad bytes do not change it"
+    assert decode(broken * 20, "text/html; charset=utf-8", True).codec == "utf_8", (
+        "a few bad bytes do not change it"
+    )
 
 
 def test_what_browsers_read_and_pythons_codecs_do_not() -> None:
@@ -143,13 +156,21 @@ CODINGS = {
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_bodies_are_unpacked_as_their_headers_say_or_as_they_are(tmp_path: Path, coding: str) -> None:
+def test_bodies_are_unpacked_as_their_headers_say_or_as_they_are(
+    tmp_path: Path, coding: str
+) -> None:
     page = page_of(WORDS["latin"] * 5, '<meta charset="latin1">').encode("cp1252")
     packed = CODINGS[coding](page)
     header = f"Content-Type: text/html\r\nContent-Encoding: {coding}\r\n"
     both = header + "Transfer-Encoding: chunked\r\n"
     # Crawlers store bodies without chunks, or without any packing, under the headers that came.
-    bodies = [(header, packed), (both, chunked(packed)), (both, packed), (header, page), (both, page)]
+    bodies = [
+        (header, packed),
+        (both, chunked(packed)),
+        (both, packed),
+        (header, page),
+        (both, page),
+    ]
     documents, report = read(tmp_path, *(record(body, http) for http, body in bodies))
     assert [document.text.encode("cp1252") for document in documents] == [page] * 5, report.messages
 
@@ -159,11 +180,19 @@ def test_a_body_that_lacks_its_end_is_what_there_is(tmp_path: Path, coding: str)
     noise = "".join(random.Random(1).choices("abcdefghij ", k=600_000))
     page = page_of(noise + WORDS["japanese"], '<meta charset="utf-8">')
     packed = CODINGS[coding](page.encode())
-    header = f"Content-Type: text/html\r\nContent-Encoding: {coding}\r\nTransfer-Encoding: chunked\r\n"
+    header = (
+        f"Content-Type: text/html\r\nContent-Encoding: {coding}\r\nTransfer-Encoding: chunked\r\n"
+    )
     damaged = bytearray(packed)
     damaged[len(packed) // 2] ^= 255
-    records = [record(body, header) for body in (packed[: len(packed) // 2], chunked(packed)[:-60], bytes(damaged))]
-    records += [record(page.encode()[:-60], more="WARC-Truncated: length\r\n"), record(page.encode())]
+    records = [
+        record(body, header)
+        for body in (packed[: len(packed) // 2], chunked(packed)[:-60], bytes(damaged))
+    ]
+    records += [
+        record(page.encode()[:-60], more="WARC-Truncated: length\r\n"),
+        record(page.encode()),
+    ]
     documents, report = read(tmp_path, *records)
     assert documents[-1].text == page
     for document in (documents[0], documents[1], documents[3]):
@@ -172,14 +201,18 @@ def test_a_body_that_lacks_its_end_is_what_there_is(tmp_path: Path, coding: str)
     assert len(documents) + report.num_bad == 5
 
 
-def test_a_small_page_that_unpacks_to_a_large_one_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_page_that_unpacks_to_a_large_one_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megalite.corpus.warc.LONGEST_PAGE", 100_000)
     bomb = b"<html>" + bytes(10_000_000)
     records = [
         record(CODINGS[coding](bomb), f"Content-Type: text/html\r\nContent-Encoding: {coding}\r\n")
         for coding in ("gzip", "deflate", "zstd", "deflate, gzip")
     ]
-    documents, report = read(tmp_path, *records, record(b"<html>" + b"a" * 100_000), record(b"<html>good"))
+    documents, report = read(
+        tmp_path, *records, record(b"<html>" + b"a" * 100_000), record(b"<html>good")
+    )
     assert [document.text for document in documents] == ["<html>good"]
     assert report.num_bad == 5
     assert all("longer than 100,000 bytes" in message for message in report.messages)
@@ -199,7 +232,10 @@ def test_what_is_no_page_is_counted_by_name(tmp_path: Path) -> None:
         "101 X",
     ]
     records = [record(page, status=status) for status in statuses]
-    records += [record(page, f"Content-Type: {kind}\r\n") for kind in ("image/png", "application/pdf", "text/css")]
+    records += [
+        record(page, f"Content-Type: {kind}\r\n")
+        for kind in ("image/png", "application/pdf", "text/css")
+    ]
     records += [record(page, "Server: x\r\n"), record(b"\x89PNG", "Server: x\r\n")]
     records.append(record(page).replace(b"WARC-Type: response", b"WARC-Type: revisit"))
     documents, report = read(tmp_path, *records)
@@ -215,14 +251,22 @@ def test_what_is_no_page_is_counted_by_name(tmp_path: Path) -> None:
     assert "left out: 2 error pages (HTTP 4xx)" in str(report)
 
 
-def test_brotli_without_its_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brotli_without_its_package_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "brotli", None)
     headers = {"Content-Encoding": "br"}
     with pytest.raises(DataError, match="brotli"):
-        unpacked(b"\x0b\x02\x80hello\x03", type("Http", (), {"get_header": lambda self, name: headers.get(name)})())
+        unpacked(
+            b"\x0b\x02\x80hello\x03",
+            type("Http", (), {"get_header": lambda self, name: headers.get(name)})(),
+        )
     documents, report = read(
         tmp_path,
-        *(record(body, "Content-Type: text/html\r\nContent-Encoding: br\r\n") for body in (b"\x0b\x02", b"<html>x")),
+        *(
+            record(body, "Content-Type: text/html\r\nContent-Encoding: br\r\n")
+            for body in (b"\x0b\x02", b"<html>x")
+        ),
     )
     assert [document.text for document in documents] == ["<html>x"]
     assert report.num_bad == 1
@@ -231,7 +275,11 @@ def test_brotli_without_its_package_is_said(tmp_path: Path, monkeypatch: pytest.
 def test_brotli_is_unpacked(tmp_path: Path) -> None:
     """Also of a page that is cut; and one that lies about being packed is read as it is."""
     brotli = pytest.importorskip("brotli")
-    page = b"<html><body>" + b"".join(b"<p>line %d of the page</p>" % line for line in range(3000)) + b"</body></html>"
+    page = (
+        b"<html><body>"
+        + b"".join(b"<p>line %d of the page</p>" % line for line in range(3000))
+        + b"</body></html>"
+    )
     packed = brotli.compress(page)
     bodies = (packed, packed[: len(packed) // 2], page)
     coded = "Content-Type: text/html\r\nContent-Encoding: br\r\n"

@@ -1,4 +1,5 @@
-"""An S3 server on loopback, as much of one as reading needs: HEAD, GET of ranges and ListObjectsV2, over a dict.
+"""An S3 server on loopback, as much of one as reading needs: HEAD, GET of ranges and ListObjectsV2,
+over a dict.
 
 It counts and can be made to fail; signatures are not checked."""
 
@@ -18,8 +19,9 @@ from xml.sax.saxutils import escape
 
 
 class ObjectStore(ThreadingHTTPServer):
-    """`objects`: "bucket/key" → bytes. `asked`: how often each range of each object was given out. `before` is called
-    with an object's name and range before it is answered; a status it returns is answered instead."""
+    """`objects`: "bucket/key" → bytes. `asked`: how often each range of each object was given out.
+    `before` is called with an object's name and range before it is answered; a status it returns is
+    answered instead."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -45,12 +47,16 @@ class ObjectStore(ThreadingHTTPServer):
         }
 
     def count(self, end_of_name: str) -> int:
-        return sum(times for (name, _, _), times in self.asked.items() if name.endswith(end_of_name))
+        return sum(
+            times for (name, _, _), times in self.asked.items() if name.endswith(end_of_name)
+        )
 
     def take_time(self, num_bytes: int) -> None:
         if self.bytes_per_second:
             with self.lock:
-                self._free_at = max(self._free_at, time.monotonic()) + num_bytes / self.bytes_per_second
+                self._free_at = (
+                    max(self._free_at, time.monotonic()) + num_bytes / self.bytes_per_second
+                )
                 until = self._free_at
             time.sleep(max(until - time.monotonic(), 0))
 
@@ -114,7 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
                 f"<ETag>&quot;{_etag(content)}&quot;</ETag><Size>{len(content)}</Size>"
                 "<StorageClass>STANDARD</StorageClass></Contents>"
             )
-        items += [f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in sorted(folders)]
+        items += [
+            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+            for folder in sorted(folders)
+        ]
         return (
             f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>{bucket}</Name><Prefix>{escape(prefix)}'
             f"</Prefix><KeyCount>{len(items)}</KeyCount><MaxKeys>1000</MaxKeys><IsTruncated>false</IsTruncated>"
@@ -122,7 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
         ).encode()
 
     def _send(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, is_head: bool = False, cut: int = 0
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        is_head: bool = False,
+        cut: int = 0,
     ) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():

@@ -49,7 +49,9 @@ def read(files, shard):
     return texts, report
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lines=st.lists(st.sampled_from(LINES), max_size=30),
     ends=st.booleans(),
@@ -58,8 +60,11 @@ def read(files, shard):
     count=st.integers(1, 9),
     json_texts=st.sampled_from([module.json_texts, module.json_texts_reference]),
 )
-def test_the_documents_of_one_reader_however_cut(tmp_path, lines, ends, read_bytes, block_bytes, count, json_texts):
-    """The same texts, and the same messages with the same line numbers, as `iter_documents`; and each in one shard."""
+def test_the_documents_of_one_reader_however_cut(
+    tmp_path, lines, ends, read_bytes, block_bytes, count, json_texts
+):
+    """The same texts, and the same messages with the same line numbers, as `iter_documents`; and
+    each in one shard."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * ends)
     expected = Report()
@@ -102,7 +107,9 @@ def test_all_kinds_of_files_each_in_one_shard(tmp_path, monkeypatch):
             add_to(total, report)
         assert found == texts
         for name in ("messages", "num_bad", "num_empty", "num_binary", "bytes_read"):
-            expected_value = expected.total_bytes if name == "bytes_read" else getattr(expected, name)
+            expected_value = (
+                expected.total_bytes if name == "bytes_read" else getattr(expected, name)
+            )
             assert getattr(total, name) == expected_value, (count, name)
 
 
@@ -127,10 +134,15 @@ def test_lines_too_long_are_named_and_not_kept(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "LONGEST_TEXT", 1000)
     monkeypatch.setattr(module, "READ_BYTES", 100)
     monkeypatch.setattr("megalite.data.documents.CHUNK_BYTES", 10)
-    data = b"\n".join(b'{"text": "%s"}' % (b"x" * size) for size in (5, 50_000, 980, 989, 5, 70_000))
+    data = b"\n".join(
+        b'{"text": "%s"}' % (b"x" * size) for size in (5, 50_000, 980, 989, 5, 70_000)
+    )
     (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
     monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
-    held = [len(block.lines) for block in iter_blocks(list_files([str(tmp_path / name)], Report()), "text", Shard())]
+    held = [
+        len(block.lines)
+        for block in iter_blocks(list_files([str(tmp_path / name)], Report()), "text", Shard())
+    ]
     texts, report = read([str(tmp_path / name)], Shard())
     assert [len(text) for text in texts] == [5, 980, 5]
     assert [message.split(":")[1] for message in report.messages] == ["2", "4", "6"]
@@ -140,7 +152,9 @@ def test_lines_too_long_are_named_and_not_kept(tmp_path, monkeypatch, name):
 
 def test_parquet_texts_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LONGEST_TEXT", 1000)
-    parquet.write_table(pyarrow.table({"text": ["a", "b" * 1001, "c" * 1000]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"text": ["a", "b" * 1001, "c" * 1000]}), tmp_path / "a.parquet"
+    )
     texts, report = read([str(tmp_path / "a.parquet")], Shard())
     assert [len(text) for text in texts] == [1, 1000]
     assert report.messages == [f"{tmp_path}/a.parquet:2: {module.TOO_LONG}"]

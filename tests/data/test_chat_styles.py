@@ -1,4 +1,5 @@
-"""Chats of every style of template, by every kind of tokenizer: ids are transformers', masks are the answers."""
+"""Chats of every style of template, by every kind of tokenizer: ids are transformers', masks are
+the answers."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "style" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(
-            ("style", "kind", "is_marked"), CASES if whole else random.Random(1).sample(CASES, SAMPLED)
+            ("style", "kind", "is_marked"),
+            CASES if whole else random.Random(1).sample(CASES, SAMPLED),
         )
 
 
@@ -72,15 +74,29 @@ def test_ids_are_those_of_transformers_and_masks_are_the_answers(
             assert mask == [0, *exact[1:]] + [1] * is_open
         else:
             learned = "".join(
-                token.removeprefix("##") for token, is_learned in zip(tokens, mask, strict=False) if is_learned
+                token.removeprefix("##")
+                for token, is_learned in zip(tokens, mask, strict=False)
+                if is_learned
             )
-            assert learned.lower() == re.sub(r"\s", "", "".join(text[a:b] for a, b in spans)).lower()
+            assert (
+                learned.lower() == re.sub(r"\s", "", "".join(text[a:b] for a, b in spans)).lower()
+            )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "unigram", "unigram without a space", "metaspace"])
 def test_a_label_stands_at_the_first_token_of_its_word(tmp_path: Path, kind: str) -> None:
-    words = [word for text in WORDS for word in text.split()] + ["日", "q日", "日本日本", "✓✓", "\u00a0x", "(", "."]
-    settings = Settings("labels", str(write_style(tmp_path, STYLES["chatml"], kind)), labels=("a", "b"))
+    words = [word for text in WORDS for word in text.split()] + [
+        "日",
+        "q日",
+        "日本日本",
+        "✓✓",
+        "\u00a0x",
+        "(",
+        ".",
+    ]
+    settings = Settings(
+        "labels", str(write_style(tmp_path, STYLES["chatml"], kind)), labels=("a", "b")
+    )
     encoder, chooser = Encoder(settings), random.Random(kind)
     names = {token: name for name, token in encoder.tokenizer.vocabulary().items()}
     for _ in range(60):
@@ -94,6 +110,8 @@ def test_a_label_stands_at_the_first_token_of_its_word(tmp_path: Path, kind: str
         if "<unk>" in map(bytes.decode, filter(bytes.isascii, pieces)):
             continue
         for number, word in enumerate(row):
-            wanted[wanted_mask(pieces, text, [(place, place + len(word))]).index(1)] = 1 + number % 2
+            wanted[wanted_mask(pieces, text, [(place, place + len(word))]).index(1)] = (
+                1 + number % 2
+            )
             place += len(word) + 1
         assert document.values.tolist() == wanted

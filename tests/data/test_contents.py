@@ -1,5 +1,5 @@
-"""No message holds a control token, whatever it spells, whichever the tokenizer and the template; and a conversation
-without them has the ids that transformers gives it."""
+"""No message holds a control token, whatever it spells, whichever the tokenizer and the template;
+and a conversation without them has the ids that transformers gives it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import tokenizers
-from chat_styles import ALTERNATES, NOT_SPECIAL, STYLES, TOKENIZERS, answers_of, without_generation, write_style
+from chat_styles import (
+    ALTERNATES,
+    NOT_SPECIAL,
+    STYLES,
+    TOKENIZERS,
+    answers_of,
+    without_generation,
+    write_style,
+)
 from chat_styles import CONTROLS as STYLED_CONTROLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +34,10 @@ from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from scripted import Scripted
 
-THINKING = CHATML.replace("message['content']", "(message['content'].split('</think>')[-1] | trim)") + "<think>"
+THINKING = (
+    CHATML.replace("message['content']", "(message['content'].split('</think>')[-1] | trim)")
+    + "<think>"
+)
 """As reasoning models have it: with tokens that are not special."""
 TEMPLATES = {
     "chatml": CHATML, "marked": MARKED, "forgetful": FORGETFUL, "ended": ENDED, "plain": PLAIN, "thinking": THINKING,
@@ -37,20 +48,29 @@ SPELLED = ("<think>", "</think>")
 def byte_pairs(folder: Path, template: str) -> None:
     write_tokenizer(folder, template)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*SPELLED, "megalite", "\n\n")])
+    tokenizer.add_tokens(
+        [
+            AddedToken(text, special=False, normalized=False)
+            for text in (*SPELLED, "megalite", "\n\n")
+        ]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def words(folder: Path, template: str) -> None:
-    """Its control tokens are words of the model as well, and what it does not know is one special token."""
+    """Its control tokens are words of the model as well, and what it does not know is one special
+    token."""
     known = ["<unk>", *CONTROLS, *SPELLED, *"abcdefghijklmnopqrstuvwxyz<|>_/", "hello"]
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     save(tokenizer, folder, template)
 
 
 def pieces(folder: Path, template: str) -> None:
-    """As of SentencePiece: of all ways to take a text apart, that with a control token is the likeliest."""
+    """As of SentencePiece: of all ways to take a text apart, that with a control token is the
+    likeliest."""
     known = [("<unk>", 0.0), *((text, 0.0) for text in (*CONTROLS, *SPELLED))]
     known += [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz<|>_/"]
     tokenizer = tokenizers.Tokenizer(models.Unigram(known, 0))
@@ -59,22 +79,33 @@ def pieces(folder: Path, template: str) -> None:
 
 
 def save(tokenizer: tokenizers.Tokenizer, folder: Path, template: str) -> None:
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<unk>", *CONTROLS)])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in ("<unk>", *CONTROLS)]
+    )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in SPELLED])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "unk_token": "<unk>"}
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     (folder / "chat_template.jinja").write_text(template)
 
 
 KINDS = {"byte pairs": byte_pairs, "words": words, "pieces": pieces}
 TEXT = st.lists(
-    st.sampled_from([*CONTROLS, *SPELLED, "hello", " ", "\n", "<|", "|>", "im_end", "é", "megalite", "a"]), max_size=8
+    st.sampled_from(
+        [*CONTROLS, *SPELLED, "hello", " ", "\n", "<|", "|>", "im_end", "é", "megalite", "a"]
+    ),
+    max_size=8,
 ).map("".join)
 
 
-@pytest.fixture(scope="module", params=[(kind, name) for kind in KINDS for name in TEMPLATES], ids=" ".join)
+@pytest.fixture(
+    scope="module", params=[(kind, name) for kind in KINDS for name in TEMPLATES], ids=" ".join
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kind, name = request.param
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -86,11 +117,16 @@ def encoder_of(folder: Path) -> tuple[ContentEncoder, frozenset[int]]:
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate.of(folder, tokenizer)
     spelled = [text for text in SPELLED if text in template.source]
-    return ContentEncoder(tokenizer, template), frozenset(tokenizer.vocabulary()[t] for t in (*CONTROLS, *spelled))
+    return ContentEncoder(tokenizer, template), frozenset(
+        tokenizer.vocabulary()[t] for t in (*CONTROLS, *spelled)
+    )
 
 
 def talk(texts: list[str]) -> list[dict[str, str]]:
-    return [{"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(texts)]
+    return [
+        {"role": "assistant" if number % 2 else "user", "content": text}
+        for number, text in enumerate(texts)
+    ]
 
 
 def test_a_message_can_say_no_control_token(folder: Path) -> None:
@@ -106,12 +142,20 @@ def test_a_message_can_say_no_control_token(folder: Path) -> None:
     check()
 
 
-def test_a_message_without_control_tokens_has_the_ids_that_transformers_gives_it(folder: Path) -> None:
+def test_a_message_without_control_tokens_has_the_ids_that_transformers_gives_it(
+    folder: Path,
+) -> None:
     encoder, _ = encoder_of(folder)
     theirs = AutoTokenizer.from_pretrained(folder)
-    for texts in (["hello"], [" hello\n\n", "a b megalite", "< | im_end é >"], ["<|im_en", "d|>", "think"]):
+    for texts in (
+        ["hello"],
+        [" hello\n\n", "a b megalite", "< | im_end é >"],
+        ["<|im_en", "d|>", "think"],
+    ):
         messages = talk(texts)
-        wanted = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+        wanted = theirs.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True
+        )
         assert encoder.encode(messages) == wanted["input_ids"]
 
 
@@ -125,9 +169,20 @@ def test_what_is_spelled_out_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def spelled_out(style: str, control: str) -> list[dict[str, Any]]:
     """A chat of the style whose every message begins, ends or goes on with a control token."""
-    said = [f"{control}ask#1{control}", f"a#1 {control} b✓", f"x{control}", f"c{control}#2 {control}"]
-    chat = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(said)]
-    return chat if style in (*ALTERNATES, "mistral") else [{"role": "system", "content": f"be{control}"}, *chat]
+    said = [
+        f"{control}ask#1{control}",
+        f"a#1 {control} b✓",
+        f"x{control}",
+        f"c{control}#2 {control}",
+    ]
+    chat = [
+        {"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(said)
+    ]
+    return (
+        chat
+        if style in (*ALTERNATES, "mistral")
+        else [{"role": "system", "content": f"be{control}"}, *chat]
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -139,10 +194,15 @@ def test_what_is_learned_from_has_the_control_tokens_of_the_template_alone(
     template = STYLES[style] if is_marked else without_generation(STYLES[style])
     for kind in TOKENIZERS:
         folder = write_style(tmp_path / kind, template, kind)
-        encoder, theirs = Encoder(Settings("chat", str(folder))), AutoTokenizer.from_pretrained(folder)
+        encoder, theirs = (
+            Encoder(Settings("chat", str(folder))),
+            AutoTokenizer.from_pretrained(folder),
+        )
         tokenizer = load_tokenizer(folder)
         served = ContentEncoder(tokenizer, ChatTemplate.of(folder, tokenizer))
-        controls = frozenset(theirs.convert_tokens_to_ids([*STYLED_CONTROLS, *NOT_SPECIAL])) - {theirs.unk_token_id}
+        controls = frozenset(theirs.convert_tokens_to_ids([*STYLED_CONTROLS, *NOT_SPECIAL])) - {
+            theirs.unk_token_id
+        }
         for control in ("</s>", "<|im_end|>", "[INST]"):
             chat = spelled_out(style, control)
             [[document]] = encoder.encode([{"messages": chat}])
@@ -153,15 +213,26 @@ def test_what_is_learned_from_has_the_control_tokens_of_the_template_alone(
             assert style == "r1" or asked == list(document.ids)[: len(asked)]
             if kind == "bytes":
                 text = theirs.apply_chat_template(chat, tokenize=False)
-                assert encoder.tokenizer.decode(document.ids).removesuffix("</s>") == text.removesuffix("</s>")
-                learned = [token for token, value in zip(document.ids, document.values, strict=True) if value]
+                assert encoder.tokenizer.decode(document.ids).removesuffix(
+                    "</s>"
+                ) == text.removesuffix("</s>")
+                learned = [
+                    token
+                    for token, value in zip(document.ids, document.values, strict=True)
+                    if value
+                ]
                 wanted = "".join(answers_of(chat, style))
-                assert encoder.tokenizer.decode(learned).replace("\n", "") == wanted.replace("\n", "")
+                assert encoder.tokenizer.decode(learned).replace("\n", "") == wanted.replace(
+                    "\n", ""
+                )
 
 
 ARGUMENTS = {"city<|im_end|>": "</s>", "n": ["<tool_call>"]}
 CALL = {"type": "function", "function": {"name": "f</s>", "arguments": ARGUMENTS}}
-TOOL = {"type": "function", "function": {"name": "f</s>", "description": "says </tool_call>", "parameters": {}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f</s>", "description": "says </tool_call>", "parameters": {}},
+}
 
 
 @pytest.mark.parametrize("as_ascii", [False, True])
@@ -176,22 +247,29 @@ def test_tools_and_calls_can_say_no_control_token_either(tmp_path: Path, as_asci
         call = {"role": "assistant", "content": change("</s>"), "tool_calls": [changed[1]]}
         row = {"messages": [{"role": "user", "content": "q"}, call], "tools": [changed[0]]}
         [[document]] = encoder.encode([row])
-        controls = {encoder.tokenizer.vocabulary()[text] for text in (*STYLED_CONTROLS, *NOT_SPECIAL)}
+        controls = {
+            encoder.tokenizer.vocabulary()[text] for text in (*STYLED_CONTROLS, *NOT_SPECIAL)
+        }
         counts.append(sum(token in controls for token in document.ids))
         assert ("</s>" in encoder.tokenizer.decode(document.ids)) == (not counts[1:])
     assert counts[0] == counts[1]
 
 
 def test_a_template_that_changes_letters_of_a_control_token_is_refused(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path, CHATML.replace("message['content']", "message['content'] | upper"))
+    folder = write_tokenizer(
+        tmp_path, CHATML.replace("message['content']", "message['content'] | upper")
+    )
     encoder, _ = encoder_of(folder)
     assert encoder.encode(talk(["hello"]))
-    with pytest.raises(ValueError, match="the chat template changes the letters of a message that holds a control"):
+    with pytest.raises(
+        ValueError, match="the chat template changes the letters of a message that holds a control"
+    ):
         encoder.encode(talk(["hello <|im_end|>"]))
 
 
 def test_control_tokens_in_disguise_are_refused(tmp_path: Path) -> None:
-    """Full-width letters, of a tokenizer that takes them for others before it looks for its control tokens."""
+    """Full-width letters, of a tokenizer that takes them for others before it looks for its control
+    tokens."""
     write_tokenizer(tmp_path)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     values = json.loads(tokenizer.to_str())
@@ -201,9 +279,13 @@ def test_control_tokens_in_disguise_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     generator = Generator(Scripted([1]), load_tokenizer(tmp_path), folder=tmp_path)
     assert generator.chat_ids(talk(["ｈello"])) == generator.chat_ids(talk(["hello"]))
-    with pytest.raises(ConfigError, match="a message holds characters that the tokenizer takes for a control token"):
+    with pytest.raises(
+        ConfigError, match="a message holds characters that the tokenizer takes for a control token"
+    ):
         generator.chat_ids(talk(["\uff1c|im_end|\uff1e"]))
-    [found] = Encoder(Settings("chat", str(tmp_path))).encode([{"messages": talk(["\uff1c|im_end|\uff1e", "a"])}])
+    [found] = Encoder(Settings("chat", str(tmp_path))).encode(
+        [{"messages": talk(["\uff1c|im_end|\uff1e", "a"])}]
+    )
     assert found == "a message holds characters that the tokenizer takes for a control token"
 
 

@@ -1,4 +1,5 @@
-"""What rows of chats and preferences mean, key by key: used, counted by name, or refused, and never learned unseen."""
+"""What rows of chats and preferences mean, key by key: used, counted by name, or refused, and never
+learned unseen."""
 
 from __future__ import annotations
 
@@ -30,11 +31,22 @@ def said(text: Any, **keys: Any) -> dict[str, Any]:
 
 
 def calls(arguments: Any) -> list[Any]:
-    return [{"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": arguments}}]
+    return [
+        {
+            "id": "abcdefghi",
+            "type": "function",
+            "function": {"name": "weather", "arguments": arguments},
+        }
+    ]
 
 
 SYSTEM = {"role": "system", "content": "be kind"}
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 CALLED = f'{NO_THOUGHTS}<tool_call>\n{{"name": "weather", "arguments": {{"city": "Paris"}}}}\n</tool_call><|im_end|>'
 
@@ -42,7 +54,10 @@ CALLED = f'{NO_THOUGHTS}<tool_call>\n{{"name": "weather", "arguments": {{"city":
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("styles")
-    return {style: write_style(root / style, without_generation(STYLES[style]), "bytes") for style in STYLES}
+    return {
+        style: write_style(root / style, without_generation(STYLES[style]), "bytes")
+        for style in STYLES
+    }
 
 
 def learned(encoder: Encoder, row: dict[str, Any]) -> list[str] | str:
@@ -50,12 +65,19 @@ def learned(encoder: Encoder, row: dict[str, Any]) -> list[str] | str:
     [found] = encoder.encode([row])
     if isinstance(found, str):
         return found
-    return [encoder.tokenizer.decode([i for i, v in zip(d.ids, d.values, strict=True) if v]) for d in found]
+    return [
+        encoder.tokenizer.decode([i for i, v in zip(d.ids, d.values, strict=True) if v])
+        for d in found
+    ]
 
 
 def whole(encoder: Encoder, row: dict[str, Any]) -> list[str] | str:
     [found] = encoder.encode([row])
-    return found if isinstance(found, str) else [encoder.tokenizer.decode(document.ids) for document in found]
+    return (
+        found
+        if isinstance(found, str)
+        else [encoder.tokenizer.decode(document.ids) for document in found]
+    )
 
 
 CHATS: list[tuple[str, dict[str, Any], str]] = [
@@ -125,14 +147,27 @@ def test_every_key_of_a_chat_means_something(
 def test_a_system_prompt_in_a_field_of_its_own_comes_first(folders: dict[str, Path]) -> None:
     encoder = Encoder(Settings("chat", str(folders["chatml"])))
     talk = [user("q"), said("a")]
-    assert whole(encoder, {"messages": talk, "system": "be kind"}) == whole(encoder, {"messages": [SYSTEM, *talk]})
+    assert whole(encoder, {"messages": talk, "system": "be kind"}) == whole(
+        encoder, {"messages": [SYSTEM, *talk]}
+    )
     developer = {"role": "developer", "content": "be kind"}
-    assert whole(encoder, {"messages": [developer, *talk]}) == whole(encoder, {"messages": [SYSTEM, *talk]})
+    assert whole(encoder, {"messages": [developer, *talk]}) == whole(
+        encoder, {"messages": [SYSTEM, *talk]}
+    )
 
 
 Q, YES, NO = user("q"), said("yes"), said("no")
 PAIRS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": "q", "chosen": [Q, YES], "rejected": [Q, NO], "messages": [Q, YES], "score_chosen": 9.0}, "q"),
+    (
+        {
+            "prompt": "q",
+            "chosen": [Q, YES],
+            "rejected": [Q, NO],
+            "messages": [Q, YES],
+            "score_chosen": 9.0,
+        },
+        "q",
+    ),
     ({"prompt": [Q], "chosen": [Q, YES], "rejected": [Q, NO]}, "q"),
     ({"prompt": [Q], "chosen": YES, "rejected": [Q, NO]}, "q"),
     ({"prompt": [SYSTEM, Q], "chosen": [Q, YES], "rejected": [NO]}, "q system"),
@@ -140,17 +175,34 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"chosen": [Q, YES], "rejected": [Q, NO], "system": "be kind", "prompt": "q"}, "q system"),
     ({"input": {"messages": [Q]}, "preferred_output": [YES], "non_preferred_output": [NO]}, "q"),
     ({"chosen": [Q, YES], "rejected": [user("other"), NO]}, "differ before their last answers"),
-    ({"prompt": "q", "chosen": [user("other"), YES], "rejected": [Q, NO]}, "'chosen' begins with other turns"),
-    ({"prompt": [Q], "chosen": [YES, Q, YES], "rejected": [NO, Q, NO]}, "differ before their last answers"),
-    ({"prompt": [Q], "chosen": [YES, Q, YES], "rejected": [NO, Q, YES]}, "differ before their last answers"),
+    (
+        {"prompt": "q", "chosen": [user("other"), YES], "rejected": [Q, NO]},
+        "'chosen' begins with other turns",
+    ),
+    (
+        {"prompt": [Q], "chosen": [YES, Q, YES], "rejected": [NO, Q, NO]},
+        "differ before their last answers",
+    ),
+    (
+        {"prompt": [Q], "chosen": [YES, Q, YES], "rejected": [NO, Q, YES]},
+        "differ before their last answers",
+    ),
     ({"chosen": [Q, YES], "rejected": [Q, said("yes", id=3)]}, "the same last answer"),
-    ({"prompt": "x", "messages": [Q], "chosen": YES, "rejected": NO}, "'prompt' and 'messages', which differ"),
-    ({"prompt": "q", "chosen": "yes", "rejected": "no", "system": "x"}, "'system', which only messages can take"),
+    (
+        {"prompt": "x", "messages": [Q], "chosen": YES, "rejected": NO},
+        "'prompt' and 'messages', which differ",
+    ),
+    (
+        {"prompt": "q", "chosen": "yes", "rejected": "no", "system": "x"},
+        "'system', which only messages can take",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("row", "wanted"), PAIRS)
-def test_sides_that_repeat_the_prompt_have_it_once(folders: dict[str, Path], row: dict[str, Any], wanted: str) -> None:
+def test_sides_that_repeat_the_prompt_have_it_once(
+    folders: dict[str, Path], row: dict[str, Any], wanted: str
+) -> None:
     encoder = Encoder(Settings("preference", str(folders["chatml"])))
     found = whole(encoder, row)
     if isinstance(found, str):
@@ -185,15 +237,20 @@ def test_texts_that_repeat_the_prompt_have_it_once(
 
 def test_a_completion_that_repeats_the_prompt_or_ends_already(folders: dict[str, Path]) -> None:
     encoder = Encoder(Settings("completion", str(folders["chatml"])))
-    assert learned(encoder, {"prompt": [Q], "completion": [Q, YES, user("r"), NO]}) == ["yes<|im_end|>no<|im_end|>"]
+    assert learned(encoder, {"prompt": [Q], "completion": [Q, YES, user("r"), NO]}) == [
+        "yes<|im_end|>no<|im_end|>"
+    ]
     assert learned(encoder, {"prompt": "1 + 1 =", "completion": "1 + 1 = 2"}) == [" 2</s>"]
     assert learned(encoder, {"prompt": "1 + 1 =", "completion": " 2</s>"}) == [" 2</s>"]
     assert "rejected" in learned(encoder, {"prompt": "1", "completion": "2", "label": False})
 
 
 def ended_by(folder: Path, block_end: str, is_special: bool) -> Path:
-    """ChatML whose end of an answer may be no special token, and whose block may hold the line's end."""
-    template = STYLES["chatml"].replace("message.content + '<|im_end|>' }}{% endgeneration", block_end)
+    """ChatML whose end of an answer may be no special token, and whose block may hold the line's
+    end."""
+    template = STYLES["chatml"].replace(
+        "message.content + '<|im_end|>' }}{% endgeneration", block_end
+    )
     write_style(folder, template, "bytes")
     opened = json.loads((folder / "tokenizer.json").read_text())
     for token in opened["added_tokens"]:
@@ -218,10 +275,16 @@ def test_an_answer_has_one_end(tmp_path: Path, block_end: str, is_special: bool,
     folder = ended_by(tmp_path, block_end, is_special)
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    encoder, talk = Encoder(Settings("chat", str(folder))), [user("q"), said("a"), user("r"), said("b")]
+    encoder, talk = (
+        Encoder(Settings("chat", str(folder))),
+        [user("q"), said("a"), user("r"), said("b")],
+    )
     [[document]] = encoder.encode([{"messages": talk}])
     theirs = AutoTokenizer.from_pretrained(folder)
-    assert list(document.ids) == theirs.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
+    assert (
+        list(document.ids)
+        == theirs.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
+    )
     assert learned(encoder, {"messages": talk})[0].replace("\n", "") == "a<|im_end|>b<|im_end|>"
 
 
@@ -230,7 +293,11 @@ def test_a_template_names_its_ends(folders: dict[str, Path], style: str) -> None
     tokenizer = load_tokenizer(folders[style])
     template = ChatTemplate.of(folders[style], tokenizer)
     ends = template.turn_end.tokens
-    assert set(ends) == {"<|return|>", "<|end|>"} if style == "harmony" else ends == (ENDS[style][0].strip(),)
+    assert (
+        set(ends) == {"<|return|>", "<|end|>"}
+        if style == "harmony"
+        else ends == (ENDS[style][0].strip(),)
+    )
     # What is learned of an answer ends where a generated one does.
     encoder = Encoder(Settings("chat", str(folders[style])))
     [[document]] = encoder.encode([{"messages": [user("q"), said("a"), user("r"), said("b")]}])
@@ -241,7 +308,9 @@ def test_a_template_names_its_ends(folders: dict[str, Path], style: str) -> None
     assert replace(template, source=STYLES["rounds"]).turn_end.tokens == ()
     # What begins the next turn is no end of this one.
     turns = without_generation(STYLES["phi3"].replace("<|end|>", ""))
-    assert replace(template, source=turns, tokens={"eos_token": "</s>"}).turn_end.tokens == ("</s>",)
+    assert replace(template, source=turns, tokens={"eos_token": "</s>"}).turn_end.tokens == (
+        "</s>",
+    )
 
 
 @pytest.mark.parametrize("is_file", [True, False])
@@ -254,25 +323,41 @@ def test_a_template_for_tools_is_taken_where_there_are_some(tmp_path: Path, is_f
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text(STYLES["qwen3"])
     else:
         (folder / "chat_template.jinja").unlink()
-        named = [{"name": "default", "template": STYLES["chatml"]}, {"name": "tool_use", "template": STYLES["qwen3"]}]
+        named = [
+            {"name": "default", "template": STYLES["chatml"]},
+            {"name": "tool_use", "template": STYLES["qwen3"]},
+        ]
         file = folder / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
     encoder, theirs = Encoder(Settings("chat", str(folder))), AutoTokenizer.from_pretrained(folder)
-    talk = [user("q"), said("", tool_calls=calls({"city": "Paris"})), {"role": "tool", "content": "c"}, said("b")]
+    talk = [
+        user("q"),
+        said("", tool_calls=calls({"city": "Paris"})),
+        {"role": "tool", "content": "c"},
+        said("b"),
+    ]
     for messages, tools in ((talk, TOOLS), ([user("q"), said("a")], None)):
         [[document]] = encoder.encode([{"messages": messages, "tools": tools}])
-        wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)["input_ids"]
+        wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
         assert list(document.ids) == wanted
 
 
 def test_what_is_passed_over_is_told(tmp_path: Path, folders: dict[str, Path]) -> None:
     rows = [
-        {"messages": [user("q"), said("<think>hm</think>a"), user("r"), said("b", mood="fine")], "id": 1, "topic": "x"},
+        {
+            "messages": [user("q"), said("<think>hm</think>a"), user("r"), said("b", mood="fine")],
+            "id": 1,
+            "topic": "x",
+        },
         {"messages": [user("q"), said("<think>hm</think>a")], "topic": "y"},
         {"messages": [user("q")], "topic": "is left out, and so not counted"},
     ]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    result = preprocess_rows([str(file)], tmp_path / "data", Settings("chat", str(folders["r1"])), bad_rows=1)
+    result = preprocess_rows(
+        [str(file)], tmp_path / "data", Settings("chat", str(folders["r1"])), bad_rows=1
+    )
     told = {
         "answers of which the chat template leaves out a part": 2,
         "field 'topic'": 2,
@@ -284,7 +369,9 @@ def test_what_is_passed_over_is_told(tmp_path: Path, folders: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_a_row_that_breaks_anything_costs_itself(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+def test_a_row_that_breaks_anything_costs_itself(
+    tmp_path: Path, folders: dict[str, Path], kind: str
+) -> None:
     good = json.dumps({"messages": [Q, YES], "score": 1.0})
     if kind == "parquet":
         import pyarrow
@@ -293,7 +380,9 @@ def test_a_row_that_breaks_anything_costs_itself(tmp_path: Path, folders: dict[s
         binary = pyarrow.array([b"yes", b"\xff", b"no"])
         answers = pyarrow.Array.from_buffers(pyarrow.string(), 3, binary.buffers())
         prompts = pyarrow.array(["q", "q", "q"])
-        parquet.write_table(pyarrow.table({"prompt": prompts, "completion": answers}), tmp_path / "rows.parquet")
+        parquet.write_table(
+            pyarrow.table({"prompt": prompts, "completion": answers}), tmp_path / "rows.parquet"
+        )
         format: Any = "completion"
     else:
         bad = good.replace('"yes"', '"\\ud800"')
@@ -301,24 +390,39 @@ def test_a_row_that_breaks_anything_costs_itself(tmp_path: Path, folders: dict[s
         text = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
         (tmp_path / f"rows.{kind}").write_text(text)
     settings = Settings(format, str(folders["chatml"]))
-    result = preprocess_rows([str(tmp_path / f"rows.{kind}")], tmp_path / "data", settings, bad_rows=1)
+    result = preprocess_rows(
+        [str(tmp_path / f"rows.{kind}")], tmp_path / "data", settings, bad_rows=1
+    )
     assert (result.num_documents, result.report.num_bad) == (2, 1)
     assert f"rows.{kind}:2" in result.report.messages[0]
     with pytest.raises(DataError, match=rf"1 rows cannot be used.*\n.*rows.{kind}:2: "):
         preprocess_rows([str(tmp_path / f"rows.{kind}")], tmp_path / "other", settings)
 
 
-def test_nulls_that_arrow_writes_into_tool_calls_are_not_learned(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_nulls_that_arrow_writes_into_tool_calls_are_not_learned(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
     import datasets
 
-    other = [{"id": "abcdefghi", "type": "function", "function": {"name": "time", "arguments": {"zone": "UTC"}}}]
-    rows = [{"messages": [Q, said("", tool_calls=made)]} for made in (calls({"city": "Paris"}), other)]
+    other = [
+        {
+            "id": "abcdefghi",
+            "type": "function",
+            "function": {"name": "time", "arguments": {"zone": "UTC"}},
+        }
+    ]
+    rows = [
+        {"messages": [Q, said("", tool_calls=made)]} for made in (calls({"city": "Paris"}), other)
+    ]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
     from megalite.data.documents import Report
     from megalite.data.rows import list_rows, read_rows
 
     encoder = Encoder(Settings("chat", str(folders["qwen3"])))
-    found = [row.values for row in read_rows(list_rows([str(tmp_path / "rows.parquet")], Report()), Report())]
+    found = [
+        row.values
+        for row in read_rows(list_rows([str(tmp_path / "rows.parquet")], Report()), Report())
+    ]
     assert "None" in str(found)
     assert [learned(encoder, dict(row)) for row in found] == [learned(encoder, row) for row in rows]
 
@@ -346,14 +450,18 @@ STRANGE = [
 def test_strange_values_anywhere_never_stop_the_others(
     folders: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
-    """A value of a row that can be used is replaced or moved: the row is used or refused, and its neighbour used."""
+    """A value of a row that can be used is replaced or moved: the row is used or refused, and its
+    neighbour used."""
     chooser = random.Random(0)
     encoders = {
         format: Encoder(Settings(format, str(folders["qwen3"]), labels=("a", "b")))  # type: ignore[arg-type]
         for format in ("chat", "completion", "preference", "classification", "labels")
     }
     good: dict[str, dict[str, Any]] = {
-        "chat": {"messages": [SYSTEM, Q, said("x", tool_calls=calls({"a": 1})), NO], "tools": TOOLS},
+        "chat": {
+            "messages": [SYSTEM, Q, said("x", tool_calls=calls({"a": 1})), NO],
+            "tools": TOOLS,
+        },
         "completion": {"prompt": [Q], "completion": [YES]},
         "preference": {"prompt": "q", "chosen": [Q, YES], "rejected": [Q, NO]},
         "classification": {"text": "x", "label": "a"},

@@ -35,7 +35,11 @@ def test_source_predicts_every_token_of_its_range_once(counting):
     source = TokenSource(counting, 100, 113, seq_length=4)
     assert source.num_samples == 3
     found = read(source, np.arange(3))
-    assert found.tokens.tolist() == [[100, 101, 102, 103, 104], [104, 105, 106, 107, 108], [108, 109, 110, 111, 112]]
+    assert found.tokens.tolist() == [
+        [100, 101, 102, 103, 104],
+        [104, 105, 106, 107, 108],
+        [108, 109, 110, 111, 112],
+    ]
     assert found.tokens.dtype == np.int64
     assert found.filled.tolist() == [5, 5, 5]
     for outside in (-1, 3):
@@ -67,12 +71,19 @@ def test_one_source_gives_every_sample_once_an_epoch(counting):
 def test_mixture_reads_the_sample_that_locate_names(tmp_path, order):
     first = write(tmp_path / "a", [np.arange(101)])
     second = write(tmp_path / "b", [np.arange(5000, 5000 + 3001)], np.int32)
-    mixture = mixture_of([TokenSource(first, 0, 101, 10), TokenSource(second, 0, 3001, 10)], [3.0, 1.0], order=order)
+    mixture = mixture_of(
+        [TokenSource(first, 0, 101, 10), TokenSource(second, 0, 3001, 10)], [3.0, 1.0], order=order
+    )
     index = np.arange(BLOCK)
     source, sample = mixture.order.locate(index)
-    assert np.bincount(source).tolist() == [49_152, 16_384] == list(mixture.consumed(BLOCK).values())
-    assert np.array_equal(mixture.read(index).tokens[:, 0], np.where(source == 0, 0, 5000) + 10 * sample)
-    # 10 and 300 samples an epoch: all of them come, each as often as any other, give or take the epoch under way.
+    assert (
+        np.bincount(source).tolist() == [49_152, 16_384] == list(mixture.consumed(BLOCK).values())
+    )
+    assert np.array_equal(
+        mixture.read(index).tokens[:, 0], np.where(source == 0, 0, 5000) + 10 * sample
+    )
+    # 10 and 300 samples an epoch: all of them come, each as often as any other, give or take the
+    # epoch under way.
     for number, size in enumerate([10, 300]):
         counts = np.bincount(sample[source == number], minlength=size)
         assert len(counts) == size
@@ -91,14 +102,25 @@ def test_mixture_refuses_what_does_not_fit(counting):
 
 
 def test_fingerprint_changes_with_whatever_changes_the_samples(tmp_path, counting):
-    def mixture(dataset=counting, last=1000, weights=(1.0, 2.0), seq_length=8, seed=0, order="shuffle"):
-        sources = [TokenSource(dataset, 0, last, seq_length), TokenSource(counting, 0, 1000, seq_length)]
+    def mixture(
+        dataset=counting, last=1000, weights=(1.0, 2.0), seq_length=8, seed=0, order="shuffle"
+    ):
+        sources = [
+            TokenSource(dataset, 0, last, seq_length),
+            TokenSource(counting, 0, 1000, seq_length),
+        ]
         return mixture_of(sources, weights, seed, order).fingerprint()
 
     other = write(tmp_path / "other", np.arange(1, 1001).reshape(100, 10))
     again = write(tmp_path / "elsewhere" / "again", np.arange(1000).reshape(100, 10))
     assert mixture() == mixture(dataset=again)
-    changed = [{"dataset": other}, {"last": 999}, {"weights": (2.0, 1.0)}, {"seq_length": 9}, {"seed": 1}]
+    changed = [
+        {"dataset": other},
+        {"last": 999},
+        {"weights": (2.0, 1.0)},
+        {"seq_length": 9},
+        {"seed": 1},
+    ]
     prints = {mixture(**change) for change in [{}, *changed, {"order": "sequential"}]}
     assert len(prints) == 7
 
@@ -128,8 +150,12 @@ def test_build_mixtures_from_a_split(counting):
     assert (train.sources[0].first_token, train.sources[0].last_token) == (0, 700)
     assert valid.read(np.arange(2)).tokens[:, 0].tolist() == [700, 709]
     other_seed = build_mixtures(config_of(seed=2, **data))
-    assert np.array_equal(windows(other_seed["valid"], np.arange(20)), windows(valid, np.arange(20)))
-    assert not np.array_equal(windows(other_seed["train"], np.arange(20)), windows(train, np.arange(20)))
+    assert np.array_equal(
+        windows(other_seed["valid"], np.arange(20)), windows(valid, np.arange(20))
+    )
+    assert not np.array_equal(
+        windows(other_seed["train"], np.arange(20)), windows(train, np.arange(20))
+    )
 
 
 def test_build_mixtures_from_files_of_their_own(tmp_path, counting):
@@ -137,7 +163,10 @@ def test_build_mixtures_from_files_of_their_own(tmp_path, counting):
     held_out = {"path": tmp_path / "held_out"}
     mixtures = build_mixtures(
         config_of(
-            train=[{"path": counting.prefix, "weight": 3}, held_out], valid=[held_out], seq_length=9, order="sequential"
+            train=[{"path": counting.prefix, "weight": 3}, held_out],
+            valid=[held_out],
+            seq_length=9,
+            order="sequential",
         )
     )
     assert mixtures["test"] is None
@@ -148,7 +177,9 @@ def test_build_mixtures_from_files_of_their_own(tmp_path, counting):
 def test_build_mixtures_names_the_setting_that_is_wrong(tmp_path, counting):
     write(tmp_path / "tiny", [np.arange(5)])
     source, tiny = {"path": counting.prefix}, {"path": tmp_path / "tiny"}
-    with pytest.raises(DataError, match=r"data\.valid\[1\] .*tiny: 5 tokens are too few.*at least 10"):
+    with pytest.raises(
+        DataError, match=r"data\.valid\[1\] .*tiny: 5 tokens are too few.*at least 10"
+    ):
         build_mixtures(config_of(train=[source], valid=[source, tiny], seq_length=9))
     with pytest.raises(DataError, match=r"data\.split.*test part of .*counting: 0 tokens"):
         build_mixtures(config_of(train=[source], split=(99, 1, 0.1), seq_length=9))
@@ -171,7 +202,9 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own account of memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="reads Linux's own account of memory"
+)
 def test_ten_billion_tokens_start_at_once_in_constant_memory(tmp_path, monkeypatch):
     """Once the index was found to be right, which is remembered."""
     monkeypatch.setenv("MEGALITE_CACHE", str(tmp_path / "cache"))
@@ -197,4 +230,6 @@ def test_ten_billion_tokens_start_at_once_in_constant_memory(tmp_path, monkeypat
     seconds, peak, resident = first_batch(10_000_000)
     assert seconds < 2
     assert peak < small_peak + 2**20  # one index of it would take 40 MB and more
-    assert resident < 64 * 2**20  # pages of the map that the kernel read around the samples, of 20 GB
+    assert (
+        resident < 64 * 2**20
+    )  # pages of the map that the kernel read around the samples, of 20 GB

@@ -1,4 +1,5 @@
-"""Which document each token of a sample is in: read from the index, for intra-document attention."""
+"""Which document each token of a sample is in: read from the index, for intra-document
+attention."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ def test_finding_documents_reads_little_of_a_large_index(tmp_path: Path) -> None
     dataset = IndexedDataset(tmp_path / "many")
     source = TokenSource(dataset, 0, dataset.num_tokens, 64)
     begin = time.process_time()
-    documents = read(source, np.arange(0, source.num_samples, source.num_samples // 200), True).documents
+    documents = read(
+        source, np.arange(0, source.num_samples, source.num_samples // 200), True
+    ).documents
     # 200 samples of 40 probes each take about 30 ms; copying the index for each would take seconds.
     assert time.process_time() - begin < 1.0
     assert documents is not None
@@ -90,8 +93,12 @@ def test_finding_documents_reads_little_of_a_large_index(tmp_path: Path) -> None
 @settings(max_examples=100, deadline=None)
 def test_both_searches_find_what_a_look_at_every_document_does(lengths, ranges) -> None:
     native = pytest.importorskip("megalite._data").document_starts
-    pointers = np.frombuffer(b"x" + (2 * np.cumsum([0, *lengths[:-1]])).astype("<i8").tobytes(), "<i8", offset=1)
-    documents = np.frombuffer(b"x" + np.arange(len(lengths) + 1, dtype="<i8").tobytes(), "<i8", offset=1)
+    pointers = np.frombuffer(
+        b"x" + (2 * np.cumsum([0, *lengths[:-1]])).astype("<i8").tobytes(), "<i8", offset=1
+    )
+    documents = np.frombuffer(
+        b"x" + np.arange(len(lengths) + 1, dtype="<i8").tobytes(), "<i8", offset=1
+    )
     first, last = (np.array([pair[side] for pair in ranges], np.int64) for side in (0, 1))
     for function in (native, document_starts_reference):
         counts, found = function(documents, pointers, 2, first, last)

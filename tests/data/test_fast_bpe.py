@@ -27,7 +27,8 @@ O200K = (
 )  # fmt: skip
 SPLITS = {"gpt2": None, "qwen2": PATTERN, "cl100k": CL100K, "o200k": O200K, "nfc": PATTERN}
 TEXT = (
-    "Don't they'll 1234 x² naïve Ünïcode ĞĞ Ελληνικά русский 日本語テキスト हिन्दी عربي 한국어 👍🏽  \t\n\r\n ...!! " * 3
+    "Don't they'll 1234 x² naïve Ünïcode ĞĞ Ελληνικά русский 日本語テキスト हिन्दी عربي 한국어 👍🏽  \t\n\r\n ...!! "
+    * 3
 )
 
 
@@ -41,7 +42,9 @@ def tokenizer(request, tmp_path_factory):
     raw.decoder = decoders.ByteLevel()
     raw.normalizer = normalizers.NFC() if request.param == "nfc" else None
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=700,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     raw.train_from_iterator([TEXT, unicodedata.normalize("NFD", TEXT)], trainer)
     raw.add_tokens([AddedToken("<tool>", normalized=False)])
@@ -62,7 +65,8 @@ def rows_of(fast, texts):
 
 
 def test_same_ids_around_every_character(tokenizer, fast):
-    """A part of all planes, denser where letters are or are to come; tools/bench/tokenizing.py --unicode does all."""
+    """A part of all planes, denser where letters are or are to come; tools/bench/tokenizing.py
+    --unicode does all."""
     points = [*range(0, 0x3000, 3), *range(0x3000, 0x20000, 29), *range(0x20000, 0x110000, 4999)]
     points += [p for p in range(0x20000) if unicodedata.category(chr(p)) == "Cn"][::13]
     characters = [chr(p) for p in points if not 0xD800 <= p < 0xE000]
@@ -79,8 +83,16 @@ ALPHABET = (
 )
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.text(st.sampled_from(ALPHABET), max_size=40) | st.text(max_size=20), min_size=1, max_size=5))
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    texts=st.lists(
+        st.text(st.sampled_from(ALPHABET), max_size=40) | st.text(max_size=20),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_same_ids_for_any_text(tokenizer, fast, texts):
     texts = [text.replace("ad", "<tool>").replace("ee", " <|end|> ") for text in texts]
     assert rows_of(fast, texts)[0] == tokenizer.encode_batch(texts)
@@ -90,7 +102,9 @@ def test_characters_that_differ_are_left_to_the_exact_library(tokenizer, monkeyp
     fast = FastBPE(tokenizer)
     fast._states[ord("é")] = DIFFERENT
     encoded = []
-    monkeypatch.setattr(fast, "_encode", lambda texts, own=fast._encode: encoded.extend(texts) or own(texts))
+    monkeypatch.setattr(
+        fast, "_encode", lambda texts, own=fast._encode: encoded.extend(texts) or own(texts)
+    )
     texts = ["plain", "café", "", "日本", "né <tool>"]
     rows, num_left = rows_of(fast, texts)
     assert rows == tokenizer.encode_batch(texts)
@@ -100,7 +114,8 @@ def test_characters_that_differ_are_left_to_the_exact_library(tokenizer, monkeyp
 
 
 def test_company_tells_kinds_of_characters_apart(tokenizer, fast):
-    """Whatever a pattern splits differently shows in where the borders are, and nothing else does."""
+    """Whatever a pattern splits differently shows in where the borders are, and nothing else
+    does."""
     kinds = {
         "ж": "ll",
         "ß": "ll",
@@ -120,14 +135,18 @@ def test_company_tells_kinds_of_characters_apart(tokenizer, fast):
         return [len(token) for token in encoding.tokens]
 
     for one, kind in kinds.items():
-        assert [other for other in kinds if borders(other) == borders(one)] == [o for o in kinds if kinds[o] == kind]
+        assert [other for other in kinds if borders(other) == borders(one)] == [
+            o for o in kinds if kinds[o] == kind
+        ]
 
 
 def test_starts_anew_when_it_remembers_too_much(tokenizer, monkeypatch):
     fast = FastBPE(tokenizer)
     first, fast._cache_bytes = fast._idle, 4 << 20
     generator = np.random.default_rng(0)
-    texts = ["".join(map(chr, generator.integers(97, 123, 50_000))).replace("e", " ") for _ in range(40)]
+    texts = [
+        "".join(map(chr, generator.integers(97, 123, 50_000))).replace("e", " ") for _ in range(40)
+    ]
     expected = tokenizer.encode_batch(texts)
     resident = itertools.count(1 << 40, 1 << 20)  # a process that grows by a MiB for each text
     monkeypatch.setattr(module, "_resident_bytes", lambda: next(resident))
@@ -142,7 +161,9 @@ def test_starts_anew_when_it_remembers_too_much(tokenizer, monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": TEXT[i:]}) + "\n" for i in range(50)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": TEXT[i:]}) + "\n" for i in range(50))
+    )
     train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", 400)
     return tmp_path
 
@@ -159,14 +180,18 @@ def test_one_other_id_and_everything_is_done_by_the_exact_library(small, monkeyp
 
     monkeypatch.setattr(FastBPE, "_encode", flipped)
     console = Console(record=True, width=300)
-    result = preprocess([str(small / "a.jsonl")], small / "x", small / "t", workers=2, console=console)
+    result = preprocess(
+        [str(small / "a.jsonl")], small / "x", small / "t", workers=2, console=console
+    )
     assert result.tokenized_by == "tokenizers"
     assert (
         "tokenizing by Hugging Face's tokenizers, since gigatoken cannot stand in for them here: its ids differ near"
         in (console.export_text())
     )
     for suffix in ("bin", "idx"):
-        one, two = ((small / f"{name}_text_document.{suffix}").read_bytes() for name in ("exact", "x"))
+        one, two = (
+            (small / f"{name}_text_document.{suffix}").read_bytes() for name in ("exact", "x")
+        )
         assert one == two
     assert not list(small.glob("*.tmp"))
 
@@ -175,15 +200,19 @@ def test_says_what_was_compared(small):
     result = preprocess([str(small / "a.jsonl")], small / "x", small / "t")
     assert result.tokenized_by == "gigatoken"
     characters = sum(len(TEXT[i:]) for i in range(25, 50))  # from the middle text on
-    assert f"by gigatoken: on {characters:,} characters from all over the text its ids are those of Hugging" in str(
-        result
+    assert (
+        f"by gigatoken: on {characters:,} characters from all over the text its ids are those of Hugging"
+        in str(result)
     )
     assert len(IndexedDataset(result.prefix)) == 50
 
 
 def test_tokenizers_it_does_not_stand_in_for(small):
     train_tokenizer([str(small / "a.jsonl")], small / "sp", 400, "sp-bpe")
-    for folder, library in {"sp/tokenizer.json": "tokenizers", "sp/tokenizer.model": "sentencepiece"}.items():
+    for folder, library in {
+        "sp/tokenizer.json": "tokenizers",
+        "sp/tokenizer.model": "sentencepiece",
+    }.items():
         result = preprocess([str(small / "a.jsonl")], small / "x", small / folder)
         assert result.tokenized_by == library
         assert ("no byte-level BPE" in result.remark) == (library == "tokenizers")
@@ -209,12 +238,14 @@ def test_tokenizers_it_does_not_stand_in_for(small):
 
 
 def test_added_tokens_beside_characters_that_compose(tokenizer, fast):
-    """`>` and U+0338 compose to one character, but not where `>` ends a token that is found before."""
+    """`>` and U+0338 compose to one character, but not where `>` ends a token that is found
+    before."""
     texts = ["a<tool>\u0338 b", "<|end|>\u0338", "x>\u0338", "e\u0301<tool>"]
     assert rows_of(fast, texts)[0] == tokenizer.encode_batch(texts)
 
 
-# Texts of added tokens that overlap, contain one another, are spaces or no ASCII, and what may stand beside them.
+# Texts of added tokens that overlap, contain one another, are spaces or no ASCII, and what may
+# stand beside them.
 ADDED = [
     "<a>",
     "<a>b",
@@ -236,29 +267,40 @@ ADDED = [
 BESIDE = [*ADDED, *"ab c1.<>日\n\t\u3000\u0301", "'s", "    ", "\n\n\n", "\r\n"]
 
 
-@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}])
+@pytest.mark.parametrize(
+    "normalizer", [None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}]
+)
 def test_added_tokens_of_all_settings_beside_each_other(tmp_path, small, normalizer, pytestconfig):
-    """They take spaces from one another and from the text, overlap, or are found in another order: gigatoken, which
-    knows none of that, gives other ids unless such texts are kept from it."""
+    """They take spaces from one another and from the text, overlap, or are found in another order:
+    gigatoken, which knows none of that, gives other ids unless such texts are kept from it."""
     description = json.loads((small / "t" / "tokenizer.json").read_text())
     generator = random.Random(0)
     num_fast = 0
     for _ in range(100 if pytestconfig.getoption("--whole") else 3):
         tokens = [
             {"id": 400 + number, "content": content, "special": generator.random() < 0.5}
-            | {name: generator.random() < 0.25 for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            | {
+                name: generator.random() < 0.25
+                for name in ("lstrip", "rstrip", "single_word", "normalized")
+            }
             for number, content in enumerate(generator.sample(ADDED, 6))
         ]
         path = tmp_path / "tokenizer.json"
-        path.write_text(json.dumps({**description, "normalizer": normalizer, "added_tokens": tokens}))
+        path.write_text(
+            json.dumps({**description, "normalizer": normalizer, "added_tokens": tokens})
+        )
         tokenizer = load_tokenizer(path)
         fast = FastBPE(tokenizer)
-        texts = ["".join(generator.choices(BESIDE, k=generator.randrange(1, 12))) for _ in range(1500)]
+        texts = [
+            "".join(generator.choices(BESIDE, k=generator.randrange(1, 12))) for _ in range(1500)
+        ]
         texts += [f"{a}{b}{c}" for a in ADDED for b in ("", " ", "  ", "\n\n") for c in ADDED]
         try:
             expected = tokenizer.encode_batch(texts)
         except BaseException as error:
-            if "bad split" not in str(error):  # Hugging Face's panic where two tokens strip the same spaces
+            if "bad split" not in str(
+                error
+            ):  # Hugging Face's panic where two tokens strip the same spaces
                 raise
             continue
         rows, num_left = rows_of(fast, texts)

@@ -14,19 +14,29 @@ def int64s(*values):
 
 @pytest.fixture(params=["reference", "native"])
 def gather(request):
-    return gather_reference if request.param == "reference" else pytest.importorskip("megalite._data").gather
+    return (
+        gather_reference
+        if request.param == "reference"
+        else pytest.importorskip("megalite._data").gather
+    )
 
 
 @given(st.sampled_from(DTYPES), st.integers(1, 200), st.integers(1, 60), st.data())
 @settings(max_examples=100, deadline=None)
 def test_both_gathers_do_what_the_slices_say(dtype, size, room, data):
     native = pytest.importorskip("megalite._data").gather
-    tokens = np.random.default_rng(data.draw(st.integers(0, 1000))).integers(-(2**62), 2**62, size).astype(dtype)
+    tokens = (
+        np.random.default_rng(data.draw(st.integers(0, 1000)))
+        .integers(-(2**62), 2**62, size)
+        .astype(dtype)
+    )
     lengths = int64s(*data.draw(st.lists(st.integers(0, min(size, room)), max_size=20)))
     starts = int64s(*(data.draw(st.integers(0, size - length)) for length in lengths.tolist()))
     places = int64s(*(data.draw(st.integers(0, room - length)) for length in lengths.tolist()))
     expected = [-7] * room  # what no piece covers stays
-    for start, length, place in zip(starts, lengths, places, strict=True):  # where pieces overlap, the last one stays
+    for start, length, place in zip(
+        starts, lengths, places, strict=True
+    ):  # where pieces overlap, the last one stays
         expected[place : place + length] = [int(token) for token in tokens[start : start + length]]
     for gather in (gather_reference, native):
         out = np.full((room, 1), -7)
@@ -40,7 +50,11 @@ def test_gather_refuses_pieces_outside_and_writes_nothing(gather, what, value):
     tokens, out, fine = np.arange(1, 11, dtype=np.uint16), np.full((2, 5), -7), int64s(0, 1)
     wrong = int64s(0, value)
     with pytest.raises(IndexError, match=f"{what} .* are outside the 10"):
-        gather(tokens, *((wrong, int64s(3, 3), fine) if what == "tokens" else (fine, int64s(3, 3), wrong)), out)
+        gather(
+            tokens,
+            *((wrong, int64s(3, 3), fine) if what == "tokens" else (fine, int64s(3, 3), wrong)),
+            out,
+        )
     assert (out == -7).all()
     gather(tokens, int64s(7), int64s(3), int64s(7), out)
     assert out.ravel().tolist() == [-7] * 7 + [8, 9, 10]
@@ -79,7 +93,12 @@ def test_native_gather_refuses_arrays_it_cannot_read_in_place():
     read_only = out.copy()
     read_only.flags.writeable = False
     unaligned = np.frombuffer(b"x" + tokens.tobytes(), np.uint16, offset=1)
-    for wrong, target in [(tokens[::2], out), (tokens.reshape(2, 5), out), (unaligned, out), (tokens, read_only)]:
+    for wrong, target in [
+        (tokens[::2], out),
+        (tokens.reshape(2, 5), out),
+        (unaligned, out),
+        (tokens, read_only),
+    ]:
         with pytest.raises(ValueError, match=r"contiguous|aligned|writeable"):
             native(wrong, pieces, pieces, pieces, target)
     for wrong, starts, target in [

@@ -36,9 +36,13 @@ def test_golden_bytes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    documents=st.lists(st.lists(st.integers(0, 127), min_size=1, max_size=9), min_size=1, max_size=12),
+    documents=st.lists(
+        st.lists(st.integers(0, 127), min_size=1, max_size=9), min_size=1, max_size=12
+    ),
     dtype=st.sampled_from(sorted(DTYPES.values(), key=str)),
 )
 def test_round_trip(tmp_path, documents, dtype):
@@ -52,7 +56,8 @@ def test_round_trip(tmp_path, documents, dtype):
 
 
 def test_two_that_write_the_same(tmp_path, monkeypatch):
-    """Such as a job and the one that a cluster has started in its place: the first one's files are what it wrote."""
+    """Such as a job and the one that a cluster has started in its place: the first one's files are
+    what it wrote."""
 
     def second():
         with pytest.raises(DataError, match=r"x\.bin\.tmp is being written by another process"):
@@ -119,9 +124,17 @@ def test_index_longer_than_one_chunk(tmp_path, monkeypatch):
 
 
 def test_documents_of_several_sequences_and_modes(tmp_path):
-    """Megatron's multimodal files: two documents of 2 and 1 sequences, and a mode byte a sequence at the end."""
-    parts = [np.array([2, 1, 3], "<i4"), np.array([0, 4, 6], "<i8"), np.array([0, 2, 3], "<i8"), np.zeros(3, "i1")]
-    (tmp_path / "x.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 3, 3) + b"".join(part.tobytes() for part in parts))
+    """Megatron's multimodal files: two documents of 2 and 1 sequences, and a mode byte a sequence
+    at the end."""
+    parts = [
+        np.array([2, 1, 3], "<i4"),
+        np.array([0, 4, 6], "<i8"),
+        np.array([0, 2, 3], "<i8"),
+        np.zeros(3, "i1"),
+    ]
+    (tmp_path / "x.idx").write_bytes(
+        HEADER.pack(MAGIC, 1, 8, 3, 3) + b"".join(part.tobytes() for part in parts)
+    )
     (tmp_path / "x.bin").write_bytes(np.arange(6, dtype="<u2").tobytes())
     dataset = IndexedDataset(tmp_path / "x")
     assert (len(dataset), dataset.num_documents, dataset.num_tokens) == (3, 2, 6)
@@ -236,7 +249,9 @@ def test_ten_billion_tokens_open_at_once(tmp_path):
             file.write(np.full(chunk, length, "<i4").tobytes())
         for step, count in ((2 * length, num), (1, num + 1)):
             for start in range(0, count, chunk):
-                file.write((np.arange(start, min(start + chunk, count), dtype="<i8") * step).tobytes())
+                file.write(
+                    (np.arange(start, min(start + chunk, count), dtype="<i8") * step).tobytes()
+                )
     before = resident_kb()
     tracemalloc.start()
     start_time = time.process_time()  # others may have the processor
@@ -246,10 +261,17 @@ def test_ten_billion_tokens_open_at_once(tmp_path):
     seconds = time.process_time() - start_time
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (middle, dataset.num_tokens, len(dataset[num - 1])) == (num // 2 * length, num * length, length)
+    assert (middle, dataset.num_tokens, len(dataset[num - 1])) == (
+        num // 2 * length,
+        num * length,
+        length,
+    )
     assert seconds < 2
-    assert peak < 1 << 20  # a list of the documents, or an array of their lengths, would need 40 MB or more
-    # Pages of the mapping that were looked at count as resident, in units of what the kernel reads ahead.
+    assert (
+        peak < 1 << 20
+    )  # a list of the documents, or an array of their lengths, would need 40 MB or more
+    # Pages of the mapping that were looked at count as resident, in units of what the kernel reads
+    # ahead.
     assert resident_kb() - before < 16 << 10
     (tmp_path / "x.idx").unlink()
 

@@ -34,7 +34,12 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_a_file_is_described(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = said(capsys, corpus, "--start", "1", "--count", "2")
-    for words in ("documents      4", "tokens         72 of uint16", "0 to 307, 72 in 72 tokens", "mean 18.0"):
+    for words in (
+        "documents      4",
+        "tokens         72 of uint16",
+        "0 to 307, 72 in 72 tokens",
+        "mean 18.0",
+    ):
         assert words in found
     assert "shortest 3, median 8, 90% 21, 99% 21, longest 40" in found
     shares = [float(share) for share in re.findall(r"([0-9.]+)% of the tokens", found)]
@@ -44,16 +49,24 @@ def test_a_file_is_described(corpus: Path, capsys: pytest.CaptureFixture[str]) -
     assert "document 3" not in found
 
 
-def test_samples_are_shown_as_the_model_sees_them(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_are_shown_as_the_model_sees_them(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(train=[{"path": str(corpus)}], seq_length=31, order="sequential")
     file = corpus.with_name("config.yaml")
-    file.write_text(yaml.safe_dump({**config.model_dump(mode="json"), "model": {"preset": "llama-1m"}}))
+    file.write_text(
+        yaml.safe_dump({**config.model_dump(mode="json"), "model": {"preset": "llama-1m"}})
+    )
     found = said(capsys, file, "--start", "1", "--count", "1")
     assert re.search(r"corpus +2 +62 +100\.00% +20\.00\n", found)
     # The second sample holds what is left of document 0, all of 1 and most of 2.
     assert "sample 1: corpus's 1, 31 of 31 tokens are predicted" in found
     borders = re.findall(r"document (\d), tokens (\d+) to (\d+) \n(.*?)\s*\n", found)
-    assert [border[:3] for border in borders] == [("0", "0", "8"), ("1", "9", "11"), ("2", "12", "30")]
+    assert [border[:3] for border in borders] == [
+        ("0", "0", "8"),
+        ("1", "9", "11"),
+        ("2", "12", "30"),
+    ]
     assert borders[0][3].startswith("⟦31 ⟧32 33")
     assert borders[1][3] == "100 101 102"
     masked = said(capsys, file, "data.border_loss=false", "--start", "1", "--count", "1")
@@ -65,28 +78,39 @@ def test_samples_are_shown_as_the_model_sees_them(corpus: Path, capsys: pytest.C
     assert "best_fit, order sequential" in packed
 
 
-def test_what_cannot_be_opened_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_opened_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "nothing.bin does not exist" in capsys.readouterr().err
 
 
-def test_documents_are_told_by_the_tokenizer_that_made_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_are_told_by_the_tokenizer_that_made_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = [f"text number {number}, and no other" for number in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, size in (("tokenizer", 300), ("other", 262)):
         train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / name, size)
-    prefix = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "a", tmp_path / "tokenizer", workers=1).prefix
+    prefix = preprocess(
+        [str(tmp_path / "a.jsonl")], tmp_path / "a", tmp_path / "tokenizer", workers=1
+    ).prefix
     capsys.readouterr()
     assert f"\n{texts[7]}\n" in said(capsys, prefix, "--start", 7, "--count", 1)
     assert main(["inspect", prefix, "--tokenizer", str(tmp_path / "other")]) == 2
     assert "another tokenizer" in capsys.readouterr().err
     (tmp_path / "tokenizer").rename(tmp_path / "moved")
     assert texts[7] not in said(capsys, prefix, "--start", 7, "--count", 1)
-    assert texts[7] in said(capsys, prefix, "--start", 7, "--count", 1, "--tokenizer", tmp_path / "moved")
+    assert texts[7] in said(
+        capsys, prefix, "--start", 7, "--count", 1, "--tokenizer", tmp_path / "moved"
+    )
 
 
 NOTES = {
-    "more ids than the model has": ({"vocab_size": 60_000}, "has 60000 token ids, but model.vocab_size"),
+    "more ids than the model has": (
+        {"vocab_size": 60_000},
+        "has 60000 token ids, but model.vocab_size",
+    ),
     "rows for another objective": ({"format": "preference"}, "go with objective.name: dpo"),
     "a mask that is gone": (
         {"format": "chat"},
@@ -99,7 +123,10 @@ NOTES = {
     ),
     "classes that are no texts": ({"labels": ["a", 5]}, ".json: labels = ['a', 5] is not what"),
     "no object": ([], ".json is not a JSON object"),
-    "classes for a model without": ({"format": "classification", "labels": ["a"]}, "model.task: classification"),
+    "classes for a model without": (
+        {"format": "classification", "labels": ["a"]},
+        "model.task: classification",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""What format a file has: known by its name or its content, or refused; never taken for text by default."""
+"""What format a file has: known by its name or its content, or refused; never taken for text by
+default."""
 
 import bz2
 import gzip
@@ -21,7 +22,9 @@ def json_lines(texts):
 
 def texts_of(inputs):
     report = Report()
-    return [document.text for document in iter_documents([str(item) for item in inputs], "text", report)], report
+    return [
+        document.text for document in iter_documents([str(item) for item in inputs], "text", report)
+    ], report
 
 
 LINES = [f"line number {number}" for number in range(5)]
@@ -44,7 +47,12 @@ READ = {
     "a.parquet.snappy": PARQUET, "a.snappy.parquet": PARQUET, "A.PARQUET": PARQUET,
     "part-00002": PARQUET,
 }  # fmt: skip
-TEXTS = {"a.TXT": b"one text", "a.txt.gz": gzip.compress(b"one text"), "README": b"one text", "a.md": b"one text"}
+TEXTS = {
+    "a.TXT": b"one text",
+    "a.txt.gz": gzip.compress(b"one text"),
+    "README": b"one text",
+    "a.md": b"one text",
+}
 NOT_READ = {
     "a.csv": CSV, "a.tsv": CSV.replace(b",", b"\t"), "a.CSV.gz": gzip.compress(CSV),
     "a.json.bz2": bz2.compress(JSONL),
@@ -76,7 +84,9 @@ def test_an_empty_array_holds_no_document(tmp_path, content):
 @pytest.mark.parametrize("name", NOT_READ)
 def test_a_format_that_is_not_read_is_refused_with_those_that_are(tmp_path, name):
     (tmp_path / name).write_bytes(NOT_READ[name])
-    with pytest.raises(DataError, match=r"files of the format \.\w+ are not read; known are JSON lines"):
+    with pytest.raises(
+        DataError, match=r"files of the format \.\w+ are not read; known are JSON lines"
+    ):
         texts_of([tmp_path / name])
     with pytest.raises(DataError, match="no file of documents: files of the format"):
         texts_of([tmp_path])
@@ -95,20 +105,34 @@ def test_a_file_that_says_nothing_of_its_format_is_no_text(tmp_path, name):
 
 
 def test_what_is_taken_for_text_unasked_is_told(tmp_path):
-    files = {"a.json": b'{\n "data": []\n}', "b.json": b"[1, 2]", "c.weird": b"x", "LICENSE": b"y", "d.py": b"z"}
+    files = {
+        "a.json": b'{\n "data": []\n}',
+        "b.json": b"[1, 2]",
+        "c.weird": b"x",
+        "LICENSE": b"y",
+        "d.py": b"z",
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     texts, report = texts_of([tmp_path])
     assert len(texts) == 5
     assert report.as_text == {"": 1, ".json": 2, ".weird": 1}
-    assert "read as plain text, a document each: files 1 without a suffix, 2 .json, 1 .weird" in str(report)
+    assert (
+        "read as plain text, a document each: files 1 without a suffix, 2 .json, 1 .weird"
+        in str(report)
+    )
 
 
 def test_rows_of_an_array_without_a_text_are_named(tmp_path):
-    (tmp_path / "a.json").write_bytes(json.dumps([{"text": "a"}, {"body": "b"}, 3, {"text": 4}]).encode())
+    (tmp_path / "a.json").write_bytes(
+        json.dumps([{"text": "a"}, {"body": "b"}, 3, {"text": 4}]).encode()
+    )
     texts, report = texts_of([tmp_path])
     assert texts == ["a"]
-    assert [message.rpartition(":")[0].rpartition("/")[2].split(":")[1] for message in report.messages[:1]] == ["2"]
+    assert [
+        message.rpartition(":")[0].rpartition("/")[2].split(":")[1]
+        for message in report.messages[:1]
+    ] == ["2"]
     assert report.num_bad == 3
 
 

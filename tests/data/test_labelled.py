@@ -1,4 +1,5 @@
-"""Samples of labelled data: rows stay whole, labels are where the mask says, and other sources mix with them."""
+"""Samples of labelled data: rows stay whole, labels are where the mask says, and other sources mix
+with them."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ from mixtures import config_of
 LENGTHS = [5, 9, 3, 7, 4, 4, 12, 3]
 
 
-def write_rows_of(prefix: Path, lengths: list[int] = LENGTHS, values: int = 1, learned: int = 2) -> Path:
-    """Token k of row r is 100 (r + 1) + k; the last two (`learned`) of each are learned, with values 1 … `values` by
-    row."""
+def write_rows_of(
+    prefix: Path, lengths: list[int] = LENGTHS, values: int = 1, learned: int = 2
+) -> Path:
+    """Token k of row r is 100 (r + 1) + k; the last two (`learned`) of each are learned, with
+    values 1 … `values` by row."""
     with IndexedWriter(prefix, np.uint16, np.uint8) as writer:
         for row, length in enumerate(lengths):
             mask = np.zeros(length, np.int64)
@@ -44,7 +47,11 @@ def mixture(config: Config) -> Mixture:
 
 def make(tmp_path: Path, **data: Any) -> Mixture:
     prefix = write_rows_of(tmp_path / "rows")
-    values: dict[str, Any] = {"train": [{"path": str(prefix)}], "seq_length": 11, "order": "sequential"}
+    values: dict[str, Any] = {
+        "train": [{"path": str(prefix)}],
+        "seq_length": 11,
+        "order": "sequential",
+    }
     return mixture(config_of(**(values | data)))
 
 
@@ -113,9 +120,13 @@ def test_sets_and_numbers_are_stored_and_read(
         ("single_label", ["a"], r"label \['a'\] is none of the 2"),
     ],
 )
-def test_labels_of_another_problem_are_refused(problem: Any, label: Any, words: str, tmp_path: Path) -> None:
+def test_labels_of_another_problem_are_refused(
+    problem: Any, label: Any, words: str, tmp_path: Path
+) -> None:
     labels = ("score",) if problem == "regression" else ("a", "b")
-    encoder = Encoder(Settings("classification", str(write_words(tmp_path)), labels=labels, problem=problem))
+    encoder = Encoder(
+        Settings("classification", str(write_words(tmp_path)), labels=labels, problem=problem)
+    )
     [found] = encoder.encode([{"text": "w7", "label": label}])
     assert isinstance(found, str)
     assert re.search(words, found)
@@ -123,7 +134,11 @@ def test_labels_of_another_problem_are_refused(problem: Any, label: Any, words: 
 
 def test_two_texts_are_put_together_as_by_the_tokenizer(tmp_path: Path) -> None:
     encoder = Encoder(Settings("classification", str(write_words(tmp_path)), labels=("a", "b")))
-    for first, second in (("sentence1", "sentence2"), ("text", "text_pair"), ("premise", "hypothesis")):
+    for first, second in (
+        ("sentence1", "sentence2"),
+        ("text", "text_pair"),
+        ("premise", "hypothesis"),
+    ):
         [[found]] = encoder.encode([{first: "w7 w8", second: "w9", "label": 1}])  # type: ignore[misc]
         assert [*found.ids] == [2, 7, 8, 3, 9, 3]  # type: ignore[union-attr]
         assert found.values.tolist() == [2] * 6  # type: ignore[union-attr]
@@ -142,7 +157,8 @@ def test_types_begin_anew_in_each_document() -> None:
 
 def test_long_rows_are_refused_or_dealt_with_as_chosen(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"train\[0\] .*rows: 2 of 8 rows are longer than the 8 .*, the longest 12; raise"
+        DataError,
+        match=r"train\[0\] .*rows: 2 of 8 rows are longer than the 8 .*, the longest 12; raise",
     ):
         make(tmp_path, seq_length=7)
     dropped = make(tmp_path, seq_length=7, long_rows="drop")
@@ -157,10 +173,24 @@ def test_long_rows_are_refused_or_dealt_with_as_chosen(tmp_path: Path) -> None:
     assert not np.isin([207, 208], windows.tokens).any()
     # What is learned of the longest one is behind the cut: it would be computed for nothing.
     assert not (windows.tokens // 100 == 7).any()
-    assert cut.remarks()[0].endswith("cut at the end; 1 of them have nothing to learn before the cut, and are left out")
-    with pytest.raises(DataError, match=r"none is left with something to learn; raise data.seq_length"):
-        make(tmp_path, train=[{"path": str(write_rows_of(tmp_path / "long", [12, 15]))}], seq_length=7, long_rows="cut")
-    assert len({make(tmp_path, long_rows=choice).fingerprint() for choice in ("refuse", "drop", "cut")}) == 3
+    assert cut.remarks()[0].endswith(
+        "cut at the end; 1 of them have nothing to learn before the cut, and are left out"
+    )
+    with pytest.raises(
+        DataError, match=r"none is left with something to learn; raise data.seq_length"
+    ):
+        make(
+            tmp_path,
+            train=[{"path": str(write_rows_of(tmp_path / "long", [12, 15]))}],
+            seq_length=7,
+            long_rows="cut",
+        )
+    assert (
+        len(
+            {make(tmp_path, long_rows=choice).fingerprint() for choice in ("refuse", "drop", "cut")}
+        )
+        == 3
+    )
 
 
 def test_labelled_and_plain_data_mix(tmp_path: Path) -> None:
@@ -199,12 +229,17 @@ def test_pairs_stay_together(tmp_path: Path) -> None:
             for n in np.unique(documents)
             if (labels[documents == n] > 0).any()
         ]
-        assert all(second == first + 1 and first % 2 == 0 for first, second in zip(rows[::2], rows[1::2], strict=True))
+        assert all(
+            second == first + 1 and first % 2 == 0
+            for first, second in zip(rows[::2], rows[1::2], strict=True)
+        )
         pairs += rows[::2]
     assert sorted(pairs) == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize(("task", "at"), [("classification", "last"), ("classification", "first"), ("labels", "last")])
+@pytest.mark.parametrize(
+    ("task", "at"), [("classification", "last"), ("classification", "first"), ("labels", "last")]
+)
 def test_classes_are_told_at_the_tokens_themselves(
     tmp_path: Path, task: str, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +261,9 @@ def test_classes_are_told_at_the_tokens_themselves(
 def test_a_mask_that_does_not_belong_to_its_tokens_is_refused(tmp_path: Path) -> None:
     prefix = write_rows_of(tmp_path / "rows")
     (tmp_path / "rows.mask").write_bytes(b"\1" * 45)
-    with pytest.raises(DataError, match=r"rows.mask is 45 bytes long, which is not 1, 2 or 8 for each of 47 tokens"):
+    with pytest.raises(
+        DataError, match=r"rows.mask is 45 bytes long, which is not 1, 2 or 8 for each of 47 tokens"
+    ):
         IndexedDataset(prefix)
     with IndexedWriter(prefix, np.uint16) as writer:  # plain text written over it
         writer.add_document(np.arange(9))

@@ -78,18 +78,25 @@ def test_micro_batches_have_the_next_token_as_label(mixture):
 
 def test_layout_of_a_step_over_ranks(mixture):
     # G = 12, B = 2, 3 data ranks: micro-batch m of rank d starts at 10 + (3m + d)·2.
-    found = [[batch.samples.tolist() for batch in steps(mixture, 2, 12, 2, rank, 3, 10)[1]] for rank in range(3)]
+    found = [
+        [batch.samples.tolist() for batch in steps(mixture, 2, 12, 2, rank, 3, 10)[1]]
+        for rank in range(3)
+    ]
     assert found == [[[22, 23], [28, 29]], [[24, 25], [30, 31]], [[26, 27], [32, 33]]]
 
 
 @given(
-    layout=st.sampled_from([(m, d) for m in (1, 2, 3, 4, 6) for d in (1, 2, 3, 4, 8) if 48 % (m * d) == 0]),
+    layout=st.sampled_from(
+        [(m, d) for m in (1, 2, 3, 4, 6) for d in (1, 2, 3, 4, 8) if 48 % (m * d) == 0]
+    ),
     start=st.integers(0, 500),
 )
 @settings(max_examples=25, deadline=None)
 def test_every_layout_trains_on_the_same_samples(mixture, layout, start):
     micro_batch_size, data_size = layout
-    ranks = [steps(mixture, 4, 48, micro_batch_size, rank, data_size, start) for rank in range(data_size)]
+    ranks = [
+        steps(mixture, 4, 48, micro_batch_size, rank, data_size, start) for rank in range(data_size)
+    ]
     for step in range(4):
         index = np.arange(start + 48 * step, start + 48 * (step + 1))
         expected = dict(zip(index.tolist(), mixture.read(index).tokens.tolist(), strict=True))
@@ -99,7 +106,8 @@ def test_every_layout_trains_on_the_same_samples(mixture, layout, start):
 @given(stopped_after=st.integers(0, 6), data_size=st.sampled_from([1, 2, 4]))
 @settings(max_examples=15, deadline=None)
 def test_resumed_equals_uninterrupted_also_on_other_ranks(mixture, stopped_after, data_size):
-    # 100 samples of one source and 50 of the other: both epochs end within these 7 steps of 48, in mid-step.
+    # 100 samples of one source and 50 of the other: both epochs end within these 7 steps of 48, in
+    # mid-step.
     whole = [steps(mixture, 7, 48, 4, 0, 1)]
     with Loader(mixture, 48, 3, 1, 2) as loader:
         list(islice(loader, stopped_after))
@@ -132,7 +140,10 @@ def test_state_leaves_out_what_was_only_read_ahead(mixture):
 
 
 def test_state_of_other_data_is_refused(dataset, mixture):
-    with Loader(make_mixture(dataset, seed=8), 8, 2, 0, 1) as other, Loader(mixture, 8, 2, 0, 1) as loader:
+    with (
+        Loader(make_mixture(dataset, seed=8), 8, 2, 0, 1) as other,
+        Loader(mixture, 8, 2, 0, 1) as loader,
+    ):
         mixture.check_state(loader.state())
         with pytest.raises(DataError, match=r"other data.* train\.seed 8 → 7\."):
             mixture.check_state(other.state(), ["train.seed 8 → 7"])
@@ -214,7 +225,9 @@ def test_batches_for_a_gpu_are_pinned_and_the_same(dataset, monkeypatch) -> None
     for mine, theirs in zip(found[0] + found[1], plain[0] + plain[1], strict=True):
         for name in ("tokens", "labels", "samples", "documents"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
-            assert not any(getattr(mine, name) is x for x in pinned)  # what is handed out is the pinned copy
+            assert not any(
+                getattr(mine, name) is x for x in pinned
+            )  # what is handed out is the pinned copy
 
 
 def test_nothing_is_copied_on_the_cpu(dataset) -> None:

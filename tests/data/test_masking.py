@@ -41,11 +41,14 @@ def test_shares_are_those_of_bert(masking: Masking) -> None:
     assert np.array_equal(inputs[~chosen], tokens[~chosen])
     before, after = tokens[chosen], inputs[chosen]
     random = (after != MASK) & (after != before)
-    # Four standard deviations √(p·q/n) of each share; one of the 92 random tokens is the one that stood there.
+    # Four standard deviations √(p·q/n) of each share; one of the 92 random tokens is the one that
+    # stood there.
     for found, share in (
         (chosen, 0.15), (after == MASK, 0.8), (after == before, 0.1 + 0.1 / 92), (random, 0.1 * 91 / 92)
     ):  # fmt: skip
-        assert found.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / found.size) ** 0.5)
+        assert found.mean() == pytest.approx(
+            share, abs=4 * (share * (1 - share) / found.size) ** 0.5
+        )
     counts = np.bincount(after[random], minlength=VOCAB)
     assert not counts[:5].any(), "no special token is drawn"
     expected = random.sum() / 92
@@ -70,7 +73,9 @@ def test_a_sample_is_masked_alike_beside_any_others(masking: Masking) -> None:
     assert np.array_equal(few_inputs, inputs[[39, 7]])
     assert np.array_equal(few_labels, labels[[39, 7]])
     agree = (labels[:-1] != IGNORE) == (labels[1:] != IGNORE)
-    assert agree.mean() == pytest.approx(0.15**2 + 0.85**2, abs=0.03), "each sample is masked in places of its own"
+    assert agree.mean() == pytest.approx(0.15**2 + 0.85**2, abs=0.03), (
+        "each sample is masked in places of its own"
+    )
 
 
 def train_of(folder: Path, *overrides: str, split: Any = "train") -> Mixture:
@@ -83,12 +88,17 @@ def test_an_epoch_masks_others_than_the_one_before_and_validation_the_same(tmp_p
     mixture = train_of(tmp_path, "data.order=sequential")
     size = mixture.num_samples
     first, again = mixture.read([0]), mixture.read([size])  # one sample, twice
-    whole = [np.where(samples.labels != IGNORE, samples.labels, samples.tokens) for samples in (first, again)]
+    whole = [
+        np.where(samples.labels != IGNORE, samples.labels, samples.tokens)
+        for samples in (first, again)
+    ]
     same = (first.labels == IGNORE) & (again.labels == IGNORE)
     assert np.array_equal(whole[0][same], whole[1][same])
     assert not np.array_equal(first.labels, again.labels)
     valid = train_of(tmp_path, "data.order=sequential", split="valid").read([0])
-    assert not np.array_equal(valid.labels, first.labels), "what is judged was not masked alike in training"
+    assert not np.array_equal(valid.labels, first.labels), (
+        "what is judged was not masked alike in training"
+    )
 
 
 @pytest.mark.parametrize("override", ["objective.share=0.3", "train.seed=4"])
@@ -110,7 +120,9 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path: Path) -> None:
     config = masked_config(tmp_path)
     settings = tmp_path / "tokenizer" / "tokenizer_config.json"
     settings.write_text('{"sep_token": "[SEP]"}')
-    with pytest.raises(DataError, match=r"needs a data\.tokenizer with a mask token: give tokenizer_config\.json a"):
+    with pytest.raises(
+        DataError, match=r"needs a data\.tokenizer with a mask token: give tokenizer_config\.json a"
+    ):
         open_data(config)
 
 
@@ -119,7 +131,9 @@ def test_inspect_shows_what_is_seen_and_what_is_to_be_told(tmp_path: Path) -> No
     with shown.capture() as captured:
         inspect_samples(config, "train", 1, 0, shown)
     samples = train_of(tmp_path, "data.document_mask=true").read([0])
-    words = {"[MASK]": 4, "[CLS]": 2, "[SEP]": 3, "[PAD]": 0, "[UNK]": 1} | {f"w{n}": n for n in range(5, VOCAB)}
+    words = {"[MASK]": 4, "[CLS]": 2, "[SEP]": 3, "[PAD]": 0, "[UNK]": 1} | {
+        f"w{n}": n for n in range(5, VOCAB)
+    }
     told = re.findall(r"⟦(\S+) → (\S+)⟧", captured.get())
     chosen = samples.labels[0] != IGNORE
     assert [(words[seen], words[label]) for seen, label in told] == [

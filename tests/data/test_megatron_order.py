@@ -20,7 +20,8 @@ from mixtures import config_of, windows
 
 
 class Plain:
-    """GPTDataset's order as its three indices say it, element by element; `case`: which way the last epoch went."""
+    """GPTDataset's order as its three indices say it, element by element; `case`: which way the
+    last epoch went."""
 
     def __init__(self, lengths, num_samples, seq_length, seed):
         self.lengths, self.seq_length = lengths, seq_length
@@ -73,7 +74,10 @@ class Plain:
         (position, offset), (last, last_offset) = self.samples[number], self.samples[number + 1]
         tokens = []
         while position < last:
-            tokens += [(self.documents[position], i) for i in range(offset, self.lengths[self.documents[position]])]
+            tokens += [
+                (self.documents[position], i)
+                for i in range(offset, self.lengths[self.documents[position]])
+            ]
             position, offset = position + 1, 0
         return tokens + [(self.documents[last], i) for i in range(offset, last_offset + 1)]
 
@@ -91,7 +95,9 @@ def tokens_of(order, samples):
 
 SHORT, LONG, EMPTY = st.integers(1, 3), st.integers(30, 80), st.just(0)
 CORPORA = st.tuples(
-    st.lists(st.one_of(SHORT, st.integers(1, 20), LONG, EMPTY), min_size=1, max_size=50).filter(any),
+    st.lists(st.one_of(SHORT, st.integers(1, 20), LONG, EMPTY), min_size=1, max_size=50).filter(
+        any
+    ),
     st.one_of(st.none(), st.integers(0, 60)),
     st.integers(1, 12),
     st.integers(0, 2**32 - 1),
@@ -122,11 +128,21 @@ def test_order_is_megatrons(corpus):
 
 @pytest.mark.parametrize(
     ("num_samples", "case"),
-    # An epoch has 99 samples; the last is apart where it gives fewer than int(0.8 · 99) = 79 of those wanted.
-    [(99, "one epoch"), (100, "separate"), (177, "separate"), (178, "together"), (199, "together"), (1010, "separate")],
+    # An epoch has 99 samples; the last is apart where it gives fewer than int(0.8 · 99) = 79 of
+    # those wanted.
+    [
+        (99, "one epoch"),
+        (100, "separate"),
+        (177, "separate"),
+        (178, "together"),
+        (199, "together"),
+        (1010, "separate"),
+    ],
 )
 def test_both_ways_of_the_last_epoch(num_samples, case):
-    lengths = np.random.default_rng(5).multinomial(999, np.ones(30) / 30) + np.eye(1, 30, dtype=int)[0]
+    lengths = (
+        np.random.default_rng(5).multinomial(999, np.ones(30) / 30) + np.eye(1, 30, dtype=int)[0]
+    )
     plain = Plain(lengths.tolist(), num_samples, 10, seed=num_samples)
     assert plain.case == case
     order = MegatronOrder(lengths.astype(np.int32), num_samples, 10, seed=num_samples)
@@ -139,7 +155,10 @@ def test_order_of_more_sequences_than_are_looked_up_at_a_time():
     lengths = np.random.default_rng(0).integers(0, 3, 1_500_000).astype(np.int32)
     order = MegatronOrder(lengths, None, 100, seed=9)
     random = np.random.RandomState(9)
-    stream, shuffle = np.arange(len(lengths), dtype=np.int32), np.arange(order.num_samples, dtype=np.uint32)
+    stream, shuffle = (
+        np.arange(len(lengths), dtype=np.int32),
+        np.arange(order.num_samples, dtype=np.uint32),
+    )
     random.shuffle(stream)
     random.shuffle(shuffle)
     sequence = np.repeat(stream, lengths[stream])
@@ -169,7 +188,11 @@ def test_order_reads_lengths_where_they_lie_in_an_index_file():
 
 
 def test_order_refuses_what_cannot_be_ordered():
-    for lengths, what in [([], "0 sequences"), ([3, -1], "negative"), ([0, 0], "0 tokens are too few")]:
+    for lengths, what in [
+        ([], "0 sequences"),
+        ([3, -1], "negative"),
+        ([0, 0], "0 tokens are too few"),
+    ]:
         with pytest.raises(DataError, match=what):
             MegatronOrder(np.array(lengths, np.int32), 5, 4, 0)
     with pytest.raises(ValueError, match="2\\*\\*32"):
@@ -243,17 +266,26 @@ def test_blend_refuses_weights_that_are_none():
         with pytest.raises(DataError, match="weights"):
             sizes_of(weights, 10)
     native = pytest.importorskip("megalite._data").blend_greedily
-    for size, weights in [(-1, np.ones(1)), (3, np.ones(0)), (3, np.ones((1, 1))), (3, np.ones(40_000))]:
+    for size, weights in [
+        (-1, np.ones(1)),
+        (3, np.ones(0)),
+        (3, np.ones((1, 1))),
+        (3, np.ones(40_000)),
+    ]:
         with pytest.raises(ValueError, match="shape"):
             native(weights, size)
 
 
 @pytest.mark.parametrize("paths", [["a"], ["a", "b"]])
 def test_a_run_in_megatrons_order_reads_these_tokens(tmp_path, paths):
-    """From a config with a split to the batches: sequence numbers, splits, epochs and the blend all fit together."""
+    """From a config with a split to the batches: sequence numbers, splits, epochs and the blend all
+    fit together."""
     lengths, flat, split = {"a": [9, 1, 30, 4, 12, 7, 20, 3], "b": [40, 2, 17, 15]}, {}, (3, 1, 0)
     for number, name in enumerate(paths):
-        flat[name] = [[1000 * number + 100 * i + j for j in range(length)] for i, length in enumerate(lengths[name], 1)]
+        flat[name] = [
+            [1000 * number + 100 * i + j for j in range(length)]
+            for i, length in enumerate(lengths[name], 1)
+        ]
         with IndexedWriter(tmp_path / name, np.uint16) as writer:
             for tokens in flat[name]:
                 writer.add_document(tokens)
@@ -268,16 +300,23 @@ def test_a_run_in_megatrons_order_reads_these_tokens(tmp_path, paths):
     plains = {name: Plain(kept[name], size, 8, 7) for name, size in zip(paths, sizes, strict=True)}
     taken, expected = [0] * len(paths), []
     for i in range(100):
-        of_source = max(range(len(paths)), key=lambda d: (weights[d] / sum(weights) * max(i, 1) - taken[d], -d))
+        of_source = max(
+            range(len(paths)), key=lambda d: (weights[d] / sum(weights) * max(i, 1) - taken[d], -d)
+        )
         sample = plains[paths[of_source]].sample(taken[of_source])
         expected.append([flat[paths[of_source]][sequence][offset] for sequence, offset in sample])
         taken[of_source] += 1
     assert windows(train, np.arange(100)).tolist() == expected
     assert list(train.consumed(100).values()) == taken
-    assert list(train.consumed(50).values()) == np.bincount(train.order.locate(np.arange(50))[0]).tolist()
+    assert (
+        list(train.consumed(50).values())
+        == np.bincount(train.order.locate(np.arange(50))[0]).tolist()
+    )
     with pytest.raises(ValueError, match="not among the run's 100"):
         train.read([100])
     # Validation starts behind what is for training, and is read in a row.
     assert valid.read([0]).tokens[0, 0] == flat[paths[-1]][len(kept[paths[-1]])][0]
-    other = build_mixtures(config_of(**config.data.model_dump(), seed=7, steps=26, batch=4))["train"]
+    other = build_mixtures(config_of(**config.data.model_dump(), seed=7, steps=26, batch=4))[
+        "train"
+    ]
     assert other.fingerprint() != train.fingerprint()  # another number of samples is another order

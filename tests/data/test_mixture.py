@@ -38,7 +38,9 @@ def dataset(tmp_path: Path) -> IndexedDataset:
 
 def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDataset) -> None:
     source = PackedSource(dataset, 1, len(LENGTHS), seq_length=16, capacity=17)
-    mixture = mixture_of([source], order="sequential", view=View(document_mask=True, border_loss=False))
+    mixture = mixture_of(
+        [source], order="sequential", view=View(document_mask=True, border_loss=False)
+    )
     tokens, labels, documents, *_ = mixture.read(np.arange(source.num_samples))
     assert documents is not None
     cut_in = set()
@@ -48,7 +50,9 @@ def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDatas
         # Wherever a label stands, it is the next token of the file, in the same document.
         follows = np.append(tokens[row, 1:], labels[row, -1])
         assert (labels[row][is_label] == follows[is_label]).all()
-        predicted += [(int(t), int(n)) for t, n in zip(tokens[row][is_label], follows[is_label], strict=True)]
+        predicted += [
+            (int(t), int(n)) for t, n in zip(tokens[row][is_label], follows[is_label], strict=True)
+        ]
         borders = np.flatnonzero(np.diff(documents[row])) + 1
         for part in np.split(tokens[row], borders):
             numbers = part[part != END]
@@ -56,7 +60,8 @@ def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDatas
                 assert numbers.tolist() == list(range(numbers[0], numbers[0] + len(numbers)))
                 cut_in.add(int(np.searchsorted(np.cumsum(LENGTHS), numbers[0], side="right")))
     assert len(predicted) == len(set(predicted))
-    # A pair of neighbours within a document is predicted, but for one at each cut of a document longer than a sample.
+    # A pair of neighbours within a document is predicted, but for one at each cut of a document
+    # longer than a sample.
     cuts = sum((length - 1) // 17 for length in LENGTHS[1:])
     assert len(predicted) == sum(length - 1 for length in LENGTHS[1:]) - cuts
     assert cut_in == {2, 3, 4, 5, 6, 7, 8, 9}  # document 1 is an END alone
@@ -72,7 +77,9 @@ def test_packing_cuts_only_what_is_longer_than_a_sample(tmp_path: Path) -> None:
 
 
 def test_padding_is_not_predicted_and_is_no_documents(tmp_path: Path) -> None:
-    mixture = mixture_of([PackedSource(write(tmp_path / "one", [6]), 0, 1, 16, 17)], view=View(document_mask=True))
+    mixture = mixture_of(
+        [PackedSource(write(tmp_path / "one", [6]), 0, 1, 16, 17)], view=View(document_mask=True)
+    )
     tokens, labels, documents, *_ = mixture.read([0])
     assert documents is not None
     assert tokens[0].tolist() == [0, 1, 2, 3, 4, END, *[0] * 10]
@@ -134,7 +141,10 @@ def test_epochs_as_weights(corpora: list[dict]) -> None:
 
 
 def test_phases_change_the_shares_and_go_on_in_each_source(corpora: list[dict]) -> None:
-    phases = [{"after_step": 20, "weights": {"small": 1.0}}, {"after_step": 30, "weights": {"small": 3, "large": 1}}]
+    phases = [
+        {"after_step": 20, "weights": {"small": 1.0}},
+        {"after_step": 30, "weights": {"small": 3, "large": 1}},
+    ]
     train = build_mixtures(config_of(batch=4, train=corpora, seq_length=10, phases=phases))["train"]
     assert train is not None
     source, sample = train.order.locate(np.arange(80 + 40 + BLOCK))
@@ -161,7 +171,9 @@ def test_consumed_counts_what_locate_says_in_any_phase(sizes, lengths, count, da
     begins = [0, *np.cumsum(np.array(lengths, np.int64)).tolist()]
     weight = st.integers(0, 3)
     phases = [
-        Phase(begin, data.draw(st.lists(weight, min_size=len(sizes), max_size=len(sizes)).filter(any)))
+        Phase(
+            begin, data.draw(st.lists(weight, min_size=len(sizes), max_size=len(sizes)).filter(any))
+        )
         for begin in begins
     ]
     order = PhasedOrder(sizes, phases, 0, "shuffle")
@@ -176,9 +188,15 @@ def test_consumed_counts_what_locate_says_in_any_phase(sizes, lengths, count, da
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"phases": [{"after_step": 5, "weights": {"smal": 1}}]}, "source 'smal'; those of train are small, large"),
+        (
+            {"phases": [{"after_step": 5, "weights": {"smal": 1}}]},
+            "source 'smal'; those of train are small, large",
+        ),
         ({"phases": [{"after_step": 5, "weights": {"small": 0}}]}, "above 0"),
-        ({"phases": [{"after_step": s, "weights": {"small": 1}} for s in (5, 5)]}, r"begin after \[5, 5\]"),
+        (
+            {"phases": [{"after_step": s, "weights": {"small": 1}} for s in (5, 5)]},
+            r"begin after \[5, 5\]",
+        ),
         ({"order": "megatron", "packing": "best_fit"}, "no `packing`; leave it at 'concat'"),
         ({"order": "megatron", "weights": "epochs"}, "no `weights`; leave it at 'tokens'"),
         ({"order": "megatron", "temperature": 2.0}, "no `temperature`; leave it at 1.0"),
@@ -202,9 +220,13 @@ def test_no_two_sources_have_one_name(corpora: list[dict], order: str, where: st
         [first, first, second | {"name": str(first["path"])}],
     ]
     for sources in same:
-        with pytest.raises(ConfigError, match=r"sources \d and \d are both named .*; give each a `name` of its own"):
+        with pytest.raises(
+            ConfigError, match=r"sources \d and \d are both named .*; give each a `name` of its own"
+        ):
             config_of(seq_length=10, order=order, **{"train": corpora, where: sources})
-    config = config_of(seq_length=10, order=order, train=[first | {"name": "x"}, first | {"name": "y"}])
+    config = config_of(
+        seq_length=10, order=order, train=[first | {"name": "x"}, first | {"name": "y"}]
+    )
     train = build_mixtures(config)["train"]
     assert train is not None
     consumed = train.consumed(40)
@@ -227,15 +249,20 @@ def parts_of(turned: list[int]) -> list[int]:
 def test_turned_documents_are_the_same_documents(tmp_path: Path, spm_rate: float) -> None:
     dataset = write(tmp_path / "x", [40, 5, 64, 30, 200, SHORTEST + 1, SHORTEST, 100, 53])
     source = TokenSource(dataset, 0, dataset.num_tokens, 127)
-    view = View(document_mask=True, fim=FillInTheMiddle(1.0, spm_rate, PREFIX, MIDDLE, SUFFIX, END, seed=1))
+    view = View(
+        document_mask=True, fim=FillInTheMiddle(1.0, spm_rate, PREFIX, MIDDLE, SUFFIX, END, seed=1)
+    )
     turned, plain = (
-        mixture_of([source], order="sequential", view=v).read(np.arange(4)) for v in (view, View(document_mask=True))
+        mixture_of([source], order="sequential", view=v).read(np.arange(4))
+        for v in (view, View(document_mask=True))
     )
     assert (turned.labels[:, :-1] == turned.tokens[:, 1:]).all()
     count, spm = 0, 0
     for row, before, documents in zip(turned.tokens, plain.tokens, plain.documents, strict=True):
         borders = np.flatnonzero(np.diff(documents)) + 1
-        for part, original in zip(np.split(row, borders)[:-1], np.split(before, borders)[:-1], strict=True):
+        for part, original in zip(
+            np.split(row, borders)[:-1], np.split(before, borders)[:-1], strict=True
+        ):
             content = original[original != END].tolist()
             if len(content) < SHORTEST:
                 assert (part == original).all()
@@ -266,8 +293,8 @@ def test_what_is_turned_depends_on_the_sample_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_done_to_training_data_is_not_done_to_validation(tmp_path: Path) -> None:
-    """Filling in the middle, shuffling, phases and Megatron's order: validation and test read documents as they are,
-    one after another, so that their losses can be compared."""
+    """Filling in the middle, shuffling, phases and Megatron's order: validation and test read
+    documents as they are, one after another, so that their losses can be compared."""
     write(tmp_path / "a", [50] * 300)
     write(tmp_path / "b", [50] * 300)
     prefixes = [{"path": str(tmp_path / name), "name": name} for name in "ab"]

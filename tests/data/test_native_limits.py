@@ -1,4 +1,5 @@
-"""`megalite._data` is given what nobody should give it: it raises, and neither crashes nor goes on for ever.
+"""`megalite._data` is given what nobody should give it: it raises, and neither crashes nor goes on
+for ever.
 
 The calls are made in a process of their own, which a crash ends."""
 
@@ -129,7 +130,9 @@ def test_numbers_at_odd_addresses_are_refused() -> None:
         "blend": lambda: _data.blend_greedily(odd("<f8"), 3),
         "pack": lambda: _data.pack(odd("<i4"), 3),
         "permute": lambda: _data.permute_in_place(odd("<u8"), np.zeros(4, np.uint64), 3, 1),
-        "join": lambda: _data.join_documents(np.ones(4, np.uint32), odd("<i8"), -1, -1, np.zeros(12, np.uint16)),
+        "join": lambda: _data.join_documents(
+            np.ones(4, np.uint32), odd("<i8"), -1, -1, np.zeros(12, np.uint16)
+        ),
         "starts": lambda: _data.document_starts(zeros, zeros, 2, odd("<i8"), zeros),
     }
     for call in calls.values():

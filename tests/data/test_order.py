@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.order import BLOCK, Blend, permute, permute_in_place_reference, quotas, sample_in_epoch
+from megalite.data.order import (
+    BLOCK,
+    Blend,
+    permute,
+    permute_in_place_reference,
+    quotas,
+    sample_in_epoch,
+)
 from megalite.utils.keys import key_of
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -26,11 +33,18 @@ def test_permute_stays_in_range_and_keeps_indices_apart(size, key, data):
 
 
 def test_order_never_changes_between_versions():
-    # A run is resumed by counting samples: another permutation, however good, would repeat some and drop others.
+    # A run is resumed by counting samples: another permutation, however good, would repeat some and
+    # drop others.
     assert key_of(1234, "epoch", 0, 7) == 0xD27B6D0E71567F69
     assert permute(np.arange(10), 10, 2024).tolist() == [5, 1, 9, 4, 8, 3, 0, 7, 6, 2]
-    assert permute(np.arange(3), 2**40, 2**64 - 1).tolist() == [713615072000, 277984673367, 247055026180]
-    source, position = Blend([1.0, 2.0], seed=5, order="shuffle").locate(np.arange(BLOCK, BLOCK + 4))
+    assert permute(np.arange(3), 2**40, 2**64 - 1).tolist() == [
+        713615072000,
+        277984673367,
+        247055026180,
+    ]
+    source, position = Blend([1.0, 2.0], seed=5, order="shuffle").locate(
+        np.arange(BLOCK, BLOCK + 4)
+    )
     assert (source.tolist(), position.tolist()) == ([0, 0, 1, 0], [21845, 21846, 43691, 21847])
 
 
@@ -38,7 +52,8 @@ def test_permute_has_no_serial_correlation():
     for size in (50_000, 65_536, 100_003):
         image = permute(np.arange(size), size, key_of(size)).astype(float)
         for lag in (1, 2, 256):
-            # Of independent values it has a standard deviation of 1/sqrt(size); 5 of them is once in two million.
+            # Of independent values it has a standard deviation of 1/sqrt(size); 5 of them is once
+            # in two million.
             assert abs(np.corrcoef(image[:-lag], image[lag:])[0, 1]) < 5 / size**0.5
         assert abs(np.corrcoef(image, np.arange(size))[0, 1]) < 5 / size**0.5
 
@@ -47,7 +62,9 @@ def test_permute_has_no_serial_correlation():
 def test_permute_sends_each_index_everywhere_alike(size):
     num_keys = 20_000
     keys = np.array([key_of(number) for number in range(num_keys)], np.uint64)
-    image = permute(np.tile(np.arange(size), (num_keys, 1)), size, np.repeat(keys[:, None], size, 1))
+    image = permute(
+        np.tile(np.arange(size), (num_keys, 1)), size, np.repeat(keys[:, None], size, 1)
+    )
     counts = np.array([np.bincount(image[:, index], minlength=size) for index in range(size)])
     chi_squared = ((counts - num_keys / size) ** 2 / (num_keys / size)).sum()
     freedom = (size - 1) ** 2
@@ -59,13 +76,18 @@ def test_permute_sends_each_index_everywhere_alike(size):
 def test_different_keys_give_unrelated_permutations(first, second):
     index = np.arange(1000)
     equal = int((permute(index, 1000, first) == permute(index, 1000, second)).sum())
-    assert equal == 1000 if first == second else equal < 12  # Poisson with mean 1: above 11 once in a billion
+    assert (
+        equal == 1000 if first == second else equal < 12
+    )  # Poisson with mean 1: above 11 once in a billion
 
 
 def test_permute_takes_a_key_for_each_index_and_keeps_shapes():
     keys = np.array([[3, 2**63], [5, 3]], np.uint64)
     index = np.array([[0, 1], [2, 2]])
-    each = [[int(permute(i, 11, int(k))) for i, k in zip(*rows, strict=True)] for rows in zip(index, keys, strict=True)]
+    each = [
+        [int(permute(i, 11, int(k))) for i, k in zip(*rows, strict=True)]
+        for rows in zip(index, keys, strict=True)
+    ]
     assert permute(index, 11, keys).tolist() == each
     assert permute(np.empty(0, np.int64), 11, 3).shape == (0,)
 
@@ -77,7 +99,19 @@ def test_permute_refuses_what_is_out_of_range(index, size):
 
 
 def test_key_of_tells_every_list_of_parts_apart():
-    lists = [(), (1,), ("1",), (1, 2), (12,), (2, 1), ("1, 2",), ("a", "b"), ("a', 'b",), (-1,), (2**70,)]
+    lists = [
+        (),
+        (1,),
+        ("1",),
+        (1, 2),
+        (12,),
+        (2, 1),
+        ("1, 2",),
+        ("a", "b"),
+        ("a', 'b",),
+        (-1,),
+        (2**70,),
+    ]
     assert len({key_of(*parts) for parts in lists}) == len(lists)
     assert key_of(np.int64(3), "x") == key_of(3, "x")
 
@@ -116,7 +150,8 @@ def test_every_block_has_the_exact_quota_and_each_position_once(order):
 def test_blocks_are_ordered_differently_and_by_the_seed():
     index = np.arange(BLOCK)
     sources = [
-        Blend([1, 1], seed, "shuffle").locate(index + block * BLOCK)[0] for seed, block in [(1, 0), (1, 1), (2, 0)]
+        Blend([1, 1], seed, "shuffle").locate(index + block * BLOCK)[0]
+        for seed, block in [(1, 0), (1, 1), (2, 0)]
     ]
     for one, other in [(0, 1), (0, 2), (1, 2)]:
         # Two fair coins agree half of the time, with a standard deviation of 1/512; 5 of them.
@@ -130,7 +165,9 @@ def test_sequential_blend_interleaves_evenly_and_keeps_each_sources_order():
         assert np.array_equal(position[source == number], np.arange(2 * quota))
         taken = np.cumsum(source == number)
         share = np.arange(1, 2 * BLOCK + 1) * quota / BLOCK
-        assert np.abs(taken - share).max() < 2  # never more than two samples ahead of its share or behind
+        assert (
+            np.abs(taken - share).max() < 2
+        )  # never more than two samples ahead of its share or behind
 
 
 def test_a_source_alone_keeps_its_order():
@@ -176,7 +213,9 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own():
 def test_both_permutations_are_one(size, data):
     native = pytest.importorskip("megalite._data").permute_in_place
     values = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), np.uint64)
-    keys = np.array(data.draw(st.lists(KEYS, min_size=len(values), max_size=len(values))), np.uint64)
+    keys = np.array(
+        data.draw(st.lists(KEYS, min_size=len(values), max_size=len(values))), np.uint64
+    )
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     expected, found = values.copy(), values.copy()
     permute_in_place_reference(expected, keys, size, half_bits)

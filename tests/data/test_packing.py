@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 from megalite.data.packing import Packing, best_fit, pack, pack_reference
 
 CORPORA = st.integers(1, 40).flatmap(
-    lambda capacity: st.tuples(st.lists(st.integers(0, 3 * capacity + 1), max_size=60), st.just(capacity))
+    lambda capacity: st.tuples(
+        st.lists(st.integers(0, 3 * capacity + 1), max_size=60), st.just(capacity)
+    )
 )
 
 
 def bins_of(packing: Packing) -> list[list[tuple[int, int, int]]]:
     pieces = list(
-        zip(packing.document.tolist(), packing.offset.tolist(), packing.length.tolist(), strict=True),
+        zip(
+            packing.document.tolist(), packing.offset.tolist(), packing.length.tolist(), strict=True
+        ),
     )
     ends = packing.first_piece.tolist()
     return [pieces[first:end] for first, end in itertools.pairwise(ends)]
@@ -61,15 +65,26 @@ def test_packing_holds_every_token_once_and_cuts_only_what_is_too_long(corpus):
     lengths, capacity = corpus
     packing = best_fit(np.array(lengths, np.int32), capacity)
     bins = bins_of(packing)
-    tokens = [(document, offset + i) for pieces in bins for document, offset, length in pieces for i in range(length)]
-    assert sorted(tokens) == [(document, i) for document, length in enumerate(lengths) for i in range(length)]
+    tokens = [
+        (document, offset + i)
+        for pieces in bins
+        for document, offset, length in pieces
+        for i in range(length)
+    ]
+    assert sorted(tokens) == [
+        (document, i) for document, length in enumerate(lengths) for i in range(length)
+    ]
     assert all(0 < sum(length for _, _, length in pieces) <= capacity for pieces in bins)
-    cut = {document for pieces in bins for document, _, length in pieces if length < lengths[document]}
+    cut = {
+        document for pieces in bins for document, _, length in pieces if length < lengths[document]
+    }
     assert cut == {document for document, length in enumerate(lengths) if length > capacity}
     assert packing.num_truncated == len(cut)
     assert all(pieces == sorted(pieces) for pieces in bins)
     strides = in_strides(len(lengths))
-    first_placed = [min(pieces, key=lambda piece: (-piece[2], strides.index(piece[0]))) for pieces in bins]
+    first_placed = [
+        min(pieces, key=lambda piece: (-piece[2], strides.index(piece[0]))) for pieces in bins
+    ]
     assert first_placed == sorted(first_placed)
 
 
@@ -78,7 +93,9 @@ def test_packing_holds_every_token_once_and_cuts_only_what_is_too_long(corpus):
 def test_native_packing_equals_the_reference(corpus):
     native = pytest.importorskip("megalite._data").pack
     lengths, capacity = np.array(corpus[0], np.int32), corpus[1]
-    for fast, slow in zip(native(lengths, capacity), pack_reference(lengths, capacity), strict=True):
+    for fast, slow in zip(
+        native(lengths, capacity), pack_reference(lengths, capacity), strict=True
+    ):
         assert fast.dtype == slow.dtype
         assert fast.tolist() == slow.tolist()
 
@@ -106,7 +123,8 @@ def test_bins_do_not_stand_in_order_of_length():
     num_pieces = np.diff(packing.first_piece)
     longest = np.maximum.reduceat(packing.length, packing.first_piece[:-1])
     for value in (num_pieces, longest):
-        # Of independent values it has a standard deviation of 1/sqrt(bins); 5 of them is once in two million.
+        # Of independent values it has a standard deviation of 1/sqrt(bins); 5 of them is once in
+        # two million.
         assert abs(np.corrcoef(np.arange(len(value)), value)[0, 1]) < 5 / len(value) ** 0.5
 
 

@@ -40,7 +40,10 @@ def json_lines(texts, key="text"):
 
 def texts_of(inputs, json_key="text"):
     report = Report()
-    return [document.text for document in iter_documents([str(item) for item in inputs], json_key, report)], report
+    return [
+        document.text
+        for document in iter_documents([str(item) for item in inputs], json_key, report)
+    ], report
 
 
 def parts_of(text, size):
@@ -50,10 +53,14 @@ def parts_of(text, size):
 SOME = ["one", "  two\n\ttwo ", "drei é 日本 😀", "x" * 200_000, "last"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst"]
+)
 def test_json_lines(tmp_path, name):
     data = json_lines(SOME)
-    packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(Path(name).suffix, bytes)(data)
+    packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(
+        Path(name).suffix, bytes
+    )(data)
     (tmp_path / name).write_bytes(packed)
     texts, report = texts_of([tmp_path / name])
     assert texts == SOME
@@ -65,7 +72,9 @@ def test_frames_joined_in_one_file(tmp_path, suffix):
     pack = gzip.compress if suffix == "gz" else zstandard.ZstdCompressor().compress
     half = len(json_lines(SOME[:2])) - 3  # the joint lies within a line
     data = json_lines(SOME)
-    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(data[:half]) + pack(data[half:]) + bytes(100_000))
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(
+        pack(data[:half]) + pack(data[half:]) + bytes(100_000)
+    )
     assert texts_of([tmp_path / f"a.jsonl.{suffix}"])[0] == SOME
 
 
@@ -122,7 +131,9 @@ def test_report_keeps_the_first_messages_and_counts_all(tmp_path):
 
 def test_parquet(tmp_path):
     texts = [*SOME, None, "", *map(str, range(700))]
-    parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"text": texts, "id": range(len(texts))}), tmp_path / "a.parquet"
+    )
     broken = pyarrow.array([b"good", b"\xff", b"fine"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 nonsense")
@@ -138,7 +149,9 @@ def test_parquet(tmp_path):
     found, report = texts_of([tmp_path / "a.parquet"], "body")
     assert (found, report.messages) == (
         [],
-        [f"{tmp_path}/a.parquet:1: unreadable from this row on: no column 'body'; columns here: text, id"],
+        [
+            f"{tmp_path}/a.parquet:1: unreadable from this row on: no column 'body'; columns here: text, id"
+        ],
     )
 
 
@@ -167,7 +180,9 @@ def tree(tmp_path):
 def test_folders(tree):
     texts, report = texts_of([tree])
     assert texts == ["import os\r\n", "in c", "packed text", '{\n  "text": 1\n}\n', "y", "# z"]
-    assert report.messages == [f"{tree}/latin.txt:2: not UTF-8: invalid continuation byte at byte 8"]
+    assert report.messages == [
+        f"{tree}/latin.txt:2: not UTF-8: invalid continuation byte at byte 8"
+    ]
     assert (report.num_hidden, report.num_binary, report.num_empty, report.num_bad) == (2, 1, 1, 1)
 
 
@@ -186,8 +201,12 @@ def test_inputs_that_match_nothing_are_errors(tree, item, monkeypatch):
 
 def corpus(tmp_path, batches=8):
     """Library sources in pieces of all sizes, among them empty ones, over several batches."""
-    text = "".join((LIBRARY / name).read_text() for name in ("argparse.py", "inspect.py", "typing.py"))
-    texts = [*parts_of(text, 3000), "", text, *parts_of(text, 500), "", "日本 é"] * max(batches // 2, 1)
+    text = "".join(
+        (LIBRARY / name).read_text() for name in ("argparse.py", "inspect.py", "typing.py")
+    )
+    texts = [*parts_of(text, 3000), "", text, *parts_of(text, 500), "", "日本 é"] * max(
+        batches // 2, 1
+    )
     (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
     return tmp_path / "a.jsonl", texts
 
@@ -197,15 +216,21 @@ def test_same_bytes_for_any_workers_and_same_ids_as_transformers(tmp_path, token
 
     path, texts = corpus(tmp_path)
     for workers in (1, 2, 3):
-        preprocess([str(path)], tmp_path / f"w{workers}", tokenizer, append_eod=True, workers=workers)
+        preprocess(
+            [str(path)], tmp_path / f"w{workers}", tokenizer, append_eod=True, workers=workers
+        )
     preprocess([str(path)], tmp_path / "exact", tokenizer, append_eod=True, workers=2, exact=True)
     for suffix in ("bin", "idx", "json"):
-        one, two, three = ((tmp_path / f"w{w}_text_document.{suffix}").read_bytes() for w in (1, 2, 3))
+        one, two, three = (
+            (tmp_path / f"w{w}_text_document.{suffix}").read_bytes() for w in (1, 2, 3)
+        )
         assert one == two == three
         if suffix != "json":
             assert (tmp_path / f"exact_text_document.{suffix}").read_bytes() == one
     theirs = AutoTokenizer.from_pretrained(tokenizer)
-    expected = [[*ids, theirs.eos_token_id] for ids in theirs([text for text in texts if text])["input_ids"]]
+    expected = [
+        [*ids, theirs.eos_token_id] for ids in theirs([text for text in texts if text])["input_ids"]
+    ]
     dataset = IndexedDataset(tmp_path / "w2_text_document")
     assert dataset.dtype == np.dtype("<u2")
     assert [dataset[i].tolist() for i in range(len(dataset))] == expected
@@ -213,7 +238,9 @@ def test_same_bytes_for_any_workers_and_same_ids_as_transformers(tmp_path, token
 
 def test_metadata_and_key_in_the_name(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "", "two"], "body") + b"nonsense\n")
-    result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "deep" / "x", tokenizer, json_key="body")
+    result = preprocess(
+        [str(tmp_path / "a.jsonl")], tmp_path / "deep" / "x", tokenizer, json_key="body"
+    )
     assert result.prefix == str(tmp_path / "deep" / "x_body_document")
     dataset = IndexedDataset(result.prefix)
     opened = load_tokenizer(tokenizer)
@@ -221,13 +248,20 @@ def test_metadata_and_key_in_the_name(tmp_path, tokenizer):
     metadata = json.loads(Path(f"{result.prefix}.json").read_text())
     assert metadata["tokenizer_fingerprint"] == opened.fingerprint()
     assert metadata["inputs"] == [str(tmp_path / "a.jsonl")]
-    wanted = {"num_documents": 2, "num_tokens": dataset.num_tokens, "vocab_size": 1000, "num_empty": 1, "num_bad": 1}
+    wanted = {
+        "num_documents": 2,
+        "num_tokens": dataset.num_tokens,
+        "vocab_size": 1000,
+        "num_empty": 1,
+        "num_bad": 1,
+    }
     assert {key: metadata[key] for key in wanted} == wanted
     assert "a.jsonl:4: not JSON" in str(result)
 
 
 def begins_with(tokenizer, folder, adds):
-    """The tokenizer with a BOS token, which it has every text begin with if `adds`, as Llama 3's."""
+    """The tokenizer with a BOS token, which it has every text begin with if `adds`, as Llama
+    3's."""
     import tokenizers
     from tokenizers import processors
 
@@ -235,25 +269,48 @@ def begins_with(tokenizer, folder, adds):
     raw.add_special_tokens(["<|begin|>"])
     if adds:
         begin = raw.token_to_id("<|begin|>")
-        raw.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+        raw.post_processor = processors.TemplateProcessing(
+            "<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+        )
     folder.mkdir()
     raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"})
+    )
     return folder
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_documents_begin_and_end_once(tmp_path, tokenizer, exact):
-    """With BOS where the tokenizer has texts begin so, or as asked; never twice, whatever the text spells out."""
-    texts = ["one", "<|begin|>two", "three<|endoftext|>", "<|begin|>", "<|endoftext|>", "<|begin|>x<|endoftext|>\n"]
+    """With BOS where the tokenizer has texts begin so, or as asked; never twice, whatever the text
+    spells out."""
+    texts = [
+        "one",
+        "<|begin|>two",
+        "three<|endoftext|>",
+        "<|begin|>",
+        "<|endoftext|>",
+        "<|begin|>x<|endoftext|>\n",
+    ]
     (tmp_path / "a.jsonl").write_bytes(json_lines([*texts, ""]))
     for adds in (True, False):
         folder = begins_with(tokenizer, tmp_path / f"adds-{adds}", adds)
         opened = load_tokenizer(folder)
         begin, end = opened.begin_id, opened.eod_id
-        for prepend, append in [(None, True), (True, True), (False, True), (True, False), (None, False)]:
+        for prepend, append in [
+            (None, True),
+            (True, True),
+            (False, True),
+            (True, False),
+            (None, False),
+        ]:
             result = preprocess(
-                [str(tmp_path / "a.jsonl")], tmp_path / "x", folder, append_eod=append, exact=exact, prepend_bos=prepend
+                [str(tmp_path / "a.jsonl")],
+                tmp_path / "x",
+                folder,
+                append_eod=append,
+                exact=exact,
+                prepend_bos=prepend,
             )
             begun = adds if prepend is None else prepend
             expected = [
@@ -264,7 +321,9 @@ def test_documents_begin_and_end_once(tmp_path, tokenizer, exact):
             assert [dataset[i].tolist() for i in range(len(dataset))] == expected
             assert ("each document begins with <|begin|>" in str(result)) == begun
             assert result.settings["begin_id"] == (begin if begun else None)
-    with pytest.raises(DataError, match="names no token that begins a text, which --prepend-bos needs"):
+    with pytest.raises(
+        DataError, match="names no token that begins a text, which --prepend-bos needs"
+    ):
         preprocess([str(tmp_path / "a.jsonl")], tmp_path / "x", tokenizer, prepend_bos=True)
 
 
@@ -298,7 +357,8 @@ def test_failure_half_way_leaves_what_was_there(tmp_path, tokenizer, monkeypatch
 
 
 def test_reading_never_runs_far_ahead():
-    """What bounds the memory: however long the input, only so many blocks are read before results are taken."""
+    """What bounds the memory: however long the input, only so many blocks are read before results
+    are taken."""
     read = 0
 
     def endless():
@@ -308,7 +368,9 @@ def test_reading_never_runs_far_ahead():
             yield "block"
 
     with ThreadPoolExecutor(2) as pool:
-        results = module.in_order(endless(), len, pool, workers=2)  # len stands in for the tokenizer
+        results = module.in_order(
+            endless(), len, pool, workers=2
+        )  # len stands in for the tokenizer
         for taken in range(1, 50):
             assert next(results) == ("block", 5)
             assert read - taken < module.BLOCKS_PER_WORKER * 2
@@ -325,7 +387,16 @@ def tool(tmp_path, *arguments):
 
 def test_tool_succeeds_with_warnings_and_fails_without_documents(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one"]) + b"nonsense\n")
-    process = tool(tmp_path, "--input", "a.jsonl", "--output-prefix", "x", "--tokenizer", tokenizer, "--append-eod")
+    process = tool(
+        tmp_path,
+        "--input",
+        "a.jsonl",
+        "--output-prefix",
+        "x",
+        "--tokenizer",
+        tokenizer,
+        "--append-eod",
+    )
     out, _ = process.communicate()
     assert process.returncode == 0
     assert "x_text_document: 1 documents" in out
@@ -344,7 +415,16 @@ def test_tool_succeeds_with_warnings_and_fails_without_documents(tmp_path, token
 def test_interrupted_tool_leaves_no_files_and_no_processes(tmp_path, tokenizer, number):
     path, _ = corpus(tmp_path, batches=60)
     process = tool(
-        tmp_path, "--input", path, "--output-prefix", "x", "--tokenizer", tokenizer, "--workers", 2, "--exact"
+        tmp_path,
+        "--input",
+        path,
+        "--output-prefix",
+        "x",
+        "--tokenizer",
+        tokenizer,
+        "--workers",
+        2,
+        "--exact",
     )
     partial = tmp_path / "x_text_document.bin.tmp"
     while not (partial.exists() and partial.stat().st_size):
@@ -375,7 +455,9 @@ def test_idle_workers_end_with_a_killed_parent(tmp_path):
     (tmp_path / "idle.py").write_text(IDLE_POOL)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "idle.py")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"[1, 2]\n"
         process.kill()
@@ -407,7 +489,9 @@ def test_a_long_text_file_becomes_several_documents(
     text = "".join(f"line {i} é日\n" for i in range(40))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     report = Report()
-    found = [document.text for document in iter_documents([str(tmp_path / "a.txt")], "text", report)]
+    found = [
+        document.text for document in iter_documents([str(tmp_path / "a.txt")], "text", report)
+    ]
     assert "".join(found) == text
     assert (len(found) == 1) == (longest > len(text.encode()))
     if 7 < longest <= len(text):
@@ -415,4 +499,6 @@ def test_a_long_text_file_becomes_several_documents(
         assert max(map(len, found)) <= longest + 20
     (tmp_path / "a.txt").write_bytes(text.encode() + b"ab\xff")
     list(iter_documents([str(tmp_path / "a.txt")], "text", report))
-    assert report.messages == [f"{tmp_path}/a.txt:41: not UTF-8: invalid start byte at byte {len(text.encode()) + 2}"]
+    assert report.messages == [
+        f"{tmp_path}/a.txt:41: not UTF-8: invalid start byte at byte {len(text.encode()) + 2}"
+    ]

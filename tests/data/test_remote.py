@@ -18,7 +18,13 @@ from megalite.config_file import parse_config
 from megalite.data import remote, store
 from megalite.data.documents import Report, iter_documents
 from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
-from megalite.data.remote import BLOCK_BYTES, BLOCKS_PER_REQUEST, CachedObject, cache_folder, local_copy
+from megalite.data.remote import (
+    BLOCK_BYTES,
+    BLOCKS_PER_REQUEST,
+    CachedObject,
+    cache_folder,
+    local_copy,
+)
 from megalite.errors import ConfigError, DataError
 from object_store import ObjectStore
 from ranks import run_ranks
@@ -40,7 +46,8 @@ def server(monkeypatch):
     server = ObjectStore()
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
-    # Stores are kept by their arguments, which do not say that the environment names another server.
+    # Stores are kept by their arguments, which do not say that the environment names another
+    # server.
     import fsspec
 
     store._use_obstore.cache_clear()
@@ -69,12 +76,18 @@ def test_only_the_blocks_asked_for_are_fetched_and_once(server):
     assert file.size == len(held(file)) == len(content)
     assert not server.asked  # opening reads nothing
     B = BLOCK_BYTES
-    fetch(file, (5, 6), (B - 1, B), (3 * B - 1, 3 * B + 1), (len(content) - 1, len(content)), (7, 7))
+    fetch(
+        file, (5, 6), (B - 1, B), (3 * B - 1, 3 * B + 1), (len(content) - 1, len(content)), (7, 7)
+    )
     expected = bytearray(len(content))
     for block in (0, 2, 3, 39):
         expected[block * B : (block + 1) * B] = content[block * B : (block + 1) * B]
     assert held(file) == bytes(expected)
-    assert server.asked == {("b/x", 0, B): 1, ("b/x", 2 * B, 4 * B): 1, ("b/x", 39 * B, len(content)): 1}
+    assert server.asked == {
+        ("b/x", 0, B): 1,
+        ("b/x", 2 * B, 4 * B): 1,
+        ("b/x", 39 * B, len(content)): 1,
+    }
     fetch(file, (0, B), (2 * B, 4 * B))
     fetch(CachedObject("s3://b/x"), (0, B))  # another one, as another run would open it
     assert server.count("x") == 3
@@ -132,8 +145,12 @@ def test_a_store_that_answers_with_too_few_bytes(cache):
     files = fsspec.filesystem("memory")
     files.pipe("/short/x", b"0123456789")
     file = CachedObject("memory://short/x")
-    file._store._files = type("Short", (), {"cat_file": lambda self, path, start, end: b"01", "info": files.info})()
-    with pytest.raises(DataError, match=r"memory://short/x cannot be read .*2 bytes came of \[0, 10\)"):
+    file._store._files = type(
+        "Short", (), {"cat_file": lambda self, path, start, end: b"01", "info": files.info}
+    )()
+    with pytest.raises(
+        DataError, match=r"memory://short/x cannot be read .*2 bytes came of \[0, 10\)"
+    ):
         fetch(file, (0, 10))
     assert local_copy("memory://short/x").read_bytes() == b"0123456789"
 
@@ -145,7 +162,9 @@ def test_objects_that_are_not_there_or_not_ours(server):
     with pytest.raises(DataError, match="s3://b/folder is a folder"):
         CachedObject("s3://b/folder")
     server.before = lambda name, start, end: 403
-    with pytest.raises(DataError, match=r"s3://b/folder/x cannot be read \(attempt 1\): PermissionDenied"):
+    with pytest.raises(
+        DataError, match=r"s3://b/folder/x cannot be read \(attempt 1\): PermissionDenied"
+    ):
         local_copy("s3://b/folder/x")
     with pytest.raises(DataError, match="nonsense://b/x"):
         CachedObject("nonsense://b/x")
@@ -201,7 +220,12 @@ print(hashlib.sha256(file.path.read_bytes()).hexdigest())
 """
     orders = ("range(24)", "range(24)", "range(23, -1, -1)")
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, order], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, order],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for order in orders
     ]
     for process in processes:
@@ -228,7 +252,8 @@ def test_threads_fetch_a_block_once(server):
 
 
 def test_two_of_the_same_object_in_one_process_fetch_a_block_once(server, monkeypatch):
-    """As the files of two splits are: the loader's thread reads one while an evaluation reads the other."""
+    """As the files of two splits are: the loader's thread reads one while an evaluation reads the
+    other."""
     server.objects["b/x"] = random_bytes(1)
     asked, waits = threading.Event(), threading.Event()
 
@@ -249,7 +274,9 @@ def test_two_of_the_same_object_in_one_process_fetch_a_block_once(server, monkey
     assert sum(server.asked.values()) == 1
 
 
-@pytest.mark.parametrize("moment", ["after it is found to exist", "before the file is opened", "before it is locked"])
+@pytest.mark.parametrize(
+    "moment", ["after it is found to exist", "before the file is opened", "before it is locked"]
+)
 def test_another_process_removes_the_folder_just_then(server, monkeypatch, moment):
     server.objects["b/x"] = content = random_bytes(1)
     folder = CachedObject("s3://b/x").path.parent
@@ -295,7 +322,10 @@ def test_killed_while_fetching(server):
     assert reached.wait(60)
     file = CachedObject("s3://b/x")
     deadline = time.monotonic() + 30
-    while held(file)[BLOCK_BYTES : 2 * BLOCK_BYTES] == bytes(BLOCK_BYTES) and time.monotonic() < deadline:
+    while (
+        held(file)[BLOCK_BYTES : 2 * BLOCK_BYTES] == bytes(BLOCK_BYTES)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)  # until block 1, which came first of its round, lies in the file
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -325,7 +355,8 @@ def test_a_full_disk_makes_room_from_what_is_not_in_use(server, monkeypatch):
     is_full = used.path.exists
     server.objects["b/third"] = b"x"
     with pytest.raises(
-        DataError, match=r"s3://b/third: its cache .* cannot be used: No space left on device; .*MEGALITE_CACHE"
+        DataError,
+        match=r"s3://b/third: its cache .* cannot be used: No space left on device; .*MEGALITE_CACHE",
     ):
         local_copy("s3://b/third")
 
@@ -370,7 +401,9 @@ def test_token_files(server, tmp_path):
     starts = rng.integers(0, local.num_tokens - 100, 10)
     far.fetch(starts, 100)
     for start in starts:
-        assert far.tokens[start : start + 100].tolist() == local.tokens[start : start + 100].tolist()
+        assert (
+            far.tokens[start : start + 100].tolist() == local.tokens[start : start + 100].tolist()
+        )
     assert far.read(5, 9999).tolist() == local.read(5, 9999).tolist()
     assert far.fingerprint() == local.fingerprint()  # a run may go on from a copy elsewhere
     assert read_note("s3://b/data/x") == {"vocab_size": 60000}
@@ -388,12 +421,16 @@ def test_two_ranks_train_from_a_store_as_from_files(server, tmp_path):
     short = ("train.steps=4", "checkpoint.every=4", "observe.eval_every=4")
     sources = json.dumps([{"path": "s3://b/corpus"}])
     local = make_config(tmp_path, "llama", "run.name=local", *short)
-    far = make_config(tmp_path, "llama", "run.name=far", *short, f"data.train={sources}", f"data.valid={sources}")
+    far = make_config(
+        tmp_path, "llama", "run.name=far", *short, f"data.train={sources}", f"data.valid={sources}"
+    )
     run_ranks(2, train_on_rank, [local, far])
     assert curve_of(far) == curve_of(local)
     assert len(curve_of(far)) == 4
     assert max(server.asked.values()) == 1  # of both ranks and both splits
-    written = [path for path in (*far.run.folder.rglob("*"), *cache_folder().rglob("*")) if path.is_file()]
+    written = [
+        path for path in (*far.run.folder.rglob("*"), *cache_folder().rglob("*")) if path.is_file()
+    ]
     assert any(path.name == "config.yaml" for path in written)
     assert not any(b"secret-of-tests" in path.read_bytes() for path in written)
 
@@ -405,7 +442,11 @@ def test_texts(server, tmp_path):
     from pyarrow import parquet
 
     lines = [json.dumps({"text": f"number {i} " + "x" * 3000}) for i in range(400)]
-    parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(1000)]}), tmp_path / "t", row_group_size=100)
+    parquet.write_table(
+        pyarrow.table({"text": [f"row {i}" for i in range(1000)]}),
+        tmp_path / "t",
+        row_group_size=100,
+    )
     server.objects |= {
         "b/in/1.jsonl": "\n".join(lines[:200]).encode(),
         "b/in/2.jsonl.gz": gzip.compress("\n".join(lines[200:]).encode()),
@@ -445,9 +486,14 @@ def test_a_text_that_breaks_off_is_reported_and_the_others_are_read(server):
     server.objects |= {"b/1.jsonl": b'{"text": "one"}\n', "b/2.jsonl": b'{"text": "two"}\n'}
     server.before = lambda name, start, end: 500 if name == "b/1.jsonl" else None
     report = Report()
-    assert [document.text for document in iter_documents(["s3://b/*.jsonl"], "text", report)] == ["two"]
+    assert [document.text for document in iter_documents(["s3://b/*.jsonl"], "text", report)] == [
+        "two"
+    ]
     assert report.num_bad == 1
-    assert "s3://b/1.jsonl:1: unreadable from here on: s3://b/1.jsonl cannot be read (attempt 9)" in report.messages[0]
+    assert (
+        "s3://b/1.jsonl:1: unreadable from here on: s3://b/1.jsonl cannot be read (attempt 9)"
+        in report.messages[0]
+    )
 
 
 def test_streams_are_read_ahead_and_end_with_their_reader(server, monkeypatch):
@@ -465,7 +511,9 @@ def test_streams_are_read_ahead_and_end_with_their_reader(server, monkeypatch):
     assert file.tell() == len(content)
 
 
-@pytest.mark.parametrize("url", ["s3://key:hush-hush@b/x", "https://host/x?X-Amz-Signature=hush-hush"])
+@pytest.mark.parametrize(
+    "url", ["s3://key:hush-hush@b/x", "https://host/x?X-Amz-Signature=hush-hush"]
+)
 def test_secrets_in_urls_are_refused_and_not_repeated(url, tmp_path):
     config = make_config(tmp_path).model_dump(mode="json")
     config["data"]["train"] = [{"path": url}]

@@ -1,4 +1,5 @@
-"""Labelled data: rows of every format become the tokens and masks that transformers' own templates say."""
+"""Labelled data: rows of every format become the tokens and masks that transformers' own templates
+say."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ import tokenizers
 import yaml
 from tokenizers import pre_tokenizers, processors
 
-from chats import CHATML, ENDED, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_rows, write_tokenizer
+from chats import (
+    CHATML,
+    ENDED,
+    FORGETFUL,
+    MARKED,
+    MARKED_WITHOUT_END,
+    PLAIN,
+    write_rows,
+    write_tokenizer,
+)
 from megalite.cli import main
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset
@@ -41,7 +51,9 @@ def documents(prefix: Path) -> list[tuple[list[int], list[int]]]:
     data = IndexedDataset(prefix)
     assert data.mask is not None
     starts = data.starts_of_documents(0, data.num_documents)
-    return [(data.tokens[a:b].tolist(), data.mask[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+    return [
+        (data.tokens[a:b].tolist(), data.mask[a:b].tolist()) for a, b in itertools.pairwise(starts)
+    ]
 
 
 def learned(tokenizer: Path, document: tuple[list[int], list[int]]) -> list[str]:
@@ -52,13 +64,17 @@ def learned(tokenizer: Path, document: tuple[list[int], list[int]]) -> list[str]
     return [opened.decode(ids[a:b]) for a, b in itertools.pairwise(borders) if mask[a]]
 
 
-def made(tmp_path: Path, rows: list[dict[str, Any]], tokenizer: Path, **settings: Any) -> list[tuple[list[int], Any]]:
+def made(
+    tmp_path: Path, rows: list[dict[str, Any]], tokenizer: Path, **settings: Any
+) -> list[tuple[list[int], Any]]:
     file = write_rows(tmp_path / "rows.jsonl", rows)
     preprocess_rows([str(file)], tmp_path / "data", Settings(tokenizer=str(tokenizer), **settings))
     return documents(tmp_path / "data")
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED, MARKED_WITHOUT_END], ids=["prefixes", "marked", "end-unmarked"])
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED, MARKED_WITHOUT_END], ids=["prefixes", "marked", "end-unmarked"]
+)
 def test_a_chat_is_what_transformers_makes_of_it(tmp_path: Path, template: str) -> None:
     from transformers import AutoTokenizer
 
@@ -77,15 +93,21 @@ def test_a_chat_is_what_transformers_makes_of_it(tmp_path: Path, template: str) 
 
 
 def test_the_template_for_a_model_that_has_none(tmp_path: Path) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", (configs_dir() / "chat_template.jinja").read_text())
+    tokenizer = write_tokenizer(
+        tmp_path / "tokenizer", (configs_dir() / "chat_template.jinja").read_text()
+    )
     [found] = made(tmp_path, [{"messages": CHAT[1:3]}], tokenizer, format="chat")
     text = load_tokenizer(tokenizer).decode(found[0])
-    assert text == f"### user\n{CHAT[1]['content']}\n\n### assistant\n{CHAT[2]['content']}<|endoftext|>\n\n"
+    assert (
+        text
+        == f"### user\n{CHAT[1]['content']}\n\n### assistant\n{CHAT[2]['content']}<|endoftext|>\n\n"
+    )
     assert learned(tokenizer, found) == [f"{CHAT[2]['content']}<|endoftext|>"]
 
 
 def test_a_template_that_renders_the_last_turn_differently(tmp_path: Path) -> None:
-    """As Qwen3's and R1's, of which no conversation's rendering begins with that of its first turns."""
+    """As Qwen3's and R1's, of which no conversation's rendering begins with that of its first
+    turns."""
     tokenizer = write_tokenizer(tmp_path / "tokenizer", FORGETFUL)
     [found] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
     assert learned(tokenizer, found) == ["hello, ünï\n<|im_end|>", "thinking Paris<|im_end|>"]
@@ -115,7 +137,11 @@ def test_other_names_of_the_same_chat(tmp_path: Path) -> None:
         {"role": "assistant", "content": "hello"},
     ]
     plain = [{"role": "user", "content": "say hello"}, {"role": "assistant", "content": "hello"}]
-    rows: list[dict[str, Any]] = [{"conversations": turns}, {"messages": parts}, {"messages": plain}]
+    rows: list[dict[str, Any]] = [
+        {"conversations": turns},
+        {"messages": parts},
+        {"messages": plain},
+    ]
     assert len({str(found) for found in made(tmp_path, rows, tokenizer, format="chat")}) == 1
 
 
@@ -123,7 +149,10 @@ def test_completions(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     rows: list[dict[str, Any]] = [
         {"prompt": "the capital of France is", "completion": " Paris"},
-        {"prompt": "say hel", "completion": "lo"},  # one token across the border when written together
+        {
+            "prompt": "say hel",
+            "completion": "lo",
+        },  # one token across the border when written together
         {"prompt": CHAT[:2], "completion": CHAT[2:3]},
     ]
     found = made(tmp_path, rows, tokenizer, format="completion")
@@ -145,14 +174,17 @@ def changed(tokenizer: Path, change: Callable[[tokenizers.Tokenizer], None]) -> 
 
 
 def test_a_space_before_an_answer_is_the_prompts(tmp_path: Path) -> None:
-    """Also where the tokenizer leaves spaces out of the places of its tokens, as that of GPT-NeoX."""
+    """Also where the tokenizer leaves spaces out of the places of its tokens, as that of
+    GPT-NeoX."""
 
     def trim(opened: tokenizers.Tokenizer) -> None:
         opened.post_processor = processors.ByteLevel(trim_offsets=True)
 
     tokenizer = changed(write_tokenizer(tmp_path / "tokenizer"), trim)
     prompt = "say hello to "
-    [document] = made(tmp_path, [{"prompt": prompt, "completion": "the world"}], tokenizer, format="completion")
+    [document] = made(
+        tmp_path, [{"prompt": prompt, "completion": "the world"}], tokenizer, format="completion"
+    )
     asked = load_tokenizer(tokenizer).encode(prompt)
     assert document[0][: len(asked)] == asked
     assert learned(tokenizer, document) == ["the world<|endoftext|>"]
@@ -163,12 +195,15 @@ def test_a_text_stays_what_it_is_where_every_text_gets_a_space(tmp_path: Path) -
         opened.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
     tokenizer = changed(write_tokenizer(tmp_path / "tokenizer"), put_space)
-    [(ids, _)] = made(tmp_path, [{"prompt": "say hel", "completion": "lo"}], tokenizer, format="completion")
+    [(ids, _)] = made(
+        tmp_path, [{"prompt": "say hel", "completion": "lo"}], tokenizer, format="completion"
+    )
     assert load_tokenizer(tokenizer).decode(ids) == " say hello<|endoftext|>"
 
 
 def test_a_text_begins_as_the_model_is_asked(tmp_path: Path) -> None:
-    """With the token that some tokenizers have begin every text; a template puts it there itself."""
+    """With the token that some tokenizers have begin every text; a template puts it there
+    itself."""
 
     def begin(opened: tokenizers.Tokenizer) -> None:
         token = "<|user|>"
@@ -207,7 +242,9 @@ def test_a_source_and_its_target_end_each_by_itself(tmp_path: Path) -> None:
     for (source, target), (ids, mask) in zip((row.values() for row in rows), found, strict=True):
         sides = [[*opened.encode(side), opened.eod_id] for side in (source, target)]
         assert ids == sides[0] + sides[1]
-        assert mask == [0] * len(sides[0]) + [1] * len(sides[1]), "the target's first token is learned, too"
+        assert mask == [0] * len(sides[0]) + [1] * len(sides[1]), (
+            "the target's first token is learned, too"
+        )
 
 
 def test_preferences_are_two_documents(tmp_path: Path) -> None:
@@ -215,18 +252,30 @@ def test_preferences_are_two_documents(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "say", "chosen": " hello", "rejected": " world"},
         {"messages": CHAT[:2], "chosen": "hello", "rejected": "world"},
-        {"prompt": CHAT[:2], "chosen": {"role": "assistant", "content": "hello"}, "rejected": [CHAT[4]]},
+        {
+            "prompt": CHAT[:2],
+            "chosen": {"role": "assistant", "content": "hello"},
+            "rejected": [CHAT[4]],
+        },
         {"chosen": CHAT, "rejected": [*CHAT[:4], {"role": "assistant", "content": "hello"}]},
     ]
-    found = [learned(tokenizer, document) for document in made(tmp_path, rows, tokenizer, format="preference")]
-    ends = [f"{answer}<|im_end|>" for answer in ("hello", "world", "hello", "Paris", "Paris", "hello")]
+    found = [
+        learned(tokenizer, document)
+        for document in made(tmp_path, rows, tokenizer, format="preference")
+    ]
+    ends = [
+        f"{answer}<|im_end|>" for answer in ("hello", "world", "hello", "Paris", "Paris", "hello")
+    ]
     assert found == [[" hello<|endoftext|>"], [" world<|endoftext|>"], *([end] for end in ends)]
 
 
 def test_classes_and_labels(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     found = made(
-        tmp_path, [{"text": "hello", "label": "b"}, {"text": "Paris", "label": "a"}], tokenizer, format="classification"
+        tmp_path,
+        [{"text": "hello", "label": "b"}, {"text": "Paris", "label": "a"}],
+        tokenizer,
+        format="classification",
     )
     assert [set(mask) for _, mask in found] == [{2}, {1}]
     assert json.loads((tmp_path / "data.json").read_text())["labels"] == ["a", "b"]
@@ -234,7 +283,9 @@ def test_classes_and_labels(tmp_path: Path) -> None:
     [(ids, mask)] = made(tmp_path, rows, tokenizer, format="labels")
     opened = load_tokenizer(tokenizer)
     assert len(ids) > 4
-    marked = {opened.decode([token])[:2]: value for token, value in zip(ids, mask, strict=True) if value}
+    marked = {
+        opened.decode([token])[:2]: value for token, value in zip(ids, mask, strict=True) if value
+    }
     assert list(marked.values()) == [1, 3], "the first token of each word that has a label"
     assert json.loads((tmp_path / "data.json").read_text())["labels"] == ["0", "1", "2"]
 
@@ -267,17 +318,37 @@ WRONG = [
 @pytest.mark.parametrize(
     ("label", "names", "why"),
     [
-        (["a"], (), r"rows.jsonl:1: \['a'\] is a list of labels, which --problem multi_label takes"),
-        ({"a": 1}, (), r"no row has a label; the first row: .*rows.jsonl:1: label \{'a': 1\} is neither a word nor a num"),
-        (None, (), r"no row has a label; the first row: .*: no field 'label' or 'labels' or 'score'; fields here: text$"),
+        (
+            ["a"],
+            (),
+            r"rows.jsonl:1: \['a'\] is a list of labels, which --problem multi_label takes",
+        ),
+        (
+            {"a": 1},
+            (),
+            r"no row has a label; the first row: .*rows.jsonl:1: label \{'a': 1\} is neither a word nor a num",
+        ),
+        (
+            None,
+            (),
+            r"no row has a label; the first row: .*: no field 'label' or 'labels' or 'score'; fields here: text$",
+        ),
         (1.5, (), r"labels must be all words or all numbers; found: 1\.5; name them"),
         ("a", ("a", "b", "a"), "--labels names 'a' twice"),
     ],
 )
-def test_labels_that_name_no_classes_are_refused(tmp_path: Path, label: Any, names: tuple[str, ...], why: str) -> None:
+def test_labels_that_name_no_classes_are_refused(
+    tmp_path: Path, label: Any, names: tuple[str, ...], why: str
+) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(DataError, match=why):
-        made(tmp_path, [{"text": "x", "label": label}], tokenizer, format="classification", labels=names)
+        made(
+            tmp_path,
+            [{"text": "x", "label": label}],
+            tokenizer,
+            format="classification",
+            labels=names,
+        )
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -288,7 +359,9 @@ def test_no_input_is_written_over(tmp_path: Path, link: bool) -> None:
     if link:
         (tmp_path / "chats.json").symlink_to(file)
     before = file.read_bytes()
-    with pytest.raises(DataError, match=r"is an input, and .*chats\.json would be written over it; name another"):
+    with pytest.raises(
+        DataError, match=r"is an input, and .*chats\.json would be written over it; name another"
+    ):
         preprocess_rows([str(file)], tmp_path / "chats", Settings("completion", str(tokenizer)))
     written = tmp_path / "x_text_document.json"
     written.write_text('{"text": "a"}')
@@ -353,9 +426,14 @@ def test_a_dataset_names_its_classes(tmp_path: Path) -> None:
 
     tokenizer, names = write_tokenizer(tmp_path / "tokenizer"), ["O", "PLACE"]
     features = datasets.Features(
-        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(datasets.ClassLabel(names=names))}
+        {
+            "tokens": datasets.List(datasets.Value("string")),
+            "ner_tags": datasets.List(datasets.ClassLabel(names=names)),
+        }
     )
-    rows = datasets.Dataset.from_list([{"tokens": ["to", "Paris"], "ner_tags": [0, 1]}], features=features)
+    rows = datasets.Dataset.from_list(
+        [{"tokens": ["to", "Paris"], "ner_tags": [0, 1]}], features=features
+    )
     rows.save_to_disk(str(tmp_path / "rows"))
     preprocess_rows([str(tmp_path / "rows")], tmp_path / "data", Settings("labels", str(tokenizer)))
     assert json.loads((tmp_path / "data.json").read_text())["labels"] == names
@@ -369,9 +447,15 @@ def test_what_is_learned_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["inspect", str(tmp_path / "data")]) == 0
     said = capsys.readouterr().out
     assert "format         chat" in said
-    assert "⟦<|im_start|>user\nsay hello ✓<|im_end|>\n<|im_start|>assistant\n⟧hello, ünï\n<|im_end|>⟦\n⟧" in said
+    assert (
+        "⟦<|im_start|>user\nsay hello ✓<|im_end|>\n<|im_start|>assistant\n⟧hello, ünï\n<|im_end|>⟦\n⟧"
+        in said
+    )
     config = config_of(
-        train=[{"path": str(tmp_path / "data")}], seq_length=64, document_mask=True, tokenizer=str(tokenizer)
+        train=[{"path": str(tmp_path / "data")}],
+        seq_length=64,
+        document_mask=True,
+        tokenizer=str(tokenizer),
     ).model_dump(mode="json")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({**config, "model": {"preset": "llama-1m"}}))
@@ -385,29 +469,52 @@ def test_a_folder_of_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "all" / "dataset_dict.json").write_text("{}")
     with pytest.raises(DataError, match=r"several splits; give one of them, such as .*/train"):
         preprocess_rows(
-            [str(tmp_path / "all")], tmp_path / "data", Settings("chat", str(write_tokenizer(tmp_path / "t")))
+            [str(tmp_path / "all")],
+            tmp_path / "data",
+            Settings("chat", str(write_tokenizer(tmp_path / "t"))),
         )
 
 
 def test_a_tokenizer_without_template_or_end_is_refused(tmp_path: Path) -> None:
     bare = write_tokenizer(tmp_path / "bare", template=None)
-    with pytest.raises(DataError, match=r"has no chat template; put one into .*chat_template.jinja"):
+    with pytest.raises(
+        DataError, match=r"has no chat template; put one into .*chat_template.jinja"
+    ):
         made(tmp_path, [{"messages": CHAT}], bare, format="chat")
 
 
 def test_workers_do_not_change_the_files(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    rows = [{"prompt": f"say {number}", "completion": " hello" * (number % 5 + 1)} for number in range(600)]
+    rows = [
+        {"prompt": f"say {number}", "completion": " hello" * (number % 5 + 1)}
+        for number in range(600)
+    ]
     wanted = made(tmp_path, rows, tokenizer, format="completion")
-    preprocess_rows([str(tmp_path / "rows.jsonl")], tmp_path / "two", Settings("completion", str(tokenizer)), workers=2)
+    preprocess_rows(
+        [str(tmp_path / "rows.jsonl")],
+        tmp_path / "two",
+        Settings("completion", str(tokenizer)),
+        workers=2,
+    )
     assert documents(tmp_path / "two") == wanted
 
 
 def test_the_tool_says_what_it_wrote_or_why_not(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "say", "completion": " hello"}, {"prompt": "say"}])
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "say", "completion": " hello"}, {"prompt": "say"}]
+    )
     tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-    options = ["--format", "completion", "--input", str(rows), "--tokenizer", str(tokenizer), "--workers", "1"]
+    options = [
+        "--format",
+        "completion",
+        "--input",
+        str(rows),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "1",
+    ]
     command = [sys.executable, str(tool), *options, "--output-prefix", str(tmp_path / "data")]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2

@@ -55,7 +55,14 @@ def alone(tmp_path, tokenizer, inputs):
 
 
 def shard(tmp_path, tokenizer, inputs, index, count, **options):
-    return preprocess(inputs, tmp_path / "x" / "x", tokenizer, append_eod=True, shard=Shard(index, count), **options)
+    return preprocess(
+        inputs,
+        tmp_path / "x" / "x",
+        tokenizer,
+        append_eod=True,
+        shard=Shard(index, count),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 30])
@@ -67,24 +74,34 @@ def test_shards_join_into_the_bytes_of_one_job(tmp_path, tokenizer, inputs, alon
         assert not list(tmp_path.glob("x/x_text_document.bin"))
     whole = shard(tmp_path, tokenizer, inputs, order[-1], count)
     assert [Path(f"{whole.prefix}.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
-    assert sorted(path.name for path in tmp_path.glob("x/*")) == [f"x_text_document.{s}" for s in SUFFIXES]
+    assert sorted(path.name for path in tmp_path.glob("x/*")) == [
+        f"x_text_document.{s}" for s in SUFFIXES
+    ]
     again = shard(tmp_path, tokenizer, inputs, 0, count)
     assert (again.remark, again.num_tokens) == ("complete already", whole.num_tokens)
 
 
-def test_finished_shards_are_kept_unless_something_changed(tmp_path, tokenizer, inputs, alone, monkeypatch):
+def test_finished_shards_are_kept_unless_something_changed(
+    tmp_path, tokenizer, inputs, alone, monkeypatch
+):
     first = shard(tmp_path, tokenizer, inputs, 0, 3)
     monkeypatch.setattr(module, "iter_blocks", lambda *_: pytest.fail("it was tokenized again"))
     assert shard(tmp_path, tokenizer, inputs, 0, 3).remark == "complete already"
     monkeypatch.undo()
     assert shard(tmp_path, tokenizer, inputs, 0, 3, exact=True).tokenized_by == "tokenizers"
-    assert shard(tmp_path, tokenizer, inputs, 0, 3).remark == "complete already"  # exact serves as well
+    assert (
+        shard(tmp_path, tokenizer, inputs, 0, 3).remark == "complete already"
+    )  # exact serves as well
     with open(f"{first.prefix}.bin", "ab") as file:
         file.write(b"..")  # not what its .idx says
     assert shard(tmp_path, tokenizer, inputs, 0, 3).tokenized_by == "gigatoken"
-    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(1, 3))  # without ends of documents
+    preprocess(
+        inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(1, 3)
+    )  # without ends of documents
     shard(tmp_path, tokenizer, inputs, 2, 3)
-    assert not list(tmp_path.glob("x/x_text_document.bin"))  # the second one does not belong to the others
+    assert not list(
+        tmp_path.glob("x/x_text_document.bin")
+    )  # the second one does not belong to the others
     whole = shard(tmp_path, tokenizer, inputs, 1, 3)
     assert [Path(f"{whole.prefix}.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
 
@@ -109,9 +126,18 @@ def test_no_document_in_any_shard(tmp_path, tokenizer):
 
 
 def tool(tmp_path, tokenizer, inputs, *options):
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *inputs, "--output-prefix", "x/x"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        *inputs,
+        "--output-prefix",
+        "x/x",
+    ]
     command += ["--tokenizer", str(tokenizer), "--append-eod", "--workers", "1", *options]
-    return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+    )
 
 
 def test_jobs_side_by_side(tmp_path, tokenizer, inputs, alone):
@@ -120,20 +146,28 @@ def test_jobs_side_by_side(tmp_path, tokenizer, inputs, alone):
     outputs = [job.communicate()[0].decode() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
     assert any("x_text_document: " in output for output in outputs)
-    assert [(tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
+    assert [
+        (tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES
+    ] == alone
     assert len(list(tmp_path.glob("x/*"))) == 3
 
 
 @pytest.mark.parametrize(
     ("holder", "name", "number"),
     [
-        *[(IndexedDataset, name, number) for name in ("_read_header", "_check_ends") for number in (1, 2, 3)],
+        *[
+            (IndexedDataset, name, number)
+            for name in ("_read_header", "_check_ends")
+            for number in (1, 2, 3)
+        ],
         *[(shards, "read_metadata", number) for number in (1, 2, 3, 4)],
         (shards, "open", 1),
         (shards.fcntl, "flock", 1),
     ],
 )
-def test_another_job_joins_just_then(tmp_path, tokenizer, inputs, alone, monkeypatch, holder, name, number):
+def test_another_job_joins_just_then(
+    tmp_path, tokenizer, inputs, alone, monkeypatch, holder, name, number
+):
     monkeypatch.setattr(shards, "join", lambda *_: None)
     for index in range(2):
         shard(tmp_path, tokenizer, inputs, index, 2)
@@ -150,7 +184,9 @@ def test_another_job_joins_just_then(tmp_path, tokenizer, inputs, alone, monkeyp
     monkeypatch.setattr(holder, name, after_the_other, raising=False)
     assert shard(tmp_path, tokenizer, inputs, 1, 2).num_tokens
     assert len(calls) == number
-    assert [(tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
+    assert [
+        (tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES
+    ] == alone
     assert len(list(tmp_path.glob("x/*"))) == 3
 
 
@@ -182,7 +218,9 @@ module.IndexedWriter.finish = stuck
 module.preprocess({inputs!r}, {str(tmp_path / "x" / "x")!r}, {str(tokenizer)!r}, append_eod=True, shard=Shard(1, 2))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"half-written\n"
         process.send_signal(signal.SIGKILL)
@@ -217,7 +255,9 @@ def test_pairs_are_appended_without_their_tokens_being_read(tmp_path, monkeypatc
         calls.append(count)
         if kernel == "refuses" or (kernel == "gives up" and len(calls) % 2 == 0):
             raise OSError(errno.EXDEV, "another file system")
-        return copy(source, target, min(count, 700))  # the kernel may copy less than it was asked for
+        return copy(
+            source, target, min(count, 700)
+        )  # the kernel may copy less than it was asked for
 
     if kernel == "has nothing":
         monkeypatch.delattr(os, "copy_file_range")
@@ -230,15 +270,22 @@ def test_pairs_are_appended_without_their_tokens_being_read(tmp_path, monkeypatc
         writer.add_document([8])
     assert bool(calls) == (kernel != "has nothing")
     for suffix in ("bin", "idx"):
-        assert (tmp_path / f"joined.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
+        assert (tmp_path / f"joined.{suffix}").read_bytes() == (
+            tmp_path / f"whole.{suffix}"
+        ).read_bytes()
 
 
 def test_pairs_of_another_kind_are_refused(tmp_path):
     pair(tmp_path / "a", [[1]], "i4")
     parts = [np.array([2, 1], "<i4"), np.array([0, 4], "<i8"), np.array([0, 2], "<i8")]
-    (tmp_path / "b.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 2, 2) + b"".join(part.tobytes() for part in parts))
+    (tmp_path / "b.idx").write_bytes(
+        HEADER.pack(MAGIC, 1, 8, 2, 2) + b"".join(part.tobytes() for part in parts)
+    )
     (tmp_path / "b.bin").write_bytes(np.arange(3, dtype="<u2").tobytes())
     assert IndexedDataset(tmp_path / "b").num_documents == 1
-    for name, why in {"a": "1 documents of 1 int32 sequences", "b": "1 documents of 2 uint16 sequences"}.items():
+    for name, why in {
+        "a": "1 documents of 1 int32 sequences",
+        "b": "1 documents of 2 uint16 sequences",
+    }.items():
         with pytest.raises(DataError, match=why), IndexedWriter(tmp_path / "x", "u2") as writer:
             writer.add_pair(tmp_path / name)

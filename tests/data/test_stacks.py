@@ -1,4 +1,5 @@
-"""What an encoder and a decoder see of a sample, against plain statements of Raffel et al. 2020, section 3.1.4."""
+"""What an encoder and a decoder see of a sample, against plain statements of Raffel et al. 2020,
+section 3.1.4."""
 
 from __future__ import annotations
 
@@ -24,28 +25,37 @@ MARKS = list(range(1000, 1100))
 
 
 @pytest.mark.parametrize(
-    ("source", "read", "target"), [(512, 568, 114), (1024, 1137, 229), (128, 141, 29), (16, 17, 5), (4, 3, 3)]
+    ("source", "read", "target"),
+    [(512, 568, 114), (1024, 1137, 229), (128, 141, 29), (16, 17, 5), (4, 3, 3)],
 )
 def test_lengths_are_those_of_t5(source: int, read: int, target: int) -> None:
     assert span_lengths(source, 0.15, 3.0) == Lengths(read, source, target)
 
 
-def corrupted(lengths: Lengths, index: Any, density: float = 0.15, mean: float = 3.0) -> tuple[np.ndarray, Stacks]:
+def corrupted(
+    lengths: Lengths, index: Any, density: float = 0.15, mean: float = 3.0
+) -> tuple[np.ndarray, Stacks]:
     """Tokens of these samples, and what the stacks see of them."""
     index = np.asarray(index)
     tokens = np.random.default_rng(0).integers(2, 900, (4000, lengths.read + 1))[index]
     spans = SpanCorruption(lengths, density, mean, MARKS, START, END, key=7)
-    return tokens[:, :-1], spans.apply(Windows(tokens, np.full(len(index), lengths.read + 1), None), index)
+    return tokens[:, :-1], spans.apply(
+        Windows(tokens, np.full(len(index), lengths.read + 1), None), index
+    )
 
 
-@pytest.mark.parametrize(("source", "density", "mean"), [(128, 0.15, 3.0), (64, 0.5, 8.0), (20, 0.15, 1.0)])
+@pytest.mark.parametrize(
+    ("source", "density", "mean"), [(128, 0.15, 3.0), (64, 0.5, 8.0), (20, 0.15, 1.0)]
+)
 def test_source_and_target_together_are_the_text(source: int, density: float, mean: float) -> None:
     lengths = span_lengths(source, density, mean)
     tokens, found = corrupted(lengths, range(200), density, mean)
     hidden, spans = num_hidden(lengths.read, density, mean)
     assert found.source.shape == (200, source)
     assert found.labels.shape == (200, lengths.target)
-    for text, shown, labels in zip(tokens.tolist(), found.source.tolist(), found.labels.tolist(), strict=True):
+    for text, shown, labels in zip(
+        tokens.tolist(), found.source.tolist(), found.labels.tolist(), strict=True
+    ):
         assert shown[-1] == labels[-1] == END
         assert [token for token in shown if token >= 1000] == MARKS[:spans]
         assert shown[0] < 1000, "text comes first"
@@ -79,7 +89,10 @@ def test_all_ways_to_cut_are_equally_likely() -> None:
     counts = np.bincount(first * 9 + second, minlength=81).reshape(9, 9)
     assert not np.tril(counts).any()
     expected = 4000 / 28
-    assert abs(counts[np.triu_indices(9, 1)][counts[np.triu_indices(9, 1)] > 0] - expected).max() < 5 * expected**0.5
+    assert (
+        abs(counts[np.triu_indices(9, 1)][counts[np.triu_indices(9, 1)] > 0] - expected).max()
+        < 5 * expected**0.5
+    )
     assert np.count_nonzero(counts) == 28
 
 
@@ -144,7 +157,8 @@ def test_rows_lie_side_by_side_in_both_stacks(tmp_path: Path) -> None:
 
 
 def test_each_side_has_room_of_its_own(tmp_path: Path) -> None:
-    """Short sources with long targets, and the other way round, go together; two of a kind do not."""
+    """Short sources with long targets, and the other way round, go together; two of a kind do
+    not."""
     rows = [([2] * 2, [3] * 8), ([4] * 9, [5] * 2), ([6] * 9, [7] * 2), ([8] * 2, [9] * 8)]
     dataset = IndexedDataset(str(write_rows(tmp_path / "rows", rows)))
     source = SourceTargetRows(dataset, 0, 4, Lengths(26, 13, 13), "refuse")
@@ -152,7 +166,8 @@ def test_each_side_has_room_of_its_own(tmp_path: Path) -> None:
     source = SourceTargetRows(dataset, 0, 4, Lengths(40, 20, 20), "refuse")
     assert source.num_samples == 2
     with pytest.raises(
-        DataError, match=r"2 of 4 rows are longer than a sample, which has 9 tokens of a source and 9 of"
+        DataError,
+        match=r"2 of 4 rows are longer than a sample, which has 9 tokens of a source and 9 of",
     ):
         SourceTargetRows(dataset, 0, 4, Lengths(18, 9, 9), "refuse")
     assert SourceTargetRows(dataset, 0, 4, Lengths(18, 9, 9), "drop").num_rows == 2
@@ -164,17 +179,25 @@ def test_each_side_has_room_of_its_own(tmp_path: Path) -> None:
         (("data.packing=best_fit",), "takes samples of one length from the stream of texts"),
         (("data.document_mask=true",), "takes samples of one length from the stream of texts"),
         (("data.tokenizer=null",), "span_corruption needs data.tokenizer, which has the sentinels"),
-        (("data.order=megatron",), "span_corruption needs data.order: shuffle or sequential, not megatron"),
+        (
+            ("data.order=megatron",),
+            "span_corruption needs data.order: shuffle or sequential, not megatron",
+        ),
         (("data.seq_length=3",), "needs a data.seq_length of at least 4, not 3"),
         (("data.seq_length=65",), r"data\.seq_length 65 is longer than model\.max_positions 64"),
         (
             ("objective.density=0.9", "data.seq_length=30"),
             r"the decoder's length \d+ is longer than model\.max_positions",
         ),
-        (("objective.name=next_token",), "next_token has no source for the encoder of model.task: seq2seq"),
+        (
+            ("objective.name=next_token",),
+            "next_token has no source for the encoder of model.task: seq2seq",
+        ),
     ],
 )
-def test_what_does_not_go_with_spans_is_refused(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_what_does_not_go_with_spans_is_refused(
+    overrides: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         span_config(tmp_path, *overrides)
 
@@ -183,10 +206,15 @@ def test_what_does_not_go_with_spans_is_refused(overrides: tuple[str, ...], word
     ("overrides", "words"),
     [
         (("data.document_mask=false",), "seq2seq needs data.document_mask: true"),
-        (("data.long_rows=cut",), "seq2seq learns whole targets; data.long_rows must be refuse or drop"),
+        (
+            ("data.long_rows=cut",),
+            "seq2seq learns whole targets; data.long_rows must be refuse or drop",
+        ),
     ],
 )
-def test_what_does_not_go_with_rows_is_refused(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_what_does_not_go_with_rows_is_refused(
+    overrides: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         rows_config(tmp_path, *overrides)
 
@@ -194,7 +222,9 @@ def test_what_does_not_go_with_rows_is_refused(overrides: tuple[str, ...], words
 def test_spans_for_which_there_are_no_sentinels_are_refused(tmp_path: Path) -> None:
     assert len(SENTINELS) == 8
     mixture_of(span_config(tmp_path, "data.seq_length=64", "objective.mean_length=2"))
-    with pytest.raises(DataError, match=r"hides 9 spans of a sample, .* it has 8\. tools/train_tokenizer"):
+    with pytest.raises(
+        DataError, match=r"hides 9 spans of a sample, .* it has 8\. tools/train_tokenizer"
+    ):
         mixture_of(span_config(tmp_path, "data.seq_length=64", "objective.mean_length=1"))
 
 
@@ -227,7 +257,9 @@ def test_inspect_shows_both_sides(tmp_path: Path) -> None:
     mixture = mixture_of(span_config(tmp_path, "data.order=sequential"))
     samples = mixture.read([0])
     for ids in (samples.source[0], samples.labels[0]):
-        words = [f"w{token}" if token not in (START, END, *SENTINELS) else "" for token in ids.tolist()]
+        words = [
+            f"w{token}" if token not in (START, END, *SENTINELS) else "" for token in ids.tolist()
+        ]
         assert all(word in shown for word in words)
     assert "<extra_id_0>" in shown
     assert "source" in shown

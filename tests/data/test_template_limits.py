@@ -1,4 +1,5 @@
-"""A chat template is code of others: whatever it does, it ends, soon, in little memory, and with one line."""
+"""A chat template is code of others: whatever it does, it ends, soon, in little memory, and with
+one line."""
 
 from __future__ import annotations
 
@@ -92,17 +93,25 @@ def little_memory() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_template_ends(kind: str, little_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_template_ends(
+    kind: str, little_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(template_limits, "SECONDS", 0.5)
     template, begin = ChatTemplate(HOSTILE[kind], {}, ()), time.thread_time()
     with pytest.raises(ValueError, match=r"^the chat template [^\n]*$") as caught:
         template.render([{"role": "user", "content": "hello"}])
     assert time.thread_time() - begin < 3
-    assert isinstance(caught.value, TemplateLimit) or kind in ("walked", "block", "lipsum", "quotient"), caught.value
+    assert isinstance(caught.value, TemplateLimit) or kind in (
+        "walked",
+        "block",
+        "lipsum",
+        "quotient",
+    ), caught.value
 
 
 def test_what_templates_do_is_not_refused() -> None:
-    """Long conversations and texts, through every filter that models' templates have; beside test_chat_styles."""
+    """Long conversations and texts, through every filter that models' templates have; beside
+    test_chat_styles."""
     source = """{%- set ns = namespace(text='', calls=[]) -%}
     {%- for message in messages if message.role in ['user', 'assistant'] -%}
     {%- set ns.calls = ns.calls + [message] -%}
@@ -113,7 +122,9 @@ def test_what_templates_do_is_not_refused() -> None:
     {{- '%s: %d' % (message.role, loop.length) ~ '{}!'.format(loop.index0) -}}
     {%- endfor -%}
     {{- ns.text|length ~ ns.calls|map(attribute='role')|unique|sort|join(' ') -}}"""
-    chat = [{"role": "assistant" if n % 2 else "user", "content": f"x {n}\n" * 400} for n in range(200)]
+    chat = [
+        {"role": "assistant" if n % 2 else "user", "content": f"x {n}\n" * 400} for n in range(200)
+    ]
     from transformers.utils.chat_template_utils import render_jinja_template
 
     [wanted], _ = render_jinja_template([chat], chat_template=source)
@@ -141,7 +152,11 @@ def test_the_commands_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     config = transformers.AutoConfig.for_model(**LLAMA | {"vocab_size": 400})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     capsys.readouterr()
-    write_rows(rows, [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 300)
+    write_rows(
+        rows,
+        [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+        * 300,
+    )
     for kind in ("power", "concatenated", "written as JSON"):
         write_tokenizer(folder, HOSTILE[kind])
         assert main(["generate", str(folder), "--chat", "--prompt", "hello"]) == 2

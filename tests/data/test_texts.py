@@ -19,10 +19,14 @@ VALUES = st.recursive(
     | st.integers(-(10**20), 10**20)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-RECORDS = st.dictionaries(st.sampled_from(["text", "a", "té", 'q"', "text "]), VALUES | st.text(), max_size=5)
+RECORDS = st.dictionaries(
+    st.sampled_from(["text", "a", "té", 'q"', "text "]), VALUES | st.text(), max_size=5
+)
 WORDS = [
     '"',
     "\\",
@@ -62,10 +66,17 @@ WORDS += [
 
 
 @settings(deadline=None, max_examples=500)
-@given(records=st.lists(RECORDS, max_size=5), ascii=st.booleans(), close=st.booleans(), ends=st.booleans())
+@given(
+    records=st.lists(RECORDS, max_size=5),
+    ascii=st.booleans(),
+    close=st.booleans(),
+    ends=st.booleans(),
+)
 def test_records_that_json_has_written(records, ascii, close, ends):
     separators = (",", ":") if close else (", ", ": ")
-    lines = "\n".join(json.dumps(record, ensure_ascii=ascii, separators=separators) for record in records)
+    lines = "\n".join(
+        json.dumps(record, ensure_ascii=ascii, separators=separators) for record in records
+    )
     data = (lines + "\n" * (ends and bool(records))).encode("utf-8", "replace")
     texts, odd = native.json_texts(data, "text", 1 << 20)
     assert texts == [t.encode() if isinstance(t := r.get("text"), str) else b"" for r in records]
@@ -74,7 +85,9 @@ def test_records_that_json_has_written(records, ascii, close, ends):
 
 
 @settings(deadline=None, max_examples=2000)
-@given(parts=st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=14), cut=st.integers(0, 5))
+@given(
+    parts=st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=14), cut=st.integers(0, 5)
+)
 def test_nothing_is_taken_that_json_refuses(parts, cut):
     """Broken lines around a good one, with a byte cut out somewhere."""
     inner = "".join(parts)
@@ -99,18 +112,29 @@ def test_special_bytes_at_every_place_of_a_word(size):
 
 
 def test_lines_that_are_odd():
-    lines = [b'{"text": "one"}', b'{"text": ""}', b"", b'{"text": "too long"}', b'{"text": "x", "text": "last"}', b"[]"]
+    lines = [
+        b'{"text": "one"}',
+        b'{"text": ""}',
+        b"",
+        b'{"text": "too long"}',
+        b'{"text": "x", "text": "last"}',
+        b"[]",
+    ]
     data = b"\n".join(lines)
     texts, odd = native.json_texts(data, "text", 18)
     assert texts == [b"one", b"", b"", b"", b"", b""]
     assert [data[first:last] for _, first, last in odd] == lines[1:]
     assert native.json_texts(data, "text", 100)[0][4] == b"last"
-    assert native.json_texts(b'{"text": "deep", "y": ' + b"[" * 99 + b"]" * 99 + b"}", "text", 999)[1]
+    assert native.json_texts(b'{"text": "deep", "y": ' + b"[" * 99 + b"]" * 99 + b"}", "text", 999)[
+        1
+    ]
     assert native.json_texts(b"", "text", 9) == json_texts_reference(b"", "text", 9) == ([], [])
 
 
 @settings(deadline=None, max_examples=300)
-@given(texts=st.lists(st.text() | st.text("aé日😀", max_size=30), max_size=6), seed=st.integers(0, 99))
+@given(
+    texts=st.lists(st.text() | st.text("aé日😀", max_size=30), max_size=6), seed=st.integers(0, 99)
+)
 def test_states_of_characters(texts, seed):
     states = np.random.default_rng(seed).integers(0, 3, 0x110000).astype(np.uint8)
     data = [text.encode() for text in texts]
@@ -121,7 +145,8 @@ def test_states_of_characters(texts, seed):
 
 
 def test_a_character_that_another_thread_learns_just_then():
-    """Whoever met it before finds it among the unknown ones: it may be one that decides who encodes the text."""
+    """Whoever met it before finds it among the unknown ones: it may be one that decides who encodes
+    the text."""
 
     class Learning(np.ndarray):
         def __getitem__(self, index):
@@ -136,7 +161,9 @@ def test_a_character_that_another_thread_learns_just_then():
 
 def test_every_character_has_its_state():
     points = [point for point in range(0x80, 0x110000) if not 0xD800 <= point < 0xE000]
-    _, unknown = native.character_states(["".join(map(chr, points)).encode()], np.zeros(0x110000, np.uint8))
+    _, unknown = native.character_states(
+        ["".join(map(chr, points)).encode()], np.zeros(0x110000, np.uint8)
+    )
     assert unknown.tolist() == points
     for bad in [b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe0\x80\x80"]:
         with pytest.raises(ValueError, match="not UTF-8"):
@@ -151,7 +178,9 @@ def test_ends_of_documents(dtype, lengths):
     """Each gets a beginning and an end, unless it has them: a text may spell its own out."""
     lengths = np.array(lengths, np.int64)
     tokens = np.random.default_rng(0).integers(6, 9, lengths.sum(), np.uint32)
-    documents = [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])] if lengths.size else []
+    documents = (
+        [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])] if lengths.size else []
+    )
     for begin, end in [(-1, 7), (6, -1), (6, 7), (7, 7), (-1, -1)]:
         expected = [
             [begin] * (begin >= 0 and one[0] != begin) + one + [end] * (end >= 0 and one[-1] != end)

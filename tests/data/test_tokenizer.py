@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from megalite.data.chat import ChatTemplate
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
-from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer, other_tokenizer
+from megalite.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    other_tokenizer,
+)
 from megalite.data.tokenizer_files import CONFIG, FLAGS
 from megalite.data.tokenizer_training import END, train_tokenizer
 from megalite.errors import DataError
@@ -32,9 +37,12 @@ VARIED = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One trained tokenizer of each kind, on source files of this interpreter's standard library."""
+    """One trained tokenizer of each kind, on source files of this interpreter's standard
+    library."""
     library = Path(json.__file__).parents[1]
-    inputs = [str(library / name) for name in ("argparse.py", "ast.py", "json", "tarfile.py", "typing.py")]
+    inputs = [
+        str(library / name) for name in ("argparse.py", "ast.py", "json", "tarfile.py", "typing.py")
+    ]
     base = tmp_path_factory.mktemp("tokenizers")
     for kind in KINDS:
         train_tokenizer(inputs, base / kind, 1500, kind)
@@ -44,7 +52,10 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library_lines():
     library = Path(json.__file__).parents[1]
-    text = "".join((library / name).read_text() for name in ("inspect.py", "pathlib.py", "textwrap.py", "zipfile.py"))
+    text = "".join(
+        (library / name).read_text()
+        for name in ("inspect.py", "pathlib.py", "textwrap.py", "zipfile.py")
+    )
     return text.splitlines(keepends=True)
 
 
@@ -73,11 +84,16 @@ def test_wordpiece_makes_of_texts_what_bert_reads(tmp_path):
     text = "Return the decoded JSONObject, 日本 [MASK]"
     ids = ours.encode(text)
     assert theirs(text)["input_ids"] == [ours.begin_id, *ids, ours.eod_id]
-    assert theirs.convert_tokens_to_string(theirs.convert_ids_to_tokens(ids[:-3])) == "Return the decoded JSONObject,"
+    assert (
+        theirs.convert_tokens_to_string(theirs.convert_ids_to_tokens(ids[:-3]))
+        == "Return the decoded JSONObject,"
+    )
     assert theirs(text, text)["token_type_ids"] == [0] * (len(ids) + 2) + [1] * (len(ids) + 1)
     assert ids[-1] == ours.mask_id == theirs.mask_token_id
     assert ours.special_ids == set(theirs.all_special_ids) == set(range(5))
-    result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "out", tmp_path / "wp", append_eod=True)
+    result = preprocess(
+        [str(tmp_path / "a.jsonl")], tmp_path / "out", tmp_path / "wp", append_eod=True
+    )
     tokens = IndexedDataset(result.prefix).read(0, result.num_tokens)
     assert (tokens[0], tokens[-1]) == (ours.begin_id, ours.eod_id)
 
@@ -95,7 +111,9 @@ def test_sentinels_are_what_t5_calls_them(tmp_path):
     assert (theirs.pad_token_id, theirs.eos_token_id) == (0, ours.eod_id) == (0, 1)
     sentinels = sentinels_of(ours)
     assert len(sentinels) == 100
-    assert theirs.convert_ids_to_tokens(sentinels) == [f"<extra_id_{number}>" for number in range(100)]
+    assert theirs.convert_ids_to_tokens(sentinels) == [
+        f"<extra_id_{number}>" for number in range(100)
+    ]
     assert ours.special_ids == {0, 1, *sentinels} == set(theirs.all_special_ids)
     assert ours.decode_plain([sentinels[0], *ids, 1]) == text
     with pytest.raises(DataError, match="size 357 is too small for type t5; the least is 358"):
@@ -106,7 +124,9 @@ def test_sentinels_are_what_t5_calls_them(tmp_path):
 def test_any_text_survives(folders, kind):
     tokenizer = load_tokenizer(folders / kind)
     # U+2581 is SentencePiece's own mark for a space.
-    characters = st.characters(exclude_categories=["Cs"], exclude_characters="" if kind == "bpe" else "\u2581")
+    characters = st.characters(
+        exclude_categories=["Cs"], exclude_characters="" if kind == "bpe" else "\u2581"
+    )
 
     @settings(deadline=None, max_examples=200)
     @given(st.text(characters))
@@ -125,11 +145,16 @@ def test_sentencepiece_model_and_its_json_agree(folders, library_lines, kind):
     texts = [*VARIED, *library_lines, "".join(library_lines)]
     assert fast.encode_batch(texts) == slow.encode_batch(texts)
     assert [slow.decode(slow.encode(text)) for text in VARIED] == VARIED
-    assert (fast.fingerprint(), fast.vocab_size, fast.eod_id) == (slow.fingerprint(), slow.vocab_size, slow.eod_id)
+    assert (fast.fingerprint(), fast.vocab_size, fast.eod_id) == (
+        slow.fingerprint(),
+        slow.vocab_size,
+        slow.eod_id,
+    )
 
 
 def test_foreign_sentencepiece_conventions(tmp_path, library_lines):
-    """A leading space added, spaces squeezed and Unicode normalised, as in T5; a leading space alone, as in Llama 2."""
+    """A leading space added, spaces squeezed and Unicode normalised, as in T5; a leading space
+    alone, as in Llama 2."""
     import sentencepiece
 
     for model_type, rule, squeeze in (("unigram", "nmt_nfkc", True), ("bpe", "identity", False)):
@@ -151,15 +176,24 @@ def test_foreign_sentencepiece_conventions(tmp_path, library_lines):
         fast = load_tokenizer(tmp_path / "out")
         texts = ["Hello  ﬁne　world", "return x", "a  b ", "日本"]
         assert fast.encode_batch(texts) == slow.encode_batch(texts)
-        assert [fast.decode(i) for i in fast.encode_batch(texts)] == [slow.decode(i) for i in slow.encode_batch(texts)]
+        assert [fast.decode(i) for i in fast.encode_batch(texts)] == [
+            slow.decode(i) for i in slow.encode_batch(texts)
+        ]
         assert fast.fingerprint() == slow.fingerprint()
 
 
 @pytest.mark.parametrize("kind", ["sp-bpe", "sp-unigram"])
 def test_pieces_that_a_text_spells_out_stay_text(folders, tmp_path, kind):
-    """No text is a byte, the unknown or, in data, the end of a document because it looks like that piece."""
+    """No text is a byte, the unknown or, in data, the end of a document because it looks like that
+    piece."""
     fast, slow = load_tokenizer(folders / kind), load_tokenizer(folders / kind / "tokenizer.model")
-    spelled = [f"<0x{byte:02X}>" for byte in range(256)] + ["<unk>", "a<unk><0x0A>b", "<<0x41>>", "<0x4", "<0x0a>"]
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)] + [
+        "<unk>",
+        "a<unk><0x0A>b",
+        "<<0x41>>",
+        "<0x4",
+        "<0x0a>",
+    ]
     texts = [*spelled, "".join(spelled), " ".join(spelled), "日".join(spelled)]
     assert fast.encode_batch(texts) == slow.encode_batch(texts)
     texts += [END, f"a{END}b", f"<s>{END} </s>", "<0x0A>\n" + END]
@@ -170,7 +204,9 @@ def test_pieces_that_a_text_spells_out_stay_text(folders, tmp_path, kind):
     for source in (folders / kind, folders / kind / "tokenizer.model"):
         result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "x", source, append_eod=True)
         dataset = IndexedDataset(result.prefix)
-        assert [dataset[i].tolist() for i in range(len(dataset))] == [[*ids, slow.eod_id] for ids in expected]
+        assert [dataset[i].tolist() for i in range(len(dataset))] == [
+            [*ids, slow.eod_id] for ids in expected
+        ]
 
 
 def trained_model(tmp_path, lines, **settings):
@@ -178,8 +214,17 @@ def trained_model(tmp_path, lines, **settings):
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    defaults = {"model_type": "bpe", "vocab_size": 900, "byte_fallback": True, "normalization_rule_name": "identity"}
-    defaults |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "minloglevel": 2}
+    defaults = {
+        "model_type": "bpe",
+        "vocab_size": 900,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+    }
+    defaults |= {
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(tmp_path / "trained"), **defaults | settings
     )
@@ -190,7 +235,19 @@ def random_texts(pieces, count, seed=0):
     """Pieces of a model in a row, and what gives tokenizers trouble."""
     generator = random.Random(seed)
     spaces = [" " * n for n in range(1, 40)]
-    trouble = [*spaces, "\n", "\t", "\r\n", "😀", "▁", "\0", "e\u0301", "<0x41>", "日本", "\U0010ffff"]
+    trouble = [
+        *spaces,
+        "\n",
+        "\t",
+        "\r\n",
+        "😀",
+        "▁",
+        "\0",
+        "e\u0301",
+        "<0x41>",
+        "日本",
+        "\U0010ffff",
+    ]
     choices = [*pieces, *trouble, *trouble]
     return ["".join(generator.choices(choices, k=generator.randrange(1, 15))) for _ in range(count)]
 
@@ -257,15 +314,26 @@ MODELS = {  # what a model is trained with, what is changed in it, why it has no
     "suffix": ({"treat_whitespace_as_suffix": True}, None, "treat_whitespace_as_suffix"),
     "nfkc": ({"normalization_rule_name": "nmt_nfkc"}, None, "normalizes by nmt_nfkc"),
     "unigram": ({"model_type": "unigram"}, None, "no multiples of 1/16"),
-    "unigram, own symbols": ({"model_type": "unigram", **OWN, **BARE}, None, "user-defined symbols"),
-    "word": ({"model_type": "word", "byte_fallback": False}, None, "neither a BPE nor a unigram model"),
+    "unigram, own symbols": (
+        {"model_type": "unigram", **OWN, **BARE},
+        None,
+        "user-defined symbols",
+    ),
+    "word": (
+        {"model_type": "word", "byte_fallback": False},
+        None,
+        "neither a BPE nor a unigram model",
+    ),
     "characters": ({"model_type": "char"}, None, "neither a BPE nor a unigram model"),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_tokenizer_json_is_equal_to_its_model_or_there_is_none(tmp_path, library_lines, name, pytestconfig):
-    """Whichever of the two is taken for training, serving or evaluating gives SentencePiece's ids."""
+def test_a_tokenizer_json_is_equal_to_its_model_or_there_is_none(
+    tmp_path, library_lines, name, pytestconfig
+):
+    """Whichever of the two is taken for training, serving or evaluating gives SentencePiece's
+    ids."""
     import sentencepiece
 
     settings, change, why = MODELS[name]
@@ -291,7 +359,9 @@ def test_a_tokenizer_json_is_equal_to_its_model_or_there_is_none(tmp_path, libra
     expected = theirs.encode(texts)
     assert alone.encode_documents(texts) == expected
     assert saved.encode_documents(texts) == expected
-    if not why and name != "no bytes" and "squeezed" not in name:  # <unk> and spaces in front are shown otherwise
+    if (
+        not why and name != "no bytes" and "squeezed" not in name
+    ):  # <unk> and spaces in front are shown otherwise
         assert [saved.decode(ids) for ids in expected] == [alone.decode(ids) for ids in expected]
 
 
@@ -314,7 +384,9 @@ def test_saved_folder_is_the_same_tokenizer(folders, tmp_path, kind):
     original.save(tmp_path / "saved")
     saved = load_tokenizer(tmp_path / "saved")
     assert saved.fingerprint() == original.fingerprint()
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("  x\n é") == original.encode("  x\n é")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("  x\n é") == original.encode(
+        "  x\n é"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe/tokenizer.json", "sp-bpe/tokenizer.model"])
@@ -322,25 +394,36 @@ def test_saved_folder_is_the_same_tokenizer(folders, tmp_path, kind):
 def test_a_saved_folder_has_the_same_chat_templates(folders, tmp_path, kind, is_file):
     from transformers import AutoTokenizer
 
-    file, templates = tmp_path / Path(kind).name, {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    file, templates = (
+        tmp_path / Path(kind).name,
+        {"default": "{{ messages }}", "tool_use": "{{ tools }}"},
+    )
     shutil.copyfile(folders / kind, file)
     if is_file:
         (tmp_path / "additional_chat_templates").mkdir()
         (tmp_path / "chat_template.jinja").write_text(templates["default"])
-        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(templates["tool_use"])
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(
+            templates["tool_use"]
+        )
     else:
         named = [{"name": name, "template": template} for name, template in templates.items()]
         (tmp_path / CONFIG).write_text(json.dumps({"chat_template": named}))
     load_tokenizer(file).save(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved.chat_template == templates
-    assert ChatTemplate.of(tmp_path / "saved", load_tokenizer(file)).tool_source == templates["tool_use"]
+    assert (
+        ChatTemplate.of(tmp_path / "saved", load_tokenizer(file)).tool_source
+        == templates["tool_use"]
+    )
 
 
 def test_lone_files_save_as_folders_for_transformers(folders, tmp_path):
     from transformers import AutoTokenizer
 
-    for source, name in (("bpe/tokenizer.json", "lone.json"), ("sp-bpe/tokenizer.model", "lone.model")):
+    for source, name in (
+        ("bpe/tokenizer.json", "lone.json"),
+        ("sp-bpe/tokenizer.model", "lone.model"),
+    ):
         shutil.copyfile(folders / source, tmp_path / name)
         lone = load_tokenizer(tmp_path / name)
         lone.save(tmp_path / f"{name}-saved")
@@ -350,7 +433,8 @@ def test_lone_files_save_as_folders_for_transformers(folders, tmp_path):
 
 
 def test_fingerprints_differ_where_any_text_has_other_ids(folders, tmp_path):
-    """Also where the vocabulary and the ids of most texts are the same; not with what changes no id."""
+    """Also where the vocabulary and the ids of most texts are the same; not with what changes no
+    id."""
 
     def name(change):
         content = json.loads((folders / "bpe" / "tokenizer.json").read_text())
@@ -371,7 +455,9 @@ def test_fingerprints_differ_where_any_text_has_other_ids(folders, tmp_path):
         split,
         lambda content: content["added_tokens"][0].update(lstrip=True),
         lambda content: content["added_tokens"][0].update(normalized=True),
-        lambda content: content["added_tokens"].append({**content["added_tokens"][0], "id": 9, "content": "def"}),
+        lambda content: content["added_tokens"].append(
+            {**content["added_tokens"][0], "id": 9, "content": "def"}
+        ),
         lambda content: content.update(normalizer={"type": "NFC"}),
         lambda content: content["model"].update(ignore_merges=True),
     ]
@@ -388,7 +474,8 @@ def test_fingerprints_differ_where_any_text_has_other_ids(folders, tmp_path):
 
 
 def test_token_files_of_older_versions(folders):
-    """Their notes have a name that does not tell all: taken where the ids are those of today, else refused."""
+    """Their notes have a name that does not tell all: taken where the ids are those of today, else
+    refused."""
     for kind, file, made_by, accepted in [
         ("bpe", "tokenizer.json", "gigatoken", True),
         ("sp-bpe", "tokenizer.model", "sentencepiece", True),
@@ -402,7 +489,9 @@ def test_token_files_of_older_versions(folders):
         assert not why if accepted else "by an older version of megalite" in why
         other = {**note, "tokenizer_fingerprint": "0" * 32}
         assert other_tokenizer(other, tokenizer).startswith("was made with another")
-        assert not other_tokenizer({**note, "tokenizer_fingerprint": tokenizer.fingerprint()}, tokenizer)
+        assert not other_tokenizer(
+            {**note, "tokenizer_fingerprint": tokenizer.fingerprint()}, tokenizer
+        )
         assert not other_tokenizer({}, tokenizer)
 
 
@@ -418,7 +507,9 @@ def test_end_of_document_comes_from_the_configuration(folders, tmp_path):
     assert [load_tokenizer(folder).eod_id] == bang
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"] = []
-    content["model"]["vocab"] = {token.replace(END, "<|other|>"): i for token, i in content["model"]["vocab"].items()}
+    content["model"]["vocab"] = {
+        token.replace(END, "<|other|>"): i for token, i in content["model"]["vocab"].items()
+    }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "special_tokens_map.json").unlink()
     assert load_tokenizer(folder).eod_id is None
@@ -461,13 +552,21 @@ def test_settings_beside_it_add_tokens_as_in_transformers(folders, tmp_path, nam
 @pytest.mark.parametrize(
     ("file", "values", "why"),
     [
-        (CONFIG, {"eos_token": "<|eot|>"}, r"config.json names the eos_token '<\|eot\|>', which {} does"),
+        (
+            CONFIG,
+            {"eos_token": "<|eot|>"},
+            r"config.json names the eos_token '<\|eot\|>', which {} does",
+        ),
         (
             CONFIG,
             {"added_tokens_decoder": {"7": flagged("<|x|>")}},
             r"config.json adds the token '<\|x\|>', which {}",
         ),
-        ("added_tokens.json", {"<|x|>": 7}, r"added_tokens.json adds the token '<\|x\|>', which {} does not have"),
+        (
+            "added_tokens.json",
+            {"<|x|>": 7},
+            r"added_tokens.json adds the token '<\|x\|>', which {} does not have",
+        ),
         (CONFIG, {"added_tokens_decoder": 5}, "tokenizer_config.json cannot be read: TypeError"),
         (CONFIG, [], "tokenizer_config.json is not a JSON object"),
         (CONFIG, {"eos_token": ""}, "tokenizer_config.json: eos_token = '' is no token"),
@@ -489,7 +588,9 @@ def test_truncation_and_padding_in_the_file_are_ignored(folders, tmp_path):
     raw.enable_truncation(2)
     raw.enable_padding(length=9)
     raw.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).encode_batch(VARIED) == load_tokenizer(folders / "bpe").encode_batch(VARIED)
+    assert load_tokenizer(tmp_path).encode_batch(VARIED) == load_tokenizer(
+        folders / "bpe"
+    ).encode_batch(VARIED)
 
 
 def test_added_tokens_count_in_the_vocabulary(folders, tmp_path):
@@ -525,8 +626,12 @@ def test_training_refuses(tmp_path):
 
 
 def test_max_bytes_takes_the_beginning(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": word * 50}) + "\n" for word in ("aaab", "zzzy")))
-    tokenizer, report = train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "x", 400, max_bytes=100)
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": word * 50}) + "\n" for word in ("aaab", "zzzy"))
+    )
+    tokenizer, report = train_tokenizer(
+        [str(tmp_path / "a.jsonl")], tmp_path / "x", 400, max_bytes=100
+    )
     assert report.num_documents == 1
     assert len(tokenizer.encode("aaab" * 50)) < 20
     assert len(tokenizer.encode("zzzy" * 50)) == 200
@@ -534,13 +639,28 @@ def test_max_bytes_takes_the_beginning(tmp_path):
 
 def test_tool(tmp_path):
     (tmp_path / "a.txt").write_text("print('hello, world')\n" * 50)
-    command = [sys.executable, "tools/train_tokenizer.py", "--input", "a.txt", "--output", "x", "--vocab-size", "265"]
+    command = [
+        sys.executable,
+        "tools/train_tokenizer.py",
+        "--input",
+        "a.txt",
+        "--output",
+        "x",
+        "--vocab-size",
+        "265",
+    ]
     command[1] = str(ROOT / command[1])
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "x: 265 tokens of type bpe from 1 documents" in done.stdout
     done = subprocess.run(
-        [*command, "--input", "missing*"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [*command, "--input", "missing*"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "input 'missing*' matches no file" in done.stderr

@@ -21,7 +21,8 @@ def each(turn: str) -> str:
 
 
 TOOLS = each(
-    TURN + "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}</call>{{ eos_token }}"
+    TURN
+    + "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}</call>{{ eos_token }}"
     "{% else %}{{ message.content }}<|im_end|>{% endif %}\n"
 )
 MANNERS: dict[str, tuple[str, list[str], list[str]]] = {
@@ -81,7 +82,9 @@ def test_an_end_without_a_token_is_a_text(tmp_path: Path) -> None:
     """As of a base model that was given a template."""
     folder = write_tokenizer(tmp_path, CHATML)
     values = json.loads((folder / "tokenizer.json").read_text())
-    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] == OTHER]
+    values["added_tokens"] = [
+        token for token in values["added_tokens"] if token["content"] == OTHER
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer.encode(END)) > 1

@@ -1,4 +1,5 @@
-"""Every number of an index and of a mask is looked at before the first step, not their ends alone."""
+"""Every number of an index and of a mask is looked at before the first step, not their ends
+alone."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ from mixtures import config_of
 from small_runs import make_config
 
 LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6]
-FILES = [("<i4", 0, len(LENGTHS)), ("<i8", 4 * len(LENGTHS), len(LENGTHS)), ("<i8", 12 * len(LENGTHS), 9)]
+FILES = [
+    ("<i4", 0, len(LENGTHS)),
+    ("<i8", 4 * len(LENGTHS), len(LENGTHS)),
+    ("<i8", 12 * len(LENGTHS), 9),
+]
 """Lengths, pointers and documents: dtype, place behind the header, and count."""
 
 
@@ -45,17 +50,35 @@ def change(prefix: Path, part: int, number: int, value: int) -> int:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
-def test_no_number_of_an_index_can_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_no_number_of_an_index_can_be_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(whole, "CHUNK", chunk)
     prefix = write(tmp_path / "x")
     for part, (dtype, _, count) in enumerate(FILES):
         for number in range(count):
-            for value in (0, 1, -1, 2, 7, 1000, 2**31 - 1, -(2**31), 2**62, -(2**62), 2**63 - 1, -(2**63)):
+            for value in (
+                0,
+                1,
+                -1,
+                2,
+                7,
+                1000,
+                2**31 - 1,
+                -(2**31),
+                2**62,
+                -(2**62),
+                2**63 - 1,
+                -(2**63),
+            ):
                 if not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
                     continue
                 before = change(prefix, part, number, value)
-                # Borders of documents may lie elsewhere: nothing tells that they should not, if they are in order.
-                is_in_order = part == 2 and 0 < number < count - 1 and number - 1 <= value <= number + 1
+                # Borders of documents may lie elsewhere: nothing tells that they should not, if
+                # they are in order.
+                is_in_order = (
+                    part == 2 and 0 < number < count - 1 and number - 1 <= value <= number + 1
+                )
                 if value == before or is_in_order:
                     IndexedDataset(prefix).check(1)
                 else:
@@ -65,7 +88,9 @@ def test_no_number_of_an_index_can_be_another(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("value", [0, 1, 2, 255])
-def test_no_value_of_a_mask_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int) -> None:
+def test_no_value_of_a_mask_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int
+) -> None:
     monkeypatch.setattr(whole, "CHUNK", 4)
     prefix = write(tmp_path / "x")
     for place in range(sum(LENGTHS)):
@@ -75,22 +100,33 @@ def test_no_value_of_a_mask_is_passed_over(tmp_path: Path, monkeypatch: pytest.M
         if value < 2:
             build_mixtures(config_of(train=[{"path": str(prefix)}], seq_length=9))
         else:
-            with pytest.raises(DataError, match=rf"x\.mask has the value {value} at token {place}; .* 1 at most"):
+            with pytest.raises(
+                DataError, match=rf"x\.mask has the value {value} at token {place}; .* 1 at most"
+            ):
                 build_mixtures(config_of(train=[{"path": str(prefix)}], seq_length=9))
 
 
 @pytest.mark.parametrize("verb", ["train", "preflight", "inspect", "inspect PREFIX"])
-def test_every_verb_says_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    """A pointer that is far away moved borders of documents, and training went on with another loss."""
+def test_every_verb_says_it_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """A pointer that is far away moved borders of documents, and training went on with another
+    loss."""
     config = make_config(tmp_path, "llama", "data.document_mask=true", "data.valid=[]")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     pointers = np.memmap(tmp_path / "corpus.idx", "<i8", "r+", HEADER.size + 4 * 7, (7,))
     pointers[3] = 2**62
     pointers.flush()
-    words = ["inspect", str(tmp_path / "corpus")] if " " in verb else [verb, str(tmp_path / "config.yaml")]
+    words = (
+        ["inspect", str(tmp_path / "corpus")]
+        if " " in verb
+        else [verb, str(tmp_path / "config.yaml")]
+    )
     assert main(words) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(f"error: {tmp_path}/corpus.idx has sequence 3 begin at byte 4611686018427387904, where")
+    assert said.err.startswith(
+        f"error: {tmp_path}/corpus.idx has sequence 3 begin at byte 4611686018427387904, where"
+    )
     assert said.err.count("\n") == 1
 
 
@@ -121,8 +157,14 @@ def test_a_large_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_documents_without_a_sequence(tmp_path: Path) -> None:
     """Megatron-LM's tool writes such for empty texts, also as the last."""
-    parts = [np.array([2, 1, 3], "<i4"), np.array([0, 4, 6], "<i8"), np.array([0, 0, 2, 2, 3, 3], "<i8")]
-    (tmp_path / "x.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 3, 6) + b"".join(part.tobytes() for part in parts))
+    parts = [
+        np.array([2, 1, 3], "<i4"),
+        np.array([0, 4, 6], "<i8"),
+        np.array([0, 0, 2, 2, 3, 3], "<i8"),
+    ]
+    (tmp_path / "x.idx").write_bytes(
+        HEADER.pack(MAGIC, 1, 8, 3, 6) + b"".join(part.tobytes() for part in parts)
+    )
     (tmp_path / "x.bin").write_bytes(np.arange(6, dtype="<u2").tobytes())
     dataset = IndexedDataset(tmp_path / "x")
     dataset.check()

@@ -1,4 +1,5 @@
-"""The training program run dry: what it needs and sends, on layouts of a cluster that is not there."""
+"""The training program run dry: what it needs and sends, on layouts of a cluster that is not
+there."""
 
 from __future__ import annotations
 
@@ -29,31 +30,41 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def dryrun(config: Path, capsys: pytest.CaptureFixture[str], *options: str, gpus: int = 16) -> tuple[int, str]:
+def dryrun(
+    config: Path, capsys: pytest.CaptureFixture[str], *options: str, gpus: int = 16
+) -> tuple[int, str]:
     status = main(["dryrun", str(config), "--gpus", str(gpus), "--gpu", "h200", *options])
     said = capsys.readouterr()
     return status, said.out + said.err
 
 
 @built
-def test_ranks_of_a_cluster_need_what_the_plan_says(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_of_a_cluster_need_what_the_plan_says(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, said = dryrun(config, capsys)
     assert status == 0, said
     ranks = re.findall(r"^rank (\d+) .* ([\d.]+) +([\d.]+)[+-][\d.]+% +[\d.]+ +[\d.]+$", said, re.M)
-    assert [int(rank) for rank, *_ in ranks] == [0, 3, 8, 11], "both pipeline ranks, at both ends of the tensor axis"
+    assert [int(rank) for rank, *_ in ranks] == [0, 3, 8, 11], (
+        "both pipeline ranks, at both ends of the tensor axis"
+    )
     for _, peak, planned in ranks:
         assert float(planned) == pytest.approx(float(peak), rel=WITHIN)
     assert not (config.parent / "runs").exists(), "nothing is written where the run would be"
 
 
 @built
-def test_a_config_that_runs_out_of_memory_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_runs_out_of_memory_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, said = dryrun(
         config, capsys, "--ranks", "0", "parallel.tensor=1", "parallel.pipeline=1", "train.micro_batch_size=8",
         "data.seq_length=8192", "--gpu", "a100-40gb", gpus=2,
     )  # fmt: skip
     assert status == 2
-    (refused,) = re.findall(r"^rank 0 runs out of memory in `(?:first step|training)`: .*$", said, re.M)
+    (refused,) = re.findall(
+        r"^rank 0 runs out of memory in `(?:first step|training)`: .*$", said, re.M
+    )
     assert "a A100 has room for 36.10" in refused
     assert "the most is held at megalite/" in refused
     assert "--search" in refused
@@ -64,7 +75,10 @@ def test_a_config_that_runs_out_of_memory_is_refused(config: Path, capsys: pytes
     [
         (("--ranks", "0,16"), "--ranks 0,16: the ranks are 0 to 15"),
         (("--ranks", "some"), "--ranks 'some': `roles`, `all`, or numbers"),
-        (("parallel.pipeline=1", "parallel.engine=deepspeed"), "parallel.engine: deepspeed cannot be run dry"),
+        (
+            ("parallel.pipeline=1", "parallel.engine=deepspeed"),
+            "parallel.engine: deepspeed cannot be run dry",
+        ),
         (("kernels.attention=flash_attn",), "kernels.attention: flash_attn cannot be run dry"),
         (("parallel.tensor=3",), "does not divide the 16 rank(s)"),
     ],

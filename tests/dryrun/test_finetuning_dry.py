@@ -25,7 +25,10 @@ KINDS = {
     "classes": (),
     "words": ("parallel.tensor=2",),
     **{
-        f"distill, {name}": ("objective={name: distill, teacher: FOLDER, temperature: 2.0}", *overrides)
+        f"distill, {name}": (
+            "objective={name: distill, teacher: FOLDER, temperature: 2.0}",
+            *overrides,
+        )
         for name, overrides in {
             "tensor": ("parallel.tensor=2",),
             "chunks": ("train.loss_chunk=256", "objective.loss=jsd"),
@@ -60,7 +63,10 @@ def test_a_finetuning_run_trains_validates_and_saves(kind: str, dry: dict[str, D
     for record in dry[kind].records:
         assert {"training", "validating", "saving"} <= record.peaks.keys()
         assert record.peaks["training"] > 2**27
-        assert not any(phase == "training" and reason == "a number is read" for phase, reason, *_ in record.waits)
+        assert not any(
+            phase == "training" and reason == "a number is read"
+            for phase, reason, *_ in record.waits
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("distill")])
@@ -70,4 +76,7 @@ def test_the_memory_of_a_teacher_is_planned(kind: str, dry: dict[str, Dry]) -> N
         rank = record.rank // (dry[kind].plan.replicas * dry[kind].plan.tensor)
         for planned, phase in ((memories[rank].step, "training"), (memories[rank].save, "saving")):
             # The bound of tests/planner/test_planner_dry_runs.py.
-            assert planned == pytest.approx(record.peaks[phase], rel=0.02), (phase, record.at_peak[phase])
+            assert planned == pytest.approx(record.peaks[phase], rel=0.02), (
+                phase,
+                record.at_peak[phase],
+            )

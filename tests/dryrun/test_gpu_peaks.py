@@ -1,4 +1,5 @@
-"""What tools/bench/gpu_peaks.py holds a GPU's memory against is what the program needs when it is run dry."""
+"""What tools/bench/gpu_peaks.py holds a GPU's memory against is what the program needs when it is
+run dry."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ def test_recorded_peaks_are_those_of_dry_runs(tmp_path: Path) -> None:
     cases = {}
     for name, row in rows.items():
         sizes = (f"data.seq_length={row['seq_length']}", f"train.micro_batch_size={row['batch']}")
-        overrides = (*sizes, f"train.global_batch_size={row['batch']}", "observe.layers_every=0", *row["overrides"])
+        overrides = (
+            *sizes,
+            f"train.global_batch_size={row['batch']}",
+            "observe.layers_every=0",
+            *row["overrides"],
+        )
         cases[name] = Case({"preset": row["preset"]}, 1, overrides)
     for name, dry in run_dry(cases, tmp_path).items():
         peak = dry.records[0].peaks["training"] / 2**30

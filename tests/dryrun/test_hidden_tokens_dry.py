@@ -1,4 +1,5 @@
-"""Models that learn what is hidden from them run dry: encoders, and encoder-decoders with both stacks over stages."""
+"""Models that learn what is hidden from them run dry: encoders, and encoder-decoders with both
+stacks over stages."""
 
 from __future__ import annotations
 
@@ -32,4 +33,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dry]:
 def test_it_trains_validates_and_saves(kind: str, dry: dict[str, Dry]) -> None:
     for record in dry[kind].records:
         assert {"training", "validating", "saving"} <= record.peaks.keys()
-        assert not any(phase == "training" and reason == "a number is read" for phase, reason, *_ in record.waits)
+        assert not any(
+            phase == "training" and reason == "a number is read"
+            for phase, reason, *_ in record.waits
+        )

@@ -13,11 +13,21 @@ from megalite.dryrun.match import compare, play
 pytestmark = built
 
 SMALL = "data.seq_length=512"
-DEEP = ("parallel.pipeline=3", "parallel.virtual=2", "train.global_batch_size=9", "model.num_layers=6", SMALL)
+DEEP = (
+    "parallel.pipeline=3",
+    "parallel.virtual=2",
+    "train.global_batch_size=9",
+    "model.num_layers=6",
+    SMALL,
+)
 CASES = {
     "interleaved": Case(LLAMA, 3, (*DEEP, "parallel.schedule=interleaved")),
     "zero bubble": Case(LLAMA, 3, (*DEEP, "parallel.schedule=zero_bubble")),
-    "two ranks": Case(LLAMA, 2, ("parallel.pipeline=2", "parallel.virtual=2", "parallel.schedule=interleaved", SMALL)),
+    "two ranks": Case(
+        LLAMA,
+        2,
+        ("parallel.pipeline=2", "parallel.virtual=2", "parallel.schedule=interleaved", SMALL),
+    ),
     "1f1b": Case(LLAMA, 8, ("parallel.pipeline=2", "parallel.tensor=2", SMALL), "all"),
 }
 
@@ -29,7 +39,8 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dry]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_validation_and_save_come_to_an_end(case: str, dry: dict[str, Dry]) -> None:
-    """Also where no message is buffered: ranks of several stages each would wait for one another around their ring."""
+    """Also where no message is buffered: ranks of several stages each would wait for one another
+    around their ring."""
     traffics = dry[case].traffics
     phases = {phase for traffic in traffics.values() for phase, _ in traffic["phases"]}
     assert {"first step", "training", "validating", "saving"} <= phases
@@ -37,7 +48,9 @@ def test_training_validation_and_save_come_to_an_end(case: str, dry: dict[str, D
     assert play(traffics) == []
 
 
-def test_hosts_tell_each_other_something_only_in_the_group_of_all_ranks(dry: dict[str, Dry]) -> None:
+def test_hosts_tell_each_other_something_only_in_the_group_of_all_ranks(
+    dry: dict[str, Dry],
+) -> None:
     """Groups of axes have no connections between hosts."""
     heard = 0
     for name, each in dry.items():
@@ -45,11 +58,15 @@ def test_hosts_tell_each_other_something_only_in_the_group_of_all_ranks(dry: dic
             for group, parts, _ in traffic["launches"]:
                 if any(traffic["parts"][part]["host"] for part in parts):
                     heard += 1
-                    assert len(traffic["groups"][group]["ranks"]) == CASES[name].gpus, traffic["parts"][parts[0]]
+                    assert len(traffic["groups"][group]["ranks"]) == CASES[name].gpus, traffic[
+                        "parts"
+                    ][parts[0]]
     assert heard
 
 
-def test_saves_bring_weights_to_pinned_memory_and_wait_before_they_read_it(dry: dict[str, Dry]) -> None:
+def test_saves_bring_weights_to_pinned_memory_and_wait_before_they_read_it(
+    dry: dict[str, Dry],
+) -> None:
     found = set()
     for record in dry["1f1b"].records:
         waits = [(reason, place) for phase, reason, place, _ in record.waits if phase == "saving"]
@@ -69,7 +86,9 @@ def find(traffic: dict[str, Any], axis: str, *kinds: str, phase: str = "training
     return [
         number
         for number, (group, (part, *_), _) in enumerate(traffic["launches"])
-        if number >= begin and traffic["groups"][group]["axis"] == axis and traffic["parts"][part]["kind"] in kinds
+        if number >= begin
+        and traffic["groups"][group]["axis"] == axis
+        and traffic["parts"][part]["kind"] in kinds
     ]
 
 
@@ -86,7 +105,9 @@ def change(traffic: dict[str, Any], number: int, **values: Any) -> None:
         ({"op": "AVG"}, "(avg)"),
     ],
 )  # fmt: skip
-def test_a_collective_that_differs_is_named(values: dict[str, Any], said: str, dry: dict[str, Dry]) -> None:
+def test_a_collective_that_differs_is_named(
+    values: dict[str, Any], said: str, dry: dict[str, Dry]
+) -> None:
     traffics, broken = tampered(dry["1f1b"], 3)
     change(broken, find(broken, "tensor", "all_gather")[1], **values)
     (found,) = compare(traffics)
@@ -98,7 +119,9 @@ def test_a_collective_that_differs_is_named(values: dict[str, Any], said: str, d
 
 def test_a_collective_that_one_rank_leaves_out_is_found(dry: dict[str, Dry]) -> None:
     traffics, broken = tampered(dry["1f1b"], 5)
-    broken["launches"][find(broken, "tensor", "reduce_scatter")[-1]][1][0] = find_part(broken, "recv")
+    broken["launches"][find(broken, "tensor", "reduce_scatter")[-1]][1][0] = find_part(
+        broken, "recv"
+    )
     (found, *_) = compare(traffics)
     assert "tensor group of ranks 4, 5" in found
 
@@ -115,8 +138,11 @@ def test_messages_that_differ_at_their_ends_are_named(dry: dict[str, Dry]) -> No
     assert "rank 4 takes it by recv from 0 of 1,048,576 float32" in found
 
 
-def test_a_rank_that_sends_before_it_receives_as_its_neighbour_does_is_a_dead_lock(dry: dict[str, Dry]) -> None:
-    """Rank 0 of the pipeline sends its second hidden states where it should take the first gradient."""
+def test_a_rank_that_sends_before_it_receives_as_its_neighbour_does_is_a_dead_lock(
+    dry: dict[str, Dry],
+) -> None:
+    """Rank 0 of the pipeline sends its second hidden states where it should take the first
+    gradient."""
     traffics, broken = tampered(dry["1f1b"], 0)
     sends = find(broken, "pipeline", "send", phase="validating")
     receives = find(dry["1f1b"].traffics[4], "pipeline", "recv", phase="validating")
@@ -133,7 +159,15 @@ def test_a_rank_that_sends_before_it_receives_as_its_neighbour_does_is_a_dead_lo
 def by_hand(*axes: str, waits: bool) -> dict[str, Any]:
     """Return a rank's all-reduces over these axes of two ranks, one after another."""
     names = sorted(axes)
-    part = {"kind": "all_reduce", "peer": -1, "numel": 1, "bytes": 4, "dtype": "float32", "op": "SUM", "host": False}
+    part = {
+        "kind": "all_reduce",
+        "peer": -1,
+        "numel": 1,
+        "bytes": 4,
+        "dtype": "float32",
+        "op": "SUM",
+        "host": False,
+    }
     return {
         "groups": [{"name": axis, "axis": axis, "ranks": [0, 1]} for axis in names],
         "parts": [part | {"place": number} for number in range(len(names))],
@@ -148,8 +182,12 @@ def by_hand(*axes: str, waits: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_collectives_in_another_order_over_two_groups_are_a_dead_lock(waits: bool) -> None:
-    """Each group sees its own in one order. They wait for one another only where a rank waits in between."""
-    traffics = {0: by_hand("data", "tensor", waits=waits), 1: by_hand("tensor", "data", waits=waits)}
+    """Each group sees its own in one order. They wait for one another only where a rank waits in
+    between."""
+    traffics = {
+        0: by_hand("data", "tensor", waits=waits),
+        1: by_hand("tensor", "data", waits=waits),
+    }
     assert compare(traffics) == []
     found = play(traffics)
     assert bool(found) == waits

@@ -1,7 +1,9 @@
-"""Build csrc/ops/cuda and the wrappers of its kernels for the emulated CUDA device, and print the library's path.
+"""Build csrc/ops/cuda and the wrappers of its kernels for the emulated CUDA device, and print the
+library's path.
 
-An object is compiled again only where the content of what it is made from has changed: build/emulated-cuda keeps
-them. Paths are relative to the checkout, so that another one's objects serve, too."""
+An object is compiled again only where the content of what it is made from has changed:
+build/emulated-cuda keeps them. Paths are relative to the checkout, so that another one's objects
+serve, too."""
 
 from __future__ import annotations
 
@@ -24,20 +26,28 @@ FAKE = HERE / "include"
 CACHE = ROOT / "build" / "emulated-cuda"
 COMPILER = os.environ.get("CXX", "g++")
 
-# Vectorised code would tell the runtime of accesses that no single thread makes. The address of a tensor that is left
-# out is computed, from null, but not read: hence no pointer-overflow.
+# Vectorised code would tell the runtime of accesses that no single thread makes. The address of a
+# tensor that is left out is computed, from null, but not read: hence no pointer-overflow.
 KERNEL_FLAGS = [
     "-std=c++20", "-O1", "-g1", "-fPIC",
     "-fsanitize=thread,undefined", "-fno-sanitize=pointer-overflow,vptr", "-ftrivial-auto-var-init=pattern",
     "-fno-threadsafe-statics",
 ]  # fmt: skip
 RUNTIME_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC"]
-WRAPPER_FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-DMEGALITE_CUDA"]
+WRAPPER_FLAGS = [
+    "-std=c++20",
+    "-O0",
+    "-fPIC",
+    "-fopenmp",
+    "-DAT_PARALLEL_OPENMP=1",
+    "-DMEGALITE_CUDA",
+]
 
 
 def translate(text: str) -> str:
-    """Return CUDA's own syntax in `text` as calls of include/cuda_runtime.h, with every line where it was. What it does
-    not know, such as two shared variables in one declaration, stays, and does not compile."""
+    """Return CUDA's own syntax in `text` as calls of include/cuda_runtime.h, with every line where
+    it was. What it does not know, such as two shared variables in one declaration, stays, and does
+    not compile."""
     text = _launches(text)
     text = re.sub(
         r"(__global__\s+void\s+)__launch_bounds__\(([^)]*)\)(\s+\w+\([^)]*\)\s*\{)",
@@ -58,7 +68,8 @@ def translate(text: str) -> str:
 
 
 def _launches(text: str) -> str:
-    """Return `text` with kernel<<<sizes>>>(arguments) as emulated::launch<kernel>(sizes)(arguments)."""
+    """Return `text` with kernel<<<sizes>>>(arguments) as
+    emulated::launch<kernel>(sizes)(arguments)."""
     while (begin := text.find("<<<")) >= 0:
         name = _start_of_name(text, begin)
         end = text.index(">>>", begin)
@@ -77,7 +88,11 @@ def _start_of_name(text: str, end: int) -> int:
 
 def wrapper_sources() -> list[Path]:
     """Return the files that register operators for CUDA."""
-    return [file for file in sorted(OPS.glob("*.cpp")) if "MEGALITE_REGISTER(" in file.read_text(encoding="utf-8")]
+    return [
+        file
+        for file in sorted(OPS.glob("*.cpp"))
+        if "MEGALITE_REGISTER(" in file.read_text(encoding="utf-8")
+    ]
 
 
 def _torch_options() -> tuple[list[str], list[str]]:
@@ -85,14 +100,19 @@ def _torch_options() -> tuple[list[str], list[str]]:
     paths = subprocess.check_output([sys.executable, OPS / "torch_paths.py"], text=True)
     includes, libraries, cxx11_abi, _ = paths.split(";")
     folders = [*includes.split("|"), sysconfig.get_paths()["include"]]
-    compiling = [*(f"-isystem{folder}" for folder in folders), f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi}"]
+    compiling = [
+        *(f"-isystem{folder}" for folder in folders),
+        f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi}",
+    ]
     return compiling, [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def _run(command: Sequence[str | Path]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"emulated CUDA: it does not compile: {' '.join(map(str, command))}\n{done.stderr}")
+        raise SystemExit(
+            f"emulated CUDA: it does not compile: {' '.join(map(str, command))}\n{done.stderr}"
+        )
 
 
 def _key(options: Sequence[str | Path], files: Sequence[Path]) -> str:
@@ -114,7 +134,8 @@ def _compile(source: Path, options: Sequence[str | Path], made_from: Sequence[Pa
 
 
 def _translated(folder: Path) -> Path:
-    """Write kernels and their headers, translated, into `folder`, beside links to what they include."""
+    """Write kernels and their headers, translated, into `folder`, beside links to what they
+    include."""
     cuda = folder / "cuda"
     cuda.mkdir()
     for header in OPS.glob("*.h"):
@@ -123,7 +144,9 @@ def _translated(folder: Path) -> Path:
     for file in [*(OPS / "cuda").iterdir(), HERE / "faulty.cu"]:
         name = f"{file.name}.cpp" if file.suffix == ".cu" else file.name
         translated = translate(file.read_text(encoding="utf-8"))
-        (cuda / name).write_text(f'#line 1 "{file.relative_to(ROOT)}"\n{translated}', encoding="utf-8")
+        (cuda / name).write_text(
+            f'#line 1 "{file.relative_to(ROOT)}"\n{translated}', encoding="utf-8"
+        )
     return cuda
 
 
@@ -134,19 +157,48 @@ def build() -> Path:
     fake, headers = sorted(FAKE.glob("*.h")), sorted([*OPS.glob("*.h"), *OPS.glob("cpu/isa.h")])
     include = f"-I{FAKE.relative_to(ROOT)}"
     compiling, linking = _torch_options()
-    torch_options = [*WRAPPER_FLAGS, f"-I{OPS.relative_to(ROOT)}", *compiling, "-include", "wrappers.h", include]
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    torch_options = [
+        *WRAPPER_FLAGS,
+        f"-I{OPS.relative_to(ROOT)}",
+        *compiling,
+        "-include",
+        "wrappers.h",
+        include,
+    ]
+    with (
+        tempfile.TemporaryDirectory(dir=CACHE) as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         cuda = _translated(Path(folder))
         kernels = [*fake, *headers, *sorted(cuda.glob("*.cuh"))]
         jobs = [
-            *(pool.submit(_compile, file, [*RUNTIME_FLAGS, include], own) for file in sorted(HERE.glob("*.cpp"))),
-            *(pool.submit(_compile, file, [*KERNEL_FLAGS, include], kernels) for file in sorted(cuda.glob("*.cpp"))),
-            *(pool.submit(_compile, file, torch_options, [*fake, *headers]) for file in wrapper_sources()),
+            *(
+                pool.submit(_compile, file, [*RUNTIME_FLAGS, include], own)
+                for file in sorted(HERE.glob("*.cpp"))
+            ),
+            *(
+                pool.submit(_compile, file, [*KERNEL_FLAGS, include], kernels)
+                for file in sorted(cuda.glob("*.cpp"))
+            ),
+            *(
+                pool.submit(_compile, file, torch_options, [*fake, *headers])
+                for file in wrapper_sources()
+            ),
         ]
         objects = [job.result() for job in jobs]
     library = CACHE / f"library-{_key([*linking], objects)}.so"
     if not library.exists():
-        _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *linking, "-o", f"{library}.{os.getpid()}"])
+        _run(
+            [
+                COMPILER,
+                "-shared",
+                "-Wl,-Bsymbolic",
+                *objects,
+                *linking,
+                "-o",
+                f"{library}.{os.getpid()}",
+            ]
+        )
         os.rename(f"{library}.{os.getpid()}", library)
     return library
 

@@ -1,6 +1,7 @@
 """The emulated CUDA device finds the faults of faulty.cu, and nothing where there is none.
 
-tools/emulated_cuda.sh runs this file; the kernels are compiled into the library that the plugin loads."""
+tools/emulated_cuda.sh runs this file; the kernels are compiled into the library that the plugin
+loads."""
 
 from __future__ import annotations
 

@@ -19,7 +19,11 @@ DECAY = 0.8
 
 def kind_of(config: Config, step: int, kind: str) -> dict[str, torch.Tensor]:
     folder = step_folder(config.run.folder / "checkpoints", step)
-    return {name: x for path in folder.glob(f"{kind}*.safetensors") for name, x in load_file(path).items()}
+    return {
+        name: x
+        for path in folder.glob(f"{kind}*.safetensors")
+        for name, x in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -42,9 +46,17 @@ def test_the_average_is_that_of_the_weights(
         *layout,
     )
     config = make_config(tmp_path, "llama", *given, "train.steps=6", "observe.eval_every=3")
-    broken = make_config(tmp_path, "llama", *given, "train.steps=6", "observe.eval_every=3", "run.name=broken")
+    broken = make_config(
+        tmp_path, "llama", *given, "train.steps=6", "observe.eval_every=3", "run.name=broken"
+    )
     first = make_config(
-        tmp_path, "llama", *given, "train.steps=6", "observe.eval_every=3", "run.name=broken", "train.stop_at=4"
+        tmp_path,
+        "llama",
+        *given,
+        "train.steps=6",
+        "observe.eval_every=3",
+        "run.name=broken",
+        "train.stop_at=4",
     )
     run_ranks(ranks, train_on_rank, [config, first, broken])
     exact = "model" if precision == "fp32" else "optimizer/master"
@@ -56,10 +68,14 @@ def test_the_average_is_that_of_the_weights(
     found = kind_of(config, 6, "optimizer/ema")
     assert found.keys() == average.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)  # fp32 against float64
+        torch.testing.assert_close(
+            value.double(), average[name], rtol=1e-5, atol=1e-7
+        )  # fp32 against float64
     resumed = kind_of(broken, 6, "optimizer/ema")
     assert all(torch.equal(resumed[name], found[name]) for name in found)
-    assert curve_of(broken) == curve_of(config), "validating the average leaves the weights as they were"
+    assert curve_of(broken) == curve_of(config), (
+        "validating the average leaves the weights as they were"
+    )
     evaluations = [line for line in metrics_of(config) if "valid_loss" in line]
     assert all(line["valid_loss_ema"] != line["valid_loss"] for line in evaluations)
     folder = step_folder(config.run.folder / "checkpoints", 6)

@@ -1,5 +1,6 @@
-"""The DeepSpeed engine beyond the layouts of tests/parallel/test_parity.py: offload, weights that really are released,
-bf16, checkpoints shared with the native engine, what it is told, and what it says."""
+"""The DeepSpeed engine beyond the layouts of tests/parallel/test_parity.py: offload, weights that
+really are released, bf16, checkpoints shared with the native engine, what it is told, and what it
+says."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from megalite.training.parts import RankModel, build, forward_backward
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, metrics_of, train_on_rank
 
-installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 
 Result = dict[str, Any]
 
@@ -47,24 +50,36 @@ def stage(number: int, *overrides: str) -> tuple[str, ...]:
 
 
 def batch_of(step: int, mesh: Mesh, count: int) -> list[MicroBatch]:
-    tokens = torch.randint(0, VOCAB, (count * mesh.data.size, 1, 17), generator=torch.Generator().manual_seed(step))
+    tokens = torch.randint(
+        0, VOCAB, (count * mesh.data.size, 1, 17), generator=torch.Generator().manual_seed(step)
+    )
     mine = list(enumerate(tokens))[mesh.data.rank :: mesh.data.size]
     return [MicroBatch(x[:, :-1], x[:, 1:], torch.tensor([number]), None) for number, x in mine]
 
 
-def run_steps(parts: RankModel, mesh: Mesh, steps: range, count: int, owners: dict[str, int]) -> Result:
+def run_steps(
+    parts: RankModel, mesh: Mesh, steps: range, count: int, owners: dict[str, int]
+) -> Result:
     """What these steps give; on rank 0, also every gradient and the state after them."""
     found: Result = {}
     for step in steps:
-        found[f"loss {step}"] = forward_backward(parts, batch_of(step, mesh, count), mesh, 3)["loss"]
-        found |= {f"grad {step} {name}": x for name, x in parts.engine.gather("grad", owners).items()}
+        found[f"loss {step}"] = forward_backward(parts, batch_of(step, mesh, count), mesh, 3)[
+            "loss"
+        ]
+        found |= {
+            f"grad {step} {name}": x for name, x in parts.engine.gather("grad", owners).items()
+        }
         found[f"norm {step}"] = parts.engine.step(1e-2).clone()
     return found | states_of(parts, owners)
 
 
 def states_of(parts: RankModel, owners: dict[str, int]) -> Result:
     kinds = ("weight", *parts.engine.states)
-    return {f"{kind} {name}": x for kind in kinds for name, x in parts.engine.gather(kind, owners).items()}
+    return {
+        f"{kind} {name}": x
+        for kind in kinds
+        for name, x in parts.engine.gather(kind, owners).items()
+    }
 
 
 def from_result(state: Result) -> ReadState:
@@ -86,9 +101,13 @@ def two_steps(rank: int, world_size: int, configs: list[Config]) -> list[Result]
         mesh = make_mesh(plan, CPU)
         parts = build(config, plan, mesh)
         parts.engine.load(from_seed(3, mesh))
-        results.append(run_steps(parts, mesh, range(2), plan.micro_batches, {w.name: 0 for w in table}))
+        results.append(
+            run_steps(parts, mesh, range(2), plan.micro_batches, {w.name: 0 for w in table})
+        )
         if plan.zero_stage == 3:
-            results[-1]["released"] = all(p.ds_status.name == "NOT_AVAILABLE" for p in parts.stages[0].parameters())
+            results[-1]["released"] = all(
+                p.ds_status.name == "NOT_AVAILABLE" for p in parts.stages[0].parameters()
+            )
     return results
 
 
@@ -105,7 +124,9 @@ def releasing_everything(*arguments: Any) -> dict[str, Any]:
 
 def check_equal(found: Result, wanted: Result, tolerance: float) -> None:
     for name, tensor in wanted.items():
-        error = (found[name].float() - tensor.float()).norm() / tensor.float().norm().clamp(min=1e-12)
+        error = (found[name].float() - tensor.float()).norm() / tensor.float().norm().clamp(
+            min=1e-12
+        )
         assert error <= tolerance, f"{name} is off by {error:.1e}"
 
 
@@ -128,9 +149,12 @@ def test_offload_to_the_host_and_released_weights_equal_native(tmp_path: Path) -
 
 @installed
 def test_offload_to_nvme_equals_native(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """In a model with weights of more than the megabyte a rank below which nothing goes to the disk."""
+    """In a model with weights of more than the megabyte a rank below which nothing goes to the
+    disk."""
     if not request.config.getoption("--nvme"):
-        pytest.skip("DeepSpeed would compile async_io for this, 5 minutes on two cores: pytest --nvme")
+        pytest.skip(
+            "DeepSpeed would compile async_io for this, 5 minutes on two cores: pytest --nvme"
+        )
     large = (*BASE, "model.hidden_size=128", "model.vocab_size=4096", "train.global_batch_size=2")
     nvme = ("parallel.offload.optimizer=nvme", f"parallel.offload.nvme_path={tmp_path / 'nvme'}")
     variants = [(), stage(3, *nvme), stage(3, *nvme, "parallel.offload.parameters=nvme")]
@@ -143,8 +167,11 @@ def test_offload_to_nvme_equals_native(tmp_path: Path, request: pytest.FixtureRe
         check_equal(found, wanted, 1e-5)
 
 
-def hand_over(rank: int, world_size: int, native: Config, others: list[Config]) -> list[tuple[Result, Result, Result]]:
-    """For each other engine: native state after a step, the same as the other gives it back, a second step of both."""
+def hand_over(
+    rank: int, world_size: int, native: Config, others: list[Config]
+) -> list[tuple[Result, Result, Result]]:
+    """For each other engine: native state after a step, the same as the other gives it back, a
+    second step of both."""
     table = weight_table(native.model)
     owners = {w.name: 0 for w in table}
     results = []
@@ -170,7 +197,8 @@ def hand_over(rank: int, world_size: int, native: Config, others: list[Config]) 
 @installed
 def test_bf16_state_passes_between_engines_bitwise(tmp_path: Path) -> None:
     base = (*BASE, "train.precision=bf16")
-    # Our own product would not round the native engine's gradients to bf16, as autograd does DeepSpeed's.
+    # Our own product would not round the native engine's gradients to bf16, as autograd does
+    # DeepSpeed's.
     native = make_config(tmp_path, "llama", *base, "kernels.weight_gradient=torch")
     variants = [stage(1), stage(2), stage(3)]
     others = [make_config(tmp_path, "llama", *base, *variant) for variant in variants]
@@ -184,9 +212,11 @@ def test_bf16_state_passes_between_engines_bitwise(tmp_path: Path) -> None:
 
 
 @installed
-def test_runs_resume_bitwise_and_across_engines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Bitwise on the same layout, and on the native curve (1e-4, the project's bound for curves) where engines change
-    between the parts of a run. Nothing DeepSpeed says reaches the console."""
+def test_runs_resume_bitwise_and_across_engines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bitwise on the same layout, and on the native curve (1e-4, the project's bound for curves)
+    where engines change between the parts of a run. Nothing DeepSpeed says reaches the console."""
     short = ("train.steps=6", "observe.eval_every=0")
     layout = stage(3, "train.precision=bf16", "parallel.tensor=2", *short)
     names = ("run.name=unbroken",), ("run.name=broken", "train.stop_at=3"), ("run.name=broken",)
@@ -198,7 +228,9 @@ def test_runs_resume_bitwise_and_across_engines(tmp_path: Path, capfd: pytest.Ca
         stage(1, "parallel.context=2", "train.stop_at=5"),
         (),
     ]
-    changing = [make_config(tmp_path, "llama", "run.name=changing", *short, *change) for change in changes]
+    changing = [
+        make_config(tmp_path, "llama", "run.name=changing", *short, *change) for change in changes
+    ]
     # Native ones first: DeepSpeed replaces functions of torch.
     run_ranks(2, train_on_rank, [native, unbroken, first, rest, *changing])
     assert curve_of(rest) == curve_of(unbroken)
@@ -207,7 +239,9 @@ def test_runs_resume_bitwise_and_across_engines(tmp_path: Path, capfd: pytest.Ca
         assert mine == pytest.approx(theirs, rel=1e-4)
     said = capfd.readouterr()
     lines = (said.out + said.err).splitlines()
-    assert not [line for line in lines if line.startswith(("[", "MA ", "CPU Virtual")) or "Warning" in line]
+    assert not [
+        line for line in lines if line.startswith(("[", "MA ", "CPU Virtual")) or "Warning" in line
+    ]
 
 
 def plan_and_config(tmp_path: Path, *overrides: str, ranks: int = 4) -> dict[str, Any]:
@@ -219,7 +253,10 @@ def test_config_follows_from_the_plan(tmp_path: Path) -> None:
     told = plan_and_config(tmp_path, *stage(3, "train.global_batch_size=8", "train.precision=bf16"))
     assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (1, 2)
     assert told["bf16"] == {"enabled": True, "check_grad_overflow": True}
-    assert (told["data_types"]["grad_accum_dtype"], told["communication_data_type"]) == ("fp32", "fp32")
+    assert (told["data_types"]["grad_accum_dtype"], told["communication_data_type"]) == (
+        "fp32",
+        "fp32",
+    )
     assert told["gradient_clipping"] == 1.0
     zero = told["zero_optimization"]
     assert zero["stage"] == 3
@@ -229,11 +266,21 @@ def test_config_follows_from_the_plan(tmp_path: Path) -> None:
 
 
 def test_config_of_offload(tmp_path: Path) -> None:
-    nvme = ("parallel.offload.parameters=nvme", "parallel.offload.nvme_path=/fast", "parallel.offload.optimizer=cpu")
+    nvme = (
+        "parallel.offload.parameters=nvme",
+        "parallel.offload.nvme_path=/fast",
+        "parallel.offload.optimizer=cpu",
+    )
     zero = plan_and_config(tmp_path, *stage(3, *nvme, "parallel.tensor=2"))["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu"}
-    # Two replicas share the largest weight: the embedding, 97 rows padded to 2 × 64, of which a rank holds 64 × 32.
-    assert zero["offload_param"] == {"device": "nvme", "nvme_path": "/fast", "buffer_size": 1024, "max_in_cpu": 0}
+    # Two replicas share the largest weight: the embedding, 97 rows padded to 2 × 64, of which a
+    # rank holds 64 × 32.
+    assert zero["offload_param"] == {
+        "device": "nvme",
+        "nvme_path": "/fast",
+        "buffer_size": 1024,
+        "max_in_cpu": 0,
+    }
 
 
 def test_print_plan_shows_the_config_without_importing_deepspeed(tmp_path: Path) -> None:
@@ -243,7 +290,9 @@ def test_print_plan_shows_the_config_without_importing_deepspeed(tmp_path: Path)
         "import sys; from megalite.cli import main; "
         f"main(['train', {str(tmp_path / 'config.yaml')!r}, '--print-plan']); assert 'deepspeed' not in sys.modules"
     )
-    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
     told = json.loads(shown[shown.index("{") :])
     assert told == plan_and_config(tmp_path, *stage(3), ranks=1)
 
@@ -273,8 +322,12 @@ def test_an_old_deepspeed_is_refused(untouched: pytest.MonkeyPatch) -> None:
         module._import_deepspeed(alone())
 
 
-@pytest.mark.parametrize(("compatible", "message"), [(False, "apt install libaio-dev"), (True, "ninja.*no compiler")])
-def test_what_nvme_needs_is_named(monkeypatch: pytest.MonkeyPatch, compatible: bool, message: str) -> None:
+@pytest.mark.parametrize(
+    ("compatible", "message"), [(False, "apt install libaio-dev"), (True, "ninja.*no compiler")]
+)
+def test_what_nvme_needs_is_named(
+    monkeypatch: pytest.MonkeyPatch, compatible: bool, message: str
+) -> None:
     class AsyncIOBuilder:
         def is_compatible(self, verbose: bool) -> bool:
             return compatible

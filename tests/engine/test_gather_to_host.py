@@ -23,7 +23,9 @@ def gathered(rank: int, world_size: int, piece: int) -> list[float] | None:
             "train": {"steps": 1, "global_batch_size": 2}, "optimizer": {"lr": 1.0},
         }
     )  # fmt: skip
-    mesh = make_mesh(make_plan(config, weight_table(config.model), world_size), Launch.from_environment().device)
+    mesh = make_mesh(
+        make_plan(config, weight_table(config.model), world_size), Launch.from_environment().device
+    )
     whole = torch.zeros(world_size, 7) if rank == 1 else None
     gather_to_host(torch.arange(7.0) + 10 * rank, mesh.replicas, 1, whole)
     return None if whole is None else whole.flatten().tolist()

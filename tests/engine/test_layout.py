@@ -1,4 +1,5 @@
-"""The engine's layout is arithmetic: nothing overlaps, nothing is forgotten, everything is aligned."""
+"""The engine's layout is arithmetic: nothing overlaps, nothing is forgotten, everything is
+aligned."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
 
 def test_buckets_grow_with_the_replicas_that_share_one(tmp_path: Path) -> None:
     def megabytes(data: int, *overrides: str) -> float:
-        return bucket_elements(make_config(tmp_path, "llama", *overrides), plan_of(2, data)) * 4 / 2**20
+        return (
+            bucket_elements(make_config(tmp_path, "llama", *overrides), plan_of(2, data))
+            * 4
+            / 2**20
+        )
 
     usual = "parallel.bucket_mb=null"
     assert [megabytes(data, usual) for data in (1, 40, 512)] == [40, 40, 512]
@@ -47,14 +52,24 @@ def tables(draw: st.DrawFn) -> tuple[Weight, ...]:
     rows = draw(
         st.lists(
             st.tuples(
-                st.integers(1, 12), st.integers(1, 12), st.sampled_from(["column", "row", "vocab", None]), st.booleans()
+                st.integers(1, 12),
+                st.integers(1, 12),
+                st.sampled_from(["column", "row", "vocab", None]),
+                st.booleans(),
             ),
             min_size=1,
             max_size=12,
         )
     )
     return tuple(
-        Weight(f"w{i}", (4 * height, 4 * width), (f"h{i}",), shard, decay=decay, partial_grad=PARTIAL[shard])
+        Weight(
+            f"w{i}",
+            (4 * height, 4 * width),
+            (f"h{i}",),
+            shard,
+            decay=decay,
+            partial_grad=PARTIAL[shard],
+        )
         for i, (height, width, shard, decay) in enumerate(rows)
     )
 
@@ -63,7 +78,12 @@ TENSOR, DATA, MOST = st.sampled_from([1, 2, 4]), st.integers(1, 8), st.integers(
 
 
 def kind_of(weight: Weight, tensor: int) -> Kind:
-    return weight.decay, weight.shard is not None and tensor > 1, weight.sums_over_tensor_ranks(sequence=False), False
+    return (
+        weight.decay,
+        weight.shard is not None and tensor > 1,
+        weight.sums_over_tensor_ranks(sequence=False),
+        False,
+    )
 
 
 def bucket_kind(bucket: Bucket) -> Kind:
@@ -88,12 +108,16 @@ def test_buckets_hold_every_weight_once_aligned_and_apart(
             assert kind_of(slot.weight, tensor) == bucket_kind(bucket)
             end = slot.stop
         assert end <= bucket.size < end + ALIGNMENT * data
-        assert len(bucket.slots) == 1 or end <= most, "only a weight larger than the limit may exceed it"
+        assert len(bucket.slots) == 1 or end <= most, (
+            "only a weight larger than the limit may exceed it"
+        )
 
 
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
-def test_buckets_follow_the_backward_pass(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
+def test_buckets_follow_the_backward_pass(
+    table: tuple[Weight, ...], tensor: int, data: int, most: int
+) -> None:
     buckets = make_buckets(table, plan_of(tensor, data), ADAMW, most)
     for kind in {bucket_kind(b) for b in buckets}:
         found = [slot.weight.name for b in buckets if bucket_kind(b) == kind for slot in b.slots]
@@ -109,19 +133,25 @@ def test_shards_are_equal_aligned_and_cover_the_bucket(
         shards = [bucket.shard(rank, data) for rank in range(data)]
         assert shards[0][0] == 0
         assert shards[-1][1] == bucket.size
-        assert all(low % ALIGNMENT == 0 and high - low == bucket.size // data for low, high in shards)
+        assert all(
+            low % ALIGNMENT == 0 and high - low == bucket.size // data for low, high in shards
+        )
         assert all(a[1] == b[0] for a, b in pairwise(shards))
 
 
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
-def test_one_rank_writes_each_weight(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
+def test_one_rank_writes_each_weight(
+    table: tuple[Weight, ...], tensor: int, data: int, most: int
+) -> None:
     buckets = make_buckets(table, plan_of(tensor, data), ADAMW, most)
     owners = choose_owners(plan_of(tensor, data), table, ADAMW, most)
     assert owners.keys() == {w.name for w in table}
     assert all(0 <= rank < data * tensor for rank in owners.values())
     for bucket in buckets:
-        assert len({owners[slot.weight.name] // tensor for slot in bucket.slots}) == 1, "one data rank a bucket"
+        assert len({owners[slot.weight.name] // tensor for slot in bucket.slots}) == 1, (
+            "one data rank a bucket"
+        )
 
 
 def test_stages_of_a_pipeline_write_their_own() -> None:
@@ -134,15 +164,21 @@ def test_stages_of_a_pipeline_write_their_own() -> None:
     assert owners["layers.1.w"] // 4 == 1
     for pipeline_rank in (0, 1):
         buckets = make_buckets(plan.weights_of(pipeline_rank, table), plan, ADAMW, 1000)
-        assert [slot.weight.name for slot in buckets[-1].slots] == ["e"], "its gradient is complete last"
+        assert [slot.weight.name for slot in buckets[-1].slots] == ["e"], (
+            "its gradient is complete last"
+        )
         assert [bucket.tied for bucket in buckets] == [False, True]
 
 
 def test_an_example_by_hand() -> None:
-    """Two data ranks, at most 100 elements: `c` and `b` (32 + 40, then padded to 128) fit together, `a` follows."""
+    """Two data ranks, at most 100 elements: `c` and `b` (32 + 40, then padded to 128) fit together,
+    `a` follows."""
     a, b, c = (Weight(name, (rows, 8), (name,)) for name, rows in (("a", 5), ("b", 5), ("c", 2)))
     first, second = make_buckets([a, b, c], plan_of(1, 2), ADAMW, 100)
-    assert [(slot.weight.name, slot.start, slot.stop) for slot in first.slots] == [("c", 0, 16), ("b", 32, 72)]
+    assert [(slot.weight.name, slot.start, slot.stop) for slot in first.slots] == [
+        ("c", 0, 16),
+        ("b", 32, 72),
+    ]
     assert (first.size, second.size) == (128, 64)
     assert [first.shard(rank, 2) for rank in (0, 1)] == [(0, 64), (64, 128)]
     assert choose_owners(plan_of(1, 2), [a, b, c], ADAMW, 100) == {"b": 0, "c": 0, "a": 1}

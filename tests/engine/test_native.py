@@ -1,4 +1,5 @@
-"""The native engine in one process: what it begins with, and what it makes of the gradients of a step."""
+"""The native engine in one process: what it begins with, and what it makes of the gradients of a
+step."""
 
 from __future__ import annotations
 
@@ -44,8 +45,12 @@ def gathered(engine: Engine, kind: str, parts: RankModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path, zero_stage: int) -> None:
-    """Not that of the step before; and those beside it in its bucket, which is never full, are reduced nonetheless."""
-    parts, unused = parts_of(tmp_path, f"parallel.zero_stage={zero_stage}"), "layers.0.mlp_norm.weight"
+    """Not that of the step before; and those beside it in its bucket, which is never full, are
+    reduced nonetheless."""
+    parts, unused = (
+        parts_of(tmp_path, f"parallel.zero_stage={zero_stage}"),
+        "layers.0.mlp_norm.weight",
+    )
     pass_back(parts)
     parts.engine.step(1e-3)
     pass_back(parts, unused, micro_batches=2)
@@ -56,9 +61,14 @@ def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path, zero_st
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_selection_biases_stay_in_fp32(tmp_path: Path, zero_stage: int) -> None:
     """In a bf16 model: moves of 0.0005 would be lost beside 0.25."""
-    model = CASES["deepseek_v3"] | {"architectures": ["DeepseekV3ForCausalLM"], "rms_norm_eps": 1e-6}
+    model = CASES["deepseek_v3"] | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "rms_norm_eps": 1e-6,
+    }
     fields = from_hf_config(model) | {"router_bias_rate": 0.0005}
-    parts = parts_of(tmp_path, "train.precision=bf16", f"parallel.zero_stage={zero_stage}", model=fields)
+    parts = parts_of(
+        tmp_path, "train.precision=bf16", f"parallel.zero_stage={zero_stage}", model=fields
+    )
     name = "layers.1.mlp.router.bias"
     bias = dict(parts.stages[0].model.named_parameters())[name]
     with torch.no_grad():
@@ -67,7 +77,9 @@ def test_selection_biases_stay_in_fp32(tmp_path: Path, zero_stage: int) -> None:
     norm = parts.engine.step(1e-3).item()
     others = [p.numel() for other, p in parts.stages[0].model.named_parameters() if other != name]
     assert norm == pytest.approx(sum(others) ** 0.5), "counts are no gradient"
-    assert gathered(parts.engine, "weight", parts)[name].tolist() == pytest.approx([0.2495] * 8, rel=1e-6)
+    assert gathered(parts.engine, "weight", parts)[name].tolist() == pytest.approx(
+        [0.2495] * 8, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
@@ -84,10 +96,17 @@ def test_gradients_are_scaled_down_to_the_limit_and_never_up(tmp_path: Path, cli
 @pytest.mark.parametrize(
     ("precision", "begins"), [("fp32", {"weight": 1.25}), ("bf16", {"weight": 1.0, "master": 1.25})]
 )
-def test_weights_in_fp32_begin_as_the_master_weights(tmp_path: Path, precision: str, begins: dict[str, float]) -> None:
+def test_weights_in_fp32_begin_as_the_master_weights(
+    tmp_path: Path, precision: str, begins: dict[str, float]
+) -> None:
     """Where a run in bf16 goes on in fp32, those are exact."""
-    parts, stored = parts_of(tmp_path, f"train.precision={precision}"), {"weight": 1.0, "master": 1.25}
-    parts.engine.load(lambda weight, kind, start, stop: torch.full((stop - start,), stored.get(kind, 0.0)))
+    parts, stored = (
+        parts_of(tmp_path, f"train.precision={precision}"),
+        {"weight": 1.0, "master": 1.25},
+    )
+    parts.engine.load(
+        lambda weight, kind, start, stop: torch.full((stop - start,), stored.get(kind, 0.0))
+    )
     for kind, wanted in begins.items():
         for name, found in gathered(parts.engine, kind, parts).items():
             assert found.unique().tolist() == [wanted], (kind, name)

@@ -24,15 +24,23 @@ def optimizer_of(**settings: Any) -> OptimizerConfig:
 
 def train(config: OptimizerConfig, start: Tensor, grads: list[Tensor]) -> Tensor:
     """What `config` makes of a matrix in as many steps as there are gradients, on one process."""
-    master, states = start.clone().flatten(), {name: torch.zeros(start.numel()) for name in config.STATES}
+    master, states = (
+        start.clone().flatten(),
+        {name: torch.zeros(start.numel()) for name in config.STATES},
+    )
     optimizer = config.build()
     weight = Weight("layers.0.w", tuple(start.shape), ("w",), place=0)
     for number, grad in enumerate(grads, 1):
         shard = Shard(master, None, grad.flatten(), states, config.lr, config.weight_decay)
-        common = optimizer.begin_step(torch.ones(()), torch.tensor(float(number), dtype=torch.float64))
+        common = optimizer.begin_step(
+            torch.ones(()), torch.tensor(float(number), dtype=torch.float64)
+        )
         if isinstance(optimizer, MatrixOptimizer):
             seen = optimizer.advance_(shard, common).view(start.shape)
-            parts = [next(iter(optimizer.solve([part], torch.float32))) for part in seen.split(optimizer.split(weight))]
+            parts = [
+                next(iter(optimizer.solve([part], torch.float32)))
+                for part in seen.split(optimizer.split(weight))
+            ]
             optimizer.update_(shard, torch.cat(parts).flatten(), common)
         else:
             optimizer.update_(shard, common)
@@ -42,13 +50,17 @@ def train(config: OptimizerConfig, start: Tensor, grads: list[Tensor]) -> Tensor
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("scale", ["original", "moonlight"])
-def test_muon_equals_torch(shape: tuple[int, int], nesterov: bool, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_equals_torch(
+    shape: tuple[int, int], nesterov: bool, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     grads = [torch.randn(shape, generator=generator) for _ in range(STEPS)]
     parameter = torch.nn.Parameter(start.clone())
     adjust = {"original": "original", "moonlight": "match_rms_adamw"}[scale]
-    reference = torch.optim.Muon([parameter], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=adjust)
+    reference = torch.optim.Muon(
+        [parameter], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=adjust
+    )
     # torch iterates in bf16, whose rounding five steps amplify; here in fp32, as on fp32 weights.
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     for grad in grads:
@@ -66,7 +78,9 @@ def plain_lion(start: Tensor, grads: list[Tensor]) -> Tensor:
     return value.float()
 
 
-def by_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[Tensor, list[Tensor]], Tensor]:
+def by_torch(
+    kind: type[torch.optim.Optimizer], **settings: Any
+) -> Callable[[Tensor, list[Tensor]], Tensor]:
     def run(start: Tensor, grads: list[Tensor]) -> Tensor:
         parameter = torch.nn.Parameter(start.double())
         optimizer = kind([parameter], lr=0.02, weight_decay=0.1, **settings)  # type: ignore[call-arg]
@@ -81,7 +95,10 @@ def by_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[Te
 REFERENCES: dict[str, tuple[dict[str, Any], Callable[[Tensor, list[Tensor]], Tensor]]] = {
     "adamw": ({}, by_torch(torch.optim.AdamW, betas=(0.9, 0.95))),
     "sgd": ({"momentum": 0.8}, by_torch(torch.optim.SGD, momentum=0.8)),
-    "sgd-nesterov": ({"name": "sgd", "nesterov": True}, by_torch(torch.optim.SGD, momentum=0.9, nesterov=True)),
+    "sgd-nesterov": (
+        {"name": "sgd", "nesterov": True},
+        by_torch(torch.optim.SGD, momentum=0.9, nesterov=True),
+    ),
     "sgd-plain": ({"name": "sgd", "momentum": 0.0}, by_torch(torch.optim.SGD)),
     "adagrad": ({}, by_torch(torch.optim.Adagrad)),
     "lion": ({}, plain_lion),
@@ -101,7 +118,8 @@ def test_an_optimizer_equals_its_reference(case: str) -> None:
 
 @pytest.mark.parametrize("shape", [(12, 20), (240,)])
 def test_adafactor_equals_torch(shape: tuple[int, ...]) -> None:
-    """A matrix that two ranks hold, cut within a row; from an embedding of zeros; its rate falls from step 4 on."""
+    """A matrix that two ranks hold, cut within a row; from an embedding of zeros; its rate falls
+    from step 4 on."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     start[:3] = 0.0
@@ -116,7 +134,9 @@ def test_adafactor_equals_torch(shape: tuple[int, ...]) -> None:
     matrices = all_matrices(optimizer, weight)
     for number, grad in enumerate(grads, 1):
         pieces = pieces_of(optimizer, weight, master, variance, grad.clone().flatten(), config)
-        common = optimizer.begin_step(torch.ones(()), torch.tensor(float(number), dtype=torch.float64))
+        common = optimizer.begin_step(
+            torch.ones(()), torch.tensor(float(number), dtype=torch.float64)
+        )
         optimizer.update_(pieces, matrices, common, lambda flat: flat)
         parameter.grad = grad.double()
         reference.step()
@@ -127,7 +147,10 @@ def test_adafactor_equals_torch(shape: tuple[int, ...]) -> None:
     pieces = pieces_of(optimizer, weight, master, variance, torch.full((240,), torch.nan), config)
     refused = optimizer.begin_step(torch.zeros(()), torch.ones((), dtype=torch.float64))
     optimizer.update_(pieces, matrices, refused, lambda flat: flat)
-    assert all(torch.equal(a, b) for a, b in zip(before, (master, variance, *matrices.states.values()), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (master, variance, *matrices.states.values()), strict=True)
+    )
 
 
 def all_matrices(optimizer: SummingOptimizer, weight: Weight) -> AllMatrices:
@@ -138,17 +161,34 @@ def all_matrices(optimizer: SummingOptimizer, weight: Weight) -> AllMatrices:
 
 
 def pieces_of(
-    optimizer: SummingOptimizer, weight: Weight, master: Tensor, variance: Tensor, grad: Tensor, config: OptimizerConfig
+    optimizer: SummingOptimizer,
+    weight: Weight,
+    master: Tensor,
+    variance: Tensor,
+    grad: Tensor,
+    config: OptimizerConfig,
 ) -> list[Piece]:
     pieces = []
     for low, high in ((0, 107), (107, 240)):
         for found in weight.rectangles(0, 1, low, high):
             master_, variance_, grad_ = (
-                x[found.start : found.stop].view(found.rows[1] - found.rows[0], -1) for x in (master, variance, grad)
+                x[found.start : found.stop].view(found.rows[1] - found.rows[0], -1)
+                for x in (master, variance, grad)
             )
             states = {} if optimizer.ROW_STATE else {"variance": variance_}
             pieces.append(
-                Piece(0, slice(*found.rows), slice(*found.columns), master_, None, grad_, states, config.lr, 0.1, True)
+                Piece(
+                    0,
+                    slice(*found.rows),
+                    slice(*found.columns),
+                    master_,
+                    None,
+                    grad_,
+                    states,
+                    config.lr,
+                    0.1,
+                    True,
+                )
             )
     return pieces
 
@@ -160,7 +200,9 @@ def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> No
     weights = torch.randn(64, generator=generator).to(precision)
     master, grad = weights.float(), torch.full((64,), torch.nan)
     states = {state: torch.rand(64, generator=generator) for state in config.STATES}
-    shard = Shard(master, None if precision == torch.float32 else weights, grad, states, config.lr, 0.1)
+    shard = Shard(
+        master, None if precision == torch.float32 else weights, grad, states, config.lr, 0.1
+    )
     before = [x.clone() for x in (weights, master, *states.values())]
     optimizer = config.build()
     common = optimizer.begin_step(torch.zeros(()), torch.ones((), dtype=torch.float64))
@@ -170,7 +212,9 @@ def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> No
         optimizer.update_(shard, solved.float().flatten(), common)
     else:
         optimizer.update_(shard, common)
-    assert all(torch.equal(a, b) for a, b in zip(before, (weights, master, *states.values()), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (weights, master, *states.values()), strict=True)
+    )
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
@@ -195,10 +239,14 @@ def test_a_product_with_its_own_transpose(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     gram = symmetric_product(x)
     wanted = x.double() @ x.double().mT
-    torch.testing.assert_close(gram.double(), wanted, rtol=1e-5, atol=1e-4)  # sums of 300 products in fp32
+    torch.testing.assert_close(
+        gram.double(), wanted, rtol=1e-5, atol=1e-4
+    )  # sums of 300 products in fp32
     assert torch.equal(gram, gram.mT)
     found = symmetric_product(gram, gram, beta=-0.5, alpha=0.25)
-    torch.testing.assert_close(found.double(), -0.5 * wanted + 0.25 * wanted @ wanted, rtol=1e-5, atol=0.1)
+    torch.testing.assert_close(
+        found.double(), -0.5 * wanted + 0.25 * wanted @ wanted, rtol=1e-5, atol=0.1
+    )
 
 
 def test_groups_have_settings_of_their_own() -> None:
@@ -220,14 +268,19 @@ def test_groups_have_settings_of_their_own() -> None:
     assert config.states_of(first) == ("momentum_buffer",)
     assert config.states_of(second) == ("exp_avg", "exp_avg_sq")
     fused = Weight(
-        "layers.1.qkv", (8, 4), ("model.layers.1.q.weight", "model.layers.1.k.weight"), parts=(4, 4), place=1
+        "layers.1.qkv",
+        (8, 4),
+        ("model.layers.1.q.weight", "model.layers.1.k.weight"),
+        parts=(4, 4),
+        place=1,
     )
     with pytest.raises(ConfigError, match=r"takes model\.layers\.1\.k\.weight but not"):
         optimizer_of(groups=[{"match": "*.k.weight"}]).treatment(fused)
     for name in ("muon", "adafactor"):
         config = optimizer_of(name=name, groups=[{"match": "*.bias", "optimizer": name}])
         with pytest.raises(
-            ConfigError, match=rf"gives model\.layers\.1\.a\.bias to optimizer '{name}', which is for mat"
+            ConfigError,
+            match=rf"gives model\.layers\.1\.a\.bias to optimizer '{name}', which is for mat",
         ):
             config.treatment(bias)
     with pytest.raises(ValueError, match="optimizer = 'muon' is none of this config's: adamw"):

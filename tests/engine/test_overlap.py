@@ -30,7 +30,12 @@ Span = tuple[float, float]
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     folder = tmp_path_factory.mktemp("overlap")
-    base = ("train.steps=4", "parallel.bucket_mb=0.2", "observe.eval_every=0", "profile={steps: [2, 4], ranks: [0]}")
+    base = (
+        "train.steps=4",
+        "parallel.bucket_mb=0.2",
+        "observe.eval_every=0",
+        "profile={steps: [2, 4], ranks: [0]}",
+    )
     found = {
         name: make_config(folder, MODEL, f"run.name={name.replace(' ', '-')}", *base, *overrides)
         for name, overrides in RUNS.items()
@@ -41,8 +46,12 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
 
 def spans(config: Config, *names: str) -> list[Span]:
     (path,) = (config.run.folder / "trace").iterdir()
-    events: list[dict[str, Any]] = json.loads(gzip.decompress(Path(path).read_bytes()))["traceEvents"]
-    found = [event for event in events if event.get("ph") == "X" and event["name"].startswith(names)]
+    events: list[dict[str, Any]] = json.loads(gzip.decompress(Path(path).read_bytes()))[
+        "traceEvents"
+    ]
+    found = [
+        event for event in events if event.get("ph") == "X" and event["name"].startswith(names)
+    ]
     return [(event["ts"], event["ts"] + event["dur"]) for event in found]
 
 
@@ -51,7 +60,8 @@ def inside(products: list[Span], messages: list[Span]) -> int:
 
 
 def test_gradients_are_reduced_beside_the_backward_pass(configs: dict[str, Config]) -> None:
-    """Stage 0 sends nothing but sums of gradients (and a number or two, which nothing waits beside)."""
+    """Stage 0 sends nothing but sums of gradients (and a number or two, which nothing waits
+    beside)."""
     config = configs["reduction"]
     assert inside(spans(config, *PRODUCTS), spans(config, "gloo:all_reduce")) > 5
 
@@ -69,8 +79,11 @@ def test_new_weights_travel_beside_the_next_forward_pass(configs: dict[str, Conf
 
 
 @pytest.mark.parametrize("name", ["tensor", "tensor without sequence"])
-def test_input_gradients_travel_beside_the_weights_product(configs: dict[str, Config], name: str) -> None:
+def test_input_gradients_travel_beside_the_weights_product(
+    configs: dict[str, Config], name: str
+) -> None:
     config = configs[name]
     messages = "gloo:recv" if name == "tensor" else "gloo:all_reduce"
-    # 4 layers of two column-parallel products and a head, 4 micro-batches, 3 steps; some messages are quicker.
+    # 4 layers of two column-parallel products and a head, 4 micro-batches, 3 steps; some messages
+    # are quicker.
     assert inside(spans(config, *PRODUCTS), spans(config, messages)) > 20

@@ -1,4 +1,5 @@
-"""Bad numbers planted into real runs: on one rank's gradient, in the loss, in the norm, in one replica's weights."""
+"""Bad numbers planted into real runs: on one rank's gradient, in the loss, in the norm, in one
+replica's weights."""
 
 from __future__ import annotations
 
@@ -38,10 +39,12 @@ EIGHT = (*QUIET, "train.steps=8", "checkpoint.every=0")
 
 @dataclass(frozen=True)
 class Plant:
-    """Bad numbers in the steps that train on these global batches, counted from 0 in the order of the data."""
+    """Bad numbers in the steps that train on these global batches, counted from 0 in the order of
+    the data."""
 
     what: str
-    """nan: in the gradient of one rank; loss, norm: a spike; flip: a bit of the weights of one rank."""
+    """nan: in the gradient of one rank; loss, norm: a spike; flip: a bit of the weights of one
+    rank."""
     batches: tuple[int, ...]
     rank: int = 0
     enough: int = numbers.ENOUGH
@@ -57,14 +60,18 @@ class Watched:
 
     def state(self) -> list[Tensor]:
         if self.engine.zero_stage == 3:  # where no rank holds what another one holds
-            return [x.clone() for kind in self.engine.states for x in self.engine._shares(kind).values()]
+            return [
+                x.clone() for kind in self.engine.states for x in self.engine._shares(kind).values()
+            ]
         return [tensor.clone() for _, tensor in self.engine.copies()]
 
     def __call__(self, *arguments: Any) -> Tensor:
         before, updates = self.state(), self.engine.num_updates
         norm = self.step(*arguments)
         same = all(map(torch.equal, self.state(), before))
-        assert same == (self.engine.num_updates == updates), "an update counts where it changed something"
+        assert same == (self.engine.num_updates == updates), (
+            "an update counts where it changed something"
+        )
         self.changed.append(not same)
         return norm
 
@@ -111,7 +118,9 @@ Cases = dict[str, tuple[Config, Plant]]
 
 
 def train_cases(rank: int, world_size: int, folder: Path, cases: Cases) -> int:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+    )
     for name, (config, plant) in cases.items():
         with planted(plant, rank) as changed:
             status = train(config)
@@ -142,7 +151,9 @@ def run_cases(world_size: int, folder: Path, cases: Cases) -> dict[str, Outcome]
         said = ranks.said(0)
     found = {}
     for name, (config, _) in cases.items():
-        results = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(world_size)]
+        results = [
+            json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(world_size)
+        ]
         found[name] = Outcome(config, [r[0] for r in results], [r[1] for r in results], said)
     return found
 
@@ -164,7 +175,8 @@ LAYOUTS = {
 }
 REWIND = ("health.not_finite=rewind", *QUIET, "train.steps=9", "checkpoint.every=4")
 WENT_BACK = [True] * 5 + [False] * 3 + [True] * 5
-"""Steps 1 to 5; 6 is bad, which the host hears of in step 8; then 5 to 9, from the checkpoint of step 4."""
+"""Steps 1 to 5; 6 is bad, which the host hears of in step 8; then 5 to 9, from the checkpoint of
+step 4."""
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +184,27 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]
     """All runs of two ranks in one start of the processes."""
     folder = tmp_path_factory.mktemp("two")
     cases = {
-        f"skip-{name}": (make_config(folder, "llama", f"run.name=skip-{name}", *EIGHT, *layout), NAN)
+        f"skip-{name}": (
+            make_config(folder, "llama", f"run.name=skip-{name}", *EIGHT, *layout),
+            NAN,
+        )
         for name, layout in LAYOUTS.items()
     }
     for name in ("data-2-zero-1-bf16", "tensor-2", "pipeline-2"):
         run = ("run.name=", *REWIND, *LAYOUTS[name])
-        cases[f"rewind-{name}"] = (make_config(folder, "llama", f"{run[0]}rewind-{name}", *run[1:]), NAN)
+        cases[f"rewind-{name}"] = (
+            make_config(folder, "llama", f"{run[0]}rewind-{name}", *run[1:]),
+            NAN,
+        )
     # The same in two parts, the second of which begins after the rewind.
     parts = ("run.name=parts", *REWIND, *LAYOUTS["data-2-zero-1-bf16"])
     cases["parts-1"] = (make_config(folder, "llama", *parts, "train.stop_at=6"), NAN)
     cases["parts-2"] = (make_config(folder, "llama", *parts), NAN)
     flips = ("health.weights_check_every=2", *QUIET, "train.steps=9", "checkpoint.every=3")
-    cases["flip-data"] = (make_config(folder, "llama", "run.name=flip-data", *flips), Plant("flip", (3,), 1))
+    cases["flip-data"] = (
+        make_config(folder, "llama", "run.name=flip-data", *flips),
+        Plant("flip", (3,), 1),
+    )
     cases["flip-tensor"] = (
         make_config(folder, "llama", "run.name=flip-tensor", *flips, "parallel.tensor=2"), Plant("flip", (3,), 1),
     )  # fmt: skip
@@ -191,7 +212,9 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_nan_in_a_gradient_of_one_rank_changes_nothing_on_any(on_two_ranks: dict[str, Outcome], layout: str) -> None:
+def test_a_nan_in_a_gradient_of_one_rank_changes_nothing_on_any(
+    on_two_ranks: dict[str, Outcome], layout: str
+) -> None:
     found = on_two_ranks[f"skip-{layout}"]
     assert found.status == [Exit.DONE] * 2
     assert found.changed == [[step != 6 for step in range(1, 9)]] * 2
@@ -209,8 +232,8 @@ def test_a_nan_in_a_gradient_of_one_rank_changes_nothing_on_any(on_two_ranks: di
 
 
 def without_batch_5(folder: Path) -> Path:
-    """The corpus of `make_config` and, beside it, one that never had the samples of global batch 5. Sample 19 ends with
-    the token that follows, which is made the same in both."""
+    """The corpus of `make_config` and, beside it, one that never had the samples of global batch 5.
+    Sample 19 ends with the token that follows, which is made the same in both."""
     tokens = IndexedDataset(write_corpus(folder / "corpus", NUM_TOKENS)).read(0, NUM_TOKENS).copy()
     first, last = 5 * BATCH * LENGTH, 6 * BATCH * LENGTH
     tokens[last] = tokens[first]
@@ -221,11 +244,15 @@ def without_batch_5(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", ["nan", "norm"])
-def test_rewound_is_a_run_whose_data_never_had_the_batch(tmp_path: Path, what: str, capfd: Any) -> None:
+def test_rewound_is_a_run_whose_data_never_had_the_batch(
+    tmp_path: Path, what: str, capfd: Any
+) -> None:
     without = without_batch_5(tmp_path)
     policy = {"nan": "not_finite", "norm": "grad_norm_spike"}[what]
     rewound = make_config(tmp_path, "llama", "run.name=rewound", *REWIND, f"health.{policy}=rewind")
-    never = make_config(tmp_path, "llama", "run.name=never", *REWIND, f"data.train=[{{path: {without}}}]")
+    never = make_config(
+        tmp_path, "llama", "run.name=never", *REWIND, f"data.train=[{{path: {without}}}]"
+    )
     status, changed = alone(rewound, Plant(what, (5,), enough=4))
     assert status == Exit.DONE
     assert changed == WENT_BACK
@@ -249,7 +276,11 @@ def check_bad_batch(config: Config, folder: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["sample"] for line in lines] == [20, 21, 22, 23]
     for line in lines:
-        assert (line["step"], line["source"], line["sample_of_source"]) == (6, "corpus", line["sample"])
+        assert (line["step"], line["source"], line["sample_of_source"]) == (
+            6,
+            "corpus",
+            line["sample"],
+        )
         assert line["tokens"] == tokens[line["sample"] * LENGTH :][:LENGTH].tolist()
 
 
@@ -268,11 +299,16 @@ def test_resumed_after_going_back_is_bitwise_the_same(on_two_ranks: dict[str, Ou
     assert on_two_ranks["parts-1"].changed == [[True] * 5 + [False] + [True] * 2] * 2
     assert resumed.changed == [[True] * 3] * 2
     assert curve_of(resumed.config) == curve_of(whole.config)
-    first, second = (read_train_state(x.config.run.folder / "checkpoints" / "step-00000009") for x in (whole, resumed))
+    first, second = (
+        read_train_state(x.config.run.folder / "checkpoints" / "step-00000009")
+        for x in (whole, resumed)
+    )
     assert first == second
 
 
-def test_stop_saves_what_was_before_and_is_met_again_until_skipped(tmp_path: Path, capfd: Any) -> None:
+def test_stop_saves_what_was_before_and_is_met_again_until_skipped(
+    tmp_path: Path, capfd: Any
+) -> None:
     skipped = make_config(tmp_path, "llama", "run.name=skipped", *EIGHT)
     stopped = make_config(tmp_path, "llama", "run.name=stopped", *EIGHT, "health.not_finite=stop")
     on = make_config(tmp_path, "llama", "run.name=stopped", *EIGHT)
@@ -296,13 +332,20 @@ def test_too_many_in_a_row_end_the_run_also_over_two_starts(tmp_path: Path, capf
     assert status == Exit.BAD_NUMBERS
     assert len(changed) == 3  # the third in a row is step 5; the host hears of it in step 7
     assert complete_steps(rest.run.folder / "checkpoints") == [4, 7]
-    assert "error: 3 steps with bad numbers in a row (health.bad_steps_limit)" in capfd.readouterr().out
+    assert (
+        "error: 3 steps with bad numbers in a row (health.bad_steps_limit)"
+        in capfd.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     ("good", "kept", "way_back"),
     [
-        (4, [2, 4], "if it comes again, checkpoint.resume={root}/step-00000002 goes back to the newest that is known"),
+        (
+            4,
+            [2, 4],
+            "if it comes again, checkpoint.resume={root}/step-00000002 goes back to the newest that is known",
+        ),
         (0, [], "no checkpoint was saved: started again, the run begins afresh"),
     ],
 )
@@ -310,7 +353,9 @@ def test_a_run_that_is_sent_back_again_and_again_gives_up(
     tmp_path: Path, capfd: Any, good: int, kept: list[int], way_back: str
 ) -> None:
     """Every batch is bad but the first few. It names the way back."""
-    config = make_config(tmp_path, "llama", *REWIND, "health.bad_steps_limit=2", "checkpoint.every=2")
+    config = make_config(
+        tmp_path, "llama", *REWIND, "health.bad_steps_limit=2", "checkpoint.every=2"
+    )
     status, _ = alone(config, Plant("nan", tuple(range(good, 40))))
     assert status == Exit.BAD_NUMBERS
     root = config.run.folder / "checkpoints"
@@ -320,7 +365,9 @@ def test_a_run_that_is_sent_back_again_and_again_gives_up(
     assert way_back.format(root=root) in said
 
 
-def test_spikes_are_reported_and_trained_on_unless_asked_otherwise(tmp_path: Path, capfd: Any) -> None:
+def test_spikes_are_reported_and_trained_on_unless_asked_otherwise(
+    tmp_path: Path, capfd: Any
+) -> None:
     config = make_config(tmp_path, "llama", *EIGHT)
     status, changed = alone(config, Plant("loss", (5,), enough=4))
     assert (status, changed) == (Exit.DONE, [True] * 8)
@@ -330,7 +377,10 @@ def test_spikes_are_reported_and_trained_on_unless_asked_otherwise(tmp_path: Pat
     assert "warning: step 6: loss spike: " in capfd.readouterr().out
     assert not (config.run.folder / "bad_batches").exists()
     again = make_config(tmp_path, "llama", *EIGHT, "run.name=again", "health.loss_spike=skip")
-    assert alone(again, Plant("loss", (5,), enough=4)) == (Exit.DONE, [step != 6 for step in range(1, 9)])
+    assert alone(again, Plant("loss", (5,), enough=4)) == (
+        Exit.DONE,
+        [step != 6 for step in range(1, 9)],
+    )
 
 
 def test_megatrons_order_has_no_samples_to_go_past_with(tmp_path: Path) -> None:
@@ -344,13 +394,22 @@ def test_of_two_that_differ_both_are_named(on_two_ranks: dict[str, Outcome], cas
     assert found.status == [Exit.CORRUPTED] * 2
     assert found.saved == [3]  # step 6, when it would have been saved, is when it was told
     host = node_name()
-    assert f"rank 0 on {host}, rank 1 on {host} must hold the same bits and do not; without a majority" in found.said
+    assert (
+        f"rank 0 on {host}, rank 1 on {host} must hold the same bits and do not; without a majority"
+        in found.said
+    )
 
 
 @pytest.fixture(scope="module")
 def on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     folder = tmp_path_factory.mktemp("three")
-    more = (*QUIET, "train.steps=8", "checkpoint.every=0", "train.global_batch_size=6", "health.weights_check_every=2")
+    more = (
+        *QUIET,
+        "train.steps=8",
+        "checkpoint.every=0",
+        "train.global_batch_size=6",
+        "health.weights_check_every=2",
+    )
     return run_cases(
         3, folder, {
             "flip": (make_config(folder, "llama", "run.name=flip", *more), Plant("flip", (4,), 1)),
@@ -371,7 +430,9 @@ def test_ranks_that_agree_are_left_alone(on_three_ranks: dict[str, Outcome]) -> 
     assert on_three_ranks["none"].saved == [8]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 def test_deepspeed_skips_and_goes_back_too(tmp_path: Path) -> None:
     stages = {
         "zero-1-bf16": ("parallel.zero_stage=1", "train.precision=bf16"),

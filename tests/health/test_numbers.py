@@ -1,5 +1,5 @@
-"""What is judged bad, worked out by hand and by numpy; that judging waits for no device; and who holds other bits than
-those who should hold the same."""
+"""What is judged bad, worked out by hand and by numpy; that judging waits for no device; and who
+holds other bits than those who should hold the same."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def noise(count: int, seed: int = 0) -> list[float]:
 
 
 def spikes_by_numpy(losses: list[float], sigmas: float) -> tuple[list[int], list[float]]:
-    """Places of spikes, and what is compared with at the end: the last 128 in float64, a spike entered as the highest
-    number that is none."""
+    """Places of spikes, and what is compared with at the end: the last 128 in float64, a spike
+    entered as the highest number that is none."""
     window: list[float] = []
     found = []
     for place, loss in enumerate(losses):
@@ -75,7 +75,15 @@ def spikes_by_numpy(losses: list[float], sigmas: float) -> tuple[list[int], list
 
 def test_spikes_are_those_that_numpy_finds() -> None:
     losses = noise(400)
-    for place, value in {20: math.nan, 64: 4.5, 65: 5.0, 70: math.inf, 150: 4.0, 151: 9.0, 300: 3.5}.items():
+    for place, value in {
+        20: math.nan,
+        64: 4.5,
+        65: 5.0,
+        70: math.inf,
+        150: 4.0,
+        151: 9.0,
+        300: 3.5,
+    }.items():
         losses[place] = value
     for place in range(330, 400):  # the level rises for good
         losses[place] += 1.0
@@ -90,7 +98,8 @@ def test_spikes_are_those_that_numpy_finds() -> None:
 
 
 def test_what_hardly_varies_has_no_spikes() -> None:
-    """A deviation of 0 is taken for a thousandth of the mean, and a number at the limit is no spike."""
+    """A deviation of 0 is taken for a thousandth of the mean, and a number at the limit is no
+    spike."""
     numbers = Numbers(HealthConfig(loss_spike="skip", spike_sigmas=8.0), CPU)
     assert feed(numbers, [*[2.0] * 64, 2.015, 2.05]) == [True] * 65 + [False]
     assert feed(Numbers(HealthConfig(loss_spike="skip"), CPU), [0.0] * 66) == [True] * 66
@@ -128,9 +137,17 @@ def noted(numbers: Numbers, step: int, loss: float, norm: float = 1.0) -> list[B
 
 def test_the_host_is_told_two_steps_later() -> None:
     numbers = Numbers(HealthConfig(), CPU)
-    assert [noted(numbers, step, math.nan if step == 3 else 2.0) for step in range(1, 5)] == [[]] * 4
+    assert [noted(numbers, step, math.nan if step == 3 else 2.0) for step in range(1, 5)] == [
+        []
+    ] * 4
     (bad,) = noted(numbers, 5, 2.0)
-    assert (bad.step, bad.samples, bad.kinds, bad.policy, bad.in_a_row) == (3, 8, ("not_finite",), "skip", 1)
+    assert (bad.step, bad.samples, bad.kinds, bad.policy, bad.in_a_row) == (
+        3,
+        8,
+        ("not_finite",),
+        "skip",
+        1,
+    )
     assert "nan" in bad.text
     assert noted(numbers, 6, 2.0, math.inf) == []
     (bad,) = numbers.look(6, True)  # or at once
@@ -148,7 +165,11 @@ def test_the_severest_policy_counts_and_reports_refuse_nothing() -> None:
     assert judge(numbers, 30.0)
     assert {key for key, flag in numbers.record().items() if flag} == {"loss_spike"}
     assert not judge(numbers, 30.0, 20.0)
-    assert {key for key, flag in numbers.record().items() if flag} == {"loss_spike", "grad_norm_spike", "skipped"}
+    assert {key for key, flag in numbers.record().items() if flag} == {
+        "loss_spike",
+        "grad_norm_spike",
+        "skipped",
+    }
     for step in range(2):
         judge(numbers, 60.0, 40.0 if step else 1.0)
         numbers.note(step, 0)
@@ -246,7 +267,11 @@ def folded_mesh() -> Mesh:
 
 
 OF_EXPERTS = Sharing(True, False, False, of_experts=True)
-REPLICAS, TENSOR, ALL = Sharing(True, False, False), Sharing(False, True, False), Sharing(True, True, False)
+REPLICAS, TENSOR, ALL = (
+    Sharing(True, False, False),
+    Sharing(False, True, False),
+    Sharing(True, True, False),
+)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +284,12 @@ REPLICAS, TENSOR, ALL = Sharing(True, False, False), Sharing(False, True, False)
         (mesh_of(replicas=2, tensor=3), TENSOR, {4: -1}, [((3, 4, 5), (4,))]),
         (mesh_of(replicas=2, tensor=2), ALL, {3: 0}, [((0, 1, 2, 3), (3,))]),
         (mesh_of(pipeline=2, replicas=3), REPLICAS, {5: 1}, [((3, 4, 5), (5,))]),
-        (mesh_of(pipeline=2, replicas=2), Sharing(True, False, True), {2: 1}, [((0, 1, 2, 3), (2,))]),
+        (
+            mesh_of(pipeline=2, replicas=2),
+            Sharing(True, False, True),
+            {2: 1},
+            [((0, 1, 2, 3), (2,))],
+        ),
         (mesh_of(replicas=4), REPLICAS, {0: 1, 1: 1}, [((0, 1, 2, 3), (0, 1, 2, 3))]),
         (folded_mesh(), OF_EXPERTS, {5: 6}, [((5, 7), (5, 7))]),
         (
@@ -271,7 +301,9 @@ REPLICAS, TENSOR, ALL = Sharing(True, False, False), Sharing(False, True, False)
         (mesh_of(replicas=5), REPLICAS, {0: 1, 1: 2}, [((0, 1, 2, 3, 4), (0, 1))]),
     ],
 )
-def test_the_minority_is_named(mesh: Mesh, sharing: Sharing, others: dict[int, int], wanted: list[Any]) -> None:
+def test_the_minority_is_named(
+    mesh: Mesh, sharing: Sharing, others: dict[int, int], wanted: list[Any]
+) -> None:
     found = disagreements(table_of(mesh, sharing, others), mesh)
     assert found == [Disagreement(*each) for each in wanted]
 
@@ -279,8 +311,13 @@ def test_the_minority_is_named(mesh: Mesh, sharing: Sharing, others: dict[int, i
 def test_a_disagreement_in_words() -> None:
     hosts = [f"n{rank}" for rank in range(12)]
     certain = describe(40, [Disagreement((0, 1, 2), (1,))], hosts)
-    assert "silent data corruption, found in step 40: rank 1 on n1 holds other bits than the 2 ranks" in certain
-    assert "rank 0 on n0, rank 1 on n1 must hold the same bits" in describe(40, [Disagreement((0, 1), (0, 1))], hosts)
+    assert (
+        "silent data corruption, found in step 40: rank 1 on n1 holds other bits than the 2 ranks"
+        in certain
+    )
+    assert "rank 0 on n0, rank 1 on n1 must hold the same bits" in describe(
+        40, [Disagreement((0, 1), (0, 1))], hosts
+    )
     many = tuple(range(12))
     assert "rank 7 on n7 and 4 more" in describe(1, [Disagreement(many, many)], hosts)
 
@@ -335,7 +372,9 @@ def test_weights_and_all_of_the_optimizer_state_are_compared(tmp_path: Path) -> 
         wanted = sums()
 
 
-def guarded(tmp_path: Path, norms: list[float], *overrides: str) -> tuple[list[bool], list[Ending | None]]:
+def guarded(
+    tmp_path: Path, norms: list[float], *overrides: str
+) -> tuple[list[bool], list[Ending | None]]:
     """Which of these steps are permitted, and what follows after each."""
     config = make_config(tmp_path, "llama", "observe.eval_every=0", *overrides)
     mesh = make_mesh(make_plan(config, weight_table(config.model), 1), CPU)
@@ -356,7 +395,8 @@ def guarded(tmp_path: Path, norms: list[float], *overrides: str) -> tuple[list[b
 def test_what_is_saved_after_too_many_is_named_by_the_step_it_is_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the last of them is followed by one that ends the run, of which the host has not heard yet."""
+    """Also where the last of them is followed by one that ends the run, of which the host has not
+    heard yet."""
     monkeypatch.setattr(module, "ENOUGH", 2)
     overrides = ("health.bad_steps_limit=1", "health.grad_norm_spike=stop")
     permitted, endings = guarded(tmp_path, [1.0, 1.0, 1.0, math.nan, 1.0, 50.0], *overrides)
@@ -367,11 +407,17 @@ def test_what_is_saved_after_too_many_is_named_by_the_step_it_is_of(
 def test_as_many_in_a_row_as_the_limit_end_the_run(tmp_path: Path) -> None:
     """As soon as the host has heard of them, two steps later."""
     norms = [1.0, math.nan, 1.0, math.nan, math.nan, 1.0, 1.0]
-    assert guarded(tmp_path, norms, "health.bad_steps_limit=2")[1] == [None] * 6 + [Ending(Exit.BAD_NUMBERS, (7, 28))]
+    assert guarded(tmp_path, norms, "health.bad_steps_limit=2")[1] == [None] * 6 + [
+        Ending(Exit.BAD_NUMBERS, (7, 28))
+    ]
 
 
 def test_ranks_are_compared_now_and_then_and_before_every_save(tmp_path: Path) -> None:
-    config, engine, begun = make_config(tmp_path, "llama", "health.weights_check_every=4"), Mock(), Mock()
+    config, engine, begun = (
+        make_config(tmp_path, "llama", "health.weights_check_every=4"),
+        Mock(),
+        Mock(),
+    )
     guard = Guard(config, mesh_of(replicas=2), Mock())
     guard._replicas = begun
     for step in range(1, 9):

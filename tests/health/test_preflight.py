@@ -33,14 +33,17 @@ Tamper = Callable[[int, Config], Config]
 
 @contextmanager
 def nodes(count: int, folder: Path, tamper: Tamper) -> Iterator[Ranks]:
-    """A rank a node; the store lives in this process, as under torchrun it does in the launcher of the first node."""
+    """A rank a node; the store lives in this process, as under torchrun it does in the launcher of
+    the first node."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     config = make_config(folder, "llama", f"train.global_batch_size={count}")
     with started(count, folder, check, store.port, config, tamper) as ranks:
         yield ranks
 
 
-def check(rank: int, world_size: int, folder: Path, port: int, config: Config, tamper: Tamper) -> int:
+def check(
+    rank: int, world_size: int, folder: Path, port: int, config: Config, tamper: Tamper
+) -> int:
     os.environ["SLURMD_NODENAME"] = f"node{rank}"
     store = dist.TCPStore("localhost", port, is_master=False, wait_for_workers=False)
     return preflight(tamper(rank, config), Launch(rank, world_size, 0), store)
@@ -144,7 +147,10 @@ def facts(number: int, **changes: Any) -> Facts:
         ({"memory_gb": 20.0}, "20.0 GB of memory free, others have 64.0 GB"),
         ({"product_s": 0.02}, "rank 2: a matrix product takes 20.0 ms, others 10.0 ms"),
         ({"product": "q"}, "another result of a matrix product than most ranks"),
-        ({"disk_troubles": {"cache": "cache /c: Read-only file system"}}, "cache /c: Read-only file system"),
+        (
+            {"disk_troubles": {"cache": "cache /c: Read-only file system"}},
+            "cache /c: Read-only file system",
+        ),
         ({"disk_gb": {"run folder": 3.0}}, "run folder: 3.00 GB free, a checkpoint takes 5.00 GB"),
     ],
 )
@@ -163,7 +169,9 @@ def test_ranks_that_share_a_gpu_are_counted_whatever_each_of_them_sees() -> None
         return [facts(rank, node=node, gpu=f"{node}-{rank % gpus}") for rank in range(8)]
 
     everyone = [*node_of_eight("n0", 8), *node_of_eight("n1", 7)]
-    assert [(p.node, p.text) for p in judge(everyone, {}, {}, 0.0)] == [("n1", "7 GPUs for 8 ranks")]
+    assert [(p.node, p.text) for p in judge(everyone, {}, {}, 0.0)] == [
+        ("n1", "7 GPUs for 8 ranks")
+    ]
 
 
 def test_what_all_nodes_have_in_common_blames_none() -> None:
@@ -196,7 +204,11 @@ def test_every_node_meets_its_two_neighbours_without_a_circle(count: int) -> Non
 @pytest.mark.parametrize("slow", range(4))
 def test_a_slow_node_is_told_from_its_neighbours(slow: int) -> None:
     nodes = [f"n{i}" for i in range(4)]
-    links = {link: 0.05 if nodes[slow] in link else 0.01 for name in nodes for link in links_of(name, nodes)}
+    links = {
+        link: 0.05 if nodes[slow] in link else 0.01
+        for name in nodes
+        for link in links_of(name, nodes)
+    }
     assert [p.node for p in judge([facts(i) for i in range(4)], {}, links, 0.0)] == [nodes[slow]]
 
 
@@ -209,7 +221,9 @@ def test_a_link_that_failed_is_told_where_there_is_only_one() -> None:
 
 
 def test_gpus_whose_links_are_far_below_what_they_should_give_are_named(tmp_path: Path) -> None:
-    everyone = [facts(rank, node=f"n{rank // 8}", gpu=f"GPU-{rank}", chip="H100 SXM") for rank in range(32)]
+    everyone = [
+        facts(rank, node=f"n{rank // 8}", gpu=f"GPU-{rank}", chip="H100 SXM") for rank in range(32)
+    ]
     plan = make_plan(make_config(tmp_path, "llama", "train.global_batch_size=32"), [], 32)
     nodes = [f"n{i}" for i in range(4)]
     links = {link: 1.0 for node in nodes for link in [(node, node), *links_of(node, nodes)]}
@@ -230,7 +244,9 @@ def test_gpus_whose_links_are_far_below_what_they_should_give_are_named(tmp_path
     assert not judge(everyone, {}, slow, 0.0)
 
 
-def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     answers = {
         "nvidia-smi": """case "$*" in
@@ -248,7 +264,9 @@ def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(tmp_path: Path, monkeypatch
         "GPU 00000000:3B:00.0: memory rows wait to be remapped, which takes a reset",
     ]
     assert gpu_remarks() == ["Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus."]
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver mismatch'; exit 18\n")
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'Failed to initialize NVML: Driver mismatch'; exit 18\n"
+    )
     assert gpu_troubles() == ["nvidia-smi: Failed to initialize NVML: Driver mismatch"]
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
     monkeypatch.setattr(node, "PATIENCE_S", 0.2)

@@ -1,4 +1,5 @@
-"""A rank that computes more slowly than its peers is named, on the console and in the metrics, and only that one."""
+"""A rank that computes more slowly than its peers is named, on the console and in the metrics, and
+only that one."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def test_a_rank_that_is_slow_for_long_is_named_and_later_cleared(tmp_path: Path)
         said = ranks.said(0)
     steps = {line["step"]: line for line in metrics_of(config) if "loss" in line}
     named = [step for step, line in steps.items() if "straggler" in line]
-    # The third sample is compared when the fourth is taken, and so is the first that is in time again.
+    # The third sample is compared when the fourth is taken, and so is the first that is in time
+    # again.
     assert named == list(range(4 * EVERY, SLOW_UNTIL + 2 * EVERY))
     assert {steps[step]["straggler"] for step in named} == {1}
     assert all(steps[step]["straggler_slowness"] == pytest.approx(10.0) for step in named)
@@ -52,7 +54,10 @@ def test_a_rank_that_is_slow_for_long_is_named_and_later_cleared(tmp_path: Path)
 
 
 def test_waiting_for_other_ranks_does_not_count() -> None:
-    timer, marks = StepTimer(Clock), [(1.0, "stop"), (5.0, "go"), (7.0, "go"), (8.0, "stop"), (9.0, "stop")]
+    timer, marks = (
+        StepTimer(Clock),
+        [(1.0, "stop"), (5.0, "go"), (7.0, "go"), (8.0, "stop"), (9.0, "stop")],
+    )
     for Clock.now, method in marks:
         getattr(timer, method)()
     assert timer.seconds() == pytest.approx(1.0 + 3.0)
@@ -83,6 +88,8 @@ def test_slow_now_and_then_or_by_little_is_not_named() -> None:
     for seconds in (0.3, 0.3, 0.1, 0.3, 0.3, 0.1):
         stragglers._compare([0.1, seconds, 0.1])
     for _ in range(3):
-        stragglers._compare([0.001, 0.005, 0.001])  # five times as long, but by less than a process waits for its turn
+        stragglers._compare(
+            [0.001, 0.005, 0.001]
+        )  # five times as long, but by less than a process waits for its turn
     assert stragglers.record() == {}
     assert stragglers.news() == []

@@ -35,7 +35,9 @@ TIMEOUT_S = 1.5
 QUIET = ("observe.eval_every=0", "checkpoint.every=0")
 
 
-def hanging(tmp_path: Path, tamper: Callable[[int], None], *overrides: str) -> AbstractContextManager[Ranks]:
+def hanging(
+    tmp_path: Path, tamper: Callable[[int], None], *overrides: str
+) -> AbstractContextManager[Ranks]:
     overrides = (f"health.hang_timeout_s={TIMEOUT_S}", "train.steps=100000", *QUIET, *overrides)
     return training(2, tmp_path, make_config(tmp_path, "llama", *overrides), tamper)
 
@@ -61,9 +63,13 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
         assert ranks.exit_codes(of=[0]) == [Exit.HUNG, None]
         said = ranks.said(0)
         behind, waiting = said.split("behind:")[1].split("waiting for others:")
-        assert f"rank 1 on {node_name()} (process {pid}): cannot speak, stopped by a signal" in behind
+        assert (
+            f"rank 1 on {node_name()} (process {pid}): cannot speak, stopped by a signal" in behind
+        )
         assert "rank 0" not in behind
-        assert re.search(r"rank 0: step \d+.*; in (all_reduce|reduce_scatter|all_gather) \d+ over \w+", waiting)
+        assert re.search(
+            r"rank 0: step \d+.*; in (all_reduce|reduce_scatter|all_gather) \d+ over \w+", waiting
+        )
         assert "exit status 76" in said
         assert "in all_reduce" in stacks_of(tmp_path, 0) or "_wait_for" in stacks_of(tmp_path, 0)
         report = next((tmp_path / "runs" / "test" / "health").glob("hang-of-*/report.txt"))
@@ -71,7 +77,8 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
 
 
 def wait_for_the_others_words() -> None:
-    """All ranks can speak, so that the one that reports waits for all however busy the machine is."""
+    """All ranks can speak, so that the one that reports waits for all however busy the machine
+    is."""
     init = Watchdog.__init__
 
     def patient(self: Watchdog, *arguments: Any) -> None:
@@ -100,12 +107,14 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_line(tmp_pa
         line = 1 + Path(__file__).read_text().split("\n").index("            time.sleep(3600)")
         behind, waiting = ranks.said(0).split("behind:")[1].split("waiting for others:")
         assert re.search(
-            rf"rank 0 on .*: step 3; no progress for [1-9]\d* s; at .*test_watchdog.py:{line} in sleepy", behind
+            rf"rank 0 on .*: step 3; no progress for [1-9]\d* s; at .*test_watchdog.py:{line} in sleepy",
+            behind,
         )
         assert "rank 1: step 3" in waiting
         # The number of the collective is that of torch's own recorder.
         assert re.search(
-            r"world: rank 0 after gloo:\w+ \d+, with none under way; rank 1 in gloo:all_reduce \d+ of 1? ?\(", waiting
+            r"world: rank 0 after gloo:\w+ \d+, with none under way; rank 1 in gloo:all_reduce \d+ of 1? ?\(",
+            waiting,
         ), waiting
         assert f'File "{__file__}", line {line} in sleepy' in stacks_of(tmp_path, 0)
         assert "hang:" not in ranks.said(1)  # one rank speaks for all
@@ -128,9 +137,12 @@ def test_a_rank_stuck_in_a_pipeline_pass_is_named_with_the_pass(tmp_path: Path) 
     with hanging(tmp_path, get_stuck_in_a_pass, "parallel.pipeline=2") as ranks:
         assert ranks.exit_codes() == [Exit.HUNG, Exit.HUNG]
         behind, waiting = ranks.said(0).split("behind:")[1].split("waiting for others:")
-        assert re.search(r"rank 1 on .*: step 2, forward of stage 1, micro-batch 1; .* in stuck", behind)
         assert re.search(
-            r"rank 0: step 2, (for|back)ward of stage 0, micro-batch \d; in message over pipeline", waiting
+            r"rank 1 on .*: step 2, forward of stage 1, micro-batch 1; .* in stuck", behind
+        )
+        assert re.search(
+            r"rank 0: step 2, (for|back)ward of stage 0, micro-batch \d; in message over pipeline",
+            waiting,
         )
 
 
@@ -155,7 +167,12 @@ def take_long(rank: int) -> None:
 
 def test_a_slow_first_step_validation_and_save_are_no_hang(tmp_path: Path) -> None:
     """Although rank 0 waits in one collective for longer than the timeout."""
-    overrides = ("train.steps=4", "checkpoint.every=0", "observe.eval_every=2", "observe.eval_batches=1")
+    overrides = (
+        "train.steps=4",
+        "checkpoint.every=0",
+        "observe.eval_every=2",
+        "observe.eval_batches=1",
+    )
     with hanging(tmp_path, take_long, *overrides) as ranks:
         assert ranks.exit_codes() == [Exit.DONE, Exit.DONE], ranks.said(0)
         folder = tmp_path / "runs" / "test"
@@ -193,7 +210,9 @@ def test_a_process_that_was_suspended_has_not_been_idle(tmp_path: Path) -> None:
     assert 0 < watchdog._stalled_s <= 2 * watchdog._interval
 
 
-def test_others_are_not_called_silent_while_the_own_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_not_called_silent_while_the_own_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watchdog = watchdog_of(tmp_path)
 
     def silent(stalled_s: float) -> bool:
@@ -220,26 +239,46 @@ def test_heartbeats_of_an_earlier_start_are_nobodys(tmp_path: Path) -> None:
 def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> None:
     """Four ranks, data 2 × tensor 2: rank 3 has skipped a collective of its tensor group."""
     data, tensor = Axis(2, 0, None, "data"), Axis(2, 0, None, "tensor")
-    mesh = Mesh(ALONE, data, ALONE, tensor, data, ALONE, Axis(4, 0, None, "world"), torch.device("cpu"))
+    mesh = Mesh(
+        ALONE, data, ALONE, tensor, data, ALONE, Axis(4, 0, None, "world"), torch.device("cpu")
+    )
     counts = {"tensor": 50, "world": 7}
-    beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts) for rank in (0, 1)}
-    beats[2] = beat(2, waits_in="all_gather", over="tensor", number=51, collectives={"tensor": 51, "world": 6})
+    beats = {
+        rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts)
+        for rank in (0, 1)
+    }
+    beats[2] = beat(
+        2, waits_in="all_gather", over="tensor", number=51, collectives={"tensor": 51, "world": 6}
+    )
     beats[3] = beat(3, waits_in="all_reduce", over="world", number=7, collectives=counts)
     text = describe_hang(beats, [0, 1, 2, 3], beats[0], mesh, Path("hang"))
     behind, waiting = text.split("behind:")[1].split("waiting for others:")
-    assert re.findall(r"rank \d", behind) == ["rank 2", "rank 3"]  # of the world's, and of the tensor group's
+    assert re.findall(r"rank \d", behind) == [
+        "rank 2",
+        "rank 3",
+    ]  # of the world's, and of the tensor group's
     assert "ranks 0-1, 3: step 7; in all_reduce 7 over world for 301 s" in waiting
 
 
 def test_of_devices_that_hang_the_report_says_which_rank_is_in_which_collective() -> None:
-    """Data 2 × tensor 2: the hosts are far ahead, and rank 3's device has not come to what rank 2's is in."""
+    """Data 2 × tensor 2: the hosts are far ahead, and rank 3's device has not come to what rank 2's
+    is in."""
     data, tensor = Axis(2, 0, None, "data"), Axis(2, 0, None, "tensor")
-    mesh = Mesh(ALONE, data, ALONE, tensor, data, ALONE, Axis(4, 0, None, "world"), torch.device("cpu"))
+    mesh = Mesh(
+        ALONE, data, ALONE, tensor, data, ALONE, Axis(4, 0, None, "world"), torch.device("cpu")
+    )
 
     def launched(*states: str) -> list[Flight]:
-        return [Flight("tensor", 50 + i, "nccl:all_reduce", "2×64", state) for i, state in enumerate(states)]
+        return [
+            Flight("tensor", 50 + i, "nccl:all_reduce", "2×64", state)
+            for i, state in enumerate(states)
+        ]
 
-    flights = {0: launched("ended", "ended"), 1: launched("ended", "ended"), 2: launched("ended", "started")}
+    flights = {
+        0: launched("ended", "ended"),
+        1: launched("ended", "ended"),
+        2: launched("ended", "started"),
+    }
     flights[3] = launched("scheduled", "scheduled")
     assert describe_flights(flights, mesh) == [
         "tensor: rank 2 in nccl:all_reduce 51 of 2×64 (started); rank 3 in nccl:all_reduce 50 of 2×64 (scheduled)"
@@ -247,16 +286,27 @@ def test_of_devices_that_hang_the_report_says_which_rank_is_in_which_collective(
 
 
 def test_groups_of_experts_are_those_of_their_fold() -> None:
-    """Of data 4 × tensor 2, experts 2 × 2 on two replicas: rank 6 waits for the rank of the other expert, 4."""
-    data, tensor, world = (Axis(size, 0, None, name) for size, name in ((4, "data"), (2, "tensor"), (8, "world")))
+    """Of data 4 × tensor 2, experts 2 × 2 on two replicas: rank 6 waits for the rank of the other
+    expert, 4."""
+    data, tensor, world = (
+        Axis(size, 0, None, name) for size, name in ((4, "data"), (2, "tensor"), (8, "world"))
+    )
     fold = Fold(Axis(4), Axis(2), Axis(2), Axis(2))
     mesh = Mesh(ALONE, data, ALONE, tensor, data, ALONE, world, torch.device("cpu"), fold)
     counts = {"world": 7, "expert": 8}
-    beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts) for rank in range(8)}
-    beats[6] = beat(6, waits_in="all_to_all", over="expert", number=9, collectives={"world": 6, "expert": 9})
+    beats = {
+        rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts)
+        for rank in range(8)
+    }
+    beats[6] = beat(
+        6, waits_in="all_to_all", over="expert", number=9, collectives={"world": 6, "expert": 9}
+    )
     text = describe_hang(beats, range(8), beats[0], mesh, Path("hang"))
     behind, _ = text.split("behind:")[1].split("waiting for others:")
-    assert re.findall(r"rank \d", behind) == ["rank 4", "rank 6"]  # of the experts', and of the world's
+    assert re.findall(r"rank \d", behind) == [
+        "rank 4",
+        "rank 6",
+    ]  # of the experts', and of the world's
 
 
 def test_a_report_of_many_ranks_stays_short() -> None:
@@ -284,7 +334,11 @@ def test_state_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_that_is_gone_for_a_while_does_not_end_the_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, exists, asked = make_config(tmp_path, "llama", "health.hang_timeout_s=4"), Path.exists, threading.Event()
+    config, exists, asked = (
+        make_config(tmp_path, "llama", "health.hang_timeout_s=4"),
+        Path.exists,
+        threading.Event(),
+    )
 
     def gone(path: Path) -> bool:
         if path.name.startswith("hang-of-"):

@@ -1,4 +1,5 @@
-"""The server's API where it is easily got wrong: what clients send back, odd numbers and texts, parts of characters."""
+"""The server's API where it is easily got wrong: what clients send back, odd numbers and texts,
+parts of characters."""
 
 from __future__ import annotations
 
@@ -66,17 +67,25 @@ def chats(tmp_path: Path) -> Iterator[Local]:
 
 def post(local: Local, path: str, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    headers = {"content-type": "application/json"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
     return httpx.post(f"{local.url}/v1/{path}", content=content, headers=headers, verify=False)
 
 
 def test_an_answer_may_be_sent_back_as_it_came(chats: Local) -> None:
     messages: list[Any] = [{"role": "user", "content": "hello"}]
-    said = chats.client().chat.completions.create(model="tiny", messages=messages).choices[0].message
+    said = (
+        chats.client().chat.completions.create(model="tiny", messages=messages).choices[0].message
+    )
     assert said.content == "hello, one two"
     for form in (said, said.model_dump()):
         again = [*messages, form, {"role": "user", "content": "say hello"}]
-        assert chats.client().chat.completions.create(model="tiny", messages=again, max_tokens=2).choices
+        assert (
+            chats.client()
+            .chat.completions.create(model="tiny", messages=again, max_tokens=2)
+            .choices
+        )
     called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}
     refused = post(chats, "chat/completions", {"messages": [*messages, called]})
     assert refused.status_code == 400
@@ -86,7 +95,10 @@ def test_an_answer_may_be_sent_back_as_it_came(chats: Local) -> None:
 def test_chats_need_a_template_and_are_told_no_paths(local: Local) -> None:
     refused = post(local, "chat/completions", {"messages": [{"role": "user", "content": "hello"}]})
     assert refused.status_code == 400
-    assert refused.json()["error"]["message"] == "the model 'tiny' has no chat template; use /v1/completions"
+    assert (
+        refused.json()["error"]["message"]
+        == "the model 'tiny' has no chat template; use /v1/completions"
+    )
 
 
 def test_log_probabilities_of_a_stream_are_those_of_the_whole(local: Local) -> None:
@@ -97,7 +109,9 @@ def test_log_probabilities_of_a_stream_are_those_of_the_whole(local: Local) -> N
     whole = create(**asked).choices[0].logprobs
     pieces = [c.choices[0].logprobs for c in create(stream=True, **asked)]
     for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        assert [value for piece in pieces if piece for value in getattr(piece, field)] == getattr(whole, field)
+        assert [value for piece in pieces if piece for value in getattr(piece, field)] == getattr(
+            whole, field
+        )
     assert whole.text_offset[:4] == [0, 1, 2, 3]
     for token, top in zip(whole.tokens, whole.top_logprobs, strict=True):
         assert token in top, "also one that is not among the likeliest"
@@ -131,8 +145,26 @@ def test_odd_numbers_do_no_harm(few: Local, odd: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "usual",
     [
-        dict.fromkeys(["max_tokens", "n", "stream", "stream_options", "stop", "seed", "logprobs", "echo", "user"]),
-        {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": ""},
+        dict.fromkeys(
+            [
+                "max_tokens",
+                "n",
+                "stream",
+                "stream_options",
+                "stop",
+                "seed",
+                "logprobs",
+                "echo",
+                "user",
+            ]
+        ),
+        {
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logit_bias": {},
+            "best_of": 1,
+            "suffix": "",
+        },
         {"top_k": -1, "top_p": 1, "temperature": 0},  # vLLM's word for no limit
     ],
 )
@@ -179,14 +211,24 @@ def test_usual_values_may_be_spelled_out(local: Local, usual: dict[str, Any]) ->
         (b"", None),
     ],
 )
-def test_odd_bodies_are_refused_in_openai_s_form(local: Local, body: bytes, param: str | None) -> None:
+def test_odd_bodies_are_refused_in_openai_s_form(
+    local: Local, body: bytes, param: str | None
+) -> None:
     refused = post(local, "completions", body)
     assert refused.status_code == 400, refused.text
     problem = refused.json()["error"]
     assert problem["type"] == "invalid_request_error"
     if param:
         assert problem["param"] == param
-    for word in ("Value error", "Input", "function-", "list[", "constrained", "dictionary", "python"):
+    for word in (
+        "Value error",
+        "Input",
+        "function-",
+        "list[",
+        "constrained",
+        "dictionary",
+        "python",
+    ):
         assert word not in f"{problem['param']} {problem['message']}"
 
 
@@ -208,7 +250,9 @@ def test_odd_bodies_are_refused_in_openai_s_form(local: Local, body: bytes, para
         ("ratings", {"prompt": "x", "rating": "up"}, "answer"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_by_its_place_in_the_body(local: Local, path: str, body: Any, param: str) -> None:
+def test_a_mistake_is_told_by_its_place_in_the_body(
+    local: Local, path: str, body: Any, param: str
+) -> None:
     """And not by the types that pydantic tried there."""
     refused = post(local, path, body)
     assert refused.status_code == 400
@@ -219,13 +263,17 @@ def test_a_mistake_is_told_by_its_place_in_the_body(local: Local, path: str, bod
 
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Local) -> None:
     refused = post(local, "completions", {"prompt": "x" * Gated.capacity})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (
+        400,
+        "context_length_exceeded",
+    )
     empty = post(local, "completions", {"prompt": []})
     assert (empty.status_code, empty.json()["error"]["code"]) == (400, None)
 
 
 def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, ratings: Path) -> None:
-    """A browser sends what is plain text from any page, says from which, and asks before it sends JSON."""
+    """A browser sends what is plain text from any page, says from which, and asks before it sends
+    JSON."""
     body = {"prompt": "x", "answer": "y", "rating": "up"}
     refused = post(local, "ratings", body, content_type="text/plain")
     assert refused.status_code == 400
@@ -245,7 +293,10 @@ def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, ratings: Pat
     ):
         for path, sent in (("ratings", body), ("completions", {"prompt": "x"})):
             refused = post(local, path, sent, origin=origin)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "unknown_origin"), origin
+            assert (refused.status_code, refused.json()["error"]["code"]) == (
+                403,
+                "unknown_origin",
+            ), origin
     assert not list(ratings.iterdir())
     assert post(local, "ratings", body, origin=local.url).status_code == 201
     assert post(local, "ratings", body).status_code == 201
@@ -261,7 +312,9 @@ def test_what_strangers_ask_for_makes_no_metrics_of_its_own(local: Local) -> Non
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.4"])
-def test_a_client_that_is_gone_before_its_stream_begins_takes_no_slot(tmp_path: Path, version: str) -> None:
+def test_a_client_that_is_gone_before_its_stream_begins_takes_no_slot(
+    tmp_path: Path, version: str
+) -> None:
     model = Gated(b"endless", num_slots=1)
     body = json.dumps({"prompt": "x", "max_tokens": 9000, "stream": True}).encode()
     messages = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])

@@ -1,4 +1,5 @@
-"""What people read of a chat's answer: up to where the template ends it, and without control tokens."""
+"""What people read of a chat's answer: up to where the template ends it, and without control
+tokens."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 SAID = "<|im_start|>hello, one<|user|> two<|im_end|>\n<|im_start|>user\nhello"
 
 
-def generator(folder: Path, flagged: tuple[str, ...], added: tuple[str, ...] = CONTROLS, said: str = SAID) -> Generator:
-    """No end is told but what the template tells. Of CONTROLS, the tokenizer knows `added`, and says that `flagged` are
-    special."""
+def generator(
+    folder: Path, flagged: tuple[str, ...], added: tuple[str, ...] = CONTROLS, said: str = SAID
+) -> Generator:
+    """No end is told but what the template tells. Of CONTROLS, the tokenizer knows `added`, and
+    says that `flagged` are special."""
     write_tokenizer(folder)
     values = json.loads((folder / "tokenizer.json").read_text())
     kept = [token for token in values["added_tokens"] if token["content"] in added]
@@ -36,7 +39,13 @@ def generator(folder: Path, flagged: tuple[str, ...], added: tuple[str, ...] = C
     (folder / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(folder)
     prompt = len(tokenizer.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"))
-    return Generator(Scripted(tokenizer.encode(said), prompt), tokenizer, frozenset(), Sampling(temperature=0), folder)
+    return Generator(
+        Scripted(tokenizer.encode(said), prompt),
+        tokenizer,
+        frozenset(),
+        Sampling(temperature=0),
+        folder,
+    )
 
 
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
@@ -58,16 +67,27 @@ def test_a_chat_ends_where_the_template_ends_a_turn(tmp_path: Path, kind: str) -
     with serving(gen, tmp_path / "ratings") as local:
         create = local.client().chat.completions.create
         whole = create(model="tiny", messages=MESSAGES).choices[0]
-        pieces = [chunk.choices[0] for chunk in create(model="tiny", messages=MESSAGES, stream=True)]
-        raw = local.client().completions.create(model="tiny", prompt=gen.chat_ids(MESSAGES), max_tokens=60).choices[0]
+        pieces = [
+            chunk.choices[0] for chunk in create(model="tiny", messages=MESSAGES, stream=True)
+        ]
+        raw = (
+            local.client()
+            .completions.create(model="tiny", prompt=gen.chat_ids(MESSAGES), max_tokens=60)
+            .choices[0]
+        )
     assert (whole.message.content, whole.finish_reason) == (wanted, "stop")
-    assert ("".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason) == (wanted, "stop")
+    assert ("".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason) == (
+        wanted,
+        "stop",
+    )
     assert raw.text.startswith(SAID), "completions are texts as the model has them"
 
 
 def test_a_control_token_that_is_asked_for_ends_a_chat_too(tmp_path: Path) -> None:
     gen = generator(tmp_path, CONTROLS)
-    (answer,) = gen.answer([gen.as_chat(gen.request(gen.chat_ids(MESSAGES), 100, stop=["<|user|>"]))])
+    (answer,) = gen.answer(
+        [gen.as_chat(gen.request(gen.chat_ids(MESSAGES), 100, stop=["<|user|>"]))]
+    )
     assert (answer.text, answer.finish) == ("hello, one", "stop")
 
 
@@ -78,7 +98,9 @@ def test_the_model_s_own_texts_end_every_answer(tmp_path: Path) -> None:
     assert (answer.text, answer.finish) == ("hello", "stop")
 
 
-def test_a_template_that_does_not_end_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_does_not_end_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(template_limits, "SECONDS", 0.5)
     gen = generator(tmp_path / "model", CONTROLS)
     loops = "{% for a in range(99999) %}" * 2 + "{{ a }}" + "{% endfor %}" * 2
@@ -86,11 +108,16 @@ def test_a_template_that_does_not_end_holds_up_nobody(tmp_path: Path, monkeypatc
     write_tokenizer(tmp_path / "model", endless + CHATML)
     with serving(gen, tmp_path / "ratings") as local:
         create = local.client().chat.completions.create
-        with pytest.raises(openai.BadRequestError, match="model: the chat template works without end") as caught:
+        with pytest.raises(
+            openai.BadRequestError, match="model: the chat template works without end"
+        ) as caught:
             create(model="tiny", messages=[{"role": "user", "content": "loop"}])
         assert "\n" not in caught.value.body["message"]
         assert create(model="tiny", messages=MESSAGES).choices[0].message.content
     write_tokenizer(tmp_path / "model", loops)
     gen = Generator(gen.model, gen.tokenizer, folder=tmp_path / "model")
-    with serving(gen, tmp_path / "ratings") as local, pytest.raises(openai.BadRequestError, match="no chat template"):
+    with (
+        serving(gen, tmp_path / "ratings") as local,
+        pytest.raises(openai.BadRequestError, match="no chat template"),
+    ):
         local.client().chat.completions.create(model="tiny", messages=MESSAGES)

@@ -131,7 +131,9 @@ def test_a_body_that_comes_steadily_is_waited_for(local: Local, clock: Clock) ->
     assert slow.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_an_answer_that_takes_long_is_given_and_one_that_nobody_takes_is_not(tmp_path: Path, clock: Clock) -> None:
+def test_an_answer_that_takes_long_is_given_and_one_that_nobody_takes_is_not(
+    tmp_path: Path, clock: Clock
+) -> None:
     model = Gated(b"0123456789", num_slots=2)
     with serving(model, tmp_path) as local:
         body = b'{"prompt": "x", "max_tokens": 2}'
@@ -144,10 +146,14 @@ def test_an_answer_that_takes_long_is_given_and_one_that_nobody_takes_is_not(tmp
         with pytest.raises(TimeoutError):
             deaf.sendall(pages)
         seen_by(local)
-        theirs = next(c for c in local.server.server_state.connections if c.client == deaf.getsockname())
+        theirs = next(
+            c for c in local.server.server_state.connections if c.client == deaf.getsockname()
+        )
 
         def is_dropped() -> bool:
-            clock.now += connections.STALLED_S + 1  # again, where the system has taken some more of it
+            clock.now += (
+                connections.STALLED_S + 1
+            )  # again, where the system has taken some more of it
             seen_by(local)
             return theirs not in local.server.server_state.connections
 
@@ -163,7 +169,12 @@ def test_connections_without_a_request_make_room_and_working_ones_do_not(tmp_pat
     model = Gated(b"0123456789", num_slots=2)
     with serving(model, tmp_path) as local:
         local.server.server_state.most = 4
-        half = [connect(local), connect(local, b"GET /"), connect(local, HEAD), connect(local, HEAD)]
+        half = [
+            connect(local),
+            connect(local, b"GET /"),
+            connect(local, HEAD),
+            connect(local, HEAD),
+        ]
         until(lambda: len(local.server.server_state.connections) == 4)
         body = b'{"prompt": "x", "max_tokens": 2}'
         ask = HEAD.replace(b"1000", b"%d" % len(body)) + body
@@ -182,5 +193,7 @@ def test_there_is_room_below_the_limit_of_open_files(monkeypatch: pytest.MonkeyP
     for limit in (256, 1024, 4096):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         assert 0 < connections.most_connections() <= limit - connections.RESERVED_FILES
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )
     assert connections.most_connections() == connections.MOST_CONNECTIONS

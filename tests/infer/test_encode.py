@@ -1,4 +1,5 @@
-"""Filling gaps and embedding texts, against transformers and sentence-transformers, a text at a time."""
+"""Filling gaps and embedding texts, against transformers and sentence-transformers, a text at a
+time."""
 
 from __future__ import annotations
 
@@ -57,20 +58,26 @@ def test_gaps_are_filled_as_by_transformers(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_vectors_are_those_of_transformers(folder: Path, pooling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_are_those_of_transformers(
+    folder: Path, pooling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encode, "BATCH_TOKENS", 20)
     encoder = Encoder.open(folder)
     found, short = (encoder.embed(TEXTS, pooling, normalize) for normalize in (False, True))
     for text, vector, of_one in zip(TEXTS, found, short, strict=True):
         states = asked(folder, text, transformers.AutoModel)[1]
         wanted = (states.mean(0) if pooling == "mean" else states[0]).numpy()
-        np.testing.assert_allclose(vector, wanted, rtol=0, atol=1e-5)  # the project's bound of embeddings
+        np.testing.assert_allclose(
+            vector, wanted, rtol=0, atol=1e-5
+        )  # the project's bound of embeddings
         np.testing.assert_allclose(of_one, wanted / np.linalg.norm(wanted), rtol=0, atol=1e-5)
 
 
 def write_pooling(folder: Path, pooling: dict[str, Any], *more: str, longest: int = 6) -> None:
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *(("2", name) for name in more)]
-    where = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules]
+    where = [
+        {"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules
+    ]
     (folder / "modules.json").write_text(json.dumps(where))
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
@@ -82,7 +89,9 @@ def test_a_folder_says_how_its_vectors_are_made(folder: Path) -> None:
     write_pooling(folder, {"pooling_mode": "cls"}, "Normalize")
     encoder = Encoder.open(folder)
     assert np.array_equal(encoder.embed([TEXTS[0]]), plain)
-    assert np.array_equal(encoder.embed([TEXTS[0], f"{TEXTS[0]} w9 w9"])[1], plain[0]), "cut at six tokens"
+    assert np.array_equal(encoder.embed([TEXTS[0], f"{TEXTS[0]} w9 w9"])[1], plain[0]), (
+        "cut at six tokens"
+    )
     assert not np.array_equal(encoder.embed([TEXTS[0]], normalize=False), plain)
     write_pooling(folder, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False})
     assert read_pooling(folder) == ("mean", False, 6)
@@ -115,7 +124,9 @@ MINILM = [
 """The first numbers of each."""
 
 
-def test_the_verbs_read_files_and_write_them(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verbs_read_files_and_write_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.txt").write_text("w7 [MASK]\nw8 w9 [MASK]\n")
     (tmp_path / "b.jsonl").write_text('{"text": "[MASK]"}\n')
     inputs = ["--input", str(tmp_path / "a.txt"), "--input", str(tmp_path / "b.jsonl")]
@@ -126,7 +137,10 @@ def test_the_verbs_read_files_and_write_them(folder: Path, tmp_path: Path, capsy
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(each["gaps"][0]) for each in told] == [5, 5, 5]
     for name in ("v.npy", "v.jsonl"):
-        assert main(["embed", str(folder), *inputs, "--output", str(tmp_path / name), "--normalize"]) == 0
+        assert (
+            main(["embed", str(folder), *inputs, "--output", str(tmp_path / name), "--normalize"])
+            == 0
+        )
     vectors = np.load(tmp_path / "v.npy")
     rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["w7 [MASK]", "w8 w9 [MASK]", "[MASK]"]
@@ -160,17 +174,24 @@ def test_mistakes_are_one_line(
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     for line in ('{"text": 3}', "[]", "{", '{"other": "x"}'):
         (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
-        with pytest.raises(DataError, match=r"a\.jsonl, line 2: .* is no object with a text under 'text'"):
+        with pytest.raises(
+            DataError, match=r"a\.jsonl, line 2: .* is no object with a text under 'text'"
+        ):
             read_texts([tmp_path / "a.jsonl"])
 
 
 def test_a_decoder_and_a_model_without_a_head_fill_nothing(folder: Path, tmp_path: Path) -> None:
     transformers.AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
     write_words(tmp_path / "bare")
-    assert np.array_equal(Encoder.open(tmp_path / "bare").embed(TEXTS), Encoder.open(folder).embed(TEXTS))
+    assert np.array_equal(
+        Encoder.open(tmp_path / "bare").embed(TEXTS), Encoder.open(folder).embed(TEXTS)
+    )
     with pytest.raises(ConfigError, match=r"holds a .*Model, which has no head to fill gaps"):
         Encoder.open(tmp_path / "bare", fills=True)
     config = transformers.AutoConfig.for_model(**CASES["llama"])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama")
-    with pytest.raises(ConfigError, match=r"holds a decoder \(llama\), which goes on with texts; `megalite generate`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds a decoder \(llama\), which goes on with texts; `megalite generate`",
+    ):
         Encoder.open(tmp_path / "llama")

@@ -58,9 +58,13 @@ def test_openais_client_gets_the_vectors_of_embed(local: Local, folder: Path) ->
     np.testing.assert_array_equal(vectors_of(answer), wanted)
     floats = local.client().embeddings.create(model="tiny", input=TEXTS, encoding_format="float")
     np.testing.assert_array_equal(vectors_of(floats), wanted)
-    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (16, 16), "the two around each text count"
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (16, 16), (
+        "the two around each text count"
+    )
     [alone] = local.client().embeddings.create(model="", input=TEXTS[1]).data
-    np.testing.assert_allclose(alone.embedding, wanted[1], rtol=0, atol=1e-5)  # beside others: sums in another order
+    np.testing.assert_allclose(
+        alone.embedding, wanted[1], rtol=0, atol=1e-5
+    )  # beside others: sums in another order
     tokens = local.client().embeddings.create(model="tiny", input=[[2, 20, 3], [2, 7, 8, 9, 3]])
     np.testing.assert_allclose(vectors_of(tokens), wanted[[1, 0]], rtol=0, atol=1e-5)
 
@@ -74,10 +78,17 @@ def test_fewer_dimensions_and_cut_texts(local: Local, folder: Path) -> None:
     same = post(local, "embeddings", input="w7 " * 7).json()
     assert cut["data"] == same["data"]
     assert cut["usage"]["total_tokens"] == 9
-    assert post(local, "embeddings", input=words, truncate_prompt_tokens=-1).json()["usage"]["total_tokens"] == 64
+    assert (
+        post(local, "embeddings", input=words, truncate_prompt_tokens=-1).json()["usage"][
+            "total_tokens"
+        ]
+        == 64
+    )
 
 
-def test_vectors_cut_to_fewer_dimensions_have_length_1_where_whole_ones_have(folder: Path, tmp_path: Path) -> None:
+def test_vectors_cut_to_fewer_dimensions_have_length_1_where_whole_ones_have(
+    folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder, tmp_path / "normal")
     (tmp_path / "normal" / "modules.json").write_text(
         '[{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}, {"type": "x.Normalize", '
@@ -86,7 +97,9 @@ def test_vectors_cut_to_fewer_dimensions_have_length_1_where_whole_ones_have(fol
     (tmp_path / "normal" / "1_Pooling").mkdir()
     (tmp_path / "normal" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
     with serving(Encoder.open(tmp_path / "normal"), tmp_path) as local:
-        vectors = vectors_of(local.client().embeddings.create(model="tiny", input=TEXTS, dimensions=5))
+        vectors = vectors_of(
+            local.client().embeddings.create(model="tiny", input=TEXTS, dimensions=5)
+        )
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-6)  # rounding of fp32
 
 
@@ -99,8 +112,12 @@ def test_documents_are_ranked_by_their_cosine(local: Local, folder: Path) -> Non
     assert answer["results"][0] == {
         "index": 3, "relevance_score": pytest.approx(1.0, abs=1e-6), "document": {"text": "w7 w8"}
     }  # fmt: skip
-    assert [each["relevance_score"] for each in answer["results"]] == pytest.approx(sorted(cosines)[::-1], abs=1e-5)
-    best = post(local, "rerank", query=query, documents=[{"text": each} for each in documents], top_n=2)
+    assert [each["relevance_score"] for each in answer["results"]] == pytest.approx(
+        sorted(cosines)[::-1], abs=1e-5
+    )
+    best = post(
+        local, "rerank", query=query, documents=[{"text": each} for each in documents], top_n=2
+    )
     assert [each["index"] for each in best.json()["results"]] == np.argsort(-cosines)[:2].tolist()
     bare = post(local, "rerank", query=query, documents=documents, return_documents=False).json()
     assert all(each.keys() == {"index", "relevance_score"} for each in bare["results"])
@@ -125,7 +142,9 @@ def test_a_cross_encoder_ranks_by_what_it_tells_of_both_texts(case: str, tmp_pat
         with torch.no_grad():
             wanted.append(model(torch.tensor([encoded.ids]), **types).logits.sigmoid().item())
     found = {each["index"]: each["relevance_score"] for each in answer["results"]}
-    assert [found[number] for number in range(4)] == pytest.approx(wanted, abs=1e-4)  # the project's bound
+    assert [found[number] for number in range(4)] == pytest.approx(
+        wanted, abs=1e-4
+    )  # the project's bound
     assert [*found] == sorted(found, key=lambda number: -wanted[number])
 
 
@@ -137,16 +156,28 @@ def test_a_cross_encoder_ranks_by_what_it_tells_of_both_texts(case: str, tmp_pat
         ("embeddings", {"input": []}, 400, "is empty"),
         ("embeddings", {"input": "w7", "dimensions": 33}, 400, "has 32 dimensions, fewer than 33"),
         ("embeddings", {"input": ["w7"] * 2049}, 400, "2,049 texts are asked for at once"),
-        ("embeddings", {"input": "w7", "model": "other"}, 404, "does not exist; this server has 'tiny'"),
+        (
+            "embeddings",
+            {"input": "w7", "model": "other"},
+            404,
+            "does not exist; this server has 'tiny'",
+        ),
         ("embeddings", {"input": "w7", "encoding_format": "int8"}, 400, "encoding_format"),
         ("embeddings", {"input": 5}, 400, "input: must be a text, a list of texts"),
         ("rerank", {"query": "w7", "documents": []}, 400, "documents"),
-        ("rerank", {"query": "w7", "documents": [5]}, 400, "must be a text or an object with a text"),
+        (
+            "rerank",
+            {"query": "w7", "documents": [5]},
+            400,
+            "must be a text or an object with a text",
+        ),
         ("rerank", {"documents": ["w7"]}, 400, "query: is required"),
         ("completions", {"prompt": "w7"}, 404, "Not Found"),
     ],
 )
-def test_wrong_requests_are_refused(local: Local, path: str, body: dict[str, Any], status: int, words: str) -> None:
+def test_wrong_requests_are_refused(
+    local: Local, path: str, body: dict[str, Any], status: int, words: str
+) -> None:
     answer = post(local, path, **body)
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]

@@ -1,4 +1,5 @@
-"""Tasks in training: the numbers of the checkpoint, on every layout, and losses that know nothing of them."""
+"""Tasks in training: the numbers of the checkpoint, on every layout, and losses that know nothing
+of them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from small_runs import curve_of, make_config, metrics_of, train_on_rank
 def config_with_tasks(folder: Path, name: str, *overrides: str) -> Config:
     tasks = folder / "tasks" if (folder / "tasks").exists() else write_tasks(folder / "tasks")
     tokenizer = write_tokenizer(folder / "tokenizer")
-    asked = f"observe.tasks={{names: [{','.join(NAMES)}], include_path: {tasks}, every: 8, limit: 5}}"
+    asked = (
+        f"observe.tasks={{names: [{','.join(NAMES)}], include_path: {tasks}, every: 8, limit: 5}}"
+    )
     common = [f"data.tokenizer={tokenizer}", "model.vocab_size=290", f"run.name={name}", asked]
     return make_config(folder, "llama", *common, *overrides)
 
@@ -36,7 +39,9 @@ def config_with_tasks(folder: Path, name: str, *overrides: str) -> Config:
 def numbers_in(config: Config) -> dict[int, dict[str, Any]]:
     lines = [line for line in metrics_of(config) if any(key.startswith("tasks/") for key in line)]
     return {
-        line["step"]: {key.removeprefix("tasks/"): value for key, value in line.items() if key != "step"}
+        line["step"]: {
+            key.removeprefix("tasks/"): value for key, value in line.items() if key != "step"
+        }
         for line in lines
     }
 
@@ -78,7 +83,10 @@ def test_numbers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
     through_transformers = load_tasks(NAMES, tmp_path / "tasks", limit=5).run(theirs, uncertainty=0)
     assert found[16] == pytest.approx(numbers_of(through_transformers), rel=1e-5)
     assert found[8] != found[16]
-    named = {step: {f"tasks/{name}": value for name, value in numbers.items()} for step, numbers in found.items()}
+    named = {
+        step: {f"tasks/{name}": value for name, value in numbers.items()}
+        for step, numbers in found.items()
+    }
     logged = [entry for entry in wandb.logged if "tasks/story/bits_per_byte" in entry[2]]
     (run_id, *_), *_ = logged
     assert logged[:2] == [(run_id, step, named[step]) for step in (8, 16)]
@@ -88,14 +96,19 @@ def test_numbers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
     files = sorted((config.run.folder / "evaluations").iterdir())
     assert [file.name[:13] for file in files] == ["step-00000008", "step-00000016"]
     results = json.loads(files[1].read_text())["results"]
-    assert results["story"]["bits_per_byte,none"] == pytest.approx(found[16]["story/bits_per_byte"], rel=1e-5)
+    assert results["story"]["bits_per_byte,none"] == pytest.approx(
+        found[16]["story/bits_per_byte"], rel=1e-5
+    )
     assert "tasks  8/16  sounds/acc " in capfd.readouterr().out
 
 
 def test_every_layout_finds_the_same(tmp_path: Path) -> None:
     short = ["train.steps=3", "checkpoint.every=0", "observe.eval_every=0"]
     experts = ["model.family=mixtral", "model.num_experts=4", "model.experts_per_token=2"]
-    alone = [config_with_tasks(tmp_path, "alone", *short), config_with_tasks(tmp_path, "routed", *short, *experts)]
+    alone = [
+        config_with_tasks(tmp_path, "alone", *short),
+        config_with_tasks(tmp_path, "routed", *short, *experts),
+    ]
     layouts = {
         "tensor": ["parallel.tensor=2", "train.loss_chunk=8"],
         "pipeline": ["parallel.pipeline=2", "train.micro_batch_size=2"],
@@ -103,7 +116,9 @@ def test_every_layout_finds_the_same(tmp_path: Path) -> None:
         "data": ["parallel.zero_stage=2", "train.micro_batch_size=2"],
         "experts": ["parallel.expert=2", *experts],
     }
-    configs = [config_with_tasks(tmp_path, name, *short, *layout) for name, layout in layouts.items()]
+    configs = [
+        config_with_tasks(tmp_path, name, *short, *layout) for name, layout in layouts.items()
+    ]
     for config in alone:
         train(config)
     run_ranks(2, train_on_rank, configs)
@@ -122,7 +137,9 @@ def test_what_cannot_be_evaluated_is_found_before_the_first_step(tmp_path: Path)
     broken = config_with_tasks(tmp_path, "broken", "observe.tasks.names=[next_word]")
     judges, task = tmp_path / "tasks" / "judges.py", tmp_path / "tasks" / "next_word.yaml"
     judges.write_text("def judge(row, answers):\n    return {'said': row['solution']}\n")
-    with pytest.raises(DataError, match=r"the tasks next_word cannot be evaluated: KeyError: 'solution'"):
+    with pytest.raises(
+        DataError, match=r"the tasks next_word cannot be evaluated: KeyError: 'solution'"
+    ):
         train(broken)
     task.write_text(task.read_text().replace("max_gen_toks: 12", "max_gen_toks: 64"))
     with pytest.raises(ConfigError, match="answers of 64 tokens from a model that takes 64 in all"):
@@ -131,9 +148,15 @@ def test_what_cannot_be_evaluated_is_found_before_the_first_step(tmp_path: Path)
 
 
 def test_tasks_need_a_tokenizer_and_a_model_that_answers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs a model that answers, not model\.task: classification"):
+    with pytest.raises(
+        ConfigError, match=r"needs a model that answers, not model\.task: classification"
+    ):
         config_with_tasks(
-            tmp_path, "classes", "model.task=classification", "model.labels=[a, b]", "data.document_mask=true"
+            tmp_path,
+            "classes",
+            "model.task=classification",
+            "model.labels=[a, b]",
+            "data.document_mask=true",
         )
     with pytest.raises(ConfigError, match=r"observe\.tasks needs data\.tokenizer"):
         make_config(tmp_path, "llama", "observe.tasks={names: [story]}")

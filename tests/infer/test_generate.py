@@ -1,4 +1,5 @@
-"""Generation: the tokens transformers would choose, alone and in company, sampling that follows the distribution."""
+"""Generation: the tokens transformers would choose, alone and in company, sampling that follows the
+distribution."""
 
 from __future__ import annotations
 
@@ -37,17 +38,23 @@ from tiny_models import CASES, DYNAMIC_ROPE, MASKED
 GREEDY = Sampling(temperature=0)
 PROMPTS = ([3, 1, 4, 1, 5], list(range(20, 43)), [9], list(range(60, 70)))
 NEW = 18
-"""Tokens of each answer: sequences of 19 to 41 go past every window, and past both lengths that Phi-3's positions
-change at but the longest."""
+"""Tokens of each answer: sequences of 19 to 41 go past every window, and past both lengths that
+Phi-3's positions change at but the longest."""
 
 
-@pytest.fixture(scope="module", params=[case for case in CASES if CASES[case]["model_type"] not in MASKED])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+@pytest.fixture(
+    scope="module", params=[case for case in CASES if CASES[case]["model_type"] not in MASKED]
+)
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
     """A random transformers model, and the folder it was saved to."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**CASES[request.param])
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
@@ -68,7 +75,10 @@ def answers(
     new: int = NEW,
 ) -> list[list[int]]:
     batch = Batch(gen.model, gen.ends, prompt_tokens)
-    found = [gen.start(gen.request(prompt, new, one)) for prompt, one in zip(prompts, sampling, strict=True)]
+    found = [
+        gen.start(gen.request(prompt, new, one))
+        for prompt, one in zip(prompts, sampling, strict=True)
+    ]
     for answer in found:
         batch.add(answer)
     while batch.busy:
@@ -77,8 +87,8 @@ def answers(
 
 
 def test_greedy_equals_transformers_token_for_token(models: tuple[Any, Path]) -> None:
-    """Prompts of several lengths, more of them than slots, so that answers join others that are under way; and
-    prompts that are taken in by parts."""
+    """Prompts of several lengths, more of them than slots, so that answers join others that are
+    under way; and prompts that are taken in by parts."""
     theirs, folder = models
     # A cache of theirs keeps the keys of dynamic NTK as they were turned in a shorter sequence.
     cached = getattr(theirs.config, "rope_parameters", None) != DYNAMIC_ROPE
@@ -86,7 +96,9 @@ def test_greedy_equals_transformers_token_for_token(models: tuple[Any, Path]) ->
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)
-        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, use_cache=cached)
+        out = theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, use_cache=cached
+        )
         wanted.append(out[0, len(prompt) :].tolist())
     greedy = [GREEDY] * len(PROMPTS)
     assert answers(generator(folder), greedy) == wanted
@@ -95,19 +107,29 @@ def test_greedy_equals_transformers_token_for_token(models: tuple[Any, Path]) ->
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small model of megalite's own, its vocabulary of 97 padded over two tensor ranks."""
-    config = make_config(tmp_path_factory.mktemp("small"), "gpt2", "train.steps=2", "observe.eval_every=0")
+    """The folder of a small model of megalite's own, its vocabulary of 97 padded over two tensor
+    ranks."""
+    config = make_config(
+        tmp_path_factory.mktemp("small"), "gpt2", "train.steps=2", "observe.eval_every=0"
+    )
     train(config)
     return find_model(config.run.folder)
 
 
-SAMPLINGS = [Sampling(1.5, seed=5), Sampling(0.7, seed=6), GREEDY, Sampling(top_k=9, top_p=0.9, min_p=0.01, seed=7)]
+SAMPLINGS = [
+    Sampling(1.5, seed=5),
+    Sampling(0.7, seed=6),
+    GREEDY,
+    Sampling(top_k=9, top_p=0.9, min_p=0.01, seed=7),
+]
 
 
 def test_tokens_depend_on_the_own_seed_alone(small: Path) -> None:
     gen = generator(small, num_slots=2)
     together = answers(gen, SAMPLINGS)
-    alone = [answers(gen, [one], [prompt])[0] for prompt, one in zip(PROMPTS, SAMPLINGS, strict=True)]
+    alone = [
+        answers(gen, [one], [prompt])[0] for prompt, one in zip(PROMPTS, SAMPLINGS, strict=True)
+    ]
     assert together == alone
     assert together == answers(gen, SAMPLINGS, prompt_tokens=5), "however its prompt was cut"
     assert answers(gen, [Sampling(1.5, seed=8)], PROMPTS[:1]) != alone[:1]
@@ -122,7 +144,9 @@ def test_answers_end_at_end_tokens_and_limits(small: Path) -> None:
     assert len(free) == gen.model.capacity - 2, "prompt and answer fill the longest sequence"
     end = free[5]
     gen.ends = frozenset({end, 1000})
-    stopped, limited = gen.answer([gen.request([1, 2], 50, GREEDY), gen.request([1, 2], free.index(end), GREEDY)])
+    stopped, limited = gen.answer(
+        [gen.request([1, 2], 50, GREEDY), gen.request([1, 2], free.index(end), GREEDY)]
+    )
     assert (stopped.tokens, stopped.finish) == (free[: free.index(end)], "stop")
     assert (limited.tokens, limited.finish) == (stopped.tokens, "length")
 
@@ -130,7 +154,9 @@ def test_answers_end_at_end_tokens_and_limits(small: Path) -> None:
 @pytest.mark.parametrize("prompt", [[], [1] * 64])
 def test_a_prompt_without_room_for_an_answer_is_refused(small: Path, prompt: list[int]) -> None:
     gen = generator(small)
-    with pytest.raises(ConfigError, match=rf"the prompt has {len(prompt)} tokens; .* fewer than the 64"):
+    with pytest.raises(
+        ConfigError, match=rf"the prompt has {len(prompt)} tokens; .* fewer than the 64"
+    ):
         gen.answer([gen.request(prompt, 5)])
 
 
@@ -152,9 +178,13 @@ def test_an_answer_given_up_makes_room(small: Path) -> None:
 
 def test_the_cache_grows_with_its_sequences(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gen = generator(small)
-    caches = [module.strategy for module in gen.model.model.modules() if isinstance(module, CoreAttention)]
+    caches = [
+        module.strategy for module in gen.model.model.modules() if isinstance(module, CoreAttention)
+    ]
     wanted = answers(gen, SAMPLINGS)
-    assert [x.shape[:3] for it in caches for x in (it.keys, it.values)] == [(3, 4, cache.FEWEST_CELLS)] * 4
+    assert [x.shape[:3] for it in caches for x in (it.keys, it.values)] == [
+        (3, 4, cache.FEWEST_CELLS)
+    ] * 4
     monkeypatch.setattr(cache, "FEWEST_CELLS", 1)
     monkeypatch.setattr(cache, "READ_AT_ONCE", 3)
     assert answers(generator(small), SAMPLINGS, prompt_tokens=5) == wanted
@@ -172,7 +202,9 @@ def test_texts_are_scored_as_the_whole_model_sees_them(models: tuple[Any, Path])
         assert torch.equal(score.likeliest, logits.argmax(-1) == torch.tensor(row[1:]))
 
 
-def continue_on_ranks(rank: int, world_size: int, folder: Path, tensor: int, pipeline: int) -> list[list[int]]:
+def continue_on_ranks(
+    rank: int, world_size: int, folder: Path, tensor: int, pipeline: int
+) -> list[list[int]]:
     model = load_on_ranks(folder, Launch.from_environment(), tensor, pipeline, num_slots=2)
     return answers(Generator(model, Bytes()), SAMPLINGS, prompt_tokens=9)
 
@@ -186,7 +218,9 @@ def test_ranks_say_what_one_process_says(small: Path, tensor: int, pipeline: int
 
 
 def test_too_few_ranks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs 4 ranks, not 1; start them with torchrun --nproc-per-node=4"):
+    with pytest.raises(
+        ConfigError, match="needs 4 ranks, not 1; start them with torchrun --nproc-per-node=4"
+    ):
         load_on_ranks(tmp_path, Launch(0, 1, 0), 2, 2, num_slots=1)
 
 
@@ -218,10 +252,19 @@ def shares(sampling: Sampling, logits_V: Tensor) -> Tensor:
         (Sampling(top_p=0.3), [0, 1, 0, 0, 0]),  # the likeliest token is always in
         (Sampling(top_p=0.6), [0, 0.4, 0, 0.25, 0]),  # 0.4 + 0.25 reach it
         (Sampling(top_p=0.7), [0, 0.4, 0, 0.25, 0.2]),
-        (Sampling(top_k=4, top_p=0.87), [0, 0.4, 0, 0.25, 0.2]),  # top-p of what top-k left: 0.85 of 0.95 is 0.89
-        (Sampling(temperature=0.5, top_p=0.6), [0, 0.4**2, 0, 0.25**2, 0]),  # tempered: 0.59, then 0.23
+        (
+            Sampling(top_k=4, top_p=0.87),
+            [0, 0.4, 0, 0.25, 0.2],
+        ),  # top-p of what top-k left: 0.85 of 0.95 is 0.89
+        (
+            Sampling(temperature=0.5, top_p=0.6),
+            [0, 0.4**2, 0, 0.25**2, 0],
+        ),  # tempered: 0.59, then 0.23
         (Sampling(min_p=0.45), [0, 0.4, 0, 0.25, 0.2]),  # at least 0.18
-        (Sampling(temperature=0.5, min_p=0.3), [0, 0.4**2, 0, 0.25**2, 0]),  # tempered: 0.55, then 0.22, 0.14
+        (
+            Sampling(temperature=0.5, min_p=0.3),
+            [0, 0.4**2, 0, 0.25**2, 0],
+        ),  # tempered: 0.55, then 0.22, 0.14
         (Sampling(min_p=1.0), [0, 1, 0, 0, 0]),
     ],
 )
@@ -237,19 +280,29 @@ def test_tokens_are_drawn_in_proportion(sampling: Sampling, weights: list[float]
 def test_rows_of_a_batch_do_not_touch_each_other() -> None:
     """Flat enough that the first tokens in order do not make up top-p."""
     logits = torch.randn(4, 8 * LIKELIEST, generator=torch.Generator().manual_seed(0))
-    samplings = [Sampling(top_p=0.9, seed=1), Sampling(top_k=3, seed=2), Sampling(1.3, min_p=0.2, seed=3), GREEDY]
+    samplings = [
+        Sampling(top_p=0.9, seed=1),
+        Sampling(top_k=3, seed=2),
+        Sampling(1.3, min_p=0.2, seed=3),
+        GREEDY,
+    ]
     ids = [[1] * length for length in (5, 9, 2, 7)]
     together = choose(logits, samplings, ids).tolist()
-    assert together == [choose(logits[i : i + 1], samplings[i : i + 1], ids[i : i + 1]).item() for i in range(4)]
+    assert together == [
+        choose(logits[i : i + 1], samplings[i : i + 1], ids[i : i + 1]).item() for i in range(4)
+    ]
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(top_p=0.9), Sampling(top_k=300), Sampling(0.7, top_k=99, top_p=0.8, min_p=0.05)]
+    "sampling",
+    [Sampling(top_p=0.9), Sampling(top_k=300), Sampling(0.7, top_k=99, top_p=0.8, min_p=0.05)],
 )
 def test_the_same_tokens_may_be_drawn_as_in_transformers(sampling: Sampling) -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(1, 6 * LIKELIEST, generator=torch.Generator().manual_seed(0))
-    theirs = processors.LogitsProcessorList([processors.TemperatureLogitsWarper(float(sampling.temperature))])
+    theirs = processors.LogitsProcessorList(
+        [processors.TemperatureLogitsWarper(float(sampling.temperature))]
+    )
     if sampling.top_k:
         theirs.append(processors.TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -297,8 +350,18 @@ def test_a_folder_s_habits_are_honoured(tmp_path: Path) -> None:
         return found.ends, found.sampling
 
     assert habits(config={"eos_token_id": 7}) == ({7, 256}, LIKELY)
-    told = {"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20, "top_p": 0.9, "do_sample": True, "min_p": None}
-    assert habits(config={"eos_token_id": 7}, generation_config=told) == ({1, 2, 256}, Sampling(0.6, 20, 0.9))
+    told = {
+        "eos_token_id": [1, 2],
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.9,
+        "do_sample": True,
+        "min_p": None,
+    }
+    assert habits(config={"eos_token_id": 7}, generation_config=told) == (
+        {1, 2, 256},
+        Sampling(0.6, 20, 0.9),
+    )
     assert habits(config={}, generation_config={"do_sample": False})[1].temperature == 0
     with pytest.raises(ConfigError, match=r"generation_config.json: .*top-p 2"):
         habits(config={}, generation_config={"top_p": 2})
@@ -310,7 +373,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path} is neither a run with a checkpoint nor"):
         find_model(tmp_path)
     (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="no whole checkpoint: step-00000007 is unfinished or damaged"):
+    with pytest.raises(
+        ConfigError, match="no whole checkpoint: step-00000007 is unfinished or damaged"
+    ):
         find_model(tmp_path)
 
 
@@ -322,15 +387,23 @@ def test_what_says_no_text_is_refused_before_its_weights_are_read(
 
     def told(verb: str, *options: str, architecture: str = "LlamaForCausalLM") -> str:
         labels = {"id2label": {"0": "ham", "1": "spam"}} if "CausalLM" not in architecture else {}
-        (tmp_path / "config.json").write_text(json.dumps(llama | labels | {"architectures": [architecture]}))
+        (tmp_path / "config.json").write_text(
+            json.dumps(llama | labels | {"architectures": [architecture]})
+        )
         assert main([verb, str(tmp_path), *options]) == 2
         return capsys.readouterr().err
 
     verbs: list[tuple[str, ...]] = [("generate", "--prompt", "x"), ("serve", "--port", "0")]
     for verb in verbs:
-        for task, kind in (("classification", "SequenceClassification"), ("labels", "TokenClassification")):
+        for task, kind in (
+            ("classification", "SequenceClassification"),
+            ("labels", "TokenClassification"),
+        ):
             said = told(*verb, architecture=f"LlamaFor{kind}")
-            assert f"{tmp_path} holds a model of model.task: {task}, which tells classes (ham, spam)" in said
+            assert (
+                f"{tmp_path} holds a model of model.task: {task}, which tells classes (ham, spam)"
+                in said
+            )
             assert f"AutoModelFor{kind}" in said
         assert f"{tmp_path} has no tokenizer" in told(*verb)
     write_tokenizer(tmp_path, template=None)
@@ -344,7 +417,10 @@ def test_an_address_that_is_taken_is_told_before_the_model_is_looked_at(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
-    assert f"--host 127.0.0.1 --port {port} cannot be listened on: Address already in use" in capsys.readouterr().err
+    assert (
+        f"--host 127.0.0.1 --port {port} cannot be listened on: Address already in use"
+        in capsys.readouterr().err
+    )
     assert main(["serve", str(tmp_path), "--port", "99999"]) == 2
     assert "--port 99999 cannot be listened on" in capsys.readouterr().err
 
@@ -377,7 +453,11 @@ def test_a_cpu_without_instructions_for_a_precision_multiplies_plainly(tmp_path:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(**CASES["llama"])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": str(Path(__file__).parents[1])}
+    old = {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     command = [sys.executable, "-c", PLAIN_PRODUCTS, str(tmp_path)]
     done = subprocess.run(command, env=os.environ | old, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["5 True", "5 False", "5 False"], done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""generation_config.json is a closed world: each key is followed as transformers does, changes nothing, or is named."""
+"""generation_config.json is a closed world: each key is followed as transformers does, changes
+nothing, or is named."""
 
 from __future__ import annotations
 
@@ -81,8 +82,12 @@ def processors(values: dict[str, Any], num_prompt: int, ends: list[int]) -> Any:
         "no_repeat_ngram_size": of.NoRepeatNGramLogitsProcessor,
         "bad_words_ids": lambda words: of.NoBadWordsLogitsProcessor(words, end),
         "suppress_tokens": of.SuppressTokensLogitsProcessor,
-        "begin_suppress_tokens": lambda tokens: of.SuppressTokensAtBeginLogitsProcessor(tokens, num_prompt),
-        "min_new_tokens": lambda count: of.MinNewTokensLengthLogitsProcessor(num_prompt, count, end),
+        "begin_suppress_tokens": lambda tokens: of.SuppressTokensAtBeginLogitsProcessor(
+            tokens, num_prompt
+        ),
+        "min_new_tokens": lambda count: of.MinNewTokensLengthLogitsProcessor(
+            num_prompt, count, end
+        ),
         "min_length": lambda count: of.MinLengthLogitsProcessor(count, end),
     }
     for name, value in values.items():
@@ -105,7 +110,9 @@ def test_rules_forbid_what_transformers_forbids(values: dict[str, Any]) -> None:
     for _ in range(60):
         num_prompt, num_new = rng.randint(4, 6), rng.randint(0, 5)
         ids = [rng.randrange(6) for _ in range(num_prompt + num_new)]
-        logits = processors(values, num_prompt, ends)(torch.tensor([ids]), torch.zeros(1, vocabulary))
+        logits = processors(values, num_prompt, ends)(
+            torch.tensor([ids]), torch.zeros(1, vocabulary)
+        )
         wanted = logits[0].isinf().nonzero()[:, 0].tolist()
         assert sorted(rules.forbidden(ids, num_new, frozenset(ends))) == wanted
 
@@ -119,7 +126,9 @@ def test_something_comes_where_all_is_forbidden() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0]])
     for forbidden, wanted in (((0, 1), 2), ((0, 1, 2), 0), ((0, 9), 1)):
         for temperature in (0.0, 1e-6):
-            one = Sampling(temperature, repetition_penalty=1.1, rules=Rules(suppress_tokens=forbidden))
+            one = Sampling(
+                temperature, repetition_penalty=1.1, rules=Rules(suppress_tokens=forbidden)
+            )
             assert choose(logits, [one], [[2]], [0], [frozenset()]).tolist() == [wanted]
     assert logits[0, 0] == 3.0, "the caller's logits are left alone"
 
@@ -127,7 +136,9 @@ def test_something_comes_where_all_is_forbidden() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**CASES["llama"] | {"vocab_size": 400, "initializer_range": 0.3})
+    config = transformers.AutoConfig.for_model(
+        **CASES["llama"] | {"vocab_size": 400, "initializer_range": 0.3}
+    )
     folder = write_tokenizer(tmp_path_factory.mktemp("model"))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -137,7 +148,9 @@ def test_answers_are_those_of_transformers(folder: Path) -> None:
     """Greedy, with all rules at a time, token for token."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = [5, 6, 7, 5, 6]
-    plain = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)[0, len(prompt) :].tolist()
+    plain = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)[
+        0, len(prompt) :
+    ].tolist()
     settings: dict[str, Any] = {
         "do_sample": False, "max_new_tokens": 20, "no_repeat_ngram_size": 2, "suppress_tokens": plain[3:5],
         "begin_suppress_tokens": plain[:1], "bad_words_ids": [plain[1:3], [11]], "min_new_tokens": 4,
@@ -152,13 +165,18 @@ def test_answers_are_those_of_transformers(folder: Path) -> None:
     assert answer.tokens == [token for token in wanted if token not in generator.ends]
 
 
-def test_generate_says_what_it_does_not_follow(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_says_what_it_does_not_follow(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "generation_config.json").write_text(
         json.dumps({"num_beams": 4, "max_new_tokens": 3, "do_sample": False})
     )
     assert main(["generate", str(folder), "--prompt", "hello"]) == 0
     short, warned = capsys.readouterr()
-    assert warned == f"warning: {folder / 'generation_config.json'}: what megalite does not follow: num_beams = 4\n"
+    assert (
+        warned
+        == f"warning: {folder / 'generation_config.json'}: what megalite does not follow: num_beams = 4\n"
+    )
     generator = Generator(CachedModel(load_model(folder), 1), Generator.open(folder).tokenizer)
     answer = generator.answer([generator.request("hello", 3, Sampling(temperature=0))])[0]
     assert short == f"hello{answer.text}\n"

@@ -61,4 +61,7 @@ def test_adapters_of_what_makes_keys_are_not_passed_over(monkeypatch: pytest.Mon
     for attention in attentions(model):
         attention.kv.updates = object()  # type: ignore[assignment]
     CachedModel(model, num_slots=3)
-    assert all(attention.cache is None and attention.core.strategy is not None for attention in attentions(model))
+    assert all(
+        attention.cache is None and attention.core.strategy is not None
+        for attention in attentions(model)
+    )

@@ -1,4 +1,5 @@
-"""The server's limits as its clients meet them: too often, too many, too long, and its end while it answers."""
+"""The server's limits as its clients meet them: too often, too many, too long, and its end while it
+answers."""
 
 from __future__ import annotations
 
@@ -70,13 +71,19 @@ def refused(call: Callable[[], Any]) -> Any:
     return caught.value
 
 
-@pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"requests_per_minute": -1}, {"timeout_s": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_bytes": 0}, {"requests_per_minute": -1}, {"timeout_s": float("nan")}]
+)
 def test_impossible_limits_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"^{next(iter(wrong.values()))} .*: give a number of at least"):
+    with pytest.raises(
+        ConfigError, match=f"^{next(iter(wrong.values()))} .*: give a number of at least"
+    ):
         Settings("tiny", tmp_path, **wrong)
 
 
-def test_each_key_has_its_rate_which_recovers_with_time(tmp_path: Path, clock: Clock, model: Gated) -> None:
+def test_each_key_has_its_rate_which_recovers_with_time(
+    tmp_path: Path, clock: Clock, model: Gated
+) -> None:
     with serving(model, tmp_path, keys=["one", "two"], requests_per_minute=3) as local:
         one, two = local.client("one"), local.client("two")
         for _ in range(3):
@@ -87,7 +94,9 @@ def test_each_key_has_its_rate_which_recovers_with_time(tmp_path: Path, clock: C
         assert limited.response.headers["retry-after"] == "20"
         two.models.list()
         for _ in range(9):
-            assert httpx.get(f"{local.url}/health").status_code == 200, "what no key is needed for is not counted"
+            assert httpx.get(f"{local.url}/health").status_code == 200, (
+                "what no key is needed for is not counted"
+            )
         clock.now += 19
         assert refused(one.models.list).response.headers["retry-after"] == "1"
         clock.now += 1
@@ -99,7 +108,9 @@ def test_each_key_has_its_rate_which_recovers_with_time(tmp_path: Path, clock: C
         assert isinstance(refused(one.models.list), openai.RateLimitError), "it is not saved up"
 
 
-def test_who_waits_as_long_as_told_is_not_refused_again(tmp_path: Path, clock: Clock, model: Gated) -> None:
+def test_who_waits_as_long_as_told_is_not_refused_again(
+    tmp_path: Path, clock: Clock, model: Gated
+) -> None:
     """Of an address, where there are no keys; 60/11 s are no whole number."""
     with serving(model, tmp_path, requests_per_minute=11) as local:
         client = local.client()
@@ -119,17 +130,23 @@ def test_no_header_changes_who_asks(tmp_path: Path, clock: Clock, model: Gated) 
                 "forwarded": f"for=10.0.0.{number}",
                 "x-real-ip": "10.0.0.9",
             }
-            told.append(httpx.get(f"{local.url}/v1/models", headers=claims, verify=False).status_code)
+            told.append(
+                httpx.get(f"{local.url}/v1/models", headers=claims, verify=False).status_code
+            )
     assert told == [200] * 5 + [429] * 5
 
 
-def test_wrong_keys_are_limited_and_right_ones_go_on(tmp_path: Path, clock: Clock, model: Gated) -> None:
+def test_wrong_keys_are_limited_and_right_ones_go_on(
+    tmp_path: Path, clock: Clock, model: Gated
+) -> None:
     def status(key: str, scheme: str = "Bearer") -> int:
         headers = {"authorization": f"{scheme} {key}"}
         return httpx.get(f"{local.url}/v1/models", headers=headers, verify=False).status_code
 
     with serving(model, tmp_path, keys=["right", "rare"]) as local:
-        assert [status("right", scheme) for scheme in ("Bearer", "bearer", "BEARER", "bearer  ")] == [200] * 4
+        assert [
+            status("right", scheme) for scheme in ("Bearer", "bearer", "BEARER", "bearer  ")
+        ] == [200] * 4
         assert [status("right", scheme) for scheme in ("Basic", "x", "Bearerright")] == [401] * 3
         told = [status(f"guess {number}") for number in range(20)]
         assert told == [401] * WRONG_KEYS_PER_MINUTE + [429] * (20 - WRONG_KEYS_PER_MINUTE)
@@ -142,7 +159,15 @@ def test_wrong_keys_are_limited_and_right_ones_go_on(tmp_path: Path, clock: Cloc
         assert status("guess") == 401
 
 
-OWN = ["localhost", "LOCALHOST:80", "localhost.", "127.0.0.1", "127.9.9.9:8000", "[::1]", "[::1]:8000"]
+OWN = [
+    "localhost",
+    "LOCALHOST:80",
+    "localhost.",
+    "127.0.0.1",
+    "127.9.9.9:8000",
+    "[::1]",
+    "[::1]:8000",
+]
 FOREIGN = [
     "evil.example", "evil.example:8000", "localhost.evil.example", "evil-localhost", "127.0.0.1.evil.example",
     "10.1.2.3", "0.0.0.0", "127.1", "2130706433", "", "localhost:8000@evil.example", "localhost evil.example", "[::2]",
@@ -154,12 +179,17 @@ def test_without_a_key_only_its_own_names_lead_to_the_server(tmp_path: Path, mod
     """Any page can have its own name lead to this machine, and then reads what it answers."""
     model.run()
 
-    bodies = {"/v1/completions": {"prompt": "x"}, "/v1/ratings": {"prompt": "x", "answer": "y", "rating": "up"}}
+    bodies = {
+        "/v1/completions": {"prompt": "x"},
+        "/v1/ratings": {"prompt": "x", "answer": "y", "rating": "up"},
+    }
 
     def status(host: str, path: str) -> int:
         headers = [(b"host", host.encode("latin-1")), (b"x-forwarded-host", b"localhost")]
         method, body = ("POST", bodies[path]) if path in bodies else ("GET", None)
-        return httpx.request(method, local.url + path, headers=headers, json=body, verify=False).status_code
+        return httpx.request(
+            method, local.url + path, headers=headers, json=body, verify=False
+        ).status_code
 
     with serving(model, tmp_path / "open", host="my.box") as local:
         for path in ("/v1/completions", "/", "/v1/about", "/health"):
@@ -168,9 +198,9 @@ def test_without_a_key_only_its_own_names_lead_to_the_server(tmp_path: Path, mod
             assert {host: status(host, path) for host in FOREIGN} == dict.fromkeys(FOREIGN, 403)
         assert not list((tmp_path / "open").iterdir())
     with serving(model, tmp_path / "closed", keys=["key"]) as local:
-        assert httpx.get(f"{local.url}/health", headers={"host": "evil.example"}).status_code == 200, (
-            "a key protects it"
-        )
+        assert (
+            httpx.get(f"{local.url}/health", headers={"host": "evil.example"}).status_code == 200
+        ), "a key protects it"
 
 
 def test_names_of_a_server_on_all_addresses() -> None:
@@ -208,7 +238,13 @@ def test_large_requests_are_bounded_and_hold_up_no_small_ones(
     with serving(generator, tmp_path, max_bytes=110_000) as local, ThreadPoolExecutor(24) as pool:
         body = {"prompt": large, "max_tokens": 2}
         asked = [
-            pool.submit(httpx.post, f"{local.url}/v1/completions", json=body, timeout=PATIENCE_S, verify=False)
+            pool.submit(
+                httpx.post,
+                f"{local.url}/v1/completions",
+                json=body,
+                timeout=PATIENCE_S,
+                verify=False,
+            )
             for _ in range(24)
         ]
         most = LARGE_AT_ONCE * 110_000 // 100_000
@@ -226,12 +262,17 @@ def test_large_requests_are_bounded_and_hold_up_no_small_ones(
         assert {one.json()["error"]["code"] for one in rest} == {"context_length_exceeded"}
 
 
-def test_what_cannot_fit_is_not_tokenized(tmp_path: Path, model: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_not_tokenized(
+    tmp_path: Path, model: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model.capacity = 100  # type: ignore[misc]
     monkeypatch.setattr(Bytes, "encode_batch", lambda *_: pytest.fail("it was tokenized"))
     with serving(model, tmp_path) as local:
         refused = httpx.post(f"{local.url}/v1/completions", json={"prompt": ["x", "y" * 6401]})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            400,
+            "context_length_exceeded",
+        )
         assert "6,401 bytes" in refused.json()["error"]["message"]
 
 
@@ -247,7 +288,9 @@ def test_bodies_that_come_slowly_take_bounded_memory(tmp_path: Path, model: Gate
             held[-1].sendall(head + b"Content-Length: 99999\r\n\r\n" + b"x" * 99_000)
         told: dict[socket.socket, bytes] = {}
         while len(told) < 40 - 32:
-            ready, _, _ = select.select([one for one in held if one not in told], [], [], PATIENCE_S)
+            ready, _, _ = select.select(
+                [one for one in held if one not in told], [], [], PATIENCE_S
+            )
             assert ready, told
             told |= {one: one.recv(65536) for one in ready}
         assert all(one.startswith(b"HTTP/1.1 503") for one in told.values())
@@ -266,16 +309,22 @@ def test_too_many_that_wait(tmp_path: Path, model: Gated, beside: ThreadPoolExec
             assert (full.status_code, full.code) == (503, "overloaded")
             assert "2 requests wait already: try again later" in full.message
         model.run()
-        assert ["".join(pieces) for pieces in (running, *waiting)] == ["0123"] * 3, "those that were taken on"
+        assert ["".join(pieces) for pieces in (running, *waiting)] == ["0123"] * 3, (
+            "those that were taken on"
+        )
         assert ask(local).choices[0].text == "0123"
 
 
-def test_more_answers_than_can_ever_wait_are_no_matter_of_trying_again(tmp_path: Path, model: Gated) -> None:
+def test_more_answers_than_can_ever_wait_are_no_matter_of_trying_again(
+    tmp_path: Path, model: Gated
+) -> None:
     model.run()
     with serving(model, tmp_path, max_waiting=4) as local:
         for more in ({"n": 5}, {"prompt": ["x"] * 5}, {"prompt": ["x"] * 3, "n": 2}):
             wrong = refused(
-                lambda more=more: local.client().completions.create(**{"model": "tiny", "prompt": "x"} | more)
+                lambda more=more: local.client().completions.create(
+                    **{"model": "tiny", "prompt": "x"} | more
+                )
             )
             assert wrong.status_code == 400
             assert "this server gives at most 4 answers" in wrong.message
@@ -290,12 +339,17 @@ def test_a_step_that_hangs_is_seen_from_outside(tmp_path: Path, clock: Clock, mo
         assert httpx.get(f"{local.url}/health").json() == {"status": "ok"}
         clock.now += 1
         found = httpx.get(f"{local.url}/health")
-        assert (found.status_code, found.json()["status"]) == (503, "a step of the model has not ended after 11 s")
+        assert (found.status_code, found.json()["status"]) == (
+            503,
+            "a step of the model has not ended after 11 s",
+        )
         model.run()
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             list(pieces)
         local.until_idle()
-        assert httpx.get(f"{local.url}/health").status_code == 200, "it may have been no more than slow"
+        assert httpx.get(f"{local.url}/health").status_code == 200, (
+            "it may have been no more than slow"
+        )
 
 
 def test_a_stream_that_takes_too_long(tmp_path: Path, clock: Clock, model: Gated) -> None:
@@ -424,9 +478,14 @@ def test_a_body_of_many_parts_is_refused_before_it_is_parsed(
     body, what = PARTS[kind]
     monkeypatch.setattr("json.loads", pytest.fail)
     with serving(model, tmp_path) as local:
-        for content in (body, iter([body[:5000], body[5000:]])):  # also of a length that is not told
+        for content in (
+            body,
+            iter([body[:5000], body[5000:]]),
+        ):  # also of a length that is not told
             headers = {"content-type": "application/json"}
-            answer = httpx.post(f"{local.url}/v1/chat/completions", content=content, headers=headers)
+            answer = httpx.post(
+                f"{local.url}/v1/chat/completions", content=content, headers=headers
+            )
             assert (answer.status_code, orjson.loads(answer.content)["error"]["message"]) == (
                 400, f"the body has more than {what}",
             )  # fmt: skip
@@ -436,4 +495,6 @@ def test_a_body_of_many_parts_is_refused_before_it_is_parsed(
 def test_what_is_within_a_text_is_no_part_of_a_body(kind: str) -> None:
     began = time.thread_time()
     check_parts(PLAIN[kind])
-    assert time.thread_time() - began < 0.5, "some milliseconds; what was tried anew from each quote would take minutes"
+    assert time.thread_time() - began < 0.5, (
+        "some milliseconds; what was tried anew from each quote would take minutes"
+    )

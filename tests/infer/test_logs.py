@@ -49,7 +49,9 @@ def test_a_message_is_one_line(text: str) -> None:
     line = OneLine("%(levelname)s %(message)s").format(record)
     line.encode()
     assert len((line + ".").splitlines()) == 1
-    assert line.isprintable() or not any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in line)
+    assert line.isprintable() or not any(
+        ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in line
+    )
 
 
 def test_a_traceback_holds_no_line_that_looks_like_a_message() -> None:
@@ -68,7 +70,8 @@ def test_a_traceback_holds_no_line_that_looks_like_a_message() -> None:
 
 @given(
     st.recursive(
-        ANY | st.integers() | st.floats() | st.binary(), lambda inner: st.lists(inner) | st.dictionaries(ANY, inner)
+        ANY | st.integers() | st.floats() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(ANY, inner),
     )
 )
 def test_every_value_can_be_logged(value: Any) -> None:
@@ -96,21 +99,31 @@ def test_values_that_cannot_be_written_at_all() -> None:
         '{"prompt": "x\\nINFO forged \u2028 \x85"}'.encode(),
     ],
 )
-def test_logging_prompts_fails_no_request(tmp_path: Path, written: io.StringIO, body: bytes) -> None:
+def test_logging_prompts_fails_no_request(
+    tmp_path: Path, written: io.StringIO, body: bytes
+) -> None:
     model = Gated(b"0" * 9)
     model.capacity = 32  # type: ignore[misc]
     model.run()
     headers = {"content-type": "application/json"}
     with serving(model, tmp_path, log_prompts=True) as local:
-        done = httpx.post(f"{local.url}/v1/completions", content=body, headers=headers, verify=False)
+        done = httpx.post(
+            f"{local.url}/v1/completions", content=body, headers=headers, verify=False
+        )
         assert done.status_code in (200, 400, 404), done.text
     lines = written.getvalue().splitlines()
     assert not any(line.startswith(("INFO forged", "Traceback")) for line in lines)
-    logged = [json.loads(line.removeprefix("INFO prompt ")) for line in lines if line.startswith("INFO prompt ")]
+    logged = [
+        json.loads(line.removeprefix("INFO prompt "))
+        for line in lines
+        if line.startswith("INFO prompt ")
+    ]
     assert len(logged) == (done.status_code == 200)
 
 
-def test_a_failed_request_forges_no_line(tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_request_forges_no_line(
+    tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("first\nINFO forged")
 
@@ -118,7 +131,9 @@ def test_a_failed_request_forges_no_line(tmp_path: Path, written: io.StringIO, m
     body = {"prompt": "x", "answer": "y", "rating": "up"}
     with serving(Gated(b"0"), tmp_path) as local:
         for _ in range(5):
-            failed = httpx.post(f"{local.url}/v1/ratings?a=%0aINFO%20forged", json=body, verify=False)
+            failed = httpx.post(
+                f"{local.url}/v1/ratings?a=%0aINFO%20forged", json=body, verify=False
+            )
             assert failed.status_code == 500
         httpx.get(f"{local.url}/v1/%0aINFO%20forged", verify=False)
     said = written.getvalue()

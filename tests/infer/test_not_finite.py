@@ -1,4 +1,5 @@
-"""A model whose logits are not finite says so in one line, wherever it is asked. It used to say nothing."""
+"""A model whose logits are not finite says so in one line, wherever it is asked. It used to say
+nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ BROKEN = (math.nan, math.inf)
 
 
 class Broken(Gated):
-    """Its logits hold a number that is none, for sequences that begin with this token and have so many."""
+    """Its logits hold a number that is none, for sequences that begin with this token and have so
+    many."""
 
     def __init__(self, number: float, first: int = ord("!"), length: int = 3):
         super().__init__(b"abcdefgh", num_slots=2, vocab_size=256)
@@ -47,7 +49,9 @@ class Broken(Gated):
 
     def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         logits_BV = super().predict(tokens_BT, places, last_B)
-        for row, (slot, last) in enumerate(zip(places.slot_B.tolist(), last_B.tolist(), strict=True)):
+        for row, (slot, last) in enumerate(
+            zip(places.slot_B.tolist(), last_B.tolist(), strict=True)
+        ):
             if places.position_BT[row, 0] == 0:
                 self.broken[slot] = int(tokens_BT[row, 0]) == self.first
             if self.broken[slot] and int(places.position_BT[row, last]) + 1 >= self.length:
@@ -85,14 +89,18 @@ def test_minus_infinity_only_rules_a_token_out() -> None:
 def test_the_server_answers_500_to_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool, chat: bool
 ) -> None:
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     generator = Generator(Broken(math.nan), Bytes(), frozenset({256}), WAYS["greedy"], tmp_path)
     with serving(generator, tmp_path / "ratings") as local:
         found = []
         for text in ("!", "?"):
             asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
             body = {"model": "tiny", "max_tokens": 8, "stream": streamed, **asked}
-            found.append(httpx.post(f"{local.url}/v1/{'chat/' * chat}completions", json=body, timeout=60))
+            found.append(
+                httpx.post(f"{local.url}/v1/{'chat/' * chat}completions", json=body, timeout=60)
+            )
     bad, good = found
     assert (bad.status_code, good.status_code) == ((200, 200) if streamed else (500, 200))
     told = bad.text.split("data: ")[-2] if streamed else bad.text
@@ -123,7 +131,11 @@ def test_the_commands_say_it_in_a_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a b", "completion": "c"}\n')
-    more = ["--prompt", "a b"] if verb == "generate" else ["--data", str(tmp_path / "rows.jsonl"), "--max-tokens", "8"]
+    more = (
+        ["--prompt", "a b"]
+        if verb == "generate"
+        else ["--data", str(tmp_path / "rows.jsonl"), "--max-tokens", "8"]
+    )
     assert main([verb, str(folder), *more]) == 78
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: the model's logits are not finite (NaN or infinite)")

@@ -41,7 +41,11 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
 
 
 def test_all_is_described(local: Local) -> None:
-    described = {f"{verb.upper()} {path}" for path, verbs in local.app.openapi()["paths"].items() for verb in verbs}
+    described = {
+        f"{verb.upper()} {path}"
+        for path, verbs in local.app.openapi()["paths"].items()
+        for verb in verbs
+    }
     assert described == set(OPERATIONS)
 
 

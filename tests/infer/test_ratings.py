@@ -35,7 +35,10 @@ from scripted import Scripted
 
 JSON = {"content-type": "application/json"}
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
+STRICT = (
+    "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}"
+    + CHATML
+)
 
 
 @pytest.fixture
@@ -61,11 +64,21 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def shown(prefix: Path, folder: Path, capsys: pytest.CaptureFixture[str], objective: str = "next_token") -> str:
+def shown(
+    prefix: Path, folder: Path, capsys: pytest.CaptureFixture[str], objective: str = "next_token"
+) -> str:
     """What a run that starts from the folder's model learns of its data."""
-    data = {"train": [{"path": str(prefix)}], "seq_length": 128, "document_mask": True, "tokenizer": str(folder)}
+    data = {
+        "train": [{"path": str(prefix)}],
+        "seq_length": 128,
+        "document_mask": True,
+        "tokenizer": str(folder),
+    }
     config = config_of(**data).model_dump(mode="json")
-    config |= {"model": config["model"] | {"preset": None, "hf": str(folder)}, "objective": {"name": objective}}
+    config |= {
+        "model": config["model"] | {"preset": None, "hf": str(folder)},
+        "objective": {"name": objective},
+    }
     prefix.with_suffix(".yaml").write_text(yaml.safe_dump(config))
     assert main(["inspect", str(prefix.with_suffix(".yaml")), "--count", "1"]) == 0
     return capsys.readouterr().out
@@ -90,32 +103,48 @@ def test_from_the_page_to_what_is_learned(
 
     options = ["--format", "completion", "--tokenizer", str(folder), "--workers", "1"]
     command = [sys.executable, str(TOOL), "--input", str(ratings / "completion.jsonl"), *options]
-    made = subprocess.run([*command, "--output-prefix", str(tmp_path / "sft")], capture_output=True, text=True)
+    made = subprocess.run(
+        [*command, "--output-prefix", str(tmp_path / "sft")], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr
     learned = shown(tmp_path / "sft", folder, capsys)
     assert "assistant\n⟧one two<|im_end|>⟦\n" in learned
     assert "three?<|im_end|>\n<|im_start|>assistant\n⟧he<|im_end|>⟦\n" in learned
-    assert learned.count("⟧he<") == 1, "what was rated badly is not learned, also where it was said before"
+    assert learned.count("⟧he<") == 1, (
+        "what was rated badly is not learned, also where it was said before"
+    )
 
     settings = Settings("preference", str(folder))
     pairs = preprocess_rows([str(ratings / "preference.jsonl")], tmp_path / "dpo", settings)
     assert pairs.num_documents == 2
     learned = shown(tmp_path / "dpo", folder, capsys, "dpo")
-    assert learned.index("⟧one two<|im_end|>⟦") < learned.index("⟧he<|im_end|>⟦"), "the preferred answer comes first"
+    assert learned.index("⟧one two<|im_end|>⟦") < learned.index("⟧he<|im_end|>⟦"), (
+        "the preferred answer comes first"
+    )
 
 
 def post_chat(local: Local, messages: list[dict[str, str]]) -> str:
-    chunks = local.client().chat.completions.create(model="tiny", messages=messages, max_tokens=1, stream=True)  # type: ignore[call-overload]
+    chunks = local.client().chat.completions.create(
+        model="tiny", messages=messages, max_tokens=1, stream=True
+    )  # type: ignore[call-overload]
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
 def test_texts_are_rated_too(local: Local, folder: Path, tmp_path: Path) -> None:
     assert post(local, prompt="say", answer=" hello", rating="up").status_code == 201
-    assert post(local, prompt="say", answer=" hello", rating="down", correction=" one").status_code == 201
-    assert post(local, prompt="say", answer=" hello", rating="up", correction=" two").status_code == 201
+    assert (
+        post(local, prompt="say", answer=" hello", rating="down", correction=" one").status_code
+        == 201
+    )
+    assert (
+        post(local, prompt="say", answer=" hello", rating="up", correction=" two").status_code
+        == 201
+    )
     for format in ("completion", "preference"):
         settings = Settings(format, str(folder))  # type: ignore[arg-type]
-        made = preprocess_rows([str(tmp_path / f"ratings/{format}.jsonl")], tmp_path / format, settings)
+        made = preprocess_rows(
+            [str(tmp_path / f"ratings/{format}.jsonl")], tmp_path / format, settings
+        )
         assert made.num_documents == {"completion": 3, "preference": 4}[format]
 
 
@@ -124,11 +153,23 @@ HELLO = {"role": "user", "content": "hello"}
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [HELLO], "answer": " ", "rating": "up"}, "says nothing"),
-    ({"messages": [HELLO], "answer": "x", "rating": "down", "correction": "x"}, "something else than the answer"),
-    ({"messages": [{"role": "system", "content": "x"}], "answer": "x", "rating": "up"}, "the user begins"),
-    ({"messages": [HELLO, {"role": "assistant"}, HELLO], "answer": "x", "rating": "up"}, "says nothing"),
+    (
+        {"messages": [HELLO], "answer": "x", "rating": "down", "correction": "x"},
+        "something else than the answer",
+    ),
+    (
+        {"messages": [{"role": "system", "content": "x"}], "answer": "x", "rating": "up"},
+        "the user begins",
+    ),
+    (
+        {"messages": [HELLO, {"role": "assistant"}, HELLO], "answer": "x", "rating": "up"},
+        "says nothing",
+    ),
     ({"prompt": "", "answer": "x", "rating": "down", "correction": "y"}, "at least 1 item"),
-    ({"prompt": "x", "messages": [HELLO], "answer": "x", "rating": "up"}, "either messages or a prompt"),
+    (
+        {"prompt": "x", "messages": [HELLO], "answer": "x", "rating": "up"},
+        "either messages or a prompt",
+    ),
 ]
 
 
@@ -142,8 +183,13 @@ def test_what_finetuning_could_not_read_is_refused(local: Local, tmp_path: Path)
     assert not list((tmp_path / "ratings").iterdir())
 
 
-def test_a_correction_of_nothing_is_learned_and_no_pair(local: Local, folder: Path, tmp_path: Path) -> None:
-    assert post(local, messages=[HELLO], answer="", rating="down", correction="hello").status_code == 201
+def test_a_correction_of_nothing_is_learned_and_no_pair(
+    local: Local, folder: Path, tmp_path: Path
+) -> None:
+    assert (
+        post(local, messages=[HELLO], answer="", rating="down", correction="hello").status_code
+        == 201
+    )
     assert [file.name for file in (tmp_path / "ratings").iterdir()] == ["completion.jsonl"]
 
 
@@ -154,7 +200,10 @@ def rating(answer: str) -> RatingBody:
 def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
     """Forked: they only write files."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=function, args=(number, *arguments), daemon=True) for number in range(count)]
+    processes = [
+        context.Process(target=function, args=(number, *arguments), daemon=True)
+        for number in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -171,10 +220,14 @@ def append(number: int, folder: Path) -> None:
 def test_several_servers_write_whole_lines(tmp_path: Path) -> None:
     in_processes(4, append, tmp_path)
     found = [row["completion"].split(" ")[:2] for row in rows_in(tmp_path / "completion.jsonl")]
-    assert sorted(found) == sorted([str(number), str(row)] for number in range(4) for row in range(20))
+    assert sorted(found) == sorted(
+        [str(number), str(row)] for number in range(4) for row in range(20)
+    )
 
 
-def test_a_file_system_without_locks_keeps_ratings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_keeps_ratings_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -190,7 +243,9 @@ def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path: Path, folder: Path
     with file.open("ab") as cut:
         cut.write(b'{"prompt":"say","compl')
     ratings.add(rating(" two"), "tiny")
-    made = preprocess_rows([str(file)], tmp_path / "data", Settings("completion", str(folder)), bad_rows=1)
+    made = preprocess_rows(
+        [str(file)], tmp_path / "data", Settings("completion", str(folder)), bad_rows=1
+    )
     assert made.num_documents == 2
     assert [message for message in made.report.messages if "completion.jsonl:2" in message]
 

@@ -1,4 +1,5 @@
-"""Answers to prompts in training: those of the checkpoint, on every layout, and losses that know nothing of them."""
+"""Answers to prompts in training: those of the checkpoint, on every layout, and losses that know
+nothing of them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def config_with_samples(folder: Path, name: str, *overrides: str) -> Config:
 
 
 def samples_of(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run.folder / "samples.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (config.run.folder / "samples.jsonl").read_text().splitlines()
+    ]
 
 
 class FakeWandb:
@@ -67,7 +70,9 @@ def test_answers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
     config = config_with_samples(tmp_path, "asked", *both)
     train(config_with_samples(tmp_path, "asked", *both, "train.stop_at=12"))
     assert [line["step"] for line in samples_of(config)] == [8] * 3 + [12] * 3
-    with (config.run.folder / "samples.jsonl").open("a") as file:  # of a step that no checkpoint has
+    with (config.run.folder / "samples.jsonl").open(
+        "a"
+    ) as file:  # of a step that no checkpoint has
         file.write(json.dumps({"step": 13, "prompt": "lost", "answer": "lost"}) + "\n")
     train(config)
     assert curve_of(config) == curve_of(plain), "bit for bit"
@@ -76,15 +81,24 @@ def test_answers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
     assert [line["step"] for line in found] == [8] * 3 + [12] * 3 + [16] * 3
     out = capfd.readouterr().out
     for step in (8, 12, 16):
-        folder, said = config.run.folder / "checkpoints" / f"step-{step:08d}", found[step // 4 * 3 - 6 :][:3]
+        folder, said = (
+            config.run.folder / "checkpoints" / f"step-{step:08d}",
+            found[step // 4 * 3 - 6 :][:3],
+        )
         generator = Generator.open(folder)
         greedy = [generator.request(prompt, 12, Sampling(temperature=0.0)) for prompt in PROMPTS]
         wanted = [answer.text for answer in generator.answer(greedy)]
-        lines = [{"prompt": prompt, "answer": text} for prompt, text in zip(PROMPTS, wanted, strict=True)]
+        lines = [
+            {"prompt": prompt, "answer": text} for prompt, text in zip(PROMPTS, wanted, strict=True)
+        ]
         assert said == [{"step": step} | line for line in lines]
         assert wandb.tables[step] == lines
         assert f"sample {step:>2}/16  {PROMPTS[0]!r} → {wanted[0]!r}" in out
-    events = EventAccumulator(str(config.run.folder / "tensorboard")).Reload().Tensors("samples/2/text_summary")
+    events = (
+        EventAccumulator(str(config.run.folder / "tensorboard"))
+        .Reload()
+        .Tensors("samples/2/text_summary")
+    )
     assert events[-1].step == 16
     assert "    a hen and a cow met a fox" in events[-1].tensor_proto.string_val[0].decode()
 
@@ -98,7 +112,9 @@ def test_every_layout_says_the_same(tmp_path: Path) -> None:
         "context": ["parallel.context=2"],
         "data": ["parallel.zero_stage=2", "train.micro_batch_size=2"],
     }
-    configs = [config_with_samples(tmp_path, name, *short, *layout) for name, layout in layouts.items()]
+    configs = [
+        config_with_samples(tmp_path, name, *short, *layout) for name, layout in layouts.items()
+    ]
     train(alone)
     run_ranks(2, train_on_rank, configs)
     assert len({line["answer"] for line in samples_of(alone)}) == 3
@@ -108,10 +124,20 @@ def test_every_layout_says_the_same(tmp_path: Path) -> None:
 
 def test_what_cannot_be_answered_is_found_before_the_first_step(tmp_path: Path) -> None:
     config = config_with_samples(tmp_path, "long", f"observe.samples.prompts=[The cat, {'a' * 70}]")
-    with pytest.raises(ConfigError, match=r"observe\.samples\.prompts\[1\] = .*the prompt has \d+ tokens; it must"):
+    with pytest.raises(
+        ConfigError, match=r"observe\.samples\.prompts\[1\] = .*the prompt has \d+ tokens; it must"
+    ):
         train(config)
     assert not (config.run.folder / "config.yaml").exists(), "no run has begun"
     with pytest.raises(ConfigError, match=r"observe\.samples needs data\.tokenizer"):
         make_config(tmp_path, "llama", "observe.samples={prompts: [a]}")
-    with pytest.raises(ConfigError, match=r"observe\.samples needs a model that answers, not model\.task: labels"):
-        config_with_samples(tmp_path, "classes", "model.task=labels", "model.labels=[a, b]", "data.document_mask=true")
+    with pytest.raises(
+        ConfigError, match=r"observe\.samples needs a model that answers, not model\.task: labels"
+    ):
+        config_with_samples(
+            tmp_path,
+            "classes",
+            "model.task=labels",
+            "model.labels=[a, b]",
+            "data.document_mask=true",
+        )

@@ -1,4 +1,5 @@
-"""The server as its users meet it: the official client, many at once, wrong keys, large prompts, clients that go."""
+"""The server as its users meet it: the official client, many at once, wrong keys, large prompts,
+clients that go."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def make_folder(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
@@ -75,7 +78,10 @@ class Served:
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text
-        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+        return sum(
+            float(value)
+            for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        )
 
     def until(self, name: str, value: float) -> None:
         ends = time.monotonic() + PATIENCE_S
@@ -91,10 +97,23 @@ def few_files() -> None:
 
 def start(folder: Path, root: Path, *options: str) -> Served:
     log = root / "log"
-    command = [sys.executable, "-m", "megalite", "serve", str(folder), "--port", "0", "--name", "tiny", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "megalite",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--name",
+        "tiny",
+        *options,
+    ]
     environment = os.environ | {"MEGALITE_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, env=environment, stderr=file, cwd=root, preexec_fn=few_files)
+        process = subprocess.Popen(
+            command, env=environment, stderr=file, cwd=root, preexec_fn=few_files
+        )
     while not (said := re.search(r"tiny on (http://\S+) .*\n", log.read_text())):
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
@@ -124,12 +143,20 @@ def offline(served: Served) -> Generator:
     return Generator.open(served.folder, num_slots=1)
 
 
-def text_of(offline: Generator, prompt: str | list[int], count: int, seed: int, temperature: float = 1.5) -> str:
+def text_of(
+    offline: Generator, prompt: str | list[int], count: int, seed: int, temperature: float = 1.5
+) -> str:
     (answer,) = offline.answer([offline.request(prompt, count, Sampling(temperature, seed=seed))])
     return answer.text
 
 
-ASKED: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "seed": 3, "temperature": 1.5, "top_p": 1.0}
+ASKED: dict[str, Any] = {
+    "model": "tiny",
+    "max_tokens": 24,
+    "seed": 3,
+    "temperature": 1.5,
+    "top_p": 1.0,
+}
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 
 
@@ -138,17 +165,25 @@ def test_a_completion(served: Served, offline: Generator) -> None:
     (choice,) = done.choices
     assert choice.text == text_of(offline, "Once", 24, 3)
     assert choice.finish_reason == "length"
-    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (4, 24, 28)
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (
+        4,
+        24,
+        28,
+    )
     assert len(choice.logprobs.token_logprobs) == 24
     assert all(
         max(top.values()) >= own
-        for top, own in zip(choice.logprobs.top_logprobs, choice.logprobs.token_logprobs, strict=True)
+        for top, own in zip(
+            choice.logprobs.top_logprobs, choice.logprobs.token_logprobs, strict=True
+        )
     )
 
 
 def test_a_stream_is_the_completion_in_pieces(served: Served, offline: Generator) -> None:
     chunks = list(
-        served.client().completions.create(prompt="Once", stream=True, stream_options={"include_usage": True}, **ASKED)
+        served.client().completions.create(
+            prompt="Once", stream=True, stream_options={"include_usage": True}, **ASKED
+        )
     )
     assert chunks[-1].usage.completion_tokens == 24
     pieces = [chunk.choices[0] for chunk in chunks[:-1]]
@@ -161,7 +196,9 @@ def test_chat_by_the_template_and_several_choices(served: Served, offline: Gener
     client = served.client()
     prompt = "<system>Be brief.\n<user>Hello?\n<assistant>"
     wanted = [text_of(offline, prompt, 24, seed) for seed in (3, 4)]
-    whole = client.chat.completions.create(messages=CHAT, n=2, logprobs=True, top_logprobs=1, **ASKED)
+    whole = client.chat.completions.create(
+        messages=CHAT, n=2, logprobs=True, top_logprobs=1, **ASKED
+    )
     assert [choice.message.content for choice in whole.choices] == wanted
     assert whole.usage.prompt_tokens == len(prompt)
     assert len(whole.choices[1].logprobs.content) == 24
@@ -186,7 +223,9 @@ def test_64_at_once_are_all_answered_each_with_its_own(served: Served, offline: 
     async def all_of_them() -> list[Any]:
         async with served.client(openai.AsyncOpenAI) as client:
             jobs = [
-                client.completions.create(prompt=f"{i}", **ASKED | {"seed": i, "max_tokens": 8 + i % 9})
+                client.completions.create(
+                    prompt=f"{i}", **ASKED | {"seed": i, "max_tokens": 8 + i % 9}
+                )
                 for i in range(64)
             ]
             return await asyncio.gather(*jobs)
@@ -199,11 +238,12 @@ def test_64_at_once_are_all_answered_each_with_its_own(served: Served, offline: 
 def test_200_idle_and_200_half_sent_connections_keep_nobody_from_an_answer(
     served: Served, offline: Generator, pytestconfig: pytest.Config
 ) -> None:
-    """Before, connections were never closed: with no open file left the server answered nobody, and wrote a log of
-    megabytes a second."""
+    """Before, connections were never closed: with no open file left the server answered nobody, and
+    wrote a log of megabytes a second."""
     place = served.url.removeprefix("http://").split(":")
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        "Content-Type: application/json\r\n"
     )
     half = f'{head}Content-Length: 100000\r\n\r\n{{"prompt": "{"x" * 50_000}'.encode()
     logged, memory = served.log.stat().st_size, memory_of(served.process)
@@ -229,7 +269,10 @@ def test_200_idle_and_200_half_sent_connections_keep_nobody_from_an_answer(
 
 def memory_of(process: subprocess.Popen[bytes]) -> float:
     """Bytes."""
-    return float(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[0]) * 1e3
+    return (
+        float(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[0])
+        * 1e3
+    )
 
 
 def test_a_client_that_disappears_frees_its_slot(served: Served) -> None:
@@ -244,7 +287,9 @@ def test_a_client_that_disappears_frees_its_slot(served: Served) -> None:
         served.until("megalite_slots_busy", 1)
     served.until("megalite_answers_total", before + 1)
     connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
-    connection.request("POST", "/v1/completions", json.dumps(body), headers | {"Content-Type": "application/json"})
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), headers | {"Content-Type": "application/json"}
+    )
     served.until("megalite_slots_busy", 1)
     connection.close()
     served.until("megalite_answers_total", before + 2)
@@ -267,7 +312,9 @@ def test_a_large_prompt_is_refused_before_it_is_read(served: Served, chunked: bo
     body = json.dumps({"model": "tiny", "prompt": "x" * 10_000_000}).encode()
     pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    response = httpx.post(f"{served.url}/v1/completions", content=pieces if chunked else body, headers=headers)
+    response = httpx.post(
+        f"{served.url}/v1/completions", content=pieces if chunked else body, headers=headers
+    )
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
 
@@ -279,16 +326,23 @@ def test_a_large_prompt_is_refused_before_it_is_read(served: Served, chunked: bo
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: "),
         ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty: "),
         ({"prompt": "x", "best_off": 1}, "best_off: is not known"),
-        ({"prompt": [1, 999]}, "the prompt has the token 999, but the model knows those from 0 to 255"),
+        (
+            {"prompt": [1, 999]},
+            "the prompt has the token 999, but the model knows those from 0 to 255",
+        ),
         ({"prompt": []}, "the prompt has 0 tokens"),
         ({"prompt": "x" * LENGTH}, f"the prompt has {LENGTH} tokens"),
         ({"prompt": "x", "model": "other"}, "the model 'other' does not exist"),
         ({}, "prompt: "),
     ],
 )
-def test_what_is_wrong_with_a_request_is_said(served: Served, values: dict[str, Any], says: str) -> None:
+def test_what_is_wrong_with_a_request_is_said(
+    served: Served, values: dict[str, Any], says: str
+) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
-    response = httpx.post(f"{served.url}/v1/completions", json={"model": "tiny"} | values, headers=headers)
+    response = httpx.post(
+        f"{served.url}/v1/completions", json={"model": "tiny"} | values, headers=headers
+    )
     problem = response.json()["error"]
     assert response.status_code == (404 if values.get("model") else 400)
     assert says in problem["message"]
@@ -298,15 +352,25 @@ def test_what_is_wrong_with_a_request_is_said(served: Served, values: dict[str, 
 def test_what_is_no_json_and_no_path(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     response = httpx.post(
-        f"{served.url}/v1/completions", content=b"{nonsense", headers=headers | {"Content-Type": "application/json"}
+        f"{served.url}/v1/completions",
+        content=b"{nonsense",
+        headers=headers | {"Content-Type": "application/json"},
     )
-    assert (response.status_code, response.json()["error"]["message"]) == (400, "the body is not valid JSON")
-    assert httpx.get(f"{served.url}/v1/nothing", headers=headers).json()["error"]["message"] == "Not Found"
+    assert (response.status_code, response.json()["error"]["message"]) == (
+        400,
+        "the body is not valid JSON",
+    )
+    assert (
+        httpx.get(f"{served.url}/v1/nothing", headers=headers).json()["error"]["message"]
+        == "Not Found"
+    )
 
 
 def test_the_page_in_a_browser(served: Served) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if browser is None:
         pytest.skip("no Chromium on this machine")
     rows = served.log.with_name("ratings") / "preference.jsonl"
@@ -321,14 +385,19 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.fill("#prompt", "Hello <b>there</b>")
         page.keyboard.press("Enter")
         page.click("[aria-label='Correct it']")
-        assert page.inner_text(".turn.user") == "Hello <b>there</b>", "what is said is text, not markup"
+        assert page.inner_text(".turn.user") == "Hello <b>there</b>", (
+            "what is said is text, not markup"
+        )
         said = page.text_content(".turn.answer .text")
         page.fill("[aria-label='Your answer']", "Hello yourself.")
         page.click("text=Save")
         page.wait_for_selector("text=your answer is noted")
         assert page.text_content(".turn.answer .text") == "Hello yourself."
         asked: list[Any] = []
-        page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
+        page.on(
+            "request",
+            lambda request: asked.append(request.post_data_json) if request.post_data else None,
+        )
         page.fill("#max_tokens", "9999")
         page.fill("#prompt", "And more?")
         page.keyboard.press("Enter")
@@ -341,7 +410,9 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.click("[aria-label='Bad answer']")
         page.wait_for_selector("text=Thank you, noted")
         (_, again, _) = asked
-        assert again["messages"] == [{"role": "user", "content": "Again?"}], "nothing of the talk before"
+        assert again["messages"] == [{"role": "user", "content": "Again?"}], (
+            "nothing of the talk before"
+        )
         page.route("**/v1/ratings", lambda route: route.abort())
         page.fill("#prompt", "And now?")
         page.keyboard.press("Enter")
@@ -362,7 +433,9 @@ def test_the_page_in_a_browser(served: Served) -> None:
 def test_it_ends_as_asked_and_has_told_no_secrets(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     body = ASKED | {"prompt": "a secret of the user's", "max_tokens": 16_000, "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=30) as response:
+    with httpx.stream(
+        "POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=30
+    ) as response:
         lines = response.iter_lines()
         next(lines)
         served.process.send_signal(signal.SIGTERM)

@@ -24,15 +24,20 @@ SOURCES = [torch.randint(2, 29, (length,), generator=torch.Generator().manual_se
 
 
 @pytest.fixture(scope="module", params=["t5", "t5-gated", "mt5"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TargetGenerator]:
-    """A random model of transformers, of few tokens, so that many targets end; and ours with its weights."""
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, TargetGenerator]:
+    """A random model of transformers, of few tokens, so that many targets end; and ours with its
+    weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     folder, case = write_words(tmp_path_factory.mktemp("model")), request.param
     # transformers 5.23 keeps keys and values of as many layers as the encoder has.
     few = {"vocab_size": 29, "num_layers": 3, "num_decoder_layers": 2}
     config = transformers.AutoConfig.for_model(**CASES[case] | few)
-    theirs = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForSeq2SeqLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     randomize(theirs, own_head=case in OWN_HEAD)
     theirs.generation_config.decoder_start_token_id = 0
     theirs.save_pretrained(folder)
@@ -43,7 +48,9 @@ def theirs_of(theirs: Any, room: int, **options: Any) -> list[list[int]]:
     width = max(map(len, SOURCES))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in SOURCES])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in SOURCES])
-    found = theirs.generate(ids, attention_mask=mask, max_new_tokens=room, do_sample=False, **options).tolist()
+    found = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=room, do_sample=False, **options
+    ).tolist()
     return [row[1:][: row[1:].index(1)] if 1 in row else row[1:] for row in found]
 
 
@@ -68,7 +75,9 @@ def test_targets_are_those_of_transformers(
         assert len(lengths) > 1, "some targets end before the others"
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_row_alone(pair: tuple[Any, TargetGenerator]) -> None:
+def test_what_is_drawn_depends_on_the_seed_and_the_row_alone(
+    pair: tuple[Any, TargetGenerator],
+) -> None:
     ours, drawn = pair[1], Sampling(temperature=1.0, seed=3)
     found = ours.generate(SOURCES, 12, drawn)
     assert ours.generate(SOURCES, 12, drawn) == found
@@ -83,7 +92,9 @@ def test_first_tokens_are_drawn_by_their_probabilities(pair: tuple[Any, TargetGe
     count, source = 4000, SOURCES[2]
     found = ours.generate([source] * count, 1, Sampling(temperature=1.0))
     with torch.no_grad():
-        logits = theirs(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[0]])).logits[0, 0]
+        logits = theirs(
+            input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[0]])
+        ).logits[0, 0]
     shares = logits.softmax(-1)
     counts = torch.bincount(torch.tensor([(row or [1])[0] for row in found]), minlength=29)
     # Four standard deviations of each share, and a count for those that are nearly never drawn.
@@ -92,7 +103,11 @@ def test_first_tokens_are_drawn_by_their_probabilities(pair: tuple[Any, TargetGe
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [([], "a source has 0 tokens"), ([5] * 513, r"513 tokens; .*max_positions = 512"), ([99], "has the token 99")],
+    [
+        ([], "a source has 0 tokens"),
+        ([5] * 513, r"513 tokens; .*max_positions = 512"),
+        ([99], "has the token 99"),
+    ],
 )
 def test_a_source_that_cannot_be_read_is_refused(
     source: list[int], words: str, pair: tuple[Any, TargetGenerator]
@@ -105,12 +120,25 @@ def test_the_command_says_the_target(tmp_path: Path, capsys: pytest.CaptureFixtu
     config = rows_config(tmp_path, "train.steps=2", "observe.eval_every=0")
     train(config)
     generator = TargetGenerator.open(config.run.folder)
-    assert read_habits(next((config.run.folder / "checkpoints").glob("step-*")), load_tokenizer(tmp_path / "tokenizer"))
+    assert read_habits(
+        next((config.run.folder / "checkpoints").glob("step-*")),
+        load_tokenizer(tmp_path / "tokenizer"),
+    )
     assert generator.habits.sampling.temperature == 0.0, "a source has one answer"
     capsys.readouterr()
     for more, beams in (((), None), (("--beams", "3"), Beams(3))):
-        asked = ["generate", str(config.run.folder), "--prompt", "w7 w8", "--max-tokens", "6", *more]
+        asked = [
+            "generate",
+            str(config.run.folder),
+            "--prompt",
+            "w7 w8",
+            "--max-tokens",
+            "6",
+            *more,
+        ]
         assert main(asked) == 0
-        assert capsys.readouterr().out.rstrip("\n") == generator.answer(["w7 w8"], 6, beams=beams)[0]
+        assert (
+            capsys.readouterr().out.rstrip("\n") == generator.answer(["w7 w8"], 6, beams=beams)[0]
+        )
     assert main(["generate", str(config.run.folder), "--prompt", "w7", "--chat"]) == 2
     assert "an encoder-decoder has no --chat" in capsys.readouterr().err

@@ -15,13 +15,18 @@ from megalite.infer.sampling import Sampling
 from scripted import Bytes, Scripted
 
 
-def pieces(script: Sequence[int], stop: Sequence[str] = (), max_tokens: int | None = None) -> list[str]:
+def pieces(
+    script: Sequence[int], stop: Sequence[str] = (), max_tokens: int | None = None
+) -> list[str]:
     gen = Generator(Scripted(script), Bytes(), frozenset({256}), Sampling(temperature=0))
-    return list(gen.stream(gen.request("a", len(script) if max_tokens is None else max_tokens, stop=stop)))
+    return list(
+        gen.stream(gen.request("a", len(script) if max_tokens is None else max_tokens, stop=stop))
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["plain", "né à 🙂, 日本語", "a\ufffdb: a true replacement character, in the middle", "x"]
+    "text",
+    ["plain", "né à 🙂, 日本語", "a\ufffdb: a true replacement character, in the middle", "x"],
 )
 def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
     found = pieces(list(text.encode()))
@@ -76,7 +81,9 @@ def test_a_stop_string_beside_part_of_a_character() -> None:
 def test_tokens_that_the_model_has_not_are_refused() -> None:
     """Such as one that was added to its tokenizer alone."""
     gen = Generator(Scripted([1], vocab_size=200), Bytes())
-    with pytest.raises(ConfigError, match="the prompt has the token 206, but the model knows those from 0 to 199"):
+    with pytest.raises(
+        ConfigError, match="the prompt has the token 206, but the model knows those from 0 to 199"
+    ):
         gen.answer([gen.request("Ω", 1)])
 
 
@@ -98,7 +105,11 @@ def test_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     prompt, whole = tokenizer.encode("hello"), tokenizer.encode("hello world")
     assert whole[: len(prompt)] == prompt
-    gen = Generator(Scripted(whole[len(prompt) :], prompt=len(prompt)), tokenizer, sampling=Sampling(temperature=0))
+    gen = Generator(
+        Scripted(whole[len(prompt) :], prompt=len(prompt)),
+        tokenizer,
+        sampling=Sampling(temperature=0),
+    )
     (answer,) = gen.answer([gen.request("hello", len(whole) - len(prompt))])
     assert "hello" + answer.text == "hello world"
     names = "".join(map(gen.token_text, answer.tokens))
@@ -113,18 +124,26 @@ def test_a_prompt_begins_as_the_tokenizer_has_texts_begin(tmp_path: Path) -> Non
     import tokenizers
     from tokenizers import models, pre_tokenizers, processors
 
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, unk_token="?"))
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, unk_token="?")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     found = load_tokenizer(tmp_path)
     assert found.encode("a b") == [2, 3]
-    assert found.encode_prompt("a b") == [0, 2, 3], "and it does not end: the answer goes on from it"
+    assert found.encode_prompt("a b") == [0, 2, 3], (
+        "and it does not end: the answer goes on from it"
+    )
     assert Generator(Scripted([2]), found).prompt_ids("") == [0], "an empty text too"
 
 
-def test_bytes_that_never_make_a_character_are_said_and_cost_no_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_never_make_a_character_are_said_and_cost_no_more_and_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     decoded, decode = [], Bytes.decode
 
     def counted(self: Bytes, ids: Sequence[int]) -> str:

@@ -62,16 +62,23 @@ def check_against_float64(
     device: torch.device,
     bound: float | None = None,
 ) -> None:
-    """`inputs` are float64 on the CPU, rounded to `dtype` before either sees them. Both functions give a tensor or a
-    tuple of them; random gradients flow back from each."""
+    """`inputs` are float64 on the CPU, rounded to `dtype` before either sees them. Both functions
+    give a tensor or a tuple of them; random gradients flow back from each."""
     bound = bound or BOUND[dtype]
     rounded = [x.to(dtype) for x in inputs]
     exact = [x.double().requires_grad_() for x in rounded]
     # .detach() keeps strides: what was not contiguous stays so.
-    given = [_like_layout(x, original).to(device).requires_grad_() for x, original in zip(rounded, inputs, strict=True)]
-    wanted, found = (x if isinstance(x, tuple) else (x,) for x in (reference(*exact), operation(*given)))
+    given = [
+        _like_layout(x, original).to(device).requires_grad_()
+        for x, original in zip(rounded, inputs, strict=True)
+    ]
+    wanted, found = (
+        x if isinstance(x, tuple) else (x,) for x in (reference(*exact), operation(*given))
+    )
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in wanted]
+    grads = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in wanted
+    ]
     torch.autograd.backward(wanted, [g.double() for g in grads])
     torch.autograd.backward(found, [g.to(device) for g in grads])
     for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
@@ -80,7 +87,9 @@ def check_against_float64(
     for index, (x, y) in enumerate(zip(given, exact, strict=True)):
         assert x.grad is not None
         assert y.grad is not None
-        assert error(x.grad, y.grad) <= bound, f"gradient of input {index}: {error(x.grad, y.grad):.1e}"
+        assert error(x.grad, y.grad) <= bound, (
+            f"gradient of input {index}: {error(x.grad, y.grad):.1e}"
+        )
 
 
 def _like_layout(x: Tensor, original: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     check_against_float64(gelu, plain_gelu, [random(*shape)], dtype, device)
-    check_against_float64(gelu, plain_gelu, [random(*shape), random(shape[-1], seed=1)], dtype, device)
+    check_against_float64(
+        gelu, plain_gelu, [random(*shape), random(shape[-1], seed=1)], dtype, device
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,13 +103,17 @@ def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
         ops.swiglu(x[0, 0])
     with pytest.raises(TypeError, match=r"swiglu: gate_up is .*Half.* must be float32 or bfloat16"):
         ops.swiglu(x.half())
-    with pytest.raises(ValueError, match=r"swiglu_backward: grad has shape \[2, 8\], but must have \[2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"swiglu_backward: grad has shape \[2, 8\], but must have \[2, 4\]"
+    ):
         ops.swiglu_backward(x, x)
     with pytest.raises(ValueError, match=r"gelu: bias has shape \[2, 8\], but must have \[8\]"):
         ops.gelu(x, x)
     with pytest.raises(TypeError, match=r"gelu: bias is .*BFloat16.* must be .*Float"):
         ops.gelu(x, x[0].bfloat16())
-    with pytest.raises(ValueError, match=r"gelu_backward: grad has shape \[1, 8\], but must have \[2, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"gelu_backward: grad has shape \[1, 8\], but must have \[2, 8\]"
+    ):
         ops.gelu_backward(x[:1], x, None)
 
 
@@ -123,7 +129,10 @@ def test_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernels
 def test_operators_are_well_formed(device: torch.device) -> None:  # noqa: F811
     """Schema, autograd and fake kernels agree, so that torch.compile may keep them whole."""
-    x, bias = torch.randn(6, 8, device=device).requires_grad_(), torch.randn(8, device=device).requires_grad_()
+    x, bias = (
+        torch.randn(6, 8, device=device).requires_grad_(),
+        torch.randn(8, device=device).requires_grad_(),
+    )
     across = x.detach().t().clone(memory_format=torch.preserve_format).requires_grad_()
     for gate_up in (x, across):
         torch.library.opcheck(torch.ops.megalite.swiglu, (gate_up,))

@@ -15,10 +15,16 @@ import megalite.kernels.attention as attention_module
 from exactness import DTYPES, check_against_float64, device, devices, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.attention import PLAIN, AttentionKind, attention, eager_attention, self_attention
+from megalite.kernels.attention import (
+    PLAIN,
+    AttentionKind,
+    attention,
+    eager_attention,
+    self_attention,
+)
 
-# (B, T, H, G, K): a token, odd sizes, lengths and heads that fill no tile, several blocks of queries and of keys, one
-# task a query head and one a key/value head, and nothing at all.
+# (B, T, H, G, K): a token, odd sizes, lengths and heads that fill no tile, several blocks of
+# queries and of keys, one task a query head and one a key/value head, and nothing at all.
 SHAPES = [
     (1, 1, 1, 1, 4),
     (2, 7, 4, 2, 5),
@@ -36,7 +42,11 @@ DOCUMENTS = [(600,), (1,) * 40, (5, 1, 90, 96, 1, 200), (16, 48, 64, 192, 250), 
 
 
 def plain_attention(
-    qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None = None, kind: AttentionKind = PLAIN
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    document: Tensor | None = None,
+    kind: AttentionKind = PLAIN,
 ) -> Tensor:
     return plain_parts(*qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2), document, kind)
 
@@ -69,7 +79,9 @@ def plain_parts(
     if kind.window:
         reached = reached & (back.abs() < kind.window)
     nothing = ~reached.any(-1, keepdim=True)
-    probabilities = scores.masked_fill(~reached & ~nothing, -torch.inf).softmax(-1).masked_fill(nothing, 0.0)
+    probabilities = (
+        scores.masked_fill(~reached & ~nothing, -torch.inf).softmax(-1).masked_fill(nothing, 0.0)
+    )
     return (probabilities @ v).transpose(1, 2).flatten(2)
 
 
@@ -91,7 +103,11 @@ def test_self_attention(
     batch, length, heads, groups, size = shape
     qkv = random(batch, length, heads + 2 * groups, size)
     check_against_float64(
-        lambda x: self_attention(x, heads, groups), lambda x: plain_attention(x, heads, groups), [qkv], dtype, device
+        lambda x: self_attention(x, heads, groups),
+        lambda x: plain_attention(x, heads, groups),
+        [qkv],
+        dtype,
+        device,
     )
 
 
@@ -138,9 +154,12 @@ def test_kinds(kind: AttentionKind, packed: bool, dtype: torch.dtype, device: to
 BATCH, LENGTH, HEADS = 2, 24, 4
 KINDS_OF_PARTS = [
     AttentionKind(window, softcap, scale, causal)
-    for causal, window, softcap, scale in product((True, False), (None, 5), (None, 1.5), (None, 0.5))
+    for causal, window, softcap, scale in product(
+        (True, False), (None, 5), (None, 1.5), (None, 0.5)
+    )
 ]
-# Of the queries; of keys of another sequence, where the second row's first document and the last have none.
+# Of the queries; of keys of another sequence, where the second row's first document and the last
+# have none.
 PACKED = torch.stack((numbers(7, 1, 16), numbers(12, 12)))
 SOURCES = {"one document": None, "packed": torch.stack((numbers(3, 9, 5), 1 + numbers(17)))}
 
@@ -169,23 +188,30 @@ def test_queries_keys_and_values_apart(
         )
         biases = [random(1, HEADS, LENGTH, keys, seed=3)] if biased else []
 
-        def ours(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, kind: AttentionKind = kind) -> tuple[Tensor, Tensor]:
+        def ours(
+            q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, kind: AttentionKind = kind
+        ) -> tuple[Tensor, Tensor]:
             there = [None if x is None else x.to(where) for x in (document, source)]
             rest = there[0], kind, there[1], bias[0] if bias else None
             return attention(q, k, v, *rest), eager_attention(q, k, v, *rest)
 
-        def plain(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, kind: AttentionKind = kind) -> tuple[Tensor, Tensor]:
+        def plain(
+            q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, kind: AttentionKind = kind
+        ) -> tuple[Tensor, Tensor]:
             wanted = plain_parts(q, k, v, document, kind, source, bias[0] if bias else None)
             return wanted, wanted
 
-        # Eager attention rounds scores, probabilities and the gradients of both to bf16, 2⁻⁹ of each.
+        # Eager attention rounds scores, probabilities and the gradients of both to bf16, 2⁻⁹ of
+        # each.
         bound = 2.0**-6 if dtype == torch.bfloat16 else None
         check_against_float64(ours, plain, [q, k, v, *biases], dtype, torch.device(where), bound)
 
 
 def test_parts_that_do_not_go_together_are_named() -> None:
     q, k, v = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 5)
-    with pytest.raises(ValueError, match=r"shapes \[2, 6, 4, 8\], \[2, 6, 3, 8\], \[2, 6, 3, 5\], which do not go"):
+    with pytest.raises(
+        ValueError, match=r"shapes \[2, 6, 4, 8\], \[2, 6, 3, 8\], \[2, 6, 3, 5\], which do not go"
+    ):
         attention(q, random(2, 6, 3, 8), random(2, 6, 3, 5))
     with pytest.raises(ValueError, match="do not go together"):
         attention(q, k[..., :7], v)
@@ -195,14 +221,23 @@ def test_parts_that_do_not_go_together_are_named() -> None:
     with pytest.raises(ValueError, match="documents of queries and of keys, or of neither"):
         attention(q, k[:, :5], v[:, :5], numbers(2, 4).expand(2, -1), free)
     with pytest.raises(ValueError, match="neither causal nor windowed"):
-        attention(q, k, v, numbers(2, 4).expand(2, -1), AttentionKind(3, causal=False), numbers(6).expand(2, -1))
+        attention(
+            q,
+            k,
+            v,
+            numbers(2, 4).expand(2, -1),
+            AttentionKind(3, causal=False),
+            numbers(6).expand(2, -1),
+        )
 
 
 @needs_kernels
 def test_a_window_that_takes_in_everything_costs_nothing() -> None:
     """megalite's own kernel takes it, as it takes no window."""
     qkv = random(2, 40, 8, 12).float()
-    assert torch.equal(self_attention(qkv, 4, 2, kind=AttentionKind(window=40)), self_attention(qkv, 4, 2))
+    assert torch.equal(
+        self_attention(qkv, 4, 2, kind=AttentionKind(window=40)), self_attention(qkv, 4, 2)
+    )
     assert AttentionKind(window=40).within(40) == PLAIN
     assert AttentionKind(window=39).within(40) != PLAIN
 
@@ -212,13 +247,17 @@ def test_scores_far_apart(dtype: torch.dtype, device: torch.device) -> None:  # 
     """Scores of 100 and more, whose e^score overflows, and next to which most others vanish."""
     qkv = random(1, 130, 3, 16)
     qkv[:, :, :2] *= 5
-    check_against_float64(lambda x: self_attention(x, 1, 1), lambda x: plain_attention(x, 1, 1), [qkv], dtype, device)
+    check_against_float64(
+        lambda x: self_attention(x, 1, 1), lambda x: plain_attention(x, 1, 1), [qkv], dtype, device
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     qkv = random(2, 8, 50, 12).transpose(1, 2)
-    check_against_float64(lambda x: self_attention(x, 4, 2), lambda x: plain_attention(x, 4, 2), [qkv], dtype, device)
+    check_against_float64(
+        lambda x: self_attention(x, 4, 2), lambda x: plain_attention(x, 4, 2), [qkv], dtype, device
+    )
 
 
 @needs_kernels
@@ -256,11 +295,17 @@ def test_log_sum_exp() -> None:
 @needs_kernels
 def test_bad_input_is_named() -> None:
     qkv, forward = torch.zeros(2, 6, 8, 4), torch.ops.megalite.attention_forward
-    with pytest.raises(ValueError, match=r"attention_forward: qkv has shape \[6, 8, 4\], but must have \[batch"):
+    with pytest.raises(
+        ValueError, match=r"attention_forward: qkv has shape \[6, 8, 4\], but must have \[batch"
+    ):
         forward(qkv[0], 4, 2, None)
-    with pytest.raises(ValueError, match=r"attention_forward: qkv has 8 heads, but must have 6 \+ 2 \* 2"):
+    with pytest.raises(
+        ValueError, match=r"attention_forward: qkv has 8 heads, but must have 6 \+ 2 \* 2"
+    ):
         forward(qkv, 6, 2, None)
-    with pytest.raises(ValueError, match="num_heads 4 must be a positive multiple of num_kv_heads 3"):
+    with pytest.raises(
+        ValueError, match="num_heads 4 must be a positive multiple of num_kv_heads 3"
+    ):
         forward(qkv, 4, 3, None)
     with pytest.raises(TypeError, match=r"qkv is .*Double.* must be float32 or bfloat16"):
         forward(qkv.double(), 4, 2, None)
@@ -271,9 +316,14 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="document falls from 1 to 0 at token 3 of row 1"):
         forward(qkv, 4, 2, torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]]))
     out, lse = forward(qkv, 4, 2, None)
-    with pytest.raises(ValueError, match=r"attention_backward: grad has shape \[2, 6, 8\], but must have \[2, 6, 16\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention_backward: grad has shape \[2, 6, 8\], but must have \[2, 6, 16\]",
+    ):
         torch.ops.megalite.attention_backward(out[..., :8], qkv, out, lse, 4, 2, None)
-    with pytest.raises(TypeError, match=r"attention_backward: lse is .*BFloat16, but must be float32"):
+    with pytest.raises(
+        TypeError, match=r"attention_backward: lse is .*BFloat16, but must be float32"
+    ):
         torch.ops.megalite.attention_backward(out, qkv, out, lse.bfloat16(), 4, 2, None)
 
 
@@ -285,7 +335,8 @@ def test_operators_are_well_formed() -> None:
         torch.library.opcheck(torch.ops.megalite.attention_forward, (qkv, 4, 2, document))
         out, lse = torch.ops.megalite.attention_forward(qkv.detach(), 4, 2, document)
         torch.library.opcheck(
-            torch.ops.megalite.attention_backward, (torch.randn_like(out), qkv.detach(), out, lse, 4, 2, document)
+            torch.ops.megalite.attention_backward,
+            (torch.randn_like(out), qkv.detach(), out, lse, 4, 2, document),
         )
 
 
@@ -314,14 +365,26 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return plain_parts(q, k, v, kind=kind_of(**asked)).view_as(q)
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, **asked: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_ends: Tensor,
+        k_ends: Tensor,
+        q_most: int,
+        k_most: int,
+        **asked: Any,
     ) -> Tensor:
         assert q_ends.dtype == torch.int32
         assert q_ends is k_ends
         assert q_most == k_most >= int(q_ends.diff().max())
         calls.append(f"flash_attn_varlen_func of {q_ends.tolist()}")
-        kind, pieces = kind_of(**asked), ([p[None] for p in y.tensor_split(q_ends[1:-1].long())] for y in (q, k, v))
-        return torch.cat([plain_parts(*x, kind=kind) for x in zip(*pieces, strict=True)], dim=1).view_as(q)
+        kind, pieces = (
+            kind_of(**asked),
+            ([p[None] for p in y.tensor_split(q_ends[1:-1].long())] for y in (q, k, v)),
+        )
+        return torch.cat(
+            [plain_parts(*x, kind=kind) for x in zip(*pieces, strict=True)], dim=1
+        ).view_as(q)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -333,11 +396,18 @@ def test_flash_attn(flash_attn: list[str]) -> None:
     qkv, document = random(2, 8, 8, 4), torch.stack((numbers(3, 5), numbers(1, 6, 1)))
     torch.testing.assert_close(self_attention(qkv, 4, 2), plain_attention(qkv, 4, 2))
     for _ in range(2):
-        torch.testing.assert_close(self_attention(qkv, 4, 2, document), plain_attention(qkv, 4, 2, document))
-    assert flash_attn == ["flash_attn_func", *["flash_attn_varlen_func of [0, 3, 8, 9, 15, 16]"] * 2]
+        torch.testing.assert_close(
+            self_attention(qkv, 4, 2, document), plain_attention(qkv, 4, 2, document)
+        )
+    assert flash_attn == [
+        "flash_attn_func",
+        *["flash_attn_varlen_func of [0, 3, 8, 9, 15, 16]"] * 2,
+    ]
 
 
-@pytest.mark.parametrize("kind", [*KINDS[1:], *(k for k in KINDS_OF_PARTS if not k.causal)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [*KINDS[1:], *(k for k in KINDS_OF_PARTS if not k.causal)], ids=str
+)
 def test_flash_attn_is_told_the_kind(kind: AttentionKind, flash_attn: list[str]) -> None:
     qkv, document = random(2, 40, 8, 4), torch.stack((numbers(3, 37), numbers(20, 20)))
     for documents in (None, document):
@@ -356,7 +426,9 @@ def test_flash_attn_is_told_to_be_deterministic(flash_attn: list[str]) -> None:
     assert flash_attn == ["flash_attn_func"]
 
 
-def test_flash_attention_3_is_taken_on_hopper(flash_attn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_3_is_taken_on_hopper(
+    flash_attn: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     newer = ModuleType("flash_attn_interface")
     newer.__spec__ = ModuleSpec("flash_attn_interface", None)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", newer)
@@ -398,7 +470,12 @@ def test_attention_of_a_gpu_follows_one_rule(
 
 
 def test_what_flash_attn_does_not_take_goes_to_torch(flash_attn: list[str]) -> None:
-    free, q, k, v = AttentionKind(causal=False), random(2, 8, 4, 6), random(2, 8, 2, 6), random(2, 8, 2, 6)
+    free, q, k, v = (
+        AttentionKind(causal=False),
+        random(2, 8, 4, 6),
+        random(2, 8, 2, 6),
+        random(2, 8, 2, 6),
+    )
     bias = random(1, 4, 8, 8)
     for parts, rest in (
         ((q, k, v[..., :4]), (None, free)),
@@ -412,7 +489,8 @@ def test_what_flash_attn_does_not_take_goes_to_torch(flash_attn: list[str]) -> N
 
 @pytest.fixture
 def varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A stand-in for torch's variable-length attention, which is for GPUs; returns how many sequences it was given."""
+    """A stand-in for torch's variable-length attention, which is for GPUs; returns how many
+    sequences it was given."""
     calls: list[int] = []
 
     def varlen_attn(
@@ -426,7 +504,9 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(q_ends) - 1)
         kind = kind_of(window_size[1] == 0, window_size, softmax_scale=scale, deterministic=False)
         pieces = ([p[None] for p in y.tensor_split(q_ends[1:-1].long())] for y in (q, k, v))
-        return torch.cat([plain_parts(*x, kind=kind) for x in zip(*pieces, strict=True)], dim=1).view_as(q)
+        return torch.cat(
+            [plain_parts(*x, kind=kind) for x in zip(*pieces, strict=True)], dim=1
+        ).view_as(q)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(attention_module, "_takes_varlen", lambda *parts: True)
@@ -437,11 +517,19 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_documents_and_windows_on_gpus_are_sequences_of_their_own(varlen: list[int]) -> None:
     qkv, document = random(2, 40, 8, 4), torch.stack((numbers(3, 37), numbers(20, 11, 9)))
     window, both = AttentionKind(window=7), AttentionKind(window=7, scale=0.3, causal=False)
-    for kind, documents in ((PLAIN, document), (window, None), (window, document), (both, None), (both, document)):
+    for kind, documents in (
+        (PLAIN, document),
+        (window, None),
+        (window, document),
+        (both, None),
+        (both, document),
+    ):
         found = self_attention(qkv, 4, 2, documents, kind)
         torch.testing.assert_close(found, plain_attention(qkv, 4, 2, documents, kind))
     assert varlen == [5, 2, 5, 2, 5]
-    self_attention(qkv, 4, 2)  # nothing but causal: torch's flash attention leaves out by itself what lies behind
+    self_attention(
+        qkv, 4, 2
+    )  # nothing but causal: torch's flash attention leaves out by itself what lies behind
     assert len(varlen) == 5
 
 
@@ -449,6 +537,9 @@ def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     built = ModuleType("_ops")
     built.has_cuda, built.isa = 1, lambda: "avx2"  # type: ignore[attr-defined]
     monkeypatch.setattr(library, "own", lambda: built)
-    assert library.explain("attention", "cuda") == ("torch", "megalite's own attention is for the CPU")
+    assert library.explain("attention", "cuda") == (
+        "torch",
+        "megalite's own attention is for the CPU",
+    )
     assert library.explain("attention", "cpu") == ("megalite", "built, runs with avx2")
     assert library.explain("norm", "cuda")[0] == "megalite"

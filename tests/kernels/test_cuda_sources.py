@@ -1,4 +1,5 @@
-"""CUDA kernels compile for every GPU that the build names, on machines without one, and fit where they are launched."""
+"""CUDA kernels compile for every GPU that the build names, on machines without one, and fit where
+they are launched."""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ KERNEL = re.compile(
 
 
 def too_large(report: str) -> list[str]:
-    """Kernels of which ptxas says that their numbers do not fit into registers, or that a block has too few of them:
-    the first are slow, the others cannot be launched. Raises AssertionError where it names no kernel."""
+    """Kernels of which ptxas says that their numbers do not fit into registers, or that a block has
+    too few of them: the first are slow, the others cannot be launched. Raises AssertionError where
+    it names no kernel."""
     found = [match.groupdict() for match in KERNEL.finditer(report)]
     assert len(found) == report.count("Compiling entry function") > 0, report[:2000]
     return [
         f"{kernel['name']} on {kernel['gpu']}: {kernel['registers']} registers, {kernel['stack']} bytes of stack"
         for kernel in found
-        if int(kernel["stack"]) + int(kernel["stores"]) or int(kernel["registers"]) > REGISTERS // MOST_THREADS
+        if int(kernel["stack"]) + int(kernel["stores"])
+        or int(kernel["registers"]) > REGISTERS // MOST_THREADS
     ]
 
 
@@ -37,7 +40,9 @@ def too_large(report: str) -> list[str]:
 def test_compiles_without_warnings_into_what_fits(source: Path, tmp_path: Path) -> None:
     targets = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
     command = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", *targets]
-    done = subprocess.run([*command, "-c", source, "-o", tmp_path / "out.o"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-c", source, "-o", tmp_path / "out.o"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert too_large(done.stderr) == []
     assert {match["gpu"] for match in KERNEL.finditer(done.stderr)} == set(GPUS)
@@ -52,4 +57,7 @@ ptxas info    : Used {registers} registers, used 1 barriers, 128 bytes smem, 464
     fine = report.format(stack=0, spilled=0, registers=64)
     assert too_large(fine) == []
     for stack, spilled, registers in ((8, 0, 64), (0, 4, 64), (0, 0, 65)):
-        assert len(too_large(fine + report.format(stack=stack, spilled=spilled, registers=registers))) == 1
+        assert (
+            len(too_large(fine + report.format(stack=stack, spilled=spilled, registers=registers)))
+            == 1
+        )

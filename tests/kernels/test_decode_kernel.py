@@ -1,4 +1,5 @@
-"""One new token's attention to a cache: megalite's kernel against the scores written out in float64."""
+"""One new token's attention to a cache: megalite's kernel against the scores written out in
+float64."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def wanted(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
     rows = []
     for row in range(BATCH):
         cells = slice(int(FIRST[row]), int(LAST[row]) + 1)
-        k, v = (x[row, :, cells].double().repeat_interleave(HEADS // GROUPS, dim=0) for x in (keys, values))
+        k, v = (
+            x[row, :, cells].double().repeat_interleave(HEADS // GROUPS, dim=0)
+            for x in (keys, values)
+        )
         scores = torch.einsum("hk,hck->hc", q[row].double(), k) * scale
         scores = (scores / softcap).tanh() * softcap if softcap else scores
         rows.append(torch.einsum("hc,hck->hk", scores.softmax(-1), v))
@@ -42,7 +46,9 @@ def wanted(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("size", [20, 32, 64, 128, 256])
 @pytest.mark.parametrize("isa", [0, 1, 2])
-def test_against_float64(isa: int, size: int, dtype: torch.dtype, bound: float, softcap: float) -> None:
+def test_against_float64(
+    isa: int, size: int, dtype: torch.dtype, bound: float, softcap: float
+) -> None:
     module = own()
     assert module is not None
     q, keys, values = inputs(dtype, size)

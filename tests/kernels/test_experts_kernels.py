@@ -68,7 +68,9 @@ def test_top_k_is_the_reference(num_experts: int, device: torch.device) -> None:
         assert torch.equal(found, best.sort(dim=-1).values)
 
 
-@pytest.mark.parametrize(("tokens", "num_experts", "k"), [case[:3] for case in CASES] + [(2000, 64, 6)])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "k"), [case[:3] for case in CASES] + [(2000, 64, 6)]
+)
 def test_rows_are_sorted_by_expert_and_by_token(
     tokens: int,
     num_experts: int,
@@ -95,10 +97,17 @@ def summed(rows: Tensor, weight: Tensor | None, row_TK: Tensor) -> Tensor:
 def test_permute_and_unpermute(size: int, dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     for tokens, num_experts, k in [(0, 4, 2), (1, 2, 1), (9, 5, 2), (130, 8, 3)]:
         index = visits(tokens, num_experts, k).to(device)
-        groups, row_TK = group_by_expert(index, num_experts), group_by_expert(index.cpu(), num_experts).row_TK
+        groups, row_TK = (
+            group_by_expert(index, num_experts),
+            group_by_expert(index.cpu(), num_experts).row_TK,
+        )
         token_N = groups.token_N.cpu()
         check_against_float64(
-            lambda x, g=groups: permute(x, g), lambda x, t=token_N: x[t], [random(tokens, size)], dtype, device
+            lambda x, g=groups: permute(x, g),
+            lambda x, t=token_N: x[t],
+            [random(tokens, size)],
+            dtype,
+            device,
         )
         share = random(tokens, k, seed=2).float()
         check_against_float64(
@@ -112,12 +121,18 @@ def test_permute_and_unpermute(size: int, dtype: torch.dtype, device: torch.devi
 def test_weights_of_experts_get_their_gradient(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     index = visits(50, 6, 3)
     groups = group_by_expert(index.to(device), 6)
-    rows, share, grad = random(150, 70).to(dtype), random(50, 3, seed=2).float(), random(50, 70, seed=4).to(dtype)
+    rows, share, grad = (
+        random(150, 70).to(dtype),
+        random(50, 3, seed=2).float(),
+        random(50, 70, seed=4).to(dtype),
+    )
     mine = share.to(device).requires_grad_()
     unpermute(rows.to(device), mine, groups).backward(grad.to(device))
     wanted = (rows[groups.row_TK.cpu()].double() * grad[:, None].double()).sum(-1)
     assert mine.grad is not None
-    assert error(mine.grad, wanted) <= 1e-5  # fp32 sums of 70 products, whatever the dtype of the rows
+    assert (
+        error(mine.grad, wanted) <= 1e-5
+    )  # fp32 sums of 70 products, whatever the dtype of the rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,12 +153,16 @@ def test_grouped_linear(
     def each(rows: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum("ni,noi->no", rows, weight[expert_N])
 
-    check_against_float64(lambda rows, weight: grouped_linear(rows, weight, groups), each, inputs, dtype, device)
+    check_against_float64(
+        lambda rows, weight: grouped_linear(rows, weight, groups), each, inputs, dtype, device
+    )
     into = random(num_experts, out, size, seed=2).float()
     grad, rows = random(tokens * k, out, seed=3).to(dtype), inputs[0].to(dtype)
     for add in (False, True):
         found = into.clone().to(device)
-        accumulate_grouped_weight_gradient(found, grad.to(device), rows.to(device), groups.counts, add)
+        accumulate_grouped_weight_gradient(
+            found, grad.to(device), rows.to(device), groups.counts, add
+        )
         wanted = into.double() * add
         wanted.index_add_(0, expert_N, torch.einsum("no,ni->noi", grad.double(), rows.double()))
         # The result is fp32; one product, where torch rounds it, is bf16.
@@ -162,7 +181,9 @@ def test_the_reference_computes_the_same(plain: None) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_torchs_grouped_product_is_called_as_it_wants(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_grouped_product_is_called_as_it_wants(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPUs are asked for it; the CPU's takes the same operands."""
     index = visits(40, 4, 3)
     counts = group_by_expert(index, 4).counts
@@ -171,7 +192,11 @@ def test_torchs_grouped_product_is_called_as_it_wants(dtype: torch.dtype, monkey
 
     def all_of() -> list[Tensor]:
         of_rows = grouped_input_gradient(grad, weight, counts)
-        return [grouped_product(rows, weight, counts), of_rows, grouped_weight_gradient(grad, rows, counts)]
+        return [
+            grouped_product(rows, weight, counts),
+            of_rows,
+            grouped_weight_gradient(grad, rows, counts),
+        ]
 
     wanted = all_of()
     asked: list[None] = []
@@ -214,7 +239,9 @@ def test_repeats_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None: 
     for count in (1, 2):
         torch.set_num_threads(count)
         back = torch.ops.megalite.sum_rows_backward(grad, rows, groups.row_TK, share)
-        found.append((unpermute(rows, share, groups), *back, grouped_product(rows, weight, groups.counts)))
+        found.append(
+            (unpermute(rows, share, groups), *back, grouped_product(rows, weight, groups.counts))
+        )
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -233,15 +260,25 @@ def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
         ops.top_k(scores.half(), 2)
     with pytest.raises(TypeError, match=r"sort_by_expert: index is Float, but must be Long"):
         ops.sort_by_expert(scores, counts)
-    with pytest.raises(ValueError, match=r"gather_rows: x has shape \[8\], but must have two dimensions"):
+    with pytest.raises(
+        ValueError, match=r"gather_rows: x has shape \[8\], but must have two dimensions"
+    ):
         ops.gather_rows(rows[0], index.flatten())
-    with pytest.raises(TypeError, match=r"gather_rows: x is .*Double.* must be float32 or bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"gather_rows: x is .*Double.* must be float32 or bfloat16"
+    ):
         ops.gather_rows(rows.double(), index.flatten())
-    with pytest.raises(ValueError, match=r"sum_rows: weight has shape \[2\], but must have \[3, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"sum_rows: weight has shape \[2\], but must have \[3, 2\]"
+    ):
         ops.sum_rows(rows, row, share[0])
-    with pytest.raises(ValueError, match=r"sum_rows_backward: grad has shape \[6, 8\], but must have \[3, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"sum_rows_backward: grad has shape \[6, 8\], but must have \[3, 8\]"
+    ):
         ops.sum_rows_backward(rows, rows, row, share)
-    with pytest.raises(ValueError, match=r"sum_rows_backward: row has 4 elements, but must have one for each of 6"):
+    with pytest.raises(
+        ValueError, match=r"sum_rows_backward: row has 4 elements, but must have one for each of 6"
+    ):
         ops.sum_rows_backward(rows[:2], rows, row[:2], share[:2])
 
 
@@ -260,9 +297,13 @@ def test_numbers_out_of_range_are_found_on_the_cpu() -> None:
     for counts in ([6, 0, 0, 1], [7, -1, 0, 0]):
         with pytest.raises(ValueError, match="grouped_product: counts"):
             ops.grouped_product(rows, weight, torch.tensor(counts), False)
-    with pytest.raises(ValueError, match=r"grouped_product: x has shape \[6, 8\], but must have \[6, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"grouped_product: x has shape \[6, 8\], but must have \[6, 5\]"
+    ):
         ops.grouped_product(rows, weight, torch.tensor([6, 0, 0, 0]), True)
-    with pytest.raises(ValueError, match=r"grouped_weight_gradient_: into has shape .* must have \[4, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"grouped_weight_gradient_: into has shape .* must have \[4, 8, 8\]"
+    ):
         ops.grouped_weight_gradient_(weight, rows, rows, torch.tensor([6, 0, 0, 0]), True)
 
 

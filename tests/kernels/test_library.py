@@ -1,4 +1,5 @@
-"""Who computes: runs with and without megalite's kernels, and what is said where they are missing."""
+"""Who computes: runs with and without megalite's kernels, and what is said where they are
+missing."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_plain_torch_trains_the_same(tmp_path: Path, model: str) -> None:
         assert own == pytest.approx(plain, rel=1e-4)
 
 
-def test_where_nothing_is_built_torch_serves_with_one_warning(tmp_path: Path, not_built: None) -> None:
+def test_where_nothing_is_built_torch_serves_with_one_warning(
+    tmp_path: Path, not_built: None
+) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for name in ("first", "second"):
@@ -60,7 +63,9 @@ def test_where_nothing_is_built_torch_serves_with_one_warning(tmp_path: Path, no
 
 
 def test_asking_for_what_is_not_there_is_a_mistake(not_built: None) -> None:
-    with pytest.raises(ConfigError, match=r"kernels\.rope is megalite, but megalite's kernels are not built"):
+    with pytest.raises(
+        ConfigError, match=r"kernels\.rope is megalite, but megalite's kernels are not built"
+    ):
         library.use(KernelsConfig(rope="megalite"))
 
 
@@ -68,13 +73,18 @@ def test_every_function_that_asks_for_a_plugin_is_listed() -> None:
     """A plugin is told by the list whether anything asks for what it has."""
     asked: dict[str, set[str]] = {}
     for file in Path(library.__file__).parent.glob("*.py"):
-        for operation, function in re.findall(r'added\("(\w+)", "(\w+)"\)', file.read_text(encoding="utf-8")):
+        for operation, function in re.findall(
+            r'added\("(\w+)", "(\w+)"\)', file.read_text(encoding="utf-8")
+        ):
             asked.setdefault(operation, set()).add(function)
-    assert asked == {operation: set(functions) for operation, functions in library.FUNCTIONS.items()}
+    assert asked == {
+        operation: set(functions) for operation, functions in library.FUNCTIONS.items()
+    }
 
 
 @pytest.mark.parametrize(
-    ("operation", "told"), [("activation", r"stand for: swiglu, gelu"), ("optimizer", "there are none")]
+    ("operation", "told"),
+    [("activation", r"stand for: swiglu, gelu"), ("optimizer", "there are none")],
 )
 def test_a_plugin_without_a_function_of_the_operation_is_a_mistake(
     operation: str, told: str, monkeypatch: pytest.MonkeyPatch

@@ -7,10 +7,27 @@ import torch
 from torch import Tensor
 
 from exactness import BOUND, DTYPES, check_against_float64, device, error, needs_kernels  # noqa: F401
-from megalite.kernels.linear import ALONE, NoCollectives, Result, WeightGradStore, accumulate_weight_gradient, linear
+from megalite.kernels.linear import (
+    ALONE,
+    NoCollectives,
+    Result,
+    WeightGradStore,
+    accumulate_weight_gradient,
+    linear,
+)
 
-# (tokens, rows, columns): less than a tile, tiles and one more, blocks of several parts, nothing at all.
-SHAPES = [(1, 1, 1), (3, 5, 7), (64, 96, 64), (65, 97, 65), (130, 200, 33), (4097, 13, 20), (0, 4, 5), (6, 0, 5)]
+# (tokens, rows, columns): less than a tile, tiles and one more, blocks of several parts, nothing at
+# all.
+SHAPES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (64, 96, 64),
+    (65, 97, 65),
+    (130, 200, 33),
+    (4097, 13, 20),
+    (0, 4, 5),
+    (6, 0, 5),
+]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -18,7 +35,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("shape", "dtype", "add"), product(SHAPES, DTYPES, [True, False]))
-def test_product(shape: tuple[int, int, int], dtype: torch.dtype, add: bool, device: torch.device) -> None:  # noqa: F811
+def test_product(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    add: bool,
+    device: torch.device,  # noqa: F811
+) -> None:
     tokens, rows, columns = shape
     grad, x = random(tokens, rows).to(dtype), random(tokens, columns, seed=1).to(dtype)
     into = random(rows, columns, seed=2) if add else torch.full((rows, columns), torch.nan)
@@ -31,7 +53,10 @@ def test_product(shape: tuple[int, int, int], dtype: torch.dtype, add: bool, dev
 
 @needs_kernels
 def test_slices_of_wider_tensors_and_any_number_of_threads(device: torch.device) -> None:  # noqa: F811
-    grad, x = random(100, 80).bfloat16().to(device)[:, 8:72], random(100, 60, seed=1).bfloat16().to(device)[:, ::2]
+    grad, x = (
+        random(100, 80).bfloat16().to(device)[:, 8:72],
+        random(100, 60, seed=1).bfloat16().to(device)[:, ::2],
+    )
     results = []
     threads = torch.get_num_threads()
     for number in (1, 2, 3):
@@ -47,20 +72,31 @@ def test_slices_of_wider_tensors_and_any_number_of_threads(device: torch.device)
 def test_bad_input_is_named() -> None:
     operator = torch.ops.megalite.weight_gradient_
     into, grad, x = torch.zeros(4, 5), torch.zeros(3, 4), torch.zeros(3, 5)
-    with pytest.raises(ValueError, match=r"weight_gradient_: into has shape \[5, 4\], but must have \[4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"weight_gradient_: into has shape \[5, 4\], but must have \[4, 5\]"
+    ):
         operator(into.t().contiguous(), grad, x, True)
-    with pytest.raises(ValueError, match=r"weight_gradient_: grad has shape \[2, 4\], but must have \[3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"weight_gradient_: grad has shape \[2, 4\], but must have \[3, 4\]"
+    ):
         operator(into, grad[:2], x, True)
-    with pytest.raises(TypeError, match=r"weight_gradient_: into is .*BFloat16, but must be float32"):
+    with pytest.raises(
+        TypeError, match=r"weight_gradient_: into is .*BFloat16, but must be float32"
+    ):
         operator(into.bfloat16(), grad, x, True)
-    with pytest.raises(TypeError, match=r"weight_gradient_: grad is .*BFloat16, but must be .*Float"):
+    with pytest.raises(
+        TypeError, match=r"weight_gradient_: grad is .*BFloat16, but must be .*Float"
+    ):
         operator(into, grad.bfloat16(), x, True)
-    with pytest.raises(ValueError, match=r"weight_gradient_: x has shape \[3\], but must have two dimensions"):
+    with pytest.raises(
+        ValueError, match=r"weight_gradient_: x has shape \[3\], but must have two dimensions"
+    ):
         operator(into, grad, x[:, 0], True)
 
 
 class TwoRanks(NoCollectives):
-    """Stands for a rank whose neighbour holds a copy of its input, and has as much to add to the gradient."""
+    """Stands for a rank whose neighbour holds a copy of its input, and has as much to add to the
+    gradient."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -91,14 +127,19 @@ def test_linear(two: bool, bias: bool, dtype: torch.dtype, device: torch.device)
     def ours(*inputs: Tensor) -> Tensor:
         return linear(*inputs, *([] if bias else [None]), TwoRanks() if two else ALONE).tanh_()  # type: ignore[arg-type]
 
-    inputs = [random(2, 7, 5).double(), random(6, 5, seed=1).double() / 4, *[random(6, seed=2).double()][:bias]]
+    inputs = [
+        random(2, 7, 5).double(),
+        random(6, 5, seed=1).double() / 4,
+        *[random(6, seed=2).double()][:bias],
+    ]
     check_against_float64(ours, plain, inputs, dtype, device)
 
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_who_computes_the_weight_gradient(deferred: bool) -> None:
-    """The callback gets the operands of the GEMM, at once or when the store is emptied, and autograd gives the weight
-    nothing. The input's gradient travels beside the GEMM, and does not wait for one that is put off."""
+    """The callback gets the operands of the GEMM, at once or when the store is emptied, and
+    autograd gives the weight nothing. The input's gradient travels beside the GEMM, and does not
+    wait for one that is put off."""
     x, weight = random(1, 3, 5).requires_grad_(), random(4, 5, seed=1).requires_grad_()
     ranks, store = TwoRanks(), WeightGradStore()
     found: list[Tensor] = []
@@ -117,7 +158,14 @@ def test_who_computes_the_weight_gradient(deferred: bool) -> None:
         assert ranks.calls[3:] == ["gather", "GEMM"]
         store.take()()
     else:
-        assert ranks.calls == ["gather", "start gather", "start reduce", "gather", "GEMM", "reduced"]
+        assert ranks.calls == [
+            "gather",
+            "start gather",
+            "start reduce",
+            "gather",
+            "GEMM",
+            "reduced",
+        ]
     assert weight.grad is None
     assert x.grad is not None
     torch.testing.assert_close(x.grad, 2 * weight.sum(0).expand_as(x))

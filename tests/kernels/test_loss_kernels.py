@@ -35,7 +35,9 @@ def random_labels(*shape: int, vocab: int) -> Tensor:
 
 
 def plain(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     return losses.view_as(labels)
 
 
@@ -51,7 +53,9 @@ def test_of_some_columns(shape: tuple[int, int], dtype: torch.dtype, device: tor
     for valid in {size, size - size // 3, 0}:
         logits = (random(*shape) * 3).to(dtype)
         logits[:, valid:] = torch.nan
-        labels = torch.randint(0, first + size + 5, (rows,), generator=torch.Generator().manual_seed(1))
+        labels = torch.randint(
+            0, first + size + 5, (rows,), generator=torch.Generator().manual_seed(1)
+        )
         grad = random(rows, seed=3).float()
         here = (labels >= first) & (labels < first + valid)
         hit = F.one_hot((labels - first).masked_fill(~here, 0), size).double() * here[:, None]
@@ -68,8 +72,15 @@ def test_of_some_columns(shape: tuple[int, int], dtype: torch.dtype, device: tor
         assert torch.equal(target.cpu(), (exact.nan_to_num(neginf=0.0) * hit).sum(1).float())
 
         whole = wanted.float().clamp(min=0.0) + 1.0  # other ranks have probability, too
-        cross_entropy_backward_(found, labels.to(device), whole.to(device), grad.to(device), first, valid)
-        close(found, ((exact - whole.double()[:, None]).exp() - hit) * grad.double()[:, None], dtype, "gradient")
+        cross_entropy_backward_(
+            found, labels.to(device), whole.to(device), grad.to(device), first, valid
+        )
+        close(
+            found,
+            ((exact - whole.double()[:, None]).exp() - hit) * grad.double()[:, None],
+            dtype,
+            "gradient",
+        )
         assert (found[:, valid:] == 0).all()
 
 
@@ -79,7 +90,9 @@ def test_without_columns_or_rows(device: torch.device) -> None:  # noqa: F811
     assert lse.shape == target.shape == (0,)
     if library.own():
         labels = torch.zeros(3, dtype=torch.int64, device=device)
-        lse, target = torch.ops.megalite.cross_entropy_forward(torch.empty(3, 0, device=device), labels, 0, 0)
+        lse, target = torch.ops.megalite.cross_entropy_forward(
+            torch.empty(3, 0, device=device), labels, 0, 0
+        )
         assert (lse == -torch.inf).all()
         assert (target == 0).all()
 
@@ -129,21 +142,34 @@ def test_repeats_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None: 
 def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
     ops, x = torch.ops.megalite, torch.zeros(2, 8, device=device)
     labels, lse = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(2, device=device)
-    with pytest.raises(ValueError, match=r"cross_entropy_forward: logits has shape \[8\], but must have \[rows, col"):
+    with pytest.raises(
+        ValueError,
+        match=r"cross_entropy_forward: logits has shape \[8\], but must have \[rows, col",
+    ):
         ops.cross_entropy_forward(x[0], labels, 0, 8)
-    with pytest.raises(ValueError, match=r"cross_entropy_forward: labels has shape \[1\], but must have \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"cross_entropy_forward: labels has shape \[1\], but must have \[2\]"
+    ):
         ops.cross_entropy_forward(x, labels[:1], 0, 8)
     with pytest.raises(TypeError, match=r"cross_entropy_forward: labels is Int, but must be int64"):
         ops.cross_entropy_forward(x, labels.int(), 0, 8)
-    with pytest.raises(ValueError, match=r"cross_entropy_forward: num_valid is 9, but must be from 0 to 8"):
+    with pytest.raises(
+        ValueError, match=r"cross_entropy_forward: num_valid is 9, but must be from 0 to 8"
+    ):
         ops.cross_entropy_forward(x, labels, 0, 9)
-    with pytest.raises(TypeError, match=r"cross_entropy_forward: logits is Half, but must be float32 or bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"cross_entropy_forward: logits is Half, but must be float32 or bfloat16"
+    ):
         ops.cross_entropy_forward(x.half(), labels, 0, 8)
     with pytest.raises(ValueError, match=r"cross_entropy_backward_: logits must be contiguous"):
         ops.cross_entropy_backward_(x[:, ::2], labels, lse, lse, 0, 4)
-    with pytest.raises(TypeError, match=r"cross_entropy_backward_: grad is BFloat16, but must be float32"):
+    with pytest.raises(
+        TypeError, match=r"cross_entropy_backward_: grad is BFloat16, but must be float32"
+    ):
         ops.cross_entropy_backward_(x, labels, lse, lse.bfloat16(), 0, 8)
-    with pytest.raises(ValueError, match=r"cross_entropy_backward_: lse has shape \[1\], but must have \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"cross_entropy_backward_: lse has shape \[1\], but must have \[2\]"
+    ):
         ops.cross_entropy_backward_(x, labels, lse[:1], lse, 0, 8)
 
 
@@ -152,7 +178,9 @@ def test_operators_are_well_formed(device: torch.device) -> None:  # noqa: F811
     x, labels = torch.randn(3, 8, device=device), torch.tensor([1, 7, IGNORE], device=device)
     torch.library.opcheck(torch.ops.megalite.cross_entropy_forward, (x, labels, 0, 8))
     lse = x.logsumexp(1)
-    torch.library.opcheck(torch.ops.megalite.cross_entropy_backward_, (x, labels, lse, torch.ones_like(lse), 0, 8))
+    torch.library.opcheck(
+        torch.ops.megalite.cross_entropy_backward_, (x, labels, lse, torch.ones_like(lse), 0, 8)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,16 +203,20 @@ def test_cross_entropy(dtype: torch.dtype, scale: float, device: torch.device) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("terms", [LossTerms(0.01, 0.0, 777), LossTerms(0.0, 0.2, 777), LossTerms(0.01, 0.2, 777)])
+@pytest.mark.parametrize(
+    "terms", [LossTerms(0.01, 0.0, 777), LossTerms(0.0, 0.2, 777), LossTerms(0.01, 0.2, 777)]
+)
 def test_terms_beside_it(terms: LossTerms, dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
-    """Label smoothing and a z-loss, beside rows without a label that are not finite. The cross-entropy alone is told,
-    and its own gradient counts for nothing."""
+    """Label smoothing and a z-loss, beside rows without a label that are not finite. The
+    cross-entropy alone is told, and its own gradient counts for nothing."""
     given, labels = (random(3, 11, 777) * 3).to(dtype), random_labels(3, 11, vocab=777)
     given[labels == IGNORE] = torch.inf
     grad, has_label = random(3, 11, 2, seed=4).float(), labels != IGNORE
     exact = given.double().requires_grad_()
     found = exact[has_label]
-    wanted = F.cross_entropy(found, labels[has_label], reduction="none", label_smoothing=terms.label_smoothing)
+    wanted = F.cross_entropy(
+        found, labels[has_label], reduction="none", label_smoothing=terms.label_smoothing
+    )
     wanted = wanted + terms.z_loss * found.logsumexp(1).square()
     wanted.backward(grad[has_label][:, 0].double())
     logits = given.to(device).requires_grad_()
@@ -192,7 +224,12 @@ def test_terms_beside_it(terms: LossTerms, dtype: torch.dtype, device: torch.dev
     losses.backward(grad.to(device))
     assert (losses[~has_label.to(device)] == 0).all()
     close(losses[has_label.to(device)][:, 0], wanted, torch.float32, "losses")
-    close(losses[..., 1], cross_entropy(given.to(device), labels.to(device)), torch.float32, "cross-entropy")
+    close(
+        losses[..., 1],
+        cross_entropy(given.to(device), labels.to(device)),
+        torch.float32,
+        "cross-entropy",
+    )
     assert logits.grad is not None
     assert exact.grad is not None
     close(logits.grad, exact.grad, dtype, "gradient")
@@ -247,9 +284,16 @@ def test_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 20, 64])
-def test_linear_cross_entropy(dtype: torch.dtype, rows_per_chunk: int, device: torch.device) -> None:  # noqa: F811
+def test_linear_cross_entropy(
+    dtype: torch.dtype,
+    rows_per_chunk: int,
+    device: torch.device,  # noqa: F811
+) -> None:
     batch, length, hidden, vocab = 2, 10, 48, 333
-    x, weight = random(batch, length, hidden).to(dtype), (random(vocab, hidden, seed=1) / 4).to(dtype)
+    x, weight = (
+        random(batch, length, hidden).to(dtype),
+        (random(vocab, hidden, seed=1) / 4).to(dtype),
+    )
     labels, grad = random_labels(batch, length, vocab=vocab), random(batch, length, seed=4).float()
     exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
     wanted = plain(exact[0] @ exact[1].t(), labels)
@@ -277,7 +321,9 @@ def test_linear_cross_entropy(dtype: torch.dtype, rows_per_chunk: int, device: t
         lasts.append(last)
 
     again = [a.detach().clone().requires_grad_() for a in given]
-    losses = linear_cross_entropy(*again, labels.to(device), rows_per_chunk, wgrad_callback=callback)
+    losses = linear_cross_entropy(
+        *again, labels.to(device), rows_per_chunk, wgrad_callback=callback
+    )
     losses.backward(grad.to(device))
     assert lasts == [False] * (math.ceil(batch * length / rows_per_chunk) - 1) + [True]
     assert again[1].grad is None
@@ -291,7 +337,11 @@ def test_linear_cross_entropy(dtype: torch.dtype, rows_per_chunk: int, device: t
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_over_ranks(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     """Three ranks, the last of which holds nothing but padding."""
-    x, weight, labels = random(10, 16).to(dtype), random(90, 16, seed=1).to(dtype), random_labels(10, vocab=70)
+    x, weight, labels = (
+        random(10, 16).to(dtype),
+        random(90, 16, seed=1).to(dtype),
+        random_labels(10, vocab=70),
+    )
     grad = random(10, seed=4).float()
     exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
     wanted = plain(exact[0] @ exact[1][:70].t(), labels)
@@ -301,10 +351,14 @@ def test_over_ranks(dtype: torch.dtype, device: torch.device) -> None:  # noqa: 
 
     x, weight, labels = x.to(device), weight.to(device), labels.to(device)
     ranks = [(slice(0, 40), 40), (slice(40, 80), 30), (slice(80, 90), 0)]
-    told = [cross_entropy_forward(x @ weight[cut].t(), labels, cut.start, valid) for cut, valid in ranks]
+    told = [
+        cross_entropy_forward(x @ weight[cut].t(), labels, cut.start, valid) for cut, valid in ranks
+    ]
 
     def combine(lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.stack([one for one, _ in told]).logsumexp(0), torch.stack([one for _, one in told]).sum(0)
+        return torch.stack([one for one, _ in told]).logsumexp(0), torch.stack(
+            [one for _, one in told]
+        ).sum(0)
 
     for fused in (False, True):
         grad_x = torch.zeros_like(exact[0].grad)
@@ -341,7 +395,11 @@ def test_only_a_chunk_of_logits_is_ever_held(dtype: torch.dtype) -> None:
     tokens, hidden, vocab, rows = 512, 4, 4096, 64
     chunk = rows * vocab * dtype.itemsize
     x, weight = torch.randn(tokens, hidden, dtype=dtype), torch.randn(vocab, hidden, dtype=dtype)
-    x, weight, labels = x.requires_grad_(), weight.requires_grad_(), random_labels(tokens, vocab=vocab)
+    x, weight, labels = (
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        random_labels(tokens, vocab=vocab),
+    )
     little = 64 * tokens + 2 * x.nbytes  # some numbers a token, and the gradient of x
     with LiveBytes() as live:
         for tensor in (x, weight, labels):

@@ -9,14 +9,22 @@ from torch import Tensor
 from exactness import BOUND, device, error, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.optimizer import adamw_, adamw_factors, decayed_step_, momentum_, sum_of_squares
+from megalite.kernels.optimizer import (
+    adamw_,
+    adamw_factors,
+    decayed_step_,
+    momentum_,
+    sum_of_squares,
+)
 
 SIZES = [0, 1, 5, 64, 1023, 3 * 16384, 100_003]
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def factors_of(step: int, divisor: Tensor) -> Tensor:
-    return adamw_factors(divisor, torch.tensor(float(step), dtype=torch.float64, device=divisor.device), (0.9, 0.95))
+    return adamw_factors(
+        divisor, torch.tensor(float(step), dtype=torch.float64, device=divisor.device), (0.9, 0.95)
+    )
 
 
 def gradients(size: int, steps: int) -> list[Tensor]:
@@ -24,14 +32,20 @@ def gradients(size: int, steps: int) -> list[Tensor]:
     return [torch.randn(size, generator=generator) * 10.0 ** -(step % 4) for step in range(steps)]
 
 
-def run(size: int, steps: int, where: torch.device, dtype: torch.dtype, copies: bool, offset: int = 0) -> list[Tensor]:
-    """Master weights, both moments and, where there are `copies`, the weights after some steps. `offset` elements lie
-    before each tensor in its memory, which moves it off the alignment of vectors."""
+def run(
+    size: int, steps: int, where: torch.device, dtype: torch.dtype, copies: bool, offset: int = 0
+) -> list[Tensor]:
+    """Master weights, both moments and, where there are `copies`, the weights after some steps.
+    `offset` elements lie before each tensor in its memory, which moves it off the alignment of
+    vectors."""
 
     def make(value: Tensor) -> Tensor:
         return torch.cat((torch.zeros(offset, dtype=value.dtype), value)).to(where)[offset:]
 
-    state = [make(x.to(dtype)) for x in (torch.linspace(-1, 1, size), torch.zeros(size), torch.zeros(size))]
+    state = [
+        make(x.to(dtype))
+        for x in (torch.linspace(-1, 1, size), torch.zeros(size), torch.zeros(size))
+    ]
     weights = make(torch.zeros(size, dtype=torch.bfloat16)) if copies else None
     for step, grad in enumerate(gradients(size, steps), start=1):
         divisor = torch.tensor(1.0 + step / 3, dtype=dtype, device=where)
@@ -43,7 +57,9 @@ def run(size: int, steps: int, where: torch.device, dtype: torch.dtype, copies: 
 @pytest.mark.parametrize("copies", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_adamw_against_float64(size: int, copies: bool, offset: int, device: torch.device) -> None:  # noqa: F811
-    wanted = run(size, 5, torch.device("cpu"), torch.float64, False)  # float64 is the reference's alone
+    wanted = run(
+        size, 5, torch.device("cpu"), torch.float64, False
+    )  # float64 is the reference's alone
     found = run(size, 5, device, torch.float32, copies, offset)
     for a, b in zip(found, wanted, strict=False):
         assert error(a, b) <= BOUND[torch.float32]
@@ -63,7 +79,8 @@ def test_reference_of_adamw_writes_the_weights_too() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_twenty_steps_are_torchs_own(decay: float, device: torch.device) -> None:  # noqa: F811
-    """Of each element, not of the largest only. 1e-6 is 8 roundings of fp32, for 20 steps that round a few times."""
+    """Of each element, not of the largest only. 1e-6 is 8 roundings of fp32, for 20 steps that
+    round a few times."""
     start = 0.5 + torch.rand(10_000, generator=torch.Generator().manual_seed(0))
     parameter = torch.nn.Parameter(start.to(device))
     options = OPTIONS | {"weight_decay": decay}
@@ -72,7 +89,13 @@ def test_twenty_steps_are_torchs_own(decay: float, device: torch.device) -> None
     state = [start.to(device).clone(), *torch.zeros(2, 10_000, device=device)]
     for step, grad in enumerate(gradients(10_000, 20), start=1):
         lr = 1e-3 * step
-        adamw_(*state, None, grad.to(device), factors_of(step, optimizer.grad_scale), **(options | {"lr": lr}))
+        adamw_(
+            *state,
+            None,
+            grad.to(device),
+            factors_of(step, optimizer.grad_scale),
+            **(options | {"lr": lr}),
+        )
         optimizer.param_groups[0]["lr"], parameter.grad = lr, grad.to(device)
         optimizer.step()
     torch.testing.assert_close(state[0], parameter.detach(), rtol=1e-6, atol=0)
@@ -108,27 +131,41 @@ def test_a_divisor_not_above_0_leaves_everything_as_it_is(
     before = [x.clone() for x in (*state, weights)]
     library.use(KernelsConfig(optimizer=kernels))
     try:
-        adamw_(*state, weights, grad, factors_of(1, torch.tensor(divisor, device=device)), **OPTIONS)
+        adamw_(
+            *state, weights, grad, factors_of(1, torch.tensor(divisor, device=device)), **OPTIONS
+        )
     finally:
         library.use(KernelsConfig())
     assert all(map(torch.equal, (*state, weights), before))
 
 
-@pytest.mark.parametrize("sizes", [[0], *[[size] for size in SIZES[1:]], [5, 0, 16384, 3_000_001], [1] * 40], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[0], *[[size] for size in SIZES[1:]], [5, 0, 16384, 3_000_001], [1] * 40], ids=str
+)
 def test_sum_of_squares(sizes: list[int], device: torch.device) -> None:  # noqa: F811
-    """Squares summed in fp32 over 512 elements at most: torch's norm of 3 million is off by 1e-4."""
+    """Squares summed in fp32 over 512 elements at most: torch's norm of 3 million is off by
+    1e-4."""
     generator = torch.Generator().manual_seed(0)
-    flats = [torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp() for n in sizes]
+    flats = [
+        torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()
+        for n in sizes
+    ]
     found = sum_of_squares(*[flat.to(device) for flat in flats])
     assert found.shape == ()
     assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(sum(flat.double().square().sum().item() for flat in flats), rel=5e-7)
+    assert found.item() == pytest.approx(
+        sum(flat.double().square().sum().item() for flat in flats), rel=5e-7
+    )
 
 
 def test_sum_of_squares_of_what_is_not_contiguous_or_aligned(device: torch.device) -> None:  # noqa: F811
     x = torch.randn(1001, device=device)
-    assert sum_of_squares(x[::2]).item() == pytest.approx(x[::2].double().square().sum().item(), rel=5e-7)
-    assert sum_of_squares(x[1:]).item() == pytest.approx(x[1:].double().square().sum().item(), rel=5e-7)
+    assert sum_of_squares(x[::2]).item() == pytest.approx(
+        x[::2].double().square().sum().item(), rel=5e-7
+    )
+    assert sum_of_squares(x[1:]).item() == pytest.approx(
+        x[1:].double().square().sum().item(), rel=5e-7
+    )
     x[17] = torch.nan
     assert sum_of_squares(x).isnan()
 
@@ -154,14 +191,22 @@ def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
     x, ones = torch.zeros(8, device=device), torch.ones(3, device=device)
 
     def step(**other: Any) -> None:
-        tensors = {"master": x, "exp_avg": x.clone(), "exp_avg_sq": x.clone(), "weights": None, "grad": x.clone()}
+        tensors = {
+            "master": x,
+            "exp_avg": x.clone(),
+            "exp_avg_sq": x.clone(),
+            "weights": None,
+            "grad": x.clone(),
+        }
         adamw_(**(tensors | {"factors": ones, **OPTIONS} | other))
 
     with pytest.raises(TypeError, match=r"adamw_: master is .*BFloat16.* must be float32"):
         torch.ops.megalite.adamw_(x.bfloat16(), x, x, None, x, ones, 1e-2, 0.9, 0.95, 1e-8, 0.1)
     with pytest.raises(ValueError, match=r"adamw_: exp_avg has shape \[7\], but must have \[8\]"):
         step(exp_avg=x[:7])
-    with pytest.raises(ValueError, match="adamw_: exp_avg_sq is updated in place, and must be contiguous"):
+    with pytest.raises(
+        ValueError, match="adamw_: exp_avg_sq is updated in place, and must be contiguous"
+    ):
         step(exp_avg_sq=torch.zeros(16, device=device)[::2])
     with pytest.raises(TypeError, match=r"adamw_: weights is .*Float.* must be bfloat16"):
         step(weights=x.clone())
@@ -184,14 +229,23 @@ def test_operators_are_well_formed(device: torch.device) -> None:  # noqa: F811
 
 
 def run_momentum(
-    size: int, where: torch.device, dtype: torch.dtype, nesterov: bool, copies: bool, offset: int = 0
+    size: int,
+    where: torch.device,
+    dtype: torch.dtype,
+    nesterov: bool,
+    copies: bool,
+    offset: int = 0,
 ) -> list[Tensor]:
-    """Master weights, momentum and, where there are `copies`, the weights after five steps, of which one is refused."""
+    """Master weights, momentum and, where there are `copies`, the weights after five steps, of
+    which one is refused."""
 
     def make(value: Tensor) -> Tensor:
         return torch.cat((torch.zeros(offset, dtype=value.dtype), value)).to(where)[offset:]
 
-    master, buffer = make(torch.linspace(-1, 1, size).to(dtype)), make(torch.zeros(size, dtype=dtype))
+    master, buffer = (
+        make(torch.linspace(-1, 1, size).to(dtype)),
+        make(torch.zeros(size, dtype=dtype)),
+    )
     weights = make(torch.zeros(size, dtype=torch.bfloat16)) if copies else None
     for step, grad in enumerate(gradients(size, 5), start=1):
         divisor = torch.tensor(0.0 if step == 3 else 1.0 + step / 3, dtype=dtype, device=where)

@@ -17,7 +17,12 @@ CASES = [
     ((2, 5, 6, 8), 1, 4, 4),
     ((2, 5, 6, 8), 2, 4, 6),
     ((1, 7, 3, 10), 1, 3, 2),  # partial: the last 4 of a head are left alone
-    ((1, 7, 3, 18), 1, 8, 2),  # partial: packs of 16 bytes fit into the pairs, but not into the heads
+    (
+        (1, 7, 3, 18),
+        1,
+        8,
+        2,
+    ),  # partial: packs of 16 bytes fit into the pairs, but not into the heads
     ((3, 9, 5, 128), 3, 64, 3),
     ((2, 33, 4, 64), 1, 32, 0),
     ((2, 3, 4, 6), 1, 0, 4),
@@ -62,7 +67,9 @@ def test_rotate(
 ) -> None:
     cos, sin = angles(batch, shape[1], pairs)
     check_against_float64(
-        lambda qkv: function(qkv.flatten(2).clone(), shape[3], num_heads, cos.to(device), sin.to(device)),
+        lambda qkv: function(
+            qkv.flatten(2).clone(), shape[3], num_heads, cos.to(device), sin.to(device)
+        ),
         lambda qkv: by_complex_numbers(qkv, cos.double(), sin.double(), num_heads),
         [random(*shape)],
         dtype,
@@ -72,7 +79,9 @@ def test_rotate(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
-    cos, sin = (x.expand(5, 3, 4).transpose(0, 1) for x in angles(1, 3, 4))  # [3,5,4], strides 4, 0, 1
+    cos, sin = (
+        x.expand(5, 3, 4).transpose(0, 1) for x in angles(1, 3, 4)
+    )  # [3,5,4], strides 4, 0, 1
     check_against_float64(
         lambda qkv: rotate(qkv * 1, 8, 4, cos.to(device), sin.to(device)),
         lambda qkv: by_complex_numbers(qkv.unflatten(-1, (6, 8)), cos.double(), sin.double(), 4),
@@ -84,7 +93,8 @@ def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # no
 
 @needs_kernels
 def test_in_place_forth_and_back(device: torch.device) -> None:  # noqa: F811
-    """The result lies where `qkv` lay; so does the gradient, which the split of heads has just made."""
+    """The result lies where `qkv` lay; so does the gradient, which the split of heads has just
+    made."""
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
     leaf = random(2, 5, 48).float().to(device).requires_grad_()
     seen: list[int] = []
@@ -134,7 +144,10 @@ def test_gradients_of_all_that_is_near(
 ) -> None:
     """No use of the result, and no neighbour in the graph, sees the memory change under it."""
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
-    leaves = [random(*shape, seed=i).float().to(device) for i, shape in enumerate([(2, 5, 10), (48, 10), (2, 5, 6, 8)])]
+    leaves = [
+        random(*shape, seed=i).float().to(device)
+        for i, shape in enumerate([(2, 5, 10), (48, 10), (2, 5, 6, 8)])
+    ]
 
     def run(function: Callable[..., Tensor]) -> list[Tensor]:
         x, weight, other = (leaf.clone().requires_grad_() for leaf in leaves)
@@ -218,18 +231,26 @@ def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
     rope_ = torch.ops.megalite.rope_
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
     qkv = torch.zeros(2, 5, 6, 8, device=device)
-    with pytest.raises(ValueError, match=r"rope_: qkv has strides .* must be contiguous: it is changed in place"):
+    with pytest.raises(
+        ValueError, match=r"rope_: qkv has strides .* must be contiguous: it is changed in place"
+    ):
         rope_(qkv.transpose(0, 1), cos, sin, 4, False)
-    with pytest.raises(ValueError, match=r"rope_: qkv has shape \[2, 5, 48\], but must be \[batch, seq, heads"):
+    with pytest.raises(
+        ValueError, match=r"rope_: qkv has shape \[2, 5, 48\], but must be \[batch, seq, heads"
+    ):
         rope_(qkv.flatten(2), cos, sin, 4, False)
     with pytest.raises(TypeError, match=r"rope_: qkv is .*Half.* must be float32 or bfloat16"):
         rope_(qkv.half(), cos, sin, 4, False)
     with pytest.raises(TypeError, match=r"rope_: cos is .*BFloat16.* must be .*Float"):
         rope_(qkv, cos.bfloat16(), sin, 4, False)
     for wrong in (cos[:, :4], cos.expand(3, 5, 4), cos.repeat(1, 1, 2), cos[0]):
-        with pytest.raises(ValueError, match=r"rope_: cos has shape .* must have \[2 or 1, 5, at most 4\]"):
+        with pytest.raises(
+            ValueError, match=r"rope_: cos has shape .* must have \[2 or 1, 5, at most 4\]"
+        ):
             rope_(qkv, wrong, sin, 4, False)
-    with pytest.raises(ValueError, match=r"rope_: sin has shape \[1, 5, 3\], but must have \[1, 5, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"rope_: sin has shape \[1, 5, 3\], but must have \[1, 5, 4\]"
+    ):
         rope_(qkv, cos, sin[..., :3], 4, False)
     with pytest.raises(ValueError, match=r"rope_: num_heads is 7, but qkv has 6 heads"):
         rope_(qkv, cos, sin, 7, False)
@@ -239,4 +260,6 @@ def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
 def test_operator_is_well_formed(device: torch.device) -> None:  # noqa: F811
     """Schema and fake kernel agree, so that torch.compile may keep it whole."""
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
-    torch.library.opcheck(torch.ops.megalite.rope_, (torch.randn(2, 5, 6, 8, device=device), cos, sin, 4, False))
+    torch.library.opcheck(
+        torch.ops.megalite.rope_, (torch.randn(2, 5, 6, 8, device=device), cos, sin, 4, False)
+    )

@@ -17,7 +17,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def with_a_column(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, documents: Tensor, kind: AttentionKind) -> Tensor:
+def with_a_column(
+    q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, documents: Tensor, kind: AttentionKind
+) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) * kind.scale_of(q.shape[-1])
@@ -30,7 +32,11 @@ def with_a_column(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, documents: T
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
     "kind",
-    [AttentionKind(sinks=True), AttentionKind(window=7, sinks=True), AttentionKind(scale=0.4, sinks=True)],
+    [
+        AttentionKind(sinks=True),
+        AttentionKind(window=7, sinks=True),
+        AttentionKind(scale=0.4, sinks=True),
+    ],
     ids=["plain", "window", "scale"],
 )
 def test_equals_a_softmax_with_one_more_column(
@@ -55,20 +61,34 @@ def test_values_may_have_another_size() -> None:
     check_against_float64(
         lambda *parts: attention_with_sinks(*parts, DOCUMENT, kind),
         lambda *parts: with_a_column(*parts, DOCUMENT, kind),
-        [random(2, 37, 4, 16), random(2, 37, 2, 16, seed=1), random(2, 37, 2, 10, seed=2), random(4, seed=3)],
+        [
+            random(2, 37, 4, 16),
+            random(2, 37, 2, 16, seed=1),
+            random(2, 37, 2, 10, seed=2),
+            random(4, seed=3),
+        ],
         torch.float32,
         torch.device("cpu"),
     )
 
 
 def test_materialized_scores_have_sinks_too() -> None:
-    q, k, v, sinks = random(2, 4, 5, 8), random(2, 4, 6, 8, seed=1), random(2, 4, 6, 8, seed=2), random(4, seed=3)
+    q, k, v, sinks = (
+        random(2, 4, 5, 8),
+        random(2, 4, 6, 8, seed=1),
+        random(2, 4, 6, 8, seed=2),
+        random(4, seed=3),
+    )
     column = sinks[None, :, None, None]
     scores = torch.cat(((q @ k.transpose(-1, -2)) * 8**-0.5, column.expand(2, 4, 5, 1)), -1)
     found = eager_heads(q, k, v, None, AttentionKind(sinks=True), sinks=column)
-    torch.testing.assert_close(found, scores.softmax(-1)[..., :-1] @ v, rtol=0, atol=1e-6)  # scores are fp32
+    torch.testing.assert_close(
+        found, scores.softmax(-1)[..., :-1] @ v, rtol=0, atol=1e-6
+    )  # scores are fp32
 
 
 def test_soft_capped_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="sinks beside soft-capped scores are not computed"):
-        self_attention_with_sinks(random(1, 3, 3, 8), 1, 1, random(1), None, AttentionKind(softcap=3.0, sinks=True))
+        self_attention_with_sinks(
+            random(1, 3, 3, 8), 1, 1, random(1), None, AttentionKind(softcap=3.0, sinks=True)
+        )

@@ -1,5 +1,5 @@
-"""Adapters trained over ranks, from one that PEFT made: the loss, every gradient and every weight after two steps are
-those of PEFT, transformers and torch's AdamW in one process."""
+"""Adapters trained over ranks, from one that PEFT made: the loss, every gradient and every weight
+after two steps are those of PEFT, transformers and torch's AdamW in one process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,11 @@ class Layout:
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        shown = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(Layout, name)]
+        shown = [
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if value != getattr(Layout, name)
+        ]
         return ",".join(shown) or "data=2"
 
 
@@ -95,7 +99,9 @@ DROPPING = [
     Layout(pipeline=2, dropout=0.3, recompute="full"),
     Layout(context=2, dropout=0.3),
 ]
-RUNS = [(model, layout) for layout in LAYOUTS for model in MODELS if model == "llama" or layout in EVERY]
+RUNS = [
+    (model, layout) for layout in LAYOUTS for model in MODELS if model == "llama" or layout in EVERY
+]
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -151,13 +157,17 @@ def run(folder: Path, layout: Layout) -> Result:
     parts.engine.load(initial_state(config, mesh, None))
     trained = [weight for weight in table if not weight.frozen]
     owners = {
-        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        weight.name: plan.rank_at(
+            next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
+        )
         for weight in trained
     }
 
     def gather(kind: str) -> dict[str, Tensor]:
         found = parts.engine.gather(kind, owners)
-        return {hf: x for w in trained if w.name in found for hf, x in w.to_hf(found[w.name]).items()}
+        return {
+            hf: x for w in trained if w.name in found for hf, x in w.to_hf(found[w.name]).items()
+        }
 
     result: Result = {"loss": [], "norm": []}
     for step, (tokens, labels) in enumerate(batches()):
@@ -165,7 +175,9 @@ def run(folder: Path, layout: Layout) -> Result:
         micro = [MicroBatch(tokens[i : i + 1], labels[i : i + 1], torch.tensor([i])) for i in rows]
         result["loss"].append(forward_backward(parts, micro, mesh, seed=0)["loss"].item())
         result[f"gradient {step}"] = gather("grad")
-        result["norm"].append(parts.engine.step(learning_rate(step + 1, STEPS, config.optimizer)).item())
+        result["norm"].append(
+            parts.engine.step(learning_rate(step + 1, STEPS, config.optimizer)).item()
+        )
     parameters = [p for stage in parts.stages for p in stage.parameters()]
     result["frozen gradients"] = sum(p.grad is not None for p in parameters if not p.requires_grad)
     return result | {kind: gather(kind) for kind in ("weight", "exp_avg_sq")}
@@ -174,12 +186,16 @@ def run(folder: Path, layout: Layout) -> Result:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every model, as transformers saves it, and in it an adapter, as PEFT does."""
-    transformers = pytest.importorskip("transformers")  # here: ranks, which need it not, load this file
+    transformers = pytest.importorskip(
+        "transformers"
+    )  # here: ranks, which need it not, load this file
     peft = pytest.importorskip("peft")
     root = tmp_path_factory.mktemp("models")
     for name, values in MODELS.items():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**values)
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
@@ -197,19 +213,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layout], Result]:
-    """Every run that is asked for, all of two ranks in one spawn. DeepSpeed's come last, since it replaces functions of
-    torch."""
-    asked = [(each["model"], each["layout"]) for each in cases_asked_for(request, test_two_steps_are_those_of_peft)]
+    """Every run that is asked for, all of two ranks in one spawn. DeepSpeed's come last, since it
+    replaces functions of torch."""
+    asked = [
+        (each["model"], each["layout"])
+        for each in cases_asked_for(request, test_two_steps_are_those_of_peft)
+    ]
     if cases_asked_for(request, test_every_layout_drops_the_same):
         asked += [("llama", layout) for layout in (*DROPPING, Layout(1, loss_chunk=5))]
     found: dict[tuple[str, Layout], Result] = {}
     engines = ["native"] + ["deepspeed"] * (importlib.util.find_spec("deepspeed") is not None)
     for ranks in (1, 2):
         every = [*RUNS, *(("llama", layout) for layout in DROPPING)]
-        of_these = [(m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines]
+        of_these = [
+            (m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines
+        ]
         runs = [run for run in of_these if run in asked]
         runs.sort(key=lambda run: engines.index(run[1].engine))
-        of_ranks = run_ranks(ranks, run_all, root, runs) if ranks > 1 and runs else [run_all(0, 1, root, runs)]
+        of_ranks = (
+            run_ranks(ranks, run_all, root, runs)
+            if ranks > 1 and runs
+            else [run_all(0, 1, root, runs)]
+        )
         for number, key in enumerate(runs):
             parts = [results[number] for results in of_ranks]
             found[key] = parts[0] | {
@@ -228,7 +253,9 @@ def reference(folder: Path) -> Result:
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW(
+        trained.values(), betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, foreach=False
+    )
     config = config_of(folder, Layout(1)).optimizer
     result: Result = {"loss": [], "norm": []}
     for step, (tokens, labels) in enumerate(batches()):
@@ -259,10 +286,14 @@ def test_two_steps_are_those_of_peft(
 
 
 @pytest.mark.parametrize("layout", DROPPING[1:], ids=str)
-def test_every_layout_drops_the_same(layout: Layout, results: dict[tuple[str, Layout], Result]) -> None:
+def test_every_layout_drops_the_same(
+    layout: Layout, results: dict[tuple[str, Layout], Result]
+) -> None:
     """PEFT's masks are no function of the layout; one process of ours is what is compared with."""
     alone = results["llama", DROPPING[0]]
-    assert abs(alone["loss"][0] - results["llama", Layout(1, loss_chunk=5)]["loss"][0]) > 1e-3, "something is dropped"
+    assert abs(alone["loss"][0] - results["llama", Layout(1, loss_chunk=5)]["loss"][0]) > 1e-3, (
+        "something is dropped"
+    )
     compare(results["llama", layout], alone)
 
 
@@ -273,6 +304,7 @@ def compare(found: Result, wanted: Result) -> None:
     for kind in ("gradient 0", "gradient 1", "weight", "exp_avg_sq"):
         assert found[kind].keys() == wanted[kind].keys()
         for name, tensor in wanted[kind].items():
-            # The project's bound for every layout; fp32 sums in another order, about 1e-7 an operation, give 3e-6.
+            # The project's bound for every layout; fp32 sums in another order, about 1e-7 an
+            # operation, give 3e-6.
             error = ((found[kind][name] - tensor).norm() / tensor.norm()).item()
             assert error <= 1e-5, f"{kind} of {name} is off by {error:.1e}"

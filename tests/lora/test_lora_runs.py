@@ -1,5 +1,5 @@
-"""Whole runs that train adapters: what they save is PEFT's to open and ours to go on from, and what is wrong is said
-before the first step."""
+"""Whole runs that train adapters: what they save is PEFT's to open and ours to go on from, and what
+is wrong is said before the first step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ TOKENS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_see
 
 def save_model(folder: Path, **fields: Any) -> Path:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**CASES["llama-grouped-queries"] | {"vocab_size": VOCAB} | fields)
+    config = transformers.AutoConfig.for_model(
+        **CASES["llama-grouped-queries"] | {"vocab_size": VOCAB} | fields
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +59,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(root: Path, name: str, *overrides: str) -> Config:
-    settings = (f"run.name={name}", f"model.hf={root / 'base'}", "lora.rank=4", "train.steps=6", "checkpoint.every=3")
+    settings = (
+        f"run.name={name}",
+        f"model.hf={root / 'base'}",
+        "lora.rank=4",
+        "train.steps=6",
+        "checkpoint.every=3",
+    )
     return make_config(root, {}, *settings, *overrides)
 
 
@@ -80,7 +88,10 @@ LOGITS: list[Tensor] = []
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Config]:
     pipeline = run_of(root, "pipeline", *SPLIT)
-    whole, first = run_of(root, "whole", *DROPPING), run_of(root, "broken", *DROPPING, "train.stop_at=3")
+    whole, first = (
+        run_of(root, "whole", *DROPPING),
+        run_of(root, "broken", *DROPPING, "train.stop_at=3"),
+    )
     rest = run_of(root, "broken", *DROPPING)
     LOGITS[:] = run_ranks(2, train_and_open, [pipeline, whole, first, rest])
     return {"pipeline": pipeline, "whole": whole, "broken": rest}
@@ -92,12 +103,19 @@ def checkpoint_of(config: Config) -> Path:
 
 def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: dict[str, Config]) -> None:
     whole, broken = (
-        {path.relative_to(folder): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+        {
+            path.relative_to(folder): load_file(path)
+            for path in sorted(folder.rglob("*.safetensors"))
+        }
         for folder in (checkpoint_of(runs["whole"]), checkpoint_of(runs["broken"]))
     )
     assert curve_of(runs["broken"]) == curve_of(runs["whole"])
     assert whole.keys() == broken.keys()
-    assert all(torch.equal(x, broken[file][name]) for file, found in whole.items() for name, x in found.items())
+    assert all(
+        torch.equal(x, broken[file][name])
+        for file, found in whole.items()
+        for name, x in found.items()
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
@@ -119,7 +137,9 @@ def test_peft_opens_a_checkpoint(root: Path, runs: dict[str, Config], name: str)
     folder = checkpoint_of(runs[name])
     assert "adapter_model.safetensors" in read_manifest(folder), "and nothing of it is damaged"
     assert not list(folder.glob("model*")), "what is frozen is saved nowhere"
-    base = transformers.AutoModelForCausalLM.from_pretrained(root / "base", attn_implementation="eager").eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        root / "base", attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         before = base(TOKENS).logits
         theirs = peft.PeftModel.from_pretrained(base, folder).eval()(TOKENS).logits
@@ -141,12 +161,16 @@ def test_a_run_goes_on_from_the_adapter_of_another(root: Path, runs: dict[str, C
     config = make_config(root, {}, f"model.hf={root / 'base'}", f"lora.adapter={folder}")
     earlier = runs["pipeline"].lora
     assert earlier is not None
-    assert config.lora == earlier.model_copy(update={"adapter": folder, "targets": tuple(sorted(earlier.targets))})
+    assert config.lora == earlier.model_copy(
+        update={"adapter": folder, "targets": tuple(sorted(earlier.targets))}
+    )
     table = weight_table(config.model, config.lora)
     stored = load_file(folder / "adapter_model.safetensors")
     read = initial_state(config, Mesh.alone(), None)
     for weight in (weight for weight in table if not weight.frozen):
-        assert torch.equal(read(weight, "weight", 0, weight.numel).view(weight.shape), stored.pop(weight.hf[0]))
+        assert torch.equal(
+            read(weight, "weight", 0, weight.numel).view(weight.shape), stored.pop(weight.hf[0])
+        )
     assert not stored
 
 
@@ -171,18 +195,29 @@ def test_adapters_begin_as_peft_has_them() -> None:
 
 def test_frozen_weights_take_no_memory_but_their_own(tmp_path: Path) -> None:
     """As the planner says beforehand, by the tensors of real steps."""
-    sizes = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8}
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_attention_heads": 8,
+    }
     save_model(tmp_path / "base", **sizes, max_position_embeddings=256)
     settings = (f"model.hf={tmp_path / 'base'}", "train.precision=bf16", "data.seq_length=256")
-    full, lora = make_config(tmp_path, {}, *settings), make_config(tmp_path, {}, *settings, "lora.rank=8")
+    full, lora = (
+        make_config(tmp_path, {}, *settings),
+        make_config(tmp_path, {}, *settings, "lora.rank=8"),
+    )
     found = {name: measure_step(0, 1, config) for name, config in (("full", full), ("lora", lora))}
     plan = make_plan(lora, weight_table(lora.model, lora.lora), 1)
     (memory,) = memory_of(lora, plan, device="cpu")
     frozen = plan.num_params - plan.num_trained
     assert memory.weights == 2 * plan.num_params
     assert memory.gradients + memory.optimizer == 16 * plan.num_trained
-    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(found["lora"]["resident"], rel=0.02)
-    # 16 bytes of gradient, master weight and moments for each frozen weight; the adapters' own come on top.
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(
+        found["lora"]["resident"], rel=0.02
+    )
+    # 16 bytes of gradient, master weight and moments for each frozen weight; the adapters' own come
+    # on top.
     saved = found["full"]["resident"] - found["lora"]["resident"]
     assert saved == pytest.approx(16 * frozen - 18 * plan.num_trained, rel=0.02)
     assert memory.total == pytest.approx(found["lora"]["peak"], rel=0.05)
@@ -211,11 +246,21 @@ def test_lora_needs_a_model_to_start_from(tmp_path: Path) -> None:
 
 def test_an_adapter_of_an_adapter_is_refused(root: Path, runs: dict[str, Config]) -> None:
     with pytest.raises(ConfigError, match="PEFT opens no adapter of an adapter"):
-        train(make_config(root, {}, f"model.hf={checkpoint_of(runs['whole'])}", "lora.rank=4", "run.name=second"))
+        train(
+            make_config(
+                root,
+                {},
+                f"model.hf={checkpoint_of(runs['whole'])}",
+                "lora.rank=4",
+                "run.name=second",
+            )
+        )
 
 
 @pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "rank_pattern"])
-def test_adapters_of_other_kinds_are_refused(tmp_path: Path, runs: dict[str, Config], key: str) -> None:
+def test_adapters_of_other_kinds_are_refused(
+    tmp_path: Path, runs: dict[str, Config], key: str
+) -> None:
     values = json.loads((checkpoint_of(runs["whole"]) / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(values | {key: ["x"]}))
     with pytest.raises(ConfigError, match=rf"{key} = \['x'\], which is not supported"):
@@ -225,12 +270,18 @@ def test_adapters_of_other_kinds_are_refused(tmp_path: Path, runs: dict[str, Con
 def test_an_adapter_without_its_base_says_so(tmp_path: Path, runs: dict[str, Config]) -> None:
     folder = shutil.copytree(checkpoint_of(runs["whole"]), tmp_path / "adapter")
     values = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "gone"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(values | {"base_model_name_or_path": "gone"})
+    )
     with pytest.raises(ConfigError, match=r"base_model_name_or_path = .gone. is no folder"):
         load_model(folder)
 
 
-def test_an_adapter_of_another_shape_is_refused(root: Path, runs: dict[str, Config], tmp_path: Path) -> None:
+def test_an_adapter_of_another_shape_is_refused(
+    root: Path, runs: dict[str, Config], tmp_path: Path
+) -> None:
     config = run_of(root, "shape", f"lora.adapter={checkpoint_of(runs['whole'])}", "lora.rank=5")
-    with pytest.raises(CheckpointError, match=r"lora_A.weight has shape \[4, 32\], the model needs \[5, 32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"lora_A.weight has shape \[4, 32\], the model needs \[5, 32\]"
+    ):
         train(config)

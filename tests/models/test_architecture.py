@@ -36,13 +36,20 @@ def test_described_parameters_are_those_of_the_table(case: str) -> None:
     architecture = config.architecture
     for number, layer in enumerate(architecture.layers):
         described = layer.mixer.num_elements(hidden) + layer.feed_forward.num_elements(hidden)
-        rows = {weight.name.split(".", 2)[2]: weight.numel for weight in table if weight.place == number}
+        rows = {
+            weight.name.split(".", 2)[2]: weight.numel for weight in table if weight.place == number
+        }
         a_norm = hidden * (2 if any(name.endswith("norm.bias") for name in rows) else 1)
-        # Biases, and norms of queries and keys, stand inside of attention and MLP, and are not described in numbers.
+        # Biases, and norms of queries and keys, stand inside of attention and MLP, and are not
+        # described in numbers.
         small = {name for name in rows if name.count(".") >= 2 and not name.endswith(MATRICES)}
-        assert sum(rows[name] for name in rows.keys() - small) == described + layer.num_norms * a_norm
+        assert (
+            sum(rows[name] for name in rows.keys() - small) == described + layer.num_norms * a_norm
+        )
         of_latents = isinstance(layer.mixer, LatentSpec)
-        assert any("q_norm" in name for name in small) == attention_of(layer).head_norms or of_latents
+        assert (
+            any("q_norm" in name for name in small) == attention_of(layer).head_norms or of_latents
+        )
     assert len(architecture.layers) == config.num_layers
 
 
@@ -62,19 +69,27 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
         attention: Any = layer.attention
         mixer, core = attention_of(spec), attention.core
         assert isinstance(core, CoreAttention)
-        assert (mixer.window, mixer.softcap, mixer.scale) == (core.kind.window, core.kind.softcap, core.kind.scale)
+        assert (mixer.window, mixer.softcap, mixer.scale) == (
+            core.kind.window,
+            core.kind.softcap,
+            core.kind.scale,
+        )
         assert mixer.dropout == (core.dropout.p if core.dropout else 0.0)
         if isinstance(attention, LatentAttention):
             assert attention.q.out_features == mixer.num_heads * mixer.head_size
             assert attention.out.in_features == mixer.num_heads * mixer.value_size
         else:
             assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
-            features = (mixer.num_heads + mixer.num_kv_heads) * mixer.head_size + mixer.num_kv_heads * mixer.value_size
+            features = (
+                mixer.num_heads + mixer.num_kv_heads
+            ) * mixer.head_size + mixer.num_kv_heads * mixer.value_size
             assert features == attention.qkv.out_features
         mlp, feed_forward = layer.mlp, spec.feed_forward
         assert isinstance(mlp, SparseMLP) == isinstance(feed_forward, ExpertsSpec)
         if isinstance(mlp, SparseMLP) and isinstance(feed_forward, ExpertsSpec):
-            assert feed_forward.num_experts == len(mlp.router.weight) == len(mlp.experts.down.weight)
+            assert (
+                feed_forward.num_experts == len(mlp.router.weight) == len(mlp.experts.down.weight)
+            )
             assert feed_forward.experts_per_token == mlp.router.experts_per_token
             mlp = mlp.experts
         assert feed_forward.inner == mlp.down.weight.shape[-1]  # type: ignore[union-attr]
@@ -87,9 +102,14 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
 
 def test_dropout_and_turning_points() -> None:
     dropout = config_of("gpt2").architecture
-    assert dropout.hidden_dropout == attention_of(dropout.layers[0]).dropout == 0.1, "transformers' default"
+    assert dropout.hidden_dropout == attention_of(dropout.layers[0]).dropout == 0.1, (
+        "transformers' default"
+    )
     assert attention_of(dropout.layers[0]).writes_scores
-    assert [config_of(case).architecture.turning_points for case in ("phi3", "phi3-long")] == [range(0), range(16, 17)]
+    assert [config_of(case).architecture.turning_points for case in ("phi3", "phi3-long")] == [
+        range(0),
+        range(16, 17),
+    ]
     assert config_of("gemma2").architecture.logit_softcap == 6.0
 
 
@@ -103,10 +123,15 @@ class Undescribed(ModelConfig):
     family: Literal["undescribed"] = "undescribed"
 
 
-def test_a_family_that_describes_nothing_or_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Undescribed(vocab_size=9, hidden_size=8, num_layers=1, num_attention_heads=2, max_positions=4)
+def test_a_family_that_describes_nothing_or_too_much_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = Undescribed(
+        vocab_size=9, hidden_size=8, num_layers=1, num_attention_heads=2, max_positions=4
+    )
     with pytest.raises(
-        ConfigError, match=r"'undescribed' does not describe its layers.*Undescribed must have a method"
+        ConfigError,
+        match=r"'undescribed' does not describe its layers.*Undescribed must have a method",
     ):
         _ = config.architecture
     monkeypatch.setattr(Undescribed, "describe", lambda _: config_of("llama").architecture)

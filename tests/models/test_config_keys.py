@@ -1,5 +1,5 @@
-"""config.json is a closed world: whatever a key says is computed as transformers computes it, or refused; and whatever
-megalite can build, transformers opens."""
+"""config.json is a closed world: whatever a key says is computed as transformers computes it, or
+refused; and whatever megalite can build, transformers opens."""
 
 from __future__ import annotations
 
@@ -55,15 +55,19 @@ transformers = pytest.importorskip("transformers")
 LENGTH = 40
 BASES = {name: CASES[name] | {"num_hidden_layers": 3} for name in families.own} | {
     "smollm3": CASES["smollm3"] | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
-    "gemma3_text": CASES["gemma3_text"] | {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3},
+    "gemma3_text": CASES["gemma3_text"]
+    | {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3},
     "qwen2": CASES["qwen2-window"] | {"num_hidden_layers": 3},
     "qwen3": CASES["qwen3-window"] | {"num_hidden_layers": 3, "max_window_layers": 1},
     **{name: CASES[name] | {"num_layers": 3} for name in SEQ2SEQ},
-    # A third layer, whose output no norm bounds, would bring the rounding of fp32 above the bound of logits.
+    # A third layer, whose output no norm bounds, would bring the rounding of fp32 above the bound
+    # of logits.
     "gemma": CASES["gemma"],
-    "gpt2": {key: value for key, value in CASES["gpt2"].items() if key != "n_layer"} | {"n_layer": 3},
+    "gpt2": {key: value for key, value in CASES["gpt2"].items() if key != "n_layer"}
+    | {"n_layer": 3},
     **{
-        name: CASES[name] | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+        name: CASES[name]
+        | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
         for name in ("ministral", "olmo3")
     },
 }
@@ -149,7 +153,10 @@ EVERYWHERE: dict[str, list[Any]] = {
     "norm_topk_prob": [True, False],
     "scale_decoder_outputs": [True, False, None],
 }
-EVERYWHERE |= {key: VALUES[key] for key in ("rope_scaling", "layer_types", "head_dim", "sliding_window_pattern")}
+EVERYWHERE |= {
+    key: VALUES[key]
+    for key in ("rope_scaling", "layer_types", "head_dim", "sliding_window_pattern")
+}
 """Keys that are no field of every family's class, and what may be said of them."""
 
 
@@ -169,7 +176,9 @@ def other_values(name: str, usual: Any) -> list[Any]:
 @functools.cache
 def base_of(name: str) -> dict[str, Any]:
     """A config.json as transformers writes it."""
-    return json.loads(transformers.AutoConfig.for_model(**BASES[name]).to_json_string(use_diff=False))
+    return json.loads(
+        transformers.AutoConfig.for_model(**BASES[name]).to_json_string(use_diff=False)
+    )
 
 
 def changes() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -184,7 +193,10 @@ def changes() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for key, value in ((key, value) for key, values in keys.items() for value in values):
             if key not in base or base[key] != value:
                 yield name, f"{key} = {value}", base | {key: value}
-                if key.startswith(("rope", "rotary", "partial", "original")) and key != "rope_parameters":
+                if (
+                    key.startswith(("rope", "rotary", "partial", "original"))
+                    and key != "rope_parameters"
+                ):
                     yield name, f"{key} = {value}, without rope_parameters", older | {key: value}
 
 
@@ -205,13 +217,16 @@ def ours_with(weights: dict[str, Tensor], config: ModelConfig) -> Decoder:
 
 
 def tokens_for(config: ModelConfig) -> Tensor:
-    tokens = torch.randint(0, config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1)
+    )
     # RoBERTa counts no positions of tokens with the id of padding.
     return tokens.masked_fill(tokens == 1, 0)[:, : config.max_positions]
 
 
 def verdict(values: dict[str, Any]) -> str:
-    """What becomes of a config.json: refused, not legal for transformers either, equal, or off by so much."""
+    """What becomes of a config.json: refused, not legal for transformers either, equal, or off by
+    so much."""
     try:
         config = model_config(from_hf_config(copy.deepcopy(values)))
     except ConfigError as error:
@@ -221,7 +236,9 @@ def verdict(values: dict[str, Any]) -> str:
     try:
         their_config = transformers.CONFIG_MAPPING[config.family].from_dict(copy.deepcopy(values))
         theirs = (
-            auto_class(config.family).from_config(their_config, attn_implementation="eager", dtype=torch.float32).eval()
+            auto_class(config.family)
+            .from_config(their_config, attn_implementation="eager", dtype=torch.float32)
+            .eval()
         )
         randomize(theirs)
         with torch.no_grad():
@@ -229,18 +246,28 @@ def verdict(values: dict[str, Any]) -> str:
     except Exception as error:  # whatever its checks and its modules raise
         return f"not legal: {error!r}"
     with torch.no_grad():
-        worst = (our_logits(ours_with(theirs.state_dict(), config), tokens) - wanted).abs().max().item()
+        worst = (
+            (our_logits(ours_with(theirs.state_dict(), config), tokens) - wanted).abs().max().item()
+        )
     return "equal" if worst <= 1e-4 else f"off by {worst:.2g}"  # the project's bound
 
 
 def sampled(cases: list[Any], config: pytest.Config, share: int) -> list[Any]:
     """All of them with --whole, else one in `share`."""
-    return cases if config.getoption("--whole") else random.Random(5).sample(cases, len(cases) // share)
+    return (
+        cases
+        if config.getoption("--whole")
+        else random.Random(5).sample(cases, len(cases) // share)
+    )
 
 
 def test_every_key_is_computed_as_transformers_does_or_refused(pytestconfig: pytest.Config) -> None:
-    """A key that is passed over; one fact in two places, of which megalite and transformers take different ones."""
-    found = {(name, what): verdict(values) for name, what, values in sampled([*changes()], pytestconfig, 40)}
+    """A key that is passed over; one fact in two places, of which megalite and transformers take
+    different ones."""
+    found = {
+        (name, what): verdict(values)
+        for name, what, values in sampled([*changes()], pytestconfig, 40)
+    }
     wrong = {case: said for case, said in found.items() if said.startswith("off")}
     assert not wrong
     kinds = Counter(said.partition(":")[0] for said in found.values())
@@ -283,8 +310,20 @@ FIELDS: dict[str, list[Any]] = {
         {"factor": 4, "low_freq_factor": 4, "high_freq_factor": 4},
         {"type": "longrope", "original_max_positions": 16},
         {"type": "longrope", "original_max_positions": 16},
-        {"type": "yarn", "factor": 4, "original_max_positions": 16, "beta_fast": 2, "beta_slow": 0.5},
-        {"type": "yarn", "factor": 1.5, "original_max_positions": 6, "attention_factor": 2, "truncate": False},
+        {
+            "type": "yarn",
+            "factor": 4,
+            "original_max_positions": 16,
+            "beta_fast": 2,
+            "beta_slow": 0.5,
+        },
+        {
+            "type": "yarn",
+            "factor": 1.5,
+            "original_max_positions": 6,
+            "attention_factor": 2,
+            "truncate": False,
+        },
         {"type": "dynamic", "factor": 4, "original_max_positions": 16},
         {"type": "dynamic", "factor": 2.5, "original_max_positions": 8},
     ],
@@ -363,12 +402,16 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
         name = families.own[number % len(families.own)]
         known = family(name).CONFIG.model_fields.keys() & FIELDS.keys()
         chosen = {
-            key: copy.copy(draw.choice(FIELDS[key])) for key in sorted(known) if key in NEEDED or draw.random() < 0.4
+            key: copy.copy(draw.choice(FIELDS[key]))
+            for key in sorted(known)
+            if key in NEEDED or draw.random() < 0.4
         }
         if name in NARROW and draw.random() < 0.9:
             chosen |= NARROW[name]
         if chosen.get("layer_types"):
-            chosen["layer_types"] = [draw.choice(chosen["layer_types"]) for _ in range(chosen["num_layers"])]
+            chosen["layer_types"] = [
+                draw.choice(chosen["layer_types"]) for _ in range(chosen["num_layers"])
+            ]
         if (chosen.get("rope_scaling") or {}).get("type") == "longrope":
             share = (
                 chosen.get("rotary_pct")
@@ -377,7 +420,10 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
             )
             size = chosen.get("head_dim") or chosen["hidden_size"] // chosen["num_attention_heads"]
             pairs = range(1, int(size * share) // 2 + 1)
-            chosen["rope_scaling"] |= {"short_factor": [1.5] * len(pairs), "long_factor": [2.0 * n for n in pairs]}
+            chosen["rope_scaling"] |= {
+                "short_factor": [1.5] * len(pairs),
+                "long_factor": [2.0 * n for n in pairs],
+            }
         if chosen.get("task") == "causal" or name in SEQ2SEQ:
             chosen.pop("task", None)  # the family's own
         labels = ["a", "b", "c"] if "task" in chosen else []
@@ -400,7 +446,9 @@ def export_of(config: ModelConfig, model: nn.Module, folder: Path) -> nn.Module:
     for weight in weight_table(config):
         tensors |= weight.to_hf(parameters[weight.name].detach())
     save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     auto = getattr(transformers, f"AutoModelFor{AUTO[config.task]}")
@@ -418,9 +466,12 @@ def export_of(config: ModelConfig, model: nn.Module, folder: Path) -> nn.Module:
 def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """A shape or a setting that is found to be unknown to transformers only when the trained model is to be opened."""
+    """A shape or a setting that is found to be unknown to transformers only when the trained model
+    is to be opened."""
     accepted = Counter[str]()
-    for number, values in enumerate(random_models(3000 if pytestconfig.getoption("--whole") else 220)):
+    for number, values in enumerate(
+        random_models(3000 if pytestconfig.getoption("--whole") else 220)
+    ):
         try:
             config = model_config(copy.deepcopy(values))
         except ConfigError:
@@ -428,7 +479,9 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
         accepted[config.family] += 1
         torch.manual_seed(0)
         model = build_model(config).eval()
-        set_parameters(model, {w.name: nn.Parameter(torch.empty(w.shape)) for w in weight_table(config)})
+        set_parameters(
+            model, {w.name: nn.Parameter(torch.empty(w.shape)) for w in weight_table(config)}
+        )
         randomize(model)
         theirs, tokens = export_of(config, model, tmp_path / str(number)), tokens_for(config)
         with torch.no_grad():
@@ -437,7 +490,9 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
         if config.task == "classification":  # which transformers tells at one token alone
             found = found[:, 0 if config.CLASS_AT == "first" else -1]
         assert (found - torch.cat(wanted)).abs().max().item() <= 1e-4, values  # the project's bound
-        again = model_config(from_hf_config(json.loads((tmp_path / str(number) / "config.json").read_text())))
+        again = model_config(
+            from_hf_config(json.loads((tmp_path / str(number) / "config.json").read_text()))
+        )
         assert to_hf_config(again) == to_hf_config(config), values
     assert min(accepted[name] for name in families.own) >= 1, "each family is tried"
 
@@ -451,8 +506,12 @@ def test_every_field_of_transformers_is_declared(name: str) -> None:
     """A field that a new version of transformers brings, and that nobody here has thought about."""
     keys = family(name).KEYS
     declared = keys.used.keys() | keys.only.keys() | keys.neutral.keys()
-    assert {field.name for field in dataclasses.fields(transformers.CONFIG_MAPPING[name])} <= declared
-    assert len(keys.used) + len(keys.only) + len(keys.neutral) == len(declared), "each key in one way"
+    assert {
+        field.name for field in dataclasses.fields(transformers.CONFIG_MAPPING[name])
+    } <= declared
+    assert len(keys.used) + len(keys.only) + len(keys.neutral) == len(declared), (
+        "each key in one way"
+    )
 
 
 @pytest.mark.parametrize("name", families.own)
@@ -619,7 +678,9 @@ CLASSIFIER = ["LlamaForSequenceClassification"]
         ("llama", {"architectures": CLASSIFIER, "num_labels": 3}, "but num_labels = 3"),
     ],
 )  # fmt: skip
-def test_one_fact_in_two_places_is_refused_with_both(name: str, keys: dict[str, Any], words: str) -> None:
+def test_one_fact_in_two_places_is_refused_with_both(
+    name: str, keys: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"says two things of one: .*{words}"):
         opens(name, **keys)
 
@@ -628,20 +689,38 @@ def test_one_fact_in_two_places_is_refused_with_both(name: str, keys: dict[str, 
     ("name", "key", "value"),
     [
         ("mistral", "layer_types", [FULL, SLIDING, FULL]),
-        *((name, "is_causal", value) for name in families.own if name not in MASKED for value in (False, None)),
+        *(
+            (name, "is_causal", value)
+            for name in families.own
+            if name not in MASKED
+            for value in (False, None)
+        ),
         *((name, key, True) for name in MASKED for key in ("is_causal", "is_decoder")),
-        *(("llama", key, 2) for key in ("qk_norm", "embedding_multiplier", "clipQkv", "num_experts", "logits_scaling")),
+        *(
+            ("llama", key, 2)
+            for key in (
+                "qk_norm",
+                "embedding_multiplier",
+                "clipQkv",
+                "num_experts",
+                "logits_scaling",
+            )
+        ),
         ("qwen2", "dual_chunk_attention_config", {"chunk_size": 8}),
         ("llama", "per_layer_config", {"1": {"intermediate_size": 24}}),
         ("gpt_neox", "alibi", True),
     ],
 )
-def test_a_key_that_says_what_to_compute_is_refused_by_name(name: str, key: str, value: Any) -> None:
+def test_a_key_that_says_what_to_compute_is_refused_by_name(
+    name: str, key: str, value: Any
+) -> None:
     with pytest.raises(ConfigError, match=rf"config\.json has {key} = "):
         opens(name, **{key: value})
 
 
-@pytest.mark.parametrize("rope", [{"rope_theta": 77.0, "rope_type": "linear"}, {"partial_rotary_factor": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "rope", [{"rope_theta": 77.0, "rope_type": "linear"}, {"partial_rotary_factor": 0.5}], ids=str
+)
 def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -> None:
     ropes = base_of("gemma3_text")["rope_parameters"]
     with pytest.raises(ConfigError, match=r"rope_parameters\.sliding_attention\."):
@@ -658,7 +737,9 @@ def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -
         (4711, None),
     ],
 )
-def test_an_unknown_architecture_is_told_the_nearest_as_another_one(kind: Any, close: str | None) -> None:
+def test_an_unknown_architecture_is_told_the_nearest_as_another_one(
+    kind: Any, close: str | None
+) -> None:
     with pytest.raises(
         ConfigError, match=rf"model_type = '{kind}', which megalite does not open.*; known: bert, "
     ) as found:
@@ -670,13 +751,16 @@ def test_an_unknown_architecture_is_told_the_nearest_as_another_one(kind: Any, c
 
 @pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "bart", "mbart"])
 def test_architectures_that_are_left_out_are_refused_with_the_reason(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"model_type = '{kind}', which megalite does not open: (its|of) "):
+    with pytest.raises(
+        ConfigError, match=f"model_type = '{kind}', which megalite does not open: (its|of) "
+    ):
         from_hf_config({"model_type": kind})
 
 
 @pytest.mark.parametrize("name", families.own)
 def test_what_is_written_says_each_fact_once(name: str) -> None:
-    """YaRN that somebody adds to an export under its older name, while megalite goes on reading the newer one."""
+    """YaRN that somebody adds to an export under its older name, while megalite goes on reading the
+    newer one."""
     written = to_hf_config(opens(name))
     if "rope_scaling" in written:
         assert "rope_parameters" not in written
@@ -686,7 +770,9 @@ def test_what_is_written_says_each_fact_once(name: str) -> None:
                 from_hf_config(added)
         else:
             original = {"original_max_positions": written["max_position_embeddings"]}
-            assert from_hf_config(added)["rope_scaling"] == {"type": "yarn", "factor": 4.0} | original
+            assert (
+                from_hf_config(added)["rope_scaling"] == {"type": "yarn", "factor": 4.0} | original
+            )
     else:
         assert name in ("gpt2", "bert", "roberta", *SEQ2SEQ)
 
@@ -716,6 +802,7 @@ def test_a_model_beside_the_index_of_another_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "one")
     (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"two models: model\.safetensors, and the files that model.*index\.json lists"
+        CheckpointError,
+        match=r"two models: model\.safetensors, and the files that model.*index\.json lists",
     ):
         load_model(tmp_path)

@@ -1,4 +1,5 @@
-"""The one mixer of all families: what a cache continues, what another sequence gives, what does not go together."""
+"""The one mixer of all families: what a cache continues, what another sequence gives, what does not
+go together."""
 
 from __future__ import annotations
 
@@ -30,14 +31,19 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def parts(length: int, groups: int, sizes: tuple[int, int], seed: int) -> list[Tensor]:
     heads = ((4, sizes[0]), (groups, sizes[0]), (groups, sizes[1]))
-    return [random(1, length, *shape, seed=10 * seed + number) for number, shape in enumerate(heads)]
+    return [
+        random(1, length, *shape, seed=10 * seed + number) for number, shape in enumerate(heads)
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), (24, 16)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @torch.inference_mode()
-def test_a_cache_gives_what_the_whole_sequences_give(kind: AttentionKind, sizes: tuple[int, int]) -> None:
-    """Two sequences in a prompt of two pieces, then token by token; one begins while the other goes on."""
+def test_a_cache_gives_what_the_whole_sequences_give(
+    kind: AttentionKind, sizes: tuple[int, int]
+) -> None:
+    """Two sequences in a prompt of two pieces, then token by token; one begins while the other goes
+    on."""
     for groups in (4, 1):
         core, cached = (CoreAttention(kind=kind, num_heads=4) for _ in range(2))
         if kind.sinks:
@@ -62,7 +68,9 @@ def test_a_cache_gives_what_the_whole_sequences_give(kind: AttentionKind, sizes:
             for row, s in enumerate(which):
                 new = slice(done[s], done[s] + counts[s])
                 # fp32 sums of at most 23 values near 1, in another order.
-                torch.testing.assert_close(found[row, : counts[s]], wanted[s][0, new], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    found[row, : counts[s]], wanted[s][0, new], rtol=1e-5, atol=1e-5
+                )
                 done[s] += counts[s]
         assert done == [23, 9]
 
@@ -77,9 +85,12 @@ def forward(core: Any, given: list[Tensor], places: SequenceInfo) -> Tensor:
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_attention_to_another_sequence(dropout: bool) -> None:
-    """Documents of queries meet the same documents of the source, each as if it were alone. A cache and a ring concern
-    a sequence's own keys: what has a source of its own is given no cache, and needs none."""
-    core = CoreAttention(Dropout(1e-9, "a", over_heads=True) if dropout else None, AttentionKind(causal=False)).train()
+    """Documents of queries meet the same documents of the source, each as if it were alone. A cache
+    and a ring concern a sequence's own keys: what has a source of its own is given no cache, and
+    needs none."""
+    core = CoreAttention(
+        Dropout(1e-9, "a", over_heads=True) if dropout else None, AttentionKind(causal=False)
+    ).train()
     add_cache(core, 2)
     assert core.strategy is None
     q, (_, k, v) = random(1, 9, 4, 8, seed=7), parts(12, 2, (8, 6), 3)
@@ -90,15 +101,20 @@ def test_attention_to_another_sequence(dropout: bool) -> None:
     )
     found = core.attend(q, k, v, places, source)
     for queries, keys in ((slice(0, 4), slice(0, 7)), (slice(4, 9), slice(7, 12))):
-        scores = torch.einsum("bthk,bshk->bhts", q[:, queries], k[:, keys].repeat_interleave(2, 2)) * 8**-0.5
-        wanted = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v[:, keys].repeat_interleave(2, 2)).flatten(2)
+        scores = (
+            torch.einsum("bthk,bshk->bhts", q[:, queries], k[:, keys].repeat_interleave(2, 2))
+            * 8**-0.5
+        )
+        wanted = torch.einsum(
+            "bhts,bshv->bthv", scores.softmax(-1), v[:, keys].repeat_interleave(2, 2)
+        ).flatten(2)
         torch.testing.assert_close(found[:, queries], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_selective_recomputation_keeps_no_scores(fused: bool) -> None:
-    """However the mixer is called. What is kept for the backward pass is seen by the hooks, what a recomputed function
-    would keep is not."""
+    """However the mixer is called. What is kept for the backward pass is seen by the hooks, what a
+    recomputed function would keep is not."""
     kept: list[list[torch.Size]] = []
     for recompute in ("none", "selective"):
         core = CoreAttention(kind=AttentionKind(softcap=1.0))
@@ -130,7 +146,9 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match="to another sequence must be neither causal nor windowed"):
         CoreAttention().attend(q, k, v, places, SequenceInfo.whole(6, CPU))
     packed = SequenceInfo(places.index_T, places.position_BT, torch.zeros(1, 6, dtype=torch.int64))
-    with pytest.raises(ValueError, match="give the documents of queries and of keys, or of neither"):
+    with pytest.raises(
+        ValueError, match="give the documents of queries and of keys, or of neither"
+    ):
         CoreAttention(kind=AttentionKind(causal=False)).attend(q, k, v, packed, places)
     core = CoreAttention()
     add_cache(core, 2)

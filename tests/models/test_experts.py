@@ -1,5 +1,6 @@
-"""A mixture of experts on one device: routing, tokens grouped by expert, and the load-balancing loss, each against a
-statement of its own. Layouts: tests/parallel; transformers: test_families.py."""
+"""A mixture of experts on one device: routing, tokens grouped by expert, and the load-balancing
+loss, each against a statement of its own. Layouts: tests/parallel; transformers:
+test_families.py."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def test_grouped_rows_give_what_each_token_computes_alone(visits: str, by_callba
 
     def theirs(x: Tensor, weight: Tensor, matrices: Tensor) -> Tensor:
         every = torch.einsum("btd,eod->bteo", x, matrices)
-        return (every.gather(2, index[..., None].expand(*index.shape, 4)) * weight[..., None]).sum(2)
+        return (every.gather(2, index[..., None].expand(*index.shape, 4)) * weight[..., None]).sum(
+            2
+        )
 
     wide = [tensor.double().requires_grad_() for tensor in (x, weight, matrices)]
     wanted = theirs(*wide)
@@ -97,14 +100,18 @@ def test_grouped_rows_give_what_each_token_computes_alone(visits: str, by_callba
     overwritten = torch.full_like(summed, torch.nan)
     accumulate_grouped_weight_gradient(overwritten, draw(index.numel(), 4), rows.new_ones(index.numel(), 8),
                                        groups.counts, add=False)  # fmt: skip
-    assert [bool((matrix == 0).all()) for matrix in overwritten] == [count == 0 for count in groups.counts.on_host]
+    assert [bool((matrix == 0).all()) for matrix in overwritten] == [
+        count == 0 for count in groups.counts.on_host
+    ]
 
 
 def test_among_equal_scores_the_lower_expert_is_chosen() -> None:
     assert top_k(torch.tensor([[0.2, 0.3, 0.3, 0.2], [0.25] * 4, [0.0, 0.1, 0.9, 0.1]]), 2).tolist() == [
         [1, 2], [0, 1], [1, 2],
     ]  # fmt: skip
-    assert top_k(torch.zeros(64, 200), 3).unique(dim=0).tolist() == [[0, 1, 2]], "sorts of other sizes, too"
+    assert top_k(torch.zeros(64, 200), 3).unique(dim=0).tolist() == [[0, 1, 2]], (
+        "sorts of other sizes, too"
+    )
 
 
 def test_a_token_is_routed_and_summed_alike_whatever_it_is_grouped_with() -> None:
@@ -155,7 +162,9 @@ def balance_of(probability_BTE: Tensor, k: int) -> Tensor:
     rows = []
     for probability_TE in probability_BTE:
         chosen_TK = probability_TE.topk(k).indices
-        f_E = torch.stack([(chosen_TK == e).sum() * num_experts / (k * length) for e in range(num_experts)])
+        f_E = torch.stack(
+            [(chosen_TK == e).sum() * num_experts / (k * length) for e in range(num_experts)]
+        )
         rows.append((f_E * probability_TE.mean(0)).sum())
     return torch.stack(rows)
 
@@ -212,8 +221,13 @@ def test_a_step_moves_biases_towards_balance(refused: bool) -> None:
 
 
 def test_groups_limit_where_a_token_goes() -> None:
-    """Its experts are in the groups whose two best have the largest sums, also where all scores are negative."""
-    router = Router(config_of(**DEEPSEEK | {"num_experts": 8, "n_group": 4, "topk_group": 2, "experts_per_token": 3}))
+    """Its experts are in the groups whose two best have the largest sums, also where all scores are
+    negative."""
+    router = Router(
+        config_of(
+            **DEEPSEEK | {"num_experts": 8, "n_group": 4, "topk_group": 2, "experts_per_token": 3}
+        )
+    )
     with torch.no_grad():
         router.bias.zero_()
     score = draw(5, 7, 8) - 5
@@ -223,7 +237,9 @@ def test_groups_limit_where_a_token_goes() -> None:
         groups = values.sum(-1).topk(2).indices
         allowed = torch.full((4, 2), -torch.inf)
         allowed[groups] = values[groups]
-        assert index.view(35, 3)[token].tolist() == sorted(allowed.flatten().topk(3).indices.tolist())
+        assert index.view(35, 3)[token].tolist() == sorted(
+            allowed.flatten().topk(3).indices.tolist()
+        )
 
 
 def test_the_z_loss_is_that_of_each_token() -> None:
@@ -255,10 +271,16 @@ def test_the_balance_loss_is_1_in_balance_and_off_in_evaluation() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"load_balancing": "micro_batch"}, "load_balancing.*'micro_batch' would depend on how many micro-batches"),
+        (
+            {"load_balancing": "micro_batch"},
+            "load_balancing.*'micro_batch' would depend on how many micro-batches",
+        ),
         ({"load_balancing": "sequense"}, "load_balancing.*sequence"),
         ({"experts_per_token": 6}, "experts_per_token 6 must not be more than num_experts 5"),
-        ({"mlp_only_layers": [3]}, "mlp_only_layers names layer 3; the 3 layers have the numbers 0 to 2"),
+        (
+            {"mlp_only_layers": [3]},
+            "mlp_only_layers names layer 3; the 3 layers have the numbers 0 to 2",
+        ),
         ({"num_experts": 1, "experts_per_token": 1}, "num_experts = 1: should be greater than 1"),
     ],
 )

@@ -15,7 +15,11 @@ from megalite.registry import families
 from tiny_models import CASES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-ROWS = {cells[0]: cells[1:] for line in PAGE.splitlines() if (cells := re.findall(r"(?<=\| ).*?(?= \|)", line))}
+ROWS = {
+    cells[0]: cells[1:]
+    for line in PAGE.splitlines()
+    if (cells := re.findall(r"(?<=\| ).*?(?= \|)", line))
+}
 
 
 def test_each_architecture_has_a_row() -> None:

@@ -1,5 +1,5 @@
-"""What T5 has beside other families, against plain statements: buckets, initial values, the files of several versions
-of transformers."""
+"""What T5 has beside other families, against plain statements: buckets, initial values, the files
+of several versions of transformers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,23 @@ MODEL: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("both_sides", "relative", "bucket"),
     [
-        *((True, *each) for each in ((-128, 15), (-20, 10), (-8, 8), (-7, 7), (0, 0), (1, 17), (8, 24), (64, 30))),
-        *((False, *each) for each in ((-20, 17), (-16, 16), (-100, 30), (-128, 31), (0, 0), (1, 0), (90, 0))),
+        *(
+            (True, *each)
+            for each in (
+                (-128, 15),
+                (-20, 10),
+                (-8, 8),
+                (-7, 7),
+                (0, 0),
+                (1, 17),
+                (8, 24),
+                (64, 30),
+            )
+        ),
+        *(
+            (False, *each)
+            for each in ((-20, 17), (-16, 16), (-100, 30), (-128, 31), (0, 0), (1, 0), (90, 0))
+        ),
         (True, 127, 31),
     ],
 )
@@ -44,7 +59,11 @@ def test_buckets_are_those_of_the_paper(both_sides: bool, relative: int, bucket:
 def test_initial_values_are_those_of_t5() -> None:
     """Deviations make up for what scores lack, a scale; a head of its own has that of t5x."""
     config = model_config(MODEL)
-    hidden, heads, inner = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
+    hidden, heads, inner = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.intermediate_size,
+    )
     q = (hidden * config.head_dim) ** -0.5
     wanted = {
         "embedding": 1.0, "bias": hidden**-0.5, "source_bias": hidden**-0.5, "head": hidden**-0.5, "cross.q": q,
@@ -53,15 +72,21 @@ def test_initial_values_are_those_of_t5() -> None:
     }  # fmt: skip
     for weight in weight_table(config):
         values = weight.initial_rows(0, 0, weight.num_rows, None).double()
-        name = weight.name.removesuffix(".weight").partition("layers.")[2].partition(".")[2] or weight.name[:-7]
+        name = (
+            weight.name.removesuffix(".weight").partition("layers.")[2].partition(".")[2]
+            or weight.name[:-7]
+        )
         if "norm" in name:
             assert torch.equal(values, torch.ones_like(values)), weight.name
             continue
         parts = [values] if name != "attention.qkv" else values.chunk(3)
         stds = [wanted[name]] if name != "attention.qkv" else [q, hidden**-0.5, hidden**-0.5]
         for part, std in zip(parts, stds, strict=True):
-            # The deviation of n samples is off by std/√(2n); five times that is met by chance once in a million.
-            assert abs(part.std().item() / (0.5 * std) - 1) < 5 / math.sqrt(2 * part.numel()), weight.name
+            # The deviation of n samples is off by std/√(2n); five times that is met by chance once
+            # in a million.
+            assert abs(part.std().item() / (0.5 * std) - 1) < 5 / math.sqrt(2 * part.numel()), (
+                weight.name
+            )
 
 
 def test_an_encoder_decoder_needs_a_source() -> None:
@@ -90,7 +115,9 @@ def theirs_in(folder: Path, case: str) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**CASES[case])
-    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForSeq2SeqLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     randomize(model, own_head=case in OWN_HEAD)
     model.save_pretrained(folder)
     return model
@@ -109,7 +136,8 @@ TOKENS = torch.randint(2, 99, (2, 20), generator=torch.Generator().manual_seed(1
 
 @pytest.mark.parametrize("case", ["t5", "t5-gated", "mt5"])
 def test_a_copy_opens_in_transformers_with_the_same_head(case: str, tmp_path: Path) -> None:
-    """transformers 5 says of every T5 that it is tied; a head of its own is known by its tensor, and unscaled."""
+    """transformers 5 says of every T5 that it is tied; a head of its own is known by its tensor,
+    and unscaled."""
     transformers = pytest.importorskip("transformers")
     theirs = theirs_in(tmp_path / "theirs", case)
     stored = load_file(tmp_path / "theirs" / "model.safetensors")
@@ -118,7 +146,9 @@ def test_a_copy_opens_in_transformers_with_the_same_head(case: str, tmp_path: Pa
     copied = load_file(tmp_path / "ours" / "model.safetensors")
     assert copied.keys() == stored.keys()
     assert all(torch.equal(copied[name], tensor) for name, tensor in stored.items())
-    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         assert torch.equal(their_logits(again, TOKENS), their_logits(theirs, TOKENS))
 
@@ -126,7 +156,8 @@ def test_a_copy_opens_in_transformers_with_the_same_head(case: str, tmp_path: Pa
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_a_config_says_of_the_head(tied: bool, scaled: bool) -> None:
-    """Both keys are written: transformers 4 takes the first for both facts, and 5 the second where it is there."""
+    """Both keys are written: transformers 4 takes the first for both facts, and 5 the second where
+    it is there."""
     written = to_hf_config(model_config(MODEL | {"tie_embeddings": tied, "scale_head": scaled}))
     assert (written["tie_word_embeddings"], written["scale_decoder_outputs"]) == (tied, scaled)
     transformers = pytest.importorskip("transformers")
@@ -151,8 +182,12 @@ def test_copies_of_the_embedding_are_passed_over_and_nothing_else(tmp_path: Path
         tensors[name] = tensors["shared.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
     with torch.no_grad():
-        assert (our_logits(load_model(tmp_path), TOKENS) - their_logits(theirs, TOKENS)).abs().max().item() <= 1e-4
+        assert (
+            our_logits(load_model(tmp_path), TOKENS) - their_logits(theirs, TOKENS)
+        ).abs().max().item() <= 1e-4
     tensors["encoder.embed_tokens.weight"][7] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"encoder\.embed_tokens\.weight must be a copy .* row 7 is the first"):
+    with pytest.raises(
+        CheckpointError, match=r"encoder\.embed_tokens\.weight must be a copy .* row 7 is the first"
+    ):
         load_model(tmp_path)

@@ -1,5 +1,5 @@
-"""What each row of a family's table says of a weight, against a statement of its own: layouts that agree with one
-process share the table with it, so that parity cannot see a wrong row."""
+"""What each row of a family's table says of a weight, against a statement of its own: layouts that
+agree with one process share the table with it, so that parity cannot see a wrong row."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def table_of(case: str) -> tuple[Weight, ...]:
 
 
 def expected_std(weight: Weight, num_layers: int) -> float | None:
-    """A normal distribution's standard deviation, or None for a constant. Products that end in the residual stream are
-    scaled by 1/√(2 · layers) (Radford et al. 2019, section 2.3)."""
-    if weight.name.endswith(".bias") or (len(weight.shape) == 1 and not weight.name.endswith("sinks")):
+    """A normal distribution's standard deviation, or None for a constant. Products that end in the
+    residual stream are scaled by 1/√(2 · layers) (Radford et al. 2019, section 2.3)."""
+    if weight.name.endswith(".bias") or (
+        len(weight.shape) == 1 and not weight.name.endswith("sinks")
+    ):
         return None
     ends_in_the_stream = weight.name.endswith(
         ("attention.out.weight", "mlp.down.weight", "experts.down.weight", "shared.down.weight")
@@ -40,7 +42,9 @@ def test_every_family_has_a_case() -> None:
     assert {values["model_type"] for values in CASES.values()} == set(families.own)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case]["model_type"] not in SEQ2SEQ])  # test_t5.py
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if CASES[case]["model_type"] not in SEQ2SEQ]
+)  # test_t5.py
 def test_initial_values(case: str) -> None:
     family = CASES[case]["model_type"]
     for weight in table_of(case):
@@ -50,8 +54,11 @@ def test_initial_values(case: str) -> None:
             is_scale = weight.name.endswith("norm.weight") and family not in ONES_BY_ZERO
             assert torch.equal(values, torch.full_like(values, float(is_scale))), weight.name
         else:
-            # The deviation of n samples is off by std/√(2n); five times that is met by chance once in a million.
-            assert abs(values.std().item() - std) < 5 * std / math.sqrt(2 * weight.numel), weight.name
+            # The deviation of n samples is off by std/√(2n); five times that is met by chance once
+            # in a million.
+            assert abs(values.std().item() - std) < 5 * std / math.sqrt(2 * weight.numel), (
+                weight.name
+            )
             assert abs(values.mean().item()) < 5 * std / math.sqrt(weight.numel), weight.name
 
 
@@ -59,4 +66,6 @@ def test_initial_values(case: str) -> None:
 def test_matrices_decay_and_nothing_else(case: str) -> None:
     """As in Megatron-LM and nanoGPT: no decay of biases and of norms."""
     for weight in table_of(case):
-        assert weight.decay == (len(weight.shape) >= 2 and not weight.name.endswith(".bias")), weight.name
+        assert weight.decay == (len(weight.shape) >= 2 and not weight.name.endswith(".bias")), (
+            weight.name
+        )

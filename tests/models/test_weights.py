@@ -1,4 +1,5 @@
-"""The table of weights: cutting, reading, assembling and converting, each against the plainest way to say it."""
+"""The table of weights: cutting, reading, assembling and converting, each against the plainest way
+to say it."""
 
 from __future__ import annotations
 
@@ -38,8 +39,13 @@ def weights(draw: st.DrawFn) -> tuple[Weight, Cut]:
         rows = draw(st.integers(1, 3 * VOCAB_MULTIPLE))
     else:
         multiple = tensor * unit if shard == "column" else 1
-        equal = st.integers(1, 4).flatmap(lambda size: st.lists(st.just(size), min_size=2, max_size=3))
-        groups = [multiple * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3) | equal)]
+        equal = st.integers(1, 4).flatmap(
+            lambda size: st.lists(st.just(size), min_size=2, max_size=3)
+        )
+        groups = [
+            multiple * size
+            for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3) | equal)
+        ]
         parts, rows = tuple(groups) if len(groups) > 1 else (), sum(groups)
     columns = draw(st.integers(1, 4)) * (tensor * unit if shard == "row" else 1)
     separate = bool(parts or leading) and draw(st.booleans())
@@ -55,7 +61,9 @@ def weights(draw: st.DrawFn) -> tuple[Weight, Cut]:
     )
     behind = draw(st.lists(st.integers(1, 3), max_size=1)) if matrix and not transpose else []
     shape = (*leading, rows, columns, *behind) if matrix else (*leading, rows)
-    return Weight("w", shape, names, shard, parts, unit, transpose, by_unit, stack=len(leading)), Cut(tensor, expert)
+    return Weight(
+        "w", shape, names, shard, parts, unit, transpose, by_unit, stack=len(leading)
+    ), Cut(tensor, expert)
 
 
 def logical_of(weight: Weight) -> Tensor:
@@ -121,7 +129,9 @@ def test_hugging_face_and_back(case: tuple[Weight, Cut], data: st.DataObject) ->
     weight, logical = case[0], logical_of(case[0])
     stored = weight.to_hf(logical)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == weight.hf_shapes()
-    assert all(tensor.is_contiguous() for tensor in stored.values()), "safetensors refuses anything else"
+    assert all(tensor.is_contiguous() for tensor in stored.values()), (
+        "safetensors refuses anything else"
+    )
     logical = logical.flatten(0, weight.stack)
     rows = sorted(data.draw(st.tuples(*[st.integers(0, len(logical))] * 2)))
     if rows[0] == rows[1]:
@@ -131,17 +141,22 @@ def test_hugging_face_and_back(case: tuple[Weight, Cut], data: st.DataObject) ->
         left = data.draw(st.integers(0, logical.shape[1] - 1))
         columns = (left, data.draw(st.integers(left + 1, logical.shape[1])))
     found = weight.rows_from_hf(lambda name, where: stored[name][where], rows[0], rows[1], columns)
-    assert torch.equal(found, logical[slice(*rows)] if columns is None else logical[slice(*rows), slice(*columns)])
+    assert torch.equal(
+        found, logical[slice(*rows)] if columns is None else logical[slice(*rows), slice(*columns)]
+    )
 
 
 def test_experts_are_one_tensor_or_many() -> None:
-    """[experts, out, in] from the tensors of each expert, from one, and from one of the other order."""
+    """[experts, out, in] from the tensors of each expert, from one, and from one of the other
+    order."""
     logical = torch.arange(2.0 * 4 * 3).view(2, 4, 3)
     names = tuple(f"experts.{expert}.{part}" for expert in range(2) for part in ("gate", "up"))
     many = Weight("w", (2, 4, 3), names, "column", (2, 2), stack=1).to_hf(logical)
     assert torch.equal(many["experts.0.up"], logical[0, 2:])
     assert torch.equal(many["experts.1.gate"], logical[1, :2])
-    assert torch.equal(Weight("w", (2, 4, 3), ("h",), "expert", stack=1).to_hf(logical)["h"], logical)
+    assert torch.equal(
+        Weight("w", (2, 4, 3), ("h",), "expert", stack=1).to_hf(logical)["h"], logical
+    )
     turned = Weight("w", (2, 4, 3), ("h",), "row", transpose=True, stack=1)
     assert torch.equal(turned.to_hf(logical)["h"], logical.transpose(1, 2))
 
@@ -154,7 +169,12 @@ def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, Cut], se
     shape = torch.Size(weight.local_shape(*cut))
     locals_ = [
         weight.read_local(
-            lambda w, *where: w.initial_rows(seed, *where), rank, cut.tensor, 0, shape.numel(), cut.expert
+            lambda w, *where: w.initial_rows(seed, *where),
+            rank,
+            cut.tensor,
+            0,
+            shape.numel(),
+            cut.expert,
         ).view(shape)
         for rank in range(cut.holders)
     ]
@@ -164,16 +184,20 @@ def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, Cut], se
 def test_initial_values_are_those_of_the_row() -> None:
     weight = Weight("w", (200, 50), ("h",), init=0.3)
     values = weight.initial_rows(0, 0, 200, None)
-    # 10,000 values: the sample's standard deviation is within 0.7 % of the true one; four times that.
+    # 10,000 values: the sample's standard deviation is within 0.7 % of the true one; four times
+    # that.
     assert values.std().item() == pytest.approx(0.3, rel=0.03)
     assert not torch.equal(values, weight.initial_rows(1, 0, 200, None)), "another seed"
-    assert not torch.equal(values, replace(weight, name="v").initial_rows(0, 0, 200, None)), "another name"
+    assert not torch.equal(values, replace(weight, name="v").initial_rows(0, 0, 200, None)), (
+        "another name"
+    )
     assert replace(weight, init="ones").initial_rows(0, 0, 1, None).unique().tolist() == [1.0]
     assert replace(weight, init="zeros").initial_rows(0, 0, 1, None).unique().tolist() == [0.0]
 
 
 @pytest.mark.parametrize(
-    ("vocab", "tensor", "rows"), [(193, 1, 193), (193, 2, 128), (193, 4, 64), (128, 2, 64), (129, 2, 128), (5, 4, 64)]
+    ("vocab", "tensor", "rows"),
+    [(193, 1, 193), (193, 2, 128), (193, 4, 64), (128, 2, 64), (129, 2, 128), (5, 4, 64)],
 )
 def test_padding_of_the_vocabulary(vocab: int, tensor: int, rows: int) -> None:
     weight = Weight("w", (vocab, 3), ("h",), "vocab")
@@ -186,8 +210,14 @@ def test_padding_of_the_vocabulary(vocab: int, tensor: int, rows: int) -> None:
     [
         (Weight("layers.0.out", (8, 9), ("h",), "row"), "9 features"),
         (Weight("layers.0.up", (9, 8), ("h",), "column"), "9 features"),
-        (Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)), "3 features"),  # 12 rows, uneven parts
-        (Weight("layers.0.qkv", (16, 4), ("q", "k", "v"), "column", (8, 4, 4), unit=4), "1 heads of 4"),
+        (
+            Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)),
+            "3 features",
+        ),  # 12 rows, uneven parts
+        (
+            Weight("layers.0.qkv", (16, 4), ("q", "k", "v"), "column", (8, 4, 4), unit=4),
+            "1 heads of 4",
+        ),
         (Weight("layers.0.out", (4, 12), ("h",), "row", unit=4), "3 heads of 4"),
         (Weight("layers.0.up", (3, 8, 8), ("h",), "expert", stack=1), "3 experts"),
         (Weight("layers.0.up", (2, 8, 9), ("h",), "row", stack=1), "9 features"),
@@ -200,9 +230,14 @@ def test_an_uneven_cut_is_refused_by_name(weight: Weight, what: str) -> None:
 
 
 def test_rows_of_a_layer_are_named_after_it() -> None:
-    [row] = layer_rows(3, "model.layers", [Weight("up.weight", (4, 2), ("a.weight", "b.weight"), None, (2, 2))])
+    [row] = layer_rows(
+        3, "model.layers", [Weight("up.weight", (4, 2), ("a.weight", "b.weight"), None, (2, 2))]
+    )
     assert row.place == 3
-    assert (row.name, row.hf) == ("layers.3.up.weight", ("model.layers.3.a.weight", "model.layers.3.b.weight"))
+    assert (row.name, row.hf) == (
+        "layers.3.up.weight",
+        ("model.layers.3.a.weight", "model.layers.3.b.weight"),
+    )
 
 
 def test_parts_side_by_side_in_each_unit() -> None:
@@ -212,7 +247,8 @@ def test_parts_side_by_side_in_each_unit() -> None:
 
 
 def test_heads_of_queries_beside_the_key_and_value_that_they_share() -> None:
-    """Falcon's: three heads of queries, one of keys, one of values; then those of the second group."""
+    """Falcon's: three heads of queries, one of keys, one of values; then those of the second
+    group."""
     weight = Weight("w", (20, 1), ("h",), "column", parts=(12, 4, 4), unit=2, by_unit=True)
     stored = weight.to_hf(torch.arange(20.0)[:, None])["h"]
     assert stored.flatten().tolist() == [*range(6), 12, 13, 16, 17, *range(6, 12), 14, 15, 18, 19]
@@ -242,8 +278,8 @@ def test_table_lists_every_parameter_of_the_model(case: str) -> None:
     assert {w.name: w.shape for w in table} == {name: tuple(p.shape) for name, p in parameters}
     assert len({w.name for w in table}) == len(table)
     for weight in table:
-        # A rank sees all that a cut weight is used on, and of what a replicated one is: a part of the sequence under
-        # sequence parallelism, or its own heads.
+        # A rank sees all that a cut weight is used on, and of what a replicated one is: a part of
+        # the sequence under sequence parallelism, or its own heads.
         assert (weight.partial_grad is None) == (weight.shard is not None), weight.name
 
 
@@ -256,7 +292,10 @@ def test_table_names_every_tensor_of_transformers(case: str) -> None:
         theirs = auto_class(again.model_type).from_config(again)
     stored = as_stored(config.family, theirs.state_dict())
     state = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    for name in (*config.COPIES, *(TIED.get(config.family, ("lm_head.weight",)) if config.tie_embeddings else ())):
+    for name in (
+        *config.COPIES,
+        *(TIED.get(config.family, ("lm_head.weight",)) if config.tie_embeddings else ()),
+    ):
         del state[name]
     ours = [item for weight in weight_table(config) for item in weight.hf_shapes().items()]
     assert dict(ours) == state

@@ -1,4 +1,5 @@
-"""`megalite parity`: two layouts agree, a difference is named with its place, and a plain model stands beside a run."""
+"""`megalite parity`: two layouts agree, a difference is named with its place, and a plain model
+stands beside a run."""
 
 from __future__ import annotations
 
@@ -26,21 +27,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     root = tmp_path_factory.mktemp("runs")
     alone = make_config(root, "llama", *SHORT, "run.name=alone")
     layouts = {"tensor": ["parallel.tensor=2"], "pipeline": ["parallel.pipeline=2"]}
-    others = {name: make_config(root, "llama", *SHORT, f"run.name={name}", *each) for name, each in layouts.items()}
+    others = {
+        name: make_config(root, "llama", *SHORT, f"run.name={name}", *each)
+        for name, each in layouts.items()
+    }
     train(alone)
     run_ranks(2, train_on_rank, [*others.values()])
     return {"alone": alone, **others}
 
 
 @pytest.mark.parametrize("other", ["tensor", "pipeline"])
-def test_layouts_agree(other: str, runs: dict[str, Config], capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts_agree(
+    other: str, runs: dict[str, Config], capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = (str(runs[name].run.folder) for name in ("alone", other))
     assert main(["parity", a, b]) == 0
     said = capsys.readouterr().out
     assert "step 1\n  weights before  21 tensors, equal bit for bit" in said
     assert "step 3" in said
     assert "no difference beyond rounding" in said
-    assert main(["parity", a, b, "--tolerance", "1e-12"]) == (other == "tensor"), "whose sums have another order"
+    assert main(["parity", a, b, "--tolerance", "1e-12"]) == (other == "tensor"), (
+        "whose sums have another order"
+    )
 
 
 def test_a_difference_is_named_with_its_place(
@@ -65,7 +73,9 @@ def test_a_difference_is_named_with_its_place(
     rows = len(tensors["grad/model.layers.0.self_attn.k_proj.weight"])
     assert f"k_proj.weight [{rows}, 32]: off by" in third
     assert f"only in {rows - 3} to {rows - 1} of the {rows} along axis 0" in third
-    assert third.index("layers.1.mlp.down_proj") < third.index("layers.0.self_attn.k_proj"), "as a backward pass goes"
+    assert third.index("layers.1.mlp.down_proj") < third.index("layers.0.self_attn.k_proj"), (
+        "as a backward pass goes"
+    )
     assert "off by inf" in third
     assert "the runs differ" in third
 
@@ -73,9 +83,16 @@ def test_a_difference_is_named_with_its_place(
 def test_a_plain_model_beside_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "max_position_embeddings": 64}
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "max_position_embeddings": 64,
+    }
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, pad_token_id=None)
+        transformers.LlamaConfig(
+            **sizes, num_hidden_layers=2, num_attention_heads=4, pad_token_id=None
+        )
     )
     model.save_pretrained(tmp_path / "hf")
     config = make_config(tmp_path, {"hf": str(tmp_path / "hf")}, *SHORT, "train.precision=fp32")

@@ -23,7 +23,13 @@ from megalite.observe.plot import plot_loss
 from megalite.observe.recorder import Recorder
 
 MODEL = {
-    **{"family": "llama", "vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4},
+    **{
+        "family": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+    },
     **{"intermediate_size": 128, "max_positions": 128},
 }
 VALUES = {
@@ -41,7 +47,12 @@ def make_config(*overrides: str) -> Config:
 
 def record(step: int, loss: float | None = None) -> dict[str, float]:
     return {
-        **{"step": step, "loss": 5.0 / step if loss is None else loss, "lr": 1e-3, "grad_norm": 0.5},
+        **{
+            "step": step,
+            "loss": 5.0 / step if loss is None else loss,
+            "lr": 1e-3,
+            "grad_norm": 0.5,
+        },
         **{"tokens": 512 * step, "tokens_per_s": 51_200.0, "step_time_s": 0.01, "tflops": 0.5},
     }
 
@@ -79,7 +90,9 @@ def test_a_resumed_run_leaves_the_metrics_of_one_that_never_stopped(tmp_path: Pa
     assert not list(cut.glob("*.tmp"))
 
 
-def test_a_line_is_on_disk_at_once_and_stays_json_when_the_loss_is_not_a_number(tmp_path: Path) -> None:
+def test_a_line_is_on_disk_at_once_and_stays_json_when_the_loss_is_not_a_number(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path, 0)
     sink.step(record(1, loss=math.nan))
@@ -88,7 +101,9 @@ def test_a_line_is_on_disk_at_once_and_stays_json_when_the_loss_is_not_a_number(
     assert [entry["step"] for entry in read_metrics(path)] == [1]
 
 
-def test_a_log_file_gets_a_plain_line_every_log_every_steps(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_gets_a_plain_line_every_log_every_steps(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recorder = open_recorder(tmp_path, "observe.log_every=4", layout={"tensor": 2, "data": 1})
     play(recorder, 1, 20)
     recorder.message("saved checkpoints/step-00000020")
@@ -98,14 +113,19 @@ def test_a_log_file_gets_a_plain_line_every_log_every_steps(tmp_path: Path, capf
     assert lines[1] == "tensor 2  data 1"
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split("/")[0].split()[-1] for line in steps] == ["1", "4", "8", "12", "16", "20"]
-    assert len({line.index("  loss ") for line in steps} | {line.index("tokens/s") for line in steps}) == 2  # aligned
+    assert (
+        len({line.index("  loss ") for line in steps} | {line.index("tokens/s") for line in steps})
+        == 2
+    )  # aligned
     assert max(len(line) for line in steps) <= 120
     assert "valid 10/20  loss   1.0000  perplexity 2.72  down 1.0000, best so far  <<<" in lines
     assert "saved checkpoints/step-00000020" in lines
     assert lines[-1].startswith("finished at step 20 of 20 after 0:0")
 
 
-def test_a_resumed_run_knows_how_good_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_knows_how_good_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = open_recorder(tmp_path)
     for step, loss in ((4, 1.0), (8, 3.0), (12, 0.5)):
         before.evaluation(valid(step, loss))
@@ -115,20 +135,29 @@ def test_a_resumed_run_knows_how_good_it_was(tmp_path: Path, capfd: pytest.Captu
     after.evaluation(valid(12, 2.0))
     after.evaluation(valid(16, 0.75))
     after.close("stopped")
-    better, best = (line for line in capfd.readouterr().out.splitlines() if line.startswith("valid"))
+    better, best = (
+        line for line in capfd.readouterr().out.splitlines() if line.startswith("valid")
+    )
     assert "down 1.0000" in better
     assert "best" not in better
     assert "down 1.2500, best so far" in best
 
 
-def test_the_end_of_a_run_that_had_more_steps_before(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_that_had_more_steps_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     open_recorder(tmp_path, start_step=30).close("finished")
     assert "finished at step 30 after 0:00" in capfd.readouterr().out
 
 
-def test_a_warmup_that_does_not_end_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_warmup_that_does_not_end_is_a_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     open_recorder(tmp_path, "optimizer.schedule.warmup_steps=20").close("finished")
-    assert "warning: optimizer.schedule.warmup_steps = 20 is not over at train.steps = 20" in capfd.readouterr().out
+    assert (
+        "warning: optimizer.schedule.warmup_steps = 20 is not over at train.steps = 20"
+        in capfd.readouterr().out
+    )
     open_recorder(tmp_path, "optimizer.schedule.warmup_steps=19").close("finished")
     assert "warning" not in capfd.readouterr().out
 
@@ -189,9 +218,13 @@ def test_the_plot_survives_a_run_that_diverged(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
-def test_drawing_never_takes_much_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_never_takes_much_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Path] = []
-    monkeypatch.setattr(plot, "plot_loss", lambda metrics, out: (drawn.append(out), time.sleep(0.02)))
+    monkeypatch.setattr(
+        plot, "plot_loss", lambda metrics, out: (drawn.append(out), time.sleep(0.02))
+    )
     monkeypatch.setattr(plot, "SHARE_OF_TIME", 1e-4)  # 0.02 s of drawing at most every 200 s
     recorder = open_recorder(tmp_path)
     play(recorder, 1, 20)
@@ -240,7 +273,9 @@ def test_a_sink_that_fails_is_dropped_with_one_warning(
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 24  # the others heard everything
 
 
-def test_a_console_that_is_gone_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_console_that_is_gone_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = open_recorder(tmp_path)
     monkeypatch.setattr("builtins.print", lambda *a, **k: (_ for _ in ()).throw(BrokenPipeError()))
     play(recorder, 1, 20)
@@ -280,7 +315,9 @@ def test_tensorboard_holds_every_scalar(tmp_path: Path) -> None:
     recorder.close("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
-    assert events.Scalars("valid/perplexity")[-1].value == pytest.approx(math.exp(0.5), rel=1e-6)  # stored as fp32
+    assert events.Scalars("valid/perplexity")[-1].value == pytest.approx(
+        math.exp(0.5), rel=1e-6
+    )  # stored as fp32
 
 
 def test_wandb_offline_writes_one_run_under_one_id_over_resumes(tmp_path: Path) -> None:
@@ -288,14 +325,17 @@ def test_wandb_offline_writes_one_run_under_one_id_over_resumes(tmp_path: Path) 
     play(first, 1, 10)
     first.close("stopped")
     time.sleep(1.0)  # wandb names an offline folder by the second
-    second = open_recorder(tmp_path, "observe.wandb.mode=offline", start_step=10, wandb_id=first.wandb_id)
+    second = open_recorder(
+        tmp_path, "observe.wandb.mode=offline", start_step=10, wandb_id=first.wandb_id
+    )
     play(second, 11, 20)
     second.close("finished")
     assert second.wandb_id == first.wandb_id
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{first.wandb_id}.wandb"))
     assert len(files) == 2
     for file, steps in zip(files, (range(1, 11), range(11, 21)), strict=True):
-        # Protobuf, with the values as JSON text. A process of wandb's own writes it, on a busy machine after `finish`.
+        # Protobuf, with the values as JSON text. A process of wandb's own writes it, on a busy
+        # machine after `finish`.
         end = time.monotonic() + 30
         while b"valid/perplexity" not in (uploaded := file.read_bytes()) and time.monotonic() < end:
             time.sleep(0.1)

@@ -58,7 +58,15 @@ def make_log() -> tuple[StepLog, Device, Recorder]:
 
 
 def add(log: StepLog, step: int, loss: float = 1.0) -> None:
-    log.add({"step": step, "loss": torch.tensor(loss), "lr": 0.1, "grad_norm": torch.tensor(2.0 * step)}, tokens=100)
+    log.add(
+        {
+            "step": step,
+            "loss": torch.tensor(loss),
+            "lr": 0.1,
+            "grad_norm": torch.tensor(2.0 * step),
+        },
+        tokens=100,
+    )
 
 
 def test_a_step_is_written_when_the_device_has_passed_it() -> None:
@@ -74,7 +82,13 @@ def test_a_step_is_written_when_the_device_has_passed_it() -> None:
         assert recorder.steps == [1, 2, 3]
         add(log, 4)
     assert recorder.steps == [1, 2, 3, 4]
-    assert recorder.records[1] == {"step": 2, "loss": 1.0, "lr": 0.1, "grad_norm": 4.0, "tokens_per_s": 100.0}
+    assert recorder.records[1] == {
+        "step": 2,
+        "loss": 1.0,
+        "lr": 0.1,
+        "grad_norm": 4.0,
+        "tokens_per_s": 100.0,
+    }
     assert list(recorder.records[0]) == ["step", "loss", "lr", "grad_norm", "tokens_per_s"]
 
 
@@ -98,7 +112,9 @@ def end_by(error: BaseException, log: StepLog, device: Device, broken: bool = Fa
         raise error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt("as it was"), RuntimeError("as it was")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt("as it was"), RuntimeError("as it was")], ids=repr
+)
 def test_a_run_that_ends_early_writes_what_the_device_has_done(error: BaseException) -> None:
     log, device, recorder = make_log()
     with pytest.raises(type(error), match="as it was"):

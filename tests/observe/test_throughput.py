@@ -16,16 +16,25 @@ from megalite.models import family
 from megalite.models.architecture import AttentionSpec
 from megalite.models.layers import SequenceInfo, Source
 from megalite.observe import throughput
-from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token, model_flops_per_token
+from megalite.observe.throughput import (
+    HostEvent,
+    Meter,
+    chip_peak,
+    flops_per_token,
+    model_flops_per_token,
+)
 
 
 def test_flops_follow_the_published_convention() -> None:
-    """GPT-3 175B's own count (arXiv:2005.14165, appendix D) is 6N; at 2,048 positions attention adds 12·L·HQ·T."""
+    """GPT-3 175B's own count (arXiv:2005.14165, appendix D) is 6N; at 2,048 positions attention
+    adds 12·L·HQ·T."""
     num_params = 174_600_000_000
     attention = AttentionSpec(num_heads=96, num_kv_heads=96, head_size=128, value_size=128)
     flops = flops_per_token(num_params, 96 * attention.products(2048))
     assert flops == 6 * num_params + 12 * 96 * 12288 * 2048
-    assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)  # attention is 2.8 % of that model's work
+    assert flops / (6 * num_params) == pytest.approx(
+        1.0277, abs=1e-4
+    )  # attention is 2.8 % of that model's work
 
 
 def flops_of(length: int, lora: LoraConfig | None = None, **model: Any) -> float:
@@ -33,7 +42,11 @@ def flops_of(length: int, lora: LoraConfig | None = None, **model: Any) -> float
         "family": "gemma3_text", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_layers": 6,
         "num_attention_heads": 4, "max_positions": 512, "sliding_window": 64,
     }  # fmt: skip
-    rest = {"run": {"name": "t"}, "train": {"steps": 1, "global_batch_size": 1}, "optimizer": {"lr": 1.0}}
+    rest = {
+        "run": {"name": "t"},
+        "train": {"steps": 1, "global_batch_size": 1},
+        "optimizer": {"lr": 1.0},
+    }
     data = {"train": [{"path": "x"}], "seq_length": length}
     config = parse_config({**rest, "model": table | model, "data": data})
     return model_flops_per_token(config.model_copy(update={"lora": lora}))
@@ -47,14 +60,21 @@ def test_a_window_counts_as_what_it_sees() -> None:
 
 def test_a_tied_head_multiplies_like_any_other() -> None:
     assert flops_of(512, tie_embeddings=True) == flops_of(512, tie_embeddings=False)
-    assert flops_of(512, vocab_size=101) - flops_of(512) == 6 * 32, "a token is looked up, and multiplied once"
+    assert flops_of(512, vocab_size=101) - flops_of(512) == 6 * 32, (
+        "a token is looked up, and multiplied once"
+    )
 
 
 def test_a_head_of_masked_tokens_counts_for_these(tmp_path: Path) -> None:
-    whole, some = (masked_config(tmp_path, f"objective.share={share}", "model.num_layers=1") for share in (0.999, 0.25))
+    whole, some = (
+        masked_config(tmp_path, f"objective.share={share}", "model.num_layers=1")
+        for share in (0.999, 0.25)
+    )
     # The vocabulary, its bias, and the transform with its bias and norm.
     behind = 97 * 33 + 32 * 35
-    assert model_flops_per_token(whole) - model_flops_per_token(some) == pytest.approx(6 * 0.749 * behind, rel=1e-9)
+    assert model_flops_per_token(whole) - model_flops_per_token(some) == pytest.approx(
+        6 * 0.749 * behind, rel=1e-9
+    )
 
 
 def test_a_frozen_weight_has_no_gradient_to_multiply() -> None:
@@ -87,14 +107,18 @@ def test_a_frozen_weight_has_no_gradient_to_multiply() -> None:
         ("Tesla V100-SXM2-32GB", None),
     ],
 )
-def test_peaks_come_from_the_table_and_are_never_guessed(device_name: str, peak: float | None) -> None:
+def test_peaks_come_from_the_table_and_are_never_guessed(
+    device_name: str, peak: float | None
+) -> None:
     assert chip_peak(device_name, torch.bfloat16) == peak
     assert chip_peak(device_name, torch.float32) is None
 
 
 def test_every_chip_has_all_its_columns_and_one_row() -> None:
     chips = throughput._chips()
-    assert len({chip["chip"] for chip in chips}) == len({chip["name"] for chip in chips}) == len(chips)
+    assert (
+        len({chip["chip"] for chip in chips}) == len({chip["name"] for chip in chips}) == len(chips)
+    )
     for chip in chips:
         assert set(chip) >= {"chip", "name", "bf16_tflops", "memory_gb", "source"}
 
@@ -126,7 +150,8 @@ def test_meter_of_a_known_chip_tells_mfu_and_memory(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_encoder_decoder_counts_what_each_stack_computes() -> None:
-    """Against torch's own count of a forward pass: each stack its own tokens, and cross-attention those of both."""
+    """Against torch's own count of a forward pass: each stack its own tokens, and cross-attention
+    those of both."""
     values = {
         "run": {"name": "t"}, "train": {"steps": 1, "global_batch_size": 1}, "optimizer": {"lr": 1.0},
         "model": {
@@ -137,7 +162,8 @@ def test_an_encoder_decoder_counts_what_each_stack_computes() -> None:
         "objective": {"name": "span_corruption"},
     }  # fmt: skip
     config = parse_config(values)
-    # In training with dropout, whose attention is of products that torch counts; its fused ones it does not.
+    # In training with dropout, whose attention is of products that torch counts; its fused ones it
+    # does not.
     model, keys = family("t5").MODEL(config.model), torch.zeros(1, dtype=torch.int64)
     source, target = (torch.zeros(1, length, dtype=torch.int64) for length in config.lengths[1:])
     places = SequenceInfo.whole(source.shape[1], source.device)

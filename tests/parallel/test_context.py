@@ -1,7 +1,8 @@
-"""Ring and Ulysses attention on real ranks against the same mixer on one process over the whole sequence.
+"""Ring and Ulysses attention on real ranks against the same mixer on one process over the whole
+sequence.
 
-All ranks draw the same numbers, so each works out the whole on its own, takes its tokens of it, and returns what it
-found and what it wanted by name. All cases of a number of ranks share one spawn.
+All ranks draw the same numbers, so each works out the whole on its own, takes its tokens of it, and
+returns what it found and what it wanted by name. All cases of a number of ranks share one spawn.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ BATCH, HEADS, SIZE = 2, 4, 16
 Result = dict[str, tuple[Tensor, Tensor]]
 Attend = Callable[..., Tensor]
 
-# 48 tokens are chunks of 12 over 2 ranks and of 6 over 4. The lengths of the documents of both samples:
+# 48 tokens are chunks of 12 over 2 ranks and of 6 over 4. The lengths of the documents of both
+# samples:
 DOCUMENTS = {
     "one": None,
-    # Begins inside chunks; documents of one token, at both ends too; some documents span several ranks.
+    # Begins inside chunks; documents of one token, at both ends too; some documents span several
+    # ranks.
     "uneven": ((1, 10, 22, 1, 13, 1), (17, 31)),
-    # Shorter than a chunk and as long as one: of almost every other block, all is masked for some or all queries.
+    # Shorter than a chunk and as long as one: of almost every other block, all is masked for some
+    # or all queries.
     "short": ((5,) * 9 + (3,), (6,) * 8),
     "single tokens": ((1,) * 48, (48,)),
 }
@@ -57,8 +61,12 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *itertools.starmap(Case, itertools.product((48,), (4, 2, 1), DOCUMENTS, (torch.float32, torch.float64))),
-    *itertools.starmap(Case, itertools.product((48,), (4, 2), ("one", "uneven"), (torch.bfloat16,))),
+    *itertools.starmap(
+        Case, itertools.product((48,), (4, 2, 1), DOCUMENTS, (torch.float32, torch.float64))
+    ),
+    *itertools.starmap(
+        Case, itertools.product((48,), (4, 2), ("one", "uneven"), (torch.bfloat16,))
+    ),
     # Windows that end inside chunks, at one and beyond; of a token, every other block is masked.
     *(
         Case(48, 2, documents, torch.float64, AttentionKind(window, scale=scale))
@@ -69,30 +77,51 @@ CASES = [
     Case(48, 2, "uneven", torch.bfloat16, AttentionKind(13, scale=0.5)),
     # Latent attention, whose values have smaller heads, or larger ones; and what is not causal.
     *(
-        Case(48, groups, documents, torch.float64, AttentionKind(window, scale=scale, causal=causal), v_size)
+        Case(
+            48,
+            groups,
+            documents,
+            torch.float64,
+            AttentionKind(window, scale=scale, causal=causal),
+            v_size,
+        )
         for documents, causal in itertools.product(("one", "uneven"), (True, False))
-        for groups, window, scale, v_size in ((4, None, None, 10), (2, 13, 0.5, 24), (1, 1, None, SIZE))
+        for groups, window, scale, v_size in (
+            (4, None, None, 10),
+            (2, 13, 0.5, 24),
+            (1, 1, None, SIZE),
+        )
     ),
     Case(48, 2, "uneven", torch.bfloat16, AttentionKind(causal=False), 10),
     *(
-        Case(48, groups, documents, torch.float64, AttentionKind(window, scale=scale, sinks=True), v_size)
+        Case(
+            48,
+            groups,
+            documents,
+            torch.float64,
+            AttentionKind(window, scale=scale, sinks=True),
+            v_size,
+        )
         for documents, (groups, window, scale, v_size) in itertools.product(
             ("one", "uneven"), ((4, None, None, SIZE), (2, 13, 0.5, SIZE), (4, 1, None, 10))
         )
     ),
-    # Longer than the blocks of 512 keys in which the CPU kernel works, at a block size that no power of 2 divides.
+    # Longer than the blocks of 512 keys in which the CPU kernel works, at a block size that no
+    # power of 2 divides.
     *(Case(16 * 123, 2, documents, torch.float32) for documents in ("one", "uneven")),
 ]
 
-# fp64: far below any mistake, far above its roundings. It holds the algorithm.
-# fp32: sums of up to 2,000 terms in another order, some ten roundings of 6e-8 relative to the largest number; measured
-# 8e-7. bf16, against fp64 attention to the same bf16 numbers: each block's output, or its part of a gradient, is
-# rounded to 2⁻⁹ of itself, then their sum, and the kernel rounds the probabilities.
+# fp64: far below any mistake, far above its roundings. It holds the algorithm. fp32: sums of up to
+# 2,000 terms in another order, some ten roundings of 6e-8 relative to the largest number; measured
+# 8e-7. bf16, against fp64 attention to the same bf16 numbers: each block's output, or its part of a
+# gradient, is rounded to 2⁻⁹ of itself, then their sum, and the kernel rounds the probabilities.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def document_numbers(case: Case) -> Tensor | None:
@@ -100,7 +129,9 @@ def document_numbers(case: Case) -> Tensor | None:
     if lengths is None:
         return None
     scale = case.length // 48
-    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row) * scale) for row in lengths])
+    return torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row) * scale) for row in lengths]
+    )
 
 
 def places_of(case: Case, index: Tensor, axis: Axis | None = None) -> SequenceInfo:
@@ -111,7 +142,8 @@ def places_of(case: Case, index: Tensor, axis: Axis | None = None) -> SequenceIn
 
 
 def inputs_of(case: Case) -> list[Tensor]:
-    """Queries, keys and values. Where their heads have one size, they are views of one projection, not contiguous."""
+    """Queries, keys and values. Where their heads have one size, they are views of one projection,
+    not contiguous."""
     heads, sizes = (HEADS, case.groups, case.groups), (SIZE, SIZE, case.v_size)
     if case.v_size == SIZE:
         fused = numbers(0, BATCH, case.length, sum(heads), SIZE, dtype=case.dtype)
@@ -121,7 +153,9 @@ def inputs_of(case: Case) -> list[Tensor]:
 
 
 def mixer(
-    case: Case, axis: Axis | None = None, method: type[RingAttention] | type[UlyssesAttention] = RingAttention
+    case: Case,
+    axis: Axis | None = None,
+    method: type[RingAttention] | type[UlyssesAttention] = RingAttention,
 ) -> CoreAttention:
     """Attention of the case's kind on one process, or over the ranks of an axis."""
     core = CoreAttention(kind=case.kind, num_heads=HEADS)
@@ -134,29 +168,45 @@ def mixer(
 def run(
     attention: CoreAttention | Attend, parts: list[Tensor], places: SequenceInfo, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Output and gradients of the loss ⟨weights, output⟩. A mixer takes the fused projection where there can be one."""
+    """Output and gradients of the loss ⟨weights, output⟩. A mixer takes the fused projection where
+    there can be one."""
     parts = [x.detach().requires_grad_() for x in parts]
     if isinstance(attention, CoreAttention) and parts[0].shape[-1] == parts[2].shape[-1]:
         out = attention(torch.cat(parts, 2), parts[0].shape[2], parts[1].shape[2], places)
     else:
-        out = (attention.attend if isinstance(attention, CoreAttention) else attention)(*parts, places)
+        out = (attention.attend if isinstance(attention, CoreAttention) else attention)(
+            *parts, places
+        )
     (out * weights).sum().backward()
     assert out.dtype == parts[0].dtype
-    found = {"out": out.detach()} | {f"d{name}": x.grad for name, x in zip("qkv", parts, strict=True)}
+    found = {"out": out.detach()} | {
+        f"d{name}": x.grad for name, x in zip("qkv", parts, strict=True)
+    }
     if isinstance(attention, CoreAttention) and attention.sinks is not None:
         found["sinks"] = attention.sinks.grad
     return found  # type: ignore[return-value]
 
 
-def compare(case: Case, attention: CoreAttention | Attend, index: Tensor, axis: Axis | None = None) -> Result:
-    """What `attention` to the tokens `index` of the sequence gives, and what it should. With `axis` it knows where
-    documents overlap."""
-    parts, weights = inputs_of(case), numbers(1, BATCH, case.length, HEADS * case.v_size, dtype=case.dtype)
+def compare(
+    case: Case, attention: CoreAttention | Attend, index: Tensor, axis: Axis | None = None
+) -> Result:
+    """What `attention` to the tokens `index` of the sequence gives, and what it should. With `axis`
+    it knows where documents overlap."""
+    parts, weights = (
+        inputs_of(case),
+        numbers(1, BATCH, case.length, HEADS * case.v_size, dtype=case.dtype),
+    )
     reference = torch.float64 if case.dtype == torch.bfloat16 else case.dtype
     whole = [x.to(reference) for x in parts]
-    wanted = run(mixer(case), whole, places_of(case, torch.arange(case.length)), weights.to(reference))
-    found = run(attention, [x[:, index] for x in parts], places_of(case, index, axis), weights[:, index])
-    return {key: (found[key], wanted[key] if key == "sinks" else wanted[key][:, index]) for key in found}
+    wanted = run(
+        mixer(case), whole, places_of(case, torch.arange(case.length)), weights.to(reference)
+    )
+    found = run(
+        attention, [x[:, index] for x in parts], places_of(case, index, axis), weights[:, index]
+    )
+    return {
+        key: (found[key], wanted[key] if key == "sinks" else wanted[key][:, index]) for key in found
+    }
 
 
 def saved_bytes(axis: Axis) -> tuple[int, int]:
@@ -199,7 +249,8 @@ def on_rank(rank: int, world_size: int) -> Found:
     axis = Axis(world_size, rank, dist.group.WORLD)
     some = Case(48, 2, "one", torch.float64)
     ring = mixer(some, axis)
-    # Where tensor ranks are neighbours, context ranks are not: their places in the group are not those in the world.
+    # Where tensor ranks are neighbours, context ranks are not: their places in the group are not
+    # those in the world.
     groups = [dist.new_group(list(range(first, world_size, 2))) for first in (0, 1)]
     strided = Axis(world_size // 2, rank // 2, groups[rank % 2])
 
@@ -239,7 +290,9 @@ def test_equals_one_process(case: Case, world_size: int) -> None:
                 found = sum(of_rank.cases[case][key][0] for of_rank in results_of(world_size))  # type: ignore[assignment]
             assert found.shape == wanted.shape
             off = error(found, wanted)
-            assert off <= TOLERANCE[case.dtype], f"{key} on rank {rank} is off by {off:.1e}"  # fails for NaN too
+            assert off <= TOLERANCE[case.dtype], (
+                f"{key} on rank {rank} is off by {off:.1e}"
+            )  # fails for NaN too
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -249,9 +302,13 @@ def test_heads_over_ranks_equal_one_process(world_size: int) -> None:
         for case, result in results.by_heads.items():
             for key, (found, wanted) in result.items():
                 if key == "sinks":
-                    found = sum(of_rank.by_heads[case][key][0] for of_rank in results_of(world_size))  # type: ignore[assignment]
+                    found = sum(
+                        of_rank.by_heads[case][key][0] for of_rank in results_of(world_size)
+                    )  # type: ignore[assignment]
                 off = error(found, wanted)
-                assert off <= TOLERANCE[case.dtype], f"{case}: {key} on rank {rank} is off by {off:.1e}"
+                assert off <= TOLERANCE[case.dtype], (
+                    f"{case}: {key} on rank {rank} is off by {off:.1e}"
+                )
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -265,7 +322,9 @@ def test_under_recomputation_and_in_a_strided_group(field: str, world_size: int)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_another_order_of_chunks_is_noticed(world_size: int) -> None:
     """The comparison above has teeth: consecutive chunks, one a rank, give quite other numbers."""
-    worst = max(error(*pair) for results in results_of(world_size) for pair in results.wrong_order.values())
+    worst = max(
+        error(*pair) for results in results_of(world_size) for pair in results.wrong_order.values()
+    )
     assert worst > 0.1
 
 
@@ -284,12 +343,20 @@ def test_only_local_tensors_are_saved(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "core", [CoreAttention(kind=AttentionKind(softcap=1.0)), CoreAttention(Dropout(0.1, "a", over_heads=True))]
+    "core",
+    [
+        CoreAttention(kind=AttentionKind(softcap=1.0)),
+        CoreAttention(Dropout(0.1, "a", over_heads=True)),
+    ],
 )
 def test_what_has_no_ring_is_refused(core: CoreAttention) -> None:
     """Also for a family whose config the plan does not know."""
-    layout = SimpleNamespace(context=Axis(2, 0), context_method="ring", take_locals=lambda module: None)
-    with pytest.raises(ConfigError, match=r"parallel.context = 2 must be 1 for this model: ring attention has no"):
+    layout = SimpleNamespace(
+        context=Axis(2, 0), context_method="ring", take_locals=lambda module: None
+    )
+    with pytest.raises(
+        ConfigError, match=r"parallel.context = 2 must be 1 for this model: ring attention has no"
+    ):
         apply_rules([nn.ModuleList([core])], layout)  # type: ignore[arg-type]
     layout.context_method = "ulysses"
     if core.dropout:
@@ -302,7 +369,9 @@ def test_what_has_no_ring_is_refused(core: CoreAttention) -> None:
 
 def test_heads_that_ranks_do_not_divide_are_refused() -> None:
     q, k = torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ValueError, match="4 and 1 heads of queries and keys do not divide by 2 ranks"):
+    with pytest.raises(
+        ValueError, match="4 and 1 heads of queries and keys do not divide by 2 ranks"
+    ):
         UlyssesAttention(Axis(2, 0)).attend(q, k, k, SequenceInfo.whole(4, q.device), PLAIN)
 
 
@@ -330,7 +399,11 @@ def test_blocks_without_any_key_are_known(documents: str, window: int | None, ca
     for ranks, rank, source in ((n, r, s) for n in (2, 3, 4) for r in range(n) for s in range(n)):
         overlaps = document_overlaps(whole, Axis(ranks, rank))
         found = _has_any(kind, rank, source, 48 // (2 * ranks), overlaps[source])
-        wanted = mask[:, :, zigzag(48, Axis(ranks, rank))][..., zigzag(48, Axis(ranks, source))].any().item()
+        wanted = (
+            mask[:, :, zigzag(48, Axis(ranks, rank))][..., zigzag(48, Axis(ranks, source))]
+            .any()
+            .item()
+        )
         skipped += not found
         assert found >= wanted
         assert found == wanted or (window and documents != "one")
@@ -383,7 +456,8 @@ def test_queries_with_nothing_to_attend_to() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_calls_for_a_gpu_fit_their_kernels(dtype: torch.dtype, masked: bool, v_size: int) -> None:
-    """No numbers here, only names, arguments and shapes: what can be checked on the meta device of CUDA's path."""
+    """No numbers here, only names, arguments and shapes: what can be checked on the meta device of
+    CUDA's path."""
     q, k, v = (
         torch.empty(2, length, heads, size, dtype=dtype, device="meta").transpose(1, 2)
         for length, heads, size in ((40, 4, SIZE), (20, 2, SIZE), (20, 2, v_size))

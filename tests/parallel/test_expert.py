@@ -19,8 +19,13 @@ from megalite.parallel.expert import ParallelExperts
 from ranks import run_ranks
 
 NUM_EXPERTS, HIDDEN, TOKENS = 4, 12, 5
-# Experts of the tokens of each rank: none of one rank's is visited; one has all tokens; a rank has no token.
-VISITS = {"one rank's": [[[0, 1]] * TOKENS] * 2, "one": [[[3]] * TOKENS] * 2, "no token": [[], [[1, 2]] * TOKENS]}
+# Experts of the tokens of each rank: none of one rank's is visited; one has all tokens; a rank has
+# no token.
+VISITS = {
+    "one rank's": [[[0, 1]] * TOKENS] * 2,
+    "one": [[[3]] * TOKENS] * 2,
+    "no token": [[], [[1, 2]] * TOKENS],
+}
 
 
 def experts() -> Experts:
@@ -38,7 +43,9 @@ def experts() -> Experts:
 
 def inputs(visits: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states of the tokens of a rank, and the weights and numbers of their experts."""
-    index = torch.tensor(VISITS[visits][rank], dtype=torch.int64).view(1, -1, len(VISITS[visits][1][0]))
+    index = torch.tensor(VISITS[visits][rank], dtype=torch.int64).view(
+        1, -1, len(VISITS[visits][1][0])
+    )
     generator = torch.Generator().manual_seed(10 + rank)
     x = torch.randn(1, index.shape[1], HIDDEN, generator=generator)
     return x.requires_grad_(), torch.rand(index.shape, generator=generator).requires_grad_(), index
@@ -111,7 +118,8 @@ def order_of_events(rank: int, world_size: int) -> list[str]:
 
 
 def test_what_every_token_visits_is_computed_while_rows_travel() -> None:
-    # How many rows there are, the rows, and their results; then the gradients of the results, and of the rows.
+    # How many rows there are, the rows, and their results; then the gradients of the results, and
+    # of the rows.
     forward = ["start", "wait", "start", "shared", "wait", "start", "wait"]
     backward = ["start", "wait", "start", "shared, backward", "wait"]
     for events in run_ranks(2, order_of_events):

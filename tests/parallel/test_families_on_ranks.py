@@ -1,5 +1,5 @@
-"""Each family over ranks, from a Hugging Face folder and back into one: weights bit for bit, the loss and every
-gradient of a step those of transformers."""
+"""Each family over ranks, from a Hugging Face folder and back into one: weights bit for bit, the
+loss and every gradient of a step those of transformers."""
 
 from __future__ import annotations
 
@@ -63,9 +63,17 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
     def __str__(self) -> str:
-        parts = [f"tp{self.tensor}", "sp" * self.sequence, f"pp{self.pipeline}", f"cp{self.context}"]
+        parts = [
+            f"tp{self.tensor}",
+            "sp" * self.sequence,
+            f"pp{self.pipeline}",
+            f"cp{self.context}",
+        ]
         parts += ["documents" * self.documents, "" if self.recompute == "none" else self.recompute]
-        return "-".join(part for part in parts if part and part not in ("tp1", "pp1", "cp1")) or "alone"
+        return (
+            "-".join(part for part in parts if part and part not in ("tp1", "pp1", "cp1"))
+            or "alone"
+        )
 
 
 LAYOUTS = [
@@ -79,8 +87,9 @@ LAYOUTS = [
 
 
 def fits(case: str, layout: Layout) -> bool:
-    """Whether it is run. The ring cannot cap scores, and the plan says so. What differs from its family only where
-    layouts play no part, and a schedule that only norms could disturb, are run once."""
+    """Whether it is run. The ring cannot cap scores, and the plan says so. What differs from its
+    family only where layouts play no part, and a schedule that only norms could disturb, are run
+    once."""
     if case in ("phi3-short", "gpt_neox-serial") and layout not in (LAYOUTS[0], Layout(tensor=2)):
         return False
     if CASES[case]["model_type"] in SEQ2SEQ and (layout.documents or layout.context > 1):
@@ -107,10 +116,13 @@ KIN = [
     "phi-grouped",
     "starcoder2",
 ]
-"""Families that are others' modules with a setting: biases, factors and norms are what tensor ranks could have wrong,
-and ends of the model what pipelines could."""
+"""Families that are others' modules with a setting: biases, factors and norms are what tensor ranks
+could have wrong, and ends of the model what pipelines could."""
 RUNS += [(case, Layout(tensor=2, sequence=True)) for case in KIN]
-RUNS += [(case, Layout(pipeline=2)) for case in ("falcon-groups", "granite-biases", "phi-grouped", "starcoder2")]
+RUNS += [
+    (case, Layout(pipeline=2))
+    for case in ("falcon-groups", "granite-biases", "phi-grouped", "starcoder2")
+]
 
 
 def batch() -> MicroBatch:
@@ -166,7 +178,8 @@ def run_all(rank: int, world_size: int, root: Path, runs: list[tuple[str, Layout
 
 
 def run(folder: Path, layout: Layout) -> Result:
-    """The loss of a step, and under Hugging Face names the weights before it and its gradients: this rank's part."""
+    """The loss of a step, and under Hugging Face names the weights before it and its gradients:
+    this rank's part."""
     config = config_of(folder, layout)
     table = weight_table(config.model)
     plan = make_plan(config, table, layout.ranks)
@@ -175,7 +188,9 @@ def run(folder: Path, layout: Layout) -> Result:
     parts = build(config, plan, mesh)
     parts.engine.load(from_hf(folder, table, config.model, mesh))
     owners = {
-        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        weight.name: plan.rank_at(
+            next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
+        )
         for weight in table
     }
     weights = parts.engine.gather("weight", owners)
@@ -189,9 +204,18 @@ def run(folder: Path, layout: Layout) -> Result:
     ]  # fmt: skip
     loss = forward_backward(parts, micro, mesh, seed=0)["loss"].item()
     grads = parts.engine.gather("grad", owners)
-    grads = {weight.name: grads[weight.name] for weight in table if weight.name in grads and not weight.by_counts}
+    grads = {
+        weight.name: grads[weight.name]
+        for weight in table
+        if weight.name in grads and not weight.by_counts
+    }
     by_hf = {
-        kind: {hf: x for weight in table if weight.name in found for hf, x in weight.to_hf(found[weight.name]).items()}
+        kind: {
+            hf: x
+            for weight in table
+            if weight.name in found
+            for hf, x in weight.to_hf(found[weight.name]).items()
+        }
         for kind, found in (("weights", weights), ("grads", grads))
     }
     return {"loss": loss, **by_hf}
@@ -200,7 +224,9 @@ def run(folder: Path, layout: Layout) -> Result:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the random model of every case, as transformers saves it."""
-    transformers = pytest.importorskip("transformers")  # here: ranks, which need it not, load this file
+    transformers = pytest.importorskip(
+        "transformers"
+    )  # here: ranks, which need it not, load this file
     root = tmp_path_factory.mktemp("models")
     for case in (*FAMILIES, *KIN):
         torch.manual_seed(0)
@@ -214,25 +240,33 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layout], Result]:
     """Every run that is asked for, all of two ranks in one spawn."""
-    asked = [(each["case"], each["layout"]) for each in cases_asked_for(request, test_a_step_is_that_of_transformers)]
+    asked = [
+        (each["case"], each["layout"])
+        for each in cases_asked_for(request, test_a_step_is_that_of_transformers)
+    ]
     written_back = cases_asked_for(request, test_transformers_opens_what_is_written_back)
     asked += [(each["case"], each["layout"]) for each in written_back]
     found: dict[tuple[str, Layout], Result] = {}
     for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
-        runs = [(case, layout) for case, layout in RUNS if layout.ranks == ranks and (case, layout) in asked]
+        runs = [
+            (case, layout)
+            for case, layout in RUNS
+            if layout.ranks == ranks and (case, layout) in asked
+        ]
         of_ranks = runner(ranks, run_all, root, runs) if runs else []
         for number, key in enumerate(runs):
             parts = [results[number] for results in of_ranks]
             found[key] = {"loss": parts[0]["loss"]} | {
-                kind: {name: x for part in parts for name, x in part[kind].items()} for kind in ("weights", "grads")
+                kind: {name: x for part in parts for name, x in part[kind].items()}
+                for kind in ("weights", "grads")
             }
     return found
 
 
 @cache
 def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
-    """transformers' loss and gradients. From positions that begin again decoders see where documents do, but for
-    gpt-oss; it and encoders are given a mask."""
+    """transformers' loss and gradients. From positions that begin again decoders see where
+    documents do, but for gpt-oss; it and encoders are given a mask."""
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     model = auto_class(model_type).from_pretrained(folder, attn_implementation="eager").eval()
     whole = batch()
@@ -247,7 +281,9 @@ def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
             apart = apart | torch.ones(LENGTH, LENGTH).triu(1).bool()
         masks = {"full_attention": torch.zeros(apart.shape).masked_fill(apart, -torch.inf)}
         if model_type == "modernbert":  # half of the window lies to each side
-            far = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() > model.config.local_attention // 2
+            far = (
+                torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+            ).abs() > model.config.local_attention // 2
             masks["sliding_attention"] = masks["full_attention"].masked_fill(far, -torch.inf)
         if model_type == "gpt_oss":
             far = torch.ones(LENGTH, LENGTH).tril(-model.config.sliding_window).bool()
@@ -259,7 +295,9 @@ def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
     logits = their_logits(model, whole.tokens, **kept)
     loss = F.cross_entropy(logits.flatten(0, 1), whole.labels.flatten())
     loss.backward()
-    return loss.item(), as_stored(model.config.model_type, {name: p.grad for name, p in model.named_parameters()})
+    return loss.item(), as_stored(
+        model.config.model_type, {name: p.grad for name, p in model.named_parameters()}
+    )
 
 
 @pytest.mark.parametrize(("case", "layout"), RUNS, ids=str)
@@ -274,13 +312,18 @@ def test_a_step_is_that_of_transformers(
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grads"].keys() == grads.keys()
     for name, grad in grads.items():
-        # The project's bound for every layout; fp32 sums in another order, about 1e-7 an operation, give up to 3e-6.
-        # 0 for an expert that no token visits.
-        error = ((found["grads"][name] - grad).norm() / size_of(name, grads).clamp(min=1e-12)).item()
+        # The project's bound for every layout; fp32 sums in another order, about 1e-7 an operation,
+        # give up to 3e-6. 0 for an expert that no token visits.
+        error = (
+            (found["grads"][name] - grad).norm() / size_of(name, grads).clamp(min=1e-12)
+        ).item()
         assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 
-CUT = [*((case, Layout(tensor=2)) for case in FAMILIES), *((case, Layout(tensor=2, sequence=True)) for case in KIN)]
+CUT = [
+    *((case, Layout(tensor=2)) for case in FAMILIES),
+    *((case, Layout(tensor=2, sequence=True)) for case in KIN),
+]
 
 
 @pytest.mark.parametrize(("case", "layout"), CUT, ids=str)
@@ -288,7 +331,9 @@ def test_transformers_opens_what_is_written_back(
     case: str, layout: Layout, tmp_path: Path, root: Path, results: dict[tuple[str, Layout], Result]
 ) -> None:
     load = auto_class(CASES[case]["model_type"]).from_pretrained
-    save_file(results[case, layout]["weights"], tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        results[case, layout]["weights"], tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     write_extras(tmp_path, config_of(root / case, layout), None)
     ours, info = load(tmp_path, attn_implementation="eager", output_loading_info=True)
     assert not any(info.values()), info
@@ -297,4 +342,7 @@ def test_transformers_opens_what_is_written_back(
     with torch.no_grad():
         assert torch.equal(their_logits(ours, tokens), their_logits(theirs, tokens))
     assert type(ours) is type(theirs)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == CASES[case]["model_type"]
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["model_type"]
+        == CASES[case]["model_type"]
+    )

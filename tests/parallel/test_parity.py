@@ -1,6 +1,6 @@
-"""Every layout trains the same model: loss, gradient norm, every gradient and every weight after two steps, in fp32,
-against one process that runs the clean model with plain torch. A new layout is one line in LAYOUTS; over 4 ranks every
-pair of settings is in some case."""
+"""Every layout trains the same model: loss, gradient norm, every gradient and every weight after
+two steps, in fp32, against one process that runs the clean model with plain torch. A new layout is
+one line in LAYOUTS; over 4 ranks every pair of settings is in some case."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from ranks import cases_asked_for, run_ranks
 
 SEED, STEPS, BATCH, LENGTH = 7, 2, 4, 32
 
-# vocab 193 leaves ragged and, at tensor 4, wholly padded shards; 4 or 5 layers make uneven pipeline stages.
+# vocab 193 leaves ragged and, at tensor 4, wholly padded shards; 4 or 5 layers make uneven pipeline
+# stages.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {
         "family": "llama", "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80, "num_layers": 5,
@@ -91,13 +92,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "t5", "encoder_layers": 2, "vocab_size": 193, "hidden_size": 48, "head_dim": 16,
         "intermediate_size": 80, "num_layers": 5, "num_attention_heads": 4, "max_positions": LENGTH, "dropout": 0.1,
     },
-    # An encoder of two layers and a decoder of three, whose stages hand over the hidden states of both.
+    # An encoder of two layers and a decoder of three, whose stages hand over the hidden states of
+    # both.
     "two-stacks-packed": {
         "family": "two_stacks", "encoder_layers": 2, "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80,
         "num_layers": 5, "num_attention_heads": 4, "max_positions": LENGTH, "init_std": 0.1,
     },
 }  # fmt: skip
-PACKED = ("llama-packed", "gpt2-packed", "moe-packed", "latent-packed", "bert-packed", "two-stacks-packed", "t5-packed")
+PACKED = (
+    "llama-packed",
+    "gpt2-packed",
+    "moe-packed",
+    "latent-packed",
+    "bert-packed",
+    "two-stacks-packed",
+    "t5-packed",
+)
 SOURCE = 24
 """Tokens of what an encoder reads."""
 
@@ -145,16 +155,31 @@ def layouts(ranks: int) -> Iterator[Layout]:
             continue
         shared = ranks > tensor * pipeline  # several replicas
         passes = (
-            [("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("zero_bubble", 2)] if pipeline > 1 else [("", 1)]
+            [("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("zero_bubble", 2)]
+            if pipeline > 1
+            else [("", 1)]
         )
-        for (schedule, virtual), sequence, zero in itertools.product(passes, (False, True), (0, 1, 2)):
+        for (schedule, virtual), sequence, zero in itertools.product(
+            passes, (False, True), (0, 1, 2)
+        ):
             if pipeline * virtual <= 4 and (tensor > 1 or not sequence) and (shared or zero == 1):
-                yield Layout(ranks, tensor, sequence, pipeline, schedule or "1f1b", virtual, context, zero=zero)
+                yield Layout(
+                    ranks,
+                    tensor,
+                    sequence,
+                    pipeline,
+                    schedule or "1f1b",
+                    virtual,
+                    context,
+                    zero=zero,
+                )
 
 
 def with_options(layout: Layout) -> Iterator[Layout]:
     """What else can be chosen beside where the ranks lie."""
-    for micro, recompute, loss_chunk in itertools.product((1, 2), ("none", "selective", "full"), (None, 5)):
+    for micro, recompute, loss_chunk in itertools.product(
+        (1, 2), ("none", "selective", "full"), (None, 5)
+    ):
         yield replace(layout, micro=micro, recompute=recompute, loss_chunk=loss_chunk)
 
 
@@ -166,15 +191,30 @@ def choices_of(case: Case) -> list[tuple[str, Any]]:
     """Each setting of a case, as (name, value). A schedule is one choice with its stages a rank."""
     model, layout = case
     passes = (layout.schedule, layout.virtual) if layout.pipeline > 1 else None
-    names = ("tensor", "sequence", "pipeline", "context", "zero", "micro", "recompute", "loss_chunk")
-    return [("model", model), ("passes", passes), *((name, getattr(layout, name)) for name in names)]
+    names = (
+        "tensor",
+        "sequence",
+        "pipeline",
+        "context",
+        "zero",
+        "micro",
+        "recompute",
+        "loss_chunk",
+    )
+    return [
+        ("model", model),
+        ("passes", passes),
+        *((name, getattr(layout, name)) for name in names),
+    ]
 
 
 def every_pair(cases: Sequence[Case]) -> list[Case]:
-    """As few of the cases as a greedy choice finds that have every pair of settings that any of them has. A fault in a
-    combination mostly needs two settings (Kuhn et al. 2004, "Software fault interactions"); cases that the plan refuses
-    are passed over."""
-    pairs: dict[Case, set[Pair]] = {case: set(itertools.combinations(choices_of(case), 2)) for case in cases}
+    """As few of the cases as a greedy choice finds that have every pair of settings that any of
+    them has. A fault in a combination mostly needs two settings (Kuhn et al. 2004, "Software fault
+    interactions"); cases that the plan refuses are passed over."""
+    pairs: dict[Case, set[Pair]] = {
+        case: set(itertools.combinations(choices_of(case), 2)) for case in cases
+    }
     missing, chosen = set().union(*pairs.values()), []
     while missing and pairs:
         best = max(pairs, key=lambda case: len(pairs[case] & missing))
@@ -218,7 +258,16 @@ LAYOUTS = [
     Layout(8, tensor=2, sequence=True, context=2, zero=2),
     Layout(8, pipeline=2, schedule="interleaved", virtual=2, context=2, zero=1),
     Layout(2, context=2, context_method="ulysses"),
-    Layout(4, tensor=2, sequence=True, context=2, context_method="ulysses", zero=2, recompute="full", micro=2),
+    Layout(
+        4,
+        tensor=2,
+        sequence=True,
+        context=2,
+        context_method="ulysses",
+        zero=2,
+        recompute="full",
+        micro=2,
+    ),
     Layout(4, pipeline=2, context=2, context_method="ulysses", optimizer="qk-clip"),
     *(Layout(2, zero=zero, engine="deepspeed") for zero in (1, 2, 3)),
     *(Layout(2, context=2, zero=zero, engine="deepspeed") for zero in (1, 3)),
@@ -227,7 +276,10 @@ LAYOUTS = [
     Layout(2, zero=3, recompute="selective", engine="deepspeed"),
     Layout(2, tensor=2, zero=2, micro=2, engine="deepspeed"),
     Layout(4, tensor=2, sequence=True, context=2, zero=3, recompute="full", engine="deepspeed"),
-    *(Layout(ranks, zero=zero, optimizer="muon") for ranks, zero in ((1, 1), (2, 0), (2, 1), (4, 2))),
+    *(
+        Layout(ranks, zero=zero, optimizer="muon")
+        for ranks, zero in ((1, 1), (2, 0), (2, 1), (4, 2))
+    ),
     Layout(2, tensor=2, sequence=True, optimizer="muon"),
     Layout(2, pipeline=2, schedule="zero_bubble", optimizer="muon"),
     Layout(4, tensor=2, zero=2, optimizer="muon"),
@@ -238,7 +290,10 @@ LAYOUTS = [
     Layout(2, pipeline=2, schedule="zero_bubble", optimizer="qk-clip"),
     Layout(2, context=2, optimizer="qk-clip"),
     Layout(4, tensor=2, context=2, zero=2, recompute="full", optimizer="qk-clip"),
-    *(Layout(ranks, zero=zero, optimizer="adafactor") for ranks, zero in ((1, 1), (2, 0), (2, 1), (4, 2))),
+    *(
+        Layout(ranks, zero=zero, optimizer="adafactor")
+        for ranks, zero in ((1, 1), (2, 0), (2, 1), (4, 2))
+    ),
     Layout(2, tensor=2, sequence=True, optimizer="adafactor"),
     Layout(2, pipeline=2, optimizer="adafactor"),
     Layout(4, tensor=2, zero=0, optimizer="adafactor"),
@@ -330,10 +385,28 @@ WITH_EXPERTS = [
     Layout(4, tensor=2, sequence=True, expert=4, expert_tensor=1, recompute="full"),
     Layout(4, expert=2, zero=1, optimizer="muon"),
     Layout(4, pipeline=2, schedule="zero_bubble", expert=2, zero=1),
-    Layout(4, pipeline=2, schedule="interleaved", virtual=2, tensor=2, sequence=True, expert=2, expert_tensor=1),
+    Layout(
+        4,
+        pipeline=2,
+        schedule="interleaved",
+        virtual=2,
+        tensor=2,
+        sequence=True,
+        expert=2,
+        expert_tensor=1,
+    ),
     Layout(4, context=2, expert=2, expert_tensor=2, zero=2),
     Layout(8, tensor=2, sequence=True, context=2, expert=2, expert_tensor=1, zero=2),
-    Layout(8, tensor=2, sequence=True, pipeline=2, expert=4, expert_tensor=1, schedule="zero_bubble", virtual=2),
+    Layout(
+        8,
+        tensor=2,
+        sequence=True,
+        pipeline=2,
+        expert=4,
+        expert_tensor=1,
+        schedule="zero_bubble",
+        virtual=2,
+    ),
 ]
 
 
@@ -348,26 +421,46 @@ WITH_LATENTS = [
     Layout(4, tensor=2, sequence=True, expert=2, zero=0, optimizer="adafactor"),
     Layout(4, tensor=2, sequence=True, expert=4, expert_tensor=1, recompute="full"),
     Layout(4, pipeline=2, schedule="zero_bubble", expert=2),
-    Layout(8, tensor=2, sequence=True, pipeline=2, schedule="interleaved", virtual=2, context=2, expert=2),
+    Layout(
+        8,
+        tensor=2,
+        sequence=True,
+        pipeline=2,
+        schedule="interleaved",
+        virtual=2,
+        context=2,
+        expert=2,
+    ),
 ]
 
 
 def fits(model: str, layout: Layout) -> bool:
-    """Whether it is run. A ring of attention never has its probabilities in one place to drop from; and where ranks
-    outnumber cores, or an engine is not ours, two models show what four would."""
+    """Whether it is run. A ring of attention never has its probabilities in one place to drop from;
+    and where ranks outnumber cores, or an engine is not ours, two models show what four would."""
     # WITH_EXPERTS, WITH_LATENTS, ENCODERS, TWO_STACKS, ENCODER_DECODERS
-    if model in ("moe-packed", "latent-packed", "bert-packed", "bert", "two-stacks-packed", "t5-packed", "t5"):
+    if model in (
+        "moe-packed",
+        "latent-packed",
+        "bert-packed",
+        "bert",
+        "two-stacks-packed",
+        "t5-packed",
+        "t5",
+    ):
         return False
     if layout.optimizer in ("qk-clip", "adafactor") and model not in ("llama", "gpt2-packed"):
         return False
-    if (layout.ranks >= 4 or layout.engine == "deepspeed") and model not in ("llama", "gpt2-packed"):
+    if (layout.ranks >= 4 or layout.engine == "deepspeed") and model not in (
+        "llama",
+        "gpt2-packed",
+    ):
         return False
     return layout.context == 1 or not MODELS[model].get("attention_dropout")
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    # eps far above rounding: Adam's first steps would otherwise divide noise by noise, and no tolerance would tell a
-    # wrong gradient from a right one.
+    # eps far above rounding: Adam's first steps would otherwise divide noise by noise, and no
+    # tolerance would tell a wrong gradient from a right one.
     "adamw": {"eps": 1e-3},
     "muon": {"name": "muon", "adamw": {"lr": 5e-3, "eps": 1e-3}},
     # A threshold that about half of the heads are above.
@@ -427,8 +520,8 @@ CASES = [
 
 
 def batches() -> list[MicroBatch]:
-    """The global batch of every step. A third of the labels carries no loss, unevenly; documents begin anywhere, and
-    one is a single token."""
+    """The global batch of every step. A third of the labels carries no loss, unevenly; documents
+    begin anywhere, and one is a single token."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for step in range(STEPS):
@@ -443,7 +536,9 @@ def batches() -> list[MicroBatch]:
     return found
 
 
-def micro_batches(model: str, step: int, layout: Layout, data_rank: int, data_size: int) -> list[MicroBatch]:
+def micro_batches(
+    model: str, step: int, layout: Layout, data_rank: int, data_size: int
+) -> list[MicroBatch]:
     batch = batches()[step]
     rows = torch.arange(BATCH).view(-1, data_size, layout.micro)[:, data_rank]
     documents = batch.documents if model in PACKED else None
@@ -457,9 +552,12 @@ def micro_batches(model: str, step: int, layout: Layout, data_rank: int, data_si
 
 
 def sides_of(batch: MicroBatch, model: str, row: Any = slice(None)) -> tuple[Tensor, Tensor | None]:
-    """What an encoder reads of a batch, and its documents; some of the decoder's have no token there."""
+    """What an encoder reads of a batch, and its documents; some of the decoder's have no token
+    there."""
     documents = batch.documents if model in PACKED else None
-    return batch.tokens.flip(1)[row, :SOURCE], None if documents is None else documents[row, :SOURCE]
+    return batch.tokens.flip(1)[row, :SOURCE], None if documents is None else documents[
+        row, :SOURCE
+    ]
 
 
 Result = dict[str, Any]
@@ -509,11 +607,15 @@ def place_of(weight: Weight, plan: Plan) -> int:
 def join(parts: list[Result]) -> Result:
     """What the stages of a pipeline have returned, as one."""
     whole: Result = {"loss": parts[0]["loss"], "norm": parts[0]["norm"]}
-    whole["grads"] = [{k: v for part in parts for k, v in part["grads"][step].items()} for step in range(STEPS)]
+    whole["grads"] = [
+        {k: v for part in parts for k, v in part["grads"][step].items()} for step in range(STEPS)
+    ]
     for kind in parts[0].keys() - whole.keys():
         whole[kind] = {name: tensor for part in parts for name, tensor in part[kind].items()}
     for part in parts:
-        assert (part["loss"], part["norm"]) == (whole["loss"], whole["norm"]), "every rank knows the loss and the norm"
+        assert (part["loss"], part["norm"]) == (whole["loss"], whole["norm"]), (
+            "every rank knows the loss and the norm"
+        )
     return whole
 
 
@@ -531,7 +633,9 @@ class PlainMuon(torch.optim.Optimizer):
             buffer.mul_(0.95).add_(p.grad, alpha=0.05)
             seen = (0.05 * p.grad + 0.95 * buffer).double()
             p.mul_(1 - group["lr"] * 0.1)
-            rows, seen_rows = (each.flatten(0, -2).split(group["rows"]) for each in (p, seen))  # of stacks, too
+            rows, seen_rows = (
+                each.flatten(0, -2).split(group["rows"]) for each in (p, seen)
+            )  # of stacks, too
             for part, x in zip(rows, seen_rows, strict=True):
                 x = x / x.norm()
                 for _ in range(5):
@@ -541,17 +645,24 @@ class PlainMuon(torch.optim.Optimizer):
 
 
 def note_logits(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The largest attention logit of each head, by the layer's name, from now on: whole matrices of logits."""
+    """The largest attention logit of each head, by the layer's name, from now on: whole matrices of
+    logits."""
     largest: dict[str, Tensor] = {}
 
     def noting(name: str) -> Any:
         def note(core: CoreAttention, arguments: tuple[Any, ...]) -> None:
             qkv, heads, groups, places = arguments
-            q, k = qkv[:, :, :heads], qkv[:, :, heads : heads + groups].repeat_interleave(heads // groups, 2)
+            q, k = (
+                qkv[:, :, :heads],
+                qkv[:, :, heads : heads + groups].repeat_interleave(heads // groups, 2),
+            )
             logits = torch.einsum("bthk,bshk->bhts", q, k) / qkv.shape[-1] ** 0.5
             unseen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
             if places.document_BT is not None:
-                unseen = unseen | (places.document_BT[:, :, None] != places.document_BT[:, None])[:, None]
+                unseen = (
+                    unseen
+                    | (places.document_BT[:, :, None] != places.document_BT[:, None])[:, None]
+                )
             largest[name] = logits.masked_fill(unseen, -torch.inf).amax((0, 2, 3)).detach()
 
         return note
@@ -562,7 +673,9 @@ def note_logits(model: torch.nn.Module) -> dict[str, Tensor]:
     return largest
 
 
-def plain_qk_clip(largest: dict[str, Tensor], parameters: dict[str, Tensor], groups: int, settings: Any) -> None:
+def plain_qk_clip(
+    largest: dict[str, Tensor], parameters: dict[str, Tensor], groups: int, settings: Any
+) -> None:
     """MuonClip, head by head; those that share their keys by the largest of them."""
     ratios = []
     for name, of_heads in largest.items():
@@ -583,7 +696,8 @@ def plain_qk_clip(largest: dict[str, Tensor], parameters: dict[str, Tensor], gro
 
 
 class PlainAdafactor(torch.optim.Optimizer):
-    """torch's Adafactor on every one of a weight's `rows` apart, whose states it keeps beside each other."""
+    """torch's Adafactor on every one of a weight's `rows` apart, whose states it keeps beside each
+    other."""
 
     def __init__(self, parameters: Sequence[dict[str, Any]]):
         super().__init__(parameters, {})
@@ -593,7 +707,9 @@ class PlainAdafactor(torch.optim.Optimizer):
             rows = p.data.flatten(0, -2) if p.dim() > 1 else p.data
             parts = [torch.nn.Parameter(part) for part in rows.split(group["rows"])]
             decay = group["weight_decay"]
-            self.apart.append(torch.optim.Adafactor(parts, lr=1.0, eps=(1e-3, 1e-3), weight_decay=decay))
+            self.apart.append(
+                torch.optim.Adafactor(parts, lr=1.0, eps=(1e-3, 1e-3), weight_decay=decay)
+            )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -608,13 +724,15 @@ class PlainAdafactor(torch.optim.Optimizer):
             shape = p.shape[:-2] if p.dim() > 1 else ()
             for name in ("row_var", "col_var") if p.dim() > 1 else ("variance",):
                 whole = torch.cat([each.state[part][name] for part in parts])
-                self.state[p][name] = whole.view(*shape, -1, whole.shape[-1]) if p.dim() > 1 else whole
+                self.state[p][name] = (
+                    whole.view(*shape, -1, whole.shape[-1]) if p.dim() > 1 else whole
+                )
 
 
 @cache
 def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
-    """The clean model in one process, whole batch at once, optimizers and clipping of torch, or as plain statements: no
-    megalite engine."""
+    """The clean model in one process, whole batch at once, optimizers and clipping of torch, or as
+    plain statements: no megalite engine."""
     config = config_of(model_name, Layout(1, optimizer=optimizer_name))
     weights = weight_table(config.model)
     read = from_seed(SEED, Mesh.alone())
@@ -622,7 +740,9 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for weight in weights:
-            parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+            parameters[weight.name].copy_(
+                read(weight, "weight", 0, weight.numel).view(weight.shape)
+            )
     clip = config.optimizer.qk_clip
     largest = note_logits(model) if clip else {}
     matrices = [w for w in weights if config.optimizer.name == "muon" and w.is_matrix]
@@ -635,10 +755,18 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     )  # fmt: skip
     optimizers: dict[torch.optim.Optimizer, float] = {adamw: 0.5 if matrices else 1.0}
     if config.optimizer.name == "adafactor":
-        each = [(w, parameters[w.name], 0.1 if w.decay else 0.0) for w in weights if not w.by_counts]
-        optimizers = {PlainAdafactor([{"params": [p], "rows": w.row_groups, "weight_decay": d} for w, p, d in each]): 1}
+        each = [
+            (w, parameters[w.name], 0.1 if w.decay else 0.0) for w in weights if not w.by_counts
+        ]
+        optimizers = {
+            PlainAdafactor(
+                [{"params": [p], "rows": w.row_groups, "weight_decay": d} for w, p, d in each]
+            ): 1
+        }
     if matrices:
-        optimizers[PlainMuon([{"params": [parameters[w.name]], "rows": w.row_groups} for w in matrices])] = 1.0
+        optimizers[
+            PlainMuon([{"params": [parameters[w.name]], "rows": w.row_groups} for w in matrices])
+        ] = 1.0
     result: Result = {"loss": [], "norm": [], "grads": []}
     losses = [module for module in model.modules() if isinstance(module, LayerLoss)]
     for batch in batches():
@@ -650,7 +778,10 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
             index = torch.arange(SOURCE)
             source = Source(tokens, SequenceInfo(index, index[None], documents, places.key_B))
             places = replace(places, source=source)
-        loss = model.loss(model(batch.tokens, places), batch.labels).sum() / (batch.labels != -100).sum()
+        loss = (
+            model.loss(model(batch.tokens, places), batch.labels).sum()
+            / (batch.labels != -100).sum()
+        )
         model.zero_grad()
         loss.backward()
         result["loss"].append(loss.item())
@@ -696,9 +827,12 @@ def chosen(request: pytest.FixtureRequest) -> frozenset[Case]:
 
 
 @cache
-def results_of(ranks: int, engine: str, compiled: bool, chosen: frozenset[Case]) -> dict[Case, Result]:
-    """All layouts of a number of ranks in one spawn: starting processes takes longer than the steps. DeepSpeed has its
-    own, since it replaces functions of torch; and so has torch's compiler, which takes its time."""
+def results_of(
+    ranks: int, engine: str, compiled: bool, chosen: frozenset[Case]
+) -> dict[Case, Result]:
+    """All layouts of a number of ranks in one spawn: starting processes takes longer than the
+    steps. DeepSpeed has its own, since it replaces functions of torch; and so has torch's compiler,
+    which takes its time."""
     kind = (ranks, engine, compiled)
     cases = [
         case
@@ -706,7 +840,9 @@ def results_of(ranks: int, engine: str, compiled: bool, chosen: frozenset[Case])
         if case in chosen and (case[1].ranks, case[1].engine, case[1].compile) == kind
     ]
     of_ranks = run_ranks(ranks, train_layouts, cases)
-    return {case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)}
+    return {
+        case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)
+    }
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -727,14 +863,17 @@ def test_layout_equals_one_process(model: str, layout: Layout, chosen: frozenset
 
 
 def check_against_one_process(found: Result, wanted: Result) -> None:
-    # fp32 sums in another order: about 1e-7 per operation; 1e-5 is the project's bound for every layout.
+    # fp32 sums in another order: about 1e-7 per operation; 1e-5 is the project's bound for every
+    # layout.
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert found["norm"] == pytest.approx(wanted["norm"], rel=1e-5)
     for step in range(STEPS):
         assert found["grads"][step].keys() == wanted["grads"][step].keys()
         for name, grad in found["grads"][step].items():
             if name.endswith("router.bias"):  # whole numbers
-                assert torch.equal(grad, wanted["grads"][step][name]), f"step {step + 1}: counts of {name}"
+                assert torch.equal(grad, wanted["grads"][step][name]), (
+                    f"step {step + 1}: counts of {name}"
+                )
             error = relative_error(grad, wanted["grads"][step][name])
             assert error <= 1e-5, f"step {step + 1}: gradient of {name} is off by {error:.1e}"
     for kind in found.keys() - {"loss", "norm", "grads"}:
@@ -746,9 +885,11 @@ def check_against_one_process(found: Result, wanted: Result) -> None:
 
 @pytest.mark.parametrize("model", ["moe-packed", "latent-packed"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_no_token_is_close_to_another_expert(model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Routing is not continuous: rounding could send such a token elsewhere on another layout, and no bound would
-    hold. Noise of fp32 is up to 1e-6 here, relative."""
+def test_no_token_is_close_to_another_expert(
+    model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routing is not continuous: rounding could send such a token elsewhere on another layout, and
+    no bound would hold. Noise of fp32 is up to 1e-6 here, relative."""
     gaps = []
 
     def top_k(scores: Tensor, k: int) -> Tensor:
@@ -775,9 +916,12 @@ def test_zero_stages_give_the_same_bits(optimizer: str) -> None:
 
 
 def test_sums_of_experts_do_not_depend_on_where_they_are() -> None:
-    """With two replicas of dense weights. Of an expert's own gradient, the sum over tokens of other ranks is another
-    one: a product here, a reduction there."""
-    cases = [("moe-packed", Layout(4, tensor=2, sequence=True, expert=n, expert_tensor=1)) for n in (1, 2, 4)]
+    """With two replicas of dense weights. Of an expert's own gradient, the sum over tokens of other
+    ranks is another one: a product here, a reduction there."""
+    cases = [
+        ("moe-packed", Layout(4, tensor=2, sequence=True, expert=n, expert_tensor=1))
+        for n in (1, 2, 4)
+    ]
     first, *others = run_ranks(4, train_layouts, cases)[0]
     for other in others:
         assert other["loss"] == first["loss"]
@@ -785,8 +929,11 @@ def test_sums_of_experts_do_not_depend_on_where_they_are() -> None:
             assert ".experts." in name or torch.equal(other["grads"][0][name], grad), name
 
 
-def judge_layouts(rank: int, world_size: int, layouts: list[Layout], model: str) -> list[list[Tensor]]:
-    """Losses [B,T] of the first batch's micro-batches, as validation computes them; on the last stage's rank."""
+def judge_layouts(
+    rank: int, world_size: int, layouts: list[Layout], model: str
+) -> list[list[Tensor]]:
+    """Losses [B,T] of the first batch's micro-batches, as validation computes them; on the last
+    stage's rank."""
     found = []
     for layout in layouts:
         config = config_of(model, layout)
@@ -829,19 +976,25 @@ def train_layouts_lazily(rank: int, world_size: int, cases: list[Case]) -> list[
 @cache
 def lazy_results(cases: tuple[Case, ...]) -> dict[Case, Result]:
     of_ranks = run_ranks(2, train_layouts_lazily, list(cases))
-    return {case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)}
+    return {
+        case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)
+    }
 
 
 @pytest.mark.parametrize(("model", "layout"), LAZILY, ids=str)
-def test_every_collective_is_waited_for(model: str, layout: Layout, request: pytest.FixtureRequest) -> None:
-    """A result that is read before its wait, or a buffer that changes while it travels, goes unseen over loopback."""
+def test_every_collective_is_waited_for(
+    model: str, layout: Layout, request: pytest.FixtureRequest
+) -> None:
+    """A result that is read before its wait, or a buffer that changes while it travels, goes unseen
+    over loopback."""
     asked = cases_asked_for(request, test_every_collective_is_waited_for)
     found = lazy_results(tuple((each["model"], each["layout"]) for each in asked))[model, layout]
     check_against_one_process(found, reference(model, layout.optimizer))
 
 
 def test_reference_would_notice_a_wrong_gradient() -> None:
-    """The tolerance tells apart what it should: one sample less changes every matrix by far more."""
+    """The tolerance tells apart what it should: one sample less changes every matrix by far
+    more."""
     wanted = reference("llama")["grads"][0]
     layout = Layout(1)
     config = config_of("llama", layout)
@@ -855,7 +1008,8 @@ def test_reference_would_notice_a_wrong_gradient() -> None:
 
 
 def whole_gradients_alive(rank: int, world_size: int, zero: int) -> tuple[int, int]:
-    """(most buckets whose whole gradient existed at once during a backward pass, number of buckets)."""
+    """(most buckets whose whole gradient existed at once during a backward pass, number of
+    buckets)."""
     layout = Layout(world_size, zero=zero)
     config = config_of("llama", layout)
     plan = make_plan(config, weight_table(config.model), world_size)
@@ -879,8 +1033,8 @@ def whole_gradients_alive(rank: int, world_size: int, zero: int) -> tuple[int, i
 
 
 def test_zero_2_never_holds_all_gradients() -> None:
-    """What stage 2 is for. Norm weights share a bucket that is only full at the end, and up to 3 more are on their
-    way."""
+    """What stage 2 is for. Norm weights share a bucket that is only full at the end, and up to 3
+    more are on their way."""
     most, buckets = run_ranks(2, whole_gradients_alive, 2)[0]
     assert buckets > 8
     assert most <= 5

@@ -1,4 +1,5 @@
-"""Pipelines beyond the parity of their numbers: the memory they hold, and what a trace shows of them."""
+"""Pipelines beyond the parity of their numbers: the memory they hold, and what a trace shows of
+them."""
 
 from __future__ import annotations
 
@@ -41,14 +42,17 @@ def measure_all(rank: int, world_size: int) -> list[tuple[int, int]]:
     """Bytes that 4 and 16 micro-batches add to what stays between steps, for each schedule."""
     found = []
     for schedule in SCHEDULES:
-        few, many = (measure_step(rank, world_size, config_of(*schedule, count)) for count in (4, 16))
+        few, many = (
+            measure_step(rank, world_size, config_of(*schedule, count)) for count in (4, 16)
+        )
         found.append((few["peak"] - few["resident"], many["peak"] - many["resident"]))
     return found
 
 
 def test_what_a_stage_holds_is_bounded_by_the_schedule() -> None:
-    """Four times the micro-batches need no more memory. Their tokens, labels and places, 4 KiB each, are all there from
-    the beginning; a single activation that was kept for each would be 32 KiB."""
+    """Four times the micro-batches need no more memory. Their tokens, labels and places, 4 KiB
+    each, are all there from the beginning; a single activation that was kept for each would be 32
+    KiB."""
     for rank, of_rank in enumerate(run_ranks(2, measure_all)):
         for schedule, (few, many) in zip(SCHEDULES, of_rank, strict=True):
             assert few > 1_000_000, "activations are there to be seen"
@@ -61,13 +65,19 @@ def test_a_trace_names_every_pass(tmp_path: Path) -> None:
     run_ranks(2, train_on_rank, [config])
     for rank in (0, 1):
         path = config.run.folder / "trace" / f"steps-2-3-rank-{rank}.json.gz"
-        names = Counter(event["name"] for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
+        names = Counter(
+            event["name"] for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        )
         passes = {name: count for name, count in names.items() if re.match(r"stage \d", name)}
         kinds = ("forward", "backward", "weights")
-        assert passes == {f"stage {rank} {kind} {number}": 2 for kind in kinds for number in range(4)}
+        assert passes == {
+            f"stage {rank} {kind} {number}": 2 for kind in kinds for number in range(4)
+        }
 
 
-@pytest.mark.parametrize(("steps", "word"), [("[3, 2]", "first <= last"), ("[1]", "first <= last"), ("[0, 1]", "1 <=")])
+@pytest.mark.parametrize(
+    ("steps", "word"), [("[3, 2]", "first <= last"), ("[1]", "first <= last"), ("[0, 1]", "1 <=")]
+)
 def test_impossible_steps_to_profile_are_refused(tmp_path: Path, steps: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         make_config(tmp_path, "llama", f"profile.steps={steps}")

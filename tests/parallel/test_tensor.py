@@ -1,7 +1,9 @@
-"""Collectives, their conjugate pairs and the parallel modules on real ranks, against torch on one process.
+"""Collectives, their conjugate pairs and the parallel modules on real ranks, against torch on one
+process.
 
-A check is a function that runs on every rank and returns what it found and what it wanted, both tensors by name. All
-ranks draw the same numbers, so each can work out the whole on its own. All checks of a number of ranks share one spawn.
+A check is a function that runs on every rank and returns what it found and what it wanted, both
+tensors by name. All ranks draw the same numbers, so each can work out the whole on its own. All
+checks of a number of ranks share one spawn.
 """
 
 from __future__ import annotations
@@ -48,11 +50,14 @@ Check = Callable[[Axis], Result]
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """fp64: what remains between two orders of summation is then far below any mistake."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def integers(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Small ones: their sums are exact in every dtype, so that collectives can be compared bit by bit."""
+    """Small ones: their sums are exact in every dtype, so that collectives can be compared bit by
+    bit."""
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -73,12 +78,21 @@ def gather_and_scatter(axis: Axis, dtype: torch.dtype) -> Result:
         shape[dim] *= axis.size
         all_ = [integers(10 * dim + rank, *shape, dtype=dtype) for rank in range(axis.size)]
         mine = all_[axis.rank].clone()
-        found[f"reduce_scatter {dim}"] = reduce_scatter(mine, axis, dim), part(sum(all_[1:], all_[0]), axis, dim)
+        found[f"reduce_scatter {dim}"] = (
+            reduce_scatter(mine, axis, dim),
+            part(sum(all_[1:], all_[0]), axis, dim),
+        )
         found[f"reduce_scatter {dim} leaves its input alone"] = mine, all_[axis.rank]
         kept = reduce_scatter(mine, axis, dim).untyped_storage().nbytes() * axis.size
-        found[f"reduce_scatter {dim} keeps its slice alone"] = torch.tensor(kept), torch.tensor(mine.nbytes)
+        found[f"reduce_scatter {dim} keeps its slice alone"] = (
+            torch.tensor(kept),
+            torch.tensor(mine.nbytes),
+        )
         strided = [x.transpose(0, 2) for x in ones]  # gradients of views are seldom contiguous
-        found[f"all_gather {dim} strided"] = all_gather(strided[axis.rank], axis, dim), torch.cat(strided, dim)
+        found[f"all_gather {dim} strided"] = (
+            all_gather(strided[axis.rank], axis, dim),
+            torch.cat(strided, dim),
+        )
         across = [x.transpose(0, 2) for x in all_]
         found[f"reduce_scatter {dim} strided"] = (
             reduce_scatter(across[axis.rank], axis, 2 - dim), part(sum(across[1:], across[0]), axis, 2 - dim)
@@ -96,15 +110,22 @@ def started(axis: Axis, dtype: torch.dtype) -> Result:
     return {
         "start_reduce": (reduced, total),
         "start_reduce_scatter": (part(scattered, axis, 0), part(total, axis, 0)),
-        "start_all_gather": (gathered, torch.cat([x.chunk(axis.size)[rank] for rank, x in enumerate(all_)])),
+        "start_all_gather": (
+            gathered,
+            torch.cat([x.chunk(axis.size)[rank] for rank, x in enumerate(all_)]),
+        ),
     }
 
 
 def in_flight(axis: Axis, backwards: bool) -> Result:
     """Many messages of different sizes between the same ranks, waited for in either order."""
     sizes = [1 + 37 * i % 101 for i in range(30)]
-    gathers = [torch.full((axis.size * size,), float(100 * i + axis.rank)) for i, size in enumerate(sizes)]
-    scatters = [torch.full((axis.size * size,), float(i + axis.rank)) for i, size in enumerate(sizes)]
+    gathers = [
+        torch.full((axis.size * size,), float(100 * i + axis.rank)) for i, size in enumerate(sizes)
+    ]
+    scatters = [
+        torch.full((axis.size * size,), float(i + axis.rank)) for i, size in enumerate(sizes)
+    ]
     waits = []
     for gathered, scattered in zip(gathers, scatters, strict=True):
         waits += [start_all_gather(gathered, axis), start_reduce_scatter(scattered, axis)]
@@ -115,12 +136,16 @@ def in_flight(axis: Axis, backwards: bool) -> Result:
     found: Result = {}
     for i, size in enumerate(sizes):
         found[f"gather {i}"] = gathers[i], (100 * i + ranks).repeat_interleave(size)
-        found[f"scatter {i}"] = part(scatters[i], axis, 0), torch.full((size,), float(axis.size * i + ranks.sum()))
+        found[f"scatter {i}"] = (
+            part(scatters[i], axis, 0),
+            torch.full((size,), float(axis.size * i + ranks.sum())),
+        )
     return found
 
 
 def strided_group(axis: Axis) -> Result:
-    """A group of every second rank, as data groups are: ranks of the axis are not ranks of the world."""
+    """A group of every second rank, as data groups are: ranks of the axis are not ranks of the
+    world."""
     groups = [list(range(first, axis.size, 2)) for first in (0, 1)]
     made = [dist.new_group(group) for group in groups]  # every rank makes all of them
     mine = axis.rank % 2
@@ -135,7 +160,8 @@ def strided_group(axis: Axis) -> Result:
 
 
 def ways_alone(axis: Axis, sequence: bool) -> Result:
-    """Each way on its own. The loss is the sum over ranks of ⟨weights of the rank, output of the rank⟩."""
+    """Each way on its own. The loss is the sum over ranks of ⟨weights of the rank, output of the
+    rank⟩."""
     full = (BATCH, LENGTH, HIDDEN)
     weights = [numbers(rank, *full) for rank in range(axis.size)]
     total = sum(weights[1:], weights[0])
@@ -149,7 +175,8 @@ def ways_alone(axis: Axis, sequence: bool) -> Result:
     summed = sum(inputs[1:], inputs[0])
     z = leaf(inputs[axis.rank])
     left = leave(z * 1.0, axis, sequence)
-    # Without a cut sequence every rank computes the same loss of the same output; with it, each that of its slice.
+    # Without a cut sequence every rank computes the same loss of the same output; with it, each
+    # that of its slice.
     (left * (part(weights[0], axis, 1) if sequence else weights[0])).sum().backward()
     return {
         "enter": (entered, whole),
@@ -160,7 +187,8 @@ def ways_alone(axis: Axis, sequence: bool) -> Result:
 
 
 def block(axis: Axis, sequence: bool) -> Result:
-    """Column-parallel, a function of each feature alone, row-parallel: two linear layers on one process."""
+    """Column-parallel, a function of each feature alone, row-parallel: two linear layers on one
+    process."""
     up, down = nn.Linear(HIDDEN, INNER).double(), nn.Linear(INNER, HIDDEN).double()
     with torch.no_grad():
         for i, parameter in enumerate((up.weight, up.bias, down.weight, down.bias)):
@@ -179,7 +207,9 @@ def block(axis: Axis, sequence: bool) -> Result:
     x_local = leaf(part(x, axis, 1) if sequence else x)
     y_local = down_local(torch.tanh(up_local(x_local)))
     (y_local * (part(weights, axis, 1) if sequence else weights)).sum().backward()
-    bias_grad = all_reduce(bias.grad.clone(), axis) if sequence else bias.grad  # the engine's part: `partial_grad`
+    bias_grad = (
+        all_reduce(bias.grad.clone(), axis) if sequence else bias.grad
+    )  # the engine's part: `partial_grad`
     return {
         "y": (y_local, part(y, axis, 1) if sequence else y),
         "x.grad": (x_local.grad, part(x.grad, axis, 1) if sequence else x.grad),
@@ -210,25 +240,36 @@ def embeddings(axis: Axis, sequence: bool) -> Result:
     table = nn.Parameter(padded_part(weight.detach(), axis, 0, 9.0))
     places = nn.Parameter(positions.detach().clone())
     embed = VocabParallelEmbedding(table, axis, sequence)
-    place: nn.Module = SequenceCutEmbedding(places, axis) if sequence else nn.Embedding(LENGTH, HIDDEN, _weight=places)
+    place: nn.Module = (
+        SequenceCutEmbedding(places, axis)
+        if sequence
+        else nn.Embedding(LENGTH, HIDDEN, _weight=places)
+    )
     y_local = embed(tokens) + place(numbers_1T)
     (y_local * (part(weights, axis, 1) if sequence else weights)).sum().backward()
     places_grad = places.grad if sequence else place.weight.grad
     return {
         "y": (y_local, part(y, axis, 1) if sequence else y),
         "weight.grad": (table.grad, padded_part(weight.grad, axis, 0, 0.0)),
-        "positions.grad": (all_reduce(places_grad.clone(), axis) if sequence else places_grad, positions.grad),
+        "positions.grad": (
+            all_reduce(places_grad.clone(), axis) if sequence else places_grad,
+            positions.grad,
+        ),
     }
 
 
-def cross_entropy(axis: Axis, vocab: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Result:
+def cross_entropy(
+    axis: Axis, vocab: int, scale: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Result:
     """Padded columns hold huge logits, which must neither count nor get a gradient."""
     logits = leaf((numbers(0, BATCH, LENGTH, vocab) * scale).to(dtype))
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, vocab, (BATCH, LENGTH), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.25] = IGNORE
     labels[0] = IGNORE
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
+    )
     weights = numbers(2, BATCH * LENGTH, dtype=torch.float32)
     (losses * weights).sum().backward()
 
@@ -240,12 +281,17 @@ def cross_entropy(axis: Axis, vocab: int, scale: float = 1.0, dtype: torch.dtype
     assert (found[0] == 0).all()
     assert (local.grad[0] == 0).all()
     assert found.isfinite().all()
-    return {"losses": (found.flatten(), losses), "gradient": (local.grad, padded_part(logits.grad, axis, 2, 0.0))}
+    return {
+        "losses": (found.flatten(), losses),
+        "gradient": (local.grad, padded_part(logits.grad, axis, 2, 0.0)),
+    }
 
 
-# fp64 sums of a few hundred numbers near 1: 1e-12 is a thousand roundings. Exact: integers, whose sums do not round.
+# fp64 sums of a few hundred numbers near 1: 1e-12 is a thousand roundings. Exact: integers, whose
+# sums do not round.
 EXACT, FP64 = 0.0, 1e-12
-# fp32 losses up to 10 and their gradients below 1: some ten roundings of 6e-8 relative to the largest.
+# fp32 losses up to 10 and their gradients below 1: some ten roundings of 6e-8 relative to the
+# largest.
 FP32 = 1e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64)
 CHECKS: dict[str, tuple[Check, float]] = {
@@ -257,10 +303,14 @@ CHECKS: dict[str, tuple[Check, float]] = {
     **{f"ways alone, sequence {s}": (partial(ways_alone, sequence=s), FP64) for s in (False, True)},
     **{f"block, sequence {s}": (partial(block, sequence=s), FP64) for s in (False, True)},
     **{f"embeddings, sequence {s}": (partial(embeddings, sequence=s), FP64) for s in (False, True)},
-    # 256: no padding. 193: a ragged last rank. 100: two wholly padded ones of four. 5: all but the first padded.
-    **{f"loss, vocabulary {v}": (partial(cross_entropy, vocab=v), FP32) for v in (256, 193, 100, 5)},
+    # 256: no padding. 193: a ragged last rank. 100: two wholly padded ones of four. 5: all but the
+    # first padded.
+    **{
+        f"loss, vocabulary {v}": (partial(cross_entropy, vocab=v), FP32) for v in (256, 193, 100, 5)
+    },
     "loss, huge logits": (partial(cross_entropy, vocab=193, scale=1e4), FP32),
-    # Both round one fp32 gradient to bf16: at most one step of 2⁻⁸ apart where they fall on either side of a tie.
+    # Both round one fp32 gradient to bf16: at most one step of 2⁻⁸ apart where they fall on either
+    # side of a tie.
     "loss, bf16": (partial(cross_entropy, vocab=193, dtype=torch.bfloat16), 2.0**-8),
 }
 
@@ -268,7 +318,9 @@ CHECKS: dict[str, tuple[Check, float]] = {
 def run_checks(rank: int, world_size: int) -> dict[str, Result]:
     axis = Axis(world_size, rank, dist.group.WORLD)
     return {
-        name: {key: (found.detach(), wanted.detach()) for key, (found, wanted) in check(axis).items()}
+        name: {
+            key: (found.detach(), wanted.detach()) for key, (found, wanted) in check(axis).items()
+        }
         for name, (check, _) in CHECKS.items()
     }
 
@@ -284,7 +336,9 @@ def test_on_every_rank(name: str, world_size: int) -> None:
     tolerance = CHECKS[name][1]
     for rank, results in enumerate(results_of(world_size)):
         for key, (found, wanted) in results[name].items():
-            assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype), f"{key} on rank {rank}"
+            assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype), (
+                f"{key} on rank {rank}"
+            )
             largest = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
             error = (found.double() - wanted.double()).abs().max().item() / largest
             assert error <= tolerance, f"{key} on rank {rank} is off by {error:.1e}"

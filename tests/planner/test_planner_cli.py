@@ -40,7 +40,17 @@ def test_report(config: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_overrides_and_interconnect(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", config, "--gpus", "32", "--gpu", "h200", "--interconnect", "ethernet-10", "parallel.virtual=4"]
+    arguments = [
+        "plan",
+        config,
+        "--gpus",
+        "32",
+        "--gpu",
+        "h200",
+        "--interconnect",
+        "ethernet-10",
+        "parallel.virtual=4",
+    ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "4 stages a rank" in text
@@ -56,7 +66,9 @@ def test_what_does_not_fit_is_said(config: str, capsys: pytest.CaptureFixture[st
     assert "taken as typical" in text
 
 
-def test_search_writes_a_config(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_writes_a_config(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["plan", config, "--gpus", "8", "--gpu", "h100", "--search", "--picture", "p.png"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -75,7 +87,18 @@ def test_picture(config: str, tmp_path: Path) -> None:
         "c.png": ["parallel.pipeline=1"],
     }.items():
         more = ["parallel.virtual=1", "parallel.schedule=1f1b"] if name == "c.png" else []
-        arguments = ["plan", config, *overrides, *more, "--gpus", "8", "--gpu", "h100", "--picture", name]
+        arguments = [
+            "plan",
+            config,
+            *overrides,
+            *more,
+            "--gpus",
+            "8",
+            "--gpu",
+            "h100",
+            "--picture",
+            name,
+        ]
         assert main(arguments) == 0
         assert (tmp_path / name).stat().st_size > 10_000
     assert not list(tmp_path.glob("*.tmp"))
@@ -103,7 +126,9 @@ def test_mistakes_are_explained(
 
 
 @pytest.mark.parametrize("option", ["--output", "--picture"])
-def test_the_config_is_not_written_over(config: str, capsys: pytest.CaptureFixture[str], option: str) -> None:
+def test_the_config_is_not_written_over(
+    config: str, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
     before = Path(config).read_text()
     assert main(["plan", config, "--gpus", "32", "--gpu", "h200", "--search", option, config]) == 2
     assert f"{config} is an input, and {config} would be written over it" in capsys.readouterr().err
@@ -111,7 +136,8 @@ def test_the_config_is_not_written_over(config: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("1e12", 1e12), ("15T", 15e12), ("300b", 3e11), ("2.5M", 2.5e6), ("7", 7.0)]
+    ("text", "tokens"),
+    [("1e12", 1e12), ("15T", 15e12), ("300b", 3e11), ("2.5M", 2.5e6), ("7", 7.0)],
 )
 def test_tokens(text: str, tokens: float) -> None:
     from megalite.planner.report import parse_tokens

@@ -1,5 +1,5 @@
-"""Predicted memory and traffic against what the training program needs and sends as ranks of a cluster that is not
-there: a sample of layouts, and with --whole all of them."""
+"""Predicted memory and traffic against what the training program needs and sends as ranks of a
+cluster that is not there: a sample of layouts, and with --whole all of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from megalite.planner.memory import Memory
 pytestmark = built
 
 WITHIN = 0.02
-"""Nearly all are within 0.1%. Under pipelines with several messages on their way, one of them is up to 1.5%."""
+"""Nearly all are within 0.1%. Under pipelines with several messages on their way, one of them is up
+to 1.5%."""
 SENT_WITHIN = 0.005
 """Padding of buckets; which rank owns how much of the matrices that Muon solves."""
 INTERLEAVED = ("parallel.virtual=2", "parallel.schedule=interleaved")
 ZERO_BUBBLE = "parallel.schedule=zero_bubble"
-FULL, SELECTIVE, DOCUMENTS = "train.recompute=full", "train.recompute=selective", "data.document_mask=true"
+FULL, SELECTIVE, DOCUMENTS = (
+    "train.recompute=full",
+    "train.recompute=selective",
+    "data.document_mask=true",
+)
 
 
 def tensor(ranks: int) -> str:
@@ -55,7 +60,9 @@ OTHERS = {
     "documents, tensor": Case(LLAMA, 16, (DOCUMENTS, tensor(8))),
     "context": Case(LLAMA, 16, (context(4),)),
     "context, documents": Case(LLAMA, 16, (context(4), DOCUMENTS)),
-    "context, long": Case(LLAMA, 16, (context(2), tensor(4), "data.seq_length=32768", "model.max_positions=32768")),
+    "context, long": Case(
+        LLAMA, 16, (context(2), tensor(4), "data.seq_length=32768", "model.max_positions=32768")
+    ),
     "chunks": Case(LLAMA, 8, ("train.loss_chunk=1024",)),
     "chunks, tensor": Case(LLAMA, 16, ("train.loss_chunk=1024", tensor(8))),
     "full": Case(LLAMA, 8, (FULL,)),
@@ -73,7 +80,9 @@ OTHERS = {
     "70b": Case({"preset": "llama-70b", "num_layers": 8}, 64, (tensor(8), pipeline(4))),
     "gpt2": Case(GPT2, 8, ("data.seq_length=1024", "train.micro_batch_size=2")),
     "gpt2, dropout": Case(GPT2, 8, ("data.seq_length=1024", "model.hidden_dropout=0.1")),
-    "gpt2, tensor, dropout": Case(GPT2, 8, ("data.seq_length=1024", "model.hidden_dropout=0.1", tensor(4))),
+    "gpt2, tensor, dropout": Case(
+        GPT2, 8, ("data.seq_length=1024", "model.hidden_dropout=0.1", tensor(4))
+    ),
     "mixtral": Case(MIXTRAL, 8),
     "mixtral, whole sequence": Case(MIXTRAL, 8, (tensor(4), "parallel.sequence=false")),
     "mixtral, pipeline": Case(MIXTRAL, 8, (pipeline(2),)),
@@ -100,11 +109,21 @@ def check_memory(name: str, dry: Dry) -> None:
         pipeline_rank = record.rank // (dry.plan.replicas * dry.plan.tensor)
         memory: Memory = memories[pipeline_rank]
         peak = record.peaks["training"]
-        print(f"{name}, rank {record.rank}: {peak / 2**30:.3f} GiB, planned {memory.step / peak - 1:+.2%}")
-        assert memory.step == pytest.approx(peak, rel=WITHIN), (name, record.rank, record.at_peak["training"], memory)
+        print(
+            f"{name}, rank {record.rank}: {peak / 2**30:.3f} GiB, planned {memory.step / peak - 1:+.2%}"
+        )
+        assert memory.step == pytest.approx(peak, rel=WITHIN), (
+            name,
+            record.rank,
+            record.at_peak["training"],
+            memory,
+        )
         saves.setdefault(pipeline_rank, []).append(record.peaks["saving"])
     for pipeline_rank, peaks in saves.items():  # planned for the rank that gathers most
-        assert memories[pipeline_rank].save == pytest.approx(max(peaks), rel=WITHIN), (name, pipeline_rank)
+        assert memories[pipeline_rank].save == pytest.approx(max(peaks), rel=WITHIN), (
+            name,
+            pipeline_rank,
+        )
 
 
 def check_traffic(name: str, dry: Dry) -> None:
@@ -114,7 +133,9 @@ def check_traffic(name: str, dry: Dry) -> None:
         return
     sent: dict[str, float] = {}
     for record in dry.records:
-        for axis, size in (bytes_by_axis(record.traffic, "training") if record.traffic else {}).items():
+        for axis, size in (
+            bytes_by_axis(record.traffic, "training") if record.traffic else {}
+        ).items():
             sent[axis] = max(sent.get(axis, 0.0), size)
     sent.pop("world", None)  # single numbers
     for axis, size in sent.items():
@@ -136,4 +157,6 @@ def test_the_host_does_not_ask_the_device_where_documents_end(dry: dict[str, Dry
     for record in dry["documents"].records:
         waits = [place for phase, _, place, _ in record.waits if phase == "training"]
         assert waits, "steps are waited for, long after they were launched"
-        assert not any("kernels/attention" in place or "parts.py" in place for place in waits), waits
+        assert not any("kernels/attention" in place or "parts.py" in place for place in waits), (
+            waits
+        )

@@ -1,4 +1,5 @@
-"""Chips and interconnects are data; what is not known is asked for. Collectives and kernels by hand."""
+"""Chips and interconnects are data; what is not known is asked for. Collectives and kernels by
+hand."""
 
 from __future__ import annotations
 
@@ -15,12 +16,33 @@ from megalite.models import weight_table
 from megalite.observe.throughput import chip_peak
 from megalite.plan import make_plan
 from megalite.planner.estimate import estimate
-from megalite.planner.hardware import TYPICAL_MATMUL, TYPICAL_SUSTAINED, Chip, Interconnect, find_hardware
+from megalite.planner.hardware import (
+    TYPICAL_MATMUL,
+    TYPICAL_SUSTAINED,
+    Chip,
+    Interconnect,
+    find_hardware,
+)
 from megalite.planner.kernels import LAUNCH_US, MEGALITE, MEMORY_SHARE, RAMP, Kernels
-from megalite.planner.network import BASE_US, LINK_SHARE, LINK_US, NETWORK_SHARE, Group, Network, place
+from megalite.planner.network import (
+    BASE_US,
+    LINK_SHARE,
+    LINK_US,
+    NETWORK_SHARE,
+    Group,
+    Network,
+    place,
+)
 from megalite.utils.resources import configs_dir
 
-MINE = {"chip": "Mine", "bf16_tflops": 100, "memory_gb": 64, "memory_tb_s": 1, "link_gb_s": 100, "num_sms": 100}
+MINE = {
+    "chip": "Mine",
+    "bf16_tflops": 100,
+    "memory_gb": 64,
+    "memory_tb_s": 1,
+    "link_gb_s": 100,
+    "num_sms": 100,
+}
 
 
 def test_every_chip_of_the_table_can_be_planned_for_and_has_its_mfu() -> None:
@@ -43,7 +65,15 @@ def test_unknown_chip_must_be_described(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_hardware(name)
     message = str(caught.value)
-    for part in (f"--gpu {name!r}", "H200 SXM", "RTX 3090", "my.yaml", "bf16_tflops", "memory_tb_s", "num_sms"):
+    for part in (
+        f"--gpu {name!r}",
+        "H200 SXM",
+        "RTX 3090",
+        "my.yaml",
+        "bf16_tflops",
+        "memory_tb_s",
+        "num_sms",
+    ):
         assert part in message
 
 
@@ -72,7 +102,9 @@ def test_described_chip(tmp_path: Path) -> None:
         ({"matmul": 80}, "matmul"),
     ],
 )
-def test_mistakes_in_a_description_are_named(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+def test_mistakes_in_a_description_are_named(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
     file = tmp_path / "mine.yaml"
     values = {name: value for name, value in (MINE | change).items() if value is not None}
     file.write_text(yaml.safe_dump(values))
@@ -82,7 +114,9 @@ def test_mistakes_in_a_description_are_named(tmp_path: Path, change: dict[str, A
         find_hardware(str(tmp_path / "none.yaml"))
 
 
-def network(tensor: int = 8, world_size: int = 64, pipeline: int = 1, node: int = 8, context: int = 1) -> Network:
+def network(
+    tensor: int = 8, world_size: int = 64, pipeline: int = 1, node: int = 8, context: int = 1
+) -> Network:
     config = parse_config(
         {
             "run": {"name": "test"},
@@ -114,10 +148,15 @@ def test_collectives_by_hand() -> None:
     near, far = 450e9 * LINK_SHARE, 50e9 * NETWORK_SHARE
     expected = (BASE_US + LINK_US) * 1e-6 + gigabyte / 2 / near
     assert wide.gather(gigabyte, wide.tensor) == pytest.approx(expected)
-    # 32 ranks, 4 on each of 8 nodes: 24 hops within, 7 between; the ring has 4 network cards of a node.
+    # 32 ranks, 4 on each of 8 nodes: 24 hops within, 7 between; the ring has 4 network cards of a
+    # node.
     latency = (BASE_US + 24 * LINK_US + 7 * 9.6) * 1e-6
-    assert wide.gather(gigabyte, wide.replicas) == pytest.approx(latency + gigabyte * 31 / 32 / (4 * far))
-    assert wide.all_reduce(gigabyte, wide.replicas) == pytest.approx(2 * wide.gather(gigabyte, wide.replicas), rel=1e-3)
+    assert wide.gather(gigabyte, wide.replicas) == pytest.approx(
+        latency + gigabyte * 31 / 32 / (4 * far)
+    )
+    assert wide.all_reduce(gigabyte, wide.replicas) == pytest.approx(
+        2 * wide.gather(gigabyte, wide.replicas), rel=1e-3
+    )
     assert wide.gather(gigabyte, Group(1, 1)) == 0.0
 
 
@@ -154,13 +193,23 @@ def test_products_by_hand() -> None:
     full = kernels.product(1024, 2048, 128 * 1023)
     peak = 100e12 * TYPICAL_MATMUL * TYPICAL_SUSTAINED
     assert full == pytest.approx(2.0 * 1024 * 2048 * 128 * 1023 / peak * 1024 / 1023, rel=1e-6)
-    assert kernels.product(512, 2048, 128 * 1023) == pytest.approx(full / 2), "64 tiles of 128 × 128 are one as well"
-    assert kernels.product(256, 2048, 128 * 1023) == pytest.approx(full / 2), "half of the chip is idle"
-    assert kernels.product(768, 2048, 128 * 1023) == pytest.approx(full), "48 tiles, or 96 of half the size: two waves"
+    assert kernels.product(512, 2048, 128 * 1023) == pytest.approx(full / 2), (
+        "64 tiles of 128 × 128 are one as well"
+    )
+    assert kernels.product(256, 2048, 128 * 1023) == pytest.approx(full / 2), (
+        "half of the chip is idle"
+    )
+    assert kernels.product(768, 2048, 128 * 1023) == pytest.approx(full), (
+        "48 tiles, or 96 of half the size: two waves"
+    )
     # Thin products wait for memory, and nothing is quicker than its launch.
     slow = Kernels(Chip.model_validate(MINE | {"memory_tb_s": 0.1}), MEGALITE, 2)
-    assert slow.product(4096, 4096, 16) == pytest.approx(2 * (4096 * 4096 + 2 * 4096 * 16) / (0.1e12 * MEMORY_SHARE))
-    assert Kernels(find_hardware("h100").chip, MEGALITE, 2).product(8, 8, 8) == pytest.approx(LAUNCH_US * 1e-6)
+    assert slow.product(4096, 4096, 16) == pytest.approx(
+        2 * (4096 * 4096 + 2 * 4096 * 16) / (0.1e12 * MEMORY_SHARE)
+    )
+    assert Kernels(find_hardware("h100").chip, MEGALITE, 2).product(8, 8, 8) == pytest.approx(
+        LAUNCH_US * 1e-6
+    )
 
 
 def test_fp32_has_no_peak() -> None:
@@ -176,7 +225,12 @@ def test_a_loss_in_chunks_needs_less_and_takes_longer() -> None:
                 "run": {"name": "test"},
                 "model": {"preset": "llama-8b"},
                 "data": {"train": [{"path": "x"}], "seq_length": 4096},
-                "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 1, "loss_chunk": chunk},
+                "train": {
+                    "steps": 1,
+                    "global_batch_size": 8,
+                    "micro_batch_size": 1,
+                    "loss_chunk": chunk,
+                },
                 "optimizer": {"lr": 1e-4},
             }
         )

@@ -32,7 +32,8 @@ ODD = (1, 3)
 
 
 class SparseConfig(LlamaLike):
-    """Llama whose odd layers have eight experts, of which a token visits two, and one that is shared."""
+    """Llama whose odd layers have eight experts, of which a token visits two, and one that is
+    shared."""
 
     family: Literal["sparse"] = "sparse"
     num_experts: int = EXPERTS
@@ -62,7 +63,10 @@ class Sparse:
 
     @staticmethod
     def weights(config: SparseConfig) -> Iterator[Weight]:
-        count, cut = config.num_experts, ("expert", "expert") if config.by_expert else ("column", "row")
+        count, cut = (
+            config.num_experts,
+            ("expert", "expert") if config.by_expert else ("column", "row"),
+        )
         share = VISITED / count
         experts = (
             Weight("mlp.router.weight", (count, HIDDEN), ("r",)),
@@ -71,7 +75,9 @@ class Sparse:
             Weight("mlp.shared_up", (2 * SHARED, HIDDEN), ("su",), "column", (SHARED, SHARED)),
             Weight("mlp.shared_down", (HIDDEN, SHARED), ("sd",), "row"),
         )
-        dense, sparse = (tuple(table(config, layer_table(config, mlp=mlp))) for mlp in (None, experts))
+        dense, sparse = (
+            tuple(table(config, layer_table(config, mlp=mlp))) for mlp in (None, experts)
+        )
         for place in ("first", *range(config.num_layers), "last"):
             yield from (row for row in (sparse if place in ODD else dense) if row.place == place)
 
@@ -97,7 +103,8 @@ def outlook_of(config: Config, ranks: int = 1) -> Outlook:
 
 
 def test_a_token_is_multiplied_with_the_experts_it_visits() -> None:
-    """Beside what a dense layer has, an odd one has a router, the second expert that is visited, and a shared one."""
+    """Beside what a dense layer has, an odd one has a router, the second expert that is visited,
+    and a shared one."""
     more = EXPERTS * HIDDEN + (VISITED - 1) * 3 * HIDDEN * INNER + 3 * HIDDEN * SHARED
     assert more == 493_568
     found, dense = (model_flops_per_token(config_of(family)) for family in ("sparse", "llama"))
@@ -112,11 +119,14 @@ def test_a_rank_holds_all_experts_and_computes_some() -> None:
     odd = attention + EXPERTS * (HIDDEN + 3 * HIDDEN * INNER) + 3 * HIDDEN * SHARED
     even = attention + 3 * HIDDEN * INNER
     assert outlook.sizes[0].layers == (even, odd, even, odd)
-    stack = Matrix(2 * INNER, HIDDEN, gathers=True, reduces=False, count=EXPERTS, used=VISITED / EXPERTS)
+    stack = Matrix(
+        2 * INNER, HIDDEN, gathers=True, reduces=False, count=EXPERTS, used=VISITED / EXPERTS
+    )
     assert stack in sparse.matrices
     assert sparse.inner == VISITED * INNER + SHARED
-    # What a layer keeps: the MLP's first product is of gate and up, its second one's input half of that. Beside them
-    # the output of each expert, the fp32 probabilities of all, and of each visit two places and a weight.
+    # What a layer keeps: the MLP's first product is of gate and up, its second one's input half of
+    # that. Beside them the output of each expert, the fp32 probabilities of all, and of each visit
+    # two places and a weight.
     kept = [layer_bytes(layer, "none").kept for layer in (dense, sparse)]
     routed = LENGTH * (VISITED * 2 * HIDDEN + EXPERTS * 4 + VISITED * (8 + 8 + 4))
     assert kept[1] - kept[0] == 3 * 2 * LENGTH * (sparse.inner - INNER) + routed
@@ -141,21 +151,26 @@ def test_whole_experts_or_parts_of_each_on_a_tensor_rank(by_expert: bool) -> Non
     router, up = sparse.matrices[2:4]
     assert (up.count, up.rows) == ((EXPERTS // 2, 2 * INNER) if by_expert else (EXPERTS, INNER))
     # The router is whole on either rank, and under sequence parallelism takes half of the tokens.
-    assert outlook.costs._product(router).forward == outlook.kernels.product(LENGTH // 2, EXPERTS, HIDDEN)
+    assert outlook.costs._product(router).forward == outlook.kernels.product(
+        LENGTH // 2, EXPERTS, HIDDEN
+    )
     assert outlook.costs._product(router).tensor_bytes == 0.0
-    # Three ways in, gathered in both passes and once more for the weight gradients, but for those of the experts, which
-    # keep their input; and three ways out.
+    # Three ways in, gathered in both passes and once more for the weight gradients, but for those
+    # of the experts, which keep their input; and three ways out.
     one = LENGTH * HIDDEN * 2 / 2
     assert outlook.costs.layer(sparse, "none").tensor_bytes == (3 * (3 + 2) - 1) * one
 
 
 def test_a_head_is_weighed_against_the_work_of_a_layer() -> None:
-    """With idle experts for its work, a layer would outweigh the head, which stands for more than two."""
+    """With idle experts for its work, a layer would outweigh the head, which stands for more than
+    two."""
     for count in (EXPERTS, 8 * EXPERTS):
         config = config_of("sparse", "parallel.pipeline=2", vocab_size=12_000, num_experts=count)
         table = ModelTable(config).weights
         assert [span.stop for span in make_plan(config, table, 2).stages] == [3, 4]
-        assert make_plan(config, together(table, config.optimizer), 2) == make_plan(config, table, 2)
+        assert make_plan(config, together(table, config.optimizer), 2) == make_plan(
+            config, table, 2
+        )
 
 
 def test_every_other_layer_has_a_window() -> None:
@@ -165,9 +180,9 @@ def test_every_other_layer_has_a_window() -> None:
     kept = [layer_bytes(layer, "none", on_gloo=True).kept for layer in (local, whole)]
     assert kept[0] - kept[1] == LENGTH**2 * (2 + 1)
     width = 8 * 32
-    assert model_flops_per_token(config_of("gemma2", sliding_window=LENGTH)) - model_flops_per_token(config) == (
-        12 * 2 * width * (LENGTH - 256)
-    )
+    assert model_flops_per_token(
+        config_of("gemma2", sliding_window=LENGTH)
+    ) - model_flops_per_token(config) == (12 * 2 * width * (LENGTH - 256))
 
 
 def test_a_layer_that_rotates_nothing_takes_no_time_for_it() -> None:
@@ -201,7 +216,9 @@ def test_a_mixer_of_another_kind_has_flops_and_no_estimate(monkeypatch: pytest.M
     monkeypatch.setattr(SparseConfig, "MIXERS", {2: Recurrence()})
     config = config_of("sparse")
     assert before - model_flops_per_token(config) == attention - 6 * 7
-    with pytest.raises(ConfigError, match=r"layer 2 of model\.family = 'sparse' computes: its mixer is Recurrence"):
+    with pytest.raises(
+        ConfigError, match=r"layer 2 of model\.family = 'sparse' computes: its mixer is Recurrence"
+    ):
         outlook_of(config)
     with pytest.raises(ConfigError, match=r"'sparse' needs parallel\.context: 1, not 2"):
         plan(config_of("sparse", "parallel.context=2"), 2)
@@ -215,5 +232,8 @@ def test_a_model_of_two_stacks_is_refused() -> None:
             "train": {"steps": 1, "global_batch_size": 8}, "optimizer": {"lr": 1e-3},
         }
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"the planner knows models of one stack, and model\.family = 't5' has two"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the planner knows models of one stack, and model\.family = 't5' has two",
+    ):
         ModelTable(config)

@@ -1,4 +1,5 @@
-"""Predicted memory against what real training steps allocate: every tensor is counted, on one process and on two."""
+"""Predicted memory against what real training steps allocate: every tensor is counted, on one
+process and on two."""
 
 from __future__ import annotations
 
@@ -25,9 +26,23 @@ GPT2 = {
     "family": "gpt2", "vocab_size": 1000, "hidden_size": 128, "num_layers": 4, "num_attention_heads": 8,
     "max_positions": 256,
 }  # fmt: skip
-GEMMA = LLAMA | {"family": "gemma2", "sliding_window": 64, "attention_softcap": 50.0, "logit_softcap": 30.0}
-QWEN = LLAMA | {"family": "qwen2", "sliding_window": 64, "layer_types": ["sliding_attention", *["full_attention"] * 3]}
-MIXTRAL = LLAMA | {"family": "mixtral", "intermediate_size": 96, "num_experts": 8, "experts_per_token": 2}
+GEMMA = LLAMA | {
+    "family": "gemma2",
+    "sliding_window": 64,
+    "attention_softcap": 50.0,
+    "logit_softcap": 30.0,
+}
+QWEN = LLAMA | {
+    "family": "qwen2",
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", *["full_attention"] * 3],
+}
+MIXTRAL = LLAMA | {
+    "family": "mixtral",
+    "intermediate_size": 96,
+    "num_experts": 8,
+    "experts_per_token": 2,
+}
 DEEPSEEK = {
     "family": "deepseek_v3", "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 352, "num_layers": 4,
     "num_attention_heads": 4, "max_positions": 256, "moe_intermediate_size": 48, "num_experts": 8,
@@ -60,13 +75,17 @@ def check(found: dict[str, int], memory: Memory, config: Config) -> None:
         resident += memory.gradients
     off = memory.total / found["peak"] - 1
     passes_off = (memory.total - resident) / (found["peak"] - found["resident"]) - 1
-    print(f"peak {found['peak'] / 2**20:.2f} MiB, predicted {off:+.2%}; beyond what stays {passes_off:+.2%}")
+    print(
+        f"peak {found['peak'] / 2**20:.2f} MiB, predicted {off:+.2%}; beyond what stays {passes_off:+.2%}"
+    )
     assert abs(off) <= WITHIN, memory
     # The whole could be right by what stays alone: the activations must be right by themselves.
     assert abs(passes_off) <= WITHIN, memory
 
 
-measured = pytest.mark.skipif(own() is None, reason=f"the planner counts megalite's kernels, and {why_not_built()}")
+measured = pytest.mark.skipif(
+    own() is None, reason=f"the planner counts megalite's kernels, and {why_not_built()}"
+)
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "data.seq_length=128")
 SMALL_HEAD = "model.vocab_size=64"  # so that a layer is the fullest place
 ALONE = {
@@ -92,10 +111,20 @@ ALONE = {
     "gemma3": (LLAMA | {"family": "gemma3_text", "sliding_window": 64}, SMALL_HEAD),
     "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
     "experts": (MIXTRAL, SMALL_HEAD),
-    "experts fp32, selective": (MIXTRAL, SMALL_HEAD, "train.precision=fp32", "train.recompute=selective"),
+    "experts fp32, selective": (
+        MIXTRAL,
+        SMALL_HEAD,
+        "train.precision=fp32",
+        "train.recompute=selective",
+    ),
     "latents": (DEEPSEEK, SMALL_HEAD),
     "latents full": (DEEPSEEK, SMALL_HEAD, "train.recompute=full"),
-    "latents, no experts": (DEEPSEEK, SMALL_HEAD, "model.first_k_dense_replace=4", "model.q_lora_rank=null"),
+    "latents, no experts": (
+        DEEPSEEK,
+        SMALL_HEAD,
+        "model.first_k_dense_replace=4",
+        "model.q_lora_rank=null",
+    ),
     "experts full": (MIXTRAL, SMALL_HEAD, "model.experts_per_token=4", "train.recompute=full"),
 }
 
@@ -107,7 +136,9 @@ def test_one_process(case: str) -> None:
     config = config_of(model, *overrides)  # type: ignore[arg-type]
     found = measure_step(0, 1, config)
     (memory,) = predicted(config, 1)
-    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(found["resident"], rel=RESIDENT_WITHIN)
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(
+        found["resident"], rel=RESIDENT_WITHIN
+    )
     check(found, memory, config)
 
 
@@ -126,10 +157,20 @@ PAIRS = {
         SMALL_HEAD,
     ),
     "expert tensor": (MIXTRAL, "parallel.expert_tensor=2", SMALL_HEAD),
-    "tensor, chunked loss": (LLAMA, "parallel.tensor=2", "model.vocab_size=8000", "train.loss_chunk=200"),
+    "tensor, chunked loss": (
+        LLAMA,
+        "parallel.tensor=2",
+        "model.vocab_size=8000",
+        "train.loss_chunk=200",
+    ),
     "context": (LLAMA, "parallel.context=2"),
     "context, many keys": (LLAMA, "parallel.context=2", SMALL_HEAD, "model.num_kv_heads=8"),
-    "context, by heads": (LLAMA, "parallel.context=2", "parallel.context_method=ulysses", SMALL_HEAD),
+    "context, by heads": (
+        LLAMA,
+        "parallel.context=2",
+        "parallel.context_method=ulysses",
+        SMALL_HEAD,
+    ),
     "context, by heads, full": (
         LLAMA,
         "parallel.context=2",
@@ -140,7 +181,13 @@ PAIRS = {
     "1f1b": (LLAMA, PIPELINE),
     "interleaved": (LLAMA, PIPELINE, "parallel.virtual=2", "parallel.schedule=interleaved"),
     "zero bubble": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE),
-    "zero bubble, full": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE, "train.recompute=full"),
+    "zero bubble, full": (
+        LLAMA,
+        PIPELINE,
+        "parallel.virtual=2",
+        ZERO_BUBBLE,
+        "train.recompute=full",
+    ),
     "zero": (LLAMA, "parallel.zero_stage=2", "train.global_batch_size=16"),
     "muon": (LLAMA, "parallel.zero_stage=1", "optimizer.name=muon", "data.seq_length=64"),
     "muon, tensor": (LLAMA, "parallel.tensor=2", "optimizer.name=muon", "data.seq_length=64"),
@@ -152,7 +199,9 @@ def pair_config(case: str) -> Config:
     return config_of(model, "train.global_batch_size=8", *overrides)  # type: ignore[arg-type]
 
 
-def measure_all(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str, dict[str, int]]:
+def measure_all(
+    rank: int, world_size: int, configs: dict[str, Config]
+) -> dict[str, dict[str, int]]:
     return {name: measure_step(rank, world_size, config) for name, config in configs.items()}
 
 
@@ -167,9 +216,14 @@ def measured_pairs() -> list[dict[str, dict[str, int]]]:
 def test_two_ranks(case: str, measured_pairs: list[dict[str, dict[str, int]]]) -> None:
     memories = predicted(pair_config(case), 2)
     if pair_config(case).parallel.expert > 1:
-        # A router without training sends more tokens to one rank than to the other; the planner counts the mean.
+        # A router without training sends more tokens to one rank than to the other; the planner
+        # counts the mean.
         both = [found[case] for found in measured_pairs]
-        check({key: sum(found[key] for found in both) // 2 for key in both[0]}, memories[0], pair_config(case))
+        check(
+            {key: sum(found[key] for found in both) // 2 for key in both[0]},
+            memories[0],
+            pair_config(case),
+        )
         return
     for rank, found in enumerate(measured_pairs):
         check(found[case], memories[rank % len(memories)], pair_config(case))
@@ -185,12 +239,16 @@ def test_what_is_small_beside_the_passes_by_hand() -> None:
     stages = predicted(config_of(LLAMA, PIPELINE, *interleaved), 2)
     hidden = 2 * 256 * 128 * 2
     messages = [1 + 0 + 1, 1 + 1 + MESSAGES_UNDER_WAY]
-    assert [stage.buffers for stage in stages] == [tokens_and_labels + count * hidden for count in messages]
+    assert [stage.buffers for stage in stages] == [
+        tokens_and_labels + count * hidden for count in messages
+    ]
     config = config_of(LLAMA, "parallel.engine=deepspeed", "parallel.zero_stage=3")
     (sharded,) = predicted(config, 8)
     layer = sum(weight.numel for weight in weight_table(config.model) if weight.place == 0)
     assert sharded.weights == alone.weights // 8
-    assert sharded.buffers == tokens_and_labels // 8 + 2 * 2 * layer, "one gathered, and the next one on its way"
+    assert sharded.buffers == tokens_and_labels // 8 + 2 * 2 * layer, (
+        "one gathered, and the next one on its way"
+    )
 
 
 def test_a_pipeline_holds_most_where_it_begins() -> None:
@@ -201,10 +259,13 @@ def test_a_pipeline_holds_most_where_it_begins() -> None:
 
 def test_recomputing_and_sharding_need_less() -> None:
     none, selective, full = (
-        memory_of(*_config_and_plan(f"train.recompute={name}"))[0].total for name in ("none", "selective", "full")
+        memory_of(*_config_and_plan(f"train.recompute={name}"))[0].total
+        for name in ("none", "selective", "full")
     )
     assert none > selective > full
-    whole, shards = (memory_of(*_config_and_plan(f"parallel.zero_stage={stage}"))[0] for stage in (0, 1))
+    whole, shards = (
+        memory_of(*_config_and_plan(f"parallel.zero_stage={stage}"))[0] for stage in (0, 1)
+    )
     assert shards.optimizer == pytest.approx(whole.optimizer / 8, rel=1e-3)
 
 

@@ -21,7 +21,9 @@ from megalite.planner.hardware import find_hardware
 from megalite.planner.kernels import MEGATRON
 from megalite.planner.shapes import ModelTable
 
-ROWS: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "megatron_h100.yaml").read_text())
+ROWS: list[dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "megatron_h100.yaml").read_text()
+)
 
 MISSED: dict[str, str] = {}
 """Rows that are further off than WITHIN, and why. None at present."""
@@ -55,7 +57,8 @@ def config_of(row: dict[str, Any], micro_batch_size: int, virtual: int, recomput
 
 @cache
 def quickest(size: str) -> Estimate:
-    """What is not published is taken as whoever tunes a benchmark would: the quickest that fits into memory."""
+    """What is not published is taken as whoever tunes a benchmark would: the quickest that fits
+    into memory."""
     row = next(row for row in ROWS if row["size"] == size)
     fitting = [one for one in choices(row) if one.fits]
     return min(fitting, key=lambda one: one.step_time_s)
@@ -96,9 +99,11 @@ def test_model_has_the_published_size_and_operations(row: dict[str, Any]) -> Non
     size = sum(weight.numel for weight in weight_table(config.model))
     # Sizes are cut to two or three digits: the 1.7B has 1.745e9, or with learned positions 1.754e9.
     assert size == pytest.approx(float(row["size"][:-1]) * 1e9, rel=0.035)
-    # TFLOP/s ÷ MFU is the peak, so both count operations as Megatron does; the MFUs have two digits.
+    # TFLOP/s ÷ MFU is the peak, so both count operations as Megatron does; the MFUs have two
+    # digits.
     assert row["tflops"] / row["mfu"] == pytest.approx(989.5, rel=0.02)
-    # Megatron's own formula, num_floating_point_operations of r0.8.0: 12·L·h²·(1 + 1 + s/h + 4 + V/(2·L·h)) a token.
+    # Megatron's own formula, num_floating_point_operations of r0.8.0: 12·L·h²·(1 + 1 + s/h + 4 +
+    # V/(2·L·h)) a token.
     hidden, layers = row["hidden"], row["layers"]
     theirs = 12 * layers * hidden**2 * (2 + 4096 / hidden + 4 + 131072 / (2 * layers * hidden))
     # Ours counts biases and norms as well.
@@ -106,18 +111,22 @@ def test_model_has_the_published_size_and_operations(row: dict[str, Any]) -> Non
 
 
 def test_predictions_do_not_lean() -> None:
-    """Nothing was calibrated on these rows: what the chip sustains comes from test_planner_published.py."""
+    """Nothing was calibrated on these rows: what the chip sustains comes from
+    test_planner_published.py."""
     errors = [quickest(row["size"]).mfu / row["mfu"] - 1 for row in ROWS]
     assert min(errors) < 0 < max(errors)
 
 
-# docs/performance.md of pytorch/torchtitan: Llama on 64 A100 80GB, FSDP2 (weights sharded, no other parallelism), the
-# rows that recompute nothing or everything; its "selective" recomputes products, which ours never does. The network is
-# not named; the messages are hidden behind the work at any of today's.
+# docs/performance.md of pytorch/torchtitan: Llama on 64 A100 80GB, FSDP2 (weights sharded, no other
+# parallelism), the rows that recompute nothing or everything; its "selective" recomputes products,
+# which ours never does. The network is not named; the messages are hidden behind the work at any of
+# today's.
 TORCHTITAN = [("llama-13b", 4096, 2, "none", 0.611), ("llama-70b", 8192, 1, "full", 0.517)]
 
 
-@pytest.mark.parametrize(("preset", "seq_length", "micro_batch_size", "recompute", "mfu"), TORCHTITAN)
+@pytest.mark.parametrize(
+    ("preset", "seq_length", "micro_batch_size", "recompute", "mfu"), TORCHTITAN
+)
 def test_another_chip_and_trainer(
     preset: str, seq_length: int, micro_batch_size: int, recompute: str, mfu: float
 ) -> None:

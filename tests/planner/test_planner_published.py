@@ -1,4 +1,5 @@
-"""The planner's speeds against published ones: it was calibrated on every third row, and the others check it."""
+"""The planner's speeds against published ones: it was calibrated on every third row, and the others
+check it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ FOUNDRY = replace(
     PLAIN, name="llm-foundry", loss_bytes=(4, 4),  # flash_attn's fused cross-entropy
     attention=0.545,  # FlashAttention 1, whose rate its rows tell
 )  # fmt: skip
-TITAN = replace(PLAIN, name="torchtitan", selective_products=0.5)  # recomputes every second product of a layer
+TITAN = replace(
+    PLAIN, name="torchtitan", selective_products=0.5
+)  # recomputes every second product of a layer
 COMPILED = replace(TITAN, elementwise=1.0, norm_adds=True, loss_bytes=(8, 8))
 MEGATRON_2022 = replace(
     PLAIN, name="Megatron-LM of 2022", elementwise=1.0, stops_early=False,
@@ -87,8 +90,15 @@ def row_of(name: str, speed: float, config: Config, gpus: int, chip: str, networ
     return Row(name, speed, predict)
 
 
-def config_of(model: dict[str, Any], length: int, batch: int, micro: int, recompute: str, **parallel: Any) -> Config:
-    train = {"steps": 1, "global_batch_size": batch, "micro_batch_size": micro, "recompute": recompute}
+def config_of(
+    model: dict[str, Any], length: int, batch: int, micro: int, recompute: str, **parallel: Any
+) -> Config:
+    train = {
+        "steps": 1,
+        "global_batch_size": batch,
+        "micro_batch_size": micro,
+        "recompute": recompute,
+    }
     return parse_config(
         {
             "run": {"name": "published"}, "model": model, "data": {"train": [{"path": "x"}], "seq_length": length},
@@ -116,14 +126,28 @@ def rows_of_foundry() -> Iterator[Row]:
 def rows_of_titan() -> Iterator[Row]:
     for preset, gpus, tensor, micro, recompute, compiled, speed in PUBLISHED["torchtitan"]:
         parallel = {"engine": "deepspeed", "zero_stage": 3, "tensor": tensor}
-        config = config_of({"preset": preset}, 8192, gpus // tensor * micro, micro, recompute, **parallel)
+        config = config_of(
+            {"preset": preset}, 8192, gpus // tensor * micro, micro, recompute, **parallel
+        )
         name = f"torchtitan {preset} × {gpus} {'compiled' if compiled else 'eager'}"
         software = replace(COMPILED if compiled else TITAN, hides_tensor=tensor > 1)
         yield row_of(name, speed, config, gpus, "h100", "roce-400", software, CAPPED)
 
 
 def rows_of_korthikanti() -> Iterator[Row]:
-    for size, gpus, pipeline, virtual, micro, hidden, heads, layers, batch, selective, full in PUBLISHED["korthikanti"]:
+    for (
+        size,
+        gpus,
+        pipeline,
+        virtual,
+        micro,
+        hidden,
+        heads,
+        layers,
+        batch,
+        selective,
+        full,
+    ) in PUBLISHED["korthikanti"]:
         dropout = dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), 0.1)
         model = gpt(hidden, heads, layers, 2048, **dropout) | {"vocab_size": 51200}
         for recompute, seconds in (("selective", selective), ("full", full)):
@@ -133,7 +157,9 @@ def rows_of_korthikanti() -> Iterator[Row]:
                 stage_layers=[layers // (pipeline * virtual)] * (pipeline * virtual),
             )  # fmt: skip
             name = f"Korthikanti {size} {recompute}"
-            yield row_of(name, 1 / seconds, config, gpus, "a100-80gb", "ib-hdr", MEGATRON_2022, per_gpu=False)
+            yield row_of(
+                name, 1 / seconds, config, gpus, "a100-80gb", "ib-hdr", MEGATRON_2022, per_gpu=False
+            )
 
 
 @pytest.fixture(scope="module")

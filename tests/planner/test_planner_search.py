@@ -78,7 +78,9 @@ def test_rows_put_together_make_the_same_plan() -> None:
     table = weight_table(config.model)
     assert make_plan(config, together(table, config.optimizer), 16) == make_plan(config, table, 16)
     with pytest.raises(ConfigError, match=r"parallel\.tensor = 16"):
-        make_plan(config_of("llama-8b", "parallel.tensor=16"), together(table, config.optimizer), 16)
+        make_plan(
+            config_of("llama-8b", "parallel.tensor=16"), together(table, config.optimizer), 16
+        )
 
 
 def test_what_fits_nowhere_is_said() -> None:
@@ -97,7 +99,9 @@ def test_less_memory_asks_for_more_sharding_or_recomputing() -> None:
 
 def test_large_search_is_quick() -> None:
     began = time.process_time()
-    found = search(config_of("llama-70b", "train.global_batch_size=512"), 512, find_hardware("h200"))
+    found = search(
+        config_of("llama-70b", "train.global_batch_size=512"), 512, find_hardware("h200")
+    )
     # About 6 s; without the bound, minutes.
     assert time.process_time() - began < 30
     assert found.num_layouts > 1000
@@ -118,15 +122,16 @@ def test_estimate_by_hand_for_a_rank_alone() -> None:
 
 
 def test_volume_by_hand() -> None:
-    """Tensor parallelism: 8 ranks, 32 layers, and of hidden states 4 gathers and 4 scatters each way, plus one gather
-    again in each column-parallel product's backward pass."""
+    """Tensor parallelism: 8 ranks, 32 layers, and of hidden states 4 gathers and 4 scatters each
+    way, plus one gather again in each column-parallel product's backward pass."""
     config = config_of("llama-8b", "parallel.tensor=8", "train.global_batch_size=8")
     plan = make_plan(config, weight_table(config.model), 64)
     one = estimate(config, plan, H100)
     hidden = 4096 * 4096 * 2 * 7 / 8
     layers = 32 * (2 * 3 + 2 * 2) * hidden
     ends = (2 + 3) * hidden
-    # The loss all-reduces three numbers a token, and the norms, which work on slices of the sequence, their gradients.
+    # The loss all-reduces three numbers a token, and the norms, which work on slices of the
+    # sequence, their gradients.
     all_reduced = 2 * 7 / 8 * (4096 * 3 * 4 + (2 * 32 + 1) * 4096 * 4)
     assert one.volume["tensor"] == pytest.approx(layers + ends + all_reduced)
     # Gradients in fp32 once, weights in bf16 once.
@@ -135,9 +140,9 @@ def test_volume_by_hand() -> None:
 
 
 def test_volume_of_context_ranks_by_hand() -> None:
-    """Of 4 ranks, each with 1,024 tokens of 32 heads and 8 key/value heads of 128: in a ring keys and values go on
-    three times in both passes, and their gradients in fp32 four times; by heads, three quarters of all go there and
-    back."""
+    """Of 4 ranks, each with 1,024 tokens of 32 heads and 8 key/value heads of 128: in a ring keys
+    and values go on three times in both passes, and their gradients in fp32 four times; by heads,
+    three quarters of all go there and back."""
     q, kv, tokens = 32 * 128, 2 * 8 * 128, 1024
     wanted = {
         "ring": 32 * tokens * kv * (2 * 3 * 2 + 4 * 4),
@@ -146,15 +151,24 @@ def test_volume_of_context_ranks_by_hand() -> None:
     for method, volume in wanted.items():
         config = config_of("llama-8b", "parallel.context=4", f"parallel.context_method={method}")
         plan = make_plan(config, weight_table(config.model), 64)
-        assert estimate(config, plan, H100).volume["context"] == pytest.approx(volume * plan.micro_batches), method
-    config = config_of("llama-8b", "parallel.context=4", "parallel.tensor=4", "parallel.context_method=ulysses")
-    with pytest.raises(ConfigError, match=r"tensor × context = 4 × 4 ranks whole heads, .* 32 of them and 8 key/value"):
+        assert estimate(config, plan, H100).volume["context"] == pytest.approx(
+            volume * plan.micro_batches
+        ), method
+    config = config_of(
+        "llama-8b", "parallel.context=4", "parallel.tensor=4", "parallel.context_method=ulysses"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"tensor × context = 4 × 4 ranks whole heads, .* 32 of them and 8 key/value",
+    ):
         make_plan(config, weight_table(config.model), 64)
 
 
-# Of 8 micro-batches: an all-reduce is twice a reduction; ZeRO 1 reduces and gathers once a step, 2 reduces every time,
-# and 3 gathers for both passes as well.
-@pytest.mark.parametrize(("zero", "bytes_each"), [(0, 4 * 2), (1, 4 + 2), (2, 8 * 4 + 2), (3, 8 * (4 + 2 * 2))])
+# Of 8 micro-batches: an all-reduce is twice a reduction; ZeRO 1 reduces and gathers once a step, 2
+# reduces every time, and 3 gathers for both passes as well.
+@pytest.mark.parametrize(
+    ("zero", "bytes_each"), [(0, 4 * 2), (1, 4 + 2), (2, 8 * 4 + 2), (3, 8 * (4 + 2 * 2))]
+)
 def test_volume_of_each_zero_stage_by_hand(zero: int, bytes_each: int) -> None:
     engine = "deepspeed" if zero == 3 else "native"
     config = config_of("llama-1b", f"parallel.zero_stage={zero}", f"parallel.engine={engine}")
@@ -165,8 +179,8 @@ def test_volume_of_each_zero_stage_by_hand(zero: int, bytes_each: int) -> None:
 
 
 def test_volume_of_a_ring_by_hand() -> None:
-    """Of 8 heads' keys and values of 128, three of four ranks' come round in bf16, in each pass; their gradients in
-    fp32, and a step further, home."""
+    """Of 8 heads' keys and values of 128, three of four ranks' come round in bf16, in each pass;
+    their gradients in fp32, and a step further, home."""
     config = config_of("llama-8b", "parallel.context=4", "train.global_batch_size=4")
     plan = make_plan(config, weight_table(config.model), 4)
     keys_and_values = 32 * 2 * (4096 / 4) * 8 * 128
@@ -184,11 +198,13 @@ def test_passes_by_hand() -> None:
     outlook = outlook_of("llama-1b")
     layer = outlook.layers[0]
     attention = outlook.costs._attention(layer)
-    assert attention.backward == pytest.approx(2.5 * attention.forward), "five products for two (Dao 2023)"
+    assert attention.backward == pytest.approx(2.5 * attention.forward), (
+        "five products for two (Dao 2023)"
+    )
     none, full = (outlook.costs.layer(layer, recompute) for recompute in ("none", "full"))
     assert full.backward == pytest.approx(none.backward + none.forward)
-    # Of each weight the norm reads the gradient; AdamW reads it, the master weight and two moments, writes these
-    # three, and the weight in bf16.
+    # Of each weight the norm reads the gradient; AdamW reads it, the master weight and two moments,
+    # writes these three, and the weight in bf16.
     num_bytes = outlook.plan.num_params * (4 + 4 * 4 + 3 * 4 + 2)
     assert outlook.optimizer_s == pytest.approx(outlook.kernels.memory(num_bytes))
 
@@ -215,7 +231,12 @@ def test_some_of_a_gpu_is_not_for_tensors() -> None:
 def test_more_context_ranks_hold_less() -> None:
     totals = []
     for context in (1, 2, 4):
-        config = config_of("llama-8b", f"parallel.context={context}", "parallel.tensor=4", "train.global_batch_size=4")
+        config = config_of(
+            "llama-8b",
+            f"parallel.context={context}",
+            "parallel.tensor=4",
+            "train.global_batch_size=4",
+        )
         plan = make_plan(config, weight_table(config.model), 16)
         totals.append(estimate(config, plan, H100).fullest.activations)
     assert totals[0] > totals[1] > totals[2]

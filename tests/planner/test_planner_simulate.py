@@ -1,4 +1,5 @@
-"""Schedules and their simulation: the order against torch's own run of it, times against what can be worked out."""
+"""Schedules and their simulation: the order against torch's own run of it, times against what can
+be worked out."""
 
 from __future__ import annotations
 
@@ -14,12 +15,16 @@ from megalite.planner.simulate import Links, Piece, StageWork, Timeline, simulat
 LINKS = Links(hand_over=0.0, waits_for_hand_over=False, reduces_every_time=False)
 
 
-def work_of(forward: float = 1.0, backward: float = 2.0, gather: float = 0.0, reduce: float = 0.0) -> StageWork:
+def work_of(
+    forward: float = 1.0, backward: float = 2.0, gather: float = 0.0, reduce: float = 0.0
+) -> StageWork:
     piece = Piece(forward, backward, gather, reduce)
     return StageWork(forward, backward, backward / 2, backward / 2, (piece,))
 
 
-def run(schedule: str, pipeline: int, virtual: int, micro_batches: int, links: Links = LINKS) -> Timeline:
+def run(
+    schedule: str, pipeline: int, virtual: int, micro_batches: int, links: Links = LINKS
+) -> Timeline:
     order = order_of(schedule, pipeline, virtual, micro_batches)
     # A rank's work is the same however many stages it is cut into.
     work = [work_of(1.0 / virtual, 2.0 / virtual)] * (pipeline * virtual)
@@ -62,7 +67,9 @@ def noted(schedule: Any, rank: int, pipeline: int, micro_batches: int) -> list[A
 
 
 @pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble"])
-@pytest.mark.parametrize(("pipeline", "virtual", "micro_batches"), [(2, 2, 4), (4, 3, 8), (4, 2, 10), (3, 2, 2)])
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "micro_batches"), [(2, 2, 4), (4, 3, 8), (4, 2, 10), (3, 2, 2)]
+)
 def test_every_pass_once_and_gradients_after_their_forward(
     schedule: str, pipeline: int, virtual: int, micro_batches: int
 ) -> None:
@@ -71,12 +78,17 @@ def test_every_pass_once_and_gradients_after_their_forward(
     for rank, actions in enumerate(order):
         stages = range(rank, pipeline * virtual, pipeline)
         assert sorted(actions) == sorted(
-            Action(kind, stage, number) for kind in kinds for stage in stages for number in range(micro_batches)
+            Action(kind, stage, number)
+            for kind in kinds
+            for stage in stages
+            for number in range(micro_batches)
         )
         place = {action: index for index, action in enumerate(actions)}
         for before, after in pairwise(kinds):
             assert all(
-                place[Action(before, s, m)] < place[Action(after, s, m)] for s in stages for m in range(micro_batches)
+                place[Action(before, s, m)] < place[Action(after, s, m)]
+                for s in stages
+                for m in range(micro_batches)
             )
 
 
@@ -88,7 +100,9 @@ def test_bubble_of_1f1b_is_the_known_one(pipeline: int, micro_batches: int) -> N
     assert found.passes_end == pytest.approx(3.0 * (micro_batches + pipeline - 1))
 
 
-@pytest.mark.parametrize(("pipeline", "virtual", "micro_batches"), [(4, 2, 8), (4, 4, 16), (2, 3, 8)])
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "micro_batches"), [(4, 2, 8), (4, 4, 16), (2, 3, 8)]
+)
 def test_interleaving_divides_the_bubble(pipeline: int, virtual: int, micro_batches: int) -> None:
     """By the stages of a rank (Narayanan et al. 2021, 2.2)."""
     found = run("interleaved", pipeline, virtual, micro_batches)
@@ -113,7 +127,9 @@ def test_passes_of_a_rank_do_not_overlap_and_wait_for_their_input() -> None:
     passes = [event for event in found.events if event.kind in "FB"]
     ends = {(event.kind, event.stage, event.micro_batch): event.end for event in passes}
     for rank in range(4):
-        own = sorted((event for event in passes if event.rank == rank), key=lambda event: event.start)
+        own = sorted(
+            (event for event in passes if event.rank == rank), key=lambda event: event.start
+        )
         assert all(one.end <= other.start + 1e-9 for one, other in pairwise(own))
     for event in passes:
         before = event.stage - 1 if event.kind == "F" else event.stage + 1
@@ -130,7 +146,8 @@ def test_hand_overs_cost_more_where_ranks_wait_for_them() -> None:
 
 
 def test_reduction_hides_behind_the_last_backward_pass() -> None:
-    """Four layers' gradients of 1 s each, made one a second: only the last reduction is left when the passes end."""
+    """Four layers' gradients of 1 s each, made one a second: only the last reduction is left when
+    the passes end."""
     pieces = tuple(Piece(0.5, 1.0, 0.0, 1.0) for _ in range(4))
     work = StageWork(2.0, 4.0, 0.0, 0.0, pieces)
     found = simulate(order_of("1f1b", 1, 1, 2), [work], LINKS, 2)
@@ -142,7 +159,8 @@ def test_first_forward_waits_for_weights_layer_by_layer() -> None:
     pieces = tuple(Piece(0.5, 1.0, 1.0, 0.0) for _ in range(4))
     work = StageWork(2.0, 4.0, 0.0, 0.0, pieces)
     found = simulate(order_of("1f1b", 1, 1, 2), [work], LINKS, 2)
-    # The fourth layer's weights arrive after 4 s and its work takes 0.5; the second micro-batch waits for nothing.
+    # The fourth layer's weights arrive after 4 s and its work takes 0.5; the second micro-batch
+    # waits for nothing.
     assert found.passes_end == pytest.approx(4.5 + 4.0 + 6.0)
 
 

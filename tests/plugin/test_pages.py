@@ -1,4 +1,5 @@
-"""The pages of docs/extend/ work as they stand: their modules, installed as one package, train by their YAML."""
+"""The pages of docs/extend/ work as they stand: their modules, installed as one package, train by
+their YAML."""
 
 from __future__ import annotations
 
@@ -36,12 +37,15 @@ BASE: dict[str, Any] = {
 
 def block(page: str, language: str) -> str:
     """Return the one block of a page in a language."""
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", (PAGES / f"{page}.md").read_text("utf-8"), re.M | re.S)
+    (found,) = re.findall(
+        rf"^```{language}\n(.*?)^```$", (PAGES / f"{page}.md").read_text("utf-8"), re.M | re.S
+    )
     return found
 
 
 def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return a section with the settings of another; those inside of `optimizer` and `data` are of two pages."""
+    """Return a section with the settings of another; those inside of `optimizer` and `data` are of
+    two pages."""
     same = {key for key in one.keys() & other.keys() if key in ("optimizer", "data")}
     return one | other | {key: one[key] | other[key] for key in same}
 
@@ -59,7 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     write_corpus(folder / "corpus")
     (folder / "letters").mkdir()
-    (folder / "letters" / "tokenizer.chars").write_text(string.ascii_lowercase + string.digits + " .")
+    (folder / "letters" / "tokenizer.chars").write_text(
+        string.ascii_lowercase + string.digits + " ."
+    )
     project = tomllib.loads(block("README", "toml"))["project"]
     (folder / "my_parts").mkdir()
     for page in NAMES:
@@ -67,12 +73,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", encoding="utf-8"
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n",
+        encoding="utf-8",
     )
     points = project["entry-points"]["megalite.plugins"]
     assert sorted(points.values()) == [f"my_parts.{page}" for page in NAMES]
     lines = [f"{name} = {module}" for name, module in points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[megalite.plugins]", *lines, ""]), encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "\n".join(["[megalite.plugins]", *lines, ""]), encoding="utf-8"
+    )
     return folder
 
 
@@ -81,7 +90,12 @@ def python(folder: Path, *arguments: str) -> str:
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -90,7 +104,11 @@ def python(folder: Path, *arguments: str) -> str:
 def train(folder: Path, name: str, config: dict[str, Any], ranks: int = 1) -> tuple[Path, str]:
     """Train, and return the run's folder and what was printed."""
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config | {"run": {"name": name}}))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     said = python(folder, *launch, "-m", "megalite", "train", f"{name}.yaml")
     return folder / "runs" / name, said
 
@@ -105,7 +123,11 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     files = [*folder.glob("model*.safetensors"), *(folder / "optimizer").glob("*.safetensors")]
     # Several ranks write several files of each kind, such as model-00001-of-00002.
     kinds = {path: path.stem.partition("-")[0] for path in files}
-    return {f"{kind}/{name}": value for path, kind in kinds.items() for name, value in load_file(path).items()}
+    return {
+        f"{kind}/{name}": value
+        for path, kind in kinds.items()
+        for name, value in load_file(path).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +138,13 @@ def run(folder: Path) -> tuple[Path, str]:
 
 def test_schedule(run: tuple[Path, str]) -> None:
     told = settings("schedule")["optimizer"]["schedule"]
-    assert told == {"name": "multistep", "warmup_steps": 2, "milestones": [0.5, 0.6], "factor": 0.5, "min_lr": 1e-6}
+    assert told == {
+        "name": "multistep",
+        "warmup_steps": 2,
+        "milestones": [0.5, 0.6],
+        "factor": 0.5,
+        "min_lr": 1e-6,
+    }
     peak = settings("optimizer")["optimizer"]["lr"]
     found = [line["lr"] for line in steps_of(run[0])]
     assert found == [peak / 2, peak, peak, peak, peak / 2, peak / 4]
@@ -129,7 +157,9 @@ def test_hook(run: tuple[Path, str]) -> None:
     assert min(losses[:-1]) > told["valid_loss"] >= losses[-1]
     assert f"has reached {told['valid_loss']} at step {len(losses)}\n" in run[1]
     assert len(losses) < STEPS
-    state = json.loads((run[0] / "checkpoints" / f"step-{len(losses):08}" / "train_state.json").read_text())
+    state = json.loads(
+        (run[0] / "checkpoints" / f"step-{len(losses):08}" / "train_state.json").read_text()
+    )
     assert state["data"]["samples"] == 16 * len(losses)
     assert state["valid_loss"] == losses[-1]
     for line in steps_of(run[0]):
@@ -150,7 +180,9 @@ def test_optimizer(run: tuple[Path, str]) -> None:
         is_large = square > 1e-3 * square.max()
         wanted = (square / after[state]).sqrt()
         torch.testing.assert_close(step.abs()[is_large], wanted[is_large], rtol=1e-2, atol=1e-3)
-    assert clipped**0.5 == pytest.approx(min(line["grad_norm"], 1.0), rel=1e-4)  # differences of fp32 numbers
+    assert clipped**0.5 == pytest.approx(
+        min(line["grad_norm"], 1.0), rel=1e-4
+    )  # differences of fp32 numbers
 
 
 INSIDE = """
@@ -186,16 +218,21 @@ print(json.dumps({"losses": losses.tolist(), "calls": calls}))
 
 @pytest.fixture(scope="module")
 def inside(folder: Path, run: tuple[Path, str]) -> dict[str, Any]:
-    """What one process finds: the cross-entropies by step 4, and the shapes that the kernel is given in a step."""
+    """What one process finds: the cross-entropies by step 4, and the shapes that the kernel is
+    given in a step."""
     config = settings("kernel") | {"run": {"name": "kernel"}}
     config |= {"train": config["train"] | {"steps": 1}, "observe": {"eval_every": 0}}
     (folder / "kernel.yaml").write_text(yaml.safe_dump(config))
     checkpoint = run[0] / "checkpoints" / "step-00000004"
-    found: dict[str, Any] = json.loads(python(folder, "-c", INSIDE, str(checkpoint)).splitlines()[-1])
+    found: dict[str, Any] = json.loads(
+        python(folder, "-c", INSIDE, str(checkpoint)).splitlines()[-1]
+    )
     return found
 
 
-def test_objective_and_config_json_of_the_family(run: tuple[Path, str], inside: dict[str, Any]) -> None:
+def test_objective_and_config_json_of_the_family(
+    run: tuple[Path, str], inside: dict[str, Any]
+) -> None:
     """The checkpoint before a step opens as a model, whose logits give the loss of that step."""
     config = json.loads((run[0] / "checkpoints" / "step-00000004" / "config.json").read_text())
     assert (config["model_type"], config["hidden_act"]) == ("squared", "relu2")
@@ -214,12 +251,16 @@ def test_objective_and_config_json_of_the_family(run: tuple[Path, str], inside: 
 def test_kernel(inside: dict[str, Any]) -> None:
     model = BASE["model"]
     # Of 4 micro-batches in training, and as many in the validation at the end.
-    assert inside["calls"] == [[4, LENGTH, 2 * model["intermediate_size"]]] * 8 * model["num_layers"]
+    assert (
+        inside["calls"] == [[4, LENGTH, 2 * model["intermediate_size"]]] * 8 * model["num_layers"]
+    )
 
 
 def test_two_tensor_ranks_train_the_same(folder: Path, run: tuple[Path, str]) -> None:
     config = settings(*(name for name in NAMES if name != "kernel"))
-    other, _ = train(folder, "two", merged(config, {"parallel": {"tensor": 2, "bucket_mb": 0.01}}), ranks=2)
+    other, _ = train(
+        folder, "two", merged(config, {"parallel": {"tensor": 2, "bucket_mb": 0.01}}), ranks=2
+    )
     lines = steps_of(run[0]), steps_of(other)
     for one, two in zip(*lines, strict=True):
         for key in ("loss", "grad_norm", "lr", "right_probability", "above_target"):
@@ -233,6 +274,8 @@ def test_tokenizer(folder: Path, run: tuple[Path, str]) -> None:
     checkpoint = sorted((run[0] / "checkpoints").iterdir())[-1]
     wanted = (folder / "letters" / "tokenizer.chars").read_text()
     assert (checkpoint / "tokenizer.chars").read_text() == wanted
-    answered = python(folder, "-m", "megalite", "generate", str(run[0]), "--prompt", "abc", "--max-tokens", "5")
+    answered = python(
+        folder, "-m", "megalite", "generate", str(run[0]), "--prompt", "abc", "--max-tokens", "5"
+    )
     assert answered.startswith("abc")
     assert set(answered.strip()) <= set(wanted)

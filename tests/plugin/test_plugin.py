@@ -1,5 +1,5 @@
-"""A package outside of megalite adds parts by its entry point: they train on every layout as on one process, resume,
-and are read back. No file of megalite knows them."""
+"""A package outside of megalite adds parts by its entry point: they train on every layout as on one
+process, resume, and are read back. No file of megalite knows them."""
 
 from __future__ import annotations
 
@@ -49,12 +49,20 @@ def megalite(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedP
         launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launch, "megalite", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [*launch, "megalite", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def metrics_of(checkpoint: Path) -> list[tuple[float, float]]:
-    lines = [json.loads(line) for line in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [line for line in lines if "grad_norm" in line]
     assert steps[-1]["largest_grad_norm"] == max(line["grad_norm"] for line in steps)
     return [(line["loss"], line["grad_norm"]) for line in steps]
@@ -79,8 +87,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    files = [*checkpoint.glob("model*.safetensors"), *(checkpoint / "optimizer").glob("momentum*.safetensors")]
-    return {f"{path.parent.name}/{name}": value for path in files for name, value in load_file(path).items()}
+    files = [
+        *checkpoint.glob("model*.safetensors"),
+        *(checkpoint / "optimizer").glob("momentum*.safetensors"),
+    ]
+    return {
+        f"{path.parent.name}/{name}": value
+        for path in files
+        for name, value in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
@@ -88,17 +103,33 @@ def test_every_layout_trains_the_same_model(runs: dict[str, Path], layout: str) 
     wanted, found = tensors_of(runs["one"]), tensors_of(runs[layout])
     for one, other in zip(metrics_of(runs["one"]), metrics_of(runs[layout]), strict=True):
         assert other == pytest.approx(one, rel=1e-5)
-    # Each expert has a tensor of its own; of the sign of a mean near 0 layouts may differ, in few elements.
-    assert sum("experts." in name for name in wanted) == 2 * MODEL["num_layers"] * MODEL["num_experts"]
+    # Each expert has a tensor of its own; of the sign of a mean near 0 layouts may differ, in few
+    # elements.
+    assert (
+        sum("experts." in name for name in wanted) == 2 * MODEL["num_layers"] * MODEL["num_experts"]
+    )
     for name in wanted:
-        one, other = (tensors[name.replace(runs["one"].name, runs[layout].name)] for tensors in (wanted, found))
+        one, other = (
+            tensors[name.replace(runs["one"].name, runs[layout].name)]
+            for tensors in (wanted, found)
+        )
         assert ((one - other).abs() > 1e-5 * one.abs().max()).float().mean() < 2e-3, name
 
 
 def test_the_planner_counts_the_experts(runs: dict[str, Path]) -> None:
-    done = megalite(runs["one"].parents[3], 1, "plan", "config.yaml", "--gpus=1", "--gpu=h100", "train.precision=bf16")
+    done = megalite(
+        runs["one"].parents[3],
+        1,
+        "plan",
+        "config.yaml",
+        "--gpus=1",
+        "--gpu=h100",
+        "train.precision=bf16",
+    )
     assert done.returncode == 0, done.stderr
-    hidden, inner, experts = (MODEL[name] for name in ("hidden_size", "intermediate_size", "num_experts"))
+    hidden, inner, experts = (
+        MODEL[name] for name in ("hidden_size", "intermediate_size", "num_experts")
+    )
     layer = 4 * hidden**2 + 2 * hidden + experts * (hidden + 2 * hidden * inner) + inner
     size = MODEL["num_layers"] * layer + hidden * (2 * MODEL["vocab_size"] + 1)
     assert f"blend, {size:,} parameters" in done.stdout, done.stdout
@@ -110,7 +141,9 @@ def test_a_kernel_stands_for_the_function_of_its_name(tmp_path: Path) -> None:
         "library.use(KernelsConfig(norm='demo')); print(library.added('norm', 'rms_norm').__module__)"
     )
     environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout == "demo_parts\n", done.stderr
 
 
@@ -119,7 +152,9 @@ def test_a_broken_run_goes_on_bitwise(runs: dict[str, Path]) -> None:
     done = megalite(folder, 1, "train", "config.yaml", "run.name=broken")
     assert done.returncode == 0, done.stderr
     assert "largest gradient norm of 6 steps: " in done.stdout
-    assert metrics_of(folder / "runs" / "broken" / "checkpoints" / runs["one"].name) == metrics_of(runs["one"])
+    assert metrics_of(folder / "runs" / "broken" / "checkpoints" / runs["one"].name) == metrics_of(
+        runs["one"]
+    )
     resumed = tensors_of(folder / "runs" / "broken" / "checkpoints" / runs["one"].name)
     unbroken = tensors_of(runs["one"])
     assert resumed.keys() == unbroken.keys()

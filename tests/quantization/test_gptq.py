@@ -12,8 +12,8 @@ from megalite.quantization.schemes import Scheme, make_scheme
 
 
 def plain_gptq(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    """Column after column by the inverse of what is left of H, as the method is derived (Optimal Brain Surgeon): no
-    Cholesky factor, no blocks."""
+    """Column after column by the inverse of what is left of H, as the method is derived (Optimal
+    Brain Surgeon): no Cholesky factor, no blocks."""
     hessian, rest = hessian.clone(), weight.double().clone()
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1.0
@@ -36,7 +36,9 @@ def test_it_is_the_plain_statement(name: str, columns: int) -> None:
     generator = torch.Generator().manual_seed(3)
     scheme = make_scheme(name, 16)
     weight = torch.randn(32, columns, generator=generator)
-    inputs = torch.randn(300, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(300, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     inputs[:, 5] = 0.0
     hessian = inputs.double().T @ inputs.double()
     scales = scheme.scales(weight, torch.float32)
@@ -47,7 +49,9 @@ def test_it_is_the_plain_statement(name: str, columns: int) -> None:
     assert (found != wanted).float().mean() < 0.02
     errors = [relative_error(weight, x, hessian) for x in (found, wanted)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
-    assert errors[0] < 0.8 * relative_error(weight, scheme.decode(scheme.encode(weight, scale), scale), hessian)
+    assert errors[0] < 0.8 * relative_error(
+        weight, scheme.decode(scheme.encode(weight, scale), scale), hessian
+    )
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16", "fp8", "fp8_block"])
@@ -60,8 +64,12 @@ def test_numbers_stay_within_half_a_step(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(scales.to(dtype).float(), scales), "what is stored is what was rounded with"
     scale = scheme.spread(scales, (32, 64))
     off = (scheme.decode(scheme.encode(weight, scale), scale) - weight.float()).abs() / scale
-    # Integers: half a step, and at the largest number what a rounded scale leaves out of it. fp8: 3 bits of mantissa,
-    # so that a number is off by 1/16 of itself, or by half of the smallest one.
-    bound = 0.55 if "8a" in name or "4a" in name else (weight.float().abs() / scale / 16).clamp(min=2.0**-10) * 1.08
+    # Integers: half a step, and at the largest number what a rounded scale leaves out of it. fp8: 3
+    # bits of mantissa, so that a number is off by 1/16 of itself, or by half of the smallest one.
+    bound = (
+        0.55
+        if "8a" in name or "4a" in name
+        else (weight.float().abs() / scale / 16).clamp(min=2.0**-10) * 1.08
+    )
     assert (off <= bound).all()
     assert torch.equal(scheme.decode(scheme.encode(weight, scale), scale)[3], torch.zeros(64))

@@ -1,5 +1,5 @@
-"""Quantised models: transformers opens them with the weights that are read here, slices are those of the whole, and
-what cannot be quantised is refused."""
+"""Quantised models: transformers opens them with the weights that are read here, slices are those
+of the whole, and what cannot be quantised is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ SCHEMES = {"w8a8": [], "w4a16": ["--group", "16"], "fp8": [], "fp8_block": ["--g
 def save(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**values)
+    )
     randomize(model)
     model.to(dtype).save_pretrained(folder)
     return folder
@@ -43,16 +45,25 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
     model = open_source(folder)
-    return {name: x for weight in model.weights for name, x in weight.to_hf(model.read(weight)).items()}
+    return {
+        name: x for weight in model.weights for name, x in weight.to_hf(model.read(weight)).items()
+    }
 
 
-@pytest.mark.parametrize("values", [LLAMA | SMALL, QWEN3 | SMALL | {"head_dim": 16}], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "values", [LLAMA | SMALL, QWEN3 | SMALL | {"head_dim": 16}], ids=["llama", "qwen3"]
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_transformers_opens_it_with_the_same_weights(scheme: str, values: dict[str, Any], tmp_path: Path) -> None:
+def test_transformers_opens_it_with_the_same_weights(
+    scheme: str, values: dict[str, Any], tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     source = save(tmp_path / "source", values, torch.bfloat16 if scheme == "fp8" else torch.float32)
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]]) == 0
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]])
+        == 0
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     ids = torch.arange(40)[None] % 99
     logits = theirs(ids).logits  # decompresses the weights
@@ -72,26 +83,37 @@ def test_transformers_opens_it_with_the_same_weights(scheme: str, values: dict[s
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_slices_are_those_of_the_whole(scheme: str, tmp_path: Path) -> None:
     source = save(tmp_path / "source", LLAMA | SMALL)
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]]) == 0
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]])
+        == 0
+    )
     folder, name = TensorFolder(tmp_path / "out"), "model.layers.1.mlp.down_proj.weight"
     whole = folder.fetch(name, (slice(None), slice(None)))
     assert whole.shape == folder.shape(name) == (64, 128)
     generator = np.random.default_rng(2)
     for _ in range(30):
-        (a, b), (c, d) = (sorted(generator.choice(size + 1, 2, replace=False)) for size in whole.shape)
+        (a, b), (c, d) = (
+            sorted(generator.choice(size + 1, 2, replace=False)) for size in whole.shape
+        )
         assert torch.equal(folder.fetch(name, (slice(a, b), slice(c, d))), whole[a:b, c:d])
     assert torch.equal(folder.fetch(name, (slice(3, 20),)), whole[3:20])
 
 
 def test_four_bits_lie_as_the_format_says(tmp_path: Path) -> None:
-    """Against a statement of the format in plain numpy: eight numbers in a word, the first lowest, each with 8 added;
-    scales of the largest number · 2/15."""
+    """Against a statement of the format in plain numpy: eight numbers in a word, the first lowest,
+    each with 8 added; scales of the largest number · 2/15."""
     source = save(tmp_path / "source", LLAMA | SMALL)
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "w4a16", "--group", "16"]) == 0
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "w4a16", "--group", "16"])
+        == 0
+    )
     name = "model.layers.0.self_attn.k_proj"
     weight = load_file(source / "model.safetensors")[f"{name}.weight"].numpy()
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
-        words, scales = file.get_tensor(f"{name}.weight_packed"), file.get_tensor(f"{name}.weight_scale")
+        words, scales = (
+            file.get_tensor(f"{name}.weight_packed"),
+            file.get_tensor(f"{name}.weight_scale"),
+        )
         assert [*file.get_tensor(f"{name}.weight_shape")] == [*weight.shape]
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
@@ -99,14 +121,31 @@ def test_four_bits_lie_as_the_format_says(tmp_path: Path) -> None:
             scale = np.abs(group).max() * np.float32(2 / 15)
             assert np.isclose(scales[row, column // 16], scale, rtol=1e-6)
             number = int(words[row, column // 8]) >> (4 * (column % 8)) & 15
-            assert number - 8 == np.clip(np.rint(weight[row, column] / scales[row, column // 16]), -8, 7)
+            assert number - 8 == np.clip(
+                np.rint(weight[row, column] / scales[row, column // 16]), -8, 7
+            )
 
 
-def test_gptq_costs_less_than_rounding(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gptq_costs_less_than_rounding(
+    tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, errors = save(tmp_path / "source", LLAMA | SMALL), {}
     for method in ("rtn", "gptq"):
-        given = ["--scheme", "w4a16", "--group", "16", "--data", tokens, "--rows", "16", "--length", "32"]
-        assert main(["quantize", str(source), str(tmp_path / method), "--method", method, *given]) == 0
+        given = [
+            "--scheme",
+            "w4a16",
+            "--group",
+            "16",
+            "--data",
+            tokens,
+            "--rows",
+            "16",
+            "--length",
+            "32",
+        ]
+        assert (
+            main(["quantize", str(source), str(tmp_path / method), "--method", method, *given]) == 0
+        )
         said = capsys.readouterr().out
         errors[method] = float(said.split("outputs ")[1].split()[0])
         assert "perplexity of 4 rows held out" in said
@@ -143,7 +182,10 @@ def test_a_quantised_model_is_converted_back(tmp_path: Path) -> None:
 
     write_model(open_source(tmp_path / "out"), tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    found, wanted = load_file(tmp_path / "dense" / "model.safetensors"), weights_of(tmp_path / "out")
+    found, wanted = (
+        load_file(tmp_path / "dense" / "model.safetensors"),
+        weights_of(tmp_path / "out"),
+    )
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
@@ -160,7 +202,11 @@ def test_a_quantised_model_is_converted_back(tmp_path: Path) -> None:
     ],
 )
 def test_refused(
-    values: dict[str, Any], given: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    values: dict[str, Any],
+    given: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = save(tmp_path / "source", values)
     assert main(["quantize", str(source), str(tmp_path / "out"), *given]) == 2
@@ -173,7 +219,10 @@ def test_refused(
     [
         ({"quant_method": "gptq"}, "compressed-tensors in"),
         ({"format": "marlin-24"}, "of format 'marlin-24'"),
-        ({"config_groups": {"a": {"weights": {"symmetric": False, "num_bits": 4}}}}, "symmetric ones of 4 or 8 bits"),
+        (
+            {"config_groups": {"a": {"weights": {"symmetric": False, "num_bits": 4}}}},
+            "symmetric ones of 4 or 8 bits",
+        ),
         ({"config_groups": 7}, "of format"),
     ],
 )

@@ -2,8 +2,9 @@
 
     python tests/security/fuzz.py COUNT CASE READER …
 
-Runs so many cases of each in this process, and ends with a line for each case that was not read or refused in one
-line, or that took more than 10 s or 1 GB. The case being run is in the file CASE, for those that end the process."""
+Runs so many cases of each in this process, and ends with a line for each case that was not read or
+refused in one line, or that took more than 10 s or 1 GB. The case being run is in the file CASE,
+for those that end the process."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ from megalite.models import model_config, peft, weight_table
 from megalite.planner.hardware import find_hardware
 
 SECONDS, MEGABYTES = 10, 1000
-LINES = [{"text": f"line {number} é", "n": number, "deep": [{"a": [1, None]}]} for number in range(20)]
+LINES = [
+    {"text": f"line {number} é", "n": number, "deep": [{"a": [1, None]}]} for number in range(20)
+]
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
@@ -100,7 +103,9 @@ def flipped(data: bytes, draw: random.Random) -> bytes:
             case 3:
                 found[at:at] = found[at : at + size] * draw.choice((1, 1, 500))
             case 4:
-                found[at : at + 8] = struct.pack("<Q", draw.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1)))
+                found[at : at + 8] = struct.pack(
+                    "<Q", draw.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1))
+                )
             case _:
                 del found[at:]
     return bytes(found)
@@ -126,7 +131,16 @@ def json_of(value: Any, draw: random.Random) -> bytes:
     if kind < 0.95:
         return flipped(json.dumps(value).encode(), draw)
     return draw.choice(
-        (b"[" * 10**6, b'{"a":' * 10**5, b"", b"\xff\xfe{", b"9" * 10**5, b'"' * 9, b"\0" * 100, b"[1" + b",1" * 10**6)
+        (
+            b"[" * 10**6,
+            b'{"a":' * 10**5,
+            b"",
+            b"\xff\xfe{",
+            b"9" * 10**5,
+            b'"' * 9,
+            b"\0" * 100,
+            b"[1" + b",1" * 10**6,
+        )
     )
 
 
@@ -149,25 +163,51 @@ def pickle_of(draw: random.Random) -> bytes:
     match draw.randrange(4):
         case 0:  # a program of opcodes
             code = bytes(
-                draw.choice(LIKELY) if draw.random() < 0.9 else draw.randrange(256) for _ in range(draw.randrange(200))
+                draw.choice(LIKELY) if draw.random() < 0.9 else draw.randrange(256)
+                for _ in range(draw.randrange(200))
             )
             return b"\x80\x04" + code + b"."
         case 1:  # one part of a program, very often
-            head = draw.choice((b"}(", b"]", b"(", b")", b"\x8f(", b"ccollections\nOrderedDict\n(]("))
+            head = draw.choice(
+                (b"}(", b"]", b"(", b")", b"\x8f(", b"ccollections\nOrderedDict\n(](")
+            )
             body = draw.choice(
-                (b"\x85", b"\x86", b"2\x86", b"]a", b"}", b"\x8f", b")", b"(", b"\x91", b"2", b"q\x00h\x00\x86")
+                (
+                    b"\x85",
+                    b"\x86",
+                    b"2\x86",
+                    b"]a",
+                    b"}",
+                    b"\x8f",
+                    b")",
+                    b"(",
+                    b"\x91",
+                    b"2",
+                    b"q\x00h\x00\x86",
+                )
             )
             tail = draw.choice((b"K\x01u.", b"s.", b"K\x01s.", b"e\x85R.", b"\x91.", b"."))
             return b"\x80\x04" + head + b")" + body * draw.choice((10, 1000, 20_000)) + tail
         case 2:  # what asks for much
             size = struct.pack("<Q", draw.choice((2**20, 2**31, 2**33, 2**40, 2**62)))
-            code = draw.choice((b"r", b"j", b"\x8d", b"\x8e", b"\x95", b"\x96", b"\x8b", b"B", b"X", b"T", b"\x84"))
-            return b"\x80\x05N" + code + (size if code in (b"\x8d", b"\x8e", b"\x95", b"\x96") else size[:4]) + b"abc."
+            code = draw.choice(
+                (b"r", b"j", b"\x8d", b"\x8e", b"\x95", b"\x96", b"\x8b", b"B", b"X", b"T", b"\x84")
+            )
+            return (
+                b"\x80\x05N"
+                + code
+                + (size if code in (b"\x8d", b"\x8e", b"\x95", b"\x96") else size[:4])
+                + b"abc."
+            )
         case _:
             shared: Any = [1]
             for _ in range(60):
                 shared = [shared, shared]
-            state = {"args": shared, "model": OrderedDict(a=torch.ones(2).shape, b={"c": (1, ("d",))}), "n": 2**70}
+            state = {
+                "args": shared,
+                "model": OrderedDict(a=torch.ones(2).shape, b={"c": (1, ("d",))}),
+                "n": 2**70,
+            }
             return flipped(pickle.dumps(state, draw.randrange(6)), draw)
 
 
@@ -181,7 +221,13 @@ def torch_bytes() -> bytes:
 @cache
 def safe_bytes() -> bytes:
     weights = weight_table(model_config({"family": "llama", **_fields()}))
-    return save({name: torch.zeros(shape) for weight in weights for name, shape in weight.hf_shapes().items()})
+    return save(
+        {
+            name: torch.zeros(shape)
+            for weight in weights
+            for name, shape in weight.hf_shapes().items()
+        }
+    )
 
 
 def _fields() -> dict[str, Any]:
@@ -198,7 +244,9 @@ def safetensors_of(draw: random.Random) -> bytes:
     if draw.random() < 0.6:
         name = draw.choice(list(header))
         if draw.random() < 0.5:
-            header[name]["dtype"] = draw.choice(("I32", "BOOL", "F8_E4M3", "F64", "U8", "X", "F16", "I64", 4))
+            header[name]["dtype"] = draw.choice(
+                ("I32", "BOOL", "F8_E4M3", "F64", "U8", "X", "F16", "I64", 4)
+            )
         else:
             header = changed(header, draw)
     text = json.dumps(header).encode()
@@ -234,10 +282,13 @@ def read_index(folder: Path, draw: random.Random) -> None:
     (folder / "model.safetensors").write_bytes(safe_bytes())
     os.mkfifo(folder / "pipe")
     names = dict.fromkeys(
-        json.loads(safe_bytes()[8 : 8 + int.from_bytes(safe_bytes()[:8], "little")]), "model.safetensors"
+        json.loads(safe_bytes()[8 : 8 + int.from_bytes(safe_bytes()[:8], "little")]),
+        "model.safetensors",
     )
     names.pop("__metadata__", None)
-    (folder / "model.safetensors.index.json").write_bytes(json_of({"metadata": {}, "weight_map": names}, draw))
+    (folder / "model.safetensors.index.json").write_bytes(
+        json_of({"metadata": {}, "weight_map": names}, draw)
+    )
     TensorFolder(folder).check(weight_table(model_config({"family": "llama", **_fields()})))
 
 
@@ -276,7 +327,15 @@ def read_yaml(folder: Path, draw: random.Random) -> None:
         text += "\n".join(lines).encode()
     elif kind < 0.4:
         text += draw.choice(
-            ("[" * 9999, "- " * 9999, "{a: " * 3000, "a: &a [*a]", "a: 2001-13-45", "? [a]\n: b", f"a: {'9' * 5000}")
+            (
+                "[" * 9999,
+                "- " * 9999,
+                "{a: " * 3000,
+                "a: &a [*a]",
+                "a: 2001-13-45",
+                "? [a]\n: b",
+                f"a: {'9' * 5000}",
+            )
         ).encode()
     elif kind < 0.7:
         text = json.dumps(changed(yaml.safe_load(YAML), draw)).encode()
@@ -289,9 +348,11 @@ def read_yaml(folder: Path, draw: random.Random) -> None:
 def warc_bytes(draw: random.Random) -> bytes:
     page = f"<html><head><meta charset={draw.choice(list(LABELS))}></head><body>a page é 日本</body></html>".encode()
     coding = draw.choice(("gzip", "deflate", "br", "zstd", "identity", "x", "gzip, deflate"))
-    body = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstandard.ZstdCompressor().compress}.get(
-        coding, bytes
-    )(page)
+    body = {
+        "gzip": gzip.compress,
+        "deflate": zlib.compress,
+        "zstd": zstandard.ZstdCompressor().compress,
+    }.get(coding, bytes)(page)
     if draw.random() < 0.5:
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     http = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: {coding}\r\n"
@@ -325,13 +386,19 @@ def read_tables(folder: Path, draw: random.Random) -> None:
 
 
 def read_texts(folder: Path, draw: random.Random) -> None:
-    data = b"\n".join(json_of(row, draw) if draw.random() < 0.2 else json.dumps(row).encode() for row in LINES)
+    data = b"\n".join(
+        json_of(row, draw) if draw.random() < 0.2 else json.dumps(row).encode() for row in LINES
+    )
     data = draw.choice((data, data, json_of(LINES, draw)))
     name = draw.choice(("a.jsonl", "a.json", "a", "part-00000", "a.txt", "a.jsonl.gz", "a.zst"))
-    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(name.rpartition(".")[2], bytes)
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(
+        name.rpartition(".")[2], bytes
+    )
     data = pack(data)
     (folder / name).write_bytes(flipped(data, draw) if draw.random() < 0.5 else data)
-    list(read_files([str(folder / name)], Reading(metadata=True, mend=draw.random() < 0.5), Report()))
+    list(
+        read_files([str(folder / name)], Reading(metadata=True, mend=draw.random() < 0.5), Report())
+    )
 
 
 @cache
@@ -344,12 +411,30 @@ def read_tokenizers(folder: Path, draw: random.Random) -> None:
     """A folder as a model comes with, one of whose files is damaged."""
     write_tokenizer(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    generation = {"eos_token_id": [0, 2], "top_k": 5, "temperature": 0.5, "max_new_tokens": 3, "stop_strings": ["a"]}
+    generation = {
+        "eos_token_id": [0, 2],
+        "top_k": 5,
+        "temperature": 0.5,
+        "max_new_tokens": 3,
+        "stop_strings": ["a"],
+    }
     (folder / "config.json").write_text(json.dumps(LLAMA))
     settings["chat_template"] = [{"name": "default", "template": CHATML}]
-    name = draw.choice(("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "keys"))
-    values = {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": settings}.get(name, generation)
-    data = flipped(json.dumps(values).encode(), draw) if draw.random() < 0.4 else json_of(values, draw)
+    name = draw.choice(
+        (
+            "tokenizer.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "keys",
+        )
+    )
+    values = {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": settings}.get(
+        name, generation
+    )
+    data = (
+        flipped(json.dumps(values).encode(), draw) if draw.random() < 0.4 else json_of(values, draw)
+    )
     (folder / name).write_bytes(data)
     if name == "tokenizer_config.json":
         (folder / "chat_template.jinja").unlink()
@@ -359,7 +444,9 @@ def read_tokenizers(folder: Path, draw: random.Random) -> None:
     tokenizer.decode(tokenizer.encode_prompt("hello <|im_end|> é"))
     read_habits(folder, tokenizer)
     with contextlib.suppress(ValueError):  # of a template that refuses the conversation
-        ContentEncoder(tokenizer, ChatTemplate.of(folder, ())).encode([{"role": "user", "content": "hi"}])
+        ContentEncoder(tokenizer, ChatTemplate.of(folder, ())).encode(
+            [{"role": "user", "content": "hi"}]
+        )
 
 
 @cache
@@ -368,7 +455,9 @@ def token_files() -> dict[str, bytes]:
         with IndexedWriter(f"{folder}/a", np.dtype("u2"), np.dtype("u1")) as writer:
             for length in (3, 1, 7, 20):
                 writer.add_documents(np.arange(length), [length], np.ones(length, np.int64))
-        Path(f"{folder}/a.json").write_text(json.dumps({"vocab_size": 50, "eod_id": 3, "tokenizer_fingerprint": "x"}))
+        Path(f"{folder}/a.json").write_text(
+            json.dumps({"vocab_size": 50, "eod_id": 3, "tokenizer_fingerprint": "x"})
+        )
         return {path.suffix: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -386,7 +475,9 @@ def read_token_files(folder: Path, draw: random.Random) -> None:
 
 
 def read_rows_of_chats(folder: Path, draw: random.Random) -> None:
-    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]}] * 3
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]}
+    ] * 3
     data = b"\n".join(json_of(row, draw) for row in rows)
     (folder / "a.jsonl").write_bytes(flipped(data, draw) if draw.random() < 0.3 else data)
     with tempfile.TemporaryDirectory() as other:

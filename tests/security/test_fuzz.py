@@ -1,6 +1,7 @@
 """Whatever is in a file from outside: it is read, or refused in one line, within 10 s and 1 GB.
 
-`pytest tests/security/test_fuzz.py --whole` runs 30,000 cases in some minutes, the others a sample."""
+`pytest tests/security/test_fuzz.py --whole` runs 30,000 cases in some minutes, the others a
+sample."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_readers_of_outside_files(tmp_path: Path, pytestconfig: pytest.Config) -
         timeout=3600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
     )
-    assert ended.returncode == 0, f"case {case.read_text()}: {ended.stdout[-5000:]}{ended.stderr[-2000:]}"
+    assert ended.returncode == 0, (
+        f"case {case.read_text()}: {ended.stdout[-5000:]}{ended.stderr[-2000:]}"
+    )
 
 
 def hub(folder: Path) -> Path:
@@ -78,15 +81,23 @@ def test_a_config_json_that_is_none_is_one_line(
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.uint8])
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     """Bytes of fp8 without their scales would become another model."""
-    header: dict[str, Any] = json.loads(safe_bytes()[8 : 8 + int.from_bytes(safe_bytes()[:8], "little")])
-    tensors = {name: torch.zeros(value["shape"]).to(dtype) for name, value in header.items() if "shape" in value}
+    header: dict[str, Any] = json.loads(
+        safe_bytes()[8 : 8 + int.from_bytes(safe_bytes()[:8], "little")]
+    )
+    tensors = {
+        name: torch.zeros(value["shape"]).to(dtype)
+        for name, value in header.items()
+        if "shape" in value
+    }
     save_file(tensors, hub(tmp_path) / "model.safetensors")
     with pytest.raises(CheckpointError, match="weights must be one of BF16, F16, F32, F64"):
         load_model(tmp_path)
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "pipe"]
+)
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     hub(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
@@ -99,7 +110,9 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: s
 
 
 def test_nine_bytes_take_no_gigabyte(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"\x80\x02Nr\xff\xff\xff\x02.")  # "remember this under the number 50,331,647"
+    (tmp_path / "a").write_bytes(
+        b"\x80\x02Nr\xff\xff\xff\x02."
+    )  # "remember this under the number 50,331,647"
     import tracemalloc
 
     tracemalloc.start()
@@ -135,7 +148,13 @@ def test_a_value_is_shown_as_python_has_it_up_to_a_length() -> None:
         "a" * 80,
     ]
     assert [shown(value) for value in whole] == [repr(value) for value in whole]
-    long: list[Any] = [deep, list(range(10**6)), [[[[]] * 999] * 999] * 999, {"a" * 999: "b" * 999}, 10**5000]
+    long: list[Any] = [
+        deep,
+        list(range(10**6)),
+        [[[[]] * 999] * 999] * 999,
+        {"a" * 999: "b" * 999},
+        10**5000,
+    ]
     assert all(len(shown(value)) <= 201 for value in long)
 
 

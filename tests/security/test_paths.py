@@ -23,7 +23,9 @@ ENTRIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["../x", "..", ".", "/x", "a/b", "a\\b", "~", "$HOME", "a\n", "", "-x", ".x", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "/x", "a/b", "a\\b", "~", "$HOME", "a\n", "", "-x", ".x", "a\0b"]
+)
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
     values = make_config(tmp_path).model_dump(mode="json")
     values["run"]["name"] = name
@@ -32,8 +34,12 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_link_in_the_folder_is_refused_before_anything_is_written(tmp_path: Path, entry: str) -> None:
-    config = make_config(tmp_path, "llama", "train.steps=1", "observe.tensorboard=true", "health.hang_timeout_s=0.2")
+def test_a_link_in_the_folder_is_refused_before_anything_is_written(
+    tmp_path: Path, entry: str
+) -> None:
+    config = make_config(
+        tmp_path, "llama", "train.steps=1", "observe.tensorboard=true", "health.hang_timeout_s=0.2"
+    )
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("precious")
@@ -62,11 +68,15 @@ def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_a_mistake_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = make_config(tmp_path, "llama", "train.steps=1", f"run.dir={tmp_path / 'file'}")
-    with pytest.raises(ConfigError, match=r"run\.dir: .* cannot be written: Not a directory; make room"):
+    with pytest.raises(
+        ConfigError, match=r"run\.dir: .* cannot be written: Not a directory; make room"
+    ):
         train(config)
 
 
-def test_every_path_of_a_config_knows_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_of_a_config_knows_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`run.dir=~/x` made a folder that was called `~`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     keys = (
@@ -96,9 +106,14 @@ def test_every_path_of_a_config_knows_the_home_directory(tmp_path: Path, monkeyp
         parse_config(values)
 
 
-@pytest.mark.parametrize("pattern", ["**/*.jsonl", "{}/**/*.jsonl", "{}/**", "**", "{}", "{}/./**/*.jsonl", "~/**/*l"])
-def test_a_file_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    """Whatever links lead to it, also such as lead back; twenty of which are more ways than can be gone."""
+@pytest.mark.parametrize(
+    "pattern", ["**/*.jsonl", "{}/**/*.jsonl", "{}/**", "**", "{}", "{}/./**/*.jsonl", "~/**/*l"]
+)
+def test_a_file_is_taken_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """Whatever links lead to it, also such as lead back; twenty of which are more ways than can be
+    gone."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("a/b/c.jsonl", "a/d.jsonl", ".hidden/e.jsonl", "z.jsonl"):
@@ -108,7 +123,9 @@ def test_a_file_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
         (tmp_path / "a" / f"loop{number}").symlink_to("..")
     (tmp_path / "also.jsonl").symlink_to("z.jsonl")
     report = Report()
-    found = list_files([pattern.format(tmp_path), "z.jsonl", str(tmp_path / "a" / "d.jsonl")], report)
+    found = list_files(
+        [pattern.format(tmp_path), "z.jsonl", str(tmp_path / "a" / "d.jsonl")], report
+    )
     names = {Path(path).resolve().relative_to(tmp_path.resolve()).as_posix() for path in found}
     assert (len(found), names) == (3, {"a/b/c.jsonl", "a/d.jsonl", "z.jsonl"})
     assert report.num_repeated >= 1

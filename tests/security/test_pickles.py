@@ -1,5 +1,5 @@
-"""A pickle that would run a program is planted wherever a user may point to; it is never loaded, and the error says
-what to do."""
+"""A pickle that would run a program is planted wherever a user may point to; it is never loaded,
+and the error says what to do."""
 
 from __future__ import annotations
 
@@ -59,23 +59,31 @@ def hub(tmp_path: Path, bomb: bytes) -> Path:
     folder = tmp_path / "hub"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    (folder / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'somebody-was-here')!r})\n")
+    (folder / "evil.py").write_text(
+        f"import os; os.mkdir({str(tmp_path / 'somebody-was-here')!r})\n"
+    )
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "tokenizer.pkl"):
         (folder / name).write_bytes(bomb)
     return folder
 
 
-def test_a_model_of_pickles_is_refused_with_the_way_out(tmp_path: Path, hub: Path, canary: Path) -> None:
+def test_a_model_of_pickles_is_refused_with_the_way_out(
+    tmp_path: Path, hub: Path, canary: Path
+) -> None:
     config = make_config(tmp_path, {}, f"model.hf={hub}")
     for load in (lambda: train(config), lambda: load_model(hub)):
-        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.* may be pickles.*save_pretrained\(NEW\)"):
+        with pytest.raises(
+            CheckpointError, match=r"pytorch_model\.bin.* may be pickles.*save_pretrained\(NEW\)"
+        ):
             load()
     assert main(["generate", str(hub), "--prompt", "x"]) == 2
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_a_pickle_under_the_name_of_a_safe_file_is_not_loaded(hub: Path, bomb: bytes, canary: Path, name: str) -> None:
+def test_a_pickle_under_the_name_of_a_safe_file_is_not_loaded(
+    hub: Path, bomb: bytes, canary: Path, name: str
+) -> None:
     (hub / name).write_bytes(bomb)
     with pytest.raises(CheckpointError, match=r"no readable model\.safetensors"):
         load_model(hub)
@@ -94,19 +102,29 @@ def test_pickles_in_a_checkpoint_are_passed_by(tmp_path: Path, bomb: bytes, cana
     first = make_config(tmp_path, "llama", "train.steps=2", "train.stop_at=1")
     train(first)
     folder = first.run.folder / "checkpoints" / "step-00000001"
-    for name in ("optimizer.pt", "pytorch_model.bin", "optimizer/exp_avg.pt", "train_state.pt", "rng_state.pth"):
+    for name in (
+        "optimizer.pt",
+        "pytorch_model.bin",
+        "optimizer/exp_avg.pt",
+        "train_state.pt",
+        "rng_state.pth",
+    ):
         (folder / name).write_bytes(bomb)
     train(make_config(tmp_path, "llama", "train.steps=2"))
     assert not canary.exists()
     (folder / "optimizer" / "exp_avg.safetensors").write_bytes(bomb)
-    begun = make_config(tmp_path, "llama", "train.steps=2", "run.name=other", f"checkpoint.resume={folder}")
+    begun = make_config(
+        tmp_path, "llama", "train.steps=2", "run.name=other", f"checkpoint.resume={folder}"
+    )
     with pytest.raises(CheckpointError, match="is not as long as it was"):
         train(begun)
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer.pkl"])
-def test_a_tokenizer_that_is_a_pickle_is_refused(tmp_path: Path, bomb: bytes, canary: Path, name: str) -> None:
+def test_a_tokenizer_that_is_a_pickle_is_refused(
+    tmp_path: Path, bomb: bytes, canary: Path, name: str
+) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / name).write_bytes(bomb)
     for path in (tmp_path / "tokenizer", tmp_path / "tokenizer" / name):

@@ -1,4 +1,5 @@
-"""Recognisable secrets, in the environment and in the config of a run that crashes, turn up in nothing it writes."""
+"""Recognisable secrets, in the environment and in the config of a run that crashes, turn up in
+nothing it writes."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     for path in folder.rglob("*"):
         if path.is_file():
             data = path.read_bytes()
-            found[str(path.relative_to(folder))] = gzip.decompress(data) if path.suffix == ".gz" else data
+            found[str(path.relative_to(folder))] = (
+                gzip.decompress(data) if path.suffix == ".gz" else data
+            )
     return found
 
 
@@ -65,16 +68,32 @@ def test_a_run_that_crashes_writes_no_secret(tmp_path: Path) -> None:
     )  # fmt: skip
     (work / "c.yaml").write_text(config.to_yaml())
     before = {path.name for path in work.iterdir()}
-    environment = os.environ | SECRETS | {"HOME": str(home), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    environment = (
+        os.environ
+        | SECRETS
+        | {"HOME": str(home), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    )
     done = subprocess.run(
         [sys.executable, "-c", CRASH, "c.yaml", ",".join(SECRETS)],
         capture_output=True, text=True, timeout=120, env=environment, cwd=work, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "ConnectionError: no answer: <WANDB_API_KEY> <HF_TOKEN> <AWS_SECRET_ACCESS_KEY>" in done.stderr
+    assert (
+        "ConnectionError: no answer: <WANDB_API_KEY> <HF_TOKEN> <AWS_SECRET_ACCESS_KEY>"
+        in done.stderr
+    )
     assert "in crash" in done.stderr, "the rest of the traceback is there"
     written = contents(tmp_path) | {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
-    kinds = ("config.yaml", "metrics.jsonl", ".safetensors", "rank-00000.json", ".wandb", "tfevents", "trace", "error.")
+    kinds = (
+        "config.yaml",
+        "metrics.jsonl",
+        ".safetensors",
+        "rank-00000.json",
+        ".wandb",
+        "tfevents",
+        "trace",
+        "error.",
+    )
     for kind in kinds:
         assert any(kind in name for name in written), f"no {kind} was written"
     assert [name for name, data in written.items() if b"hush" in data] == []
@@ -98,7 +117,10 @@ def test_a_run_that_crashes_writes_no_secret(tmp_path: Path) -> None:
     ],
 )
 def test_a_secret_in_the_config_is_refused_and_not_repeated(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
 ) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -136,7 +158,9 @@ def test_the_tokens_of_services_are_known_without_an_environment(tmp_path: Path)
         for key, section in wrong[number % len(wrong) :][:1]:
             with pytest.raises(ConfigError) as caught:
                 parse_config(values | section)
-            assert str(caught.value).startswith(f"config: {key} holds a key, a token or a password"), token
+            assert str(caught.value).startswith(
+                f"config: {key} holds a key, a token or a password"
+            ), token
             assert "hush" not in str(caught.value).lower()
 
 
@@ -150,10 +174,18 @@ def test_hiding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHORT_KEY", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     assert hide_secrets("a hush-slack, 1 and false") == "a <SLACK_BOT_PASSWORD>, 1 and false"
-    assert hide_secrets("via http://someone:hush-proxy@proxy") == "via http://someone:<password>@proxy"
+    assert (
+        hide_secrets("via http://someone:hush-proxy@proxy") == "via http://someone:<password>@proxy"
+    )
     assert hide_secrets("s3://key:other@bucket/x") == "s3://key:<password>@bucket/x"
-    assert hide_secrets("https://h/x?a=1&X-Amz-Signature=other&b=2") == "https://h/x?a=1&X-Amz-Signature=<hidden>&b=2"
-    plain = "hf_bert_base_uncased task-sk-learn-experiments ghp_ AKIA xoxo-xoxo sk-8b runs/sk-2026-11-29 " + "ab12" * 10
+    assert (
+        hide_secrets("https://h/x?a=1&X-Amz-Signature=other&b=2")
+        == "https://h/x?a=1&X-Amz-Signature=<hidden>&b=2"
+    )
+    plain = (
+        "hf_bert_base_uncased task-sk-learn-experiments ghp_ AKIA xoxo-xoxo sk-8b runs/sk-2026-11-29 "
+        + "ab12" * 10
+    )
     assert hide_secrets(plain) == plain, "names of models and runs, sums of files"
     plain = "step 3, tokens=5, s3://bucket/a@b:c, 12:30 https://host:80/x, key=value"
     assert hide_secrets(plain) == plain

@@ -1,5 +1,6 @@
-"""The launcher on a real Slurm of three nodes: a job that is stopped near its limit, and then loses a node, finishes
-all the same, on the very curve of a run that was never stopped; one goes on without nodes that are not fit, or lost."""
+"""The launcher on a real Slurm of three nodes: a job that is stopped near its limit, and then loses
+a node, finishes all the same, on the very curve of a run that was never stopped; one goes on
+without nodes that are not fit, or lost."""
 
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ from small_runs import curve_of, make_config
 ROOT = Path(__file__).parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 STEPS = 240
-SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=30", "observe.eval_every=0", "observe.log_every=20")
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "checkpoint.every=30",
+    "observe.eval_every=0",
+    "observe.log_every=20",
+)
 
 
 class Cluster:
@@ -32,7 +38,12 @@ class Cluster:
 
     def run(self, *command: str | Path, **env: str) -> str:
         done = subprocess.run(
-            [*map(str, command)], cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=180
+            [*map(str, command)],
+            cwd=ROOT,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=180,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -62,7 +73,9 @@ class Cluster:
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     missing = [program for program in NEEDED if shutil.which(program) is None]
     if missing:
-        pytest.skip(f"a Slurm on this machine needs {', '.join(missing)}: apt-get install slurm-wlm munge")
+        pytest.skip(
+            f"a Slurm on this machine needs {', '.join(missing)}: apt-get install slurm-wlm munge"
+        )
     if os.geteuid() != 0:
         pytest.skip("a Slurm on this machine needs root")
     cluster = Cluster(tmp_path / "slurm")
@@ -107,7 +120,10 @@ def on_this_machine(config: Config, folder: Path, ranks: int) -> Iterator[None]:
 
 
 def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_path: Path) -> None:
-    unbroken, config = (make_config(tmp_path, "llama", f"run.name={name}", *SETTINGS) for name in ("unbroken", "job"))
+    unbroken, config = (
+        make_config(tmp_path, "llama", f"run.name={name}", *SETTINGS)
+        for name in ("unbroken", "job")
+    )
     log = tmp_path / "job.log"
     job = cluster.submit(config, tmp_path, nodes="2", PREFLIGHT="no")
     with told_by(log):
@@ -131,13 +147,19 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
     assert {f"{job}.{start}-test{node}.log" for start in range(2) for node in range(2)} < logs
 
 
-def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     settings = (*SETTINGS, "parallel.elastic=true", "train.steps=120")
-    alone, config = (make_config(tmp_path, "llama", f"run.name={name}", *settings) for name in ("alone", "job"))
+    alone, config = (
+        make_config(tmp_path, "llama", f"run.name={name}", *settings) for name in ("alone", "job")
+    )
     # One node has another config than the rest.
     sick = tmp_path / "sick.sh"
     python = f'exec {sys.executable} "${{@:2}}"'
-    sick.write_text(f"if [[ $SLURMD_NODENAME == test1 ]]; then {python} train.seed=99; fi\n{python}")
+    sick.write_text(
+        f"if [[ $SLURMD_NODENAME == test1 ]]; then {python} train.seed=99; fi\n{python}"
+    )
     log = tmp_path / "job.log"
     job = cluster.submit(config, tmp_path, nodes="1-2", WITHIN=f"bash {sick}")
     with told_by(log):
@@ -157,16 +179,28 @@ def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(cluster: Cluster, 
         assert mine == pytest.approx(theirs, rel=1e-3)
 
 
-def test_two_runs_in_one_allocation(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_two_runs_in_one_allocation(
+    cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if not request.config.getoption("--whole"):
         pytest.skip("one of the cases of --whole; test_launch.py has it without Slurm")
-    configs = [make_config(tmp_path, "llama", f"run.name={name}", *SETTINGS, "train.steps=20") for name in "ab"]
+    configs = [
+        make_config(tmp_path, "llama", f"run.name={name}", *SETTINGS, "train.steps=20")
+        for name in "ab"
+    ]
     for config in configs:
         (tmp_path / f"{config.run.name}.yaml").write_text(config.to_yaml())
     both = " & ".join(f"bash slurm/pretrain.sh {tmp_path / name}.yaml" for name in "ab")
     log = tmp_path / "job.log"
     job = cluster.run(
-        *("sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={log}", f"--wrap={both} & wait"),
+        *(
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--cpus-per-task=1",
+            f"--output={log}",
+            f"--wrap={both} & wait",
+        ),
         PREFLIGHT="no",
         SLURM_OVERLAP="1",
     )

@@ -1,5 +1,5 @@
-"""The launchers: the commands they compose and what they make of how these end, with stand-ins for Slurm, the GPUs and
-Python. `test_cluster.py` runs them on a real Slurm."""
+"""The launchers: the commands they compose and what they make of how these end, with stand-ins for
+Slurm, the GPUs and Python. `test_cluster.py` runs them on a real Slurm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ STAND_INS = {
     "squeue": "echo ${STATE:-RUNNING}",
     "nproc": "echo 12",
 }
-JOB = {"SLURM_JOB_ID": "45678", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[9-10]", "RANKS": "1"}
+JOB = {
+    "SLURM_JOB_ID": "45678",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "node[9-10]",
+    "RANKS": "1",
+}
 SAVE = "mkdir -p runs/x/checkpoints/step-0000000{0} && touch runs/x/checkpoints/step-0000000{0}/manifest.json"
 ASKED = "trap '' USR1; kill -{0} $PPID; sleep 0.1; "  # the launcher is told to stop
 ASKED_BY_A_PIPE = "kill -USR1 $(cut -d ' ' -f 4 /proc/$PPID/stat)"
@@ -64,10 +69,18 @@ class Machine:
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
 
-    def run(self, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        variables = {"PATH": f"{self.bin}:{os.defpath}:/usr/bin:/bin", "CALLED": str(self.called), **env}
+    def run(
+        self, *arguments: str, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        variables = {
+            "PATH": f"{self.bin}:{os.defpath}:/usr/bin:/bin",
+            "CALLED": str(self.called),
+            **env,
+        }
         command = ["bash", str(self.script), *arguments]
-        return subprocess.run(command, cwd=cwd or self.root, env=variables, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=cwd or self.root, env=variables, capture_output=True, text=True
+        )
 
     @property
     def starts(self) -> int:
@@ -96,9 +109,25 @@ def test_finetuning_is_the_same_on_other_resources(machine: Machine) -> None:
 
 
 def test_one_machine_without_gpus_starts_the_ranks_the_config_needs(machine: Machine) -> None:
-    done = machine.run("configs/x.yaml", "train.steps=3", "data.train=[{path: a b}]", CUDA_VISIBLE_DEVICES="")
-    launcher = ["python", "-m", "megalite.launch", "--nproc-per-node=4", "--standalone", "--local-addr=127.0.0.1"]
-    training = ["-m", "megalite", "train", "configs/x.yaml", "train.steps=3", "data.train=[{path: a b}]"]
+    done = machine.run(
+        "configs/x.yaml", "train.steps=3", "data.train=[{path: a b}]", CUDA_VISIBLE_DEVICES=""
+    )
+    launcher = [
+        "python",
+        "-m",
+        "megalite.launch",
+        "--nproc-per-node=4",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
+    training = [
+        "-m",
+        "megalite",
+        "train",
+        "configs/x.yaml",
+        "train.steps=3",
+        "data.train=[{path: a b}]",
+    ]
     assert machine.words == launcher + training
     assert done.returncode == 0
     assert "OMP_NUM_THREADS=3" in done.stdout
@@ -114,25 +143,38 @@ def test_one_machine_without_gpus_starts_the_ranks_the_config_needs(machine: Mac
     ],
 )
 def test_ranks_of_one_machine(machine: Machine, env: dict[str, str], ranks: int) -> None:
-    machine.install(machine.bin / "nvidia-smi", 'printf "GPU 0: H100\\nGPU 1: H100\\nGPU 2: H100\\n"')
+    machine.install(
+        machine.bin / "nvidia-smi", 'printf "GPU 0: H100\\nGPU 1: H100\\nGPU 2: H100\\n"'
+    )
     machine.run("configs/x.yaml", **env)
     assert f"--nproc-per-node={ranks}" in machine.words
 
 
-def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine, tmp_path: Path) -> None:
+def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(
+    machine: Machine, tmp_path: Path
+) -> None:
     machine.install(machine.root / ".venv" / "bin" / "python", STAND_INS["python"])
     spool = tmp_path / "spool" / "job45678"
     spool.mkdir(parents=True)
     machine.script = machine.script.rename(spool / "slurm_script")
-    gpus = {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64", "RANKS": "", "SLURM_RESTART_COUNT": "2"}
+    gpus = {
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "64",
+        "RANKS": "",
+        "SLURM_RESTART_COUNT": "2",
+    }
     env = {**JOB, **gpus, "SLURM_SUBMIT_DIR": str(machine.root), "TRAINING": "exit 2"}
     done = machine.run("configs/x.yaml", "run.name=big", cwd=spool, **env)
     assert done.returncode == 2
     *words, threads, folder = machine.words
     split = words.index(str(machine.root / ".venv" / "bin" / "python"))
     assert words[0] == "srun"
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"} <= set(words[:split])
-    assert words[split - 1] == "runs/x/logs/45678.2"  # what its nodes say goes to files of that name
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"} <= set(
+        words[:split]
+    )
+    assert (
+        words[split - 1] == "runs/x/logs/45678.2"
+    )  # what its nodes say goes to files of that name
     assert "--nodelist=node10,node9" in words
     assert words[split + 1 :] == [
         *("-m", "megalite.launch", "--nproc-per-node=8", "--nnodes=2"),
@@ -155,7 +197,9 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine
         ("source /dev/null", [], []),
     ],
 )
-def test_within_a_container(machine: Machine, within: str, before_srun: list[str], before_python: list[str]) -> None:
+def test_within_a_container(
+    machine: Machine, within: str, before_srun: list[str], before_python: list[str]
+) -> None:
     # Both also tell what the config needs: in the container there may be the only Python.
     machine.install(machine.bin / "apptainer", ANSWER)
     machine.install(machine.bin / "srun", f"{ANSWER}\n{LOOK}\n{RECORD}")
@@ -167,9 +211,17 @@ def test_within_a_container(machine: Machine, within: str, before_srun: list[str
 
 
 def test_slurm_without_gpus_spreads_the_ranks_over_the_nodes(machine: Machine) -> None:
-    env = {**JOB, "RANKS": "", "CUDA_VISIBLE_DEVICES": "", "SLURM_CPUS_ON_NODE": "6", "OMP_NUM_THREADS": "2"}
+    env = {
+        **JOB,
+        "RANKS": "",
+        "CUDA_VISIBLE_DEVICES": "",
+        "SLURM_CPUS_ON_NODE": "6",
+        "OMP_NUM_THREADS": "2",
+    }
     machine.run("configs/x.yaml", **env)
-    assert {"--nproc-per-node=2", "--nnodes=2", "--cpus-per-task=6", "OMP_NUM_THREADS=2"} <= set(machine.words)
+    assert {"--nproc-per-node=2", "--nnodes=2", "--cpus-per-task=6", "OMP_NUM_THREADS=2"} <= set(
+        machine.words
+    )
 
 
 def test_dry_run_prints_a_command_that_can_be_pasted(machine: Machine) -> None:
@@ -201,9 +253,21 @@ def test_stops_when_the_program_cannot_tell_the_ranks(machine: Machine) -> None:
         ("exit 2", {}, 2, 1, "a mistake"),
         ("exit 78", {"TRIES": "3"}, 78, 1, "bad numbers"),
         ("exit 137", {}, 137, 1, "failed 1 times"),  # a bug would only be shown twice
-        (f"{SAVE.format(1)}; exit 1\n{SAVE.format(2)}; exit 137\nexit 0", {}, 0, 3, "starting again"),
+        (
+            f"{SAVE.format(1)}; exit 1\n{SAVE.format(2)}; exit 137\nexit 0",
+            {},
+            0,
+            3,
+            "starting again",
+        ),
         ("exit 1\nexit 1\nexit 0", {"TRIES": "3"}, 0, 3, "starting again"),
-        (f"{SAVE.format(1)}; exit 1\n{SAVE.format(2)}; exit 1", {"RESTARTS": "1"}, 1, 2, "last of 1 restarts"),
+        (
+            f"{SAVE.format(1)}; exit 1\n{SAVE.format(2)}; exit 1",
+            {"RESTARTS": "1"},
+            1,
+            2,
+            "last of 1 restarts",
+        ),
         (ASKED.format("USR1") + "exit 75", {}, 75, 1, "goes on where it was"),
         (ASKED.format("TERM") + "exit 1", {}, 1, 1, "without a checkpoint"),
     ],
@@ -224,17 +288,53 @@ def test_one_machine_starts_again_where_that_helps(
         ("exit 78", {}, 78, False, "bad numbers"),
         (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeueing"),
         (ASKED.format("TERM") + "exit 75", {}, 75, False, "goes on where it was"),
-        ("exit 75", {}, 75, False, "goes on where it was"),  # scancel signals the ranks, not the launcher
-        ("exit 1\nexit 137\nexit 0", {}, 0, False, "start 1: exit status 137; starting again"),  # on the same nodes
+        (
+            "exit 75",
+            {},
+            75,
+            False,
+            "goes on where it was",
+        ),  # scancel signals the ranks, not the launcher
+        (
+            "exit 1\nexit 137\nexit 0",
+            {},
+            0,
+            False,
+            "start 1: exit status 137; starting again",
+        ),  # on the same nodes
         ("exit 1", {"TRIES": "1"}, 1, False, "failed 1 times in a row"),
-        ("exit 1", {"STATE": "COMPLETING"}, 1, False, "ended by Slurm"),  # cancelled before the handlers were there
+        (
+            "exit 1",
+            {"STATE": "COMPLETING"},
+            1,
+            False,
+            "ended by Slurm",
+        ),  # cancelled before the handlers were there
         ("exit 1", {"SLURM_RESTART_COUNT": "100"}, 1, False, "last of 100 restarts"),
         ("", {"LOOK": "exit 2"}, 2, False, "a mistake"),
-        ("exit 1", {"LOOK": "\nexit 1"}, 1, True, "start 1: exit status 1; requeueing"),  # a node cannot be reached
+        (
+            "exit 1",
+            {"LOOK": "\nexit 1"},
+            1,
+            True,
+            "start 1: exit status 1; requeueing",
+        ),  # a node cannot be reached
         (ASKED.format("TERM") + "exit 1", {"LOOK": "exit 0"}, 1, False, "without a checkpoint"),
         ("", {"LOOK": ASKED.format("USR1") + "exit 0"}, 75, True, "requeueing"),
-        ("exit 1", {"EARLY": "kill -USR1 $PPID"}, 75, True, "requeueing"),  # before there is anything to stop
-        ("exit 0", {"MEANWHILE": ASKED_BY_A_PIPE}, 75, True, "requeueing"),  # while the preflight is composed
+        (
+            "exit 1",
+            {"EARLY": "kill -USR1 $PPID"},
+            75,
+            True,
+            "requeueing",
+        ),  # before there is anything to stop
+        (
+            "exit 0",
+            {"MEANWHILE": ASKED_BY_A_PIPE},
+            75,
+            True,
+            "requeueing",
+        ),  # while the preflight is composed
         ("exit 0", {"MEANWHILE": ASKED_BY_A_PIPE, "PREFLIGHT": "no"}, 75, True, "requeueing"),
         ("exit 0", {"LOOK": "exit 1", "PREFLIGHT": "no"}, 0, False, "done"),
         (ASKED.format("USR1") + "exit 75", {"REFUSED": "1"}, 75, True, "submitted again"),
@@ -256,11 +356,17 @@ trap 'if [[ $BASH_COMMAND == "child=\\$!" ]]; then kill -USR1 $$; fi' DEBUG
 """)
     env = {**JOB, "PREFLIGHT": "no", "BASH_ENV": str(tmp_path / "trace.sh")}
     done = machine.run("configs/x.yaml", TRAINING="exec sleep 60", **env)
-    assert (done.returncode, "requeue 45678" in machine.words) == (128 + signal.SIGUSR1, True), done.stdout
+    assert (done.returncode, "requeue 45678" in machine.words) == (128 + signal.SIGUSR1, True), (
+        done.stdout
+    )
 
 
-@pytest.mark.parametrize(("excluded", "list_"), [("", "node9"), ("node3,node4", "node3,node4,node9")])
-def test_nodes_that_are_not_fit_are_left_out_of_the_next_start(machine: Machine, excluded: str, list_: str) -> None:
+@pytest.mark.parametrize(
+    ("excluded", "list_"), [("", "node9"), ("node3,node4", "node3,node4,node9")]
+)
+def test_nodes_that_are_not_fit_are_left_out_of_the_next_start(
+    machine: Machine, excluded: str, list_: str
+) -> None:
     look = "echo --exclude=node9 > runs/x/logs/45678.0-preflight-node10.log; exit 77"
     done = machine.run("configs/x.yaml", LOOK=look, EXCLUDED=excluded, **JOB)
     assert done.returncode == 77
@@ -275,7 +381,8 @@ def test_a_job_uses_the_nodes_that_fit(machine: Machine) -> None:
 
 
 def test_a_job_that_fails_without_a_new_checkpoint_is_given_up(machine: Machine) -> None:
-    """Failures are counted over requeues, where a node is lost after each; a new checkpoint begins the count anew."""
+    """Failures are counted over requeues, where a node is lost after each; a new checkpoint begins
+    the count anew."""
     told = []
     for training in ("exit 1", f"{SAVE.format(1)}; exit 1", "exit 1"):
         Path(f"{machine.called}.starts").unlink(missing_ok=True)
@@ -299,21 +406,30 @@ def test_the_summary_names_each_node(machine: Machine) -> None:
     logs = "runs/x/logs/45678.0"
     said = f"echo '== 2026-01-01 node10: rank 1: exit status 1' > {logs}-node10.log"
     trace = f"printf 'Trace\\n[rank1]: ValueError: no such thing\\n' > {logs}-node10.log"
-    done = machine.run("configs/x.yaml", TRAINING=f"{trace}; {said.replace('>', '>>')}; exit 1", **JOB)
+    done = machine.run(
+        "configs/x.yaml", TRAINING=f"{trace}; {said.replace('>', '>>')}; exit 1", **JOB
+    )
     assert "== 2026-01-01 node10: rank 1: exit status 1; ValueError: no such thing\n" in done.stdout
     assert "== node9: lost, or ended from outside\n" in done.stdout
 
 
-def test_a_sweep_is_started_on_each_node_and_requeued_before_its_time_limit(machine: Machine) -> None:
+def test_a_sweep_is_started_on_each_node_and_requeued_before_its_time_limit(
+    machine: Machine,
+) -> None:
     machine.script = machine.root / "slurm" / "sweep.sh"
     sweep = ["-m", "megalite", "sweep", "configs/x.yaml", "trials=3"]
     assert machine.run("configs/x.yaml", "trials=3", TRAINING="exit 7").returncode == 7
     assert machine.words == ["python", *sweep]
-    assert shlex.split(machine.run("--dry-run", "configs/x.yaml", "trials=3").stdout) == ["python", *sweep]
+    assert shlex.split(machine.run("--dry-run", "configs/x.yaml", "trials=3").stdout) == [
+        "python",
+        *sweep,
+    ]
     assert "no sweep configs/y.yaml in " in machine.run("configs/y.yaml").stderr
     for name, called in (("USR1", ["requeue 45678"]), ("TERM", [])):
         machine.called.unlink()
         Path(f"{machine.called}.starts").unlink()
-        done = machine.run("configs/x.yaml", TRAINING=f"{ASKED.format(name)} exit 75", SLURM_JOB_ID="45678")
+        done = machine.run(
+            "configs/x.yaml", TRAINING=f"{ASKED.format(name)} exit 75", SLURM_JOB_ID="45678"
+        )
         assert done.returncode == 75
         assert machine.words[5:] == called

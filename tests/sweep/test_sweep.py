@@ -1,4 +1,5 @@
-"""Sweeps: what may be asked for, how the journal shares trials among workers, and a whole sweep that is killed."""
+"""Sweeps: what may be asked for, how the journal shares trials among workers, and a whole sweep
+that is killed."""
 
 from __future__ import annotations
 
@@ -60,10 +61,22 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "key": ({"sampler": "tpee"}, "sampler = 'tpee'.*did you mean 'tpe'"),
     "no trials": ({"trials": None}, "trials is required, unless for sampler: grid"),
     "empty": ({"space": {"optimizer.lr": []}}, "`values` must not be empty"),
-    "turned": ({"space": {"optimizer.lr": {"between": [2.0, 1.0]}}}, "between 2.0 and 1.0 there is nothing"),
-    "both": ({"space": {"optimizer.lr": {"between": [1.0, 2.0], "values": [1]}}}, "either `between` or `values`"),
-    "log of 0": ({"space": {"optimizer.lr": {"between": [0, 1.0], "log": True}}}, "log needs numbers above 0"),
-    "grid of what": ({"sampler": "grid"}, r"space\.optimizer\.lr: a grid needs `values`, or a `step`"),
+    "turned": (
+        {"space": {"optimizer.lr": {"between": [2.0, 1.0]}}},
+        "between 2.0 and 1.0 there is nothing",
+    ),
+    "both": (
+        {"space": {"optimizer.lr": {"between": [1.0, 2.0], "values": [1]}}},
+        "either `between` or `values`",
+    ),
+    "log of 0": (
+        {"space": {"optimizer.lr": {"between": [0, 1.0], "log": True}}},
+        "log needs numbers above 0",
+    ),
+    "grid of what": (
+        {"sampler": "grid"},
+        r"space\.optimizer\.lr: a grid needs `values`, or a `step`",
+    ),
     "own name": ({"space": {"run.name": ["a", "b"]}}, r"space\.run\.name: a trial has its own"),
     "later": (
         {"space": {"optimizer.lr": {"values": [1.0], "when": {"optimizer.name": "adamw"}}}},
@@ -71,7 +84,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sqlite": ({"storage": "sqlite:///x.db"}, "storage.*SQLite loses writes on shared disks"),
     "which way": ({"objective": "attention_logit"}, "maximize: true.*attention_logit"),
-    "pareto": ({"objective": ["valid_loss", "tokens_per_s"], "pruner": "median"}, "compares by one metric"),
+    "pareto": (
+        {"objective": ["valid_loss", "tokens_per_s"], "pruner": "median"},
+        "compares by one metric",
+    ),
 }
 
 
@@ -87,9 +103,15 @@ def test_mistakes_are_told(name: str, tmp_path: Path) -> None:
     ("values", "wanted"),
     [
         ({"space": {"optimizer.learning_rate": [0.1]}}, "unknown key optimizer.learning_rate"),
-        ({"space": {"train.global_batch_size": [4, 0]}}, "train.global_batch_size = 0"),  # at the other end
+        (
+            {"space": {"train.global_batch_size": [4, 0]}},
+            "train.global_batch_size = 0",
+        ),  # at the other end
         ({"objective": "tasks/arc_easy/acc,none"}, "needs observe.tasks.names in "),
-        ({"settings": {"data.valid": []}}, "objective valid_loss needs data.valid or data.split in "),
+        (
+            {"settings": {"data.valid": []}},
+            "objective valid_loss needs data.valid or data.split in ",
+        ),
     ],
 )
 def test_what_no_trial_could_run_with_is_found_before_the_first(
@@ -102,7 +124,10 @@ def test_what_no_trial_could_run_with_is_found_before_the_first(
 def test_a_grid_has_each_point_once(tmp_path: Path) -> None:
     space = {
         "optimizer.name": ["adamw", "sgd"],
-        "optimizer.betas": {"values": [[0.9, 0.95], [0.9, 0.99]], "when": {"optimizer.name": "adamw"}},
+        "optimizer.betas": {
+            "values": [[0.9, 0.95], [0.9, 0.99]],
+            "when": {"optimizer.name": "adamw"},
+        },
         "train.global_batch_size": {"between": [4, 8], "step": 4},
     }
     sweep = sweep_of(tmp_path, space=space, sampler="grid", trials=None)
@@ -117,7 +142,9 @@ def test_a_grid_has_each_point_once(tmp_path: Path) -> None:
 
 def bowl(chosen: dict[str, Any]) -> float:
     """A surface with one hole, off the middle of the space."""
-    return (math.log10(chosen["optimizer.lr"]) + 1.6) ** 2 + (chosen["optimizer.weight_decay"] - 0.1) ** 2
+    return (math.log10(chosen["optimizer.lr"]) + 1.6) ** 2 + (
+        chosen["optimizer.weight_decay"] - 0.1
+    ) ** 2
 
 
 WORKER = """
@@ -153,15 +180,22 @@ def asked(journal: Journal) -> tuple[Any, dict[str, Any]]:
 
 
 def worker(folder: Path, *how: str) -> subprocess.Popen[str]:
-    """A process with two workers that do nothing for their trials. A lock is what shows that a process lives."""
+    """A process with two workers that do nothing for their trials. A lock is what shows that a
+    process lives."""
     command = [sys.executable, "-c", WORKER, str(folder / "sweep.yaml"), *how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_workers_share_the_budget_to_the_trial(tmp_path: Path, base: Config) -> None:
-    space = {"optimizer.lr": [1e-3, 1e-2, 1e-1], "optimizer.weight_decay": {"between": [0.0, 0.2], "step": 0.1}}
+    space = {
+        "optimizer.lr": [1e-3, 1e-2, 1e-1],
+        "optimizer.weight_decay": {"between": [0.0, 0.2], "step": 0.1},
+    }
     sweep = sweep_of(tmp_path, sampler="grid", space=space, trials=None)
-    told = [process.communicate(timeout=120)[0].splitlines() for process in [worker(tmp_path) for _ in range(2)]]
+    told = [
+        process.communicate(timeout=120)[0].splitlines()
+        for process in [worker(tmp_path) for _ in range(2)]
+    ]
     assert sorted(told[0] + told[1]) == sorted(map(json.dumps, sweep.grid()))
 
 
@@ -195,16 +229,22 @@ def test_the_trial_of_a_dead_worker_goes_on_with_its_run(tmp_path: Path, base: C
 
 def test_another_objective_is_refused(tmp_path: Path, base: Config) -> None:
     Journal(sweep_of(tmp_path), base).close()
-    with pytest.raises(ConfigError, match=r"objective: tokens_per_s, but .*sweep is a sweep for valid_loss"):
+    with pytest.raises(
+        ConfigError, match=r"objective: tokens_per_s, but .*sweep is a sweep for valid_loss"
+    ):
         Journal(sweep_of(tmp_path, objective="tokens_per_s"), base)
 
 
-def test_tpe_is_better_than_chance(tmp_path: Path, base: Config, request: pytest.FixtureRequest) -> None:
+def test_tpe_is_better_than_chance(
+    tmp_path: Path, base: Config, request: pytest.FixtureRequest
+) -> None:
     """Each ask has a sampler of its own seed: what TPE has learned must be in the journal."""
     lowest: dict[str, list[float]] = {"tpe": [], "random": []}
     for seed in range(5 if request.config.getoption("--whole") else 2):
         for sampler, found in lowest.items():
-            sweep = sweep_of(tmp_path, name=f"{sampler}-{seed}", sampler=sampler, trials=25, seed=100 * seed)
+            sweep = sweep_of(
+                tmp_path, name=f"{sampler}-{seed}", sampler=sampler, trials=25, seed=100 * seed
+            )
             journal = Journal(sweep, base)
             while given := journal.next_trial():
                 journal.tell(given[0], "complete", [bowl(given[1])])
@@ -223,7 +263,9 @@ def test_tpe_is_better_than_chance(tmp_path: Path, base: Config, request: pytest
         (Exit.FAILED, "RuntimeError: something", ("RuntimeError: something", False)),
     ],
 )
-def test_why_a_run_failed_is_told(status: int, console: str, wanted: tuple[str, bool], tmp_path: Path) -> None:
+def test_why_a_run_failed_is_told(
+    status: int, console: str, wanted: tuple[str, bool], tmp_path: Path
+) -> None:
     run = TrialRun(tmp_path / "trial", {}, 1, {})
     (tmp_path / "trial" / "console.log").write_text(f"before\n{console}\nafter")
     run._began = 0
@@ -254,7 +296,11 @@ def test_a_trial_behind_others_is_ended(tmp_path: Path, base: Config) -> None:
 def test_values_of_a_run(tmp_path: Path) -> None:
     run = TrialRun(tmp_path / "trial", {}, 1, {})
     steps = [{"step": n, "loss": 1.0, "tokens_per_s": [1, 9, 10, 11][n]} for n in range(4)]
-    lines = [*steps, {"step": 2, "valid_loss": 3.0}, {"step": 4, "valid_loss": 2.0, "valid_perplexity": None}]
+    lines = [
+        *steps,
+        {"step": 2, "valid_loss": 3.0},
+        {"step": 4, "valid_loss": 2.0, "valid_perplexity": None},
+    ]
     (tmp_path / "trial" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     sweep = sweep_of(tmp_path, objective=["valid_loss", "tokens_per_s", "valid_perplexity", "mfu"])
     last, median, none, lacking = map(run.value, sweep.objective)
@@ -272,7 +318,8 @@ def test_a_trial_that_is_asked_to_stop_is_given_to_the_next_start(
     journal = Journal(sweep, base)
     workers = Workers(sweep, journal, 1, [])
     run = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('on', flush=True); time.sleep(60)"
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+        "print('on', flush=True); time.sleep(60)"
     )
     start = TrialRun.start
 
@@ -325,7 +372,12 @@ def test_a_report_shows_all_trials(tmp_path: Path, base: Config) -> None:
 
 def test_a_sweep_that_is_killed_goes_on_to_the_same_end(tmp_path: Path, base: Config) -> None:
     """Killed while its first trial trains; the second diverges. Both are runs as any other."""
-    settings = {"train.steps": STEPS, "checkpoint.every": 20, "checkpoint.keep": 9, "observe.eval_every": 50}
+    settings = {
+        "train.steps": STEPS,
+        "checkpoint.every": 20,
+        "checkpoint.keep": 9,
+        "observe.eval_every": 50,
+    }
     sweep = sweep_of(
         tmp_path, space={"optimizer.lr": [1e-2, 1e30]}, sampler="grid", trials=None, settings=settings
     )  # fmt: skip
@@ -343,7 +395,16 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_end(tmp_path: Path, base: Co
     assert "resum" in (run / "console.log").read_text(), "the run goes on from its checkpoint"
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == list(range(1, STEPS + 1))
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("trial-") and "  " in line]
-    assert [(row[0], row[-1]) for row in rows] == [("trial-0000", "complete"), ("trial-0002", "diverged")]
-    assert float(rows[0][1]) == pytest.approx(metrics[-1]["valid_loss"], rel=1e-4)  # as a table shows it
+    rows = [
+        line.split()
+        for line in done.stdout.splitlines()
+        if line.startswith("trial-") and "  " in line
+    ]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("trial-0000", "complete"),
+        ("trial-0002", "diverged"),
+    ]
+    assert float(rows[0][1]) == pytest.approx(
+        metrics[-1]["valid_loss"], rel=1e-4
+    )  # as a table shows it
     assert load_config(sweep.folder / "best.yaml").optimizer.lr == 1e-2

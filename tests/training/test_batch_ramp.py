@@ -1,4 +1,5 @@
-"""A global batch that grows over the first samples: against a plain loop, on every layout, over resumes."""
+"""A global batch that grows over the first samples: against a plain loop, on every layout, over
+resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from ranks import run_ranks
 from small_runs import curve_of, make_config, metrics_of, train_on_rank
 
 STEPS, LR = 20, 1e-2
-# 3 increments in 30 samples: a batch is 4 for 10 samples, then 6 and 8 likewise, then 10. Steps overshoot the ends.
+# 3 increments in 30 samples: a batch is 4 for 10 samples, then 6 and 8 likewise, then 10. Steps
+# overshoot the ends.
 SIZES = [4, 4, 4, 6, 6, 8] + [10] * 14
 TOKENS = np.cumsum(SIZES) * 16
 
@@ -41,9 +43,14 @@ def plain_losses(config: Config) -> list[float]:
     model = family(config.model.family).MODEL(config.model)
     parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Mesh.alone())
     for weight in table:
-        parameters[weight.name].data.copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+        parameters[weight.name].data.copy_(
+            read(weight, "weight", 0, weight.numel).view(weight.shape)
+        )
     decay = {weight.name: 0.1 if weight.decay else 0.0 for weight in table}
-    groups = [{"params": [parameter], "weight_decay": decay[name]} for name, parameter in parameters.items()]
+    groups = [
+        {"params": [parameter], "weight_decay": decay[name]}
+        for name, parameter in parameters.items()
+    ]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(groups, LR, betas=settings.betas, eps=settings.eps)
     losses, first = [], 0
@@ -77,7 +84,9 @@ def test_a_growing_batch_is_that_of_a_plain_loop_on_every_layout(
         "zero bubble": ["parallel={pipeline: 2, virtual: 1, schedule: zero_bubble}"],
         "tensor": ["parallel.tensor=2", "train.micro_batch_size=2"],
     }
-    configs = [ramped(tmp_path, name.replace(" ", "-"), *layout) for name, layout in layouts.items()]
+    configs = [
+        ramped(tmp_path, name.replace(" ", "-"), *layout) for name, layout in layouts.items()
+    ]
     run_ranks(2, train_on_rank, configs)
     for config in configs:
         losses = [line["loss"] for line in metrics_of(config) if "loss" in line]
@@ -107,12 +116,20 @@ def test_lengths_in_samples_follow_the_ramp(tmp_path: Path) -> None:
 
 
 def test_what_does_not_ramp_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"batch_ramp grows from 4 by 4 at a time, which never makes .*size 10"):
+    with pytest.raises(
+        ConfigError, match=r"batch_ramp grows from 4 by 4 at a time, which never makes .*size 10"
+    ):
         ramped(tmp_path, "refused", "train.batch_ramp.increment=4")
     config = ramped(
-        tmp_path, "refused", "train.micro_batch_size=5", "train.batch_ramp.start=5", "train.batch_ramp.increment=1"
+        tmp_path,
+        "refused",
+        "train.micro_batch_size=5",
+        "train.batch_ramp.start=5",
+        "train.batch_ramp.increment=1",
     )
-    with pytest.raises(ConfigError, match=r"train\.batch_ramp: a batch = 9 must be a multiple of micro_batch_size"):
+    with pytest.raises(
+        ConfigError, match=r"train\.batch_ramp: a batch = 9 must be a multiple of micro_batch_size"
+    ):
         make_plan(config, weight_table(config.model), 1)
     config = ramped(tmp_path, "refused", "parallel.engine=deepspeed")
     with pytest.raises(ConfigError, match=r"train\.batch_ramp needs parallel\.engine: native"):

@@ -1,4 +1,5 @@
-"""An objective that brings its own batches: what the model says itself to the texts that are read."""
+"""An objective that brings its own batches: what the model says itself to the texts that are
+read."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def test_an_objective_brings_its_own_batches(tmp_path: Path) -> None:
     steps = ("train.steps=4", "checkpoint.every=2", "observe.eval_every=0")
     plain = make_config(tmp_path, "llama", *steps, "run.name=plain", "train.stop_at=1")
     whole, parts, two = (
-        make_config(tmp_path, "llama", *steps, "objective.name=own_words", f"run.name={name}", *more)
+        make_config(
+            tmp_path, "llama", *steps, "objective.name=own_words", f"run.name={name}", *more
+        )
         for name, more in (("whole", []), ("parts", []), ("two", ["parallel.tensor=2"]))
     )
     train(plain)

@@ -30,7 +30,9 @@ def test_classes_are_judged_as_by_scikit_learn(classes: int, skill: float) -> No
     found = means_over_classes(*counts)
     for name in ("f1", "precision", "recall"):
         judge = getattr(metrics, f"{name}_score")
-        assert found[name] == pytest.approx(judge(there, told, average="macro", zero_division=0), abs=1e-12)
+        assert found[name] == pytest.approx(
+            judge(there, told, average="macro", zero_division=0), abs=1e-12
+        )
 
 
 def test_one_class_alone_correlates_with_nothing() -> None:

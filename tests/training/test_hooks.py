@@ -79,11 +79,19 @@ def test_other_hooks_than_before_are_said_and_what_none_can_read_is_refused(
     run = ("run.name=other", "train.steps=6")
     train(make_config(tmp_path, "llama", *run, "train.stop_at=2", "hooks=[{name: adds}]"))
     monkeypatch.setattr(Adds, "load_state", lambda self, state: state["sums"])
-    with pytest.raises(CheckpointError, match=r"step 2: train_state\.json: hooks\.adds = .* KeyError: 'sums'"):
+    with pytest.raises(
+        CheckpointError, match=r"step 2: train_state\.json: hooks\.adds = .* KeyError: 'sums'"
+    ):
         train(make_config(tmp_path, "llama", *run, "hooks=[{name: adds}]"))
     capsys.readouterr()
     train(make_config(tmp_path, "llama", *run, "train.stop_at=4", "hooks=[]"))
-    assert "warning: the run has no hook adds any more; its state at step 2 is dropped" in capsys.readouterr().out
+    assert (
+        "warning: the run has no hook adds any more; its state at step 2 is dropped"
+        in capsys.readouterr().out
+    )
     train(make_config(tmp_path, "llama", *run, "hooks=[{name: adds}]"))
-    assert "the checkpoint of step 4 has no state of the hook adds, which begins afresh" in capsys.readouterr().out
+    assert (
+        "the checkpoint of step 4 has no state of the hook adds, which begins afresh"
+        in capsys.readouterr().out
+    )
     assert len(kept(tmp_path, "other", 6)["adds"]["losses"]) == 2

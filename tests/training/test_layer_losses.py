@@ -1,5 +1,5 @@
-"""Losses that layers add to the objective: their means and every gradient on each layout, against the clean model in
-one process."""
+"""Losses that layers add to the objective: their means and every gradient on each layout, against
+the clean model in one process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,13 @@ def config_of(parallel: dict[str, Any], train: dict[str, Any], **model: Any) -> 
             "model": MODEL | model,
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
             "parallel": {"bucket_mb": 0.05, **parallel},
-            "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32", **train},
+            "train": {
+                "steps": 2,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 1,
+                "precision": "fp32",
+                **train,
+            },
             "optimizer": {"lr": 1e-2},
         }
     )
@@ -71,8 +77,11 @@ def whole_batch() -> MicroBatch:
     return MicroBatch(tokens[:, :-1], labels, torch.arange(BATCH))
 
 
-def on_rank(rank: int, world_size: int, function: Callable[..., Any], calls: list[tuple[str, ...]]) -> list[Any]:
-    """Call a function where the plugin is installed. The process of the tests does not know it, for other tests."""
+def on_rank(
+    rank: int, world_size: int, function: Callable[..., Any], calls: list[tuple[str, ...]]
+) -> list[Any]:
+    """Call a function where the plugin is installed. The process of the tests does not know it, for
+    other tests."""
     sys.path.insert(0, str(PACKAGE))
     return [function(*call) for call in calls]
 
@@ -95,10 +104,15 @@ def step(layout: str) -> dict[str, Any]:
     list(forward(parts, batch, mesh))
     found = forward_backward(parts, batch, mesh, SEED)
     owners = {
-        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        weight.name: plan.rank_at(
+            next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
+        )
         for weight in table
     }
-    return {"metrics": {name: x.item() for name, x in found.items()}, "grads": parts.engine.gather("grad", owners)}
+    return {
+        "metrics": {name: x.item() for name, x in found.items()},
+        "grads": parts.engine.gather("grad", owners),
+    }
 
 
 def plain() -> dict[str, Any]:
@@ -108,15 +122,21 @@ def plain() -> dict[str, Any]:
     parameters, read = dict(model.named_parameters()), from_seed(SEED, Mesh.alone())
     with torch.no_grad():
         for weight in weight_table(config.model):
-            parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+            parameters[weight.name].copy_(
+                read(weight, "weight", 0, weight.numel).view(weight.shape)
+            )
     scores: list[Tensor] = []
     for layer in model.layers.values():
         layer.mlp.router.register_forward_hook(lambda module, arguments, out: scores.append(out))
     batch = whole_batch()
-    loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
-    # Switch Transformers' loss for each row: 1 where all experts get as many tokens and as much of them.
+    loss = F.cross_entropy(
+        model(batch.tokens).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE
+    )
+    # Switch Transformers' loss for each row: 1 where all experts get as many tokens and as much of
+    # them.
     balance = sum(
-        3 * (F.one_hot(of.argmax(-1), 3).float().mean(1) * of.softmax(-1).mean(1)).sum(-1).mean() for of in scores
+        3 * (F.one_hot(of.argmax(-1), 3).float().mean(1) * of.softmax(-1).mean(1)).sum(-1).mean()
+        for of in scores
     )
     router_z = sum(of.logsumexp(-1).square().mean() for of in scores)
     (loss + 0.7 * balance + 0.3 * router_z).backward()
@@ -130,7 +150,9 @@ def plain() -> dict[str, Any]:
 @cache
 def results(ranks: int, engine: str) -> dict[str, list[dict[str, Any]]]:
     """DeepSpeed has ranks of its own, since it replaces functions of torch."""
-    layouts = [name for name, layout in LAYOUTS.items() if (layout[0], engine_of(name)) == (ranks, engine)]
+    layouts = [
+        name for name, layout in LAYOUTS.items() if (layout[0], engine_of(name)) == (ranks, engine)
+    ]
     of_ranks = run_ranks(ranks, on_rank, step, [(layout,) for layout in layouts])
     return {layout: [found[number] for found in of_ranks] for number, layout in enumerate(layouts)}
 
@@ -167,7 +189,9 @@ def step_without_labels() -> tuple[dict[str, float], float]:
     parts = build(config, plan, mesh)
     parts.engine.load(from_seed(SEED, mesh))
     whole = whole_batch()
-    found = forward_backward(parts, [MicroBatch(whole.tokens, whole.labels * 0 + IGNORE, whole.samples)], mesh, SEED)
+    found = forward_backward(
+        parts, [MicroBatch(whole.tokens, whole.labels * 0 + IGNORE, whole.samples)], mesh, SEED
+    )
     return {name: x.item() for name, x in found.items()}, parts.engine.step(1.0).item()
 
 

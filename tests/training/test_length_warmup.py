@@ -37,21 +37,29 @@ def warmed(folder: Path, name: str, *overrides: str) -> Config:
 
 
 def plain_losses(config: Config) -> list[float]:
-    """The same with torch alone: the model sees each row as a sequence, and each document in it by itself."""
+    """The same with torch alone: the model sees each row as a sequence, and each document in it by
+    itself."""
     mixture, table = build_mixtures(config)["train"], weight_table(config.model)
     assert mixture is not None
     model = family(config.model.family).MODEL(config.model)
     parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Mesh.alone())
     for weight in table:
-        parameters[weight.name].data.copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+        parameters[weight.name].data.copy_(
+            read(weight, "weight", 0, weight.numel).view(weight.shape)
+        )
     decay = {weight.name: 0.1 if weight.decay else 0.0 for weight in table}
-    groups = [{"params": [parameter], "weight_decay": decay[name]} for name, parameter in parameters.items()]
+    groups = [
+        {"params": [parameter], "weight_decay": decay[name]}
+        for name, parameter in parameters.items()
+    ]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(groups, LR, betas=settings.betas, eps=settings.eps)
     losses = []
     for step, length in enumerate(LENGTHS):
         samples = mixture.read(np.arange(4 * step, 4 * step + 4))
-        tokens, labels, documents = (torch.from_numpy(x).view(-1, length) for x in samples if x is not None)
+        tokens, labels, documents = (
+            torch.from_numpy(x).view(-1, length) for x in samples if x is not None
+        )
         total = torch.zeros(())
         for row in range(len(tokens)):
             for number in documents[row].unique():
@@ -76,7 +84,10 @@ def test_growing_sequences_are_those_of_a_plain_loop_on_every_layout(
     found = [line for line in metrics_of(alone) if "loss" in line]
     assert [line["loss"] for line in found] == pytest.approx(wanted, abs=1e-4)
     assert [line["tokens"] for line in found] == [64 * step for step in range(1, STEPS + 1)]
-    assert "sequences of 4 tokens up to step 2, 8 tokens up to step 5, then of 16" in capsys.readouterr().out
+    assert (
+        "sequences of 4 tokens up to step 2, 8 tokens up to step 5, then of 16"
+        in capsys.readouterr().out
+    )
     for line, length in zip(found, LENGTHS, strict=True):
         flops = line["tflops"] * 1e12 * line["step_time_s"] / 64
         assert flops == pytest.approx(model_flops_per_token(alone, length))
@@ -121,15 +132,23 @@ def test_rows_of_a_sample_have_keys_and_documents_of_their_own() -> None:
 def test_labelled_rows_are_not_cut(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "rows", np.uint16, np.uint8) as writer:
         writer.add_documents(np.arange(6), [6], np.ones(6, np.int64))
-    with pytest.raises(DataError, match=r"holds rows of labelled data, which data\.seq_length_warmup would cut"):
+    with pytest.raises(
+        DataError, match=r"holds rows of labelled data, which data\.seq_length_warmup would cut"
+    ):
         train(warmed(tmp_path, "rows", f"data.train=[{{path: {tmp_path}/rows}}]"))
 
 
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ("data.seq_length_warmup=[{seq_length: 5, until_step: 2}]", "seq_length 5 must divide data.seq_length 16"),
-        ("data.seq_length_warmup=[{seq_length: 16, until_step: 2}]", "seq_length 16 must divide .* and be less"),
+        (
+            "data.seq_length_warmup=[{seq_length: 5, until_step: 2}]",
+            "seq_length 5 must divide data.seq_length 16",
+        ),
+        (
+            "data.seq_length_warmup=[{seq_length: 16, until_step: 2}]",
+            "seq_length 16 must divide .* and be less",
+        ),
         (
             "data.seq_length_warmup=[{seq_length: 8, until_step: 2}, {seq_length: 4, until_step: 3}]",
             "each phase must be longer and end later than the one before",
@@ -142,4 +161,6 @@ def test_labelled_rows_are_not_cut(tmp_path: Path) -> None:
 )
 def test_what_does_not_grow_is_refused(tmp_path: Path, settings: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        make_plan(warmed(tmp_path, "refused", settings), weight_table(make_config(tmp_path).model), 4)
+        make_plan(
+            warmed(tmp_path, "refused", settings), weight_table(make_config(tmp_path).model), 4
+        )

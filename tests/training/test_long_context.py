@@ -1,4 +1,5 @@
-"""Pretrained models that are lengthened: trained as a plain loop trains them, and opened by transformers."""
+"""Pretrained models that are lengthened: trained as a plain loop trains them, and opened by
+transformers."""
 
 from __future__ import annotations
 
@@ -27,11 +28,14 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_a_lengthened_model_is_trained_as_by_a_plain_loop(kind: str, tmp_path: Path) -> None:
-    """For 16 positions, on samples of 48 tokens; the original length and the new one follow from the model."""
+    """For 16 positions, on samples of 48 tokens; the original length and the new one follow from
+    the model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     short = LLAMA | {"max_position_embeddings": 16, "head_dim": 12}
-    start = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**short))
+    start = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**short)
+    )
     start.save_pretrained(tmp_path / "start")
     config = make_config(
         tmp_path, {"hf": str(tmp_path / "start"), "rope_scaling": SCALINGS[kind]}, f"train.steps={STEPS}",
@@ -44,23 +48,33 @@ def test_a_lengthened_model_is_trained_as_by_a_plain_loop(kind: str, tmp_path: P
     whole = {"dynamic": 16}.get(kind, 64)  # dynamic NTK begins at max_position_embeddings
     rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
     rope |= {"original_max_position_embeddings": 16} if kind == "yarn" else {}
-    longer = transformers.AutoConfig.for_model(**short | {"rope_parameters": rope, "max_position_embeddings": whole})
+    longer = transformers.AutoConfig.for_model(
+        **short | {"rope_parameters": rope, "max_position_embeddings": whole}
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start", config=longer)
     optimizer = torch.optim.AdamW(
-        theirs.parameters(), 1e-2, betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=0.0
+        theirs.parameters(),
+        1e-2,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=0.0,
     )
     mixture, losses = build_mixtures(config)["train"], []
     assert mixture is not None
     for step in range(STEPS):
         samples = mixture.read(np.arange(step * BATCH, (step + 1) * BATCH))
         logits = theirs(torch.from_numpy(samples.tokens)).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(samples.labels).flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(samples.labels).flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    assert [line["loss"] for line in metrics_of(config) if "loss" in line] == pytest.approx(losses, abs=1e-4)
+    assert [line["loss"] for line in metrics_of(config) if "loss" in line] == pytest.approx(
+        losses, abs=1e-4
+    )
 
     folder = config.run.folder / "checkpoints" / f"step-{STEPS:08}"
     opened = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -76,9 +90,16 @@ def test_what_is_given_beside_a_scaling_is_taken(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     transformers.AutoConfig.for_model(**LLAMA).save_pretrained(tmp_path)
     hf, yarn = str(tmp_path), SCALINGS["yarn"]
-    found = model_config({"hf": hf, "rope_scaling": yarn | {"original_max_positions": 32}, "max_positions": 100})
+    found = model_config(
+        {"hf": hf, "rope_scaling": yarn | {"original_max_positions": 32}, "max_positions": 100}
+    )
     assert (found.max_positions, found.rope_scaling.original_max_positions) == (100, 32)  # type: ignore[attr-defined]
-    assert model_config({"hf": hf, "rope_scaling": yarn | {"original_max_positions": 32}}).max_positions == 128
+    assert (
+        model_config(
+            {"hf": hf, "rope_scaling": yarn | {"original_max_positions": 32}}
+        ).max_positions
+        == 128
+    )
     assert model_config({"hf": hf, "rope_scaling": None}).max_positions == 64
     with pytest.raises(ConfigError, match=r"rope_scaling\.factor is required"):
         model_config({"hf": hf, "rope_scaling": {"type": "yarn"}})

@@ -41,13 +41,21 @@ MODERN = {
     "family": "modernbert", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2,
     "num_attention_heads": 4, "max_positions": 64, "init_std": 0.1, "sliding_window": 5,
 }  # fmt: skip
-OVERRIDES = ("data.document_mask=true", "data.packing=best_fit", "train.steps=4", "observe.eval_every=2")
+OVERRIDES = (
+    "data.document_mask=true",
+    "data.packing=best_fit",
+    "train.steps=4",
+    "observe.eval_every=2",
+)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("masked")
-    configs = {name: masked_config(folder, *OVERRIDES, f"run.name={name}", *more) for name, more in LAYOUTS.items()}
+    configs = {
+        name: masked_config(folder, *OVERRIDES, f"run.name={name}", *more)
+        for name, more in LAYOUTS.items()
+    }
     train(configs.pop("alone"))
     run_ranks(2, train_on_rank, [*configs.values()])
     return folder
@@ -58,7 +66,10 @@ def test_layouts_learn_and_judge_alike(name: str, runs: Path) -> None:
     alone, other = (masked_config(runs, *OVERRIDES, f"run.name={each}") for each in ("alone", name))
     # fp32 sums in another order; 1e-5 is the project's bound for every layout.
     np.testing.assert_allclose(curve_of(other), curve_of(alone), rtol=1e-5)
-    judged = [[line for line in metrics_of(config) if "valid_accuracy" in line] for config in (alone, other)]
+    judged = [
+        [line for line in metrics_of(config) if "valid_accuracy" in line]
+        for config in (alone, other)
+    ]
     assert len(judged[0]) == 2
     for mine, wanted in zip(*judged, strict=True):
         assert mine["valid_accuracy"] == wanted["valid_accuracy"]
@@ -77,7 +88,9 @@ def test_validation_is_a_plain_statement(runs: Path) -> None:
         assert samples.documents is not None
         for document in np.unique(samples.documents):
             here = samples.documents[0] == document
-            tokens, labels = (torch.from_numpy(x[0, here]) for x in (samples.tokens, samples.labels))
+            tokens, labels = (
+                torch.from_numpy(x[0, here]) for x in (samples.tokens, samples.labels)
+            )
             logits = model(tokens[None])[0]  # each document by itself
             losses += F.cross_entropy(logits, labels, reduction="none")[labels >= 0].tolist()
             right += (logits.argmax(-1) == labels)[labels >= 0].tolist()
@@ -86,9 +99,11 @@ def test_validation_is_a_plain_statement(runs: Path) -> None:
     assert line["valid_accuracy"] == pytest.approx(np.mean(right), rel=1e-6)
 
 
-def step_of(config: Config, monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, torch.Tensor]:
-    """The loss of a step and its gradients, of weights drawn from the seed; with `monkeypatch`, the head is computed of
-    all tokens."""
+def step_of(
+    config: Config, monkeypatch: pytest.MonkeyPatch | None = None
+) -> dict[str, torch.Tensor]:
+    """The loss of a step and its gradients, of weights drawn from the seed; with `monkeypatch`, the
+    head is computed of all tokens."""
     if monkeypatch:
         monkeypatch.setattr(MaskedLM, "complete", lambda self, inputs, micro, split: inputs)
     table = weight_table(config.model)
@@ -125,7 +140,9 @@ def test_picked_tokens_come_from_their_places_and_go_back(slices: int) -> None:
     x = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0))
     alone = torch.device("cpu")
     pieces = [Picked.of(labels, slices, rank, alone) for rank in range(slices)]
-    taken = torch.cat([p.take(piece) for p, piece in zip(pieces, x.chunk(slices, 1), strict=True)], 1)
+    taken = torch.cat(
+        [p.take(piece) for p, piece in zip(pieces, x.chunk(slices, 1), strict=True)], 1
+    )
     for picked in pieces:
         assert torch.equal(picked.labels_1M, pieces[0].labels_1M)
         assert (picked.labels_1M != IGNORE).sum() == 4
@@ -140,13 +157,17 @@ def test_picked_tokens_come_from_their_places_and_go_back(slices: int) -> None:
 def test_a_checkpoint_opens_in_transformers(runs: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = find_model(runs / "runs" / "tensor")
-    theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert type(theirs).__name__ == "BertForMaskedLM"
     assert not any(report.values()), report
     tokens = torch.randint(5, 97, (2, 16))
     with torch.no_grad():
         # The project's bound.
-        assert (theirs.eval()(tokens).logits - load_model(folder)(tokens)).abs().max().item() <= 1e-4
+        assert (
+            theirs.eval()(tokens).logits - load_model(folder)(tokens)
+        ).abs().max().item() <= 1e-4
     assert transformers.AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
 
 
@@ -155,32 +176,46 @@ def test_adapters_open_in_peft(runs: Path, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = tmp_path / "base"
     shutil.copytree(find_model(runs / "runs" / "alone"), base)
-    config = masked_config(tmp_path, *OVERRIDES, "lora.rank=2", model={"hf": str(base), "hidden_dropout": 0.0})
+    config = masked_config(
+        tmp_path, *OVERRIDES, "lora.rank=2", model={"hf": str(base), "hidden_dropout": 0.0}
+    )
     train(config)
     folder = find_model(config.run.folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
-        theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForMaskedLM.from_pretrained(base), folder).eval()
+        theirs = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForMaskedLM.from_pretrained(base), folder
+        ).eval()
     tokens = torch.randint(5, 97, (2, 16))
     with torch.no_grad():
         found, wanted = load_model(folder, torch.float32)(tokens), theirs(tokens).logits
         assert (found - wanted).abs().max().item() <= 1e-4  # the project's bound
-        assert (wanted - load_model(base)(tokens)).abs().max().item() > 1e-3, "the adapters have learned"
+        assert (wanted - load_model(base)(tokens)).abs().max().item() > 1e-3, (
+            "the adapters have learned"
+        )
 
 
 def test_an_encoder_says_no_text(runs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds an encoder \(model\.task: masked\).*`megalite fill`"):
+    with pytest.raises(
+        ConfigError, match=r"holds an encoder \(model\.task: masked\).*`megalite fill`"
+    ):
         Generator.open(runs / "runs" / "alone")
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("objective.name=next_token", "next_token hides no tokens, without which model.task: masked learns nothing"),
+        (
+            "objective.name=next_token",
+            "next_token hides no tokens, without which model.task: masked learns nothing",
+        ),
         ("data.tokenizer=null", "masked_lm needs data.tokenizer"),
         ("data.border_loss=false", r"leave data\.fim and \.border_loss out"),
         ("train.loss_chunk=8", "masked_lm needs train.loss_chunk: null, not 8"),
-        ("model.task=causal", "model: task = 'causal': should be 'masked', 'classification' or 'labels'"),
+        (
+            "model.task=causal",
+            "model: task = 'causal': should be 'masked', 'classification' or 'labels'",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(override: str, words: str, tmp_path: Path) -> None:
@@ -192,7 +227,10 @@ def test_what_does_not_go_together_is_refused(override: str, words: str, tmp_pat
     ("overrides", "words"),
     [
         (("objective.name=masked_lm",), "masked_lm needs an encoder, not model.task: causal"),
-        (("model.task=masked",), "'masked' is not known for the llama family, whose own task is causal"),
+        (
+            ("model.task=masked",),
+            "'masked' is not known for the llama family, whose own task is causal",
+        ),
     ],
 )
 def test_a_decoder_fills_no_gaps(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:

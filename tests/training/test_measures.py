@@ -38,7 +38,9 @@ def plain_model(config: Config) -> torch.nn.Module:
     model = family(config.model.family).MODEL(config.model)
     parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Mesh.alone())
     for weight in weight_table(config.model):
-        parameters[weight.name].data.copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+        parameters[weight.name].data.copy_(
+            read(weight, "weight", 0, weight.numel).view(weight.shape)
+        )
     return model
 
 
@@ -57,7 +59,10 @@ def plain_measures(config: Config) -> dict[str, float]:
     def note_logits(name: str) -> Any:
         def note(core: CoreAttention, arguments: Any) -> None:
             qkv, heads, groups, _ = arguments
-            q, k = qkv[:, :, :heads], qkv[:, :, heads : heads + groups].repeat_interleave(heads // groups, 2)
+            q, k = (
+                qkv[:, :, :heads],
+                qkv[:, :, heads : heads + groups].repeat_interleave(heads // groups, 2),
+            )
             logits = torch.einsum("bthk,bshk->bhts", q, k) / qkv.shape[-1] ** 0.5
             seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
             found[f"attention_logit/{name}"] = logits[..., seen].max().item()
@@ -77,13 +82,24 @@ def plain_measures(config: Config) -> dict[str, float]:
     F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).backward()
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        place = name.split(".")[1] if name.startswith("layers.") else "embeddings" if "embedding" in name else "head"
+        place = (
+            name.split(".")[1]
+            if name.startswith("layers.")
+            else "embeddings"
+            if "embedding" in name
+            else "head"
+        )
         squares[place] = squares.get(place, 0.0) + parameter.grad.square().sum().item()
     return found | {f"grad_norm/{place}": square**0.5 for place, square in squares.items()}
 
 
 def test_layers_measure_the_same_on_every_layout(tmp_path: Path) -> None:
-    settings = ("train.steps=3", "observe.layers_every=2", "checkpoint.every=0", "observe.eval_every=0")
+    settings = (
+        "train.steps=3",
+        "observe.layers_every=2",
+        "checkpoint.every=0",
+        "observe.eval_every=0",
+    )
     configs = {
         name: make_config(tmp_path, "llama", *settings, f"run.name=layout-{number}", *layout)
         for number, (name, layout) in enumerate(LAYOUTS.items())
@@ -97,7 +113,9 @@ def test_layers_measure_the_same_on_every_layout(tmp_path: Path) -> None:
         train(alone)
         wanted = [line for line in metrics_of(alone) if "loss" in line]
         plain = plain_measures(alone)
-        assert {name: wanted[0][name] for name in plain} == pytest.approx(plain, rel=1e-5)  # sums of fp32
+        assert {name: wanted[0][name] for name in plain} == pytest.approx(
+            plain, rel=1e-5
+        )  # sums of fp32
         whole = sum(wanted[0][name] ** 2 for name in plain if name.startswith("grad_norm/")) ** 0.5
         assert whole == pytest.approx(wanted[0]["grad_norm"], rel=1e-6)
         for name, config in configs.items():
@@ -107,18 +125,26 @@ def test_layers_measure_the_same_on_every_layout(tmp_path: Path) -> None:
             assert plain.keys().isdisjoint(lines[0]), "not asked for"
             for line in (1, 2):  # every second step, and the last
                 found = {key: lines[line][key] for key in plain}
-                assert found == pytest.approx({key: wanted[line][key] for key in plain}, rel=1e-4), name
+                assert found == pytest.approx(
+                    {key: wanted[line][key] for key in plain}, rel=1e-4
+                ), name
 
 
 def test_loads_of_experts_are_the_same_on_every_layout(tmp_path: Path) -> None:
     model = MODELS["llama"] | {"family": "mixtral", "num_experts": 4, "experts_per_token": 2}
-    settings = ("train.steps=3", "observe.layers_every=2", "checkpoint.every=0", "observe.eval_every=0")
+    settings = (
+        "train.steps=3",
+        "observe.layers_every=2",
+        "checkpoint.every=0",
+        "observe.eval_every=0",
+    )
     layouts = {
         "expert": ["parallel.expert=2", "train.recompute=full"], "tensor": ["parallel={tensor: 2, sequence: false}"],
         "whole": ["parallel={tensor: 2, expert: 2, expert_tensor: 1}"], "pipeline": ["parallel.pipeline=2"],
     }  # fmt: skip
     configs = {
-        name: make_config(tmp_path, model, *settings, f"run.name={name}", *each) for name, each in layouts.items()
+        name: make_config(tmp_path, model, *settings, f"run.name={name}", *each)
+        for name, each in layouts.items()
     }
     alone = make_config(tmp_path, model, *settings, "run.name=alone", "observe.layers_every=1")
     train(alone)
@@ -130,7 +156,9 @@ def test_loads_of_experts_are_the_same_on_every_layout(tmp_path: Path) -> None:
     plain(batch_of(alone, 1)[0])
     wanted = [line for line in metrics_of(alone) if "loss" in line]
     for number, index in enumerate(visits):
-        share = torch.stack([(index == expert).sum() for expert in range(4)]).double() / index.numel()
+        share = (
+            torch.stack([(index == expert).sum() for expert in range(4)]).double() / index.numel()
+        )
         assert wanted[0][f"expert_load/{number}"] == pytest.approx(4 * share.max().item(), rel=1e-6)
         entropy = torch.distributions.Categorical(share).entropy().item() / np.log(4)
         assert wanted[0][f"expert_entropy/{number}"] == pytest.approx(entropy, rel=1e-6)
@@ -139,7 +167,9 @@ def test_loads_of_experts_are_the_same_on_every_layout(tmp_path: Path) -> None:
     assert len(keys) == 3 * len(visits)
     for name, config in configs.items():
         lines = [line for line in metrics_of(config) if "loss" in line]
-        assert {key: lines[1][key] for key in keys} == pytest.approx({key: wanted[1][key] for key in keys}), name
+        assert {key: lines[1][key] for key in keys} == pytest.approx(
+            {key: wanted[1][key] for key in keys}
+        ), name
         assert (config.run.folder / "experts.png").stat().st_size > 10_000
 
 
@@ -151,14 +181,21 @@ def plain_noise(config: Config, num_small: int) -> float:
     for rows in torch.arange(4).view(-1, num_small).T:
         model.zero_grad()
         F.cross_entropy(model(tokens[rows]).flatten(0, 1), labels[rows].flatten()).backward()
-        flats.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double())
+        flats.append(
+            torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
+        )
     small, size = torch.stack(flats).square().sum(1).mean(), 4 / num_small
     big = torch.stack(flats).mean(0).square().sum()
     return ((small - big) / (1 / size - 1 / 4) / ((4 * big - size * small) / (4 - size))).item()
 
 
 def test_the_noise_scale_is_that_of_small_batches(tmp_path: Path) -> None:
-    settings = ("train.steps=6", "observe.noise_scale_every=1", "observe.eval_every=0", "checkpoint.every=2")
+    settings = (
+        "train.steps=6",
+        "observe.noise_scale_every=1",
+        "observe.eval_every=0",
+        "checkpoint.every=2",
+    )
     layouts = {
         "zero-1": (2, ["parallel.zero_stage=1"]),
         "zero-2": (4, ["parallel.zero_stage=2"]),
@@ -176,9 +213,12 @@ def test_the_noise_scale_is_that_of_small_batches(tmp_path: Path) -> None:
     run_ranks(2, train_on_rank, [*configs.values(), *broken])
     for name, config in configs.items():
         found = next(line["noise_scale"] for line in metrics_of(config) if "loss" in line)
-        assert found == pytest.approx(plain_noise(config, layouts[name][0]), rel=1e-4), name  # a difference of norms
+        assert found == pytest.approx(plain_noise(config, layouts[name][0]), rel=1e-4), (
+            name
+        )  # a difference of norms
     unbroken, resumed = (
-        [line["noise_scale"] for line in metrics_of(each) if "loss" in line] for each in (configs["zero-1"], broken[1])
+        [line["noise_scale"] for line in metrics_of(each) if "loss" in line]
+        for each in (configs["zero-1"], broken[1])
     )
     assert len(unbroken) == 6
     assert resumed == unbroken, "a resumed run goes on with its averages"
@@ -198,9 +238,21 @@ def test_the_estimate_has_no_bias() -> None:
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     for ranks, settings, why in (
-        (1, ["observe.noise_scale_every=1"], "needs several data ranks, or several micro-batches with"),
-        (2, ["observe.noise_scale_every=1", "parallel.context=2"], r"needs parallel\.context: 1, not 2"),
-        (1, ["observe.layers_every=1", "parallel.engine=deepspeed"], r"observe\.layers_every needs parallel\.engine"),
+        (
+            1,
+            ["observe.noise_scale_every=1"],
+            "needs several data ranks, or several micro-batches with",
+        ),
+        (
+            2,
+            ["observe.noise_scale_every=1", "parallel.context=2"],
+            r"needs parallel\.context: 1, not 2",
+        ),
+        (
+            1,
+            ["observe.layers_every=1", "parallel.engine=deepspeed"],
+            r"observe\.layers_every needs parallel\.engine",
+        ),
     ):
         config = make_config(tmp_path, "llama", *settings)
         with pytest.raises(ConfigError, match=why):

@@ -1,6 +1,7 @@
-"""Objectives that need more than each token's loss: logits in vocabulary shards, hidden states, or a frozen teacher.
-Loss, metrics, validation and every gradient of a step on each layout, against a plain statement on the clean model.
-So does next_token with a z-loss and smoothed labels, which is content with losses."""
+"""Objectives that need more than each token's loss: logits in vocabulary shards, hidden states, or
+a frozen teacher. Loss, metrics, validation and every gradient of a step on each layout, against a
+plain statement on the clean model. So does next_token with a z-loss and smoothed labels, which is
+content with losses."""
 
 from __future__ import annotations
 
@@ -93,7 +94,9 @@ class Small(Smooth):
     def measure(self, out: HiddenStates, inputs: Inputs) -> tuple[Tensor, Tensor]:
         loss_B, metrics = super().measure(out.head(out.states_BTD), inputs)
         is_here_BT1 = (inputs.labels_BT != IGNORE)[..., None]  # type: ignore[index]
-        return loss_B + SIZE * (out.states_BTD.float() * is_here_BT1).square().mean(2).sum(1), metrics
+        return loss_B + SIZE * (out.states_BTD.float() * is_here_BT1).square().mean(2).sum(
+            1
+        ), metrics
 
 
 @objectives.register("small")
@@ -116,7 +119,9 @@ class Learn(NextToken):
         assert inputs.labels_BT is not None
         hidden = inputs.frozen()
         teacher_BTV, student_BTV = hidden.head(hidden.states_BTD).log_softmax(), out.log_softmax()
-        loss_BT = out.sum(teacher_BTV.exp() * (teacher_BTV - student_BTV)) * (inputs.labels_BT != IGNORE)
+        loss_BT = out.sum(teacher_BTV.exp() * (teacher_BTV - student_BTV)) * (
+            inputs.labels_BT != IGNORE
+        )
         return loss_BT.sum(1), loss_BT.new_empty(len(loss_BT), 0)
 
 
@@ -145,13 +150,20 @@ def write_teacher(folder: Path) -> Path:
     read, tensors = from_seed(SEED + 1, Mesh.alone()), {}
     for weight in weight_table(config):
         tensors |= weight.to_hf(read(weight, "weight", 0, weight.numel).view(weight.shape))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     return folder
 
 
 def config_of(
-    objective: str, model: dict[str, Any], parallel: dict[str, Any], folder: Path | None = None, **train: Any
+    objective: str,
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    folder: Path | None = None,
+    **train: Any,
 ) -> Config:
     teacher = {"teacher": str(folder)} if objective == "learn" else {}
     return parse_config(
@@ -161,7 +173,13 @@ def config_of(
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
             "objective": {"name": objective} | SETTINGS.get(objective, {}) | teacher,
             "parallel": {"bucket_mb": 0.05, **parallel},
-            "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32", **train},
+            "train": {
+                "steps": 2,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 1,
+                "precision": "fp32",
+                **train,
+            },
             "optimizer": {"lr": 1e-2},
         }
     )
@@ -176,7 +194,9 @@ def whole_batch() -> MicroBatch:
     return MicroBatch(tokens[:, :-1], labels, torch.arange(BATCH))
 
 
-def step_on_rank(rank: int, world_size: int, folder: Path, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def step_on_rank(
+    rank: int, world_size: int, folder: Path, cases: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
     return [step(folder, objective, layout) for objective, layout in cases]
 
 
@@ -195,11 +215,15 @@ def step(folder: Path, objective: str, layout: str) -> dict[str, Any]:
     parts.train(False)
     judged = torch.zeros(())
     for out, inputs, micro in forward(parts, batch, mesh, parts.objective.judges):
-        judged += parts.objective.judge(out, parts.objective.complete(inputs, micro, "valid"))[0].sum()
+        judged += parts.objective.judge(out, parts.objective.complete(inputs, micro, "valid"))[
+            0
+        ].sum()
     judged = all_reduce(all_reduce(judged, mesh.replicas), mesh.pipeline)
     found = forward_backward(parts, batch, mesh, SEED)
     owners = {
-        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        weight.name: plan.rank_at(
+            next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
+        )
         for weight in table
     }
     metrics = {name: x.item() for name, x in found.items()} | {"judged": judged.item()}
@@ -212,13 +236,15 @@ def clean_model(values: dict[str, Any], seed: int) -> Decoder:
     parameters, read = dict(model.named_parameters()), from_seed(seed, Mesh.alone())
     with torch.no_grad():
         for weight in weight_table(config):
-            parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+            parameters[weight.name].copy_(
+                read(weight, "weight", 0, weight.numel).view(weight.shape)
+            )
     return model
 
 
 def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
-    """The same from whole logits, the whole batch at once, with torch alone. Validation of next_token is without what
-    training adds to it."""
+    """The same from whole logits, the whole batch at once, with torch alone. Validation of
+    next_token is without what training adds to it."""
     model = clean_model(model_values, SEED)
     batch = whole_batch()
     states: list[Tensor] = []
@@ -226,7 +252,9 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     logits, is_here = model(batch.tokens), batch.labels != IGNORE
     count = is_here.sum()
     lse = logits.logsumexp(-1)[is_here]
-    losses = F.cross_entropy(logits[is_here], batch.labels[is_here], label_smoothing=SMOOTHING, reduction="sum")
+    losses = F.cross_entropy(
+        logits[is_here], batch.labels[is_here], label_smoothing=SMOOTHING, reduction="sum"
+    )
     loss = losses + Z * lse.square().sum()
     if objective == "small":
         loss = loss + SIZE * states[0][is_here].square().mean(1).sum()
@@ -247,7 +275,11 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CASES = [(objective, layout) for objective in ("smooth", "small", "learn", "next_token") for layout in LAYOUTS]
+CASES = [
+    (objective, layout)
+    for objective in ("smooth", "small", "learn", "next_token")
+    for layout in LAYOUTS
+]
 CASES += [
     ("next_token in chunks of 5", layout)
     for layout in ("one process", "tensor 2", "pipeline 2, zero bubble", "context 2", "tensor 4")
@@ -263,7 +295,9 @@ def results(ranks: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("objective", "layout"), CASES)
-def test_objectives_that_need_more_are_the_same_on_every_layout(objective: str, layout: str) -> None:
+def test_objectives_that_need_more_are_the_same_on_every_layout(
+    objective: str, layout: str
+) -> None:
     ranks, model, _ = LAYOUTS[layout]
     found, wanted = results(ranks)[objective, layout], plain(objective, model)
     for rank in found:  # fp32 sums in another order, below and above
@@ -276,9 +310,14 @@ def test_objectives_that_need_more_are_the_same_on_every_layout(objective: str, 
 
 
 def test_chunks_of_the_loss_are_refused_where_all_logits_are_needed() -> None:
-    with pytest.raises(ConfigError, match=r"smooth needs train\.loss_chunk: null, not 8; it takes the logits of all"):
+    with pytest.raises(
+        ConfigError,
+        match=r"smooth needs train\.loss_chunk: null, not 8; it takes the logits of all",
+    ):
         config_of("smooth", MODEL, {}, loss_chunk=8)
-    with pytest.raises(ConfigError, match=r"small needs train\.loss_chunk: null, not 8; it takes the hidden states"):
+    with pytest.raises(
+        ConfigError, match=r"small needs train\.loss_chunk: null, not 8; it takes the hidden states"
+    ):
         config_of("small", MODEL, {}, loss_chunk=8)
 
 
@@ -286,7 +325,9 @@ def test_a_frozen_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = config_of("learn", MODEL | {"max_positions": 64}, {}, write_teacher(tmp_path))
     config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 64})})
     plan = make_plan(config, weight_table(config.model), 1)
-    with pytest.raises(ConfigError, match=r"data\.seq_length = 64 is longer than the 32 positions of the model in "):
+    with pytest.raises(
+        ConfigError, match=r"data\.seq_length = 64 is longer than the 32 positions of the model in "
+    ):
         build(config, plan, make_mesh(plan, torch.device("cpu")))
 
 

@@ -1,4 +1,5 @@
-"""Learning rates at the corners, worked out by hand. Steps are counted from 1; step `num_steps` is the last."""
+"""Learning rates at the corners, worked out by hand. Steps are counted from 1; step `num_steps` is
+the last."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def make_schedule(name: str, **values: float | None) -> ScheduleConfig:
     return ScheduleConfig.model_validate({"name": name, **given})
 
 
-def rates(name: str, warmup: int = WARMUP, num_steps: int = STEPS, decay_steps: int | None = None) -> list[float]:
+def rates(
+    name: str, warmup: int = WARMUP, num_steps: int = STEPS, decay_steps: int | None = None
+) -> list[float]:
     """rates[step] for steps 0 (unused) to `num_steps`."""
     schedule = make_schedule(name=name, warmup_steps=warmup, min_lr=LOW, decay_steps=decay_steps)
     config = AdamWConfig(lr=PEAK, schedule=schedule)
@@ -41,8 +44,8 @@ def test_warmup_is_linear_to_the_peak(name: str) -> None:
     assert rates(name)[1 : WARMUP + 1] == [PEAK * step / WARMUP for step in range(1, WARMUP + 1)]
 
 
-# 100 steps after the warmup, and 101 equal parts of the decay: it comes to LOW in step 111, which is not there.
-# A few roundings of 1e-16 each stay far below 1e-14.
+# 100 steps after the warmup, and 101 equal parts of the decay: it comes to LOW in step 111, which
+# is not there. A few roundings of 1e-16 each stay far below 1e-14.
 @pytest.mark.parametrize(
     ("name", "corners"),
     [
@@ -82,41 +85,59 @@ def test_shapes_of_the_decay() -> None:
     config = AdamWConfig(lr=PEAK, schedule=schedule)
     # 24 steps and one more: a 25th after the first, √ of which is a fifth.
     assert learning_rate(STEPS - 23, STEPS, config) == pytest.approx(PEAK * 0.8, rel=1e-14)
-    schedule = ScheduleConfig.model_validate({"name": "polynomial", "power": 2.0, "min_lr": LOW, "warmup_steps": 0.5})
+    schedule = ScheduleConfig.model_validate(
+        {"name": "polynomial", "power": 2.0, "min_lr": LOW, "warmup_steps": 0.5}
+    )
     config = AdamWConfig(lr=PEAK, schedule=schedule)
     assert learning_rate(55, STEPS, config) == PEAK, "half of the run is warmup"
-    assert learning_rate(55 + 28, STEPS, config) == pytest.approx(LOW + 0.1, rel=1e-14), "half of the decay is over"
+    assert learning_rate(55 + 28, STEPS, config) == pytest.approx(LOW + 0.1, rel=1e-14), (
+        "half of the decay is over"
+    )
     with pytest.raises(ValidationError, match="whole number of steps, or a share"):
         ScheduleConfig.model_validate({"warmup_steps": 1.5})
 
 
 def spans() -> Iterator[tuple[int, int, int | None]]:
-    """(steps, warmup, decay_steps) of every short run that a config can ask for, and of some longer ones."""
+    """(steps, warmup, decay_steps) of every short run that a config can ask for, and of some longer
+    ones."""
     for num_steps in (*range(1, 9), 99):
         for warmup in sorted({*range(min(num_steps, 8) + 2), num_steps - 1, num_steps}):
             left = num_steps - warmup
-            yield from ((num_steps, warmup, decay) for decay in sorted({0, 1, left // 2, left}) if 0 <= decay <= left)
+            yield from (
+                (num_steps, warmup, decay)
+                for decay in sorted({0, 1, left // 2, left})
+                if 0 <= decay <= left
+            )
     yield 5, 50, None  # it ends within its warmup
 
 
 @pytest.mark.parametrize("low", [0.0, LOW, PEAK])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_step_of_any_run_is_wasted(name: str, low: float) -> None:
-    """Every step has a rate, one of them the peak; the decay would come to min_lr with one step more."""
+    """Every step has a rate, one of them the peak; the decay would come to min_lr with one step
+    more."""
     for num_steps, warmup, decay in spans():
-        schedule = make_schedule(name=name, warmup_steps=warmup, min_lr=low, decay_steps=decay or None)
+        schedule = make_schedule(
+            name=name, warmup_steps=warmup, min_lr=low, decay_steps=decay or None
+        )
         config = AdamWConfig(lr=PEAK, schedule=schedule)
-        first, *rest = found = [learning_rate(step, num_steps, config) for step in range(1, num_steps + 1)]
+        first, *rest = found = [
+            learning_rate(step, num_steps, config) for step in range(1, num_steps + 1)
+        ]
         what = name, low, num_steps, warmup, decay
         assert all(0 < rate <= PEAK for rate in found), what
-        assert found[:warmup] == [PEAK * step / warmup for step in range(1, min(warmup, num_steps) + 1)], what
+        assert found[:warmup] == [
+            PEAK * step / warmup for step in range(1, min(warmup, num_steps) + 1)
+        ], what
         assert (max(found) == PEAK) == (warmup <= num_steps), what
         low = make_schedule(name=name, min_lr=low).min_lr
         assert warmup or first == PEAK, what
         assert all(a >= b for a, b in pairwise(found[max(warmup - 1, 0) :])), what
         if name in TO_THE_END and warmup < num_steps and low < PEAK:
             assert found[-1] > low, what
-            assert learning_rate(num_steps + 1, num_steps, config) == pytest.approx(low, abs=1e-15), what
+            assert learning_rate(num_steps + 1, num_steps, config) == pytest.approx(
+                low, abs=1e-15
+            ), what
         if name == "linear" and warmup <= num_steps:
             falls = {round(a - b, 12) for a, b in pairwise([*found[max(warmup - 1, 0) :], low])}
             assert len(falls) == 1, what

@@ -51,15 +51,21 @@ def test_layouts_learn_and_judge_alike(kind: str, name: str, runs: Path) -> None
     alone, other = (config_of(runs, kind, each) for each in ("alone", name))
     # fp32 sums in another order; 1e-5 is the project's bound for every layout.
     np.testing.assert_allclose(curve_of(other), curve_of(alone), rtol=1e-5)
-    judged = [[line for line in metrics_of(config) if "valid_exact" in line] for config in (alone, other)]
+    judged = [
+        [line for line in metrics_of(config) if "valid_exact" in line] for config in (alone, other)
+    ]
     assert len(judged[0]) == 2
     for mine, wanted in zip(*judged, strict=True):
-        assert (mine["valid_accuracy"], mine["valid_exact"]) == (wanted["valid_accuracy"], wanted["valid_exact"])
+        assert (mine["valid_accuracy"], mine["valid_exact"]) == (
+            wanted["valid_accuracy"],
+            wanted["valid_exact"],
+        )
         assert mine["valid_loss"] == pytest.approx(wanted["valid_loss"], rel=1e-5)
 
 
 def test_validation_is_a_plain_statement(runs: Path) -> None:
-    """Cross-entropy and accuracy of the targets' tokens, all alike; each row by itself, whatever lies beside it."""
+    """Cross-entropy and accuracy of the targets' tokens, all alike; each row by itself, whatever
+    lies beside it."""
     config = config_of(runs, "rows", "alone")
     model = load_model(find_model(config.run.folder))
     mixture = open_data(config)[2]["valid"]
@@ -71,7 +77,9 @@ def test_validation_is_a_plain_statement(runs: Path) -> None:
         assert samples.source is not None
         for document in np.unique(samples.documents):
             here, there = samples.documents[0] == document, samples.source_documents[0] == document
-            tokens, labels = (torch.from_numpy(x[0, here]) for x in (samples.tokens, samples.labels))
+            tokens, labels = (
+                torch.from_numpy(x[0, here]) for x in (samples.tokens, samples.labels)
+            )
             if (labels < 0).any():  # padding
                 continue
             source = Source.whole(torch.from_numpy(samples.source[0, there])[None])
@@ -88,33 +96,50 @@ def test_validation_is_a_plain_statement(runs: Path) -> None:
 def test_a_stopped_run_goes_on_as_if_it_had_not(runs: Path, tmp_path: Path) -> None:
     for more in (("train.stop_at=2",), ()):
         train(config_of(tmp_path, "spans", "alone", *more))
-    assert curve_of(config_of(tmp_path, "spans", "alone")) == curve_of(config_of(runs, "spans", "alone"))
+    assert curve_of(config_of(tmp_path, "spans", "alone")) == curve_of(
+        config_of(runs, "spans", "alone")
+    )
 
 
 @pytest.mark.parametrize("name", ["spans-pipeline", "rows-tensor"])
 def test_a_checkpoint_opens_in_transformers(name: str, runs: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = find_model(runs / "runs" / name)
-    theirs, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
+    theirs, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert type(theirs).__name__ == "T5ForConditionalGeneration"
     assert not any(report.values()), report
     tokens, source = torch.randint(2, 80, (2, 9)), torch.randint(2, 80, (2, 13))
     with torch.no_grad():
         wanted = theirs.eval()(input_ids=source, decoder_input_ids=tokens).logits
-        found = load_model(folder)(tokens, SequenceInfo.whole(9, tokens.device, Source.whole(source)))
+        found = load_model(folder)(
+            tokens, SequenceInfo.whole(9, tokens.device, Source.whole(source))
+        )
         assert (found - wanted).abs().max().item() <= 1e-4  # the project's bound
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer("w7 w8").input_ids == [7, 8, 1]
     # transformers 5.23 has room in its cache for as many layers as the encoder has.
-    ids = theirs.generate(**tokenizer("w7 w8 w9", return_tensors="pt"), max_new_tokens=5, use_cache=False)
+    ids = theirs.generate(
+        **tokenizer("w7 w8 w9", return_tensors="pt"), max_new_tokens=5, use_cache=False
+    )
     assert ids[0, 0] == 0, "generation_config.json names the token to begin with"
 
 
 def test_a_task_is_learned_and_answered(tmp_path: Path) -> None:
-    """Rows of up to three words turned round: after 250 steps nearly all held-out ones are right, word for word."""
-    model = MODEL | {"hidden_size": 48, "head_dim": 12, "intermediate_size": 96, "num_layers": 4, "dropout": 0.0}
+    """Rows of up to three words turned round: after 250 steps nearly all held-out ones are right,
+    word for word."""
+    model = MODEL | {
+        "hidden_size": 48,
+        "head_dim": 12,
+        "intermediate_size": 96,
+        "num_layers": 4,
+        "dropout": 0.0,
+    }
     few = [(source, target) for source, target in reversing_rows(8000) if len(source) <= 3]
-    held_out = [(source, target) for source, target in reversing_rows(400, seed=1) if len(source) <= 3]
+    held_out = [
+        (source, target) for source, target in reversing_rows(400, seed=1) if len(source) <= 3
+    ]
     for name, rows in (("rows", few), ("held-out", held_out)):
         write_rows(tmp_path / name, rows)
     config = rows_config(
@@ -127,12 +152,17 @@ def test_a_task_is_learned_and_answered(tmp_path: Path) -> None:
     assert exact >= 0.95
     generator = TargetGenerator.open(config.run.folder)
     said = generator.answer([" ".join(f"w{n}" for n in source) for source, _ in held_out], 8)
-    right = [text == " ".join(f"w{n}" for n in target) for text, (_, target) in zip(said, held_out, strict=True)]
+    right = [
+        text == " ".join(f"w{n}" for n in target)
+        for text, (_, target) in zip(said, held_out, strict=True)
+    ]
     assert np.mean(right) >= 0.95
 
 
 def test_other_verbs_refuse_it_by_name(runs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds an encoder-decoder \(model\.task: seq2seq\).*`megalite generate`"):
+    with pytest.raises(
+        ConfigError, match=r"holds an encoder-decoder \(model\.task: seq2seq\).*`megalite generate`"
+    ):
         Generator.open(runs / "runs" / "rows-alone")
 
 
@@ -145,7 +175,9 @@ def test_other_verbs_refuse_it_by_name(runs: Path) -> None:
         ("optimizer.qk_clip.threshold=30", "of two stacks, needs optimizer.qk_clip: null"),
     ],
 )
-def test_what_two_stacks_cannot_do_is_refused_by_the_plan(override: str, words: str, tmp_path: Path) -> None:
+def test_what_two_stacks_cannot_do_is_refused_by_the_plan(
+    override: str, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         plan(span_config(tmp_path, override), 2)
 
@@ -154,7 +186,10 @@ def test_what_two_stacks_cannot_do_is_refused_by_the_plan(override: str, words: 
     ("override", "words"),
     [
         ("data.seq_length=33", "data.seq_length = 33 must be a multiple of parallel.tensor = 2"),
-        ("data.seq_length=16", "the decoder's length = 5 must be a multiple of parallel.tensor = 2"),
+        (
+            "data.seq_length=16",
+            "the decoder's length = 5 must be a multiple of parallel.tensor = 2",
+        ),
     ],
 )
 def test_sequence_parallelism_cuts_both_stacks(override: str, words: str, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Vectors of texts that belong together: loss and gradients of a step on each layout, against a plain statement of them
-on transformers' model, which sees each text alone; and runs."""
+"""Vectors of texts that belong together: loss and gradients of a step on each layout, against a
+plain statement of them on transformers' model, which sees each text alone; and runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """transformers' config, and settings of the objective."""
 RUNS = [
-    (model, layout) for model in MODELS for layout in LAYOUTS if model == "bert" or layout in ("alone", "context 2")
+    (model, layout)
+    for model in MODELS
+    for layout in LAYOUTS
+    if model == "bert" or layout in ("alone", "context 2")
 ]
 
 
@@ -63,18 +66,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
     for name, (values, _) in MODELS.items():
         torch.manual_seed(0)
-        model = auto_class(values["model_type"]).from_config(transformers.AutoConfig.for_model(**values))
+        model = auto_class(values["model_type"]).from_config(
+            transformers.AutoConfig.for_model(**values)
+        )
         randomize(model)
         model.save_pretrained(write_words(root / name))
     rows = []
     for _ in range(48):
         topic = draw.randint(5, 50)
-        texts = [[topic, *(draw.randint(51, 96) for _ in range(draw.randint(0, 3)))] for _ in range(2)]
+        texts = [
+            [topic, *(draw.randint(51, 96) for _ in range(draw.randint(0, 3)))] for _ in range(2)
+        ]
         rows.append(
-            {name: " ".join(f"w{n}" for n in text) for name, text in zip(("query", "positive"), texts, strict=True)}
+            {
+                name: " ".join(f"w{n}" for n in text)
+                for name, text in zip(("query", "positive"), texts, strict=True)
+            }
         )
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    preprocess_rows([str(root / "rows.jsonl")], root / "rows", Settings("pairs", str(root / "bert")))
+    preprocess_rows(
+        [str(root / "rows.jsonl")], root / "rows", Settings("pairs", str(root / "bert"))
+    )
     return root
 
 
@@ -97,7 +109,9 @@ def config_of(root: Path, model: str, layout: str, *overrides: str) -> Config:
     )  # fmt: skip
 
 
-def step(rank: int, world_size: int, root: Path, runs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def step(
+    rank: int, world_size: int, root: Path, runs: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
     found = []
     for model, layout in runs:
         config = config_of(root, model, layout)
@@ -109,11 +123,15 @@ def step(rank: int, world_size: int, root: Path, runs: list[tuple[str, str]]) ->
         with make_loader(build_mixtures(config)["train"], Run(config, plan, mesh, None)) as loader:
             told = forward_backward(parts, next(loader), mesh, seed=0)
         owners = {
-            weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+            weight.name: plan.rank_at(
+                next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
+            )
             for weight in table
         }
         grads = parts.engine.gather("grad", owners)
-        by_hf = {hf: x for w in table if w.name in grads for hf, x in w.to_hf(grads[w.name]).items()}
+        by_hf = {
+            hf: x for w in table if w.name in grads for hf, x in w.to_hf(grads[w.name]).items()
+        }
         found.append({"told": {name: x.item() for name, x in told.items()}, "grads": by_hf})
     return found
 
@@ -143,11 +161,17 @@ def plain(root: Path, name: str) -> tuple[float, float, dict[str, torch.Tensor]]
     vectors = []
     samples = mixture.read(np.arange(4))
     assert samples.documents is not None
-    for tokens, documents, labels in zip(samples.tokens, samples.documents, samples.labels, strict=True):
+    for tokens, documents, labels in zip(
+        samples.tokens, samples.documents, samples.labels, strict=True
+    ):
         for document in range(documents[labels >= 0].max() + 1):
-            states = theirs(torch.from_numpy(tokens[documents == document])[None]).last_hidden_state[0]
+            states = theirs(
+                torch.from_numpy(tokens[documents == document])[None]
+            ).last_hidden_state[0]
             pooling = MODELS[name][1].get("pooling", "mean")
-            vectors.append({"mean": states.mean(0), "first": states[0], "last": states[-1]}[pooling])
+            vectors.append(
+                {"mean": states.mean(0), "first": states[0], "last": states[-1]}[pooling]
+            )
     one, other = F.normalize(torch.stack(vectors), dim=1).unflatten(0, (-1, 2)).unbind(1)
     assert len(one) > 8, "several pairs in a sample"
     scores, number = SCALE * one @ other.T, torch.arange(len(one))
@@ -171,7 +195,9 @@ def test_a_step_is_that_of_the_plain_statement(
     compared = 0
     for name, grad in grads.items():
         mine = found["grads"][f"{prefix}.{name}"]
-        if name.endswith("key.bias"):  # 0 but for rounding: a softmax does not see what all scores have in common
+        if name.endswith(
+            "key.bias"
+        ):  # 0 but for rounding: a softmax does not see what all scores have in common
             continue
         # The project's bound for every layout.
         assert ((mine - grad).norm() / grad.norm()).item() <= 1e-5, name
@@ -182,7 +208,12 @@ def test_a_step_is_that_of_the_plain_statement(
 
 
 def test_pairs_are_learned_and_the_folder_says_how_to_pool(root: Path) -> None:
-    more = ("train.steps=40", "observe.eval_every=40", "optimizer.lr=3e-3", "optimizer.schedule.name=constant")
+    more = (
+        "train.steps=40",
+        "observe.eval_every=40",
+        "optimizer.lr=3e-3",
+        "optimizer.schedule.name=constant",
+    )
     config = config_of(root, "bert", "alone", "run.name=learned", *more, "train.micro_batch_size=2")
     train(config)
     first, last = metrics_of(config)[0], metrics_of(config)[-1]
@@ -190,7 +221,9 @@ def test_pairs_are_learned_and_the_folder_says_how_to_pool(root: Path) -> None:
     folder = find_model(config.run.folder)
     assert read_pooling(folder) == ("mean", True, None)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
-    queries, others = (Encoder.open(folder).embed([row[key] for row in rows]) for key in ("query", "positive"))
+    queries, others = (
+        Encoder.open(folder).embed([row[key] for row in rows]) for key in ("query", "positive")
+    )
     assert np.mean((queries @ others.T).argmax(1) == np.arange(len(rows))) > 0.6
     assert IndexedDataset(str(root / "rows")).num_documents == 96
 
@@ -217,9 +250,15 @@ def test_layouts_drop_and_judge_alike(root: Path) -> None:
     [
         ("bert", "data.document_mask=false", "contrastive needs data.document_mask: true"),
         ("llama", "objective.pooling=first", "pooling: first is for encoders"),
-        ("bert", "model={hf: HF, task: classification, labels: [a, b]}", "contrastive trains no head of model.task"),
+        (
+            "bert",
+            "model={hf: HF, task: classification, labels: [a, b]}",
+            "contrastive trains no head of model.task",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused(model: str, override: str, words: str, root: Path) -> None:
+def test_what_does_not_go_together_is_refused(
+    model: str, override: str, words: str, root: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         config_of(root, model, "alone", override.replace("HF", str(root / model)))

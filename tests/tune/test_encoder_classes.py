@@ -1,4 +1,5 @@
-"""Classes of texts and of words by encoders, which tell a text's class at its first token, on several layouts."""
+"""Classes of texts and of words by encoders, which tell a text's class at its first token, on
+several layouts."""
 
 from __future__ import annotations
 
@@ -41,8 +42,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in range(160):
         numbers = [draw.randint(5, 96) for _ in range(draw.randint(1, 5))]
         words = [f"w{number}" for number in numbers]
-        rows["classification"].append({"text": " ".join(words), "label": "many" if max(numbers) > 70 else "none"})
-        rows["labels"].append({"tokens": words, "labels": ["big" if n > 50 else "small" for n in numbers]})
+        rows["classification"].append(
+            {"text": " ".join(words), "label": "many" if max(numbers) > 70 else "none"}
+        )
+        rows["labels"].append(
+            {"tokens": words, "labels": ["big" if n > 50 else "small" for n in numbers]}
+        )
     for kind, some in rows.items():
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
         settings = Settings(kind, str(tokenizer), labels=tuple(CLASSES[kind]))  # type: ignore[arg-type]
@@ -90,7 +95,10 @@ def problems(root: Path) -> Path:
     for problem, some in rows.items():
         (root / f"{problem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
         settings = Settings(
-            "classification", str(root / "words"), labels=tuple(PROBLEMS[problem]["labels"]), problem=problem
+            "classification",
+            str(root / "words"),
+            labels=tuple(PROBLEMS[problem]["labels"]),
+            problem=problem,
         )  # type: ignore[arg-type]
         preprocess_rows([str(root / f"{problem}.jsonl")], root / problem, settings)
     return root
@@ -106,7 +114,9 @@ def problem_config(root: Path, problem: str, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_sets_of_classes_and_numbers_are_learned_and_transformers_tells_the_same(problem: str, problems: Path) -> None:
+def test_sets_of_classes_and_numbers_are_learned_and_transformers_tells_the_same(
+    problem: str, problems: Path
+) -> None:
     metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
     config = problem_config(problems, problem)
     train(config)
@@ -116,7 +126,9 @@ def test_sets_of_classes_and_numbers_are_learned_and_transformers_tells_the_same
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in (problems / f"{problem}.jsonl").read_text().splitlines()]
     with torch.no_grad():
-        logits = torch.cat([theirs(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+        logits = torch.cat(
+            [theirs(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows]
+        )
         if problem == "regression":
             there = torch.tensor([row["score"] for row in rows])
             # transformers' own loss of them all.
@@ -136,7 +148,9 @@ def test_sets_of_classes_and_numbers_are_learned_and_transformers_tells_the_same
                 "f1": metrics.f1_score(there, told, average="macro"),
                 "precision": metrics.precision_score(there, told, average="macro"),
             }
-    assert theirs.config.problem_type == {"regression": "regression"}.get(problem, "multi_label_classification")
+    assert theirs.config.problem_type == {"regression": "regression"}.get(
+        problem, "multi_label_classification"
+    )
     # The same weights; sums of fp32 in another order, of texts that lie beside others here.
     assert last["valid_loss"] == pytest.approx(loss, rel=1e-4)
     assert {name: last[f"valid_{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-4)
@@ -149,11 +163,16 @@ def test_problems_are_told_alike_on_every_layout(problems: Path) -> None:
         "tensor": ("parallel.tensor=2", "parallel.sequence=true"), "pipeline": ("parallel.pipeline=2",),
         "context": ("parallel.context=2",), "data": ("train.micro_batch_size=2",),
     }  # fmt: skip
-    alone = {problem: problem_config(problems, problem, *short, f"run.name=alone-{problem}") for problem in PROBLEMS}
+    alone = {
+        problem: problem_config(problems, problem, *short, f"run.name=alone-{problem}")
+        for problem in PROBLEMS
+    }
     for config in alone.values():
         train(config)
     others = {
-        (name, problem): problem_config(problems, problem, *short, f"run.name={name}-{problem}", *more)
+        (name, problem): problem_config(
+            problems, problem, *short, f"run.name={name}-{problem}", *more
+        )
         for name, more in layouts.items()
         for problem in PROBLEMS
     }
@@ -162,24 +181,33 @@ def test_problems_are_told_alike_on_every_layout(problems: Path) -> None:
         for mine, wanted in zip(metrics_of(config), metrics_of(alone[problem]), strict=True):
             same = [name for name in wanted if name.startswith(("loss", "grad_norm", "valid"))]
             # fp32 sums in another order; 1e-5 is the project's bound for every layout.
-            assert [mine[name] for name in same] == pytest.approx([wanted[name] for name in same], rel=1e-5)
+            assert [mine[name] for name in same] == pytest.approx(
+                [wanted[name] for name in same], rel=1e-5
+            )
 
 
 def test_pairs_of_texts_are_what_transformers_makes_of_them(root: Path) -> None:
     """A second text has tokens of type 1, in rows of several documents and on every layout."""
     folder = write_words(root / "bert")
     torch.manual_seed(0)
-    encoder = auto_class("bert").from_config(transformers.AutoConfig.for_model(**CASES["bert"] | STILL))
+    encoder = auto_class("bert").from_config(
+        transformers.AutoConfig.for_model(**CASES["bert"] | STILL)
+    )
     randomize(encoder)
     encoder.save_pretrained(folder)
     draw, rows = random.Random(2), []
     for _ in range(32):
         first, second = ([draw.randint(5, 96) for _ in range(draw.randint(1, 4))] for _ in range(2))
-        texts = {key: " ".join(f"w{n}" for n in some) for key, some in (("sentence1", first), ("sentence2", second))}
+        texts = {
+            key: " ".join(f"w{n}" for n in some)
+            for key, some in (("sentence1", first), ("sentence2", second))
+        }
         rows.append({**texts, "label": "none" if set(first).isdisjoint(second) else "many"})
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     preprocess_rows(
-        [str(root / "pairs.jsonl")], root / "pairs", Settings("classification", str(folder), labels=("many", "none"))
+        [str(root / "pairs.jsonl")],
+        root / "pairs",
+        Settings("classification", str(folder), labels=("many", "none")),
     )
     source = f"[{{path: {root / 'pairs'}}}]"
     alone, *others = [
@@ -202,17 +230,25 @@ def test_pairs_of_texts_are_what_transformers_makes_of_them(root: Path) -> None:
         )
         with torch.no_grad():
             logits = theirs(**inputs).logits
-        losses.append(F.cross_entropy(logits, torch.tensor([alone.model.labels.index(row["label"])])).item())
+        losses.append(
+            F.cross_entropy(logits, torch.tensor([alone.model.labels.index(row["label"])])).item()
+        )
     last = metrics_of(alone)[-1]
     assert last["valid_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     for config in others:
         for mine, wanted in zip(metrics_of(config), metrics_of(alone), strict=True):
             same = [name for name in wanted if name.startswith(("loss", "grad_norm", "valid"))]
-            assert [mine[name] for name in same] == pytest.approx([wanted[name] for name in same], rel=1e-5)  # as above
+            assert [mine[name] for name in same] == pytest.approx(
+                [wanted[name] for name in same], rel=1e-5
+            )  # as above
 
 
-@pytest.mark.parametrize(("case", "task"), [*((case, "classification") for case in FAMILIES), ("roberta", "labels")])
-def test_classes_are_learned_and_transformers_tells_the_same(case: str, task: str, root: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "task"), [*((case, "classification") for case in FAMILIES), ("roberta", "labels")]
+)
+def test_classes_are_learned_and_transformers_tells_the_same(
+    case: str, task: str, root: Path
+) -> None:
     config = config_of(root, case, task)
     train(config)
     last = metrics_of(config)[-1]
@@ -231,9 +267,13 @@ def test_classes_are_learned_and_transformers_tells_the_same(case: str, task: st
         words, wanted = (row["text"], [row["label"]]) if task == "classification" else (
             " ".join(row["tokens"]), row["labels"])  # fmt: skip
         with torch.no_grad():
-            told = theirs.eval()(tokenizer(words, return_tensors="pt")["input_ids"]).logits.argmax(-1)[0]
+            told = theirs.eval()(tokenizer(words, return_tensors="pt")["input_ids"]).logits.argmax(
+                -1
+            )[0]
         told = told.view(-1) if task == "classification" else told[1:-1]
-        right += [theirs.config.id2label[n] == name for n, name in zip(told.tolist(), wanted, strict=True)]
+        right += [
+            theirs.config.id2label[n] == name for n, name in zip(told.tolist(), wanted, strict=True)
+        ]
     # Validation has seen as many samples as there are whole batches of them.
     assert sum(right) / len(right) == pytest.approx(last["valid_accuracy"], abs=0.05)
 
@@ -246,7 +286,8 @@ def test_layouts_tell_alike(root: Path) -> None:
     short = ("train.steps=3", "observe.eval_every=3")
     configs = {
         name: [
-            config_of(root, case, "classification", f"run.name={name}-{case}", *short, *more) for case in FAMILIES[:2]
+            config_of(root, case, "classification", f"run.name={name}-{case}", *short, *more)
+            for case in FAMILIES[:2]
         ]
         for name, more in layouts.items()
     }
@@ -260,4 +301,6 @@ def test_layouts_tell_alike(root: Path) -> None:
         for mine, wanted in zip(metrics_of(config), metrics_of(alone), strict=True):
             same = [name for name in wanted if name.startswith(("loss", "grad_norm", "valid"))]
             # fp32 sums in another order; 1e-5 is the project's bound for every layout.
-            assert [mine[name] for name in same] == pytest.approx([wanted[name] for name in same], rel=1e-5)
+            assert [mine[name] for name in same] == pytest.approx(
+                [wanted[name] for name in same], rel=1e-5
+            )

@@ -1,5 +1,5 @@
-"""Supervised finetuning, DPO and heads for classes: loss, metrics and every gradient of a step on each layout, against
-plain statements of them on transformers' models, which see each row alone."""
+"""Supervised finetuning, DPO and heads for classes: loss, metrics and every gradient of a step on
+each layout, against plain statements of them on transformers' models, which see each row alone."""
 
 from __future__ import annotations
 
@@ -90,17 +90,28 @@ def config_of(root: Path, objective: str, layout: str) -> Config:
     )  # fmt: skip
 
 
-def step_on_rank(rank: int, world_size: int, root: Path, layouts: list[str]) -> list[dict[str, Any]]:
+def step_on_rank(
+    rank: int, world_size: int, root: Path, layouts: list[str]
+) -> list[dict[str, Any]]:
     found = []
     for layout in layouts:
-        plan = make_plan(config := config_of(root, "sft", layout), weight_table(config.model), world_size)
-        mesh = make_mesh(plan, torch.device("cpu"))  # making process groups takes longer than a step
-        found += [step(root, objective, layout, mesh) for objective in OBJECTIVES if fits(objective, layout)]
+        plan = make_plan(
+            config := config_of(root, "sft", layout), weight_table(config.model), world_size
+        )
+        mesh = make_mesh(
+            plan, torch.device("cpu")
+        )  # making process groups takes longer than a step
+        found += [
+            step(root, objective, layout, mesh)
+            for objective in OBJECTIVES
+            if fits(objective, layout)
+        ]
     return found
 
 
 def fits(objective: str, layout: str) -> bool:
-    """Whether it is run. Heads for classes, and divergences, differ from others at the model's end alone."""
+    """Whether it is run. Heads for classes, and divergences, differ from others at the model's end
+    alone."""
     if OBJECTIVES[objective][0] in CLASSES or objective.startswith("distill, "):
         return layout in ("one process", "tensor 2", "pipeline 2", "context 2")
     return True
@@ -119,7 +130,9 @@ def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
     with make_loader(data["train"], run) as loader:
         found = forward_backward(parts, next(loader), mesh, seed=0)
     owners = {
-        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        weight.name: plan.rank_at(
+            next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
+        )
         for weight in table
     }
     grads = parts.engine.gather("grad", owners)
@@ -137,7 +150,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, name in enumerate(("start", "later")):
             torch.manual_seed(seed)
             model = getattr(transformers, architecture)
-            model(model.config_class(**MODEL[architecture[:4]])).save_pretrained(root / f"{objective}-{name}")
+            model(model.config_class(**MODEL[architecture[:4]])).save_pretrained(
+                root / f"{objective}-{name}"
+            )
     torch.manual_seed(2)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
     wide = transformers.LlamaConfig(**MODEL["Llam"] | sizes)
@@ -145,23 +160,34 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
 
     def words(most: int) -> str:
-        return " ".join(rng.choice(["hello", "world", "Paris", "two", "ünï"]) for _ in range(rng.randint(1, most)))
+        return " ".join(
+            rng.choice(["hello", "world", "Paris", "two", "ünï"])
+            for _ in range(rng.randint(1, most))
+        )
 
     turns = [
         [turn for _ in range(rng.randint(1, 2)) for turn in ({"role": "user", "content": words(3)},
                                                              {"role": "assistant", "content": words(3)})]
         for _ in range(24)
     ]  # fmt: skip
-    pairs = [{"prompt": words(3), "chosen": " " + words(4), "rejected": f" {words(2)} {n}"} for n in range(24)]
+    pairs = [
+        {"prompt": words(3), "chosen": " " + words(4), "rejected": f" {words(2)} {n}"}
+        for n in range(24)
+    ]
     texts = [{"text": words(6), "label": rng.choice(LABELS)} for _ in range(24)]
-    tagged = [{"tokens": (found := words(6).split()), "labels": [rng.choice(LABELS) for _ in found]} for _ in range(24)]
+    tagged = [
+        {"tokens": (found := words(6).split()), "labels": [rng.choice(LABELS) for _ in found]}
+        for _ in range(24)
+    ]
     rows = {
         "chat": [{"messages": turn} for turn in turns], "preference": pairs, "classification": texts, "labels": tagged
     }  # fmt: skip
     for objective, (kind, _, _) in OBJECTIVES.items():
         file = write_rows(root / f"{objective}.jsonl", rows[kind])
         labels = LABELS if kind in CLASSES else ()
-        preprocess_rows([str(file)], root / objective, Settings(kind, str(tokenizer), labels=labels))
+        preprocess_rows(
+            [str(file)], root / objective, Settings(kind, str(tokenizer), labels=labels)
+        )
     return root
 
 
@@ -171,10 +197,17 @@ def results(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
     for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
         layouts = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
         of_ranks = runner(ranks, step_on_rank, root, layouts)
-        keys = [(objective, layout) for layout in layouts for objective in OBJECTIVES if fits(objective, layout)]
+        keys = [
+            (objective, layout)
+            for layout in layouts
+            for objective in OBJECTIVES
+            if fits(objective, layout)
+        ]
         for number, key in enumerate(keys):
             parts = [results[number] for results in of_ranks]
-            assert all(part["metrics"] == parts[0]["metrics"] for part in parts), "every rank knows them"
+            assert all(part["metrics"] == parts[0]["metrics"] for part in parts), (
+                "every rank knows them"
+            )
             grads = {name: x for part in parts for name, x in part["grads"].items()}
             found[key] = {"metrics": parts[0]["metrics"], "grads": grads}
     return found
@@ -186,7 +219,9 @@ def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:] > 0].sum()
 
 
-def distilled(root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: str) -> dict[str, Tensor]:
+def distilled(
+    root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: str
+) -> dict[str, Tensor]:
     """Means over the tokens that are learned, from whole logits of each row alone."""
     import transformers
 
@@ -195,7 +230,9 @@ def distilled(root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: s
     for ids, mask in rows:
         logits = model(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0]
         with torch.no_grad():
-            t = F.log_softmax(teacher(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0] / TEMPERATURE, -1)
+            t = F.log_softmax(
+                teacher(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0] / TEMPERATURE, -1
+            )
         s = F.log_softmax(logits / TEMPERATURE, -1)
         m = ((s.exp() + t.exp()) / 2).log()
         crosses.append(F.cross_entropy(logits, ids[1:][mask[1:] > 0], reduction="none"))
@@ -232,7 +269,10 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
     _, samples = mixture.order.locate(range(BATCH))
     pieces = mixture.sources[0].pieces(samples, True)
     rows = [
-        (torch.tensor(data.tokens[a : a + n].astype(int)), torch.tensor(data.mask[a : a + n].astype(int)))
+        (
+            torch.tensor(data.tokens[a : a + n].astype(int)),
+            torch.tensor(data.mask[a : a + n].astype(int)),
+        )
         for a, n in zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)
     ]
     assert len(rows) > 2 * BATCH, "samples hold several rows"
@@ -244,7 +284,9 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
     if asked.get("name") == "distill":
         found = distilled(root, later, rows, asked.get("loss", "forward_kl"))
         found["loss"].backward()
-        return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in later.named_parameters()}
+        return {name: x.item() for name, x in found.items()}, {
+            n: p.grad for n, p in later.named_parameters()
+        }
     of_rows = torch.stack([log_probability(later, *row) for row in rows])
     if objective == "sft":
         found = {"loss": -of_rows.sum() / sum(int(mask.sum()) for _, mask in rows)}
@@ -260,11 +302,14 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
         }  # fmt: skip
         assert 0 < found["reward_accuracy"] < 1
     found["loss"].backward()
-    return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in later.named_parameters()}
+    return {name: x.item() for name, x in found.items()}, {
+        n: p.grad for n, p in later.named_parameters()
+    }
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout"), [(o, layout) for o in OBJECTIVES for layout in LAYOUTS if fits(o, layout)]
+    ("objective", "layout"),
+    [(o, layout) for o in OBJECTIVES for layout in LAYOUTS if fits(o, layout)],
 )
 def test_a_step_is_that_of_the_plain_statement(
     objective: str, layout: str, root: Path, results: dict[tuple[str, str], dict[str, Any]]

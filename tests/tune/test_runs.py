@@ -43,16 +43,39 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def some() -> str:
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 4)))
 
-    pairs = [{"prompt": some(), "chosen": " hello " + some(), "rejected": " world " + some()} for _ in range(40)]
-    texts = [{"text": text, "label": "place" if "a" in text else "none"} for text in (some() for _ in range(120))]
-    chats = [{"messages": [{"role": "user", "content": some()}, {"role": "assistant", "content": "hello"}]}] * 4
-    kinds: dict[Format, list[dict[str, Any]]] = {"preference": pairs, "classification": texts, "chat": chats}
+    pairs = [
+        {"prompt": some(), "chosen": " hello " + some(), "rejected": " world " + some()}
+        for _ in range(40)
+    ]
+    texts = [
+        {"text": text, "label": "place" if "a" in text else "none"}
+        for text in (some() for _ in range(120))
+    ]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": some()},
+                {"role": "assistant", "content": "hello"},
+            ]
+        }
+    ] * 4
+    kinds: dict[Format, list[dict[str, Any]]] = {
+        "preference": pairs,
+        "classification": texts,
+        "chat": chats,
+    }
     for kind, rows in kinds.items():
-        preprocess_rows([str(write_rows(root / f"{kind}.jsonl", rows))], root / kind, Settings(kind, str(tokenizer)))
+        preprocess_rows(
+            [str(write_rows(root / f"{kind}.jsonl", rows))],
+            root / kind,
+            Settings(kind, str(tokenizer)),
+        )
     return root
 
 
-def config_of(root: Path, folder: Path, name: str, data: str, *overrides: str, **sections: Any) -> Config:
+def config_of(
+    root: Path, folder: Path, name: str, data: str, *overrides: str, **sections: Any
+) -> Config:
     source = [{"path": str(root / data)}]
     return parse_config(
         {
@@ -79,7 +102,9 @@ def test_dpo_raises_the_margin_and_resumes_bitwise(root: Path, tmp_path: Path) -
     unbroken = config_of(root, tmp_path, "unbroken", "preference", **DPO)
     train(unbroken)
     steps = [line for line in metrics_of(unbroken) if "loss" in line]
-    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4), "nothing is preferred before the first step"
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4), (
+        "nothing is preferred before the first step"
+    )
     assert steps[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
     evaluations = [line for line in metrics_of(unbroken) if "valid_loss" in line]
     assert evaluations[-1]["valid_reward_margin"] > evaluations[0]["valid_reward_margin"] > 0.1
@@ -93,11 +118,16 @@ def test_dpo_raises_the_margin_and_resumes_bitwise(root: Path, tmp_path: Path) -
     for missing in (False, True):  # it is computed again, with the model that the run started from
         if missing:
             kept.unlink()
-        rest = config_of(root, tmp_path, "broken", "preference", f"train.stop_at={5 + 3 * missing}", **DPO)
+        rest = config_of(
+            root, tmp_path, "broken", "preference", f"train.stop_at={5 + 3 * missing}", **DPO
+        )
         train(rest)
         assert all(torch.equal(load_file(kept)[name], table) for name, table in wanted.items())
     assert curve_of(rest) == curve_of(unbroken)
-    found = [load_file(step_folder(c.run.folder / "checkpoints", 8) / "model.safetensors") for c in (unbroken, rest)]
+    found = [
+        load_file(step_folder(c.run.folder / "checkpoints", 8) / "model.safetensors")
+        for c in (unbroken, rest)
+    ]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -110,7 +140,9 @@ def test_layouts_validate_alike(root: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     pairs = [
         [
-            config_of(root, tmp_path, f"{data}-{ranks}", data, "train.steps=2", *overrides, **sections)
+            config_of(
+                root, tmp_path, f"{data}-{ranks}", data, "train.steps=2", *overrides, **sections
+            )
             for ranks, overrides in ((1, ()), (2, (layout,)))
         ]
         for layout, (data, sections) in kinds.items()
@@ -122,28 +154,45 @@ def test_layouts_validate_alike(root: Path, tmp_path: Path) -> None:
         for mine, theirs in zip(metrics_of(two), metrics_of(one), strict=True):
             same = [name for name in theirs if name.startswith(("loss", "reward", "valid"))]
             assert len(same) >= 1 + 4 * ("valid_loss" in theirs)
-            assert [mine[name] for name in same] == pytest.approx([theirs[name] for name in same], rel=1e-4, abs=1e-6)
+            assert [mine[name] for name in same] == pytest.approx(
+                [theirs[name] for name in same], rel=1e-4, abs=1e-6
+            )
 
 
 def test_a_classifier_learns_and_transformers_opens_it(root: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    config = config_of(root, tmp_path, "classes", "classification", "train.steps=40", "observe.eval_every=40", **HEAD)
+    config = config_of(
+        root,
+        tmp_path,
+        "classes",
+        "classification",
+        "train.steps=40",
+        "observe.eval_every=40",
+        **HEAD,
+    )
     train(config)
     last = metrics_of(config)[-1]
     assert last["valid_accuracy"] > 0.95
     assert {"valid_f1", "valid_precision", "valid_recall"} <= last.keys()
     folder = step_folder(config.run.folder / "checkpoints", 40)
-    theirs, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values()), info
     assert theirs.config.id2label == {0: "none", 1: "place"}
     rows = [json.loads(line) for line in (root / "classification.jsonl").read_text().splitlines()]
     inputs = AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")(
-        [row["text"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False
+        [row["text"] for row in rows],
+        padding=True,
+        return_tensors="pt",
+        return_token_type_ids=False,
     )
     with torch.no_grad():
         told = theirs.eval()(**inputs).logits.argmax(-1).tolist()
-    right = sum(theirs.config.id2label[n] == row["label"] for n, row in zip(told, rows, strict=True))
+    right = sum(
+        theirs.config.id2label[n] == row["label"] for n, row in zip(told, rows, strict=True)
+    )
     # Validation has seen as many samples as there are whole batches of them.
     assert right / len(rows) == pytest.approx(last["valid_accuracy"], abs=0.05)
 
@@ -183,7 +232,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"model": {"task": "labels"}}, (), "model.labels = .*two or more different names"),
     ({"model": {"labels": ["a", "b"]}}, (), "need model.task: classification or labels"),
     ({"model": {"task": "labels", "labels": ["a", "a"]}}, (), "two or more different names"),
-    ({"model": {"task": "labels", "labels": ["a", "b"]}}, ("train.loss_chunk=8",), "needs train.loss_chunk: null"),
+    (
+        {"model": {"task": "labels", "labels": ["a", "b"]}},
+        ("train.loss_chunk=8",),
+        "needs train.loss_chunk: null",
+    ),
 ]
 
 
@@ -196,8 +249,24 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_family_without_such_a_head_is_named() -> None:
-    model = {"family": "gpt_neox", "vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ConfigError, match="not known for the gpt_neox family; it is for bert, modernbert"):
+    model = {
+        "family": "gpt_neox",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+    }
+    with pytest.raises(
+        ConfigError, match="not known for the gpt_neox family; it is for bert, modernbert"
+    ):
         parse_config(
-            {"model": {**model, "intermediate_size": 64, "max_positions": 64, "task": "labels", "labels": ["a", "b"]}}
+            {
+                "model": {
+                    **model,
+                    "intermediate_size": 64,
+                    "max_positions": 64,
+                    "task": "labels",
+                    "labels": ["a", "b"],
+                }
+            }
         )

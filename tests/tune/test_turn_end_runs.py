@@ -1,4 +1,5 @@
-"""A base model that is given a chat template and finetuned on chats ends its answers, here and in transformers."""
+"""A base model that is given a chat template and finetuned on chats ends its answers, here and in
+transformers."""
 
 from __future__ import annotations
 
@@ -61,6 +62,10 @@ def test_a_finetuned_base_model_stops(
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, end]
     write_model(open_source(folder), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    prompt = torch.tensor([tokenizer.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")])
-    said = theirs.generate(prompt, do_sample=False, max_new_tokens=40)[0, prompt.shape[1] :].tolist()
+    prompt = torch.tensor(
+        [tokenizer.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")]
+    )
+    said = theirs.generate(prompt, do_sample=False, max_new_tokens=40)[
+        0, prompt.shape[1] :
+    ].tolist()
     assert said == [*tokenizer.encode(ANSWER), end]

@@ -1,4 +1,5 @@
-"""What the machine at hand can do at most, measured: the rates of a large matrix product and of a large copy."""
+"""What the machine at hand can do at most, measured: the rates of a large matrix product and of a
+large copy."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class Product:
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16):
         size = PRODUCT[device.type]
-        self.a, self.b, self.out = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
+        self.a, self.b, self.out = (
+            torch.randn(size, size, dtype=dtype, device=device) for _ in range(3)
+        )
         self.work = 2 * size**3
         """Floating-point operations."""
 
@@ -54,7 +57,8 @@ class Copy:
 
     def __init__(self, device: torch.device):
         self.source, self.target = (
-            torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device) for _ in range(2)
+            torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+            for _ in range(2)
         )
         self.work = 2 * self.source.numel()
         """Bytes read and written."""
@@ -64,7 +68,8 @@ class Copy:
 
 
 def product_rate(device: torch.device) -> float:
-    """FLOP/s in bf16: the median of many, or of what two seconds allow a CPU that has no instructions for bf16."""
+    """FLOP/s in bf16: the median of many, or of what two seconds allow a CPU that has no
+    instructions for bf16."""
     product = Product(device)
     seconds: list[float] = []
     product()

@@ -1,14 +1,15 @@
-"""Tokens per second of a whole training step on the CPU, beside what one would use instead: transformers eager and
-transformers + torch.compile, in bf16.
+"""Tokens per second of a whole training step on the CPU, beside what one would use instead:
+transformers eager and transformers + torch.compile, in bf16.
 
-All train a Llama of one preset on the same random tokens, with AdamW (decay on matrices only) and clipping by the
-global norm. megalite keeps fp32 master weights and moments; the others train bf16 weights with bf16 moments, which is
-less work. They take turns, step by step, in one process, so that what else the machine does hits all alike. `megalite
-train` has the C library keep freed memory (megalite/runtime/host_memory.py); the others are measured as they come, and
-so too.
+All train a Llama of one preset on the same random tokens, with AdamW (decay on matrices only) and
+clipping by the global norm. megalite keeps fp32 master weights and moments; the others train bf16
+weights with bf16 moments, which is less work. They take turns, step by step, in one process, so
+that what else the machine does hits all alike. `megalite train` has the C library keep freed memory
+(megalite/runtime/host_memory.py); the others are measured as they come, and so too.
 
---memory runs each in a process of its own and tells the peak of resident memory above what its imports take; there
-transformers also trains fp32 weights under autocast, the way that keeps as much precision as megalite does.
+--memory runs each in a process of its own and tells the peak of resident memory above what its
+imports take; there transformers also trains fp32 weights under autocast, the way that keeps as much
+precision as megalite does.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     rates: list[float] = []
     next_batch = batches(arguments, CPU)
     for number in range(arguments.steps + 3):
-        tokens, order = next_batch(), [*turns][number % len(turns) :] + [*turns][: number % len(turns)]
+        tokens, order = (
+            next_batch(),
+            [*turns][number % len(turns) :] + [*turns][: number % len(turns)],
+        )
         for name in order:
             step, allocator = turns[name]
             allocator()
@@ -77,8 +81,12 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     print(f"{'':44}{'ms a step':>10}{'tokens/s':>10}{'of ceiling':>12}{'megalite is':>13}")
     for name, seconds in times.items():
         rate = tokens_a_step / statistics.median(seconds)
-        ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds, times["megalite"], strict=True))
-        print(f"{name:44}{1e3 * tokens_a_step / rate:10.0f}{rate:10,.0f}{rate * flops / ceiling:12.1%}{ratio:12.2f}×")
+        ratio = statistics.median(
+            theirs / ours for theirs, ours in zip(seconds, times["megalite"], strict=True)
+        )
+        print(
+            f"{name:44}{1e3 * tokens_a_step / rate:10.0f}{rate:10,.0f}{rate * flops / ceiling:12.1%}{ratio:12.2f}×"
+        )
 
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> None:
@@ -104,13 +112,20 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="llama-32m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", nargs="?", const="all", help="measure memory instead, of all or of the one named")
+    parser.add_argument(
+        "--memory",
+        nargs="?",
+        const="all",
+        help="measure memory instead, of all or of the one named",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory and arguments.memory != "all":

@@ -1,8 +1,10 @@
-"""What the data side costs a core: the loader and reading samples, Megatron's order, best-fit packing and blending.
+"""What the data side costs a core: the loader and reading samples, Megatron's order, best-fit
+packing and blending.
 
-Documents are log-normal, with a mean of 940 tokens; samples have 4,096. Samples are read in batches of 8, at random out
-of a file of uint16 tokens in the page cache: as one piece each, and as Megatron's order has them, finding the pieces
-included. Rates are medians of a number of turns, times of three.
+Documents are log-normal, with a mean of 940 tokens; samples have 4,096. Samples are read in batches
+of 8, at random out of a file of uint16 tokens in the page cache: as one piece each, and as
+Megatron's order has them, finding the pieces included. Rates are medians of a number of turns,
+times of three.
 
     python tools/bench/data.py
 """
@@ -57,12 +59,16 @@ def read_whole(tokens: npt.NDArray, batches: Int64s) -> None:
         gather(tokens, starts, np.full(BATCH, out.shape[1]), np.arange(BATCH) * out.shape[1], out)
 
 
-def read_pieces(tokens: npt.NDArray, order: MegatronOrder, first_token: Int64s, batches: Int64s) -> None:
+def read_pieces(
+    tokens: npt.NDArray, order: MegatronOrder, first_token: Int64s, batches: Int64s
+) -> None:
     """first_token: of each document; batches: [number, BATCH] numbers of samples."""
     for samples in batches:
         out = np.empty((BATCH, SEQ_LENGTH + 1), np.int64)
         pieces = order.pieces(samples)
-        places = np.cumsum(pieces.length) - pieces.length  # rows are full: each begins where the one before ends
+        places = (
+            np.cumsum(pieces.length) - pieces.length
+        )  # rows are full: each begins where the one before ends
         gather(tokens, first_token[pieces.sequence] + pieces.offset, pieces.length, places, out)
 
 
@@ -97,13 +103,21 @@ def measure_loader(num_documents: int, turns: int, steps: int) -> None:
     lengths = document_lengths(num_documents)
     with tempfile.TemporaryDirectory() as folder:
         with IndexedWriter(Path(folder, "tokens"), np.uint16) as writer:
-            tokens = np.random.default_rng(1).integers(0, 50_000, int(lengths.sum(dtype=np.int64)), np.uint16)
+            tokens = np.random.default_rng(1).integers(
+                0, 50_000, int(lengths.sum(dtype=np.int64)), np.uint16
+            )
             writer.add_documents(tokens, lengths)
         for name, setting in settings.items():
             data = {"train": [{"path": f"{folder}/tokens"}], "seq_length": SEQ_LENGTH, **setting}
             train = {"steps": turns * (steps + 1), "global_batch_size": 2 * BATCH}
-            sections = {"run": {"name": "bench"}, "model": {"preset": "llama-1b"}, "optimizer": {"lr": 1e-4}}
-            mixture = build_mixtures(parse_config({**sections, "data": data, "train": train}))["train"]
+            sections = {
+                "run": {"name": "bench"},
+                "model": {"preset": "llama-1b"},
+                "optimizer": {"lr": 1e-4},
+            }
+            mixture = build_mixtures(parse_config({**sections, "data": data, "train": train}))[
+                "train"
+            ]
             assert mixture is not None
             took = []
             with Loader(mixture, 2 * BATCH, BATCH, 0, 1, vocab_size=50_000) as loader:
@@ -113,14 +127,22 @@ def measure_loader(num_documents: int, turns: int, steps: int) -> None:
                     for _ in range(steps):
                         next(loader)
                     took.append(time.process_time() - begin)
-            report(f"the loader, {name}", f"{steps * 2 * BATCH * SEQ_LENGTH / median(took) / 1e6:,.0f} M tokens/s")
+            report(
+                f"the loader, {name}",
+                f"{steps * 2 * BATCH * SEQ_LENGTH / median(took) / 1e6:,.0f} M tokens/s",
+            )
 
 
 def measure_order(num_documents: int) -> None:
     lengths = document_lengths(num_documents)
     orders: list[MegatronOrder] = []
-    took = median(seconds(lambda: orders.append(MegatronOrder(lengths, None, SEQ_LENGTH, seed=0))) for _ in range(3))
-    size = f"{lengths.sum(dtype=np.int64) / 1e9:.1f} billion tokens, {orders[0].num_samples:,} samples"
+    took = median(
+        seconds(lambda: orders.append(MegatronOrder(lengths, None, SEQ_LENGTH, seed=0)))
+        for _ in range(3)
+    )
+    size = (
+        f"{lengths.sum(dtype=np.int64) / 1e9:.1f} billion tokens, {orders[0].num_samples:,} samples"
+    )
     report(f"Megatron's order of {num_documents:,} documents", f"{took:.2f} s", size)
 
 
@@ -135,21 +157,35 @@ def measure_packing(num_documents: int) -> None:
     lengths, capacity = document_lengths(num_documents), SEQ_LENGTH + 1
     packings: list[Packing] = []
     took = median(seconds(lambda: packings.append(best_fit(lengths, capacity))) for _ in range(3))
-    bins, fewest = len(packings[0].first_piece) - 1, -(-int(lengths.sum(dtype=np.int64)) // capacity)
-    report(f"packing {num_documents:,} documents", f"{took:.2f} s", f"{bins - fewest} bins above the {fewest:,} needed")
+    bins, fewest = (
+        len(packings[0].first_piece) - 1,
+        -(-int(lengths.sum(dtype=np.int64)) // capacity),
+    )
+    report(
+        f"packing {num_documents:,} documents",
+        f"{took:.2f} s",
+        f"{bins - fewest} bins above the {fewest:,} needed",
+    )
     too_long = packings[0].num_truncated / num_documents
     report("  cut by it", f"{too_long:.2%}", "those longer than a row")
-    report("  cut by rows of a stream", f"{too_long + cut_by_position(lengths, capacity) * (1 - too_long):.2%}")
+    report(
+        "  cut by rows of a stream",
+        f"{too_long + cut_by_position(lengths, capacity) * (1 - too_long):.2%}",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=10_000_000, help="to order and to pack")
     parser.add_argument("--samples", type=int, default=10_000_000, help="to blend")
     parser.add_argument("--turns", type=int, default=9)
     arguments = parser.parse_args()
     compiled = "without the compiled helpers" if gather is gather_reference else "compiled"
-    print(f"{os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}, {compiled}\n")
+    print(
+        f"{os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}, {compiled}\n"
+    )
     measure_loader(100_000, arguments.turns, steps=20)
     measure_reading(300_000, arguments.turns, batches=500)
     measure_order(arguments.documents)

@@ -1,8 +1,10 @@
-"""How evenly experts are used with a selection bias and without: the same small DeepSeek-V3 kin, data and seed.
+"""How evenly experts are used with a selection bias and without: the same small DeepSeek-V3 kin,
+data and seed.
 
-The bias (Wang et al. 2024, auxiliary-loss-free balancing) moves by `router_bias_rate` a step; no loss asks for balance.
-Runs are made side by side on one core each, and one that is there already is not made again. Needs the data of
-tools/quickstart.sh. Prints the loads over the last tenth of the steps, and draws balance.png."""
+The bias (Wang et al. 2024, auxiliary-loss-free balancing) moves by `router_bias_rate` a step; no
+loss asks for balance. Runs are made side by side on one core each, and one that is there already is
+not made again. Needs the data of tools/quickstart.sh. Prints the loads over the last tenth of the
+steps, and draws balance.png."""
 
 from __future__ import annotations
 
@@ -55,7 +57,14 @@ def draw(path: Path, runs: dict[float, list[dict[str, Any]]]) -> None:
         layers = list(zip(*map(layers_of, records), strict=True))
         for number, loads in enumerate(layers):
             label = f"bias moves by {rate:g} a step" if rate else "no bias"
-            axes.plot(steps, loads, color=color, alpha=0.7, linewidth=1.3, label=label if number == 0 else None)
+            axes.plot(
+                steps,
+                loads,
+                color=color,
+                alpha=0.7,
+                linewidth=1.3,
+                label=label if number == 0 else None,
+            )
     axes.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":")
     axes.set(xlabel="step", ylabel="largest load of an expert over the mean, by layer")
     axes.set_ylim(bottom=0.9)
@@ -64,10 +73,16 @@ def draw(path: Path, runs: dict[float, list[dict[str, Any]]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=5, help="steps from one measured step to the next")
-    parser.add_argument("--output", type=Path, default=Path("expert-balance"), help="folder for runs and picture")
+    parser.add_argument(
+        "--every", type=int, default=5, help="steps from one measured step to the next"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("expert-balance"), help="folder for runs and picture"
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
@@ -80,7 +95,9 @@ def main() -> int:
         measured = [record for record in records if layers_of(record)]
         runs[rate] = measured
         end = [load for r in measured if r["step"] > 0.9 * arguments.steps for load in layers_of(r)]
-        dead = sum(value for name, value in measured[-1].items() if name.startswith("dead_experts/"))
+        dead = sum(
+            value for name, value in measured[-1].items() if name.startswith("dead_experts/")
+        )
         (loss,) = (record["valid_loss"] for record in records[-1:])
         print(
             f"bias rate {rate:g}: the largest load is {statistics.mean(end):.2f} of the mean over the last tenth of "

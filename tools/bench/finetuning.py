@@ -1,9 +1,10 @@
-"""Finetuning a small model on a task it can learn from the examples: what it answers before and after.
+"""Finetuning a small model on a task it can learn from the examples: what it answers before and
+after.
 
-A model that has read random words only is taught by a chat to tell a word's last letter, or to write it in capitals,
-now and then in a whole sentence; then to give the bare answer, by adapters (LoRA) and chats that do, and by DPO that
-prefers it. Answers are transformers' own greedy generation, from the folders the runs leave, to words that no row
-had.
+A model that has read random words only is taught by a chat to tell a word's last letter, or to
+write it in capitals, now and then in a whole sentence; then to give the bare answer, by adapters
+(LoRA) and chats that do, and by DPO that prefers it. Answers are transformers' own greedy
+generation, from the folders the runs leave, to words that no row had.
 
     python tools/bench/finetuning.py [--steps 600] [key=value …]
 """
@@ -42,7 +43,9 @@ def word(rng: random.Random) -> str:
 
 def question(rng: random.Random) -> tuple[str, str]:
     asked = word(rng)
-    return rng.choice([(f"last letter of {asked}?", asked[-1]), (f"{asked} in capitals?", asked.upper())])
+    return rng.choice(
+        [(f"last letter of {asked}?", asked[-1]), (f"{asked} in capitals?", asked.upper())]
+    )
 
 
 def in_a_sentence(answer: str) -> str:
@@ -57,7 +60,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def prepare(folder: Path, num_rows: int) -> list[tuple[str, str]]:
     """All data of the three runs. Returns questions that none of it has."""
     rng = random.Random(0)
-    texts = write(folder / "text.jsonl", [{"text": " ".join(word(rng) for _ in range(60))} for _ in range(600)])
+    texts = write(
+        folder / "text.jsonl",
+        [{"text": " ".join(word(rng) for _ in range(60))} for _ in range(600)],
+    )
     train_tokenizer([texts], folder / "tokenizer", 257)
     (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     preprocess([texts], folder / "text", folder / "tokenizer", append_eod=True)
@@ -66,14 +72,22 @@ def prepare(folder: Path, num_rows: int) -> list[tuple[str, str]]:
     seen, unseen = asked[500:], asked[:500]
 
     def chat(ask: str, answer: str) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+        return {
+            "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+        }
 
     def pair(ask: str, answer: str) -> dict[str, Any]:
-        return {"prompt": [{"role": "user", "content": ask}], "chosen": answer, "rejected": in_a_sentence(answer)}
+        return {
+            "prompt": [{"role": "user", "content": ask}],
+            "chosen": answer,
+            "rejected": in_a_sentence(answer),
+        }
 
     rows: dict[tuple[str, Format], list[dict[str, Any]]] = {
         ("chat", "chat"): [chat(q, a if rng.random() < 0.4 else in_a_sentence(a)) for q, a in seen],
-        ("chat-valid", "chat"): [chat(q, a if rng.random() < 0.4 else in_a_sentence(a)) for q, a in unseen],
+        ("chat-valid", "chat"): [
+            chat(q, a if rng.random() < 0.4 else in_a_sentence(a)) for q, a in unseen
+        ],
         ("bare", "chat"): [chat(q, a) for q, a in seen],
         ("bare-valid", "chat"): [chat(q, a) for q, a in unseen],
         ("pairs", "preference"): [pair(q, a) for q, a in seen[:2000]],
@@ -82,7 +96,9 @@ def prepare(folder: Path, num_rows: int) -> list[tuple[str, str]]:
     for (name, kind), found in rows.items():
         print(
             preprocess_rows(
-                [write(folder / f"{name}.jsonl", found)], folder / name, Settings(kind, str(folder / "tokenizer"))
+                [write(folder / f"{name}.jsonl", found)],
+                folder / name,
+                Settings(kind, str(folder / "tokenizer")),
             )
         )
     return unseen
@@ -118,22 +134,38 @@ def answers(model: Path, questions: list[tuple[str, str]]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pad = "<|endoftext|>"
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, padding_side="left", pad_token=pad)
-    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model, trust_remote_code=False, padding_side="left", pad_token=pad
+    )
+    network = AutoModelForCausalLM.from_pretrained(
+        model, trust_remote_code=False, dtype=torch.float32
+    )
     chats = [[{"role": "user", "content": ask}] for ask, _ in questions]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    out = network.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    out = network.generate(
+        **inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
     said = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print("   ", *(f"{ask} → {text!r}" for (ask, _), text in list(zip(questions, said, strict=True))[:3]), sep="\n    ")
-    bare = sum(text == answer for text, (_, answer) in zip(said, questions, strict=True)) / len(said)
-    told = sum(text == in_a_sentence(answer) for text, (_, answer) in zip(said, questions, strict=True)) / len(said)
+    print(
+        "   ",
+        *(f"{ask} → {text!r}" for (ask, _), text in list(zip(questions, said, strict=True))[:3]),
+        sep="\n    ",
+    )
+    bare = sum(text == answer for text, (_, answer) in zip(said, questions, strict=True)) / len(
+        said
+    )
+    told = sum(
+        text == in_a_sentence(answer) for text, (_, answer) in zip(said, questions, strict=True)
+    ) / len(said)
     return {"right": bare + told, "right and bare": bare}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=600, help="of supervised finetuning")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all runs")
@@ -148,7 +180,9 @@ def main() -> None:
         tuned = run(folder, "chat", {"hf": str(start)}, "chat", args.steps, 2e-3, {}, overrides)
         print("after SFT", answers(tuned, questions))
         lora = {"lora": {"rank": 8, "alpha": 16, "targets": "all-linear"}}
-        adapted = run(folder, "lora", {"hf": str(tuned)}, "bare", args.steps // 2, 2e-3, lora, overrides)
+        adapted = run(
+            folder, "lora", {"hf": str(tuned)}, "bare", args.steps // 2, 2e-3, lora, overrides
+        )
         print("after LoRA", answers(adapted, questions))
         dpo = {"objective": {"name": "dpo", "beta": 0.1}}
         preferring = run(folder, "dpo", {"hf": str(tuned)}, "pairs", 60, 5e-5, dpo, overrides)

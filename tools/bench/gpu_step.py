@@ -1,16 +1,17 @@
-"""Tokens per second and memory of a whole training step on one GPU, beside what one would use instead: transformers
-with torch.compile, and with Liger's kernels where they are installed, in bf16.
+"""Tokens per second and memory of a whole training step on one GPU, beside what one would use
+instead: transformers with torch.compile, and with Liger's kernels where they are installed, in
+bf16.
 
-What trains what is said in peers.py. All take turns, step by step, in one process; the share of the ceiling is that of
-a matrix product measured between their steps. Peak memory is what a step of each takes beside its own weights and
-state, and these.
+What trains what is said in peers.py. All take turns, step by step, in one process; the share of the
+ceiling is that of a matrix product measured between their steps. Peak memory is what a step of each
+takes beside its own weights and state, and these.
 
     python tools/bench/gpu_step.py --preset llama-1b --batch 2
     python tools/bench/gpu_step.py --preset llama-3b --batch 1 --apart      # an 80 GB GPU holds one of them at a time
     python tools/bench/gpu_step.py --preset llama-1m --seq-length 64 --device cpu      # to see that it runs
 
---apart runs each in a process of its own, one after the other; so does Liger, which patches transformers for all.
-key=value changes megalite's config, such as train.loss_chunk=2048.
+--apart runs each in a process of its own, one after the other; so does Liger, which patches
+transformers for all. key=value changes megalite's config, such as train.loss_chunk=2048.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
@@ -56,7 +58,9 @@ def installed() -> list[str]:
 def make(name: str, arguments: argparse.Namespace) -> Step:
     if name == "megalite":
         return megalite_step(config_of(arguments, arguments.overrides), arguments.device)
-    return transformers_step(arguments.preset, arguments.device, compiled=name == COMPILED, liger=name == LIGER)
+    return transformers_step(
+        arguments.preset, arguments.device, compiled=name == COMPILED, liger=name == LIGER
+    )
 
 
 def measure(names: list[str], arguments: argparse.Namespace) -> dict[str, Measured]:
@@ -76,7 +80,8 @@ def measure(names: list[str], arguments: argparse.Namespace) -> dict[str, Measur
         ceiling = product_rate(device)
         for name in names[turn:] + names[:turn]:
             before = allocated(device, forget_peak=True)
-            found[name].seconds.append(seconds_of(lambda step=steps[name], x=tokens: step(x), device))  # type: ignore[misc]
+            step = partial(steps[name], tokens)
+            found[name].seconds.append(seconds_of(step, device))
             found[name].step_bytes = max(found[name].step_bytes, peak(device) - before)
             found[name].ceilings.append(ceiling)
     return found
@@ -130,7 +135,9 @@ def report(found: dict[str, Measured], arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of megalite's config")
     parser.add_argument("--preset", default="llama-1b")
     parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
@@ -138,16 +145,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--apart", action="store_true", help="each in a process of its own")
-    parser.add_argument("--only", metavar="NAME", help="measure this one and print what was found as JSON")
+    parser.add_argument(
+        "--only", metavar="NAME", help="measure this one and print what was found as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.only:
         (measured,) = measure([arguments.only], arguments).values()
         print(json.dumps(asdict(measured)))
         return
     device = arguments.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
     # transformers takes the preset alone, and would not be what a changed model is compared with.
-    names = ["megalite"] if any(each.startswith("model.") for each in arguments.overrides) else installed()
+    names = (
+        ["megalite"]
+        if any(each.startswith("model.") for each in arguments.overrides)
+        else installed()
+    )
     print(
         f"{arguments.preset}, {arguments.batch} × {arguments.seq_length} tokens, bf16, {machine}, "
         f"torch {torch.__version__}, Python {platform.python_version()}",

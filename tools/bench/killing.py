@@ -1,10 +1,10 @@
 """Runs whose ranks are killed, started again until one ends well.
 
-What starts, watches and ends the ranks is `megalite.launch`, and each runs `megalite train`; but both are forked from a
-process that has imported all they need, so that a start takes a second. Each rank notes every phase it enters, and
-everything it is about to do to the files of the checkpoints, by a system call that SIGKILL does not take back. So a
-kill can be aimed: at a moment of a phase, for which this process waits, or at one operation on a file, before which the
-rank kills itself.
+What starts, watches and ends the ranks is `megalite.launch`, and each runs `megalite train`; but
+both are forked from a process that has imported all they need, so that a start takes a second. Each
+rank notes every phase it enters, and everything it is about to do to the files of the checkpoints,
+by a system call that SIGKILL does not take back. So a kill can be aimed: at a moment of a phase,
+for which this process waits, or at one operation on a file, before which the rank kills itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
+    SubprocessHandler,
+)
 
 import megalite.train  # noqa: F401  (imported late by the command)
 from megalite import cli, launch
@@ -49,9 +51,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"tensor": 2},
     "pipeline 2": {"pipeline": 2},
 }
-PHASES = ("starting", "first step", "training", "validating", "saving", "writing", "reading", "ending")
-"""What a rank can be killed in. `saving`: gathering what is to be saved; `writing`: that goes to disk, or older
-checkpoints are deleted, while training goes on; `reading`: a start reads a checkpoint."""
+PHASES = (
+    "starting",
+    "first step",
+    "training",
+    "validating",
+    "saving",
+    "writing",
+    "reading",
+    "ending",
+)
+"""What a rank can be killed in. `saving`: gathering what is to be saved; `writing`: that goes to
+disk, or older checkpoints are deleted, while training goes on; `reading`: a start reads a
+checkpoint."""
 
 AGAIN = 1 / 3
 """How likely a rank of the second start is killed as well."""
@@ -63,7 +75,8 @@ FILE_EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil
 
 
 def prepare(folder: Path) -> None:
-    """The corpus, and in this process what ranks would else have to do first thing each: rank 0 draws its loss."""
+    """The corpus, and in this process what ranks would else have to do first thing each: rank 0
+    draws its loss."""
     write_corpus(folder / "corpus")
     figure = Figure()
     figure.subplots().plot([0, 1])
@@ -115,8 +128,8 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Aim:
-    """At one rank: before its operation on a file of that number, or so long after it entered its phase of that number
-    (0: after it began)."""
+    """At one rank: before its operation on a file of that number, or so long after it entered its
+    phase of that number (0: after it began)."""
 
     rank: int
     file: int | None = None
@@ -146,14 +159,21 @@ class Start:
     def steps(self) -> int:
         """Steps that a rank had finished."""
         last = [note for notes in self.notes for note in notes if note.kind == "phase"]
-        return max((n.step - (n.text in ("first step", "training")) for n in last if n.step), default=self.resumed)
+        return max(
+            (n.step - (n.text in ("first step", "training")) for n in last if n.step),
+            default=self.resumed,
+        )
 
 
 def run_once(
-    config: Config, folder: Path, aim: Aim | None = None, tamper: Tamper | None = None, ranks: int = RANKS
+    config: Config,
+    folder: Path,
+    aim: Aim | None = None,
+    tamper: Tamper | None = None,
+    ranks: int = RANKS,
 ) -> Start:
-    """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended. `tamper(rank)` is called on each
-    rank before it trains."""
+    """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended. `tamper(rank)`
+    is called on each rank before it trains."""
     folder.mkdir(parents=True)
     resumed = max(complete_steps(config.run.folder / "checkpoints"), default=0)
     launcher = os.fork()
@@ -169,20 +189,28 @@ def run_once(
     start.killed, start.resumed, start.log = killed, resumed, (folder / "log").read_text()
     if aim is not None and aim.file is not None and start.status:
         start.killed = start.notes[aim.rank][-1].time
-    left = [rank for rank in range(ranks) if notes[rank] and Path(f"/proc/{notes[rank][0].text}").exists()]
+    left = [
+        rank
+        for rank in range(ranks)
+        if notes[rank] and Path(f"/proc/{notes[rank][0].text}").exists()
+    ]
     if left:
         raise RuntimeError(f"rank {left[0]} outlived its launcher; what they said:\n{start.log}")
     return start
 
 
-def _be_launcher(config: Config, folder: Path, aim: Aim | None, tamper: Tamper | None, ranks: int) -> NoReturn:
+def _be_launcher(
+    config: Config, folder: Path, aim: Aim | None, tamper: Tamper | None, ranks: int
+) -> NoReturn:
     os.setsid()
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     (folder / "config.yaml").write_text(config.to_yaml())
 
-    def popen(handler: SubprocessHandler, arguments: Sequence[str], env: dict[str, str]) -> ForkedRank:
+    def popen(
+        handler: SubprocessHandler, arguments: Sequence[str], env: dict[str, str]
+    ) -> ForkedRank:
         rank = int(env["RANK"])
         pid = os.fork()
         if pid == 0:
@@ -200,11 +228,16 @@ def _be_launcher(config: Config, folder: Path, aim: Aim | None, tamper: Tamper |
 
     SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
     task = ["-m", "megalite", "train", str(folder / "config.yaml")]
-    _end(lambda: launch.main([f"--nproc-per-node={ranks}", "--standalone", "--local-addr=127.0.0.1", *task]))
+    _end(
+        lambda: launch.main(
+            [f"--nproc-per-node={ranks}", "--standalone", "--local-addr=127.0.0.1", *task]
+        )
+    )
 
 
 class ForkedRank:
-    """What the launcher uses of `subprocess.Popen`, of a rank that need not import anything any more."""
+    """What the launcher uses of `subprocess.Popen`, of a rank that need not import anything any
+    more."""
 
     def __init__(self, pid: int):
         self.pid = pid
@@ -300,12 +333,14 @@ def _wait(launcher: int) -> int:
 
 
 def phase_of(notes: Sequence[Note], before_file: bool = False) -> str:
-    """What a rank was in after its last note, or just before the operation on a file that this is about."""
+    """What a rank was in after its last note, or just before the operation on a file that this is
+    about."""
     phase = next((note.text for note in reversed(notes) if note.kind == "phase"), "starting")
     file = next((note.text for note in reversed(notes) if note.kind == "file"), "")
     if before_file:
         return "reading" if file.startswith("read") and ".tmp" not in file else "writing"
-    # Ranks above 0 have done their part of a save when they say so; rank 0, when the folder has its name.
+    # Ranks above 0 have done their part of a save when they say so; rank 0, when the folder has its
+    # name.
     return "writing" if ".tmp" in file and not re.match(r"rename .*/\.part-[1-9]", file) else phase
 
 
@@ -322,7 +357,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that was never disturbed: what all others must come to, and when it was in which phase."""
+    """A run that was never disturbed: what all others must come to, and when it was in which
+    phase."""
 
     curve: list[Any]
     tensors: dict[str, Any]
@@ -336,8 +372,14 @@ class Reference:
 def outcome(config: Config) -> tuple[list[Any], dict[str, Any]]:
     """The loss curve, and the digests of the last checkpoint's tensors."""
     lines = map(json.loads, (config.run.folder / "metrics.jsonl").read_text().splitlines())
-    curve = [[line[key] for key in ("step", "loss", "lr", "grad_norm", "tokens")] for line in lines if "loss" in line]
-    files = json.loads((step_folder(config.run.folder / "checkpoints", STEPS) / "manifest.json").read_text())["files"]
+    curve = [
+        [line[key] for key in ("step", "loss", "lr", "grad_norm", "tokens")]
+        for line in lines
+        if "loss" in line
+    ]
+    files = json.loads(
+        (step_folder(config.run.folder / "checkpoints", STEPS) / "manifest.json").read_text()
+    )["files"]
     return curve, {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
@@ -364,7 +406,9 @@ def draw(reference: Reference, rng: random.Random) -> Aim:
         return Aim(rank, file=rng.randrange(reference.files[rank]))
     spans = reference.spans[rng.choice(sorted(reference.spans))]
     (span,) = rng.choices(spans, [span.end - span.begin for span in spans])
-    return Aim(span.rank, phase=span.number, seconds=rng.uniform(span.begin, span.end) - span.entered)
+    return Aim(
+        span.rank, phase=span.number, seconds=rng.uniform(span.begin, span.end) - span.entered
+    )
 
 
 @dataclass
@@ -392,9 +436,11 @@ class Trial:
     """What the ranks said, where something is wrong."""
 
 
-def run_trial(layout: str, reference: Reference, folder: Path, rng: random.Random, **changes: dict[str, Any]) -> Trial:
-    """Kill a rank of a run, perhaps also one of the start after that, and start until the run ends by itself. A trial
-    whose kill came too late has none. `changes` are those of `config_of`."""
+def run_trial(
+    layout: str, reference: Reference, folder: Path, rng: random.Random, **changes: dict[str, Any]
+) -> Trial:
+    """Kill a rank of a run, perhaps also one of the start after that, and start until the run ends
+    by itself. A trial whose kill came too late has none. `changes` are those of `config_of`."""
     config, trial = config_of(folder, layout, **changes), Trial(layout)
     starts: list[Start] = []
     aims: list[tuple[Aim, Start]] = []
@@ -402,7 +448,11 @@ def run_trial(layout: str, reference: Reference, folder: Path, rng: random.Rando
         if len(starts) == MOST_STARTS:
             trial.problem = f"did not end in {MOST_STARTS} starts"
             break
-        aim = draw(reference, rng) if not starts or (len(starts) == 1 and rng.random() < AGAIN) else None
+        aim = (
+            draw(reference, rng)
+            if not starts or (len(starts) == 1 and rng.random() < AGAIN)
+            else None
+        )
         starts.append(run_once(config, folder / f"start-{len(starts)}", aim))
         if aim and starts[-1].killed:
             aims.append((aim, starts[-1]))

@@ -1,8 +1,10 @@
-"""One run that changes its layout and its engine four times, against an unbroken run on one process, drawn.
+"""One run that changes its layout and its engine four times, against an unbroken run on one
+process, drawn.
 
-Trains a small Llama on the bytes of the Python standard library, packed with document masks, in fp32. Prints the
-largest relative difference of the loss and the gradient norm on each layout, and fails above 1e-4 of the loss. Training
-amplifies rounding: how much is shown by a third run, on one process as well, that adds up its micro-batches otherwise.
+Trains a small Llama on the bytes of the Python standard library, packed with document masks, in
+fp32. Prints the largest relative difference of the loss and the gradient norm on each layout, and
+fails above 1e-4 of the loss. Training amplifies rounding: how much is shown by a third run, on one
+process as well, that adds up its micro-batches otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ PARTS: list[tuple[str, int, dict[str, Any]]] = [
 
 
 def config_of(
-    folder: Path, name: str, steps: int, stop_at: int, parallel: dict[str, Any], micro_batch_size: int = 1
+    folder: Path,
+    name: str,
+    steps: int,
+    stop_at: int,
+    parallel: dict[str, Any],
+    micro_batch_size: int = 1,
 ) -> Config:
     return parse_config(
         {
@@ -84,20 +91,28 @@ def curve(config: Config) -> np.ndarray:
     return np.array([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
 
 
-def draw(path: Path, whole: np.ndarray, changing: np.ndarray, rounding: np.ndarray, a_part: int) -> None:
+def draw(
+    path: Path, whole: np.ndarray, changing: np.ndarray, rounding: np.ndarray, a_part: int
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
     steps = np.arange(1, len(whole) + 1)
     above.plot(steps, whole[:, 0], color="#999999", linewidth=5, label="one process, unbroken")
-    below.semilogy(steps, np.maximum(rounding, 1e-9), color="#bbbbbb", label="one process, other micro-batches")
+    below.semilogy(
+        steps, np.maximum(rounding, 1e-9), color="#bbbbbb", label="one process, other micro-batches"
+    )
     for number, (name, _, _) in enumerate(PARTS):
         rows = slice(number * a_part, (number + 1) * a_part)
         above.plot(steps[rows], changing[rows, 0], linewidth=1.5, label=name)
-        below.semilogy(steps[rows], np.maximum(np.abs(changing[rows, 0] / whole[rows, 0] - 1), 1e-9))
+        below.semilogy(
+            steps[rows], np.maximum(np.abs(changing[rows, 0] / whole[rows, 0] - 1), 1e-9)
+        )
     below.axhline(1e-4, color="black", linestyle=":", linewidth=1)
     above.set_ylabel("loss")
     above.legend(frameon=False)
@@ -125,7 +140,9 @@ def main() -> None:
         rounding = np.abs(curve(control) / whole - 1)
     draw(arguments.picture, whole, changing, rounding[:, 0], arguments.a_part)
     difference = np.abs(changing / whole - 1)
-    print(f"{'largest relative difference':<28}{'loss':>10}{'norm':>10}   by rounding alone:{'loss':>10}{'norm':>10}")
+    print(
+        f"{'largest relative difference':<28}{'loss':>10}{'norm':>10}   by rounding alone:{'loss':>10}{'norm':>10}"
+    )
     for number, (name, _, _) in enumerate(PARTS):
         rows = slice(number * arguments.a_part, (number + 1) * arguments.a_part)
         (loss, norm), (noise, norm_noise) = difference[rows].max(0), rounding[rows].max(0)

@@ -1,11 +1,13 @@
-"""Text found on this machine as raw input for tools/prepare_corpus.py, with cases planted that it must find.
+"""Text found on this machine as raw input for tools/prepare_corpus.py, with cases planted that it
+must find.
 
     python tools/bench/machine_corpus.py data/machine --mb 120
     python tools/prepare_corpus.py configs/corpus/machine.yaml
     python tools/bench/machine_corpus.py data/machine --check data/machine-clean
 
-Python packages' sources, manual pages and /usr/share/doc, as JSON lines, WARC and plain text. The same machine gives
-the same files. `--check` reads the output and says of every planted case what became of it."""
+Python packages' sources, manual pages and /usr/share/doc, as JSON lines, WARC and plain text. The
+same machine gives the same files. `--check` reads the output and says of every planted case what
+became of it."""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ VOCABULARY = {kind: words.split() for kind, words in WORDS.items()}
 
 
 def prose(seed: int, num_sentences: int = 16) -> str:
-    """English that every rule lets pass, and that has no words in a row with the prose of another seed."""
+    """English that every rule lets pass, and that has no words in a row with the prose of another
+    seed."""
     draw = random.Random(seed)
 
     def pick(kind: str) -> str:
@@ -74,7 +77,10 @@ def planted() -> dict[str, tuple[str, str]]:
     cases = {f"good-{seed}": ("kept", prose(seed)) for seed in range(40)}
     cases |= {
         "exact-copy": ("exact", prose(0)),
-        "near-copy": ("near", prose(1).replace("yesterday", "today") + " One more sentence ends this copy."),
+        "near-copy": (
+            "near",
+            prose(1).replace("yesterday", "today") + " One more sentence ends this copy.",
+        ),
         "spaced-copy": ("near", prose(2).replace(" ", "  ")),
         "empty": ("read", ""),
         "blank": ("read", " \n\t "),
@@ -85,11 +91,13 @@ def planted() -> dict[str, tuple[str, str]]:
         "symbols": ("gopher", prose(50).replace(" the ", " #the #")),
         "mojibake": (
             "kept",
-            prose(51).replace("The ", "Thé ").encode().decode("cp1252") + " It’s naïve.".encode().decode("cp1252"),
+            prose(51).replace("The ", "Thé ").encode().decode("cp1252")
+            + " It’s naïve.".encode().decode("cp1252"),
         ),
         "personal": (
             "kept",
-            prose(52) + " Write to jane.doe@mail.acme.io or call 81.2.69.142 or 2a00:1450:4001:82a::200e.",
+            prose(52)
+            + " Write to jane.doe@mail.acme.io or call 81.2.69.142 or 2a00:1450:4001:82a::200e.",
         ),
         "lorem": ("c4", prose(54) + "\nLorem ipsum dolor sit amet, the usual words."),
     }
@@ -97,7 +105,8 @@ def planted() -> dict[str, tuple[str, str]]:
 
 
 def plant(folder: Path) -> None:
-    """The cases, and damaged files: truncated .gz and WARC, bad JSON, bytes that are not UTF-8, a binary file."""
+    """The cases, and damaged files: truncated .gz and WARC, bad JSON, bytes that are not UTF-8, a
+    binary file."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"id": name, "text": text}) for name, (_, text) in planted().items()]
     (folder / "cases.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -109,13 +118,21 @@ def plant(folder: Path) -> None:
         + b"\n"
     )
     draw = random.Random(0)
-    noise = "".join(json.dumps({"id": f"cut-{seed}", "text": prose(seed)}) + "\n" for seed in range(2000, 2200))
+    noise = "".join(
+        json.dumps({"id": f"cut-{seed}", "text": prose(seed)}) + "\n" for seed in range(2000, 2200)
+    )
     packed = gzip.compress(noise.encode(), mtime=0)
     (folder / "truncated.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (folder / "latin.txt").write_bytes(prose(62).replace("village", "pâtisserie").encode("latin-1"))
-    (folder / "shift-jis.txt").write_bytes("古い橋の近くで船長が手紙を書いた。".encode("shift-jis") * 50)
+    (folder / "shift-jis.txt").write_bytes(
+        "古い橋の近くで船長が手紙を書いた。".encode("shift-jis") * 50
+    )
     (folder / "image.bin").write_bytes(draw.randbytes(5000))
-    pages = list(chain.from_iterable(warc_record(f"page-{seed}", html(prose(seed))) for seed in range(70, 73)))
+    pages = list(
+        chain.from_iterable(
+            warc_record(f"page-{seed}", html(prose(seed))) for seed in range(70, 73)
+        )
+    )
     whole = b"".join(gzip.compress(record, mtime=0) for record in pages)
     (folder / "pages.warc.gz").write_bytes(whole)
     (folder / "truncated.warc.gz").write_bytes(whole[: len(whole) - 100])
@@ -123,7 +140,11 @@ def plant(folder: Path) -> None:
 
 def html(text: str) -> str:
     paragraphs = "".join(f"<p>{line}</p>" for line in text.splitlines())
-    menu = "<nav><ul>" + "".join(f"<li><a href='/{n}'>Menu entry {n}</a></li>" for n in range(8)) + "</ul></nav>"
+    menu = (
+        "<nav><ul>"
+        + "".join(f"<li><a href='/{n}'>Menu entry {n}</a></li>" for n in range(8))
+        + "</ul></nav>"
+    )
     body = f"{menu}<main><article>{paragraphs}</article></main>"
     return f"<html><head><title>A page</title></head><body>{body}</body></html>"
 
@@ -143,12 +164,16 @@ def texts_of_machine(kind: str) -> Iterator[tuple[str, str]]:
     if kind == "code":
         roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
         wanted = {".py", ".pyi", ".md", ".rst", ".txt"}
-        paths = [path for root in roots for path in sorted(root.rglob("*")) if path.suffix in wanted]
+        paths = [
+            path for root in roots for path in sorted(root.rglob("*")) if path.suffix in wanted
+        ]
     elif kind == "manual":
         paths = sorted(Path("/usr/share/man").rglob("*.gz"))
     else:
         paths = sorted(
-            path for path in Path("/usr/share/doc").rglob("*") if path.suffix not in (".html", ".png", ".svg")
+            path
+            for path in Path("/usr/share/doc").rglob("*")
+            if path.suffix not in (".html", ".png", ".svg")
         )
     for path in paths:
         if not path.is_file() or path.is_symlink():
@@ -174,7 +199,9 @@ def without_roff(text: str) -> str:
         elif line.startswith((".PP", ".P", ".TP", ".IP", ".LP")):
             lines.append("")
     text = re.sub(r"\\f(?:\[\w*\]|.)|\\&|\\\^|\\\||\\c$", "", "\n".join(lines))
-    return re.sub(r"\n{3,}", "\n\n", text.replace("\\-", "-").replace("\\e", "\\").replace("\\(aq", "'"))
+    return re.sub(
+        r"\n{3,}", "\n\n", text.replace("\\-", "-").replace("\\e", "\\").replace("\\(aq", "'")
+    )
 
 
 def write_lines(folder: Path, documents: Iterable[tuple[str, str]], num_bytes: float) -> int:
@@ -194,7 +221,12 @@ def write_lines(folder: Path, documents: Iterable[tuple[str, str]], num_bytes: f
     for origin, text in documents:
         if written >= num_bytes:
             break
-        buffer.write(json.dumps({"text": text, "file": origin}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        buffer.write(
+            json.dumps({"text": text, "file": origin}, ensure_ascii=False).encode(
+                "utf-8", "replace"
+            )
+            + b"\n"
+        )
         written += len(text.encode())
         if buffer.tell() >= FILE_BYTES:
             flush()
@@ -208,7 +240,9 @@ def write_pages(folder: Path) -> int:
     paths = sorted(path for path in Path("/usr/share/doc").rglob("*.html") if path.is_file())
     with open(folder / "doc.warc.gz", "wb") as file:
         for path in paths:
-            for record in warc_record(str(path), path.read_text(encoding="utf-8", errors="replace")):
+            for record in warc_record(
+                str(path), path.read_text(encoding="utf-8", errors="replace")
+            ):
                 file.write(gzip.compress(record, mtime=0))
     return len(paths)
 
@@ -219,24 +253,46 @@ def check(folder: Path, output: Path) -> int:
     kept = {}
     for split in ("train", "valid", "test"):
         if (output / split).exists():
-            for document in read_files(list_files([str(output / split)], Report()), Reading(metadata=True), Report()):
+            for document in read_files(
+                list_files([str(output / split)], Report()), Reading(metadata=True), Report()
+            ):
                 if document.metadata["source"] == PLANTED:
                     kept[document.metadata["id"]] = (split, document.text)
     failures = [
         f"{name}: should be {'kept' if fate == 'kept' else f'dropped by {fate}'}"
         for name, (fate, _) in planted().items()
         # Of two near duplicates either may stay.
-        if fate != "near" and (fate == "kept") != (name in kept) and name not in ("good-0", "good-1", "good-2")
+        if fate != "near"
+        and (fate == "kept") != (name in kept)
+        and name not in ("good-0", "good-1", "good-2")
     ]
-    for copy, original in (("exact-copy", "good-0"), ("near-copy", "good-1"), ("spaced-copy", "good-2")):
+    for copy, original in (
+        ("exact-copy", "good-0"),
+        ("near-copy", "good-1"),
+        ("spaced-copy", "good-2"),
+    ):
         if (copy in kept) == (original in kept):
             failures.append(f"{copy} and {original}: one of the two should be kept")
-    for name in ("latin", "good-last", "<urn:page-70>", str(folder / PLANTED / "latin.txt") + ":1", "cut-2000"):
+    for name in (
+        "latin",
+        "good-last",
+        "<urn:page-70>",
+        str(folder / PLANTED / "latin.txt") + ":1",
+        "cut-2000",
+    ):
         if name not in kept:
             failures.append(f"{name}: should be kept")
     text = "".join(text for _, text in kept.values())
-    failures += [f"{secret} is still there" for secret in ("jane.doe", "81.2.69.142", "2a00:1450") if secret in text]
-    failures += [f"{mended} is not there" for mended in ("It’s naïve", "harböur", "pâtisserie") if mended not in text]
+    failures += [
+        f"{secret} is still there"
+        for secret in ("jane.doe", "81.2.69.142", "2a00:1450")
+        if secret in text
+    ]
+    failures += [
+        f"{mended} is not there"
+        for mended in ("It’s naïve", "harböur", "pâtisserie")
+        if mended not in text
+    ]
     failures += [f"{junk} is still there" for junk in ("Ã©", "Menu entry") if junk in text]
     told = "\n".join(report["messages"])
     for name in (
@@ -249,15 +305,27 @@ def check(folder: Path, output: Path) -> int:
     ):
         if name not in told:
             failures.append(f"{name}: not reported")
-    print("\n".join(failures) or f"all {len(planted())} planted cases and the damaged files were found")
+    print(
+        "\n".join(failures)
+        or f"all {len(planted())} planted cases and the damaged files were found"
+    )
     return len(failures)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--mb", type=float, default=120.0, help="megabytes of text in all (default: %(default)s)")
-    parser.add_argument("--check", type=Path, metavar="OUTPUT", help="collect nothing; look into this output instead")
+    parser.add_argument(
+        "--mb", type=float, default=120.0, help="megabytes of text in all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="OUTPUT",
+        help="collect nothing; look into this output instead",
+    )
     args = parser.parse_args()
     if args.check:
         return min(check(args.folder, args.check), 1)

@@ -1,8 +1,9 @@
-"""Tokens per second of a training step of a mixture of experts on the CPU, in bf16, beside transformers with each of
-its implementations of experts, and beside a dense model of megalite's with as many parameters for each token.
+"""Tokens per second of a training step of a mixture of experts on the CPU, in bf16, beside
+transformers with each of its implementations of experts, and beside a dense model of megalite's
+with as many parameters for each token.
 
-All train on the same random tokens with AdamW and clipping, and take turns, step by step, in one process (see
-cpu_step.py)."""
+All train on the same random tokens with AdamW and clipping, and take turns, step by step, in one
+process (see cpu_step.py)."""
 
 from __future__ import annotations
 
@@ -23,17 +24,23 @@ from peers import Step, batches, config_of, megalite_step, optimized
 
 CPU = torch.device("cpu")
 THEIRS = ("grouped_mm", "eager")
-"""transformers' implementations of experts that run on a CPU. `batched_mm` copies the weights of its experts for every
-token: 40 GB at this size."""
+"""transformers' implementations of experts that run on a CPU. `batched_mm` copies the weights of
+its experts for every token: 40 GB at this size."""
 
 
 def transformers_step(preset: str, experts: str) -> Step:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in to_hf_config(model_config({"preset": preset})).items() if value is not None}
+    values = {
+        key: value
+        for key, value in to_hf_config(model_config({"preset": preset})).items()
+        if value is not None
+    }
     hf: Any = AutoConfig.for_model(**values)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16, experts_implementation=experts)
+    model = AutoModelForCausalLM.from_config(
+        hf, dtype=torch.bfloat16, experts_implementation=experts
+    )
     return optimized(model, model)
 
 
@@ -46,14 +53,23 @@ def dense_config(arguments: argparse.Namespace) -> Config:
         "family": "llama", "intermediate_size": inner, "num_kv_heads": routed.kv_heads,
         "tie_embeddings": str(routed.tie_embeddings).lower(),
     }  # fmt: skip
-    same = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_positions", "rope_theta")
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_attention_heads",
+        "max_positions",
+        "rope_theta",
+    )
     values |= {name: getattr(routed, name) for name in same}
     arguments = argparse.Namespace(**vars(arguments) | {"preset": "llama-1m"})
     return config_of(arguments, [f"model.{name}={value}" for name, value in values.items()])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="moe-100m-a25m")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-length", type=int, default=512)
@@ -63,7 +79,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     steps: dict[str, Step] = {"megalite": megalite_step(config_of(arguments), CPU)}
-    steps["megalite, dense of as many active parameters"] = megalite_step(dense_config(arguments), CPU)
+    steps["megalite, dense of as many active parameters"] = megalite_step(
+        dense_config(arguments), CPU
+    )
     steps |= {f"transformers, {name}": transformers_step(arguments.preset, name) for name in THEIRS}
     print(
         f"{arguments.preset}, {arguments.batch} × {arguments.seq_length} tokens, bf16, {arguments.threads} threads, "
@@ -72,7 +90,10 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in steps}
     next_batch = batches(arguments, CPU)
     for number in range(arguments.steps + 2):
-        tokens, order = next_batch(), [*steps][number % len(steps) :] + [*steps][: number % len(steps)]
+        tokens, order = (
+            next_batch(),
+            [*steps][number % len(steps) :] + [*steps][: number % len(steps)],
+        )
         for name in order:
             begin = time.perf_counter()
             steps[name](tokens)
@@ -81,7 +102,9 @@ def main() -> None:
     print(f"{'':48}{'ms a step':>10}{'tokens/s':>10}{'megalite is':>13}")
     for name, seconds in times.items():
         rate = arguments.batch * arguments.seq_length / statistics.median(seconds)
-        ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds, times["megalite"], strict=True))
+        ratio = statistics.median(
+            theirs / ours for theirs, ours in zip(seconds, times["megalite"], strict=True)
+        )
         print(f"{name:48}{1e3 * statistics.median(seconds):10.0f}{rate:10,.0f}{ratio:12.2f}×")
 
 

@@ -1,9 +1,11 @@
-"""Every fused operator, forward and backward, against plain PyTorch eager and torch.compile of the same.
+"""Every fused operator, forward and backward, against plain PyTorch eager and torch.compile of the
+same.
 
-Eager is what `kernels: {…: torch}` in a config chooses. The three take turns in one process. GB/s count the bytes that
-the operation must move, read or write, however often an implementation does. The ceiling is a large copy, or a large
-matrix product, measured before each run; the copy also leaves the caches cold. "eager" and "compile" are how many times
-as long those take. All are medians, of the turns' ratios where there are two things to compare.
+Eager is what `kernels: {…: torch}` in a config chooses. The three take turns in one process. GB/s
+count the bytes that the operation must move, read or write, however often an implementation does.
+The ceiling is a large copy, or a large matrix product, measured before each run; the copy also
+leaves the caches cold. "eager" and "compile" are how many times as long those take. All are
+medians, of the turns' ratios where there are two things to compare.
 
     python tools/bench/ops.py --device cpu --threads 2
     python tools/bench/ops.py --device cuda --only norm
@@ -65,7 +67,8 @@ class Case:
     function: Callable[..., Any]
     inputs: Sequence[Tensor]
     work: tuple[float, ...]
-    """Bytes to move forward and backward, or floating-point operations; forward alone where there is no backward."""
+    """Bytes to move forward and backward, or floating-point operations; forward alone where there
+    is no backward."""
     unit: str = "GB/s"
     plain: Callable[..., Any] | None = None
     """What eager is, where it is not `function`."""
@@ -89,14 +92,29 @@ class Cases:
         return Case("rms_norm", partial(rms_norm, eps=1e-5), (x, weight), (2 * size, 3 * size))
 
     def add_rms_norm(self) -> Case:
-        x, residual, weight = self.random(*self._hidden()), self.random(*self._hidden()), self.random(self.sizes.hidden)
+        x, residual, weight = (
+            self.random(*self._hidden()),
+            self.random(*self._hidden()),
+            self.random(self.sizes.hidden),
+        )
         size = x.numel() * self.bytes
-        return Case("add_rms_norm", partial(add_rms_norm, eps=1e-5), (x, residual, weight), (4 * size, 4 * size))
+        return Case(
+            "add_rms_norm",
+            partial(add_rms_norm, eps=1e-5),
+            (x, residual, weight),
+            (4 * size, 4 * size),
+        )
 
     def layer_norm(self) -> Case:
-        x, weight, bias = self.random(*self._hidden()), self.random(self.sizes.hidden), self.random(self.sizes.hidden)
+        x, weight, bias = (
+            self.random(*self._hidden()),
+            self.random(self.sizes.hidden),
+            self.random(self.sizes.hidden),
+        )
         size = x.numel() * self.bytes
-        return Case("layer_norm", partial(layer_norm, eps=1e-5), (x, weight, bias), (2 * size, 3 * size))
+        return Case(
+            "layer_norm", partial(layer_norm, eps=1e-5), (x, weight, bias), (2 * size, 3 * size)
+        )
 
     def _qkv(self) -> tuple[int, int, int]:
         s = self.sizes
@@ -104,9 +122,9 @@ class Cases:
 
     def rotate(self) -> Case:
         s, qkv = self.sizes, self.random(*self._qkv())
-        angle = torch.arange(s.length, device=self.device)[:, None] * torch.logspace(0, -4, s.head_size // 2).to(
-            self.device
-        )
+        angle = torch.arange(s.length, device=self.device)[:, None] * torch.logspace(
+            0, -4, s.head_size // 2
+        ).to(self.device)
         cos, sin = angle.cos()[None], angle.sin()[None]
         turned = s.tokens * (s.heads + s.kv_heads) * s.head_size * self.bytes
 
@@ -134,12 +152,20 @@ class Cases:
             return F.cross_entropy(logits.float(), labels, reduction="none")
 
         # Its plain version is written for exactness; this is what one would use.
-        return Case("cross_entropy", partial(cross_entropy, labels=labels), (logits,), (size, 2 * size), plain=plain)
+        return Case(
+            "cross_entropy",
+            partial(cross_entropy, labels=labels),
+            (logits,),
+            (size, 2 * size),
+            plain=plain,
+        )
 
     def causal_attention(self) -> Case:
         s, (batch, length, _) = self.sizes, self._qkv()
         qkv = self.random(batch, length, s.heads + 2 * s.kv_heads, s.head_size)
-        product = batch * s.heads * length**2 * s.head_size  # of two, half of whose result is left out
+        product = (
+            batch * s.heads * length**2 * s.head_size
+        )  # of two, half of whose result is left out
         function = partial(self_attention, num_heads=s.heads, num_kv_heads=s.kv_heads)
         return Case("causal_attention", function, (qkv,), (2 * product, 5 * product), "GFLOP/s")
 
@@ -147,13 +173,17 @@ class Cases:
         x, grad = self.random(*self._hidden()), self.random(self.sizes.tokens, 2 * self.sizes.inner)
         into = self.random(grad.shape[1], x.shape[1], dtype=torch.float32)
         function = partial(accumulate_weight_gradient, into, grad, x, add=True)
-        return Case("accumulate_weight_gradient", function, (), (2 * x.numel() * grad.shape[1],), "GFLOP/s")
+        return Case(
+            "accumulate_weight_gradient", function, (), (2 * x.numel() * grad.shape[1],), "GFLOP/s"
+        )
 
     def _weights(self) -> int:
         return 2 * self.sizes.inner * self.sizes.hidden
 
     def adamw_(self) -> Case:
-        master, exp_avg, exp_avg_sq, grad = (self.random(self._weights(), dtype=torch.float32) for _ in range(4))
+        master, exp_avg, exp_avg_sq, grad = (
+            self.random(self._weights(), dtype=torch.float32) for _ in range(4)
+        )
         weights = None if self.dtype == torch.float32 else master.to(self.dtype)
         function = partial(
             adamw_, master, exp_avg, exp_avg_sq.abs_(), weights, grad, torch.ones(3, device=self.device),
@@ -194,7 +224,10 @@ class Bench:
     def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int):
         self.device, self.repeats = device, repeats
         self.copy = Copy(device)
-        self.ceilings: dict[str, Copy | Product] = {"GB/s": self.copy, "GFLOP/s": Product(device, dtype)}
+        self.ceilings: dict[str, Copy | Product] = {
+            "GB/s": self.copy,
+            "GFLOP/s": Product(device, dtype),
+        }
 
     def run(self, case: Case, contender: Contender, backward: bool) -> Run:
         library.use(contender.kernels)
@@ -204,8 +237,11 @@ class Bench:
         if backward:
             results = timed()
             results = results if isinstance(results, tuple) else (results,)
-            timed = partial(torch.autograd.grad, results, leaves, [torch.ones_like(x) for x in results])
-        # A GPU still copies while the host hands over what comes next, so that the host's own time does not count.
+            timed = partial(
+                torch.autograd.grad, results, leaves, [torch.ones_like(x) for x in results]
+            )
+        # A GPU still copies while the host hands over what comes next, so that the host's own time
+        # does not count.
         ceiling = self.ceilings[case.unit]
         marks = [event(self.device)]
         for run in (ceiling, self.copy, timed):
@@ -238,19 +274,27 @@ def row(case: Case, pass_name: str, work: float, runs: dict[str, list[Run]]) -> 
     share = median(work / run.seconds / run.ceiling for run in own)
     columns = f"{seconds * 1e3:10.3f}{work / seconds / 1e9:12,.0f} {case.unit:8}{share:12.0%}"
     for name in ("eager", "compile"):
-        ratios = [other.seconds / run.seconds for run, other in zip(own, runs.get(name, []), strict=False)]
+        ratios = [
+            other.seconds / run.seconds for run, other in zip(own, runs.get(name, []), strict=False)
+        ]
         columns += f"{median(ratios):9.2f}×" if ratios else f"{'-':>10}"
     return f"{case.name:28}{pass_name:10}{columns}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--only", default="", help="operators whose name contains this")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--no-compile", action="store_true", help="compiling takes most of the time")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="compiling takes most of the time"
+    )
     for size in fields(Sizes):
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=int)
     arguments = parser.parse_args()
@@ -259,14 +303,21 @@ def main() -> None:
     keep_freed_memory()  # as `megalite train` does; here it serves all alike
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     given = {
-        size.name: getattr(arguments, size.name) or getattr(SIZES[device.type], size.name) for size in fields(Sizes)
+        size.name: getattr(arguments, size.name) or getattr(SIZES[device.type], size.name)
+        for size in fields(Sizes)
     }
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    machine = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
     print(
         f"{arguments.dtype}, {machine}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores\n" + ", ".join(f"{name} {size}" for name, size in given.items())
     )
-    print(f"\n{'':38}{'ms':>10}{'rate':>13}{'of ceiling':>20}{'eager':>10}{'compile':>10}", flush=True)
+    print(
+        f"\n{'':38}{'ms':>10}{'rate':>13}{'of ceiling':>20}{'eager':>10}{'compile':>10}", flush=True
+    )
     bench, cases = Bench(device, dtype, arguments.repeats), Cases(Sizes(**given), dtype, device)
     for name in NAMES:
         if arguments.only in name:

@@ -1,9 +1,11 @@
-"""How soon optimizers come to AdamW's loss: the same small model, data and schedule, each at its own tuned rate.
+"""How soon optimizers come to AdamW's loss: the same small model, data and schedule, each at its
+own tuned rate.
 
-Every optimizer is first trained at each of as many learning rates; the best goes on with further seeds. Then, by seed:
-after how many steps, and seconds of training, its validation loss is down to AdamW's last. Runs are ordinary ones, made
-with `megalite train` side by side on one core each; a run that is there already is not made again. Needs the data of
-tools/quickstart.sh. Writes report.md, runs.json and losses.png.
+Every optimizer is first trained at each of as many learning rates; the best goes on with further
+seeds. Then, by seed: after how many steps, and seconds of training, its validation loss is down to
+AdamW's last. Runs are ordinary ones, made with `megalite train` side by side on one core each; a
+run that is there already is not made again. Needs the data of tools/quickstart.sh. Writes
+report.md, runs.json and losses.png.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Curve:
         return self.losses[-1]
 
     def steps_to(self, loss: float) -> float | None:
-        """Return the step at which the curve, straight between its points, is down to `loss`; None if never."""
+        """Return the step at which the curve, straight between its points, is down to `loss`; None
+        if never."""
         before = None
         for step, value in zip(self.steps, self.losses, strict=True):
             if value <= loss:
@@ -111,7 +114,9 @@ def draw(path: Path, best: dict[str, list[Curve]], target: float) -> None:
             label = f"{name}, lr {curve.case.lr:g}" if number == 0 else None
             axes.plot(curve.steps, curve.losses, color=COLORS.get(name), alpha=0.7, label=label)
     axes.axhline(target, color="0.6", linewidth=0.8, linestyle=":")
-    axes.annotate("AdamW's last, mean of its seeds", (0, target), fontsize=8, va="bottom", color="0.4")
+    axes.annotate(
+        "AdamW's last, mean of its seeds", (0, target), fontsize=8, va="bottom", color="0.4"
+    )
     axes.set(xlabel="step", ylabel="validation loss")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
@@ -120,7 +125,10 @@ def draw(path: Path, best: dict[str, list[Curve]], target: float) -> None:
 def report(swept: list[Curve], best: dict[str, list[Curve]]) -> str:
     lines = ["| optimizer | lr | last validation loss, first seed |", "|---|---|---|"]
     lines += [f"| {c.case.optimizer} | {c.case.lr:g} | {c.last:.4f} |" for c in swept]
-    lines += ["", "| optimizer | seed | last loss | steps to AdamW's last | of its steps | of its seconds |"]
+    lines += [
+        "",
+        "| optimizer | seed | last loss | steps to AdamW's last | of its steps | of its seconds |",
+    ]
     lines += ["|---|---|---|---|---|---|"]
     shares: dict[str, list[float]] = {}
     for name, curves in best.items():
@@ -137,7 +145,10 @@ def report(swept: list[Curve], best: dict[str, list[Curve]]) -> str:
             )
     lines += [
         "",
-        *(f"{name}: {statistics.mean(x):.2f} of AdamW's steps, mean of {len(x)}" for name, x in shares.items()),
+        *(
+            f"{name}: {statistics.mean(x):.2f} of AdamW's steps, mean of {len(x)}"
+            for name, x in shares.items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -151,23 +162,40 @@ def main() -> int:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--optimizers", nargs="*", choices=list(LRS), default=list(LRS))
-    parser.add_argument("--output", type=Path, default=Path("optimizers"), help="folder for runs, report and picture")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("optimizers"),
+        help="folder for runs, report and picture",
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     sweep = [Case(name, lr, 1) for name in arguments.optimizers for lr in LRS[name]]
     swept = run_all(sweep, arguments.output, arguments)
     chosen = {
-        name: min((c for c in swept if c.case.optimizer == name), key=lambda c: c.last) for name in arguments.optimizers
+        name: min((c for c in swept if c.case.optimizer == name), key=lambda c: c.last)
+        for name in arguments.optimizers
     }
     further = [
-        Case(name, curve.case.lr, seed) for name, curve in chosen.items() for seed in range(2, arguments.seeds + 1)
+        Case(name, curve.case.lr, seed)
+        for name, curve in chosen.items()
+        for seed in range(2, arguments.seeds + 1)
     ]
     others = run_all(further, arguments.output, arguments)
-    best = {name: [first, *(c for c in others if c.case.optimizer == name)] for name, first in chosen.items()}
+    best = {
+        name: [first, *(c for c in others if c.case.optimizer == name)]
+        for name, first in chosen.items()
+    }
     text = report(swept, best)
     (arguments.output / "report.md").write_text(text)
-    (arguments.output / "runs.json").write_text(json.dumps([asdict(curve) for curve in (*swept, *others)]))
-    draw(arguments.output / "losses.png", best, statistics.mean(curve.last for curve in best["adamw"]))
+    (arguments.output / "runs.json").write_text(
+        json.dumps([asdict(curve) for curve in (*swept, *others)])
+    )
+    draw(
+        arguments.output / "losses.png",
+        best,
+        statistics.mean(curve.last for curve in best["adamw"]),
+    )
     print(text)
     return 0
 

@@ -1,7 +1,9 @@
-"""A training step of a Llama by megalite, and by what one would use instead: transformers, with torch.compile or Liger.
+"""A training step of a Llama by megalite, and by what one would use instead: transformers, with
+torch.compile or Liger.
 
-All train on the same tokens with AdamW (decay on matrices only) and clipping by the global norm. megalite keeps fp32
-master weights and moments; the others train bf16 weights with bf16 moments, which is less work and less memory.
+All train on the same tokens with AdamW (decay on matrices only) and clipping by the global norm.
+megalite keeps fp32 master weights and moments; the others train bf16 weights with bf16 moments,
+which is less work and less memory.
 """
 
 from __future__ import annotations
@@ -49,8 +51,12 @@ def megalite_step(config: Config, device: torch.device) -> Step:
 
     def step(tokens: Tensor) -> Tensor:
         samples = torch.arange(len(tokens), device=device)
-        rows = zip(*(x.split(config.train.micro_batch_size) for x in (tokens, samples)), strict=True)
-        loss = forward_backward(parts, [MicroBatch(x[:, :-1], x[:, 1:], s) for x, s in rows], mesh, seed=0)["loss"]
+        rows = zip(
+            *(x.split(config.train.micro_batch_size) for x in (tokens, samples)), strict=True
+        )
+        loss = forward_backward(
+            parts, [MicroBatch(x[:, :-1], x[:, 1:], s) for x, s in rows], mesh, seed=0
+        )["loss"]
         parts.engine.step(OPTIMIZER.lr)
         return loss
 
@@ -58,7 +64,11 @@ def megalite_step(config: Config, device: torch.device) -> Step:
 
 
 def transformers_step(
-    preset: str, device: torch.device, compiled: bool = False, autocast: bool = False, liger: bool = False
+    preset: str,
+    device: torch.device,
+    compiled: bool = False,
+    autocast: bool = False,
+    liger: bool = False,
 ) -> Step:
     """With Liger, transformers is patched for the rest of the process."""
     if liger:
@@ -71,17 +81,25 @@ def transformers_step(
     hf = LlamaConfig(**{k: v for k, v in to_hf(config).items() if v is not None})
     torch.manual_seed(0)
     with device:
-        model = LlamaForCausalLM._from_config(hf, dtype=torch.float32 if autocast else torch.bfloat16)
+        model = LlamaForCausalLM._from_config(
+            hf, dtype=torch.float32 if autocast else torch.bfloat16
+        )
     return optimized(model, torch.compile(model) if compiled else model, autocast)
 
 
 def optimized(model: torch.nn.Module, run: Any, autocast: bool = False) -> Step:
-    """Return a training step of transformers' `model`; `run` is what is called, which may be compiled."""
+    """Return a training step of transformers' `model`; `run` is what is called, which may be
+    compiled."""
     device = next(model.parameters()).device
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": OPTIMIZER.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True)
+    groups = [
+        {"params": decay, "weight_decay": OPTIMIZER.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True
+    )
 
     def step(tokens: Tensor) -> Tensor:
         # `labels` are shifted by transformers itself: of the same tokens, the last has no label.

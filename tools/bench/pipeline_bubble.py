@@ -1,9 +1,10 @@
-"""Bubbles of the pipeline schedules, measured over gloo ranks on this machine, beside the planner's simulation.
+"""Bubbles of the pipeline schedules, measured over gloo ranks on this machine, beside the planner's
+simulation.
 
-Trains a small model for a few steps with every schedule, a core a rank, and reads from the traces that `profile:`
-writes how long each rank was in a forward, backward or weight-gradient pass. The bubble is the share of the time
-between a step's first and last pass in which a rank was in none. The planner then simulates each schedule with the
-times its own passes took.
+Trains a small model for a few steps with every schedule, a core a rank, and reads from the traces
+that `profile:` writes how long each rank was in a forward, backward or weight-gradient pass. The
+bubble is the share of the time between a step's first and last pass in which a rank was in none.
+The planner then simulates each schedule with the times its own passes took.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Pass(NamedTuple):
     end: float
 
 
-def config_of(folder: Path, schedule: str, virtual: int, arguments: argparse.Namespace, ranks: range) -> Config:
+def config_of(
+    folder: Path, schedule: str, virtual: int, arguments: argparse.Namespace, ranks: range
+) -> Config:
     return parse_config(
         {
             "run": {"name": f"{schedule}-{virtual}", "dir": str(folder)},
@@ -85,7 +88,9 @@ def passes_of(config: Config) -> list[list[Pass]]:
                 match = PASS.fullmatch(event["name"])
                 if match:
                     start = (event["ts"] + trace.get("baseTimeNanoseconds", 0) / 1e3) / 1e6
-                    found.append(Pass(rank, int(match[1]), match[2], start, start + event["dur"] / 1e6))
+                    found.append(
+                        Pass(rank, int(match[1]), match[2], start, start + event["dur"] / 1e6)
+                    )
     found.sort(key=lambda p: p.start)
     a_step = len(found) // (LAST - FIRST + 1)
     return [found[i : i + a_step] for i in range(0, len(found), a_step)]
@@ -106,7 +111,9 @@ def simulated(config: Config, steps: list[list[Pass]], micro_batches: int) -> fl
     for stage in range(parallel.pipeline * parallel.virtual):
         forward, backward = median[stage, "forward"], median[stage, "backward"]
         work.append(StageWork(forward, backward, backward, median.get((stage, "weights"), 0.0), ()))
-    links = Links(hand_over=1e-4, waits_for_hand_over=parallel.schedule == "1f1b", reduces_every_time=False)
+    links = Links(
+        hand_over=1e-4, waits_for_hand_over=parallel.schedule == "1f1b", reduces_every_time=False
+    )
     order = order_of(parallel.schedule, parallel.pipeline, parallel.virtual, micro_batches)
     return simulate(order, work, links, micro_batches).bubble
 
@@ -126,7 +133,9 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with IndexedWriter(folder / "corpus", np.uint16) as writer:
-            writer.add_document(np.random.default_rng(0).integers(256, size=100 * arguments.seq_length))
+            writer.add_document(
+                np.random.default_rng(0).integers(256, size=100 * arguments.seq_length)
+            )
         ranks = range(arguments.ranks)
         configs = [config_of(folder, *schedule, arguments, ranks) for schedule in SCHEDULES]
         mp.spawn(run_rank, (arguments.ranks, port, configs), nprocs=arguments.ranks)
@@ -134,7 +143,9 @@ def main() -> None:
         for config, (schedule, virtual) in zip(configs, SCHEDULES, strict=True):
             steps = passes_of(config)
             bubble = statistics.median(bubble_of(step, arguments.ranks) for step in steps)
-            time = statistics.median(max(p.end for p in step) - min(p.start for p in step) for step in steps)
+            time = statistics.median(
+                max(p.end for p in step) - min(p.start for p in step) for step in steps
+            )
             guess = simulated(config, steps, arguments.micro_batches)
             print(f"{schedule:<14}{virtual:>8}{time * 1e3:>10.1f}{bubble:>9.1%}{guess:>11.1%}")
 

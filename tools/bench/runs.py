@@ -1,4 +1,5 @@
-"""Ordinary runs of `megalite train` for benchmarks, one core each, on the data of tools/quickstart.sh."""
+"""Ordinary runs of `megalite train` for benchmarks, one core each, on the data of
+tools/quickstart.sh."""
 
 from __future__ import annotations
 

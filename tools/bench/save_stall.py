@@ -1,9 +1,9 @@
 """How long training stands still for a checkpoint, beside how long it takes to be written.
 
-Saves the state of a model again and again with a training step after each, as a run does that keeps two checkpoints,
-and prints of each save the time that the loop waits (for the call, and in the step for what is still to be copied; on
-the rank that waits longest), the time until the checkpoint has its name, and their ratio. The first save makes the
-memory that the others use again.
+Saves the state of a model again and again with a training step after each, as a run does that keeps
+two checkpoints, and prints of each save the time that the loop waits (for the call, and in the step
+for what is still to be copied; on the rank that waits longest), the time until the checkpoint has
+its name, and their ratio. The first save makes the memory that the others use again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
     device = torch.device(arguments.device)
     if ranks > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
+        )
     keep_freed_memory()  # as training does
     config = parse_config(
         {
@@ -86,10 +88,19 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
         assert saver.error is None, saver.error
         if rank == 0:
             first = "  (the first)" if step == 1 else ""
-            print(f"loop waited {1000 * waited:6.0f} ms of {took:6.2f} s: {waited / took:5.1%}{first}", flush=True)
+            print(
+                f"loop waited {1000 * waited:6.0f} ms of {took:6.2f} s: {waited / took:5.1%}{first}",
+                flush=True,
+            )
         shares += [waited / took] if step > 1 else []
     if rank == 0:
-        size = sum(path.stat().st_size for path in (folder / "checkpoints").glob("step-*/**/*.safetensors")) / 2e9
+        size = (
+            sum(
+                path.stat().st_size
+                for path in (folder / "checkpoints").glob("step-*/**/*.safetensors")
+            )
+            / 2e9
+        )
         print(
             f"{arguments.preset}, {sum(weight.numel for weight in weights) / 1e6:.0f}M parameters, {size:.2f} GB, "
             f"{ranks} ranks, {device}, torch {torch.__version__}, Python {platform.python_version()}, load average "
@@ -100,14 +111,20 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="llama-125m")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=512, help="of the step that follows each save")
+    parser.add_argument(
+        "--tokens", type=int, default=512, help="of the step that follows each save"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: that of temporary files)")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure (default: that of temporary files)"
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="saves-", dir=arguments.folder))
     try:

@@ -1,5 +1,5 @@
-"""Faults other than a killed rank. Each takes a folder of its own, does one thing to a run, and returns whether that
-came out as it should and a line that says how."""
+"""Faults other than a killed rank. Each takes a folder of its own, does one thing to a run, and
+returns whether that came out as it should and a line that says how."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def bit_flips(folder: Path) -> Outcome:
     kinds = ", ".join(names)
     if missed:
         return False, f"not noticed: {', '.join(missed)}"
-    return True, f"{FLIPS * len(names)} of {FLIPS * len(names)} noticed, the checkpoint before was taken ({kinds})"
+    return (
+        True,
+        f"{FLIPS * len(names)} of {FLIPS * len(names)} noticed, the checkpoint before was taken ({kinds})",
+    )
 
 
 def stopped_rank(folder: Path) -> Outcome:
@@ -75,11 +78,15 @@ def stopped_rank(folder: Path) -> Outcome:
     if start.status != Exit.HUNG or not named or "rank 0" in behind:
         return False, f"exit status {start.status}\n{start.log}"
     seconds = start.ended - (start.killed or start.ended)
-    return True, f"{named[0]}; exit status {Exit.HUNG}, {seconds:.1f} s after it, of which the timeout is 1.5"
+    return (
+        True,
+        f"{named[0]}; exit status {Exit.HUNG}, {seconds:.1f} s after it, of which the timeout is 1.5",
+    )
 
 
 def full_disk(folder: Path) -> Outcome:
-    """Room for two checkpoints and not for a third: training goes to its end, and started again it goes on there."""
+    """Room for two checkpoints and not for a third: training goes to its end, and started again it
+    goes on there."""
 
     def hurry(rank: int) -> None:
         writing.PAUSES_S = (0.1, 0.1, 0.1)
@@ -89,7 +96,10 @@ def full_disk(folder: Path) -> Outcome:
     root = config.run.folder / "checkpoints"
     root.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "none", root], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "none", root],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         return True, f"not tried, it takes root to mount a small disk ({mounted.stderr.strip()})"
@@ -102,7 +112,13 @@ def full_disk(folder: Path) -> Outcome:
     finally:
         subprocess.run(["umount", "--lazy", root], check=True)
     told = "No space left on device" in start.log
-    good = start.status == Exit.NOT_SAVED and told and kept[:1] == [EVERY] and again.resumed == kept[-1] and same
+    good = (
+        start.status == Exit.NOT_SAVED
+        and told
+        and kept[:1] == [EVERY]
+        and again.resumed == kept[-1]
+        and same
+    )
     said = f"{STEPS} steps trained, exit status {start.status}, checkpoints of steps {kept} stand; with room, same bits"
     return good, said if good else f"{said}?\n{start.log}{again.log}"
 
@@ -129,15 +145,26 @@ def nan_gradient(folder: Path) -> Outcome:
 
     config = config_of(folder, "data 2, ZeRO-1")
     start = run_once(config, folder / "start-0", tamper=plant)
-    found = re.search(rf"step {HIT}: loss \S+ and gradient norm nan, not both finite; [^,]*", start.log)
+    found = re.search(
+        rf"step {HIT}: loss \S+ and gradient norm nan, not both finite; [^,]*", start.log
+    )
     losses = [loss for _, loss, *_ in outcome(config)[0]] if start.status == 0 else []
-    good = start.status == 0 and found is not None and len(losses) == STEPS and all(map(math.isfinite, losses))
+    good = (
+        start.status == 0
+        and found is not None
+        and len(losses) == STEPS
+        and all(map(math.isfinite, losses))
+    )
     return good, found[0] if good and found else f"exit status {start.status}\n{start.log}"
 
 
 def flipped_bit(folder: Path) -> Outcome:
-    """In the weights of one of three replicas: it is named, and the next start goes on from what was sound."""
-    settings: dict[str, Any] = {"health": {"weights_check_every": 1}, "train": {"global_batch_size": 6}}
+    """In the weights of one of three replicas: it is named, and the next start goes on from what
+    was sound."""
+    settings: dict[str, Any] = {
+        "health": {"weights_check_every": 1},
+        "train": {"global_batch_size": 6},
+    }
 
     def plant(rank: int) -> None:
         forward_backward = loop.forward_backward

@@ -1,8 +1,9 @@
-"""Answers of a server to clients that ask at the same time, beside transformers' `generate` on batches of as many.
+"""Answers of a server to clients that ask at the same time, beside transformers' `generate` on
+batches of as many.
 
-Both have the same random weights, prompts and lengths. Rounds take turns, and medians are told. `equal`: all answers
-are as long; `mixed`: of 16 to `--tokens` tokens, as answers are, in the order in which they come. A batch of
-transformers' takes as long as its longest answer."""
+Both have the same random weights, prompts and lengths. Rounds take turns, and medians are told.
+`equal`: all answers are as long; `mixed`: of 16 to `--tokens` tokens, as answers are, in the order
+in which they come. A batch of transformers' takes as long as its longest answer."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def main() -> None:
 
 
 def write_model(folder: Path, preset: str, dtype: torch.dtype) -> Any:
-    """A random model that never ends by itself, and a tokenizer that has a letter for each of its tokens."""
+    """A random model that never ends by itself, and a tokenizer that has a letter for each of its
+    tokens."""
     import tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,11 +65,15 @@ def write_model(folder: Path, preset: str, dtype: torch.dtype) -> Any:
     )
     model.save_pretrained(folder)
     letters = {chr(0x4E00 + token): token for token in range(config.vocab_size)}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="一")).save(str(folder / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="一")).save(
+        str(folder / "tokenizer.json")
+    )
     return model.eval()
 
 
-def start_server(folder: Path, arguments: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str]:
+def start_server(
+    folder: Path, arguments: argparse.Namespace
+) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,12 +94,18 @@ def start_server(folder: Path, arguments: argparse.Namespace) -> tuple[subproces
 
 def measure(kind: str, model: Any, url: str, arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, (arguments.requests, PROMPT), generator=generator).tolist()
+    prompts = torch.randint(
+        model.config.vocab_size, (arguments.requests, PROMPT), generator=generator
+    ).tolist()
     lengths = [arguments.tokens] * len(prompts)
     if kind == "mixed":
-        lengths = torch.randint(16, arguments.tokens + 1, (len(prompts),), generator=generator).tolist()
+        lengths = torch.randint(
+            16, arguments.tokens + 1, (len(prompts),), generator=generator
+        ).tolist()
     asyncio.run(by_server(prompts[:8], [4] * 8, url, arguments.concurrency))
-    by_transformers(model, prompts[: arguments.concurrency], [4] * arguments.concurrency, arguments.concurrency)
+    by_transformers(
+        model, prompts[: arguments.concurrency], [4] * arguments.concurrency, arguments.concurrency
+    )
     rows = []
     for _ in range(arguments.rounds):
         ours = asyncio.run(by_server(prompts, lengths, url, arguments.concurrency))
@@ -107,7 +119,9 @@ def measure(kind: str, model: Any, url: str, arguments: argparse.Namespace) -> N
     }), flush=True)  # fmt: skip
 
 
-async def by_server(prompts: list[list[int]], lengths: list[int], url: str, concurrency: int) -> float:
+async def by_server(
+    prompts: list[list[int]], lengths: list[int], url: str, concurrency: int
+) -> float:
     """Seconds until all are answered, over HTTP, so many asked for at a time."""
     import httpx
 
@@ -127,11 +141,17 @@ async def by_server(prompts: list[list[int]], lengths: list[int], url: str, conc
 
 @torch.inference_mode()
 def by_transformers(model: Any, prompts: list[list[int]], lengths: list[int], batch: int) -> float:
-    """Seconds until all are answered, a batch after the other, each until its longest answer is done."""
+    """Seconds until all are answered, a batch after the other, each until its longest answer is
+    done."""
     began = time.perf_counter()
     for start in range(0, len(prompts), batch):
-        ids, most = torch.tensor(prompts[start : start + batch]), max(lengths[start : start + batch])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
+        ids, most = (
+            torch.tensor(prompts[start : start + batch]),
+            max(lengths[start : start + batch]),
+        )
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False
+        )
         assert out.shape[1] == PROMPT + most
     return time.perf_counter() - began
 

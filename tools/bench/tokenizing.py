@@ -1,16 +1,19 @@
-"""Tokenizing text found on this machine: by megalite, by gigatoken itself, and by Hugging Face's tokenizers.
+"""Tokenizing text found on this machine: by megalite, by gigatoken itself, and by Hugging Face's
+tokenizers.
 
-Each is a whole process, from its start to the written file, and they take turns, so that what else the machine does
-hits all alike:
+Each is a whole process, from its start to the written file, and they take turns, so that what else
+the machine does hits all alike:
 
-- gigatoken: its own way through a whole file (`encode_files` of JSON lines, on all cores), ids and lengths written.
+- gigatoken: its own way through a whole file (`encode_files` of JSON lines, on all cores), ids and
+  lengths written.
 - megalite: tools/preprocess_data.py, and that with --exact.
 - batches: Hugging Face's tokenizers as they are fastest, `encode_batch_fast` on all cores.
-- pool: a process a core, document by document, lists of ids sent back: the way of Megatron-LM's preprocess_data.py.
+- pool: a process a core, document by document, lists of ids sent back: the way of Megatron-LM's
+  preprocess_data.py.
 
-What Hugging Face's do is slow, and gets only some of the documents, from all over. Memory is resident memory, summed
-over the processes. --unicode compares the ids of every code point instead, and --endless the memory that ever more
-words which never recur need."""
+What Hugging Face's do is slow, and gets only some of the documents, from all over. Memory is
+resident memory, summed over the processes. --unicode compares the ids of every code point instead,
+and --endless the memory that ever more words which never recur need."""
 
 from __future__ import annotations
 
@@ -77,8 +80,15 @@ def texts_of_this_machine(max_bytes: int) -> Iterator[str]:
         most = min(most, left)
         for root, names, files in os.walk(folder):
             names.sort()
-            for path in (os.path.join(root, name) for name in sorted(files) if name.endswith(ENDINGS)):
-                if most <= 0 or path in seen or os.path.islink(path) or os.path.getsize(path) > 2_000_000:
+            for path in (
+                os.path.join(root, name) for name in sorted(files) if name.endswith(ENDINGS)
+            ):
+                if (
+                    most <= 0
+                    or path in seen
+                    or os.path.islink(path)
+                    or os.path.getsize(path) > 2_000_000
+                ):
                     continue
                 seen.add(path)
                 try:
@@ -97,7 +107,9 @@ def prepare(folder: Path, megabytes: int, slow_megabytes: int) -> dict[str, floa
     sizes = {"all": 0.0, "some": 0.0}
     with open(folder / "all.jsonl", "w") as every, open(folder / "some.jsonl", "w") as some:
         for number, text in enumerate(texts_of_this_machine(megabytes * 10**6)):
-            line = json.dumps({"text": text}, ensure_ascii=bool(number % 2)) + "\n"  # both ways of writing é
+            line = (
+                json.dumps({"text": text}, ensure_ascii=bool(number % 2)) + "\n"
+            )  # both ways of writing é
             size = len(text.encode()) / 1e6
             every.write(line)
             sizes["all"] += size
@@ -111,9 +123,15 @@ def prepare(folder: Path, megabytes: int, slow_megabytes: int) -> dict[str, floa
 
 def run(command: list[str]) -> tuple[float, float]:
     """Seconds, and the most MiB that the process and its children held."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RAYON_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    }
     most, start = 0, time.monotonic()
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    ) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -129,7 +147,9 @@ def run(command: list[str]) -> tuple[float, float]:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
     sizes = prepare(folder, arguments.megabytes, arguments.slow_megabytes)
-    every, some, tokenizer, out = (str(folder / name) for name in ("all.jsonl", "some.jsonl", "tokenizer", "out"))
+    every, some, tokenizer, out = (
+        str(folder / name) for name in ("all.jsonl", "some.jsonl", "tokenizer", "out")
+    )
     tool = [*TOOL, "--tokenizer", tokenizer, "--output-prefix", out, "--input"]
     commands = {
         "gigatoken": ["-c", GIGATOKEN, every, tokenizer, out],
@@ -148,10 +168,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
             peaks[name] = max(peaks[name], peak)
             if number:  # the first round warms the page cache
                 rates[name].append(sizes["some" if name in SLOW else "all"] / seconds)
-    print(f"{sizes['all']:.0f} MB, and {sizes['some']:.0f} MB of it for the slow ones; medians of {arguments.rounds}")
+    print(
+        f"{sizes['all']:.0f} MB, and {sizes['some']:.0f} MB of it for the slow ones; medians of {arguments.rounds}"
+    )
     for name, rate in rates.items():
         low, high = min(rate), max(rate)
-        print(f"{name:18s} {statistics.median(rate):7.1f} MB/s ({low:.1f} to {high:.1f}), {peaks[name]:6.0f} MiB")
+        print(
+            f"{name:18s} {statistics.median(rate):7.1f} MB/s ({low:.1f} to {high:.1f}), {peaks[name]:6.0f} MiB"
+        )
     for name in ("gigatoken", "batches", "pool"):
         pairs = zip(rates["megalite"], itertools.cycle(rates[name]), strict=False)
         print(f"megalite is {statistics.median(one / two for one, two in pairs):.2f} x {name}")
@@ -164,11 +188,16 @@ def compare_all_of_unicode(folder: Path) -> None:
     points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
     num_left = num_other = 0
     for first in range(0, len(points), 20_000):
-        texts = ["x{0}y {0}{0}.{0}1{0} {0}A{0}\n'{0}".format(chr(point)) for point in points[first : first + 20_000]]
+        texts = [
+            "x{0}y {0}{0}.{0}1{0} {0}A{0}\n'{0}".format(chr(point))
+            for point in points[first : first + 20_000]
+        ]
         flat, lengths, left = fast.encode([text.encode() for text in texts])
         rows = np.split(flat, lengths.cumsum()[:-1])
         num_left += left
-        num_other += sum(row.tolist() != ids for row, ids in zip(rows, exact.encode_batch(texts), strict=True))
+        num_other += sum(
+            row.tolist() != ids for row, ids in zip(rows, exact.encode_batch(texts), strict=True)
+        )
     disagreed = int((fast._states == DIFFERENT).sum())
     print(
         f"{len(points):,} code points in {time.monotonic() - start:.0f} s: on {disagreed:,} the libraries disagree, "
@@ -195,17 +224,30 @@ def measure_endless_words(folder: Path, megabytes: int) -> None:
         str(path),
     ]
     seconds, peak = run(command)
-    print(f"{megabytes} MB of words of which none recurs: {megabytes / seconds:.1f} MB/s, {peak:,.0f} MiB at most")
+    print(
+        f"{megabytes} MB of words of which none recurs: {megabytes / seconds:.1f} MB/s, {peak:,.0f} MiB at most"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=400, help="of text (default: %(default)s)")
-    parser.add_argument("--slow-megabytes", type=int, default=8, help="of it for the slow ones (default: %(default)s)")
+    parser.add_argument(
+        "--slow-megabytes",
+        type=int,
+        default=8,
+        help="of it for the slow ones (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow-rounds", type=int, default=3)
-    parser.add_argument("--unicode", action="store_true", help="compare ids of all code points instead")
-    parser.add_argument("--endless", type=int, metavar="MB", help="measure memory on words that never recur instead")
+    parser.add_argument(
+        "--unicode", action="store_true", help="compare ids of all code points instead"
+    )
+    parser.add_argument(
+        "--endless", type=int, metavar="MB", help="measure memory on words that never recur instead"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.unicode:

@@ -1,9 +1,9 @@
-"""Step time of the native engine's ZeRO stages against torch's DistributedDataParallel, over gloo ranks on this
-machine.
+"""Step time of the native engine's ZeRO stages against torch's DistributedDataParallel, over gloo
+ranks on this machine.
 
-All train the same model from the same weights on the same batches with fp32 weights, fused AdamW and clipping. They
-take turns, step by step, in one process group, so that what else the machine does hits all alike; medians and ratios
-are printed.
+All train the same model from the same weights on the same batches with fp32 weights, fused AdamW
+and clipping. They take turns, step by step, in one process group, so that what else the machine
+does hits all alike; medians and ratios are printed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ def ddp_step(preset: str) -> Step:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for weight in weights:
-            parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+            parameters[weight.name].copy_(
+                read(weight, "weight", 0, weight.numel).view(weight.shape)
+            )
     decay = [parameters[w.name] for w in weights if w.decay]
     rest = [parameters[w.name] for w in weights if not w.decay]
-    groups = [{"params": decay, "weight_decay": OPTIMIZER.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": OPTIMIZER.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, fused=True)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -87,14 +92,18 @@ def run(rank: int, ranks: int, port: int, arguments: argparse.Namespace) -> None
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    steps = {f"native ZeRO-{stage}": native_step(arguments.preset, stage, ranks) for stage in (0, 1, 2)}
+    steps = {
+        f"native ZeRO-{stage}": native_step(arguments.preset, stage, ranks) for stage in (0, 1, 2)
+    }
     steps = {"torch DDP": ddp_step(arguments.preset)} | steps
     times: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
     vocab_size = model_config({"preset": arguments.preset}).vocab_size
     generator = torch.Generator().manual_seed(rank)
     for number in range(arguments.steps + 2):
-        tokens = torch.randint(vocab_size, (arguments.batch, arguments.seq_length + 1), generator=generator)
+        tokens = torch.randint(
+            vocab_size, (arguments.batch, arguments.seq_length + 1), generator=generator
+        )
         order = list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]
         for name in order:
             dist.barrier()
@@ -109,7 +118,10 @@ def run(rank: int, ranks: int, port: int, arguments: argparse.Namespace) -> None
 
 
 def report(
-    arguments: argparse.Namespace, ranks: int, times: dict[str, list[float]], losses: dict[str, list[float]]
+    arguments: argparse.Namespace,
+    ranks: int,
+    times: dict[str, list[float]],
+    losses: dict[str, list[float]],
 ) -> None:
     print(
         f"{arguments.preset}, {ranks} gloo ranks, {arguments.batch} × {arguments.seq_length} tokens a rank, fp32, "
@@ -119,7 +131,8 @@ def report(
     for name, seconds in times.items():
         median = statistics.median(seconds)
         spread = statistics.quantiles(seconds, n=4)
-        # The ratio of each step to DDP's step of the same turn: what slows a whole turn down cancels.
+        # The ratio of each step to DDP's step of the same turn: what slows a whole turn down
+        # cancels.
         ratio = statistics.median(s / d for s, d in zip(seconds, times["torch DDP"], strict=True))
         print(
             f"{name:<15} median {median:.3f} s  quartiles {spread[0]:.3f} … {spread[2]:.3f}  "
@@ -128,7 +141,9 @@ def report(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="llama-8m")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4, help="sequences a rank")

@@ -1,14 +1,16 @@
 """The optimizers of `native`, one file each: its settings, and how it updates weights.
 
-An `Optimizer` is element-wise: the new value of a weight's element depends on the gradient, the master weight and the
-optimizer's states of that element alone. Hence each replica updates the shard that it owns, whatever it is a shard of.
+An `Optimizer` is element-wise: the new value of a weight's element depends on the gradient, the
+master weight and the optimizer's states of that element alone. Hence each replica updates the shard
+that it owns, whatever it is a shard of.
 
-A `MatrixOptimizer` is element-wise in all but one place, where it needs a whole matrix at once (Muon's
-orthogonalisation). There every matrix has an owner, one rank, which gets it from all shards and sends back what is to
-be done to each; see `engine/matrices.py`. So the bits are those of one process, whatever the layout.
+A `MatrixOptimizer` is element-wise in all but one place, where it needs a whole matrix at once
+(Muon's orthogonalisation). There every matrix has an owner, one rank, which gets it from all shards
+and sends back what is to be done to each; see `engine/matrices.py`. So the bits are those of one
+process, whatever the layout.
 
-A `SummingOptimizer` needs sums over matrices, their rows and their columns (Adafactor). Each rank adds up what it has,
-and the sums travel instead of the matrices; see `engine/sums.py`.
+A `SummingOptimizer` needs sums over matrices, their rows and their columns (Adafactor). Each rank
+adds up what it has, and the sums travel instead of the matrices; see `engine/sums.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from megalite.models.weights import Weight
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a bucket that this rank updates: flat tensors of one shape, of weights with the same settings."""
+    """The part of a bucket that this rank updates: flat tensors of one shape, of weights with the
+    same settings."""
 
     master: Tensor
     """Master weights, fp32."""
     weights: Tensor | None
-    """The model's weights in bf16, which get the new `master`, rounded; None in fp32: they are their own master."""
+    """The model's weights in bf16, which get the new `master`, rounded; None in fp32: they are
+    their own master."""
     grad: Tensor
     """The reduced gradient, fp32, not clipped."""
     states: Mapping[str, Tensor]
@@ -45,21 +49,23 @@ class Optimizer(Protocol):
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
         """Return what all shards of a step have in common, on the device.
 
-        `divisor` is fp32 [], by which gradients are divided so that their global norm is clipped. Where it is 0 the
-        step is refused (its loss or gradient is not finite): nothing may change. `num_updates` is fp64 [], this one
-        included."""
+        `divisor` is fp32 [], by which gradients are divided so that their global norm is clipped.
+        Where it is 0 the step is refused (its loss or gradient is not finite): nothing may change.
+        `num_updates` is fp64 [], this one included."""
 
     def update_(self, shard: Shard, common: Tensor) -> None:
         """Update a shard. `common` is what `begin_step` returned."""
 
 
 class PlainOptimizer:
-    """An optimizer written in torch, as a function from old values to new ones: the easy way to add one.
+    """An optimizer written in torch, as a function from old values to new ones: the easy way to add
+    one.
 
     It refuses steps, rounds weights and clips gradients; `compute` says how one update goes."""
 
     def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the new master weights and states. Must not change the shard, whose `grad` is clipped already.
+        """Return the new master weights and states. Must not change the shard, whose `grad` is
+        clipped already.
 
         `num_updates` is fp64 [], the number of updates with this one."""
         raise NotImplementedError
@@ -78,22 +84,27 @@ class PlainOptimizer:
             state.copy_(torch.where(is_refused, state, new_states[name]))
         shard.master.copy_(torch.where(is_refused, shard.master, value))
         if shard.weights is not None:
-            shard.weights.copy_(torch.where(is_refused, shard.weights, value.to(shard.weights.dtype)))
+            shard.weights.copy_(
+                torch.where(is_refused, shard.weights, value.to(shard.weights.dtype))
+            )
 
 
 class MatrixOptimizer:
-    """Base of optimizers that look at whole matrices. A step calls the methods in the order in which they stand."""
+    """Base of optimizers that look at whole matrices. A step calls the methods in the order in
+    which they stand."""
 
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
         """Return what all shards of a step have in common; see `Optimizer`."""
         return torch.stack((divisor.double(), num_updates))
 
     def advance_(self, shard: Shard, common: Tensor) -> Tensor:
-        """Advance the states of a shard, and return what its owners are to see of it: fp32, of the shard's shape."""
+        """Advance the states of a shard, and return what its owners are to see of it: fp32, of the
+        shard's shape."""
         raise NotImplementedError
 
     def split(self, weight: Weight) -> tuple[int, ...]:
-        """Return the rows of each matrix that a weight consists of: the parts of a fused one are apart."""
+        """Return the rows of each matrix that a weight consists of: the parts of a fused one are
+        apart."""
         return weight.row_groups
 
     def cost(self, rows: int, columns: int) -> float:
@@ -101,10 +112,11 @@ class MatrixOptimizer:
         raise NotImplementedError
 
     def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
-        """Yield what is to be done to whole matrices of one shape, fp32 [rows, columns] each; the same in any dtype.
+        """Yield what is to be done to whole matrices of one shape, fp32 [rows, columns] each; the
+        same in any dtype.
 
-        `dtype` is the precision of the model's weights. The result for a matrix must not depend on the others, and it
-        overwrites the matrix before the next is asked for."""
+        `dtype` is the precision of the model's weights. The result for a matrix must not depend on
+        the others, and it overwrites the matrix before the next is asked for."""
         raise NotImplementedError
 
     def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
@@ -114,8 +126,8 @@ class MatrixOptimizer:
 
 @dataclass(frozen=True)
 class AllMatrices:
-    """All matrices of a `SummingOptimizer` on the ranks of a pipeline stage, one after another: their rows R, and their
-    columns C. What has no columns is a matrix of one column."""
+    """All matrices of a `SummingOptimizer` on the ranks of a pipeline stage, one after another:
+    their rows R, and their columns C. What has no columns is a matrix of one column."""
 
     rows_M: Tensor
     """Number of rows of each matrix, int64."""
@@ -125,7 +137,8 @@ class AllMatrices:
     num_columns: int
     """C."""
     states: Mapping[str, Tensor]
-    """States that every rank has the whole of, fp32: [R] for `ROW_STATE`, [C] for `COLUMN_STATE`."""
+    """States that every rank has the whole of, fp32: [R] for `ROW_STATE`, [C] for
+    `COLUMN_STATE`."""
 
     def for_rows(self, values_M: Tensor) -> Tensor:
         """Repeat a value of each matrix for its rows: [M] → [R]."""
@@ -168,8 +181,12 @@ class SummingOptimizer:
         return torch.stack((divisor.double(), num_updates))
 
     def update_(
-        self, pieces: Sequence[Piece], matrices: AllMatrices, common: Tensor, add_up: Callable[[Tensor], Tensor]
+        self,
+        pieces: Sequence[Piece],
+        matrices: AllMatrices,
+        common: Tensor,
+        add_up: Callable[[Tensor], Tensor],
     ) -> None:
-        """Update this rank's pieces, and the states of `matrices`. `add_up` adds a flat fp64 tensor over the ranks, in
-        place; all of them call it."""
+        """Update this rank's pieces, and the states of `matrices`. `add_up` adds a flat fp64 tensor
+        over the ranks, in place; all of them call it."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
-"""Adafactor (Shazeer and Stern 2018), as torch.optim.Adafactor computes it: the second moment of a matrix is kept as
-the means of its rows and of its columns, and steps are as large as the weights are."""
+"""Adafactor (Shazeer and Stern 2018), as torch.optim.Adafactor computes it: the second moment of a
+matrix is kept as the means of its rows and of its columns, and steps are as large as the weights
+are."""
 
 from __future__ import annotations
 
@@ -19,18 +20,27 @@ ROW, COLUMN, WHOLE = "row_var", "col_var", "variance"
 
 
 class AdafactorConfig(OptimizerConfig):
-    """Adafactor. Each matrix of a fused weight, and each expert, is one of its own. What is no matrix, norms and
-    biases, keeps a whole second moment: `unfactored` among the config's optimizers."""
+    """Adafactor. Each matrix of a fused weight, and each expert, is one of its own. What is no
+    matrix, norms and biases, keeps a whole second moment: `unfactored` among the config's
+    optimizers."""
 
     name: Literal["adafactor"] = "adafactor"
     beta2_decay: float = Field(
-        -0.8, lt=0, description="Power of the number of updates that is the share of a new second moment."
+        -0.8,
+        lt=0,
+        description="Power of the number of updates that is the share of a new second moment.",
     )
-    eps: float = Field(torch.finfo(torch.float32).eps, gt=0, description="Smallest root of a second moment.")
+    eps: float = Field(
+        torch.finfo(torch.float32).eps, gt=0, description="Smallest root of a second moment."
+    )
     min_scale: float = Field(
-        1e-3, gt=0, description="Steps are scaled by the root mean square of a matrix, or by this where it is less."
+        1e-3,
+        gt=0,
+        description="Steps are scaled by the root mean square of a matrix, or by this where it is less.",
     )
-    clip_threshold: float = Field(1.0, gt=0, description="Largest root mean square of a matrix's update.")
+    clip_threshold: float = Field(
+        1.0, gt=0, description="Largest root mean square of a matrix's update."
+    )
 
     STATES: ClassVar[tuple[str, ...]] = (ROW, COLUMN)
     PASSES = 39  # in torch: 15 for three sums of squares in fp64, 15 for the update and its sum, 9 more to apply it
@@ -39,7 +49,9 @@ class AdafactorConfig(OptimizerConfig):
         return Adafactor(self, factored=True)
 
     def members(self) -> Mapping[str, Member]:
-        unfactored = Member(lambda: Adafactor(self, factored=False), (WHOLE,), 1.0, self.weight_decay)
+        unfactored = Member(
+            lambda: Adafactor(self, factored=False), (WHOLE,), 1.0, self.weight_decay
+        )
         return {**super().members(), "unfactored": unfactored}
 
     def member_of(self, weight: Weight) -> str:
@@ -69,7 +81,11 @@ class Adafactor(SummingOptimizer):
             self.ROW_STATE, self.COLUMN_STATE = ROW, COLUMN
 
     def update_(
-        self, pieces: Sequence[Piece], matrices: AllMatrices, common: Tensor, add_up: Callable[[Tensor], Tensor]
+        self,
+        pieces: Sequence[Piece],
+        matrices: AllMatrices,
+        common: Tensor,
+        add_up: Callable[[Tensor], Tensor],
     ) -> None:
         divisor, num_updates = common
         is_refused = divisor <= 0
@@ -86,8 +102,12 @@ class Adafactor(SummingOptimizer):
                 mean = sums / divisor.square() / sizes
                 state.copy_(torch.where(is_refused, state, state.double().lerp(mean, share)))
             # The mean of the columns' means is that of the rows', too.
-            means_M = torch.segment_reduce(matrices.states[COLUMN].double(), "mean", lengths=matrices.columns_M)
-            rows = matrices.states[ROW] / matrices.for_rows(means_M.clamp(min=self.config.eps)).float()
+            means_M = torch.segment_reduce(
+                matrices.states[COLUMN].double(), "mean", lengths=matrices.columns_M
+            )
+            rows = (
+                matrices.states[ROW] / matrices.for_rows(means_M.clamp(min=self.config.eps)).float()
+            )
         updates_M = torch.zeros_like(squares_M)
         for piece in pieces:
             grad = piece.grad.div_(divisor.float())
@@ -97,7 +117,9 @@ class Adafactor(SummingOptimizer):
                 variance = rows[piece.rows, None] * matrices.states[COLUMN][piece.columns]
             else:
                 before = piece.states[WHOLE]
-                before.copy_(torch.where(is_refused, before, before.lerp(grad.square(), share.float())))
+                before.copy_(
+                    torch.where(is_refused, before, before.lerp(grad.square(), share.float()))
+                )
                 variance = before
             grad.mul_(variance.clamp(min=self.config.eps**2).rsqrt_())
             if piece.counts:
@@ -110,7 +132,8 @@ class Adafactor(SummingOptimizer):
     def _squares(
         self, pieces: Sequence[Piece], matrices: AllMatrices, add_up: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums of squares, fp64, of each matrix's weights, and of the gradients in each row and column."""
+        """Return the sums of squares, fp64, of each matrix's weights, and of the gradients in each
+        row and column."""
         vectors = (matrices.num_rows, matrices.num_columns) if self.factored else (0, 0)
         sizes = [len(matrices.rows_M), *vectors]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=matrices.rows_M.device)
@@ -126,7 +149,12 @@ class Adafactor(SummingOptimizer):
         return squares_M, rows_R, columns_C
 
     def _apply(
-        self, pieces: Sequence[Piece], matrices: AllMatrices, squares_M: Tensor, updates_M: Tensor, common: Tensor
+        self,
+        pieces: Sequence[Piece],
+        matrices: AllMatrices,
+        squares_M: Tensor,
+        updates_M: Tensor,
+        common: Tensor,
     ) -> None:
         """Step by what the pieces' gradients have become."""
         divisor, num_updates = common
@@ -141,7 +169,9 @@ class Adafactor(SummingOptimizer):
             value = piece.master * (1 - piece.lr * piece.weight_decay) - step.float() * piece.grad
             piece.master.copy_(torch.where(is_refused, piece.master, value))
             if piece.weights is not None:
-                piece.weights.copy_(torch.where(is_refused, piece.weights, value.to(piece.weights.dtype)))
+                piece.weights.copy_(
+                    torch.where(is_refused, piece.weights, value.to(piece.weights.dtype))
+                )
 
 
 def sum_of_squares(x: Tensor, dim: int | None = None) -> Tensor:

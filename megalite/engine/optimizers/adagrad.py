@@ -33,4 +33,6 @@ class Adagrad(PlainOptimizer):
     def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         grad = shard.grad.add(shard.master, alpha=shard.weight_decay)
         total = shard.states["sum"].addcmul(grad, grad)
-        return shard.master.addcdiv(grad, total.sqrt().add_(self.eps), value=-shard.lr), {"sum": total}
+        return shard.master.addcdiv(grad, total.sqrt().add_(self.eps), value=-shard.lr), {
+            "sum": total
+        }

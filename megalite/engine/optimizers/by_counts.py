@@ -1,5 +1,6 @@
-"""Load balance without a loss (Wang et al. 2024; DeepSeek-V3): the bias by which a router chooses experts moves up for
-those that had fewer tokens of the global batch than the mean, and down for those that had more."""
+"""Load balance without a loss (Wang et al. 2024; DeepSeek-V3): the bias by which a router chooses
+experts moves up for those that had fewer tokens of the global batch than the mean, and down for
+those that had more."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from megalite.engine.optimizers import Shard
 
 
 class ByCounts:
-    """Updates selection biases. The gradient that it sees is each expert's tokens beyond the mean, times the number of
-    experts: whole numbers, whose sum is exact up to 2^24, and its sign the same on every layout."""
+    """Updates selection biases. The gradient that it sees is each expert's tokens beyond the mean,
+    times the number of experts: whole numbers, whose sum is exact up to 2^24, and its sign the same
+    on every layout."""
 
     def __init__(self, rate: float):
         """`rate`: how much a step moves a bias."""

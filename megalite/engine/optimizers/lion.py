@@ -14,7 +14,8 @@ from megalite.engine.optimizers.adamw import below_one
 
 
 class LionConfig(OptimizerConfig):
-    """Lion. Its authors advise a third to a tenth of AdamW's lr, and as many times its weight decay."""
+    """Lion. Its authors advise a third to a tenth of AdamW's lr, and as many times its weight
+    decay."""
 
     name: Literal["lion"] = "lion"
     betas: tuple[float, float] = (0.9, 0.99)

@@ -24,8 +24,12 @@ Scale = Literal["moonlight", "original", "spectral"]
 class BesideMuon(AdamWSettings):
     """AdamW for what is no matrix of a layer: embeddings, heads, norms and biases."""
 
-    lr: float | None = Field(None, gt=0, description="Its peak learning rate. That of Muon where left out.")
-    weight_decay: float | None = Field(None, ge=0, description="Its weight decay. That of Muon where left out.")
+    lr: float | None = Field(
+        None, gt=0, description="Its peak learning rate. That of Muon where left out."
+    )
+    weight_decay: float | None = Field(
+        None, ge=0, description="Its weight decay. That of Muon where left out."
+    )
 
 
 class MuonConfig(OptimizerConfig):
@@ -34,13 +38,17 @@ class MuonConfig(OptimizerConfig):
     name: Literal["muon"] = "muon"
     momentum: float = Field(0.95, ge=0, lt=1)
     nesterov: bool = True
-    coefficients: NewtonSchulz = Field("simple", description="Coefficients of the Newton-Schulz iteration.")
+    coefficients: NewtonSchulz = Field(
+        "simple", description="Coefficients of the Newton-Schulz iteration."
+    )
     scale: Scale = Field(
         "moonlight",
         description="Factor of an update. moonlight: 0.2·√max(out, in), as large as AdamW's, whose lr and weight_decay "
         "carry over; original: √max(1, out/in); spectral: √max(out, in).",
     )
-    per_head: bool = Field(False, description="Orthogonalise the rows of each head of q, k and v on their own.")
+    per_head: bool = Field(
+        False, description="Orthogonalise the rows of each head of q, k and v on their own."
+    )
     adamw: BesideMuon = BesideMuon()
 
     STATES: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
@@ -61,7 +69,9 @@ class MuonConfig(OptimizerConfig):
         # (m, n, k) of each product, for the planner and for MFU.
         (columns,) = weight.row_shape
         steps = len(COEFFICIENTS[self.coefficients])
-        return [product for rows in self.split(weight) for product in iteration_products(rows, columns)] * steps
+        return [
+            product for rows in self.split(weight) for product in iteration_products(rows, columns)
+        ] * steps
 
     def split(self, weight: Weight) -> tuple[int, ...]:
         """Return the rows of each matrix of a weight that is orthogonalised on its own."""
@@ -77,7 +87,8 @@ class MuonConfig(OptimizerConfig):
 
 
 class Muon(MatrixOptimizer):
-    """Momentum is kept by shard; owners orthogonalise it as whole matrices, in the precision of the weights."""
+    """Momentum is kept by shard; owners orthogonalise it as whole matrices, in the precision of the
+    weights."""
 
     def __init__(self, config: MuonConfig):
         self.config = config

@@ -1,4 +1,5 @@
-"""Stochastic gradient descent with momentum (Sutskever et al. 2013), as torch.optim.SGD computes it."""
+"""Stochastic gradient descent with momentum (Sutskever et al. 2013), as torch.optim.SGD computes
+it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class SGDConfig(OptimizerConfig):
 
 
 class SGD(PlainOptimizer):
-    """Keeps a decaying sum of gradients, which begins at 0: the first step takes the gradient itself."""
+    """Keeps a decaying sum of gradients, which begins at 0: the first step takes the gradient
+    itself."""
 
     def __init__(self, momentum: float, nesterov: bool):
         self.momentum, self.nesterov = momentum, nesterov

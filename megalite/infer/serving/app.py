@@ -1,4 +1,5 @@
-"""The HTTP API: OpenAI's completions and chat completions, ratings, health, metrics and a web page."""
+"""The HTTP API: OpenAI's completions and chat completions, ratings, health, metrics and a web
+page."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Content security policy: the page loads nothing from elsewhere, and cannot be framed by another page."""
+"""Content security policy: the page loads nothing from elsewhere, and cannot be framed by another
+page."""
 PLAINLY = {
     "model_attributes_type": "must be a JSON object",
     "model_type": "must be a JSON object",
@@ -91,13 +93,21 @@ class Settings:
 class Trouble(Exception):
     """Raised for an error that is sent to the client in OpenAI's form."""
 
-    def __init__(self, status: int, message: str, kind: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        param: str | None = None,
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.status, self.body = status, error(message, kind, param, code)
 
 
 def make_app(generator: Generator, settings: Settings) -> FastAPI:
-    """Return the ASGI app that answers with `generator`. Its engine thread runs between startup and shutdown."""
+    """Return the ASGI app that answers with `generator`. Its engine thread runs between startup and
+    shutdown."""
     metrics = Metrics()
     engine, ratings = Engine(generator, metrics, settings.max_waiting), Ratings(settings.ratings)
     service = Service(engine, settings)
@@ -121,9 +131,11 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
 
 def guarded_app(engine: Any, settings: Settings, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
-    """Return an app without routes, behind the guards, that tells errors in OpenAI's form. `engine` is what computes:
-    it has `metrics`, `trouble` and `close`."""
-    app = FastAPI(title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    """Return an app without routes, behind the guards, that tells errors in OpenAI's form. `engine`
+    is what computes: it has `metrics`, `trouble` and `close`."""
+    app = FastAPI(
+        title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.engine = engine
     app.add_middleware(
         Guards, keys=settings.keys, max_bytes=settings.max_bytes, requests_per_minute=settings.requests_per_minute,
@@ -137,7 +149,12 @@ def guarded_app(engine: Any, settings: Settings, lifespan: Callable[[FastAPI], A
 
 def add_models(app: FastAPI, settings: Settings) -> None:
     """Add what tells clients the model's name."""
-    told = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
+    told = {
+        "id": settings.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "megalite",
+    }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -150,7 +167,8 @@ def add_models(app: FastAPI, settings: Settings) -> None:
 
 
 def check_model(name: str, settings: Settings) -> None:
-    """Raise Trouble for the name of a model that this server does not have. An empty name is accepted."""
+    """Raise Trouble for the name of a model that this server does not have. An empty name is
+    accepted."""
     if name not in ("", settings.name):
         text = f"the model {name!r} does not exist; this server has {settings.name!r}"
         raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
@@ -187,7 +205,9 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
             await run_in_threadpool(ratings.add, body, service.settings.name)
         except OSError as problem:
             LOG.error("a rating could not be kept in %s: %s", ratings.folder, problem)
-            raise Trouble(500, "the rating could not be kept; the server's log says why", "server_error") from None
+            raise Trouble(
+                500, "the rating could not be kept; the server's log says why", "server_error"
+            ) from None
         service.engine.metrics.ratings.labels(body.kind).inc()
         return {"object": "rating", "rating": body.kind}
 
@@ -203,7 +223,11 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/")
     async def page() -> Response:
-        headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+        headers = {
+            "content-security-policy": POLICY,
+            "x-content-type-options": "nosniff",
+            "cache-control": "no-cache",
+        }
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
@@ -227,13 +251,15 @@ class Service:
             raise Trouble(400, text, "invalid_request_error", "messages")
 
     async def check_rating(self, body: RatingBody) -> None:
-        """Check that finetuning can learn from the rating, since one unreadable row would stop it for all. Raise
-        Trouble."""
+        """Check that finetuning can learn from the rating, since one unreadable row would stop it
+        for all. Raise Trouble."""
         if body.messages is None or body.good is None:
             return
         self._check_chats()
         messages = [*body.asked, {"role": "assistant", "content": body.good}]
-        await self._beside(lambda: self.generator.check_answer(messages), _size_of(messages), "messages")
+        await self._beside(
+            lambda: self.generator.check_answer(messages), _size_of(messages), "messages"
+        )
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Answer a completion request."""
@@ -242,7 +268,9 @@ class Service:
         sizes = [len(prompt.encode()) for prompt in body.prompts if isinstance(prompt, str)]
         self._check_fits(max(sizes, default=0), "prompt")
         prompts = await self._beside(
-            lambda: [self.generator.prompt_ids(prompt) for prompt in body.prompts], sum(sizes), "prompt"
+            lambda: [self.generator.prompt_ids(prompt) for prompt in body.prompts],
+            sum(sizes),
+            "prompt",
         )
         requests = [
             one
@@ -252,17 +280,18 @@ class Service:
         return await self._answer(body, requests, sum(map(len, prompts)), "cmpl", request)
 
     def _check_count(self, count: int) -> None:
-        """Raise Trouble if more answers are requested at once than the queue can hold, before any work is done for
-        them."""
+        """Raise Trouble if more answers are requested at once than the queue can hold, before any
+        work is done for them."""
         if count > self.settings.max_waiting:
+            most = self.settings.max_waiting
             text = (
-                f"{count} answers are asked for at once; this server gives at most {self.settings.max_waiting} answers"
+                f"{count} answers are asked for at once; this server gives at most {most} answers"
             )
             raise Trouble(400, text, "invalid_request_error", "n")
 
     def _check_fits(self, num_bytes: int, param: str) -> None:
-        """Raise Trouble for a text that cannot fit the model, judged by its bytes: tokenizing it only to find out would
-        cost others time and memory."""
+        """Raise Trouble for a text that cannot fit the model, judged by its bytes: tokenizing it
+        only to find out would cost others time and memory."""
         capacity = self.generator.model.capacity
         if num_bytes > BYTES_PER_TOKEN * capacity:
             text = (
@@ -272,8 +301,8 @@ class Service:
             raise Trouble(400, text, "invalid_request_error", param, "context_length_exceeded")
 
     async def _beside(self, work: Callable[[], T], num_bytes: int, param: str) -> T:
-        """Run `work` on a text of `num_bytes` bytes in another thread, so that other requests are served meanwhile.
-        Errors name `param`. Raise Trouble."""
+        """Run `work` on a text of `num_bytes` bytes in another thread, so that other requests are
+        served meanwhile. Errors name `param`. Raise Trouble."""
         try:
             with told(param):
                 return await self.lanes.run(work, num_bytes)
@@ -284,7 +313,9 @@ class Service:
         """Answer a chat completion request."""
         check_model(body.model, self.settings)
         if body.top_logprobs is not None and not body.logprobs:
-            raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
+            raise Trouble(
+                400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs"
+            )
         self._check_chats()
         self._check_count(body.n)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
@@ -299,7 +330,10 @@ class Service:
         most = body.max_completion_tokens or body.max_tokens or usual
         # 0: those of the chosen tokens alone, without alternatives.
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        requests = [self.generator.as_chat(r) for r in body.requests(ids, most, self.generator.sampling, num_logprobs)]
+        requests = [
+            self.generator.as_chat(r)
+            for r in body.requests(ids, most, self.generator.sampling, num_logprobs)
+        ]
         return await self._answer(body, requests, len(ids), "chatcmpl", request)
 
     async def _answer(
@@ -310,8 +344,8 @@ class Service:
         kind: Literal["cmpl", "chatcmpl"],
         request: Request,
     ) -> Response:
-        """Submit the requests and return the response, streamed or whole. `num_prompt` is the number of prompt
-        tokens."""
+        """Submit the requests and return the response, streamed or whole. `num_prompt` is the
+        number of prompt tokens."""
         if self.settings.log_prompts:
             LOG.info("prompt %s", AsJson(body.model_dump(exclude_none=True)))
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
@@ -323,7 +357,9 @@ class Service:
 
         try:
             with told("prompt" if kind == "cmpl" else "messages"):
-                tickets = self.engine.submit(requests, self.settings.timeout_s, body.stream, deliver)
+                tickets = self.engine.submit(
+                    requests, self.settings.timeout_s, body.stream, deliver
+                )
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
         reply = Reply(kind, self.settings.name, self.generator.token_text)
@@ -343,7 +379,9 @@ class Service:
         for ticket in tickets:
             _raise_cut(ticket, ended[ticket])
             last, text = ended[ticket], ticket.answer.text
-            choices.append(reply.choice(ticket.number, text, last.choices, last.finish, streamed=False))
+            choices.append(
+                reply.choice(ticket.number, text, last.choices, last.finish, streamed=False)
+            )
         num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
         return as_json(reply.whole(choices, usage(num_prompt, num_said)))
 
@@ -363,7 +401,9 @@ class Service:
                     yield _event(reply.piece([reply.opening(ticket.number)]))
             async for ticket, update in updates:
                 _raise_cut(ticket, update)
-                choice = reply.choice(ticket.number, update.text, update.choices, update.finish, streamed=True)
+                choice = reply.choice(
+                    ticket.number, update.text, update.choices, update.finish, streamed=True
+                )
                 yield _event(reply.piece([choice]))
             if body.stream_options and body.stream_options.include_usage:
                 num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
@@ -376,12 +416,14 @@ class Service:
 
 
 def _size_of(messages: Sequence[Mapping[str, str]]) -> int:
-    """Return the bytes of the messages' texts, plus a constant for each message, since an empty one is work too."""
+    """Return the bytes of the messages' texts, plus a constant for each message, since an empty one
+    is work too."""
     return sum(len(message["content"].encode()) + BYTES_PER_TOKEN for message in messages)
 
 
 class Events(StreamingResponse):
-    """Streams events, and calls `close` at the end in any case, even if the client is gone before the first event."""
+    """Streams events, and calls `close` at the end in any case, even if the client is gone before
+    the first event."""
 
     def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], object]):
         # "x-accel-buffering" keeps nginx from holding events back until its buffer is full.
@@ -400,7 +442,12 @@ def _raise_cut(ticket: Ticket, update: Update) -> None:
     """Raise Trouble for an answer that ended without being complete."""
     match update.finish:
         case "time":
-            raise Trouble(504, "the answer took longer than this server allows", "server_error", code="timeout")
+            raise Trouble(
+                504,
+                "the answer took longer than this server allows",
+                "server_error",
+                code="timeout",
+            )
         case "cancelled":
             raise Trouble(503, "the server is about to end", "server_error", code="shutting_down")
         case "not_finite":
@@ -409,7 +456,9 @@ def _raise_cut(ticket: Ticket, update: Update) -> None:
             raise Trouble(500, "the model failed; the server's log says why", "server_error")
 
 
-async def _updates(queue: asyncio.Queue[Told], running: int) -> AsyncIterator[tuple[Ticket, Update]]:
+async def _updates(
+    queue: asyncio.Queue[Told], running: int
+) -> AsyncIterator[tuple[Ticket, Update]]:
     """Yield the updates until all `running` answers have ended."""
     while running:
         for ticket, update in await queue.get():
@@ -441,7 +490,8 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 @contextlib.contextmanager
 def told(param: str) -> Iterator[None]:
-    """Turn a ConfigError into Trouble for the client that sent the request; `param` names the field."""
+    """Turn a ConfigError into Trouble for the client that sent the request; `param` names the
+    field."""
     try:
         yield
     except ConfigError as problem:
@@ -458,12 +508,15 @@ def explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
-        """Report the first mistake, without the value: it may be a secret, and clients may log the message."""
+        """Report the first mistake, without the value: it may be a secret, and clients may log the
+        message."""
         first = problem.errors()[0]
         place = _place(problem.body, first["loc"][1:], first["type"] == "missing")
         if first["type"] == "json_invalid":
             return as_json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = PLAINLY.get(first["type"]) or SHOULD.sub("must", first["msg"].removeprefix("Value error, "))
+        what = PLAINLY.get(first["type"]) or SHOULD.sub(
+            "must", first["msg"].removeprefix("Value error, ")
+        )
         if first["type"] == "extra_forbidden":
             what = "is not known or not supported"
         # Fields like `tools`, which protocol.py accepts empty only.
@@ -482,7 +535,8 @@ def explain_errors(app: FastAPI) -> None:
 
 
 def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[str]:
-    """Return the path of the faulty field in the body, without pydantic's own markers for union types."""
+    """Return the path of the faulty field in the body, without pydantic's own markers for union
+    types."""
     place = []
     for number, part in enumerate(location):
         if isinstance(body, dict) and part in body:
@@ -496,8 +550,8 @@ def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[s
 
 
 class Noted:
-    """ASGI middleware that counts and logs each request when it has ended. It logs no headers, bodies or query strings,
-    which may hold secrets."""
+    """ASGI middleware that counts and logs each request when it has ended. It logs no headers,
+    bodies or query strings, which may hold secrets."""
 
     def __init__(self, app: Any, metrics: Metrics):
         self.app, self.metrics = app, metrics
@@ -526,13 +580,17 @@ class Noted:
             if not status:
                 status = 500
                 await Response(
-                    orjson.dumps(error("the server made a mistake; its log says which", "server_error")),
+                    orjson.dumps(
+                        error("the server made a mistake; its log says which", "server_error")
+                    ),
                     500,
                     media_type="application/json",
                 )(scope, receive, send)
         finally:
             seconds = time.monotonic() - began
-            path = getattr(scope.get("route"), "path", "other")  # the route, not the requested path: labels must be few
+            path = getattr(
+                scope.get("route"), "path", "other"
+            )  # the route, not the requested path: labels must be few
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             client = (scope.get("client") or ("?",))[0]

@@ -51,14 +51,16 @@ class EncoderEngine:
         metrics.waiting.set_function(lambda: max(self._num_asked - 1, 0))
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread and return its result. Raise Overloaded if too many wait, or the server ends."""
+        """Run `work` in the thread and return its result. Raise Overloaded if too many wait, or the
+        server ends."""
         with self._lock:
             if self._is_closed:
                 raise Overloaded("the server is about to end")
             if self._num_asked > self.max_waiting:
                 raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
             self._num_asked += 1
-        # A client that goes away leaves the count as it is until its work has ended, or was never begun.
+        # A client that goes away leaves the count as it is until its work has ended, or was never
+        # begun.
         future = self._pool.submit(self._timed, work)
         future.add_done_callback(lambda _: self._ended())
         return await asyncio.wrap_future(future)
@@ -75,7 +77,8 @@ class EncoderEngine:
             self._num_asked -= 1
 
     def trouble(self, longest_s: float) -> str:
-        """Return why it answers nobody, such as a request of more than `longest_s` seconds; empty if all is well."""
+        """Return why it answers nobody, such as a request of more than `longest_s` seconds; empty
+        if all is well."""
         began = self._began
         taken = 0.0 if began is None else time.monotonic() - began
         return f"a request has not ended after {taken:.0f} s" if taken > longest_s else ""
@@ -122,13 +125,17 @@ class EncoderService:
     def __init__(self, encoder: Encoder, engine: EncoderEngine, settings: Settings):
         self.encoder, self.engine, self.settings = encoder, engine, settings
         self.size: int = encoder.model.config.hidden_size
-        _ = encoder.pooling  # a folder that pools in an unknown way is refused now, not when a client asks
+        _ = (
+            encoder.pooling
+        )  # a folder that pools in an unknown way is refused now, not when a client asks
 
     async def embeddings(self, body: EmbeddingsBody) -> Response:
         """Return a vector for each input, in their order."""
         check_model(body.model, self.settings)
         if (body.dimensions or 0) > self.size:
-            raise _wrong(f"the model has {self.size} dimensions, fewer than {body.dimensions}", "dimensions")
+            raise _wrong(
+                f"the model has {self.size} dimensions, fewer than {body.dimensions}", "dimensions"
+            )
         _check_count(len(body.inputs), "input")
 
         def work() -> tuple[list[list[int]], npt.NDArray[np.float32]]:
@@ -141,16 +148,22 @@ class EncoderService:
             if self.encoder.pooling.normalize:
                 vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(vector, body.encoding_format),
+            }
             for index, vector in enumerate(vectors)
         ]
         counts = usage(sum(map(len, rows)), 0)
         del counts["completion_tokens"]
-        return as_json({"object": "list", "data": data, "model": self.settings.name, "usage": counts})
+        return as_json(
+            {"object": "list", "data": data, "model": self.settings.name, "usage": counts}
+        )
 
     async def rerank(self, body: RerankBody) -> Response:
-        """Return the documents by how well they go with the query: what a cross-encoder tells of both, or the cosine of
-        their vectors."""
+        """Return the documents by how well they go with the query: what a cross-encoder tells of
+        both, or the cosine of their vectors."""
         check_model(body.model, self.settings)
         texts = body.texts
         _check_count(len(texts), "documents")
@@ -183,16 +196,21 @@ class EncoderService:
             raise Trouble(504, text, "server_error", code="timeout") from None
 
     def _rows(self, body: EmbeddingsBody) -> list[list[int]]:
-        """Return the tokens of each input. Raise Trouble for one that is empty, too long or of unknown tokens."""
+        """Return the tokens of each input. Raise Trouble for one that is empty, too long or of
+        unknown tokens."""
         encoder, cut = self.encoder, body.truncate_prompt_tokens
         longest = encoder.longest if cut in (None, -1) else min(cut or 0, encoder.longest)
         rows = [encoder.rows([each])[0] if isinstance(each, str) else each for each in body.inputs]
         for row in rows:
             if not row or not 0 <= min(row) <= max(row) < encoder.model.config.vocab_size:
-                raise _wrong("a list of token ids is empty, or has an id outside of the vocabulary", "input")
+                raise _wrong(
+                    "a list of token ids is empty, or has an id outside of the vocabulary", "input"
+                )
             if cut is None and len(row) > longest:
                 text = f"an input has {len(row):,} tokens, but the model takes {longest:,}"
-                raise Trouble(400, text, "invalid_request_error", "input", "context_length_exceeded")
+                raise Trouble(
+                    400, text, "invalid_request_error", "input", "context_length_exceeded"
+                )
         return [_cut(row, longest) for row in rows]
 
 
@@ -204,7 +222,9 @@ def _cut(row: list[int], longest: int) -> list[int]:
 def _check_count(count: int, param: str) -> None:
     """Raise Trouble for more texts than a request may have."""
     if count > MOST_INPUTS:
-        raise _wrong(f"{count:,} texts are asked for at once; a request may have {MOST_INPUTS:,}", param)
+        raise _wrong(
+            f"{count:,} texts are asked for at once; a request may have {MOST_INPUTS:,}", param
+        )
 
 
 def _wrong(text: str, param: str) -> Trouble:

@@ -1,5 +1,5 @@
-"""The engine thread, which computes answers. Requests come from the server's threads, which are told of each new
-piece."""
+"""The engine thread, which computes answers. Requests come from the server's threads, which are
+told of each new piece."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Engine:
     """Runs a batch in a thread of its own, for requests from the server's threads."""
 
     def __init__(self, generator: Generator, metrics: Metrics, max_waiting: int):
-        """Create an engine for `generator` that reports to `metrics` and lets at most `max_waiting` requests wait for a
-        slot."""
+        """Create an engine for `generator` that reports to `metrics` and lets at most `max_waiting`
+        requests wait for a slot."""
         self.generator, self.metrics, self.max_waiting = generator, metrics, max_waiting
         self._batch = Batch(generator.model, generator.ends)
         self._tickets: dict[Answer, Ticket] = {}
@@ -91,8 +91,8 @@ class Engine:
         self._thread.start()
 
     def trouble(self, longest_s: float) -> str:
-        """Return why the engine answers nobody, such as a step longer than `longest_s` seconds; empty if all is
-        well."""
+        """Return why the engine answers nobody, such as a step longer than `longest_s` seconds;
+        empty if all is well."""
         if not self._thread.is_alive():
             return "the engine has ended"
         began = self._step_began
@@ -103,11 +103,14 @@ class Engine:
     def _num_waiting(self) -> int:
         return len(self._batch.waiting) + len(self._arrived)
 
-    def submit(self, requests: Sequence[Request], timeout_s: float, streamed: bool, deliver: Deliver) -> list[Ticket]:
+    def submit(
+        self, requests: Sequence[Request], timeout_s: float, streamed: bool, deliver: Deliver
+    ) -> list[Ticket]:
         """Queue all `requests` or none, and return their tickets.
 
-        Each may take `timeout_s` seconds. `deliver` gets the updates: every piece if `streamed`, otherwise the end
-        alone. Raise Overloaded, and ConfigError for a prompt that does not fit."""
+        Each may take `timeout_s` seconds. `deliver` gets the updates: every piece if `streamed`,
+        otherwise the end alone. Raise Overloaded, and ConfigError for a prompt that does not
+        fit."""
         for request in requests:
             self._batch.check(request)
         now = time.monotonic()
@@ -133,7 +136,8 @@ class Engine:
             self._changed.notify()
 
     def close(self, within_s: float) -> None:
-        """Accept no more requests. Answers that have not ended after `within_s` seconds are cut off."""
+        """Accept no more requests. Answers that have not ended after `within_s` seconds are cut
+        off."""
         with self._changed:
             # A second signal can shorten the grace period, never extend it.
             self._ends_at = min(time.monotonic() + within_s, self._ends_at or float("inf"))
@@ -144,7 +148,8 @@ class Engine:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        """Compute step after step until the engine is closed. A step that fails ends only the answers in progress."""
+        """Compute step after step until the engine is closed. A step that fails ends only the
+        answers in progress."""
         while self._take_in():
             self._expire()
             # For `trouble`, which other threads call while this one is inside the step.
@@ -161,10 +166,12 @@ class Engine:
             self._tell(answers)
 
     def _take_in(self) -> bool:
-        """Wait for something to do, and add new and cancelled requests to the batch. Return False when the engine shall
-        end."""
+        """Wait for something to do, and add new and cancelled requests to the batch. Return False
+        when the engine shall end."""
         with self._changed:
-            while not (self._batch.busy or self._arrived or self._cancelled or self._ends_at is not None):
+            while not (
+                self._batch.busy or self._arrived or self._cancelled or self._ends_at is not None
+            ):
                 self._changed.wait()
             while self._arrived:
                 ticket = self._arrived.popleft()
@@ -180,7 +187,8 @@ class Engine:
             return self._ends_at is None or self._batch.busy
 
     def _expire(self) -> None:
-        """End the answers whose time is over, or all of them once the server's grace period is over."""
+        """End the answers whose time is over, or all of them once the server's grace period is
+        over."""
         now = time.monotonic()
         if self._ends_at is not None and now >= self._ends_at:
             late = list(self._tickets)

@@ -1,5 +1,5 @@
-"""Checks in front of the API: how large a request may be, who may ask, under which host name, and how often. None of
-them parses a body."""
+"""Checks in front of the API: how large a request may be, who may ask, under which host name, and
+how often. None of them parses a body."""
 
 from __future__ import annotations
 
@@ -33,19 +33,24 @@ WRONG_KEYS_PER_MINUTE = 10
 """Wrong keys allowed per address. It may still use keys that were right before."""
 LARGE_AT_ONCE = 32
 """Number of largest requests whose bodies may be in memory at once; small ones are not counted."""
-MOST_PARTS = (((b"[", b"{"), 4096, "lists and objects"), ((b":",), 8192, "keys"), ((b",",), 1 << 18, "values"))
-"""Most JSON parts of a body, by kind. Its parsing time, during which others wait, depends on these: at most some 50
-ms."""
+MOST_PARTS = (
+    ((b"[", b"{"), 4096, "lists and objects"),
+    ((b":",), 8192, "keys"),
+    ((b",",), 1 << 18, "values"),
+)
+"""Most JSON parts of a body, by kind. Its parsing time, during which others wait, depends on these:
+at most some 50 ms."""
 MOST_TEXTS = 1 << 15
 COUNTED_BYTES = 4096
 """A body up to this size cannot exceed these counts."""
 DISCARDED_S, DISCARDED_BYTES = 10.0, 256 << 20
-"""How long and how much of a refused body is read and discarded, so that its sender gets to read the answer."""
+"""How long and how much of a refused body is read and discarded, so that its sender gets to read
+the answer."""
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """Return the API keys: one per line of `file`, otherwise the one in the environment. An empty list opens the API to
-    all. Raise ConfigError for a file without a key."""
+    """Return the API keys: one per line of `file`, otherwise the one in the environment. An empty
+    list opens the API to all. Raise ConfigError for a file without a key."""
     if file is None:
         return [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
     keys = [line.strip() for line in read_text(file, ConfigError).splitlines() if line.strip()]
@@ -69,13 +74,15 @@ def too_large(limit: int) -> Refused:
 
 
 class Guards:
-    """ASGI middleware that checks requests. It trusts no header about the client: an address is that of the
-    connection."""
+    """ASGI middleware that checks requests. It trusts no header about the client: an address is
+    that of the connection."""
 
-    def __init__(self, app: Any, keys: Sequence[str], max_bytes: int, requests_per_minute: int, host: str):
-        """Wrap `app`. A request needs one of `keys`, if there are any, and a body of at most `max_bytes`.
-        `requests_per_minute` applies per key, or per address without keys; 0 is no limit. `host` is what the server was
-        asked to listen on."""
+    def __init__(
+        self, app: Any, keys: Sequence[str], max_bytes: int, requests_per_minute: int, host: str
+    ):
+        """Wrap `app`. A request needs one of `keys`, if there are any, and a body of at most
+        `max_bytes`. `requests_per_minute` applies per key, or per address without keys; 0 is no
+        limit. `host` is what the server was asked to listen on."""
         self.app, self.max_bytes, self.host = app, max_bytes, host
         self.keys = [key.encode() for key in keys]
         self.rate = Rate(requests_per_minute) if requests_per_minute else None
@@ -110,9 +117,9 @@ class Guards:
             raise too_large(self.max_bytes)
 
     def _check_names(self, scope: Any) -> None:
-        """Refuse requests from foreign web pages if there is no key. Whoever reaches the server may then ask, and a
-        page in a browser on this machine reaches it too: under a host name of its own, or from an origin of its own.
-        Raise Refused."""
+        """Refuse requests from foreign web pages if there is no key. Whoever reaches the server may
+        then ask, and a page in a browser on this machine reaches it too: under a host name of its
+        own, or from an origin of its own. Raise Refused."""
         if self.keys:
             return
         host = (_header(scope, b"host") or b"").decode("latin-1")
@@ -128,8 +135,8 @@ class Guards:
             raise Refused(403, error(text, "invalid_request_error", code="unknown_origin"))
 
     def _counted(self, receive: Any, held: Held) -> Any:
-        """Return `receive` with limits: for bodies that do not state their size, and to check the parts of a body
-        before it is parsed."""
+        """Return `receive` with limits: for bodies that do not state their size, and to check the
+        parts of a body before it is parsed."""
         total, pieces = 0, []
 
         async def receiving() -> Any:
@@ -156,17 +163,26 @@ class Guards:
         given, client = given.strip(), _client(scope)
         if scheme.lower() != b"bearer" or not given:
             text = "an API key is needed: Authorization: Bearer KEY"
-            raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY)
+            raise Refused(
+                401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY
+            )
         # Past the limit of wrong keys, not even a right guess is confirmed.
         if (client, given) not in self._right and (wait := self.wrong.wait_s(client, count=False)):
             text = f"too many wrong API keys: try again in {wait} s"
-            raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), {"retry-after": str(wait)})
-        # All keys are compared in constant time: the duration must not tell how much of a key was right.
+            raise Refused(
+                429,
+                error(text, "rate_limit_error", code="rate_limit_exceeded"),
+                {"retry-after": str(wait)},
+            )
+        # All keys are compared in constant time: the duration must not tell how much of a key was
+        # right.
         fits = [hmac.compare_digest(given, key) for key in self.keys]
         if not any(fits):
             self.wrong.wait_s(client)
             text = "the API key is wrong"
-            raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY)
+            raise Refused(
+                401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY
+            )
         self._right[client, given] = None
         self._right.move_to_end((client, given))
         if len(self._right) > MOST_CLIENTS:
@@ -188,10 +204,15 @@ def check_parts(body: bytes) -> None:
     structure, num_texts = b"", (body.count(b'"') - body.count(b'\\"')) // 2  # or more
     if num_texts <= MOST_TEXTS:
         structure, num_texts = _TEXT.subn(b"", body)
-    counts = [(sum(structure.count(mark) for mark in marks), most, what) for marks, most, what in MOST_PARTS]
+    counts = [
+        (sum(structure.count(mark) for mark in marks), most, what)
+        for marks, most, what in MOST_PARTS
+    ]
     for count, most, what in [(num_texts, MOST_TEXTS, "texts"), *counts]:
         if count > most:
-            raise Refused(400, error(f"the body has more than {most:,} {what}", "invalid_request_error"))
+            raise Refused(
+                400, error(f"the body has more than {most:,} {what}", "invalid_request_error")
+            )
 
 
 # Possessive quantifiers: no backtracking, so that even an unterminated text is scanned only once.
@@ -205,7 +226,8 @@ class Held:
         self._guards, self._bytes = guards, 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """Record that the body has `num_bytes` so far. Raise Refused if the share for large bodies is used up."""
+        """Record that the body has `num_bytes` so far. Raise Refused if the share for large bodies
+        is used up."""
         if num_bytes <= max(SMALL_BYTES, self._bytes):
             return
         more = num_bytes - self._bytes
@@ -222,7 +244,8 @@ class Held:
 
 
 class Rate:
-    """Limits requests by a token bucket per client, which holds the requests of a minute and refills steadily."""
+    """Limits requests by a token bucket per client, which holds the requests of a minute and
+    refills steadily."""
 
     def __init__(self, per_minute: int):
         self.per_minute = per_minute
@@ -230,7 +253,8 @@ class Rate:
         """Requests left, and when that was computed."""
 
     def wait_s(self, client: bytes, count: bool = True) -> int:
-        """Return 0 if `client` may ask now, and count the request if `count`; otherwise the seconds until it may."""
+        """Return 0 if `client` may ask now, and count the request if `count`; otherwise the seconds
+        until it may."""
         now = time.monotonic()
         left, then = self._buckets.pop(client, (float(self.per_minute), now))
         # Rounded, or a client that waited exactly as told could be refused for a rounding error.
@@ -245,7 +269,8 @@ _ASKS_FOR_KEY = {"www-authenticate": "Bearer"}
 
 
 def _client(scope: Any) -> bytes:
-    """Return the client's address; for IPv6 its /64 network, in which one machine has any number of addresses."""
+    """Return the client's address; for IPv6 its /64 network, in which one machine has any number of
+    addresses."""
     address = str((scope.get("client") or ("",))[0])
     if ":" in address and "." not in address:
         network = ipaddress.ip_network((address.partition("%")[0], 64), strict=False)
@@ -261,7 +286,11 @@ def _header(scope: Any, name: bytes) -> bytes | None:
 async def _refuse(refused: Refused, receive: Any, send: Any) -> None:
     """Send the error, and read on for a while."""
     body = orjson.dumps(refused.body)
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **(refused.headers or {})}
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **(refused.headers or {}),
+    }
     coded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status_code, "headers": coded})
     await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,5 +1,5 @@
-"""Thread pools for work on texts beside the event loop: small texts do not wait for large ones, and only a bounded
-amount waits."""
+"""Thread pools for work on texts beside the event loop: small texts do not wait for large ones, and
+only a bounded amount waits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SMALL_BYTES = 64 << 10
 LARGE_AT_ONCE = 8
 """Number of largest requests that may wait to be tokenized."""
 BYTES_PER_TOKEN = 64
-"""More bytes per token than any text has: a text longer than this for each token that fits is refused without
-tokenizing."""
+"""More bytes per token than any text has: a text longer than this for each token that fits is
+refused without tokenizing."""
 T = TypeVar("T")
 
 
@@ -28,8 +28,8 @@ class Lane:
         self._bytes, self._most_bytes = 0, most_bytes
 
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
-        """Run `work` and return its result. Raise Overloaded if too much waits already; a single text is always
-        accepted."""
+        """Run `work` and return its result. Raise Overloaded if too much waits already; a single
+        text is always accepted."""
         if self._bytes and self._bytes + num_bytes > self._most_bytes:
             raise Overloaded("too many large texts wait already: try again later")
         self._bytes += num_bytes
@@ -53,7 +53,8 @@ class Lanes:
         self._large = Lane("tokenize-large", 1, LARGE_AT_ONCE * max_bytes)
 
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
-        """Run `work` and return its result; `num_bytes` of text decide the lane. Raise Overloaded."""
+        """Run `work` and return its result; `num_bytes` of text decide the lane. Raise
+        Overloaded."""
         lane = self._small if num_bytes <= SMALL_BYTES else self._large
         return await lane.run(work, num_bytes)
 

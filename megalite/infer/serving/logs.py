@@ -11,10 +11,11 @@ import time
 from typing import Any
 
 SAME_S = 60.0
-"""A repeated warning, such as one that there is no more room, is logged once in this many seconds."""
+"""A repeated warning, such as one that there is no more room, is logged once in this many
+seconds."""
 OFTEN = ("asyncio", "uvicorn.error", "megalite.serve")
-# Characters that break a line or control a terminal: C0, DEL, C1, the line and paragraph separators; and halves of
-# surrogate pairs, which cannot be encoded.
+# Characters that break a line or control a terminal: C0, DEL, C1, the line and paragraph
+# separators; and halves of surrogate pairs, which cannot be encoded.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -24,19 +25,21 @@ def escaped(text: str) -> str:
 
 
 class OneLine(logging.Formatter):
-    """Formats a message as one line, whatever it holds. Lines of a traceback are indented, so that none looks like a
-    message."""
+    """Formats a message as one line, whatever it holds. Lines of a traceback are indented, so that
+    none looks like a message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return escaped(super().formatMessage(record))
 
     def formatException(self, exc_info: Any) -> str:
-        return "\n".join("  " + escaped(line) for line in super().formatException(exc_info).split("\n"))
+        return "\n".join(
+            "  " + escaped(line) for line in super().formatException(exc_info).split("\n")
+        )
 
 
 class Seldom(logging.Filter):
-    """Passes a repeated warning once a minute, with the number of repetitions. Messages below warning level, which
-    report requests, always pass."""
+    """Passes a repeated warning once a minute, with the number of repetitions. Messages below
+    warning level, which report requests, always pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +64,8 @@ class Seldom(logging.Filter):
 
 
 class AsJson:
-    """Formats a value as JSON when its log line is written. Any value can be logged, even what is no JSON."""
+    """Formats a value as JSON when its log line is written. Any value can be logged, even what is
+    no JSON."""
 
     def __init__(self, value: Any):
         self.value = value

@@ -10,10 +10,12 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]{1,5})?", re.IGNORECA
 
 
 def is_own_name(host: str, bound: str, local: str) -> bool:
-    """Return whether the Host header `host` names the server by a name that nobody else can point to this machine.
+    """Return whether the Host header `host` names the server by a name that nobody else can point
+    to this machine.
 
-    A foreign page can point its own name to 127.0.0.1 (DNS rebinding), and then has the server's origin; an IP address
-    cannot be redirected. `bound` is what the server was asked to listen on, `local` the connection's own address."""
+    A foreign page can point its own name to 127.0.0.1 (DNS rebinding), and then has the server's
+    origin; an IP address cannot be redirected. `bound` is what the server was asked to listen on,
+    `local` the connection's own address."""
     found = _HOST.fullmatch(host)
     if not found:
         return False
@@ -28,6 +30,7 @@ def is_own_name(host: str, bound: str, local: str) -> bool:
 
 
 def is_own_page(origin: str, host: str) -> bool:
-    """Return whether the header `origin` belongs to a page that this server (of the header `host`) has sent."""
+    """Return whether the header `origin` belongs to a page that this server (of the header `host`)
+    has sent."""
     scheme, _, place = origin.partition("://")
     return scheme in ("http", "https") and place.lower() == host.lower()

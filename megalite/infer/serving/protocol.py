@@ -1,5 +1,5 @@
-"""Request and response bodies of OpenAI's API. A field that would change an answer and is not supported is refused by
-name, never ignored."""
+"""Request and response bodies of OpenAI's API. A field that would change an answer and is not
+supported is refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
 def _one_of(what: str) -> WrapValidator:
-    """Return a validator that describes a union as `what`; pydantic would report each of its types separately."""
+    """Return a validator that describes a union as `what`; pydantic would report each of its types
+    separately."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -66,7 +67,8 @@ Prompt = Annotated[
 
 
 class Body(BaseModel):
-    """Base of all bodies: unknown fields are refused, and null is the same as leaving a field out."""
+    """Base of all bodies: unknown fields are refused, and null is the same as leaving a field
+    out."""
 
     # Strict: only a JSON number is a number, not true or "5".
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
@@ -75,7 +77,9 @@ class Body(BaseModel):
     @classmethod
     def _null_is_left_out(cls, values: Any) -> Any:
         return (
-            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+            {name: value for name, value in values.items() if value is not None}
+            if isinstance(values, dict)
+            else values
         )
 
 
@@ -129,16 +133,18 @@ class Asked(Body):
     def requests(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, num_logprobs: int | None
     ) -> list[Request]:
-        """Return one Request for each of `n` choices, of at most `max_tokens` tokens behind `prompt` (ids).
-        `sampling` holds the defaults, `num_logprobs` the number of logprobs per token. Without a seed, choices
-        differ every time."""
+        """Return one Request for each of `n` choices, of at most `max_tokens` tokens behind
+        `prompt` (ids). `sampling` holds the defaults, `num_logprobs` the number of logprobs per
+        token. Without a seed, choices differ every time."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == -1:  # as vLLM has it
             asked["top_k"] = 0
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        samplings = [replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)]
+        samplings = [
+            replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)
+        ]
         return [Request(prompt, max_tokens, one, stop, num_logprobs) for one in samplings]
 
 
@@ -178,7 +184,11 @@ class CompletionBody(Asked):
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
     """Return a `Prompt` as a list, each a text or token ids."""
-    return [prompt] if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else list(prompt)
+    return (
+        [prompt]
+        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        else list(prompt)
+    )
 
 
 class EmbeddingsBody(Body):
@@ -209,7 +219,8 @@ class RerankBody(Body):
     model: Text = ""
     query: Text
     documents: Annotated[
-        list[Annotated[Text | TextDocument, _one_of("a text or an object with a text")]], Field(fail_fast=True)
+        list[Annotated[Text | TextDocument, _one_of("a text or an object with a text")]],
+        Field(fail_fast=True),
     ] = Field(min_length=1)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = True
@@ -229,7 +240,8 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Text | Annotated[list[TextPart], Field(fail_fast=True)], _one_of("a text or a list of parts of type text")
+    Text | Annotated[list[TextPart], Field(fail_fast=True)],
+    _one_of("a text or a list of parts of type text"),
 ]
 
 
@@ -269,10 +281,17 @@ class ChatBody(Asked):
 class Reply:
     """Builds the bodies of one response."""
 
-    def __init__(self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Callable[[int], str]):
-        """Start a response of `kind` by the model named `model`. `name_of` gives the text of a token."""
+    def __init__(
+        self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Callable[[int], str]
+    ):
+        """Start a response of `kind` by the model named `model`. `name_of` gives the text of a
+        token."""
         self.chat, self.name_of = kind == "chatcmpl", name_of
-        self.head = {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{kind}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._offsets: Counter[int] = Counter()
         """Characters of the tokens reported so far, by choice."""
 
@@ -281,16 +300,23 @@ class Reply:
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": usage}
 
-    def piece(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+    def piece(
+        self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None
+    ) -> dict[str, Any]:
         """Return one event of a streamed response."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices, **({"usage": usage} if usage else {})}
+        return {
+            **self.head,
+            "object": kind,
+            "choices": choices,
+            **({"usage": usage} if usage else {}),
+        }
 
     def choice(
         self, index: int, text: str, tokens: Sequence[Choice], finish: str | None, streamed: bool
     ) -> dict[str, Any]:
-        """Return the entry of choice `index`: a whole answer, or what is new of it if `streamed`. `text` and `tokens`
-        are what it adds, `finish` why it ended."""
+        """Return the entry of choice `index`: a whole answer, or what is new of it if `streamed`.
+        `text` and `tokens` are what it adds, `finish` why it ended."""
         reason = REASONS.get(finish) if finish else None
         logprobs = self._logprobs(index, tokens) if tokens else None
         if not self.chat:
@@ -303,7 +329,12 @@ class Reply:
 
     def opening(self, index: int) -> dict[str, Any]:
         """Return the first piece of a chat's answer, which names the role."""
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
 
     def _logprobs(self, index: int, tokens: Sequence[Choice]) -> dict[str, Any]:
         """Return the logprobs in the form of chats or of completions."""
@@ -321,8 +352,8 @@ class Reply:
         }
 
     def _named(self, choice: Choice) -> dict[str, float]:
-        """Return the logprobs of the likeliest tokens and the chosen one, by text. If several tokens have one text,
-        such as parts of characters, the likelier counts."""
+        """Return the logprobs of the likeliest tokens and the chosen one, by text. If several
+        tokens have one text, such as parts of characters, the likelier counts."""
         named: dict[str, float] = {}
         for token, logprob in (*choice.likeliest, (choice.token, choice.logprob)):
             named.setdefault(self.name_of(token), logprob)
@@ -337,15 +368,25 @@ class Reply:
         """Return a token with its logprob and bytes."""
         name = self.name_of(token)
         # The text of an incomplete character does not tell its bytes.
-        return {"token": name, "logprob": logprob, "bytes": None if "\ufffd" in name else list(name.encode())}
+        return {
+            "token": name,
+            "logprob": logprob,
+            "bytes": None if "\ufffd" in name else list(name.encode()),
+        }
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """Return the body's token counts."""
     total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": total,
+    }
 
 
-def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """Return an error's body: `message`, its `kind`, the faulty field `param`, and a `code`."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

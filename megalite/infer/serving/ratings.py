@@ -1,8 +1,9 @@
 """Ratings of answers by users, stored in the form that finetuning reads.
 
-A folder of JSON lines. `completion.jsonl` has answers to learn, rated well or corrected, with their prompt (a text, or
-messages, of which only the rated answer is learned). `preference.jsonl` has pairs of a correction and the answer it
-corrects. `rejected.jsonl` has answers rated badly, from which alone nothing can be learned."""
+A folder of JSON lines. `completion.jsonl` has answers to learn, rated well or corrected, with their
+prompt (a text, or messages, of which only the rated answer is learned). `preference.jsonl` has
+pairs of a correction and the answer it corrects. `rejected.jsonl` has answers rated badly, from
+which alone nothing can be learned."""
 
 from __future__ import annotations
 
@@ -26,11 +27,16 @@ class RatingBody(Body):
 
     messages: Messages | None = Field(None, min_length=1, description="what was answered")
     prompt: Text | None = Field(
-        None, min_length=1, max_length=LONGEST, description="of a model that goes on from a text, the text"
+        None,
+        min_length=1,
+        max_length=LONGEST,
+        description="of a model that goes on from a text, the text",
     )
     answer: Text = Field(max_length=LONGEST)
     rating: Literal["up", "down"]
-    correction: Text | None = Field(None, max_length=LONGEST, description="what the answer should have been")
+    correction: Text | None = Field(
+        None, max_length=LONGEST, description="what the answer should have been"
+    )
 
     @model_validator(mode="after")
     def _one_question(self) -> RatingBody:
@@ -42,7 +48,9 @@ class RatingBody(Body):
 
     @model_validator(mode="after")
     def _a_correction_corrects(self) -> RatingBody:
-        if self.correction is not None and (not self.correction.strip() or self.correction == self.answer):
+        if self.correction is not None and (
+            not self.correction.strip() or self.correction == self.answer
+        ):
             raise ValueError("a correction must say something, and something else than the answer")
         return self
 
@@ -61,7 +69,8 @@ class RatingBody(Body):
 
     @property
     def good(self) -> str | None:
-        """Return the answer to learn: the correction, or the answer if it was rated well; None otherwise."""
+        """Return the answer to learn: the correction, or the answer if it was rated well; None
+        otherwise."""
         return self.correction or (self.answer if self.rating == "up" else None)
 
     @property
@@ -71,7 +80,8 @@ class RatingBody(Body):
 
 
 class Ratings:
-    """Stores ratings in a folder that several servers may write to. Raises ConfigError if it cannot be created."""
+    """Stores ratings in a folder that several servers may write to. Raises ConfigError if it cannot
+    be created."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -89,10 +99,13 @@ class Ratings:
             return
         self._append("completion.jsonl", {"prompt": asked, "completion": good} | facts)
         if rating.correction is not None and answer:
-            self._append("preference.jsonl", {"prompt": asked, "chosen": good, "rejected": answer} | facts)
+            self._append(
+                "preference.jsonl", {"prompt": asked, "chosen": good, "rejected": answer} | facts
+            )
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        """Append a whole line or nothing, also behind a line that a crash cut off. Raise OSError."""
+        """Append a whole line or nothing, also behind a line that a crash cut off. Raise
+        OSError."""
         data = orjson.dumps(row) + b"\n"
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -113,8 +126,8 @@ class Ratings:
 
 
 def _lock(file: int) -> bool:
-    """Lock the file until it is closed, and return whether that worked. Some cluster file systems have no locks: there,
-    too, what fits is appended in one write."""
+    """Lock the file until it is closed, and return whether that worked. Some cluster file systems
+    have no locks: there, too, what fits is appended in one write."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:

@@ -39,8 +39,8 @@ TICKS_PER_S = 10
 
 
 class Server(uvicorn.Server):
-    """Runs uvicorn with a graceful shutdown: on SIGTERM and SIGINT it accepts nothing more, and gives answers in
-    progress `grace_s` seconds to end. A second SIGINT ends it at once."""
+    """Runs uvicorn with a graceful shutdown: on SIGTERM and SIGINT it accepts nothing more, and
+    gives answers in progress `grace_s` seconds to end. A second SIGINT ends it at once."""
 
     def __init__(self, config: uvicorn.Config, engine: Any, grace_s: float):
         super().__init__(config)
@@ -71,8 +71,8 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind `host` and `port` and return the socket, before the model is read, which takes long; nobody can connect yet.
-    Raise ConfigError."""
+    """Bind `host` and `port` and return the socket, before the model is read, which takes long;
+    nobody can connect yet. Raise ConfigError."""
     address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -84,9 +84,11 @@ def bind(host: str, port: int) -> socket.socket:
     return address
 
 
-def serve(model: Generator | Encoder, settings: Settings, address: socket.socket, grace_s: float) -> None:
-    """Serve `model` on the socket `address` of `bind` until a signal ends it; answers in progress then get `grace_s`
-    seconds."""
+def serve(
+    model: Generator | Encoder, settings: Settings, address: socket.socket, grace_s: float
+) -> None:
+    """Serve `model` on the socket `address` of `bind` until a signal ends it; answers in progress
+    then get `grace_s` seconds."""
     logs.set_up()
     if isinstance(model, Encoder):
         app = make_encoder_app(model, settings)
@@ -94,9 +96,12 @@ def serve(model: Generator | Encoder, settings: Settings, address: socket.socket
         warm_up(model)
         app = make_app(model, settings)
     server = make_server(app, grace_s)
-    # uvicorn installs the same handler later; but after shutdown it raises the signal again, which must not kill then.
+    # uvicorn installs the same handler later; but after shutdown it raises the signal again, which
+    # must not kill then.
     signal.signal(signal.SIGTERM, server.handle_exit)
-    protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
+    protected = (
+        f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
+    )
     host, port = address.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     LOG.info("%s on %s (%s); ratings go to %s", settings.name, url, protected, settings.ratings)
@@ -115,6 +120,7 @@ def make_server(app: Any, grace_s: float) -> Server:
 
 
 def warm_up(generator: Generator) -> None:
-    """Allocate the memory of all slots' longest sequences now, rather than fail for lack of it later."""
+    """Allocate the memory of all slots' longest sequences now, rather than fail for lack of it
+    later."""
     model = generator.model
     model.predict(*lay_out([Row(0, model.capacity - 1, [0], model.capacity)], model.device))

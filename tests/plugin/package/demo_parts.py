@@ -1,9 +1,10 @@
-"""A package that adds to megalite what it does not have: a family, an optimizer, a kernel, a hook, an objective, a
-schedule.
+"""A package that adds to megalite what it does not have: a family, an optimizer, a kernel, a hook,
+an objective, a schedule.
 
-The family is a Llama whose feed-forward part is a few experts that every token visits, each weighted by a router. It
-has what a dense family has not: a replicated linear module, a parameter of a module's own that is cut over the tensor
-ranks, and stacks of matrices, one stored as a tensor for each expert and one as a whole."""
+The family is a Llama whose feed-forward part is a few experts that every token visits, each
+weighted by a router. It has what a dense family has not: a replicated linear module, a parameter of
+a module's own that is cut over the tensor ranks, and stacks of matrices, one stored as a tensor for
+each expert and one as a whole."""
 
 from __future__ import annotations
 
@@ -45,14 +46,18 @@ from megalite.training.objectives import NextToken, Objective
 from megalite.training.parts import RankModel
 from megalite.training.run import Run
 
-# --- a family -----------------------------------------------------------------------------------------------------
+# --- a family -------------------------------------------------------------------------------------
 
 
 class BlendConfig(LlamaLike):
     family: Literal["blend"] = "blend"
     num_experts: int = Field(4, gt=0)
-    balance: float = Field(0.01, description="Weight of the loss that has each row visit all experts alike.")
-    router_z: float = Field(0.001, description="Weight of the loss that keeps the router's scores small.")
+    balance: float = Field(
+        0.01, description="Weight of the loss that has each row visit all experts alike."
+    )
+    router_z: float = Field(
+        0.001, description="Weight of the loss that keeps the router's scores small."
+    )
 
     def feed_forward(self, layer: int) -> ExpertsSpec:
         return ExpertsSpec(
@@ -62,7 +67,8 @@ class BlendConfig(LlamaLike):
 
 
 class Experts(nn.Module):
-    """Every expert's feed-forward part, weighted by the router: Σₑ pₑ · Wdownₑ (scale · silu(Wupₑ x))."""
+    """Every expert's feed-forward part, weighted by the router: Σₑ pₑ · Wdownₑ (scale · silu(Wupₑ
+    x))."""
 
     def __init__(self, config: BlendConfig):
         super().__init__()
@@ -78,7 +84,8 @@ class Experts(nn.Module):
         return self.blend(*self.route(x))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `x`, with the router's losses attached, and each expert's share of each token, [B,T,E]."""
+        """Return `x`, with the router's losses attached, and each expert's share of each token,
+        [B,T,E]."""
         scores_BTE = self.router(x)
         weight_BTE = scores_BTE.softmax(-1)
         first_BTE = F.one_hot(weight_BTE.argmax(-1), weight_BTE.shape[-1])
@@ -155,7 +162,7 @@ def _(experts: Experts, layout: Layout) -> nn.Module | None:
     return ParallelExperts(experts, layout) if layout.tensor.size > 1 else None
 
 
-# --- an optimizer -------------------------------------------------------------------------------------------------
+# --- an optimizer ---------------------------------------------------------------------------------
 
 
 @optimizers.register("signum")
@@ -181,7 +188,7 @@ class Signum(PlainOptimizer):
         return value, {"momentum": momentum}
 
 
-# --- a kernel -----------------------------------------------------------------------------------------------------
+# --- a kernel -------------------------------------------------------------------------------------
 
 
 class Norm:
@@ -190,13 +197,15 @@ class Norm:
     @staticmethod
     def rms_norm(x: Tensor, weight: Tensor, eps: float, unit: float) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight + unit)).to(x.dtype)
+        return (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight + unit)
+        ).to(x.dtype)
 
 
 kernels.register("norm.demo", Norm)
 
 
-# --- a hook -------------------------------------------------------------------------------------------------------
+# --- a hook ---------------------------------------------------------------------------------------
 
 
 @hooks.register("norms")
@@ -212,7 +221,12 @@ class NormsConfig(HookConfig):
 
 class Norms(Hook):
     def __init__(self, run: Run, every: int):
-        self.run, self.every, self.steps, self.largest = run, every, 0, torch.zeros((), device=run.mesh.device)
+        self.run, self.every, self.steps, self.largest = (
+            run,
+            every,
+            0,
+            torch.zeros((), device=run.mesh.device),
+        )
 
     def after_update(self, step: Step) -> None:
         norm = step.record["grad_norm"]
@@ -235,7 +249,7 @@ class Norms(Hook):
         self.largest.fill_(state["largest"])
 
 
-# --- an objective and a schedule ----------------------------------------------------------------------------------
+# --- an objective and a schedule ------------------------------------------------------------------
 
 
 @objectives.register("focal")
