@@ -53,9 +53,8 @@ class CallableModule(ModuleType):
     def __reduce__(self) -> Any:
         import importlib
 
-        return importlib.import_module, (
-            self.__name__,
-        )  # a spawned process takes its target as a pickle
+        # A spawned process takes its target as a pickle.
+        return importlib.import_module, (self.__name__,)
 
 
 def make_callable(name: str) -> None:

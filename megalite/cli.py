@@ -42,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments) or Exit.DONE
     except (ConfigError, DataError, CheckpointError) as error:
-        rank = os.environ.get(
-            "RANK"
-        )  # a bad disk, unlike a mistake in the config, may be one rank's alone
+        # A bad disk, unlike a mistake in the config, may be one rank's alone.
+        rank = os.environ.get("RANK")
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         error_file.leave(str(error))
         mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
@@ -398,9 +397,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.beams:
         raise ConfigError(f"--beams is for encoder-decoders; {folder} holds a decoder")
     if arguments.chat:
-        ChatTemplate.of(
-            folder, load_tokenizer(folder)
-        )  # fails before the weights are read, which takes long
+        # Fails before the weights are read, which takes long.
+        ChatTemplate.of(folder, load_tokenizer(folder))
     generator = Generator.open(folder, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}

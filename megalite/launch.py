@@ -48,9 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     message = trace = ""
     options = [f"--local-addr={name}"] if name else []
     asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
-    if (
-        asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint
-    ):  # only inside the step is its number known
+    # Only inside the step is its number known.
+    if asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint:
         asked.rdzv_endpoint += f":{step_port()}"
     for number in SIGNALS:
         signal.signal(number, _leave_or_pass_on)

@@ -227,9 +227,8 @@ def plan(config: Config, ranks: int) -> Plan:
 
     Raise ConfigError with the setting to change if the layout does not fit the ranks, the model or
     the batch."""
-    from megalite.models import (
-        weight_table,
-    )  # imports torch, which the arithmetic of a plan does without
+    # Imports torch, which the arithmetic of a plan does without.
+    from megalite.models import weight_table
 
     return make_plan(config, weight_table(config.model, config.lora), ranks)
 

@@ -89,10 +89,11 @@ def train_on(
     `config`, `plan` and `data` are alike on all ranks; `tokenizer` and `tasks` are None where the
     run needs none."""
     check_same_everywhere(config, data, mesh)
+    # How often the run was sent back, by step.
     limit, sent_back = (
         config.health.bad_steps_limit,
         Counter[int](),
-    )  # how often the run was sent back, by step
+    )
     ended: Ending | None = None
     with StopRequests(mesh) as requests:
         parts = build(config, plan, mesh)

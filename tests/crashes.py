@@ -54,16 +54,13 @@ class Recorded:
 
     root: Path
     contents: list[bytes] = field(default_factory=list)
-    _known: dict[tuple[int, int, int], int] = field(
-        default_factory=dict
-    )  # (inode, size, mtime) → content
-    _held: dict[int, int] = field(
-        default_factory=dict
-    )  # inode → a descriptor that keeps its number its own
+    # (inode, size, mtime) → content.
+    _known: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    # Inode → a descriptor that keeps its number its own.
+    _held: dict[int, int] = field(default_factory=dict)
     _synced: dict[int, int] = field(default_factory=dict)  # inode of a file → content
-    _entries: dict[int, dict[str, int]] = field(
-        default_factory=dict
-    )  # inode of a folder → name → inode
+    # Inode of a folder → name → inode.
+    _entries: dict[int, dict[str, int]] = field(default_factory=dict)
     _folders: set[int] = field(default_factory=set)
     _moments: list[tuple[Tree, Tree, Tree, tuple[Any, ...]]] = field(default_factory=list)
     _claimed: tuple[Any, ...] = ()

@@ -106,10 +106,11 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
             "model.rope_scaling={factor: 2, low_frq_factor: 1}",
             ["rope_scaling.low_frq_factor", "'low_freq_factor'"],
         ),
+        # Another family's key.
         (
             "model.hidden_dropout=0.1",
             ["model", "hidden_dropout", "rope_theta"],
-        ),  # another family's key
+        ),
         # wrong literals
         (
             "train.precision=fp16",

@@ -120,9 +120,8 @@ def test_normal_distribution(key: int) -> None:
 def test_every_bit_is_fair() -> None:
     bits = random_bits(KEY, torch.arange(NUM))
     share = torch.stack([(bits >> i & 1).double().mean() for i in range(64)])
-    assert (
-        (share - 0.5).abs() < 5 * 0.5 / math.sqrt(NUM)
-    ).all()  # five standard deviations, 64 bits
+    # Five standard deviations, 64 bits.
+    assert ((share - 0.5).abs() < 5 * 0.5 / math.sqrt(NUM)).all()
 
 
 def pairs() -> dict[str, tuple[Tensor, Tensor]]:
@@ -149,6 +148,5 @@ def test_neighbours_are_independent(name: str) -> None:
     cells = torch.bincount((x * 16).long() * 16 + (y * 16).long(), minlength=256).double()
     expected = NUM / 256
     chi_squared = ((cells - expected) ** 2 / expected).sum().item()
-    assert chi_squared < 255 + 5 * math.sqrt(
-        2 * 255
-    )  # mean and five standard deviations at 255 degrees of freedom
+    # Mean and five standard deviations at 255 degrees of freedom.
+    assert chi_squared < 255 + 5 * math.sqrt(2 * 255)

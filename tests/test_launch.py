@@ -57,9 +57,8 @@ def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert re.search(
-        r"\[rank0\]: RuntimeError: .*(closed|reset) by peer", done.stdout
-    )  # it left by itself, and at once
+    # It left by itself, and at once.
+    assert re.search(r"\[rank0\]: RuntimeError: .*(closed|reset) by peer", done.stdout)
     *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)
     assert 'raise ValueError("the planted error")' in words
     assert re.match(

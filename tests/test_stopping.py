@@ -75,9 +75,8 @@ def test_a_signal_saves_and_the_rest_is_bitwise_the_same(
         "the ranks compare notes at the beginning of a step, and stop at its end"
     )
     assert not any("valid_loss" in line for line in metrics_of(broken))  # there is no time for it
-    for (
-        late
-    ) in SIGNALS:  # what comes twice to one node, or later than to others, changes nothing any more
+    # What comes twice to one node, or later than to others, changes nothing any more.
+    for late in SIGNALS:
         if late == signal.SIGINT:
             assert signal.getsignal(late) is handlers[late], "a person's"
         else:

@@ -97,9 +97,8 @@ def test_loss_falls_and_metrics_are_complete(tmp_path: Path) -> None:
     steps = [line for line in metrics_of(config) if "loss" in line]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     wanted = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s", "tflops"}
-    assert all(
-        line.keys() == wanted for line in steps
-    )  # no mfu: the peak of this chip is not known
+    # No mfu: the peak of this chip is not known.
+    assert all(line.keys() == wanted for line in steps)
     assert steps[-1]["tokens"] == 30 * 4 * 16
     evaluations = [line for line in metrics_of(config) if "valid_loss" in line]
     assert [line["step"] for line in evaluations] == [8, 16, 24, 30]
@@ -240,10 +239,11 @@ def test_validation_is_that_of_transformers(
         wanted = model(input_ids=tokens, labels=tokens).loss.item()
     assert modes == {(True, True), (False, False)}, "modules of a family of one's own may ask"
     found = metrics_of(config)[-1]
+    # Sums of fp32.
     assert (found["step"], found["valid_loss"]) == (
         2,
         pytest.approx(wanted, rel=1e-5),
-    )  # sums of fp32
+    )
     assert found["valid_perplexity"] == pytest.approx(math.exp(found["valid_loss"]))
 
 
@@ -316,9 +316,8 @@ def test_a_token_id_the_model_does_not_have_is_named(tmp_path: Path) -> None:
     """Megatron's own files say nothing of their vocabulary; a cut vocabulary would train on
     nonsense silently."""
     config = make_config(tmp_path)
-    (tmp_path / "corpus.bin").write_bytes(
-        (tmp_path / "corpus.bin").read_bytes()[:-2] + b"\x61\x00"
-    )  # 97
+    # 97.
+    (tmp_path / "corpus.bin").write_bytes((tmp_path / "corpus.bin").read_bytes()[:-2] + b"\x61\x00")
     with pytest.raises(DataError, match=r"sample 32 holds token id 97, but model.vocab_size = 97"):
         train(config)
 

@@ -138,9 +138,8 @@ class Copy:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        built = (
-            ["_dryrun"] if importlib.util.find_spec("megalite._dryrun") else []
-        )  # torch's CPU build only
+        # Torch's CPU build only.
+        built = ["_dryrun"] if importlib.util.find_spec("megalite._dryrun") else []
         for library in ("_ops", "_data", *built):
             shutil.copy2(_built_library(library), folder / "megalite")
         if (ROOT / EMULATED_CUDA).exists():

@@ -65,9 +65,8 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         # token serves: no text to classify ends with it.
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    is_answered = (
-        config.model.task == "seq2seq"
-    )  # a source has one answer, which begins with a token of its own
+    # A source has one answer, which begins with a token of its own.
+    is_answered = config.model.task == "seq2seq"
     start = {"decoder_start_token_id": config.model.START_TOKEN} if is_answered else {}
     write_json(folder / GENERATION, ids | start | {"do_sample": not is_answered})
     if (source / GENERATION).is_file():

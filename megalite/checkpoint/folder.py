@@ -134,9 +134,8 @@ def set_aside(folder: Path, why: str = "damaged") -> Path:
 
     The new name ends in `why`. Returns the new path."""
     aside = folder.with_name(f"{folder.name}.{why}-{time.time_ns()}")
-    with contextlib.suppress(
-        OSError
-    ):  # if it cannot be renamed now, the next start passes over it again
+    # If it cannot be renamed now, the next start passes over it again.
+    with contextlib.suppress(OSError):
         folder.rename(aside)
     return aside
 

@@ -148,9 +148,8 @@ def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) ->
             was = {adapter.module for adapter in adapters_of(table, lora)}
             now = {adapter.module for adapter in adapters_of(table, config.lora)}
             return was == now
-        if change.key.startswith("model.") and not (
-            change.was and change.now
-        ):  # 0 or null: as the family has it
+        # 0 or null: as the family has it.
+        if change.key.startswith("model.") and not (change.was and change.now):
             now_model = config.model.model_copy(update={change.key.partition(".")[2]: change.was})
             return to_hf_config(now_model) == to_hf_config(config.model)
     return False

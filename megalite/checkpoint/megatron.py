@@ -348,9 +348,8 @@ class _RankFiles:
             chunks = ["model"]
             if "model" not in whole:
                 chunks = [key for key in whole if re.fullmatch(r"model\d+", str(key))]
-            for (
-                chunk
-            ) in chunks:  # interleaved: the first chunks of all ranks come before the second of any
+            # Interleaved: the first chunks of all ranks come before the second of any.
+            for chunk in chunks:
                 for of_ranks in saved:
                     shards = [dict(_flat(rank[chunk])) for rank in of_ranks]
                     first += self._take(shards, first)

@@ -80,9 +80,8 @@ class Saver:
         # Unique among all savers that share a store, and counted up with every save.
         self._number = start_highest(time.time_ns() if mesh.world.rank == 0 else 0, mesh)()
         if mesh.world.rank == 0:
-            with contextlib.suppress(
-                OSError
-            ):  # what cannot be deleted now is deleted at a later start
+            # What cannot be deleted now is deleted at a later start.
+            with contextlib.suppress(OSError):
                 remove_unfinished(root)
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
@@ -124,9 +123,8 @@ class Saver:
             busy = self._thread is not None and self._thread.is_alive()
             late = self.mesh.world.rank == 0 and time.monotonic() - self._began > PATIENCE_S
             # In short rounds: a rank that waits in one long collective would be taken for hanging.
-            found = (
-                start_sharing(busy + 2 * late, self.mesh)().int().tolist()
-            )  # bit 0: busy; bit 1, rank 0 only: late
+            # Bit 0: busy; bit 1, rank 0 only: late.
+            found = start_sharing(busy + 2 * late, self.mesh)().int().tolist()
             ranks = [rank for rank, state in enumerate(found) if state % 2]
             if not ranks or found[0] >= 2:
                 return ranks

@@ -292,9 +292,8 @@ class StoredTensor:
         with reading(f"{self._file.path}: a tensor of shape {shown(self.shape)}", CheckpointError):
             data = bytearray(self._file.storage(self._key))
             flat = torch.frombuffer(data, dtype=self.dtype)
-            if math.prod(self.shape) > len(
-                flat
-            ):  # strides of 0 make a few numbers as many as one likes
+            # Strides of 0 make a few numbers as many as one likes.
+            if math.prod(self.shape) > len(flat):
                 raise CheckpointError(
                     f"{self._file.path}: a tensor of shape {shown(self.shape)} has {len(flat):,} numbers"
                 )

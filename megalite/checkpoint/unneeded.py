@@ -102,9 +102,8 @@ def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
 
 def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
     """Return whether a stored buffer holds what the model computes anyway."""
-    if (
-        MASK.search(name) and len(source.shape(name)) == 4
-    ):  # a mask is [1,1,T,T]; another shape is something else
+    # A mask is [1,1,T,T]; another shape is something else.
+    if MASK.search(name) and len(source.shape(name)) == 4:
         mask = _whole(source, name)
         causal = torch.ones_like(mask, dtype=torch.bool).tril()
         return torch.equal(mask != 0, causal)

@@ -108,14 +108,12 @@ class Writing:
         """Write the checkpoint. Returns why it was not saved, or an empty string."""
         broken = ""
         try:
-            self.tensors = (
-                self.collect()
-            )  # before anything else: the next training step waits for it
+            # Before anything else: the next training step waits for it.
+            self.tensors = self.collect()
         except Exception as error:
             broken = explain(error)
-        if (
-            self.rank == 0
-        ):  # steps since the last save may have proved that one sound, so that older ones can go
+        # Steps since the last save may have proved that one sound, so that older ones can go.
+        if self.rank == 0:
             self.target.prune(self.worth)
         for attempt, pause in enumerate((*PAUSES_S, None), 1):
             reason = self._attempt(attempt, broken)
@@ -162,9 +160,8 @@ class Writing:
 
     def _pause(self, seconds: float) -> None:
         """Wait before the next attempt. Raises TimeoutError once the next save is due."""
-        self.target.prune(
-            self.worth
-        )  # there may be more than asked for by now, and a full disk needs the room
+        # There may be more than asked for by now, and a full disk needs the room.
+        self.target.prune(self.worth)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.hurry.wait(0.1):
@@ -235,9 +232,8 @@ class Writing:
             self._seal(parts)
             self._give_name()
         except Exception:
-            with contextlib.suppress(
-                OSError
-            ):  # what cannot be deleted now is deleted by the next attempt
+            # What cannot be deleted now is deleted by the next attempt.
+            with contextlib.suppress(OSError):
                 remove(self.temporary)
             raise
 
@@ -283,9 +279,8 @@ class Writing:
         then."""
         before = replaced(self.folder)
         remove(before)
-        replaces = (
-            self.folder.is_dir()
-        )  # the same step saved again, after a resume from an older one
+        # The same step saved again, after a resume from an older one.
+        replaces = self.folder.is_dir()
         if replaces:
             # Moved, not deleted: after a crash right here, `restore_replaced` gives it its name
             # back.

@@ -114,9 +114,8 @@ def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
         return lambda: x
     gathered = x.new_empty(axis.size, *x.shape)
     gathered[axis.rank] = x
-    wait = start_all_gather(
-        gathered.view(-1), axis
-    )  # [ranks, *x.shape]; `result` moves the ranks into `dim`
+    # [ranks, *x.shape]; `result` moves the ranks into `dim`.
+    wait = start_all_gather(gathered.view(-1), axis)
 
     # [ranks, …, T, …] → […, ranks, T, …] → […, ranks · T, …]. A copy, unless `dim` is 0.
     def result() -> Tensor:
@@ -231,9 +230,8 @@ def add_from_other_end(x: Tensor, axis: Axis) -> None:
     other = axis.size - 1 - axis.rank
     received = torch.empty_like(x)
     works = _exchange({other: x}, {other: received}, axis)
-    NOW.wait(
-        "exchange with the other end", axis.name
-    )  # without a number, since the ranks between do not count it
+    # Without a number, since the ranks between do not count it.
+    NOW.wait("exchange with the other end", axis.name)
     _wait_for(works)
     NOW.go_on()
     x += received

@@ -98,9 +98,8 @@ class Meeting:
 
     def _beat_on(self) -> None:
         number = 0
-        with contextlib.suppress(
-            dist.DistError, RuntimeError
-        ):  # `wait` meets the same error, and reports it
+        # `wait` meets the same error, and reports it.
+        with contextlib.suppress(dist.DistError, RuntimeError):
             # Twenty times as often as needed: a busy store may be slow, and a beat may be lost.
             while not self._over.wait(self._silence_s / 20):
                 number += 1

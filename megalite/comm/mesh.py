@@ -198,9 +198,8 @@ def _backend_of_axes(plan: Plan, device: torch.device) -> str | None:
     Between GPUs only the world needs gloo beside NCCL, for numbers that hosts tell each other. It
     connects all ranks of a group to each other: at a thousand ranks, thousands of connections to
     each host that would never be used."""
-    if (
-        device.type == "cpu" or plan.engine != "native"
-    ):  # DeepSpeed may keep on the host what ranks exchange
+    # DeepSpeed may keep on the host what ranks exchange.
+    if device.type == "cpu" or plan.engine != "native":
         return None
     return dict(part.split(":") for part in dist.get_backend_config().split(","))[device.type]
 

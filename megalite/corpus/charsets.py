@@ -179,9 +179,8 @@ def _guesses(data: bytes) -> Iterator[str]:
     sample = data[:PRESCANNED]
     even_zeros = sample[::2].count(0)
     odd_zeros = sample[1::2].count(0)
-    if (
-        max(even_zeros, odd_zeros) > len(sample) / 4
-    ):  # of Latin letters in UTF-16, every other byte is zero
+    # Of Latin letters in UTF-16, every other byte is zero.
+    if max(even_zeros, odd_zeros) > len(sample) / 4:
         yield "utf_16_be" if even_zeros > odd_zeros else "utf_16_le"
     # UTF-8 is hardly ever met by chance: bytes that decode as such are.
     yield "utf_8"

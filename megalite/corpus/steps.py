@@ -43,9 +43,8 @@ class Stage(PipelineStep):
         context = self._check if isinstance(self._check, AbstractContextManager) else nullcontext()
         with context:
             for document in data:
-                if (
-                    document.metadata["source"] in self._skipped
-                ):  # counted all the same, so that stages add up
+                # Counted all the same, so that stages add up.
+                if document.metadata["source"] in self._skipped:
                     size = num_bytes_of(document.text)
                     self.tally.keep(size, size, changed=False)
                     yield document
@@ -65,9 +64,8 @@ class Stage(PipelineStep):
         except Exception as error:
             # Others' rules and parsers meet whatever the web holds: one text must not end a shard.
             reason = f"failed: {type(error).__name__}: {error}"[:120]
-        changed = (
-            document.text is not text and document.text != text
-        )  # mostly the same object: no need to compare
+        # Mostly the same object: no need to compare.
+        changed = document.text is not text and document.text != text
         if changed and not reason and not document.text.strip():
             reason = "nothing left"
         if reason:

@@ -103,9 +103,8 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
         if others:
             yield from _read_documents(others, json_key)
             others = {}
-        if not (
-            is_url(path) or is_packed(path)
-        ):  # a URL is read fastest by a single read-ahead stream
+        # A URL is read fastest by a single read-ahead stream.
+        if not (is_url(path) or is_packed(path)):
             for start in range(first, last, BLOCK_BYTES):
                 end = min(start + BLOCK_BYTES, last)
                 yield Block(Report(bytes_read=end - start), path, start, end)
@@ -222,9 +221,8 @@ def _read_lines(block: Block) -> bytes:
         data = file.read(block.last - file.tell())
         if block.first:
             cut = data.find(b"\n") + 1
-            data = (
-                data[cut:] if cut else b""
-            )  # without a cut, it is all of a line that began before
+            # Without a cut, it is all of a line that began before.
+            data = data[cut:] if cut else b""
         parts = [data]
         # The last line may end behind the block. Of an overlong one, read only enough to see that
         # it is too long.
@@ -266,9 +264,8 @@ class LineNumbers:
         add_to(self._total, report)
         for line, why in bad:
             before = 0
-            if (
-                self._first and len(self._total.messages) < MAX_MESSAGES
-            ):  # a shard that begins within the file
+            # A shard that begins within the file.
+            if self._first and len(self._total.messages) < MAX_MESSAGES:
                 with suppress(OSError):  # it may be gone, which is what is bad
                     before = _lines_before(self._path, self._first)
             self._total.bad(self._path, before + self._num_lines + line, why)

@@ -77,9 +77,8 @@ class ChatTemplate:
             )
         special: Sequence[str] = ()
         added: Sequence[str] = ()
-        if isinstance(
-            tokenizer, HuggingFaceTokenizer
-        ):  # sentencepiece alone never recognises a token in a text
+        # Sentencepiece alone never recognises a token in a text.
+        if isinstance(tokenizer, HuggingFaceTokenizer):
             special, added = tokenizer.control_tokens(), tokenizer.added_tokens()
         # bos_token, eos_token, …: variables of the template, as transformers gives them.
         tokens = special_tokens(settings_of(folder))

@@ -62,10 +62,11 @@ class ContentEncoder:
         }
         self._special, self._spelled = _any_of(special), _any_of(special | spelled)
         model = values["model"]
+        # Which stands for text.
         unknown = (
             special.get(model.get("unk_token")),
             model.get("unk_id"),
-        )  # which stands for text
+        )
         self._ids = frozenset((special | spelled).values()) - frozenset(unknown)
         # The same vocabulary without added tokens: it spells "<|im_end|>" with ordinary ones.
         plain = values | {

@@ -42,9 +42,8 @@ class Windows(NamedTuple):
 
     tokens: Int64s  # [n, L + 1]
     filled: Int64s  # [n], tokens of each row; what follows them is zeros
-    documents: (
-        Int64s | None
-    )  # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more
+    # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more.
+    documents: Int64s | None
     mask: Int64s | None = None  # [n, L + 1], as in PREFIX.mask; 1 where a source has none
 
 

@@ -82,12 +82,10 @@ class Report:
     num_mended: int = 0
     num_hidden: int = 0
     num_binary: int = 0
-    left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # what else is no document, by what it is
-    as_text: dict[str, int] = field(
-        default_factory=dict
-    )  # files whose name did not say so, by its suffix
+    # What else is no document, by what it is.
+    left_out: dict[str, int] = field(default_factory=dict)
+    # Files whose name did not say so, by its suffix.
+    as_text: dict[str, int] = field(default_factory=dict)
     num_repeated: int = 0
     messages: list[str] = field(default_factory=list)
 

@@ -157,9 +157,8 @@ class FastBPE:
         left = num
         for text in texts[len(texts) // 2 :]:
             start = max(len(text) - left, 0) // 2
-            sample = text[start : start + left].decode(
-                errors="ignore"
-            )  # what is cut of a character
+            # What is cut of a character.
+            sample = text[start : start + left].decode(errors="ignore")
             self.compare(sample)
             left -= len(sample)
             if not left:

@@ -180,10 +180,11 @@ class IndexedDataset:
                 f"holds {num} sequences and {num_indices} document indices; both must be at least 1"
             )
         expected = HEADER.size + 12 * num + 8 * num_indices
+        # Multimodal files end in one mode byte a sequence, with no flag.
         if size not in (
             expected,
             expected + num,
-        ):  # multimodal files end in one mode byte a sequence, with no flag
+        ):
             raise self._broken(f"is {size} bytes long where its header asks for {expected}")
         self.dtype, self.num_sequences = DTYPES[code], int(num)
         return int(num_indices)
@@ -242,9 +243,8 @@ class IndexedDataset:
             seen.remember()
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
-        return IndexedDataset, (
-            self.prefix,
-        )  # the default would pickle the mapped files' whole content
+        # The default would pickle the mapped files' whole content.
+        return IndexedDataset, (self.prefix,)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -382,9 +382,8 @@ class IndexedWriter:
         self._code = codes[0]
         self.num_documents = self.num_tokens = 0
         self._mask_dtype = None if mask_dtype is None else np.dtype(mask_dtype)
-        kinds = (
-            ("bin", "mask", "idx") if self._mask_dtype else ("bin", "idx")
-        )  # complete when there is an index
+        # Complete when there is an index.
+        kinds = ("bin", "mask", "idx") if self._mask_dtype else ("bin", "idx")
         self._final = [Path(f"{prefix}.{kind}") for kind in kinds]
         self._temporary = [Path(f"{path}.tmp") for path in self._final]
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
@@ -549,9 +548,8 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
     instead of copying them."""
     target.flush()
     copied = 0
-    with suppress(
-        OSError, AttributeError
-    ):  # two file systems, or one or a platform that cannot: see below
+    # Two file systems, or one or a platform that cannot: see below.
+    with suppress(OSError, AttributeError):
         while copied < num_bytes and (
             step := os.copy_file_range(source.fileno(), target.fileno(), num_bytes - copied)
         ):

@@ -26,9 +26,8 @@ class MicroBatch:
     """Holds B samples of T tokens with their labels."""
 
     tokens: torch.Tensor  # [B, T] int64
-    labels: (
-        torch.Tensor
-    )  # [B, T] int64, the token that follows each; IGNORE where none is to be predicted
+    # [B, T] int64, the token that follows each; IGNORE where none is to be predicted.
+    labels: torch.Tensor
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
     documents: torch.Tensor | None = (
         None  # [B, T] int64, document of each token in its sample; None: not kept apart

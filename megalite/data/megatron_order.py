@@ -90,9 +90,8 @@ class MegatronOrder:
             raise IndexError(
                 f"samples {samples.min()} … {samples.max()} are not in [0, {self.num_samples})"
             )
-        first = (
-            self._shuffled[samples].astype(np.int64) * self.seq_length
-        )  # [n], tokens of the stream
+        # [n], tokens of the stream.
+        first = self._shuffled[samples].astype(np.int64) * self.seq_length
         end = first + self.seq_length + 1
         # Between which kept starts a sample lies: at most STRIDE sequences too many at both ends.
         low = (np.searchsorted(self._starts, first, side="right") - 1) * STRIDE

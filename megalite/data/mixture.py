@@ -351,9 +351,8 @@ def _build_mixture(
     is_megatron = data.order == "megatron" and which == "train"
     weights = [item.weight for item in wanted]
     sizes: list[int | None] = [None] * len(wanted)
-    if (
-        is_megatron
-    ):  # Megatron asks each source for slightly more than it needs, unless there is only one
+    # Megatron asks each source for slightly more than it needs, unless there is only one.
+    if is_megatron:
         sizes = sizes_of(weights, num_samples).tolist() if len(wanted) > 1 else [num_samples]
     sources: list[SampleSource] = []
     for number, item in enumerate(wanted):

@@ -37,9 +37,8 @@ from megalite.errors import DataError
 # fetched too early.
 BLOCK_BYTES = 256 << 10
 BLOCKS_PER_REQUEST = REQUEST_BYTES // BLOCK_BYTES  # neighbours come together
-BLOCKS_PER_ROUND = (
-    32 * BLOCKS_PER_REQUEST
-)  # what a process holds in memory, and what others may wait for, at most
+# What a process holds in memory, and what others may wait for, at most.
+BLOCKS_PER_ROUND = 32 * BLOCKS_PER_REQUEST
 THREADS = 32
 POLL_SECONDS = 0.01
 SECONDS_PER_LINE = 5.0

@@ -49,9 +49,8 @@ def converted(model: Any) -> tokenizers.Tokenizer:
     if model.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    for piece in (
-        model.pieces
-    ):  # in the order of their ids, which they keep since the vocabulary has them already
+    # In the order of their ids, which they keep since the vocabulary has them already.
+    for piece in model.pieces:
         if piece.type == CONTROL:
             tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
         elif (

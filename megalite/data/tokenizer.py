@@ -323,9 +323,8 @@ class HuggingFaceTokenizer(Tokenizer):
         model = orjson.loads(self.to_json())["model"]
         if model["type"] != "Unigram" and not model.get("byte_fallback"):
             return True
-        beside = self._file.with_name(
-            "tokenizer.model"
-        )  # this tokenizer.json may be its equivalent
+        # This tokenizer.json may be its equivalent.
+        beside = self._file.with_name("tokenizer.model")
         is_equal = (
             beside.is_file() and SentencePieceTokenizer(beside).fingerprint() == self.fingerprint()
         )
@@ -341,9 +340,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if folder.resolve() == source.resolve():
             return
         copy_files([source], folder)
-        shutil.copyfile(
-            self._file, folder / "tokenizer.json"
-        )  # the source file may have another name
+        # The source file may have another name.
+        shutil.copyfile(self._file, folder / "tokenizer.json")
         if not (folder / CONFIG).is_file():
             write_tokenizer_config(
                 folder, None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)

@@ -161,9 +161,8 @@ def open_device(name: str, gpus_per_node: int) -> tuple[Any, Places]:
     (folder,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr,misc]
     # Global symbols: the module registers its device in these very tables of torch, not in a copy.
     ctypes.CDLL(f"{folder}/lib/libtorch_cpu.so", mode=ctypes.RTLD_GLOBAL)
-    _dryrun = importlib.import_module(
-        "megalite._dryrun"
-    )  # it registers the device that torch finds
+    # It registers the device that torch finds.
+    _dryrun = importlib.import_module("megalite._dryrun")
     import torch
 
     _dryrun.start(_places.ask)

@@ -108,9 +108,8 @@ class Log:
         part = self._part_numbers[key]
         if self._batch is not None:
             self._batch.append((group, part))
-            return Work(
-                self, len(self.launches), on_host
-            )  # of the batch that is being put together
+            # Of the batch that is being put together.
+            return Work(self, len(self.launches), on_host)
         return self._launch(group, [part], on_host)
 
     def _launch(self, group: Any, parts: list[int], on_host: bool) -> Work:

@@ -51,13 +51,11 @@ class BucketState(BucketWeights):
         # The part that the optimizer updates: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
         master = self.weights[self.stepped]
-        self.master = (
-            master.float()
-        )  # for fp32 weights, .float() copies nothing: they are their own master weights
+        # For fp32 weights, .float() copies nothing: they are their own master weights.
+        self.master = master.float()
         self.states = {name: torch.zeros_like(self.master) for name in states}
-        self.average = (
-            torch.zeros_like(self.master) if has_average else None
-        )  # of the weights, fp32
+        # Of the weights, fp32.
+        self.average = torch.zeros_like(self.master) if has_average else None
         self.grads: Tensor | None = (
             None  # [size] fp32; at stage 2 only while a micro-batch is under way
         )

@@ -158,9 +158,8 @@ class DeepSpeedEngine:
         # DeepSpeed wraps a module of its own: were it `stage` itself, the replaced `forward` would
         # call the engine, which calls `forward`, without end.
         inner = Stage(stage.model, stage.span)
-        with redirect_stdout(
-            StringIO()
-        ):  # memory reports that its log level does not stop; warnings pass
+        # Memory reports that its log level does not stop; warnings pass.
+        with redirect_stdout(StringIO()):
             self.engine, *_ = deepspeed.initialize(
                 model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups
             )
@@ -536,14 +535,12 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     kind = mesh.device.type
     os.environ.setdefault("DS_ACCELERATOR", kind)  # else it would say that it found no GPU
     if mesh.device.index is not None:
-        os.environ["LOCAL_RANK"] = str(
-            mesh.device.index
-        )  # DeepSpeed takes it for the number of the GPU
+        # DeepSpeed takes it for the number of the GPU.
+        os.environ["LOCAL_RANK"] = str(mesh.device.index)
     os.environ.setdefault("LOCAL_RANK", "0")
     if kind == "cpu":
-        os.environ.setdefault(
-            "LOCAL_SIZE", "1"
-        )  # else it would run a program to count NUMA nodes, for every bucket
+        # Else it would run a program to count NUMA nodes, for every bucket.
+        os.environ.setdefault("LOCAL_SIZE", "1")
     try:
         import deepspeed
         from packaging.version import Version

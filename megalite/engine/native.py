@@ -321,9 +321,8 @@ class NativeEngine:
             )
             # All slots of a bucket have their owners on one replica (see `choose_owners`), so the
             # first slot tells where the whole bucket must go.
-            if (
-                pipeline_rank != self.mesh.pipeline.rank
-            ):  # the copy of a tied weight at the other end
+            # The copy of a tied weight at the other end.
+            if pipeline_rank != self.mesh.pipeline.rank:
                 continue
             # 1. over the replicas: shards, in the order of ranks, are the bucket. A collective, so
             # every replica calls it, and all but the owner's go on with the next bucket.
@@ -344,9 +343,8 @@ class NativeEngine:
     def gather_later(
         self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
     ) -> Callable[[], dict[str, dict[str, Tensor]]]:
-        if (
-            self.mesh.device.type != "cpu"
-        ):  # a device keeps the order of its stream, and NCCL is fast
+        # A device keeps the order of its stream, and NCCL is fast.
+        if self.mesh.device.type != "cpu":
             gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
             return lambda: gathered
         self.wait_for_params()

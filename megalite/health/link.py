@@ -44,9 +44,8 @@ def time_all_reduce(store: dist.Store, ranks: Ranks) -> float | None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        own = dist.PrefixStore(
-            ranks.name, store
-        )  # process groups of several pairs are made at the same time
+        # Process groups of several pairs are made at the same time.
+        own = dist.PrefixStore(ranks.name, store)
         dist.init_process_group(
             ranks.backend, store=own, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
         )

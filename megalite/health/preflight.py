@@ -82,9 +82,8 @@ def preflight(
     if leader:
         leader.call_a_meeting()
     call = board.hear("meeting")
-    clock = (
-        time.time()
-    )  # read when all ranks hear the same call, so that the clocks can be compared
+    # Read when all ranks hear the same call, so that the clocks can be compared.
+    clock = time.time()
     if call["backend"]:
         nodes = {int(rank): node for rank, node in call["nodes"].items()}
         links = _meet(nodes, call["backend"], launch, store)
@@ -223,9 +222,8 @@ def say(
 
     `facts` are the answers that came, `clocks` the seconds since 1970 of each rank and `links` the
     seconds of each all-reduce."""
-    nodes = sorted(
-        {fact.node for fact in facts} | {problem.node for problem in problems}
-    )  # silent ones have no facts
+    # Silent ones have no facts.
+    nodes = sorted({fact.node for fact in facts} | {problem.node for problem in problems})
     bad = {problem.node for problem in problems}
     shown = nodes if len(nodes) <= SHOWN_NODES else sorted(bad)[:SHOWN_NODES]
     width = None if sys.stdout.isatty() else 120  # of a file: rich would take 80

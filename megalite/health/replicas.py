@@ -98,9 +98,8 @@ def _as_integers(tensor: Tensor) -> Tensor:
     flat = tensor.detach().view(-1)
     if flat.nbytes % 8:
         return flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
-    if (
-        flat.storage_offset() * flat.element_size() % 8
-    ):  # not aligned to 8 bytes: a view as int64 is refused
+    # Not aligned to 8 bytes: a view as int64 is refused.
+    if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
     return flat.view(torch.int64)
 

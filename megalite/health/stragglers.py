@@ -85,9 +85,8 @@ class Stragglers:
         was."""
         if self._mesh.world.size == 1 or step % self._health.straggler_every:
             return
-        if (
-            self._last is not None
-        ):  # measured `straggler_every` steps ago: no device has to be waited for
+        # Measured `straggler_every` steps ago: no device has to be waited for.
+        if self._last is not None:
             self._shared = start_sharing(self._last.seconds(), self._mesh)
         NOW.timer = StepTimer(host_or_device_event(self._mesh.device))
 

@@ -90,9 +90,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         NOW.reset()
         if self._health.hang_timeout_s:
-            with contextlib.suppress(
-                OSError
-            ):  # a run that cannot write its heartbeats still trains
+            # A run that cannot write its heartbeats still trains.
+            with contextlib.suppress(OSError):
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._write(self._take())
             self._thread.start()
@@ -117,9 +116,8 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 path = self._folder / f"rank-{self._rank:05d}.stacks"
                 stacks = stack.enter_context(open(path, "w"))
-                stack.callback(
-                    faulthandler.cancel_dump_traceback_later
-                )  # before its file is closed
+                # Before its file is closed.
+                stack.callback(faulthandler.cancel_dump_traceback_later)
             while not self._over.wait(self._interval):
                 self._look()
                 if stacks is not None:
@@ -238,9 +236,8 @@ class Watchdog:
                 )
                 text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder, flights)
                 error_file.leave(first_behind(text))
-                os.write(
-                    2, text.encode()
-                )  # not through sys.stderr, whose lock a hanging thread may hold
+                # Not through sys.stderr, whose lock a hanging thread may hold.
+                os.write(2, text.encode())
                 with replacing(report) as temporary:
                     temporary.write_text(text)
             else:  # a launcher ends all ranks when the first one leaves

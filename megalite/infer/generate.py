@@ -120,9 +120,8 @@ def load_model(
     # `read` gives a flat range of a weight's elements, as ranks ask for their shards; here the
     # whole.
     read = from_hf(folder, weights, config, Mesh.alone(), seed)
-    kind = (
-        "master" if dtype else "weight"
-    )  # an adapter is merged in fp32, and rounded only where it must be
+    # An adapter is merged in fp32, and rounded only where it must be.
+    kind = "master" if dtype else "weight"
     tensors = {
         weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights
     }

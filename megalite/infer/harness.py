@@ -363,9 +363,8 @@ def load_tasks(
         for name in names:
             found = _load_task(manager, name)
             twice = sorted(loaded["tasks"].keys() & found.get("tasks", {}).keys())
-            if (
-                twice and isinstance(name, str) and Path(name).is_file()
-            ):  # of a group, a task may come again
+            # Of a group, a task may come again.
+            if twice and isinstance(name, str) and Path(name).is_file():
                 raise ConfigError(
                     f"{name}: a task before it is named {twice[0]!r} as well; name one of them otherwise"
                 )

@@ -78,9 +78,8 @@ class RanksModel:
         logits = torch.empty(shape, device=self.device)
         if outputs:
             whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
-            logits.copy_(
-                whole[..., : self.vocab_size]
-            )  # the vocabulary is padded to divide among tensor ranks
+            # The vocabulary is padded to divide among tensor ranks.
+            logits.copy_(whole[..., : self.vocab_size])
         if self.pipeline:
             dist.broadcast(
                 logits, group=self.mesh.pipeline.group, group_src=self.mesh.pipeline.size - 1

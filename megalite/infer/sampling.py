@@ -85,9 +85,8 @@ def choose(
     for row in ruled:
         found = samplings[row].rules.forbidden(ids[row], num_new[row], ends[row])
         known = [token for token in found if 0 <= token < logits_BV.shape[1]]
-        if (
-            len(known) < logits_BV.shape[1]
-        ):  # if all were forbidden, nothing could be drawn: the rules are ignored
+        # If all were forbidden, nothing could be drawn: the rules are ignored.
+        if len(known) < logits_BV.shape[1]:
             logits_BV[row, known] = -torch.inf
     likeliest_B = logits_BV.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
@@ -160,9 +159,8 @@ def _least_of_top_p(logits_BV: Tensor, top_p_B1: Tensor) -> Tensor:
     for count in (min(LIKELIEST, logits_BV.shape[1]), logits_BV.shape[1]):
         best = logits_BV.topk(count).values
         probabilities = (best - whole_B1).exp()
-        before = (
-            probabilities.cumsum(-1) - probabilities
-        )  # the token that crosses top_p is still in
+        # The token that crosses top_p is still in.
+        before = probabilities.cumsum(-1) - probabilities
         inside_B1 = (before < top_p_B1).sum(-1, keepdim=True).clamp(min=1)
         if bool((inside_B1 < count).logical_or(top_p_B1 >= 1).all()):
             break

@@ -79,9 +79,8 @@ class _ClampedGlu(Function):
         share = torch.sigmoid(clamped * alpha)
         # Numbers beyond the limit have no gradient.
         grad_pairs[..., 1] = (grad * clamped * share).masked_fill_(up.abs() > limit, 0.0)
-        slope = (
-            (1 - share).mul_(clamped).mul_(alpha).add_(1).mul_(share)
-        )  # of gate · sigmoid(α · gate)
+        # Of gate · sigmoid(α · gate).
+        slope = (1 - share).mul_(clamped).mul_(alpha).add_(1).mul_(share)
         grad_pairs[..., 0] = (
             slope.mul_(grad).mul_(up.clamp(-limit, limit).add_(1)).masked_fill_(gate > limit, 0.0)
         )

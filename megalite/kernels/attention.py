@@ -153,9 +153,8 @@ def eager_heads(
     """Attend head by head: [B,H,T,K], [B,H,S,K] and [B,H,S,V] → [B,H,T,V]. `mask` is a bool tensor,
     true where a query attends to a key, or a number to add to each score, or None; `sinks`
     [1,H,T,1] has the sink's logit of each query."""
-    scores = (q @ k.transpose(-1, -2)).float() * kind.scale_of(
-        q.shape[-1]
-    )  # fp32 from here to the softmax
+    # Fp32 from here to the softmax.
+    scores = (q @ k.transpose(-1, -2)).float() * kind.scale_of(q.shape[-1])
     if kind.softcap is not None:
         scores = (scores / kind.softcap).tanh() * kind.softcap
     if mask is not None:
@@ -478,10 +477,11 @@ def _flash_attn(
     if kind.scale is not None:
         options["softmax_scale"] = kind.scale
     if kind.window is not None:
+        # Tokens before and after.
         options["window_size"] = (
             kind.window - 1,
             0 if kind.causal else kind.window - 1,
-        )  # tokens before and after
+        )
     if kind.softcap is not None:
         options["softcap"] = kind.softcap
     if torch.are_deterministic_algorithms_enabled():

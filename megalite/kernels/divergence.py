@@ -115,9 +115,8 @@ class _Divergence(Function):
         columns: Columns,
         wanted: Divergence,
     ) -> Tensor:
-        student = (
-            student.contiguous()
-        )  # `flatten` below must be a view, for the gradient to be written into it
+        # `flatten` below must be a view, for the gradient to be written into it.
+        student = student.contiguous()
         student_NV, teacher_NV, labels_N = (
             student.flatten(0, -2),
             teacher.flatten(0, -2),
@@ -137,9 +136,8 @@ class _Divergence(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, labels_N = ctx.saved_tensors
-        student = (
-            student.detach()
-        )  # the same memory, which holds each token's gradient and is scaled by the loss's
+        # The same memory, which holds each token's gradient and is scaled by the loss's.
+        student = student.detach()
         _scale_(student.flatten(0, -2), grad, labels_N)
         increment_version(student)
         return student, None, None, None, None

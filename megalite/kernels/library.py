@@ -75,9 +75,8 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
                 f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
                 f"that it could stand for: {', '.join(functions) or 'there are none'}"
             )
-    if (
-        torch.are_deterministic_algorithms_enabled() != deterministic
-    ):  # asked first, since it imports the compiler
+    # Asked first, since it imports the compiler.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Only now, when nothing can fail any more: a refused section leaves the old choice.

@@ -142,9 +142,8 @@ class _CrossEntropy(Function):
         combine: Combine | None,
         terms: LossTerms | None,
     ) -> Tensor:
-        logits = (
-            logits.contiguous()
-        )  # `flatten` below must be a view, for the backward pass to write into it
+        # `flatten` below must be a view, for the backward pass to write into it.
+        logits = logits.contiguous()
         labels_N = labels.flatten()
         lse, target = _forward(logits.flatten(0, -2), labels_N, first, num_valid, terms)
         # From here on lse is that of the whole vocabulary: with it each rank computes its columns'

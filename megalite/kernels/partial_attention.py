@@ -42,9 +42,8 @@ def attend(
             q, k, v, bias, True, is_causal=causal, scale=scale
         )[:2]
         lse = lse[:, :, : q.shape[2]]  # the kernel pads it to a multiple of 32
-    if (
-        mask is not None
-    ):  # kernels differ in what they return for empty rows, and none of it can be merged
+    # Kernels differ in what they return for empty rows, and none of it can be merged.
+    if mask is not None:
         empty = ~mask.any(-1)
         out.masked_fill_(empty[..., None], 0.0)
         lse.masked_fill_(empty, -torch.inf)
@@ -79,9 +78,8 @@ def attend_backward(
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
-    lse = (
-        lse.contiguous()
-    )  # a slice of the queries is not contiguous, and these kernels do not check
+    # A slice of the queries is not contiguous, and these kernels do not check.
+    lse = lse.contiguous()
     # the kernels ask for a dropout state; there is no dropout
     seed = offset = torch.zeros(2, dtype=torch.int64, device=q.device)
     if _flash_on_cuda(q, mask):
@@ -102,9 +100,8 @@ def attend_backward(
             offset,
             scale=scale,
         )
-    lse = F.pad(
-        lse, (0, -lse.shape[-1] % 32), value=torch.inf
-    )  # padded as the forward kernel leaves it
+    # Padded as the forward kernel leaves it.
+    lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
     many_k, many_v = (_for_every_head(x, q) for x in (k, v))
     wanted = [True, True, True, False]
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(

@@ -97,9 +97,8 @@ def _is_ours(grad: Tensor) -> bool:
         return False
     storage = grad.untyped_storage()
     holders = 2  # of the storage: `grad` and `storage`
-    if (
-        whole := grad._base
-    ) is not None:  # `grad` is a view of the gradient [B,T,N,K] and keeps it alive
+    # `grad` is a view of the gradient [B,T,N,K] and keeps it alive.
+    if (whole := grad._base) is not None:
         if count(whole) != 2:  # held by `grad` and by `whole`
             return False
         holders += 1

@@ -250,9 +250,8 @@ class Updates:
         if module.dropout is not None:
             x = module.dropout(x)
         # [B, T, r · adapters]: the low-rank features of all adapters beside each other.
-        low = linear(
-            x, torch.cat(of_a) if len(of_a) > 1 else of_a[0]
-        )  # one read of `x` for all of them
+        # One read of `x` for all of them.
+        low = linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
         return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
 

@@ -47,9 +47,8 @@ class Console:
         self._valid: float | None = found[-1] if found else None
         self._best = min(found, default=math.inf)
         self._began = time.perf_counter()
-        self._pace: deque[tuple[float, int]] = deque(
-            maxlen=100
-        )  # when each of the last steps ended
+        # When each of the last steps ended.
+        self._pace: deque[tuple[float, int]] = deque(maxlen=100)
         self._drawn = 0.0
         self._lost = 0
         self._why = ""
@@ -218,9 +217,8 @@ class Console:
         if self._pace:
             _, last = self._pace[-1]
         took = clock(time.perf_counter() - self._began)
-        of = (
-            f" of {self._total:,}" if last <= self._total else ""
-        )  # a run may be resumed with fewer steps than it has
+        # A run may be resumed with fewer steps than it has.
+        of = f" of {self._total:,}" if last <= self._total else ""
         text = f"{status} at step {last:,}{of} after {took}"
         if self._loss is not None:
             text += f", loss {self._loss:.4f}"

@@ -30,9 +30,8 @@ class NoiseScale:
 
     def __init__(self, engine: NativeEngine, mesh: Mesh):
         self._gradients, self._mesh = engine.gradients, mesh
-        self._averages = torch.zeros(
-            3, dtype=torch.float64, device=mesh.device
-        )  # of S, of |G|², and of 1
+        # Of S, of |G|², and of 1.
+        self._averages = torch.zeros(3, dtype=torch.float64, device=mesh.device)
 
     def begin(self) -> None:
         """Begin to measure a step."""

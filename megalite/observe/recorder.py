@@ -89,9 +89,8 @@ class Recorder:
                 lambda: WandbSink(config, folder, wandb_id, self.message), WandbSink.name
             )
             self.wandb_id = wandb.id if wandb else wandb_id
-        self._add(
-            lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name
-        )  # last: it reads what jsonl wrote
+        # Last: it reads what jsonl wrote.
+        self._add(lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name)
 
     def step(self, record: dict[str, float]) -> None:
         """Record a training step.

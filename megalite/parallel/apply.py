@@ -75,9 +75,8 @@ def compile_layers(model: Decoder) -> None:
                 # The compiler turns products that wrap around int64 into constants that do not fit.
                 wrap(module, "drop", torch.compiler.disable)
             if isinstance(module, CoreAttention):
-                wrap(
-                    module, "note_logits", torch.compiler.disable
-                )  # it writes beside the layer's own values
+                # It writes beside the layer's own values.
+                wrap(module, "note_logits", torch.compiler.disable)
             if isinstance(module, LayerLoss | Experts):
                 # The backward pass of a loss takes note of it; an expert's rows are other ones in
                 # every pass.
@@ -95,10 +94,11 @@ def apply_chunked_loss(
     and `sequence` says whether sequence parallelism is on."""
     assert isinstance(model.head.weight, nn.Parameter)
     head = ChunkedHead(model.head.weight, axis, sequence, vocab_size_of(weights), rows)
+    # The head computes the loss itself; nn.Identity is never called.
     model.head, model.loss = (
         head,
         nn.Identity(),
-    )  # the head computes the loss itself; nn.Identity is never called
+    )
 
     def losses(x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         return head(model.finish(x_BTD), labels_BT, terms)

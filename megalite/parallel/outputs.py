@@ -76,9 +76,8 @@ class VocabShards:
     def largest_BT(self) -> Tensor:
         """Return the largest logit of each token, [B,T]; without a gradient."""
         logits_BTV = self.logits_BTV.detach()
-        none = logits_BTV.new_full(
-            (*logits_BTV.shape[:2], 1), -torch.inf
-        )  # a rank of padding alone has no columns
+        # A rank of padding alone has no columns.
+        none = logits_BTV.new_full((*logits_BTV.shape[:2], 1), -torch.inf)
         return all_reduce(torch.cat((logits_BTV, none), 2).amax(2), self.axis, dist.ReduceOp.MAX)
 
     def log_softmax(self) -> Tensor:

@@ -138,9 +138,8 @@ class Pipeline:
         """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The
         last stage calls `loss_of` once for each micro-batch."""
         streams = self._shapes_of(batch[0])
-        if (
-            len(batch) != self._micro_batches or streams != self._streams
-        ):  # the global batch or its sequences grow
+        # The global batch or its sequences grow.
+        if len(batch) != self._micro_batches or streams != self._streams:
             self._streams = streams
             self._make_schedule(len(batch))
         # Every rank has the whole batch: tokens, labels and documents need not travel between
@@ -153,10 +152,11 @@ class Pipeline:
         # Only now may the memory of what was sent last be used again.
         for part in self._parts:
             part.await_sent(0)
+        # Which hold what a frozen model has made of each micro-batch.
         self._batch, self._loss_of = (
             (),
             None,
-        )  # which hold what a frozen model has made of each micro-batch
+        )
         engine.finish()
 
     def _run(self, stage: Stage, streams: tuple[Tensor, ...], number: int) -> Streams:

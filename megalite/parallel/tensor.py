@@ -45,9 +45,8 @@ class _Leave(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.mark_dirty(
-            x
-        )  # x is always the fresh output of a product or look-up, which nothing else needs
+        # X is always the fresh output of a product or look-up, which nothing else needs.
+        ctx.mark_dirty(x)
         return all_reduce(x, axis)
 
     @staticmethod

@@ -246,9 +246,8 @@ class Costs:
         apart."""
         if self.kernels.software.sequence_first:
             return 0.0
-        if (
-            gathers and self.shapes.micro_batch_size == 1
-        ):  # the slices of one sequence arrive in order
+        # The slices of one sequence arrive in order.
+        if gathers and self.shapes.micro_batch_size == 1:
             return 0.0
         return self.kernels.memory(2.0 * self._whole, 1)
 
@@ -348,9 +347,8 @@ class Costs:
             forward += 2 * heads
             backward += 3 * heads
             kernels += 2
-        if (
-            shapes.hidden_dropout
-        ):  # forward: random keys, comparison, scaling, product; backward: a product
+        # Forward: random keys, comparison, scaling, product; backward: a product.
+        if shapes.hidden_dropout:
             forward += 2 * 12 * hidden
             backward += 2 * 3 * hidden
             kernels += 16

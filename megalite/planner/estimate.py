@@ -334,9 +334,8 @@ class Outlook:
             # Before its first pass a rank waits for the ranks before it; after its last, these
             # still work.
             ways = sum(work[index].forward for index in range(rank))
-            if (
-                not self._separate
-            ):  # under zero bubble no rank waits for the last weight-gradient passes
+            # Under zero bubble no rank waits for the last weight-gradient passes.
+            if not self._separate:
                 ways += sum(work[index].backward for index in range(rank))
             longest = max(longest, busy * plan.micro_batches + ways)
         return longest + self.optimizer_s

@@ -46,10 +46,11 @@ def frozen_bytes(
     Raises ConfigError where it does not fit the layout."""
     if table.frozen is None:
         return FrozenBytes((0,) * plan.pipeline)
+    # No layer keeps anything.
     table, train = (
         table.frozen,
         config.train.model_copy(update={"recompute": "full"}),
-    )  # no layer keeps anything
+    )
     own = table.config.model_copy(update={"parallel": config.parallel, "train": train})
     try:
         plan = make_plan(own, table.weights, plan.world_size)

@@ -182,9 +182,8 @@ def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
 
 def _described(path: Path, key: str, section: type[S]) -> S:
     values = parse_yaml(read_text(path, ConfigError), str(path))
-    if (
-        isinstance(values, list) and len(values) == 1
-    ):  # a row of the table, copied as it stands there
+    # A row of the table, copied as it stands there.
+    if isinstance(values, list) and len(values) == 1:
         values = values[0]
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected the `field: value` lines of one {key}")

@@ -28,9 +28,8 @@ def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> 
     `micro_batches`.
 
     `schedule` is parallel.schedule: 1f1b, interleaved or zero_bubble."""
-    if (
-        pipeline == 1
-    ):  # the engine's own loop: forward and backward of one micro-batch after the other
+    # The engine's own loop: forward and backward of one micro-batch after the other.
+    if pipeline == 1:
         actions = []
         for number in range(micro_batches):
             actions += [Action("F", 0, number), Action("B", 0, number)]

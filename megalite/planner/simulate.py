@@ -223,9 +223,8 @@ def _reduce(
     for piece in reversed(work.pieces):
         ready += piece.backward
         if piece.reduce:
-            began = max(
-                state.traffic, ready
-            )  # after the reduction before, and not before the gradients are there
+            # After the reduction before, and not before the gradients are there.
+            began = max(state.traffic, ready)
             first = began if first is None else first
             state.traffic = began + piece.reduce
     # One event for the stage: a picture has no room for one a layer.

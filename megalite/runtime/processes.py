@@ -27,12 +27,10 @@ def worker_pool(
 def start_worker() -> None:
     """Prepare a process of a pool: it tokenizes in one thread, ignores Ctrl-C, and ends with its
     parent."""
-    os.environ.update(
-        TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1"
-    )  # the processes are the parallelism
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent alone answers it
+    # The processes are the parallelism.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
+    # Ctrl-C reaches the whole group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent()
 
 

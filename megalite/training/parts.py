@@ -176,9 +176,8 @@ def forward_backward(
     found = all_reduce(
         torch.cat((found, layers.means(mesh.device))) if layers.names else found, mesh.world
     )
-    found = torch.where(
-        num_labels > 0, found, torch.nan
-    )  # a mean of nothing is not 0, the best loss there is
+    # A mean of nothing is not 0, the best loss there is.
+    found = torch.where(num_labels > 0, found, torch.nan)
     return dict(zip(("loss", *objective.metrics, *layers.names), found.unbind(), strict=True))
 
 
@@ -223,9 +222,8 @@ def make_inputs(
     dropout its keys, None: no dropout; `output` is what is asked of the last stage."""
     context, overlaps = mesh.context, None
     if context.size > 1 and micro.documents is not None:
-        overlaps = document_overlaps(
-            micro.documents, context
-        )  # on the host: what is not to be computed must be known there
+        # On the host: what is not to be computed must be known there.
+        overlaps = document_overlaps(micro.documents, context)
     on_host = micro.documents
     micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]

@@ -329,9 +329,8 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     changed = {name for name, x in before.items() if not torch.equal(found[name], x)}
     assert changed == {f"transformer.h.1.{module}.weight" for module in ("attn.c_attn", "mlp.c_fc")}
     for name, x in found.items():
-        torch.testing.assert_close(
-            x, wanted[name], rtol=0, atol=1e-6
-        )  # B A summed in another order
+        # B A summed in another order.
+        torch.testing.assert_close(x, wanted[name], rtol=0, atol=1e-6)
     assert type(opened(tmp_path / "hf")) is type(base)
 
 

@@ -51,9 +51,8 @@ def test_logits_are_those_of_the_dense_model(
     with torch.no_grad():
         wanted = dense(TOKENS).logits
         assert wanted.std() > 0.5
-        assert (
-            model.eval()(TOKENS).logits - wanted
-        ).abs().max().item() <= 2e-5  # fp32 sums of other terms
+        # Fp32 sums of other terms.
+        assert (model.eval()(TOKENS).logits - wanted).abs().max().item() <= 2e-5
 
 
 @pytest.mark.parametrize(

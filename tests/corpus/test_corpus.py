@@ -348,9 +348,8 @@ def test_no_duplicate_crosses_the_split(tmp_path):
     assert len(sides) == 150
     assert all(len(found) == 1 for found in sides.values())
     shares = [report["splits"][side]["documents"] / 750 for side in ("train", "valid", "test")]
-    for found, wanted in zip(
-        shares, (0.7, 0.2, 0.1), strict=True
-    ):  # three standard deviations of 150 draws
+    # Three standard deviations of 150 draws.
+    for found, wanted in zip(shares, (0.7, 0.2, 0.1), strict=True):
         assert found == pytest.approx(wanted, abs=3 * (wanted * (1 - wanted) / 150) ** 0.5)
 
 
@@ -361,9 +360,8 @@ def test_compression_and_stages_that_are_off(raw, tmp_path):
     names = [stage["name"] for stage in report["stages"]]
     assert not {"c4", "near", "words"} & set(names)
     with gzip.open(min((tmp_path / "out" / "train").iterdir()), "rt", encoding="utf-8") as file:
-        assert (
-            json.loads(file.readline())["id"] == "latin"
-        )  # the first that is kept of the first file, planted/bad.jsonl
+        # The first that is kept of the first file, planted/bad.jsonl.
+        assert json.loads(file.readline())["id"] == "latin"
     kept = {document.metadata["id"] for _, document in documents_of(tmp_path / "out")}
     assert {"near-copy", "spaced-copy", "lorem"} <= kept
     assert not {"exact-copy", "german"} & kept

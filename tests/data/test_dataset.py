@@ -230,6 +230,5 @@ def test_ten_billion_tokens_start_at_once_in_constant_memory(tmp_path, monkeypat
     seconds, peak, resident = first_batch(10_000_000)
     assert seconds < 2
     assert peak < small_peak + 2**20  # one index of it would take 40 MB and more
-    assert (
-        resident < 64 * 2**20
-    )  # pages of the map that the kernel read around the samples, of 20 GB
+    # Pages of the map that the kernel read around the samples, of 20 GB.
+    assert resident < 64 * 2**20

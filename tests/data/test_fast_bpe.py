@@ -298,9 +298,8 @@ def test_added_tokens_of_all_settings_beside_each_other(tmp_path, small, normali
         try:
             expected = tokenizer.encode_batch(texts)
         except BaseException as error:
-            if "bad split" not in str(
-                error
-            ):  # Hugging Face's panic where two tokens strip the same spaces
+            # Hugging Face's panic where two tokens strip the same spaces.
+            if "bad split" not in str(error):
                 raise
             continue
         rows, num_left = rows_of(fast, texts)

@@ -34,9 +34,8 @@ def test_both_gathers_do_what_the_slices_say(dtype, size, room, data):
     starts = int64s(*(data.draw(st.integers(0, size - length)) for length in lengths.tolist()))
     places = int64s(*(data.draw(st.integers(0, room - length)) for length in lengths.tolist()))
     expected = [-7] * room  # what no piece covers stays
-    for start, length, place in zip(
-        starts, lengths, places, strict=True
-    ):  # where pieces overlap, the last one stays
+    # Where pieces overlap, the last one stays.
+    for start, length, place in zip(starts, lengths, places, strict=True):
         expected[place : place + length] = [int(token) for token in tokens[start : start + length]]
     for gather in (gather_reference, native):
         out = np.full((room, 1), -7)

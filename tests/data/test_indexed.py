@@ -267,9 +267,8 @@ def test_ten_billion_tokens_open_at_once(tmp_path):
         length,
     )
     assert seconds < 2
-    assert (
-        peak < 1 << 20
-    )  # a list of the documents, or an array of their lengths, would need 40 MB or more
+    # A list of the documents, or an array of their lengths, would need 40 MB or more.
+    assert peak < 1 << 20
     # Pages of the mapping that were looked at count as resident, in units of what the kernel reads
     # ahead.
     assert resident_kb() - before < 16 << 10

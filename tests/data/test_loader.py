@@ -225,9 +225,8 @@ def test_batches_for_a_gpu_are_pinned_and_the_same(dataset, monkeypatch) -> None
     for mine, theirs in zip(found[0] + found[1], plain[0] + plain[1], strict=True):
         for name in ("tokens", "labels", "samples", "documents"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
-            assert not any(
-                getattr(mine, name) is x for x in pinned
-            )  # what is handed out is the pinned copy
+            # What is handed out is the pinned copy.
+            assert not any(getattr(mine, name) is x for x in pinned)
 
 
 def test_nothing_is_copied_on_the_cpu(dataset) -> None:

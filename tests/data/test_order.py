@@ -76,9 +76,8 @@ def test_permute_sends_each_index_everywhere_alike(size):
 def test_different_keys_give_unrelated_permutations(first, second):
     index = np.arange(1000)
     equal = int((permute(index, 1000, first) == permute(index, 1000, second)).sum())
-    assert (
-        equal == 1000 if first == second else equal < 12
-    )  # Poisson with mean 1: above 11 once in a billion
+    # Poisson with mean 1: above 11 once in a billion.
+    assert equal == 1000 if first == second else equal < 12
 
 
 def test_permute_takes_a_key_for_each_index_and_keeps_shapes():
@@ -165,9 +164,8 @@ def test_sequential_blend_interleaves_evenly_and_keeps_each_sources_order():
         assert np.array_equal(position[source == number], np.arange(2 * quota))
         taken = np.cumsum(source == number)
         share = np.arange(1, 2 * BLOCK + 1) * quota / BLOCK
-        assert (
-            np.abs(taken - share).max() < 2
-        )  # never more than two samples ahead of its share or behind
+        # Never more than two samples ahead of its share or behind.
+        assert np.abs(taken - share).max() < 2
 
 
 def test_a_source_alone_keeps_its_order():

@@ -368,9 +368,8 @@ def test_reading_never_runs_far_ahead():
             yield "block"
 
     with ThreadPoolExecutor(2) as pool:
-        results = module.in_order(
-            endless(), len, pool, workers=2
-        )  # len stands in for the tokenizer
+        # Len stands in for the tokenizer.
+        results = module.in_order(endless(), len, pool, workers=2)
         for taken in range(1, 50):
             assert next(results) == ("block", 5)
             assert read - taken < module.BLOCKS_PER_WORKER * 2

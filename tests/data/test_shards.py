@@ -89,19 +89,16 @@ def test_finished_shards_are_kept_unless_something_changed(
     assert shard(tmp_path, tokenizer, inputs, 0, 3).remark == "complete already"
     monkeypatch.undo()
     assert shard(tmp_path, tokenizer, inputs, 0, 3, exact=True).tokenized_by == "tokenizers"
-    assert (
-        shard(tmp_path, tokenizer, inputs, 0, 3).remark == "complete already"
-    )  # exact serves as well
+    # Exact serves as well.
+    assert shard(tmp_path, tokenizer, inputs, 0, 3).remark == "complete already"
     with open(f"{first.prefix}.bin", "ab") as file:
         file.write(b"..")  # not what its .idx says
     assert shard(tmp_path, tokenizer, inputs, 0, 3).tokenized_by == "gigatoken"
-    preprocess(
-        inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(1, 3)
-    )  # without ends of documents
+    # Without ends of documents.
+    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(1, 3))
     shard(tmp_path, tokenizer, inputs, 2, 3)
-    assert not list(
-        tmp_path.glob("x/x_text_document.bin")
-    )  # the second one does not belong to the others
+    # The second one does not belong to the others.
+    assert not list(tmp_path.glob("x/x_text_document.bin"))
     whole = shard(tmp_path, tokenizer, inputs, 1, 3)
     assert [Path(f"{whole.prefix}.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
 
@@ -255,9 +252,8 @@ def test_pairs_are_appended_without_their_tokens_being_read(tmp_path, monkeypatc
         calls.append(count)
         if kernel == "refuses" or (kernel == "gives up" and len(calls) % 2 == 0):
             raise OSError(errno.EXDEV, "another file system")
-        return copy(
-            source, target, min(count, 700)
-        )  # the kernel may copy less than it was asked for
+        # The kernel may copy less than it was asked for.
+        return copy(source, target, min(count, 700))
 
     if kernel == "has nothing":
         monkeypatch.delattr(os, "copy_file_range")

@@ -359,9 +359,8 @@ def test_a_tokenizer_json_is_equal_to_its_model_or_there_is_none(
     expected = theirs.encode(texts)
     assert alone.encode_documents(texts) == expected
     assert saved.encode_documents(texts) == expected
-    if (
-        not why and name != "no bytes" and "squeezed" not in name
-    ):  # <unk> and spaces in front are shown otherwise
+    # <unk> and spaces in front are shown otherwise.
+    if not why and name != "no bytes" and "squeezed" not in name:
         assert [saved.decode(ids) for ids in expected] == [alone.decode(ids) for ids in expected]
 
 

@@ -25,9 +25,8 @@ class EmulatedCuda:
             raise pytest.UsageError(f"emulated CUDA: {library.why_not_built()}")
         module.set_isa(0)  # tests find one set of instructions of the CPU, not each
         path = build_library.build()
-        torch.ops.load_library(
-            path
-        )  # torch warns that operators of the CPU are registered once more
+        # Torch warns that operators of the CPU are registered once more.
+        torch.ops.load_library(path)
         loaded = ctypes.CDLL(str(path))
         self._launches, self._try = loaded.emulated_cuda_launches, loaded.try_launch
         self._launches.restype = self._try.restype = ctypes.c_char_p

@@ -68,9 +68,8 @@ def test_the_average_is_that_of_the_weights(
     found = kind_of(config, 6, "optimizer/ema")
     assert found.keys() == average.keys()
     for name, value in found.items():
-        torch.testing.assert_close(
-            value.double(), average[name], rtol=1e-5, atol=1e-7
-        )  # fp32 against float64
+        # Fp32 against float64.
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
     resumed = kind_of(broken, 6, "optimizer/ema")
     assert all(torch.equal(resumed[name], found[name]) for name in found)
     assert curve_of(broken) == curve_of(config), (

@@ -239,9 +239,8 @@ def test_a_product_with_its_own_transpose(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     gram = symmetric_product(x)
     wanted = x.double() @ x.double().mT
-    torch.testing.assert_close(
-        gram.double(), wanted, rtol=1e-5, atol=1e-4
-    )  # sums of 300 products in fp32
+    # Sums of 300 products in fp32.
+    torch.testing.assert_close(gram.double(), wanted, rtol=1e-5, atol=1e-4)
     assert torch.equal(gram, gram.mT)
     found = symmetric_product(gram, gram, beta=-0.5, alpha=0.25)
     torch.testing.assert_close(

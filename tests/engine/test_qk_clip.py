@@ -48,9 +48,8 @@ def test_the_largest_logits_are_those_of_whole_matrices(
     for at_once in (2**24, 7 * 3 * 6 * 23, 1):  # all, pieces of 7 queries, one query at a time
         monkeypatch.setattr(attention, "LOGITS_AT_ONCE", at_once)
         found = largest_logits(q, k, documents if packed else None, KINDS[kind])
-        torch.testing.assert_close(
-            found, wanted, rtol=1e-6, atol=1e-6
-        )  # sums of 8 products in fp32
+        # Sums of 8 products in fp32.
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_are_scaled_wherever_a_shard_is_cut() -> None:

@@ -88,8 +88,7 @@ def test_slow_now_and_then_or_by_little_is_not_named() -> None:
     for seconds in (0.3, 0.3, 0.1, 0.3, 0.3, 0.1):
         stragglers._compare([0.1, seconds, 0.1])
     for _ in range(3):
-        stragglers._compare(
-            [0.001, 0.005, 0.001]
-        )  # five times as long, but by less than a process waits for its turn
+        # Five times as long, but by less than a process waits for its turn.
+        stragglers._compare([0.001, 0.005, 0.001])
     assert stragglers.record() == {}
     assert stragglers.news() == []

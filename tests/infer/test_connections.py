@@ -151,9 +151,8 @@ def test_an_answer_that_takes_long_is_given_and_one_that_nobody_takes_is_not(
         )
 
         def is_dropped() -> bool:
-            clock.now += (
-                connections.STALLED_S + 1
-            )  # again, where the system has taken some more of it
+            # Again, where the system has taken some more of it.
+            clock.now += connections.STALLED_S + 1
             seen_by(local)
             return theirs not in local.server.server_state.connections
 

@@ -67,9 +67,8 @@ def test_vectors_are_those_of_transformers(
     for text, vector, of_one in zip(TEXTS, found, short, strict=True):
         states = asked(folder, text, transformers.AutoModel)[1]
         wanted = (states.mean(0) if pooling == "mean" else states[0]).numpy()
-        np.testing.assert_allclose(
-            vector, wanted, rtol=0, atol=1e-5
-        )  # the project's bound of embeddings
+        # The project's bound of embeddings.
+        np.testing.assert_allclose(vector, wanted, rtol=0, atol=1e-5)
         np.testing.assert_allclose(of_one, wanted / np.linalg.norm(wanted), rtol=0, atol=1e-5)
 
 

@@ -62,9 +62,8 @@ def test_openais_client_gets_the_vectors_of_embed(local: Local, folder: Path) ->
         "the two around each text count"
     )
     [alone] = local.client().embeddings.create(model="", input=TEXTS[1]).data
-    np.testing.assert_allclose(
-        alone.embedding, wanted[1], rtol=0, atol=1e-5
-    )  # beside others: sums in another order
+    # Beside others: sums in another order.
+    np.testing.assert_allclose(alone.embedding, wanted[1], rtol=0, atol=1e-5)
     tokens = local.client().embeddings.create(model="tiny", input=[[2, 20, 3], [2, 7, 8, 9, 3]])
     np.testing.assert_allclose(vectors_of(tokens), wanted[[1, 0]], rtol=0, atol=1e-5)
 
@@ -142,9 +141,8 @@ def test_a_cross_encoder_ranks_by_what_it_tells_of_both_texts(case: str, tmp_pat
         with torch.no_grad():
             wanted.append(model(torch.tensor([encoded.ids]), **types).logits.sigmoid().item())
     found = {each["index"]: each["relevance_score"] for each in answer["results"]}
-    assert [found[number] for number in range(4)] == pytest.approx(
-        wanted, abs=1e-4
-    )  # the project's bound
+    # The project's bound.
+    assert [found[number] for number in range(4)] == pytest.approx(wanted, abs=1e-4)
     assert [*found] == sorted(found, key=lambda number: -wanted[number])
 
 

@@ -267,9 +267,8 @@ def test_ranks_find_the_same_and_write_it_once(tmp_path: Path, tasks: Path) -> N
     for layout in ("tensor", "pipeline"):
         output = tmp_path / f"{layout}.json"
         for found in run_ranks(2, evaluate_on_rank, folder, asked, output, {layout: 2}):
-            assert found == pytest.approx(
-                wanted, rel=1e-5
-            )  # sums over ranks are rounded in another order
+            # Sums over ranks are rounded in another order.
+            assert found == pytest.approx(wanted, rel=1e-5)
         assert json.loads(output.read_text())["results"].keys() == set(NAMES)
     alone = json.loads((tmp_path / "alone.json").read_text())
     assert alone["results"]["story"]["bits_per_byte,none"] == wanted["story/bits_per_byte"]

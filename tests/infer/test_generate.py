@@ -252,19 +252,22 @@ def shares(sampling: Sampling, logits_V: Tensor) -> Tensor:
         (Sampling(top_p=0.3), [0, 1, 0, 0, 0]),  # the likeliest token is always in
         (Sampling(top_p=0.6), [0, 0.4, 0, 0.25, 0]),  # 0.4 + 0.25 reach it
         (Sampling(top_p=0.7), [0, 0.4, 0, 0.25, 0.2]),
+        # Top-p of what top-k left: 0.85 of 0.95 is 0.89.
         (
             Sampling(top_k=4, top_p=0.87),
             [0, 0.4, 0, 0.25, 0.2],
-        ),  # top-p of what top-k left: 0.85 of 0.95 is 0.89
+        ),
+        # Tempered: 0.59, then 0.23.
         (
             Sampling(temperature=0.5, top_p=0.6),
             [0, 0.4**2, 0, 0.25**2, 0],
-        ),  # tempered: 0.59, then 0.23
+        ),
         (Sampling(min_p=0.45), [0, 0.4, 0, 0.25, 0.2]),  # at least 0.18
+        # Tempered: 0.55, then 0.22, 0.14.
         (
             Sampling(temperature=0.5, min_p=0.3),
             [0, 0.4**2, 0, 0.25**2, 0],
-        ),  # tempered: 0.55, then 0.22, 0.14
+        ),
         (Sampling(min_p=1.0), [0, 1, 0, 0, 0]),
     ],
 )

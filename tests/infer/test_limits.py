@@ -478,10 +478,11 @@ def test_a_body_of_many_parts_is_refused_before_it_is_parsed(
     body, what = PARTS[kind]
     monkeypatch.setattr("json.loads", pytest.fail)
     with serving(model, tmp_path) as local:
+        # Also of a length that is not told.
         for content in (
             body,
             iter([body[:5000], body[5000:]]),
-        ):  # also of a length that is not told
+        ):
             headers = {"content-type": "application/json"}
             answer = httpx.post(
                 f"{local.url}/v1/chat/completions", content=content, headers=headers

@@ -70,9 +70,8 @@ def test_answers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
     config = config_with_samples(tmp_path, "asked", *both)
     train(config_with_samples(tmp_path, "asked", *both, "train.stop_at=12"))
     assert [line["step"] for line in samples_of(config)] == [8] * 3 + [12] * 3
-    with (config.run.folder / "samples.jsonl").open(
-        "a"
-    ) as file:  # of a step that no checkpoint has
+    # Of a step that no checkpoint has.
+    with (config.run.folder / "samples.jsonl").open("a") as file:
         file.write(json.dumps({"step": 13, "prompt": "lost", "answer": "lost"}) + "\n")
     train(config)
     assert curve_of(config) == curve_of(plain), "bit for bit"

@@ -527,9 +527,8 @@ def test_documents_and_windows_on_gpus_are_sequences_of_their_own(varlen: list[i
         found = self_attention(qkv, 4, 2, documents, kind)
         torch.testing.assert_close(found, plain_attention(qkv, 4, 2, documents, kind))
     assert varlen == [5, 2, 5, 2, 5]
-    self_attention(
-        qkv, 4, 2
-    )  # nothing but causal: torch's flash attention leaves out by itself what lies behind
+    # Nothing but causal: torch's flash attention leaves out by itself what lies behind.
+    self_attention(qkv, 4, 2)
     assert len(varlen) == 5
 
 

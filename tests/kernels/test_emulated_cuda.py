@@ -15,9 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @needs_kernels
-@pytest.mark.timeout(
-    1800
-)  # it compiles for a minute, and then takes another; a busy machine has less to give
+# It compiles for a minute, and then takes another; a busy machine has less to give.
+@pytest.mark.timeout(1800)
 def test_cuda_kernels_pass_their_tests_on_an_emulated_device() -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", ROOT / "tools" / "emulated_cuda.sh"]

@@ -130,9 +130,8 @@ def test_weights_of_experts_get_their_gradient(dtype: torch.dtype, device: torch
     unpermute(rows.to(device), mine, groups).backward(grad.to(device))
     wanted = (rows[groups.row_TK.cpu()].double() * grad[:, None].double()).sum(-1)
     assert mine.grad is not None
-    assert (
-        error(mine.grad, wanted) <= 1e-5
-    )  # fp32 sums of 70 products, whatever the dtype of the rows
+    # Fp32 sums of 70 products, whatever the dtype of the rows.
+    assert error(mine.grad, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

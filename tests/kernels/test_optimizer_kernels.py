@@ -57,9 +57,8 @@ def run(
 @pytest.mark.parametrize("copies", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_adamw_against_float64(size: int, copies: bool, offset: int, device: torch.device) -> None:  # noqa: F811
-    wanted = run(
-        size, 5, torch.device("cpu"), torch.float64, False
-    )  # float64 is the reference's alone
+    # Float64 is the reference's alone.
+    wanted = run(size, 5, torch.device("cpu"), torch.float64, False)
     found = run(size, 5, device, torch.float32, copies, offset)
     for a, b in zip(found, wanted, strict=False):
         assert error(a, b) <= BOUND[torch.float32]

@@ -17,12 +17,13 @@ CASES = [
     ((2, 5, 6, 8), 1, 4, 4),
     ((2, 5, 6, 8), 2, 4, 6),
     ((1, 7, 3, 10), 1, 3, 2),  # partial: the last 4 of a head are left alone
+    # Partial: packs of 16 bytes fit into the pairs, but not into the heads.
     (
         (1, 7, 3, 18),
         1,
         8,
         2,
-    ),  # partial: packs of 16 bytes fit into the pairs, but not into the heads
+    ),
     ((3, 9, 5, 128), 3, 64, 3),
     ((2, 33, 4, 64), 1, 32, 0),
     ((2, 3, 4, 6), 1, 0, 4),
@@ -79,9 +80,8 @@ def test_rotate(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
-    cos, sin = (
-        x.expand(5, 3, 4).transpose(0, 1) for x in angles(1, 3, 4)
-    )  # [3,5,4], strides 4, 0, 1
+    # [3,5,4], strides 4, 0, 1.
+    cos, sin = (x.expand(5, 3, 4).transpose(0, 1) for x in angles(1, 3, 4))
     check_against_float64(
         lambda qkv: rotate(qkv * 1, 8, 4, cos.to(device), sin.to(device)),
         lambda qkv: by_complex_numbers(qkv.unflatten(-1, (6, 8)), cos.double(), sin.double(), 4),

@@ -82,9 +82,8 @@ def test_materialized_scores_have_sinks_too() -> None:
     column = sinks[None, :, None, None]
     scores = torch.cat(((q @ k.transpose(-1, -2)) * 8**-0.5, column.expand(2, 4, 5, 1)), -1)
     found = eager_heads(q, k, v, None, AttentionKind(sinks=True), sinks=column)
-    torch.testing.assert_close(
-        found, scores.softmax(-1)[..., :-1] @ v, rtol=0, atol=1e-6
-    )  # scores are fp32
+    # Scores are fp32.
+    torch.testing.assert_close(found, scores.softmax(-1)[..., :-1] @ v, rtol=0, atol=1e-6)
 
 
 def test_soft_capped_scores_are_refused() -> None:

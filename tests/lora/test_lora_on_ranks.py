@@ -186,9 +186,8 @@ def run(folder: Path, layout: Layout) -> Result:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every model, as transformers saves it, and in it an adapter, as PEFT does."""
-    transformers = pytest.importorskip(
-        "transformers"
-    )  # here: ranks, which need it not, load this file
+    # Here: ranks, which need it not, load this file.
+    transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     root = tmp_path_factory.mktemp("models")
     for name, values in MODELS.items():

@@ -78,13 +78,11 @@ def test_logits_and_gradients_are_those_of_transformers(pair: tuple[nn.Module, P
     ours = load_model(folder).requires_grad_()
     tokens, labels = tokens_and_labels()
     found, wanted = our_logits(ours, tokens), their_logits(theirs, tokens)
-    least = (
-        0.1 if getattr(theirs.config, "scale_decoder_outputs", False) else 0.5
-    )  # T5 1.0's are scaled by 1/√32
+    # T5 1.0's are scaled by 1/√32.
+    least = 0.1 if getattr(theirs.config, "scale_decoder_outputs", False) else 0.5
     assert wanted.std() > least, "logits large enough that the bound means something"
-    assert (
-        found - wanted
-    ).abs().max().item() <= 1e-4  # the project's bound; fp32 sums in another order give 1e-6
+    # The project's bound; fp32 sums in another order give 1e-6.
+    assert (found - wanted).abs().max().item() <= 1e-4
 
     ours.loss(found, labels).sum().div(7).backward()
     theirs.zero_grad()
@@ -163,9 +161,8 @@ def test_a_document_beside_others_is_what_it_is_alone(case: str, tmp_path: Path)
     with torch.no_grad():
         found = load_model(tmp_path)(inputs.tokens_BT, inputs.places).split(lengths, 1)
         for text, logits in zip(texts, found, strict=True):
-            assert (
-                logits - their_logits(theirs, text)
-            ).abs().max().item() <= 1e-4  # as for every family
+            # As for every family.
+            assert (logits - their_logits(theirs, text)).abs().max().item() <= 1e-4
 
 
 HEADED = ["llama-3", "gpt2", "mistral", "qwen2-window", "qwen3", "smollm3"]
@@ -443,9 +440,8 @@ def test_gpt2_as_openai_community_stores_it(tmp_path: Path) -> None:
     theirs = their_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path)
     tokens, _ = tokens_and_labels()
-    assert (
-        load_model(tmp_path)(tokens) - theirs(tokens).logits
-    ).abs().max().item() <= 1e-4  # as above
+    # As above.
+    assert (load_model(tmp_path)(tokens) - theirs(tokens).logits).abs().max().item() <= 1e-4
 
 
 GEMMA3_NAMES = {
@@ -585,9 +581,8 @@ def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS, ranks: int =
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     x = torch.ones(4, 64, 256)
     found = dropped(Dropout(0.3, "a"), x)
-    assert found.unique().tolist() == pytest.approx(
-        [0.0, 1 / 0.7], rel=1e-7
-    )  # one rounding of fp32
+    # One rounding of fp32.
+    assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.7], rel=1e-7)
     # 65,536 draws: four standard deviations √(0.3·0.7/n) of each share.
     shares = (found == 0).double().mean((1, 2))
     assert (shares - 0.3).abs().max().item() < 4 * (0.21 / 65536) ** 0.5

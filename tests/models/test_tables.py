@@ -42,9 +42,10 @@ def test_every_family_has_a_case() -> None:
     assert {values["model_type"] for values in CASES.values()} == set(families.own)
 
 
+# test_t5.py.
 @pytest.mark.parametrize(
     "case", [case for case in CASES if CASES[case]["model_type"] not in SEQ2SEQ]
-)  # test_t5.py
+)
 def test_initial_values(case: str) -> None:
     family = CASES[case]["model_type"]
     for weight in table_of(case):

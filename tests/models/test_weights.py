@@ -210,10 +210,11 @@ def test_padding_of_the_vocabulary(vocab: int, tensor: int, rows: int) -> None:
     [
         (Weight("layers.0.out", (8, 9), ("h",), "row"), "9 features"),
         (Weight("layers.0.up", (9, 8), ("h",), "column"), "9 features"),
+        # 12 rows, uneven parts.
         (
             Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)),
             "3 features",
-        ),  # 12 rows, uneven parts
+        ),
         (
             Weight("layers.0.qkv", (16, 4), ("q", "k", "v"), "column", (8, 4, 4), unit=4),
             "1 heads of 4",

@@ -113,10 +113,11 @@ def test_a_log_file_gets_a_plain_line_every_log_every_steps(
     assert lines[1] == "tensor 2  data 1"
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split("/")[0].split()[-1] for line in steps] == ["1", "4", "8", "12", "16", "20"]
+    # Aligned.
     assert (
         len({line.index("  loss ") for line in steps} | {line.index("tokens/s") for line in steps})
         == 2
-    )  # aligned
+    )
     assert max(len(line) for line in steps) <= 120
     assert "valid 10/20  loss   1.0000  perplexity 2.72  down 1.0000, best so far  <<<" in lines
     assert "saved checkpoints/step-00000020" in lines
@@ -315,9 +316,8 @@ def test_tensorboard_holds_every_scalar(tmp_path: Path) -> None:
     recorder.close("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
-    assert events.Scalars("valid/perplexity")[-1].value == pytest.approx(
-        math.exp(0.5), rel=1e-6
-    )  # stored as fp32
+    # Stored as fp32.
+    assert events.Scalars("valid/perplexity")[-1].value == pytest.approx(math.exp(0.5), rel=1e-6)
 
 
 def test_wandb_offline_writes_one_run_under_one_id_over_resumes(tmp_path: Path) -> None:

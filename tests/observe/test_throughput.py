@@ -32,9 +32,8 @@ def test_flops_follow_the_published_convention() -> None:
     attention = AttentionSpec(num_heads=96, num_kv_heads=96, head_size=128, value_size=128)
     flops = flops_per_token(num_params, 96 * attention.products(2048))
     assert flops == 6 * num_params + 12 * 96 * 12288 * 2048
-    assert flops / (6 * num_params) == pytest.approx(
-        1.0277, abs=1e-4
-    )  # attention is 2.8 % of that model's work
+    # Attention is 2.8 % of that model's work.
+    assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)
 
 
 def flops_of(length: int, lora: LoraConfig | None = None, **model: Any) -> float:

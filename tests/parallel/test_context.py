@@ -290,9 +290,8 @@ def test_equals_one_process(case: Case, world_size: int) -> None:
                 found = sum(of_rank.cases[case][key][0] for of_rank in results_of(world_size))  # type: ignore[assignment]
             assert found.shape == wanted.shape
             off = error(found, wanted)
-            assert off <= TOLERANCE[case.dtype], (
-                f"{key} on rank {rank} is off by {off:.1e}"
-            )  # fails for NaN too
+            # Fails for NaN too.
+            assert off <= TOLERANCE[case.dtype], f"{key} on rank {rank} is off by {off:.1e}"
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

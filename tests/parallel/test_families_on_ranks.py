@@ -224,9 +224,8 @@ def run(folder: Path, layout: Layout) -> Result:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the random model of every case, as transformers saves it."""
-    transformers = pytest.importorskip(
-        "transformers"
-    )  # here: ranks, which need it not, load this file
+    # Here: ranks, which need it not, load this file.
+    transformers = pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("models")
     for case in (*FAMILIES, *KIN):
         torch.manual_seed(0)

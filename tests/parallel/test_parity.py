@@ -633,9 +633,8 @@ class PlainMuon(torch.optim.Optimizer):
             buffer.mul_(0.95).add_(p.grad, alpha=0.05)
             seen = (0.05 * p.grad + 0.95 * buffer).double()
             p.mul_(1 - group["lr"] * 0.1)
-            rows, seen_rows = (
-                each.flatten(0, -2).split(group["rows"]) for each in (p, seen)
-            )  # of stacks, too
+            # Of stacks, too.
+            rows, seen_rows = (each.flatten(0, -2).split(group["rows"]) for each in (p, seen))
             for part, x in zip(rows, seen_rows, strict=True):
                 x = x / x.norm()
                 for _ in range(5):

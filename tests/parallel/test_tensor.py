@@ -207,9 +207,8 @@ def block(axis: Axis, sequence: bool) -> Result:
     x_local = leaf(part(x, axis, 1) if sequence else x)
     y_local = down_local(torch.tanh(up_local(x_local)))
     (y_local * (part(weights, axis, 1) if sequence else weights)).sum().backward()
-    bias_grad = (
-        all_reduce(bias.grad.clone(), axis) if sequence else bias.grad
-    )  # the engine's part: `partial_grad`
+    # The engine's part: `partial_grad`.
+    bias_grad = all_reduce(bias.grad.clone(), axis) if sequence else bias.grad
     return {
         "y": (y_local, part(y, axis, 1) if sequence else y),
         "x.grad": (x_local.grad, part(x.grad, axis, 1) if sequence else x.grad),

@@ -35,9 +35,8 @@ FOUNDRY = replace(
     PLAIN, name="llm-foundry", loss_bytes=(4, 4),  # flash_attn's fused cross-entropy
     attention=0.545,  # FlashAttention 1, whose rate its rows tell
 )  # fmt: skip
-TITAN = replace(
-    PLAIN, name="torchtitan", selective_products=0.5
-)  # recomputes every second product of a layer
+# Recomputes every second product of a layer.
+TITAN = replace(PLAIN, name="torchtitan", selective_products=0.5)
 COMPILED = replace(TITAN, elementwise=1.0, norm_adds=True, loss_bytes=(8, 8))
 MEGATRON_2022 = replace(
     PLAIN, name="Megatron-LM of 2022", elementwise=1.0, stops_early=False,

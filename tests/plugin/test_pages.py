@@ -180,9 +180,8 @@ def test_optimizer(run: tuple[Path, str]) -> None:
         is_large = square > 1e-3 * square.max()
         wanted = (square / after[state]).sqrt()
         torch.testing.assert_close(step.abs()[is_large], wanted[is_large], rtol=1e-2, atol=1e-3)
-    assert clipped**0.5 == pytest.approx(
-        min(line["grad_norm"], 1.0), rel=1e-4
-    )  # differences of fp32 numbers
+    # Differences of fp32 numbers.
+    assert clipped**0.5 == pytest.approx(min(line["grad_norm"], 1.0), rel=1e-4)
 
 
 INSIDE = """

@@ -110,9 +110,8 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: s
 
 
 def test_nine_bytes_take_no_gigabyte(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(
-        b"\x80\x02Nr\xff\xff\xff\x02."
-    )  # "remember this under the number 50,331,647"
+    # "remember this under the number 50,331,647".
+    (tmp_path / "a").write_bytes(b"\x80\x02Nr\xff\xff\xff\x02.")
     import tracemalloc
 
     tracemalloc.start()

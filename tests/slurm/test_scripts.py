@@ -172,17 +172,17 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"} <= set(
         words[:split]
     )
-    assert (
-        words[split - 1] == "runs/x/logs/45678.2"
-    )  # what its nodes say goes to files of that name
+    # What its nodes say goes to files of that name.
+    assert words[split - 1] == "runs/x/logs/45678.2"
     assert "--nodelist=node10,node9" in words
     assert words[split + 1 :] == [
         *("-m", "megalite.launch", "--nproc-per-node=8", "--nnodes=2"),
+        # First in the order of names.
         *(
             "--rdzv-id=45678.2-train",
             "--rdzv-backend=c10d",
             "--rdzv-endpoint=node10",
-        ),  # first in the order of names
+        ),
         *("-m", "megalite", "train", "configs/x.yaml", "run.name=big"),
     ]
     assert threads == "OMP_NUM_THREADS=8"
@@ -288,53 +288,59 @@ def test_one_machine_starts_again_where_that_helps(
         ("exit 78", {}, 78, False, "bad numbers"),
         (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeueing"),
         (ASKED.format("TERM") + "exit 75", {}, 75, False, "goes on where it was"),
+        # Scancel signals the ranks, not the launcher.
         (
             "exit 75",
             {},
             75,
             False,
             "goes on where it was",
-        ),  # scancel signals the ranks, not the launcher
+        ),
+        # On the same nodes.
         (
             "exit 1\nexit 137\nexit 0",
             {},
             0,
             False,
             "start 1: exit status 137; starting again",
-        ),  # on the same nodes
+        ),
         ("exit 1", {"TRIES": "1"}, 1, False, "failed 1 times in a row"),
+        # Cancelled before the handlers were there.
         (
             "exit 1",
             {"STATE": "COMPLETING"},
             1,
             False,
             "ended by Slurm",
-        ),  # cancelled before the handlers were there
+        ),
         ("exit 1", {"SLURM_RESTART_COUNT": "100"}, 1, False, "last of 100 restarts"),
         ("", {"LOOK": "exit 2"}, 2, False, "a mistake"),
+        # A node cannot be reached.
         (
             "exit 1",
             {"LOOK": "\nexit 1"},
             1,
             True,
             "start 1: exit status 1; requeueing",
-        ),  # a node cannot be reached
+        ),
         (ASKED.format("TERM") + "exit 1", {"LOOK": "exit 0"}, 1, False, "without a checkpoint"),
         ("", {"LOOK": ASKED.format("USR1") + "exit 0"}, 75, True, "requeueing"),
+        # Before there is anything to stop.
         (
             "exit 1",
             {"EARLY": "kill -USR1 $PPID"},
             75,
             True,
             "requeueing",
-        ),  # before there is anything to stop
+        ),
+        # While the preflight is composed.
         (
             "exit 0",
             {"MEANWHILE": ASKED_BY_A_PIPE},
             75,
             True,
             "requeueing",
-        ),  # while the preflight is composed
+        ),
         ("exit 0", {"MEANWHILE": ASKED_BY_A_PIPE, "PREFLIGHT": "no"}, 75, True, "requeueing"),
         ("exit 0", {"LOOK": "exit 1", "PREFLIGHT": "no"}, 0, False, "done"),
         (ASKED.format("USR1") + "exit 75", {"REFUSED": "1"}, 75, True, "submitted again"),

@@ -103,10 +103,11 @@ def test_mistakes_are_told(name: str, tmp_path: Path) -> None:
     ("values", "wanted"),
     [
         ({"space": {"optimizer.learning_rate": [0.1]}}, "unknown key optimizer.learning_rate"),
+        # At the other end.
         (
             {"space": {"train.global_batch_size": [4, 0]}},
             "train.global_batch_size = 0",
-        ),  # at the other end
+        ),
         ({"objective": "tasks/arc_easy/acc,none"}, "needs observe.tasks.names in "),
         (
             {"settings": {"data.valid": []}},
@@ -404,7 +405,6 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_end(tmp_path: Path, base: Co
         ("trial-0000", "complete"),
         ("trial-0002", "diverged"),
     ]
-    assert float(rows[0][1]) == pytest.approx(
-        metrics[-1]["valid_loss"], rel=1e-4
-    )  # as a table shows it
+    # As a table shows it.
+    assert float(rows[0][1]) == pytest.approx(metrics[-1]["valid_loss"], rel=1e-4)
     assert load_config(sweep.folder / "best.yaml").optimizer.lr == 1e-2

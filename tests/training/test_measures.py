@@ -113,9 +113,8 @@ def test_layers_measure_the_same_on_every_layout(tmp_path: Path) -> None:
         train(alone)
         wanted = [line for line in metrics_of(alone) if "loss" in line]
         plain = plain_measures(alone)
-        assert {name: wanted[0][name] for name in plain} == pytest.approx(
-            plain, rel=1e-5
-        )  # sums of fp32
+        # Sums of fp32.
+        assert {name: wanted[0][name] for name in plain} == pytest.approx(plain, rel=1e-5)
         whole = sum(wanted[0][name] ** 2 for name in plain if name.startswith("grad_norm/")) ** 0.5
         assert whole == pytest.approx(wanted[0]["grad_norm"], rel=1e-6)
         for name, config in configs.items():
@@ -213,9 +212,8 @@ def test_the_noise_scale_is_that_of_small_batches(tmp_path: Path) -> None:
     run_ranks(2, train_on_rank, [*configs.values(), *broken])
     for name, config in configs.items():
         found = next(line["noise_scale"] for line in metrics_of(config) if "loss" in line)
-        assert found == pytest.approx(plain_noise(config, layouts[name][0]), rel=1e-4), (
-            name
-        )  # a difference of norms
+        # A difference of norms.
+        assert found == pytest.approx(plain_noise(config, layouts[name][0]), rel=1e-4), name
     unbroken, resumed = (
         [line["noise_scale"] for line in metrics_of(each) if "loss" in line]
         for each in (configs["zero-1"], broken[1])

@@ -195,9 +195,8 @@ def test_a_step_is_that_of_the_plain_statement(
     compared = 0
     for name, grad in grads.items():
         mine = found["grads"][f"{prefix}.{name}"]
-        if name.endswith(
-            "key.bias"
-        ):  # 0 but for rounding: a softmax does not see what all scores have in common
+        # 0 but for rounding: a softmax does not see what all scores have in common.
+        if name.endswith("key.bias"):
             continue
         # The project's bound for every layout.
         assert ((mine - grad).norm() / grad.norm()).item() <= 1e-5, name

@@ -32,9 +32,8 @@ def compare(
     leaf = student.clone().requires_grad_()
     common = min(student.shape[-1], teacher.shape[-1])
     columns = Columns(0, student.shape[-1], common, None, lambda x: x)
-    losses = divergence(
-        leaf * 1, teacher, LABELS, columns, wanted
-    )  # the product's fresh output is overwritten
+    # The product's fresh output is overwritten.
+    losses = divergence(leaf * 1, teacher, LABELS, columns, wanted)
     losses[..., 0].sum().backward()
     assert leaf.grad is not None
     return losses.detach(), leaf.grad
@@ -149,9 +148,8 @@ def test_a_teacher_of_other_tokens_is_refused(tmp_path: Path, teacher: Path) -> 
         known, config.model_copy(update={"data": data})
     )
     config = config.model_copy(update={"data": data.model_copy(update={"tokenizer": tokenizer})})
-    check_teacher(
-        known, model_config({"hf": known}), config
-    )  # the same tokens, padded to another size
+    # The same tokens, padded to another size.
+    check_teacher(known, model_config({"hf": known}), config)
     over_ranks = config.model_copy(
         update={"parallel": config.parallel.model_copy(update={"tensor": 2})}
     )

@@ -238,9 +238,10 @@ def test_pairs_of_texts_are_what_transformers_makes_of_them(root: Path) -> None:
     for config in others:
         for mine, wanted in zip(metrics_of(config), metrics_of(alone), strict=True):
             same = [name for name in wanted if name.startswith(("loss", "grad_norm", "valid"))]
+            # As above.
             assert [mine[name] for name in same] == pytest.approx(
                 [wanted[name] for name in same], rel=1e-5
-            )  # as above
+            )
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,8 @@ def step_on_rank(
         plan = make_plan(
             config := config_of(root, "sft", layout), weight_table(config.model), world_size
         )
-        mesh = make_mesh(
-            plan, torch.device("cpu")
-        )  # making process groups takes longer than a step
+        # Making process groups takes longer than a step.
+        mesh = make_mesh(plan, torch.device("cpu"))
         found += [
             step(root, objective, layout, mesh)
             for objective in OBJECTIVES

@@ -66,9 +66,8 @@ def read_pieces(
     for samples in batches:
         out = np.empty((BATCH, SEQ_LENGTH + 1), np.int64)
         pieces = order.pieces(samples)
-        places = (
-            np.cumsum(pieces.length) - pieces.length
-        )  # rows are full: each begins where the one before ends
+        # Rows are full: each begins where the one before ends.
+        places = np.cumsum(pieces.length) - pieces.length
         gather(tokens, first_token[pieces.sequence] + pieces.offset, pieces.length, places, out)
 
 

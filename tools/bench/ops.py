@@ -163,9 +163,8 @@ class Cases:
     def causal_attention(self) -> Case:
         s, (batch, length, _) = self.sizes, self._qkv()
         qkv = self.random(batch, length, s.heads + 2 * s.kv_heads, s.head_size)
-        product = (
-            batch * s.heads * length**2 * s.head_size
-        )  # of two, half of whose result is left out
+        # Of two, half of whose result is left out.
+        product = batch * s.heads * length**2 * s.head_size
         function = partial(self_attention, num_heads=s.heads, num_kv_heads=s.kv_heads)
         return Case("causal_attention", function, (qkv,), (2 * product, 5 * product), "GFLOP/s")
 

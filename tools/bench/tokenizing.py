@@ -107,9 +107,8 @@ def prepare(folder: Path, megabytes: int, slow_megabytes: int) -> dict[str, floa
     sizes = {"all": 0.0, "some": 0.0}
     with open(folder / "all.jsonl", "w") as every, open(folder / "some.jsonl", "w") as some:
         for number, text in enumerate(texts_of_this_machine(megabytes * 10**6)):
-            line = (
-                json.dumps({"text": text}, ensure_ascii=bool(number % 2)) + "\n"
-            )  # both ways of writing é
+            # Both ways of writing é.
+            line = json.dumps({"text": text}, ensure_ascii=bool(number % 2)) + "\n"
             size = len(text.encode()) / 1e6
             every.write(line)
             sizes["all"] += size

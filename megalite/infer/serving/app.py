@@ -588,9 +588,8 @@ class Noted:
                 )(scope, receive, send)
         finally:
             seconds = time.monotonic() - began
-            path = getattr(
-                scope.get("route"), "path", "other"
-            )  # the route, not the requested path: labels must be few
+            # The route, not the requested path: labels must be few.
+            path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             client = (scope.get("client") or ("?",))[0]

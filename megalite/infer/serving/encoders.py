@@ -125,9 +125,8 @@ class EncoderService:
     def __init__(self, encoder: Encoder, engine: EncoderEngine, settings: Settings):
         self.encoder, self.engine, self.settings = encoder, engine, settings
         self.size: int = encoder.model.config.hidden_size
-        _ = (
-            encoder.pooling
-        )  # a folder that pools in an unknown way is refused now, not when a client asks
+        # A folder that pools in an unknown way is refused now, not when a client asks.
+        _ = encoder.pooling
 
     async def embeddings(self, body: EmbeddingsBody) -> Response:
         """Return a vector for each input, in their order."""
