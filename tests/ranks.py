@@ -44,9 +44,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         try:
             while not ranks.join():
                 pass
-        except (
-            BaseException
-        ):  # a test out of time, or stopped by hand: its ranks would hold up pytest's end for ever
+        except BaseException:
+            # A test out of time, or stopped by hand: its ranks would hold up pytest's end for ever.
             for process in ranks.processes:
                 process.kill()
             raise

@@ -47,9 +47,8 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
                 yield from _document_of(record, path, number, report)
         if stream.failure:
             raise stream.failure
-    except (
-        Exception
-    ) as error:  # warcio raises several classes for damage, and those of its parsers as well
+    except Exception as error:
+        # warcio raises several classes for damage, and those of its parsers as well.
         report.bad(path, number, f"unreadable from this record on: {stream.failure or error}")
     report.bytes_read = before + size  # the whole file is done, also where it is damaged
 

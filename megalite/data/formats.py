@@ -150,9 +150,8 @@ class Encoder:
             raise
         except ValueError as error:
             why = str(error)
-        except (
-            Exception
-        ) as error:  # what rows hold is anybody's; one that breaks something costs itself alone
+        except Exception as error:
+            # What rows hold is anybody's; one that breaks something costs itself alone.
             why = f"cannot be read: {type(error).__name__}: {error}"
         self.seen = before
         return why

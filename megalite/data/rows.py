@@ -184,7 +184,8 @@ def _rows_of(path: str, batch: Any, first: int) -> Iterator[Row]:
     except (
         ValueError,
         OverflowError,
-    ) as error:  # a text that is not UTF-8, a date that Python does not have
+    ) as error:
+        # A text that is not UTF-8, a date that Python does not have.
         if batch.num_rows == 1:
             yield Row(path, first, {}, f"unreadable: {error}")
             return

@@ -53,9 +53,8 @@ def converted(model: Any) -> tokenizers.Tokenizer:
     for piece in model.pieces:
         if piece.type == CONTROL:
             tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif (
-            piece.type == USER_DEFINED
-        ):  # SentencePiece looks for them when spaces are marked already
+        elif piece.type == USER_DEFINED:
+            # SentencePiece looks for them when spaces are marked already.
             tokenizer.add_tokens([AddedToken(piece.piece, normalized=True, special=False)])
     return tokenizer
 

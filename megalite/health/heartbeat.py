@@ -109,9 +109,8 @@ def write(folder: Path, beat: Heartbeat) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(path)
-    except (
-        OSError
-    ):  # a full disk has no room for a second file, but accepts new bytes in the old one
+    except OSError:
+        # A full disk has no room for a second file, but accepts new bytes in the old one.
         with open(path, "r+") as file:
             file.write(text)
 

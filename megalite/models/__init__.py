@@ -63,9 +63,8 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         raise ConfigError("give either a `preset` or an `hf` folder, not both")
     if values.get("preset"):
         base = _read_preset(str(values["preset"]))
-    elif (
-        values.get("hf") and "family" not in values
-    ):  # a run's own config.yaml has every field written out
+    elif values.get("hf") and "family" not in values:
+        # A run's own config.yaml has every field written out.
         # Only the architecture: weights are read later, by checkpoint/load.py.
         base = from_hf_config(read_hf_config(Path(values["hf"])))
         base = family(base["family"]).CONFIG.with_files(base, stored_names(Path(values["hf"])))
@@ -163,7 +162,8 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
         AttributeError,
         ArithmeticError,
         LookupError,
-    ) as error:  # a list for a number, 0 heads
+    ) as error:
+        # A list for a number, 0 heads.
         raise ConfigError(
             f"config.json of a {kind} model holds a value of another kind: {error}"
         ) from None

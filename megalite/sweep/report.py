@@ -144,7 +144,8 @@ def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
             except (
                 ValueError,
                 RuntimeError,
-            ):  # trials that have too little in common for this picture
+            ):
+                # Trials that have too little in common for this picture.
                 pyplot.close("all")
                 continue
             with replacing(path) as temporary:
