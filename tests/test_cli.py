@@ -146,9 +146,9 @@ def test_mistakes_exit_with_2(
 def test_a_folder_of_another_architecture_is_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "attention_bias": true}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_act": "gelu"}')
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert "error: config.json has attention_bias = True" in capsys.readouterr().err
+    assert "error: config.json has hidden_act = " in capsys.readouterr().err
 
 
 def test_a_rank_says_which_one_it_is(

@@ -365,7 +365,10 @@ def test_fields_of_a_hugging_face_folder(tmp_path: Path, model: dict[str, Any]) 
             '{"model_type": "lama"}',
             ["config.json", "'lama'", "nearest in name is 'llama'", "known: bert, "],
         ),
-        ('{"model_type": "mamba"}', ["config.json", "'mamba'", "gpt2, gpt_neox, granite, llama"]),
+        (
+            '{"model_type": "mamba"}',
+            ["config.json", "'mamba'", "gpt_neox, gpt_oss, granite, llama"],
+        ),
         ("{}", ["config.json", "model_type"]),
         ('{"model_type": "llama", "vocab_size": 3}', ["config.json", "llama", "hidden_size"]),
         ("[]", ["config.json is not a JSON object"]),

@@ -142,9 +142,11 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 // Of structured operations, torch has found out the result's shape and made it before it asks a device to compute. The
-// last argument is the result.
+// last argument is the result. Where another operation (logsumexp) hands one over that is still empty, its shape is to
+// be found here.
 void computed(const c10::OperatorHandle& op, Stack* stack) {
   IValue out = torch::jit::peek(*stack, op.schema().arguments().size() - 1, op.schema().arguments().size());
+  if (out.toTensor().numel() == 0) return compute(op, stack);
   torch::jit::drop(*stack, op.schema().arguments().size());
   stack->push_back(std::move(out));
 }

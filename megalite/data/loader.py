@@ -8,7 +8,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -25,18 +25,20 @@ from megalite.runtime.activity import NOW
 class MicroBatch:
     """Holds B samples of T tokens with their labels."""
 
-    tokens: torch.Tensor  # [B, T] int64
-    # [B, T] int64, the token that follows each; IGNORE where none is to be predicted.
+    tokens: torch.Tensor
+    """[B,T] int64."""
     labels: torch.Tensor
-    samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
-    documents: torch.Tensor | None = (
-        None  # [B, T] int64, document of each token in its sample; None: not kept apart
-    )
-    types: torch.Tensor | None = None  # [B, T] int64, type of each token; None: all are 0
-    source: torch.Tensor | None = (
-        None  # [B, S] int64, what an encoder reads beside them; None: there is no encoder
-    )
-    source_documents: torch.Tensor | None = None  # [B, S] int64
+    """The token that follows each, [B,T] int64; IGNORE where none is to be predicted."""
+    samples: torch.Tensor
+    """Index of each sample in the whole run, over all ranks, [B] int64."""
+    documents: torch.Tensor | None = None
+    """Document of each token in its sample, [B,T] int64; None: not kept apart."""
+    types: torch.Tensor | None = field(default=None, kw_only=True)
+    """Type of each token, [B,T] int64; None: all are 0."""
+    source: torch.Tensor | None = field(default=None, kw_only=True)
+    """What an encoder reads beside them, [B,S] int64; None: there is no encoder."""
+    source_documents: torch.Tensor | None = field(default=None, kw_only=True)
+    """[B,S] int64."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to `device`. The host does not wait for pinned tensors."""
@@ -61,12 +63,12 @@ class MicroBatch:
             # Rows of one batch have numbers of their own, by which their dropout differs.
             (self.samples[:, None] * rows + torch.arange(rows)).flatten(),
             None if documents is None else documents - documents[:, :1],
-            types,
+            types=types,
         )
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """Apply `change` to every tensor."""
-        return MicroBatch(*(None if x is None else change(x) for x in vars(self).values()))  # type: ignore[arg-type]
+        return replace(self, **{name: change(x) for name, x in vars(self).items() if x is not None})
 
 
 Span = tuple[int, int]
@@ -345,19 +347,18 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
             else torch.from_numpy(x).view(*indices.shape, -1).unbind()
         )
 
-    types = mixture.types(found)
+    columns = {
+        "tokens": found.tokens,
+        "labels": found.labels,
+        "documents": found.documents,
+        "types": mixture.types(found),
+        "source": found.source,
+        "source_documents": found.source_documents,
+    }
+    steps = {name: by_micro_batch(x) for name, x in columns.items()}
     return [
-        MicroBatch(*own)
-        for own in zip(
-            by_micro_batch(found.tokens),
-            by_micro_batch(found.labels),
-            torch.from_numpy(indices),
-            by_micro_batch(found.documents),
-            by_micro_batch(types),
-            by_micro_batch(found.source),
-            by_micro_batch(found.source_documents),
-            strict=True,
-        )
+        MicroBatch(samples=samples, **{name: x[number] for name, x in steps.items()})  # type: ignore[arg-type]
+        for number, samples in enumerate(torch.from_numpy(indices))
     ]
 
 

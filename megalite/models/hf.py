@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import ConfigError
-from megalite.utils.outside import read_object, shown
+from megalite.utils.outside import check_regular, read_object, shown
 
 REQUIRED: Any = object()
 """Stands for the usual value of a key that config.json cannot leave out."""
@@ -271,7 +271,8 @@ def stored_names(folder: Path) -> frozenset[str]:
     try:
         if (index := folder / "model.safetensors.index.json").is_file():
             return frozenset(read_object(index, ConfigError).get("weight_map") or ())
-        with (folder / "model.safetensors").open("rb") as file:
+        check_regular(single := folder / "model.safetensors", ConfigError)
+        with single.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             return frozenset(json.loads(file.read(min(size, LARGEST_HEADER))))
     except (OSError, ValueError, TypeError, ConfigError):

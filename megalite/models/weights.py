@@ -449,9 +449,8 @@ class Weight:
             flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
         elif isinstance(self.init, tuple):
             sizes = torch.tensor(self.row_groups, device=device)
-            std_of_rows = torch.tensor(self.init, device=device).repeat_interleave(sizes)[
-                start:stop
-            ]
+            stds = torch.tensor(self.init, device=device)
+            std_of_rows = stds.repeat_interleave(sizes, output_size=self.num_rows)[start:stop]
             flat = normal(key_of(seed, self.name), start * width, stop * width, device)
             flat = (flat.view(-1, width) * std_of_rows[:, None]).flatten()
         else:

@@ -152,11 +152,8 @@ class Pipeline:
         # Only now may the memory of what was sent last be used again.
         for part in self._parts:
             part.await_sent(0)
-        # Which hold what a frozen model has made of each micro-batch.
-        self._batch, self._loss_of = (
-            (),
-            None,
-        )
+        # They hold what a frozen model has made of each micro-batch.
+        self._batch, self._loss_of = (), None
         engine.finish()
 
     def _run(self, stage: Stage, streams: tuple[Tensor, ...], number: int) -> Streams:

@@ -14,6 +14,7 @@ import torch.nn as nn
 import yaml
 from pydantic import ValidationError
 
+from encoder_decoders import span_config
 from encoders import masked_config
 from megalite.checkpoint.load import stored_config
 from megalite.checkpoint.match import check_match
@@ -25,9 +26,10 @@ from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.models import build_model, from_hf_config, model_config, set_parameters, weight_table
+from megalite.models.layers import SequenceInfo, Source
 from megalite.registry import families
 from small_runs import MODELS, make_config, write_corpus
-from tiny_models import CASES, MASKED
+from tiny_models import CASES, MASKED, SEQ2SEQ
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,8 +69,10 @@ def logits(model: ModelConfig) -> torch.Tensor:
         for weight in weight_table(model)
     }
     set_parameters(built, {name: nn.Parameter(weight) for name, weight in weights.items()})
+    tokens = torch.arange(40)[None]
+    source = Source.whole(tokens.flip(1)) if model.task == "seq2seq" else None
     with torch.no_grad():
-        return built.eval()(torch.arange(40)[None])
+        return built.eval()(tokens, SequenceInfo.whole(40, tokens.device, source))
 
 
 def saved(folder: Path, config: Config) -> Path:
@@ -102,7 +106,8 @@ def test_a_field_of_the_model_is_refused_by_name_or_changes_nothing(
     shapes."""
     tiny = next(case for case in CASES.values() if case["model_type"] == family)
     model = model_config(from_hf_config(transformers.AutoConfig.for_model(**tiny).to_dict()))
-    make = masked_config if family in MASKED else make_config
+    makes = dict.fromkeys(MASKED, masked_config) | dict.fromkeys(SEQ2SEQ, span_config)
+    make = makes.get(family, make_config)
     config = make(tmp_path, model=model.model_dump(mode="json"))
     checkpoint, tried, refused = saved(tmp_path, config), set[str](), set[str]()
     wanted = logits(config.model)
@@ -126,7 +131,7 @@ def test_a_field_of_the_model_is_refused_by_name_or_changes_nothing(
                 )
     assert {"norm_eps", "hf", "init_std"} <= tried
     assert "norm_eps" in refused
-    assert "rope_theta" in refused or family in ("gpt2", *MASKED)
+    assert "rope_theta" in refused or family in ("gpt2", *MASKED, *SEQ2SEQ)
     assert not refused & {"hf", "init_std", "preset"}
 
 

@@ -117,7 +117,7 @@ def test_sets_and_numbers_are_stored_and_read(
         ("regression", True, "True is no number"),
         ("regression", 1e39, r"1e\+39 is no number"),
         ("regression", float("nan"), "no field 'label' or 'labels' or 'score'"),
-        ("single_label", ["a"], r"label \['a'\] is none of the 2"),
+        ("single_label", ["a"], r"\['a'\] is a list of labels"),
     ],
 )
 def test_labels_of_another_problem_are_refused(

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from encoder_decoders import SENTINELS, reversing_rows, rows_config, span_config, write_rows
 from rich.console import Console
 
+from encoder_decoders import SENTINELS, reversing_rows, rows_config, span_config, write_rows
 from megalite.config import Lengths
 from megalite.data.checks import open_data
 from megalite.data.dataset import SourceTargetRows, Windows

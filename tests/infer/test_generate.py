@@ -33,7 +33,7 @@ from megalite.train import train
 from ranks import run_ranks
 from scripted import Bytes
 from small_runs import make_config
-from tiny_models import CASES, DYNAMIC_ROPE, MASKED
+from tiny_models import CASES, DYNAMIC_ROPE, MASKED, SEQ2SEQ
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = ([3, 1, 4, 1, 5], list(range(20, 43)), [9], list(range(60, 70)))
@@ -43,7 +43,8 @@ Phi-3's positions change at but the longest."""
 
 
 @pytest.fixture(
-    scope="module", params=[case for case in CASES if CASES[case]["model_type"] not in MASKED]
+    scope="module",
+    params=[case for case in CASES if CASES[case]["model_type"] not in (*MASKED, *SEQ2SEQ)],
 )
 def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

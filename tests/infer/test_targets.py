@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_decoders import rows_config, write_words
 
+from encoder_decoders import rows_config, write_words
 from megalite.cli import main
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError

@@ -155,8 +155,10 @@ def test_a_document_beside_others_is_what_it_is_alone(case: str, tmp_path: Path)
     tokens = torch.cat(texts, 1)
     sources = [source_of(text) for text in texts]
     of_source = torch.repeat_interleave(torch.tensor([source.shape[1] for source in sources]))[None]
-    both = (torch.cat(sources, 1), of_source) if theirs.config.is_encoder_decoder else ()
-    inputs = make_inputs(MicroBatch(tokens, tokens, torch.zeros(1), document, None, *both), LONE)
+    both = {"source": torch.cat(sources, 1), "source_documents": of_source}
+    is_answered = theirs.config.is_encoder_decoder
+    micro = MicroBatch(tokens, tokens, torch.zeros(1), document, **(both if is_answered else {}))
+    inputs = make_inputs(micro, LONE)
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
         found = load_model(tmp_path)(inputs.tokens_BT, inputs.places).split(lengths, 1)

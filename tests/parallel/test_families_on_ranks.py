@@ -196,10 +196,11 @@ def run(folder: Path, layout: Layout) -> Result:
     weights = parts.engine.gather("weight", owners)
     whole = batch()
     documents = whole.documents if layout.documents and not is_seq2seq(folder) else None
-    source = (source_of(whole.tokens),) if is_seq2seq(folder) else ()
+    source = {"source": source_of(whole.tokens)} if is_seq2seq(folder) else {}
     micro = [
         MicroBatch(*(x[row : row + 1] for x in (whole.tokens, whole.labels, whole.samples)),
-                   None if documents is None else documents[row : row + 1], *(x[row : row + 1] for x in source))
+                   None if documents is None else documents[row : row + 1], 
+                   **{name: x[row : row + 1] for name, x in source.items()})
         for row in range(BATCH)
     ]  # fmt: skip
     loss = forward_backward(parts, micro, mesh, seed=0)["loss"].item()

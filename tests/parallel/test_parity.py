@@ -545,19 +545,20 @@ def micro_batches(
     return [
         MicroBatch(
             batch.tokens[row], batch.labels[row], batch.samples[row], None if documents is None else documents[row],
-            *(sides_of(batch, model, row) if MODELS[model]["family"] == "t5" else ()),
+            **(sides_of(batch, model, row) if MODELS[model]["family"] == "t5" else {}),
         )
         for row in rows
     ]  # fmt: skip
 
 
-def sides_of(batch: MicroBatch, model: str, row: Any = slice(None)) -> tuple[Tensor, Tensor | None]:
+def sides_of(batch: MicroBatch, model: str, row: Any = slice(None)) -> dict[str, Any]:
     """What an encoder reads of a batch, and its documents; some of the decoder's have no token
     there."""
     documents = batch.documents if model in PACKED else None
-    return batch.tokens.flip(1)[row, :SOURCE], None if documents is None else documents[
-        row, :SOURCE
-    ]
+    return {
+        "source": batch.tokens.flip(1)[row, :SOURCE],
+        "source_documents": None if documents is None else documents[row, :SOURCE],
+    }
 
 
 Result = dict[str, Any]
@@ -773,7 +774,7 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
             layer_loss.begin(BATCH * LENGTH, BATCH, torch.ones(()))
         places = reference_places(batch, packed=model_name in PACKED)
         if config.lengths.source:
-            tokens, documents = sides_of(batch, model_name)
+            tokens, documents = sides_of(batch, model_name).values()
             index = torch.arange(SOURCE)
             source = Source(tokens, SequenceInfo(index, index[None], documents, places.key_B))
             places = replace(places, source=source)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoder_decoders import MODEL, reversing_rows, rows_config, span_config, write_rows
 
+from encoder_decoders import MODEL, reversing_rows, rows_config, span_config, write_rows
 from megalite.data.checks import open_data
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator, find_model, load_model

@@ -204,7 +204,7 @@ def test_averages_are_those_of_the_definitions() -> None:
     assert found == pytest.approx(
         {
             "accuracy": 0.6, "precision": (3 / 5 + 3 / 4 + 0) / 3, "recall": (3 / 4 + 3 / 6 + 0) / 3,
-            "f1": (6 / 9 + 6 / 10 + 0) / 3,
+            "f1": (6 / 9 + 6 / 10 + 0) / 3, "matthews": (6 * 10 - 44) / (58 * 48) ** 0.5,
         }
     )  # fmt: skip
 
@@ -229,9 +229,9 @@ def test_data_of_another_kind_is_refused(
 IMPOSSIBLE: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     (DPO, ("data.document_mask=false",), "objective.name: dpo needs data.document_mask: true"),
     (DPO, ("data.long_rows=cut",), "long_rows must be refuse or drop"),
-    ({"model": {"task": "labels"}}, (), "model.labels = .*two or more different names"),
+    ({"model": {"task": "labels"}}, (), "model.labels = .*different names of classes"),
     ({"model": {"labels": ["a", "b"]}}, (), "need model.task: classification or labels"),
-    ({"model": {"task": "labels", "labels": ["a", "a"]}}, (), "two or more different names"),
+    ({"model": {"task": "labels", "labels": ["a", "a"]}}, (), "different names of classes"),
     (
         {"model": {"task": "labels", "labels": ["a", "b"]}},
         ("train.loss_chunk=8",),

@@ -39,7 +39,7 @@ def transformers_step(preset: str, experts: str) -> Step:
     hf: Any = AutoConfig.for_model(**values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        hf, dtype=torch.bfloat16, experts_implementation=experts
+        hf, dtype=torch.bfloat16, experts_implementation=experts, trust_remote_code=False
     )
     return optimized(model, model)
 
