@@ -52,6 +52,7 @@ class Sized(Protocol):
     @property
     def is_expert(self) -> bool: ...
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]: ...
+    def quantised_bytes(self, tensor: int, expert: int = 1) -> int: ...
     def num_states(self, optimizer: OptimizerConfig) -> int: ...
 
 
@@ -301,6 +302,9 @@ class Held(NamedTuple):
     """Of the optimizer's states beside the trained ones."""
     replicas: int
     """Ranks that share what the ZeRO stage shards."""
+    quantised: int = 0
+    """Of the elements of weights, those that are held in few bits."""
+    quantised_bytes: int = 0
 
 
 def _fullest_rank(
@@ -312,10 +316,12 @@ def _fullest_rank(
     pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
     dense = Cut(config.parallel.tensor)
     local: dict[str, int] = {}
+    quantised: dict[str, int] = {}
     for weight in weights:
         cut = experts if weight.is_expert else dense
         try:
             local[weight.name] = prod(weight.local_shape(*cut))
+            quantised[weight.name] = weight.quantised_bytes(*cut)
         except ValueError as error:
             names = (
                 {"expert": "expert", "tensor": "expert_tensor"}
@@ -343,6 +349,8 @@ def _fullest_rank(
                     sum(local[name] for name in trained),
                     sum(kept[name] for name in trained),
                     ranks // cut.holders,
+                    sum(local[weight.name] for weight in own if quantised[weight.name]),
+                    sum(quantised[weight.name] for weight in own),
                 )
             )
         per_rank.append(tuple(held))
@@ -641,6 +649,14 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
             f"lora.dropout = {config.lora.dropout} needs train.recompute: none or full, and train.compile: false: what "
             "is computed again, or compiled, must be a whole layer that knows whose tokens it is about"
         )
+    kind = config.lora.quantize_base
+    for name, value, only in (
+        ("parallel.engine", config.parallel.engine, "native"), ("train.compile", config.train.compile, False),
+    ):  # fmt: skip
+        if kind and value != only:
+            raise ConfigError(
+                f"lora.quantize_base = {kind!r} needs {name}: {str(only).lower()}, not {str(value).lower()}"
+            )
     if config.parallel.offload.parameters == "nvme":
         raise ConfigError(
             "parallel.offload.parameters = 'nvme' cannot hold the frozen weights of lora; use 'cpu', or 'none'"
@@ -723,15 +739,17 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
     """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and
     optimizer state, of all that is `held`."""
     is_bf16 = config.train.precision == "bf16"
-    weights = gradients = optimizer = 0
-    for params, trained, states, replicas in held:
-        weights += -(-params // replicas) if zero_stage == 3 else params
+    weights = gradients = optimizer = in_few_bits = 0
+    for params, trained, states, replicas, quantised, quantised_bytes in held:
+        whole = params - quantised
+        weights += -(-whole // replicas) if zero_stage == 3 else whole
+        in_few_bits += quantised_bytes
         gradients += -(-trained // replicas) if zero_stage >= 2 else trained
         # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
         kept = states + trained * is_bf16
         optimizer += -(-kept // replicas) if zero_stage >= 1 else kept
     return {
-        "weights": weights * (2 if is_bf16 else 4),
+        "weights": weights * (2 if is_bf16 else 4) + in_few_bits,
         "gradients": gradients * 4,
         "optimizer": optimizer * 4,
     }

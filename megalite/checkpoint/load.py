@@ -313,7 +313,7 @@ def _from_folder(
             return torch.zeros(stop - start)
         fetch = sources[kind].fetch
         if kind == "weight":  # states are megalite's own, by the names that it writes
-            weight = stored[weight.name]
+            weight = weight.as_stored(source.files)
         return _local(weight, lambda w, *rows: w.rows_from_hf(fetch, *rows), mesh, start, stop)
 
     return read

@@ -41,6 +41,7 @@ SAME_MODEL = {
     "lora.alpha",
     "lora.rslora",
     "lora.targets",
+    "lora.quantize_base",
     "objective.name",
 }
 """Settings outside `model` that decide the meaning of weights and optimizer state."""

@@ -934,6 +934,11 @@ class LoraConfig(Section):
         description="Hugging Face's names of modules. all-linear: all linear modules but the head.",
     )
     rslora: bool = Field(False, description="Scale by alpha / √rank instead (Kalajdzievski 2023).")
+    quantize_base: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Hold the model's linear modules in few bits while adapters are trained (QLoRA): nf4, 4 bits with "
+        "double quantisation, or int8. null: in the precision of training.",
+    )
     adapter: Path | None = Field(
         None,
         description="Folder of a PEFT adapter to continue from; it gives the settings left out here.",

@@ -4,7 +4,7 @@ reduced beside it."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -43,17 +43,18 @@ class Gradients:
         models: Sequence[Decoder],
         buckets: Sequence[BucketState],
         frozen: Sequence[BucketWeights],
+        quantised: Mapping[str, nn.Parameter],
         mesh: Mesh,
         zero_stage: int,
     ):
         """Take over `models` on the meta device, whose weights lie in `buckets` and, where they are
-        not trained, in `frozen`. Gradients are reduced over the replicas of `mesh` as `zero_stage`
-        asks."""
+        not trained, in `frozen`, or are `quantised`, by name. Gradients are reduced over the
+        replicas of `mesh` as `zero_stage` asks."""
         self.buckets, self.mesh, self.zero_stage = buckets, mesh, zero_stage
         # Where each parameter's gradient goes: hooks are called with the parameter and nothing
         # else.
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
-        self._adopt(models, frozen)
+        self._adopt(models, frozen, quantised)
         self.observer: Callable[[BucketState, Tensor], None] | None = None
         """Called with each bucket's whole gradient on this replica, right before it is reduced over
         them."""
@@ -61,7 +62,12 @@ class Gradients:
         self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks; otherwise their collectives would mix
         self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
 
-    def _adopt(self, models: Sequence[Decoder], frozen: Sequence[BucketWeights]) -> None:
+    def _adopt(
+        self,
+        models: Sequence[Decoder],
+        frozen: Sequence[BucketWeights],
+        quantised: Mapping[str, nn.Parameter],
+    ) -> None:
         """Make every parameter a view into its bucket, register its post-accumulate hook, and make
         modules wait for it."""
         shapes = {
@@ -69,7 +75,7 @@ class Gradients:
             for model in models
             for name, parameter in model.named_parameters()
         }
-        views: dict[str, nn.Parameter] = {}
+        views: dict[str, nn.Parameter] = dict(quantised)
         for bucket in [*self.buckets, *frozen]:
             for slot in bucket.layout.slots:
                 name = slot.weight.name

@@ -51,6 +51,8 @@ class Bucket:
     """Not trained: no gradient and no optimizer state."""
     of_experts: bool
     """Of experts that are cut over other ranks than dense weights, and have other replicas."""
+    quantised: bool
+    """Held in few bits."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible
@@ -87,6 +89,7 @@ def make_buckets(
             weight.place == "both" and plan.pipeline > 1,
             weight.frozen,
             weight.is_expert and plan.folds_experts,
+            weight.quantised is not None,
         )
         slots = open_slots.setdefault(kind, [])
         numel = prod(weight.local_shape(*plan.cut_of(weight)))
@@ -114,6 +117,7 @@ class _Kind(NamedTuple):
     tied: bool
     frozen: bool
     of_experts: bool
+    quantised: bool
 
 
 def is_cut(weight: Weight, cut: Cut) -> bool:

@@ -43,6 +43,7 @@ from megalite.engine.matrices import STEP, Matrices
 from megalite.engine.optimizers import MatrixOptimizer, SummingOptimizer
 from megalite.engine.optimizers.by_counts import ByCounts
 from megalite.engine.qk_clip import QKClip
+from megalite.engine.quantised import QuantisedBucket
 from megalite.engine.sums import Sums
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
@@ -89,8 +90,14 @@ class NativeEngine:
             for b in layout
             if not b.frozen
         ]
-        self.frozen = [BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen]
-        self.gradients = Gradients(models, self.buckets, self.frozen, mesh, plan.zero_stage)
+        self.frozen = [
+            BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen and not b.quantised
+        ]
+        self.quantised = [QuantisedBucket(b, mesh) for b in layout if b.quantised]
+        in_few_bits = {name: w for b in self.quantised for name, w in b.weights.items()}
+        self.gradients = Gradients(
+            models, self.buckets, self.frozen, in_few_bits, mesh, plan.zero_stage
+        )
         # The next forward pass needs first what the backward pass finished last.
         self._forward_order = sorted(
             self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots))
@@ -254,6 +261,8 @@ class NativeEngine:
             sums.load(read)
         for held in self.frozen:
             fill(held, held.weights, 0, slice(held.low, held.high), read, "weight")
+        for bits in self.quantised:
+            bits.load(read)
         # Each replica has read its shard alone, so that the weights are read once in all, and not
         # once by each replica.
         for wait in [
@@ -280,6 +289,10 @@ class NativeEngine:
                 Sharing(True, not held.layout.cut, held.layout.tied, held.layout.of_experts),
                 held.weights,
             )
+        for bits in self.quantised:
+            for weight in bits.weights.values():
+                for tensor in weight.tensors():
+                    yield Sharing(True, not bits.layout.cut, False), tensor
 
     def gather(
         self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None

@@ -97,7 +97,7 @@ def _as_integers(tensor: Tensor) -> Tensor:
     The choice depends on the size alone, not on the alignment, which may differ between ranks."""
     flat = tensor.detach().view(-1)
     if flat.nbytes % 8:
-        return flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+        return flat.view({1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32))
     # Not aligned to 8 bytes: a view as int64 is refused.
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()

@@ -3,8 +3,9 @@ here.
 
 Tensor-parallel linears, the output head, the chunked loss and adapters call `linear`, or its three
 products by name (`product`, `input_gradient`, and `weight_gradient` or
-`accumulate_weight_gradient`). So another recipe (fp8, a quantised weight) is another body for
-these. The collectives on the way in come from outside, as `InputCollectives`.
+`accumulate_weight_gradient`). So another recipe (fp8) is another body for these; a frozen weight in
+few bits (`quantised.py`) is dequantised in the first two. The collectives on the way in come from
+outside, as `InputCollectives`.
 
 Letters in shapes: T tokens, K input features, N output features.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megalite.kernels.library import added, pick
+from megalite.kernels.quantised import QuantisedWeight
 
 Result = Callable[[], Tensor]
 """Waits for a collective and returns its result."""
@@ -32,13 +34,19 @@ micro-batch."""
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x · Wᵀ + bias: [… ,K] and [N,K] → [… ,N]."""
-    return F.linear(x, weight, bias)
+    return F.linear(x, _dense(weight, x.dtype), bias)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]; written to `out` where
     it is given."""
-    return torch.matmul(grad, weight, out=out)
+    return torch.matmul(grad, _dense(weight, grad.dtype), out=out)
+
+
+def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight as products take it: one in few bits is dequantised anew for each, and not
+    kept between the passes."""
+    return weight.dequantise(dtype) if isinstance(weight, QuantisedWeight) else weight
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:

@@ -134,12 +134,16 @@ def _of_weight(weight: Weight) -> Iterator[Adapter]:
 
 
 def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, ...]:
-    """Return the table of a model whose adapters alone are trained: each weight frozen, followed by
-    the rows of its adapters."""
+    """Return the table of a model whose adapters alone are trained: each weight frozen, and
+    quantised as `lora` says where it could have adapters, followed by the rows of its adapters."""
     rows: dict[str, list[Weight]] = {}
     for adapter in adapters_of(weights, lora):
         rows.setdefault(adapter.base.name, []).extend(adapter.rows(lora.rank))
-    return tuple(row for w in weights for row in (replace(w, frozen=True), *rows.get(w.name, ())))
+    found: list[Weight] = []
+    for weight in weights:
+        kind = lora.quantize_base if any(_of_weight(weight)) else None
+        found += [replace(weight, frozen=True, quantised=kind), *rows.get(weight.name, ())]
+    return tuple(found)
 
 
 def merged(

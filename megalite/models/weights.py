@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
+from megalite.kernels.quantised import BLOCK, Kind, num_bytes
 from megalite.plan import Place
 from megalite.utils.counter_random import normal, uniform
 from megalite.utils.keys import key_of
@@ -99,6 +100,8 @@ class Weight:
     its experts had. fp32 in every precision."""
     frozen: bool = False
     """Not trained: no gradient, no optimizer state, and in no checkpoint."""
+    quantised: Kind | None = None
+    """The few bits that a frozen matrix is held in; None: as all weights."""
     place: Place = "first"
     """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
     partial_grad: Literal["sequence", "heads"] | None = None
@@ -185,11 +188,41 @@ class Weight:
         parallelism is on."""
         return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)
 
+    def quantised_bytes(self, tensor: int, expert: int = 1) -> int:
+        """Return the bytes of what a rank holds of it, of `tensor` ranks, where that is quantised;
+        0 where it is not."""
+        if self.quantised is None:
+            return 0
+        groups = self.row_groups if len(self.hf) > 1 else (self.num_rows,)
+        rows, columns = self.local_shape(tensor)
+        shares = ((rows * size // self.num_rows, size * self.shape[1]) for size in groups)
+        return sum(num_bytes(self.quantised, part, columns, all_) for part, all_ in shares)
+
+    def hf_order(self) -> list[Tensor]:
+        """Return the numbers of the logical rows of a matrix, int64, in the order in which each of
+        its Hugging Face tensors has them as output features."""
+        numbers = torch.arange(self.num_rows)[:, None]
+        column = replace(self, shape=(self.num_rows, 1), transpose=False)
+        return [rows[:, 0] for rows in column.to_hf(numbers).values()]
+
+    def local_part(self, rank: int, tensor: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return the numbers of the logical rows, int64, and the range of columns that a rank holds
+        of a matrix."""
+        ranges = [torch.arange(low, high) for low, high in self._row_ranges(rank, tensor)]
+        return torch.cat(ranges), self._columns(rank, tensor)
+
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
         """Return the shape on each of `expert` × `tensor` ranks, of which `expert` share the
         experts. Raises ValueError when the weight cannot be cut evenly."""
         if expert > 1:
             return self._experts_of_one(expert, tensor).local_shape(tensor)
+        if self.quantised == "nf4":
+            width = self.shape[1] // (tensor if self.shard == "row" else 1)
+            if width % BLOCK:
+                raise ValueError(
+                    f"{self.name} has {width} input features on a rank, which do not divide into the blocks of "
+                    f"{BLOCK} of lora.quantize_base: nf4; int8 takes any number"
+                )
         if self.shard is None or tensor == 1:
             return self.shape
         if self.shard == "vocab":

@@ -15,6 +15,7 @@ from math import ceil
 from typing import Literal
 
 from megalite.kernels.attention import LARGEST_FLASH_HEAD, LOGITS_AT_ONCE
+from megalite.kernels.quantised import AT_ONCE, BYTES_BESIDE
 from megalite.planner.shapes import LayerShapes, Shapes
 
 Recompute = Literal["none", "selective", "full"]
@@ -50,20 +51,32 @@ def layer_bytes(shapes: LayerShapes, recompute: Recompute, on_gloo: bool = False
     layer = _Layer(shapes, recompute, on_gloo)
     of_mlp = max(layer.mlp_backward())
     of_attention = max(layer.attention_backward())
+    dense = _dequantised(shapes)
     per_feature = shapes.tokens * shapes.element
     operands = [per_feature * features for features in _product_features(shapes)]
     return PartBytes(
         # A pass has several moments that may be its peak; the largest of them counts.
         kept=layer.kept,
-        forward=max(layer.forward()),
-        backward=max(of_mlp, of_attention),
+        forward=max(layer.forward()) + dense,
+        backward=max(of_mlp, of_attention) + dense,
         # Without weight gradients, the input of the MLP's second product stays alive; and all
         # operands of the MLP do until attention's backward pass.
         backward_input=max(
             of_mlp + layer.inner, of_attention + sum(operands[shapes.num_mixer_matrices :])
-        ),
+        )
+        + dense,
         for_weights=sum(operands),
     )
+
+
+def _dequantised(shapes: LayerShapes) -> int:
+    """Count the largest matrix of a layer as a product takes it, and what is held beside while it
+    is dequantised, where matrices are held in few bits."""
+    if shapes.quantised is None:
+        return 0
+    sizes = (each.rows * each.columns for each in shapes.matrices if each.is_linear)
+    largest = max(sizes, default=0)
+    return largest * shapes.element + min(largest, AT_ONCE) * BYTES_BESIDE[shapes.quantised]
 
 
 class _Layer:

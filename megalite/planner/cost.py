@@ -13,6 +13,10 @@ ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
 """Bytes per element to add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4. In the
 weight-gradient GEMM's own epilogue: read 4, write 4."""
 
+DEQUANTISE_BYTES = 20
+"""Bytes per element to dequantise a matrix in torch: the codes as integers, read and written; their
+fp32 numbers, written, scaled, read and rounded."""
+
 
 def optimizer_bytes(params: float, states: float) -> float:
     """Return the bytes that an optimizer moves to update `params` elements with `states` elements
@@ -78,6 +82,12 @@ class Costs:
         total += (
             self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
         )
+        if layer.quantised:
+            # For the product of each pass.
+            held = [matrix for matrix in layer.matrices if matrix.is_linear]
+            elements = sum(matrix.elements for matrix in held)
+            dense = self.kernels.memory(float(elements * DEQUANTISE_BYTES), len(held))
+            total += PassTimes(dense, dense, dense, 0.0, 0.0)
         activation, _ = self._activation(layer)
         # Recomputation happens within the backward pass, and delays the input's gradient as well.
         software = self.kernels.software

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from megalite.config import Config, OptimizerConfig
 from megalite.errors import ConfigError
+from megalite.kernels.quantised import Kind
 from megalite.models import model_config, weight_table
 from megalite.models.architecture import AttentionSpec, ExpertsSpec, LatentSpec, LayerSpec
 from megalite.models.weights import Weight
@@ -49,6 +50,11 @@ class Matrix:
     def elements(self) -> int:
         return self.count * self.rows * self.columns
 
+    @property
+    def is_linear(self) -> bool:
+        """Return whether adapters could adapt it: no expert and no router."""
+        return self.count == 1 and not self.replicated
+
     def tokens_of_each(self, tokens: int) -> int:
         """Return how many of `tokens` each matrix of the stack has to multiply, on average."""
         return ceil(tokens * self.used)
@@ -80,6 +86,8 @@ class Shapes:
     hidden_dropout: bool
     frozen: bool
     """True if only adapters of the layers' matrices are trained."""
+    quantised: Kind | None
+    """The few bits that these matrices are held in, to be dequantised for each product."""
     logits_every: int
     """Steps between those that find the largest attention logits; 0: none does."""
     element: int
@@ -335,6 +343,7 @@ def shapes_of(
         logit_softcap=architecture.logit_softcap is not None,
         hidden_dropout=architecture.hidden_dropout > 0,
         frozen=config.lora is not None,
+        quantised=config.lora.quantize_base if config.lora else None,
         logits_every=1 if config.optimizer.qk_clip else config.observe.layers_every,
         element=2 if train.precision == "bf16" else 4,
         tensor=plan.tensor,
@@ -441,6 +450,10 @@ class StageSizes:
     experts: Experts
     """What of all this is of experts that have other replicas than dense weights."""
 
+    quantised: int = 0
+    """Elements of these that are held in few bits."""
+    quantised_bytes: int = 0
+
     unfrozen: StageSizes | None = None
     """The same for the trained weights only, if some are frozen."""
 
@@ -464,7 +477,7 @@ class StageSizes:
         )
         dense = Held(
             self.total - of_experts.params, trained.total - of_experts.trained, self.states - experts.states,
-            plan.replicas,
+            plan.replicas, self.quantised, self.quantised_bytes,
         )  # fmt: skip
         return dense, of_experts
 
@@ -489,8 +502,14 @@ class LocalSizes:
         self.total: dict[Place, int] = {}
         self.largest: dict[Place, int] = {}
         self.largest_looked_up = 0
+        self.quantised: dict[Place, int] = {}
+        self.quantised_bytes: dict[Place, int] = {}
         for weight in weights:
             size = prod(weight.local_shape(*plan.cut_of(weight)))
+            if in_few_bits := weight.quantised_bytes(*plan.cut_of(weight)):
+                self.quantised[weight.place] = self.quantised.get(weight.place, 0) + size
+                before = self.quantised_bytes.get(weight.place, 0)
+                self.quantised_bytes[weight.place] = before + in_few_bits
             if weight.is_looked_up:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
@@ -522,6 +541,8 @@ class LocalSizes:
             solved=sum(self.solved.get(place, 0) for place in places),
             largest_solved=self.largest_solved,
             experts=self._experts(layers),
+            quantised=sum(self.quantised.get(place, 0) for place in places),
+            quantised_bytes=sum(self.quantised_bytes.get(place, 0) for place in places),
             unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
 
@@ -550,15 +571,16 @@ class Together:
         frozen: bool,
         is_expert: bool,
         num_states: int,
+        quantised: str | None,
         weights: Sequence[Weight],
     ):
-        """Sum up `weights`, all of this `place`, all `frozen` or not and of experts or not, with so
-        many states of the optimizer."""
+        """Sum up `weights`, all of this `place`, all `frozen` or not, of experts or not and
+        `quantised` alike, with so many states of the optimizer."""
         self._num_states = num_states
         self.place = place
         self.frozen = frozen
         self.is_expert = is_expert
-        self.name = f"{place} {frozen} {is_expert} {num_states}"
+        self.name = f"{place} {frozen} {is_expert} {num_states} {quantised}"
         self.numel = sum(weight.numel for weight in weights)
         self.multiplied = sum(weight.multiplied for weight in weights)
         self._weights = weights
@@ -580,12 +602,18 @@ class Together:
             self._local[cut] = (elements,)
         return self._local[cut]
 
+    def quantised_bytes(self, tensor: int, expert: int = 1) -> int:
+        """Return the bytes on one of these ranks, where the weights are quantised; 0 where they are
+        not."""
+        return sum(weight.quantised_bytes(tensor, expert) for weight in self._weights)
+
 
 def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:
-    """Group weights by place, by whether they are frozen and of experts, and by how many states
-    `optimizer` keeps for them."""
-    places: dict[tuple[Place, bool, bool, int], list[Weight]] = {}
+    """Group weights by place, by whether they are frozen, of experts and quantised, and by how many
+    states `optimizer` keeps for them."""
+    places: dict[tuple[Place, bool, bool, int, str | None], list[Weight]] = {}
     for weight in weights:
-        kind = weight.place, weight.frozen, weight.is_expert, weight.num_states(optimizer)
+        states = weight.num_states(optimizer)
+        kind = weight.place, weight.frozen, weight.is_expert, states, weight.quantised
         places.setdefault(kind, []).append(weight)
     return [Together(*kind, rows) for kind, rows in places.items()]

@@ -21,6 +21,7 @@ MODEL = {
 ROWS = ("data.document_mask=true", "data.seq_length=1024", "data.tokenizer=models/nowhere")
 KINDS = {
     "lora": ("lora={rank: 16, alpha: 32, targets: all-linear}", "parallel.tensor=2"),
+    "qlora": ("lora={rank: 16, alpha: 32, quantize_base: nf4}", "parallel.tensor=2"),
     "dpo": ("objective={name: dpo, beta: 0.1}", "parallel.pipeline=2"),
     "classes": (),
     "words": ("parallel.tensor=2",),
@@ -69,8 +70,8 @@ def test_a_finetuning_run_trains_validates_and_saves(kind: str, dry: dict[str, D
         )
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("distill")])
-def test_the_memory_of_a_teacher_is_planned(kind: str, dry: dict[str, Dry]) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("distill", "qlora"))])
+def test_the_memory_of_what_is_frozen_is_planned(kind: str, dry: dict[str, Dry]) -> None:
     memories = memory_of(dry[kind].config, dry[kind].plan)
     for record in dry[kind].records:
         rank = record.rank // (dry[kind].plan.replicas * dry[kind].plan.tensor)

@@ -323,11 +323,12 @@ def test_a_disagreement_in_words() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 63])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype, size: int) -> None:
     check = ReplicaCheck(mesh_of())
-    words = torch.int16 if dtype == torch.bfloat16 else torch.int32
-    x = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)[1:]
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    numbers = 50 * torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).abs()
+    x = numbers.to(dtype)[1:]
 
     def sums(step: int) -> list[int]:
         check.begin(step, [(REPLICAS, x), (Sharing(False, False, False), x)])

@@ -1,5 +1,6 @@
 """Adapters trained over ranks, from one that PEFT made: the loss, every gradient and every weight
-after two steps are those of PEFT, transformers and torch's AdamW in one process."""
+after two steps are those of PEFT, transformers and torch's AdamW in one process. So are they where
+the model is held in few bits: there PEFT's has what bitsandbytes' formulas make of its weights."""
 
 from __future__ import annotations
 
@@ -38,10 +39,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": CASES["qwen3_moe"],
     "deepseek_v3": CASES["deepseek_v3"],
 }
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+MODELS |= {
+    "wide": MODELS["llama"] | WIDE,
+    "wide gpt2": MODELS["gpt2"] | {"n_embd": 128},
+    "wide gpt_neox": MODELS["gpt_neox"] | WIDE,
+    "wide phi3": MODELS["phi3"] | WIDE,
+}
+"""Those whose inputs divide into blocks of NF4 on two ranks. Each stores q, k and v in another
+way."""
 # Which modules have adapters; "all-linear" where a model is not named.
 TARGETS = {
     "llama": ["q_proj", "v_proj", "up_proj", "down_proj"],
+    "wide": ["q_proj", "v_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
+    "wide gpt2": ["c_attn", "c_proj"],
     "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj"],
 }
@@ -62,6 +74,7 @@ class Layout:
     loss_chunk: int | None = None
     compile: bool = False
     dropout: float = 0.0
+    quantize: str | None = None
 
     def __str__(self) -> str:
         shown = [
@@ -99,8 +112,24 @@ DROPPING = [
     Layout(pipeline=2, dropout=0.3, recompute="full"),
     Layout(context=2, dropout=0.3),
 ]
+IN_FEW_BITS = [
+    Layout(1, quantize="nf4", recompute="full"),
+    Layout(tensor=2, quantize="nf4"),
+]
+"""Of every wide model."""
 RUNS = [
-    (model, layout) for layout in LAYOUTS for model in MODELS if model == "llama" or layout in EVERY
+    (model, layout)
+    for layout in LAYOUTS
+    for model in MODELS
+    if not model.startswith("wide") and (model == "llama" or layout in EVERY)
+]
+RUNS += [(model, layout) for layout in IN_FEW_BITS for model in MODELS if model.startswith("wide")]
+RUNS += [
+    ("wide", Layout(tensor=2, sequence=True, recompute="full", quantize="nf4")),
+    ("wide", Layout(pipeline=2, schedule="zero_bubble", quantize="nf4")),
+    ("wide", Layout(zero=2, quantize="nf4")),
+    ("wide", Layout(context=2, quantize="int8")),
+    ("wide", Layout(tensor=2, quantize="int8")),
 ]
 
 
@@ -121,7 +150,9 @@ def config_of(folder: Path, layout: Layout) -> Config:
         {
             "run": {"name": "lora", "dir": str(folder / "runs")},
             "model": {"hf": str(folder)},
-            "lora": {"adapter": str(folder / "adapter"), "dropout": layout.dropout},
+            "lora": {
+                "adapter": str(folder / "adapter"), "dropout": layout.dropout, "quantize_base": layout.quantize,
+            },
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
             "parallel": {
                 "tensor": layout.tensor, "sequence": layout.sequence, "pipeline": layout.pipeline,
@@ -244,12 +275,56 @@ def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layou
     return found
 
 
+def nearest(x: Tensor, values: Tensor) -> Tensor:
+    return values[(x[..., None] - values).abs().argmin(-1)]
+
+
+def dynamic_numbers() -> Tensor:
+    """Those of 8 bits: a sign, as many zeros as the power of ten is low, a one, and the fraction."""
+    values = [0.0, 1.0]
+    for zeros in range(7):
+        steps = 2 ** (6 - zeros)
+        means = [(0.1 + 0.9 * (step + 0.5) / steps) * 10.0**-zeros for step in range(steps)]
+        values += [sign * mean for mean in means for sign in (1, -1)]
+    return torch.tensor(sorted(values))
+
+
+def in_few_bits(weight: Tensor, kind: str) -> Tensor:
+    """A linear's weight [out, in] as bitsandbytes gives it back: `load_in_8bit`, or `load_in_4bit`
+    with nf4 and double quantisation."""
+    if kind == "int8":
+        largest = weight.abs().amax(1, keepdim=True)
+        return (weight * 127 / largest).round() * largest / 127
+    # The quantiles of a normal distribution that the paper's authors publish in their code.
+    nf4 = torch.tensor([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ])  # fmt: skip
+    blocks = weight.flatten().view(-1, 64)
+    scales = blocks.abs().amax(1)
+    numbers = nearest(blocks / scales[:, None], nf4)
+    nested = [
+        nearest(some / some.abs().max(), dynamic_numbers()) * some.abs().max()
+        for some in (scales - scales.mean()).split(256)
+    ]
+    return (numbers * (torch.cat(nested) + scales.mean())[:, None]).view_as(weight)
+
+
 @cache
-def reference(folder: Path) -> Result:
+def reference(folder: Path, quantize: str | None = None) -> Result:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    head = base.get_output_embeddings()
+    for module in base.modules() if quantize else ():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            turned = module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
+            found = in_few_bits(turned.contiguous(), quantize)
+            module.weight.data = found.t() if isinstance(module, Conv1D) else found
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -278,7 +353,7 @@ def test_two_steps_are_those_of_peft(
 ) -> None:
     if (model, layout) not in results:
         pytest.skip("DeepSpeed is not installed")
-    found, wanted = results[model, layout], reference(root / model)
+    found, wanted = results[model, layout], reference(root / model, layout.quantize)
     stored = load_file(root / model / "adapter" / "adapter_model.safetensors")
     assert found["weight"].keys() == stored.keys()
     compare(found, wanted)

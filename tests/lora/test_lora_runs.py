@@ -4,6 +4,7 @@ is wrong is said before the first step."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ def run_of(root: Path, name: str, *overrides: str) -> Config:
 
 
 SPLIT = ("parallel.pipeline=2", "lora.targets=[q_proj, gate_proj, down_proj]", "lora.rslora=true")
+FEW = ("lora.quantize_base=int8", "health.weights_check_every=1")
 DROPPING = ("parallel.tensor=2", "train.precision=bf16", "lora.dropout=0.1")
 
 
@@ -92,9 +94,9 @@ def runs(root: Path) -> dict[str, Config]:
         run_of(root, "whole", *DROPPING),
         run_of(root, "broken", *DROPPING, "train.stop_at=3"),
     )
-    rest = run_of(root, "broken", *DROPPING)
-    LOGITS[:] = run_ranks(2, train_and_open, [pipeline, whole, first, rest])
-    return {"pipeline": pipeline, "whole": whole, "broken": rest}
+    rest, few = run_of(root, "broken", *DROPPING), run_of(root, "few", *FEW)
+    LOGITS[:] = run_ranks(2, train_and_open, [pipeline, whole, first, rest, few])
+    return {"pipeline": pipeline, "whole": whole, "broken": rest, "few": few}
 
 
 def checkpoint_of(config: Config) -> Path:
@@ -130,7 +132,7 @@ def test_a_run_goes_on_without_states_that_no_adapter_has(root: Path, optimizer:
     assert curve_of(broken) == curve_of(unbroken)
 
 
-@pytest.mark.parametrize("name", ["pipeline", "whole"])
+@pytest.mark.parametrize("name", ["pipeline", "whole", "few"])
 def test_peft_opens_a_checkpoint(root: Path, runs: dict[str, Config], name: str) -> None:
     """Over a pipeline two ranks write, and PEFT reads one file."""
     peft = pytest.importorskip("peft")
@@ -223,7 +225,42 @@ def test_frozen_weights_take_no_memory_but_their_own(tmp_path: Path) -> None:
     assert memory.total == pytest.approx(found["lora"]["peak"], rel=0.05)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.45), ("int8", 0.55)])
+def test_a_model_in_few_bits_takes_as_much_memory_as_planned(
+    tmp_path: Path, kind: str, most: float
+) -> None:
+    """By the tensors of real steps; `most`: the share of its layers' bytes in bf16."""
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 4,
+    }
+    save_model(tmp_path / "base", **sizes, max_position_embeddings=256)
+    settings = (
+        f"model.hf={tmp_path / 'base'}", "train.precision=bf16", "data.seq_length=64", "lora.rank=8",
+    )  # fmt: skip
+    dense = make_config(tmp_path, {}, *settings)
+    few = make_config(tmp_path, {}, *settings, f"lora.quantize_base={kind}")
+    found = {name: measure_step(0, 1, each) for name, each in (("dense", dense), ("few", few))}
+    table = weight_table(few.model, few.lora)
+    plan = make_plan(few, table, 1)
+    (memory,) = memory_of(few, plan, device="cpu")
+    planned = memory.weights + memory.gradients + memory.optimizer
+    assert planned == sum(plan.memory_bytes.values())
+    assert planned == pytest.approx(found["few"]["resident"], rel=0.02)
+    assert memory.total == pytest.approx(found["few"]["peak"], rel=0.05)
+    whole = 2 * sum(weight.numel for weight in table if weight.quantised)
+    saved = found["dense"]["resident"] - found["few"]["resident"]
+    assert 1 - saved / whole <= most
+
+
 WRONG = {
+    "lora.quantize_base=nf4": "has 32 input features on a rank, which do not divide into the blocks of 64",
+    "lora.quantize_base=int4": "lora.quantize_base",
+    "lora={rank: 4, quantize_base: int8} parallel.engine=deepspeed": "needs parallel.engine: native",
+    "lora={rank: 4, quantize_base: int8} train.compile=true": "needs train.compile: false",
     "lora.targets=[q_prj]": "no linear module is called 'q_prj'; did you mean 'q_proj'",
     "lora.targets=lm_head": "no linear module is called 'lm_head'; those of this model are down_proj",
     "lora.rank=0": "lora.rank",
@@ -235,7 +272,7 @@ WRONG = {
 @pytest.mark.parametrize("override", WRONG)
 def test_what_is_wrong_is_said(root: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"lora") as error:
-        train(run_of(root, "wrong", override))
+        train(run_of(root, "wrong", *re.split(" (?=[a-z]+\\.)", override)))
     assert WRONG[override] in str(error.value)
 
 
