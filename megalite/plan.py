@@ -53,7 +53,7 @@ class Sized(Protocol):
     def is_expert(self) -> bool: ...
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]: ...
     def quantised_bytes(self, tensor: int, expert: int = 1) -> int: ...
-    def num_states(self, optimizer: OptimizerConfig) -> int: ...
+    def num_states(self, optimizer: OptimizerConfig) -> float: ...
 
 
 W = TypeVar("W", bound=Sized)
@@ -298,8 +298,8 @@ class Held(NamedTuple):
     params: int
     trained: int
     """Of these, not frozen."""
-    states: int
-    """Of the optimizer's states beside the trained ones."""
+    states: float
+    """Of the optimizer's states beside the trained ones, by what they would be in fp32."""
     replicas: int
     """Ranks that share what the ZeRO stage shards."""
     quantised: int = 0
@@ -423,6 +423,7 @@ def _check_engine(config: Config) -> None:
     for key, value in (
         ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
         ("optimizer.qk_clip", config.optimizer.qk_clip),
+        ("optimizer.state_dtype", config.optimizer.state_dtype != "fp32"),
         ("train.batch_ramp", config.train.batch_ramp), ("observe.layers_every", config.observe.layers_every),
         ("observe.noise_scale_every", config.observe.noise_scale_every),
         ("the selection bias of routers", config.model.bias_rate if config.lora is None else None),
@@ -739,7 +740,8 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
     """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and
     optimizer state, of all that is `held`."""
     is_bf16 = config.train.precision == "bf16"
-    weights = gradients = optimizer = in_few_bits = 0
+    weights = gradients = in_few_bits = 0
+    optimizer = 0.0
     for params, trained, states, replicas, quantised, quantised_bytes in held:
         whole = params - quantised
         weights += -(-whole // replicas) if zero_stage == 3 else whole
@@ -751,5 +753,5 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
     return {
         "weights": weights * (2 if is_bf16 else 4) + in_few_bits,
         "gradients": gradients * 4,
-        "optimizer": optimizer * 4,
+        "optimizer": round(optimizer * 4),
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -153,11 +153,21 @@ class OptimizerConfig(Choice):
         description="Weights with settings of their own. The first group that matches a weight is used.",
     )
 
+    state_dtype: Literal["fp32", "bf16", "8bit"] = Field(
+        "fp32",
+        description="What the states of matrices are held in: fp32, bf16, or 8 bits with a scale for each 256 numbers "
+        "(Dettmers et al. 2022). Those of embeddings, norms and biases are fp32.",
+    )
+
     KINDS: ClassVar[Registry[Any]] = registry.optimizers
     STATES: ClassVar[tuple[str, ...]] = ()
     """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at
     first. A checkpoint has files of each."""
 
+    UNSIGNED: ClassVar[tuple[str, ...]] = ()
+    """Those of the states that are never negative."""
+    ELEMENTWISE: ClassVar[bool] = True
+    """Whether each element of a weight is updated on its own, by all of the config's optimizers."""
     PASSES: ClassVar[int] = 0
     """Times that an update reads or writes each fp32 element of a weight beside one pass over
     weight, gradient and states."""
@@ -169,6 +179,15 @@ class OptimizerConfig(Choice):
             raise ConfigError(
                 f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint"
             )
+
+    @model_validator(mode="after")
+    def _states_are_elements(self) -> Self:
+        if self.state_dtype != "fp32" and not self.ELEMENTWISE:
+            raise ValueError(
+                f"state_dtype = {self.state_dtype!r} is for optimizers that update each number on its own, such as "
+                f"adamw; {self.name} has fp32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_name_members(self) -> Self:
@@ -220,6 +239,11 @@ class OptimizerConfig(Choice):
         return Treatment(
             name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay
         )
+
+    def keeps_fp32(self, weight: Weight) -> bool:
+        """Return whether the states of `weight` are fp32: those of embeddings are, which rare
+        tokens move in bursts, and small ones."""
+        return self.state_dtype == "fp32" or weight.is_looked_up or not weight.row_shape
 
     def state_row(self, weight: Weight, state: str) -> Weight:
         """Return the row by which a checkpoint holds a state of `weight`: the weight's own, or of

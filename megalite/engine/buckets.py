@@ -4,6 +4,7 @@ optimizer's states."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from megalite.comm.collectives import Wait
 from megalite.comm.mesh import Mesh
-from megalite.config import EMA
+from megalite.config import EMA, OptimizerConfig
 from megalite.engine import ReadState
 from megalite.engine.layout import Bucket
 from megalite.engine.optimizers import Shard
+from megalite.engine.optimizers.states import AT_ONCE, StoredState, make_state
 
 
 class BucketWeights:
@@ -44,7 +46,7 @@ class BucketState(BucketWeights):
         dtype: torch.dtype,
         zero_stage: int,
         states: Sequence[str],
-        has_average: bool,
+        optimizer: OptimizerConfig,
     ):
         super().__init__(layout, mesh, dtype)
         self.zero_stage = zero_stage
@@ -53,9 +55,18 @@ class BucketState(BucketWeights):
         master = self.weights[self.stepped]
         # For fp32 weights, .float() copies nothing: they are their own master weights.
         self.master = master.float()
-        self.states = {name: torch.zeros_like(self.master) for name in states}
+        self.states: dict[str, Tensor] = {}
+        # Those that are not held in fp32.
+        self.stored: dict[str, StoredState] = {}
+        for name in states:
+            if optimizer.keeps_fp32(layout.slots[0].weight):
+                self.states[name] = torch.zeros_like(self.master)
+            else:
+                self.stored[name] = make_state(
+                    optimizer, name, self.master.numel(), self.master.device
+                )
         # Of the weights, fp32.
-        self.average = torch.zeros_like(self.master) if has_average else None
+        self.average = torch.zeros_like(self.master) if optimizer.ema else None
         self.grads: Tensor | None = (
             None  # [size] fp32; at stage 2 only while a micro-batch is under way
         )
@@ -86,7 +97,8 @@ class BucketState(BucketWeights):
     def has(self, kind: str) -> bool:
         """Return whether `state` has something of this kind: its optimizer keeps such a state, if
         it is one."""
-        return kind in ("weight", "grad", "master", EMA) or kind in self.states
+        of_optimizer = kind in self.states or kind in self.stored
+        return kind in ("weight", "grad", "master", EMA) or of_optimizer
 
     def state(self, kind: str) -> Tensor:
         """Return this rank's shard of the weights, an optimizer state or the reduced gradients:
@@ -100,12 +112,44 @@ class BucketState(BucketWeights):
         return whole if self.zero_stage else whole[self.low : self.high]
 
     def stepped_state(self, kind: str) -> Tensor:
-        """Return the master weights or an optimizer state, for the part that the optimizer
-        updates."""
+        """Return the master weights or an optimizer state, for the part that the optimizer updates:
+        fp32, and a copy where the state is held in fewer bits."""
         if kind == EMA:
             assert self.average is not None
             return self.average
+        if kind in self.stored:
+            return self.stored[kind].read(slice(0, self.master.numel()))
         return self.master if kind == "master" else self.states[kind]
+
+    def load(self, kind: str, read: ReadState) -> None:
+        """Read the master weights or an optimizer state."""
+        into = self.stepped_state(kind)
+        fill(self, into, self.stepped.start, self.stepped, read, kind)
+        if kind in self.stored:
+            self.stored[kind].write(slice(0, len(into)), into)
+
+    def update(self, lr: float, update: Callable[[Shard], None]) -> None:
+        """Have `update` do a step whose schedule says `lr`, of a piece at a time where states have
+        to be widened for it."""
+        whole = self.shard(lr)
+        size = len(whole.master)
+        for start in range(0, size, AT_ONCE) if self.stored else ():
+            part = slice(start, min(start + AT_ONCE, size))
+            states = {name: state.read(part) for name, state in self.stored.items()}
+            weights = None if whole.weights is None else whole.weights[part]
+            update(
+                replace(
+                    whole,
+                    master=whole.master[part],
+                    weights=weights,
+                    grad=whole.grad[part],
+                    states=states,
+                )
+            )
+            for name, state in self.stored.items():
+                state.write(part, states[name])
+        if not self.stored:
+            update(whole)
 
     def shard(self, lr: float) -> Shard:
         """Return what the optimizer updates, in a step whose schedule says `lr`."""

@@ -9,6 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from megalite.config import Config, OptimizerConfig, Treatment
+from megalite.kernels.blockwise import DYNAMIC_BLOCK
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Plan
 
@@ -37,7 +38,7 @@ class Bucket:
 
     slots: tuple[Slot, ...]
     size: int
-    """Elements, a multiple of ALIGNMENT × replicas, so that it splits into equal aligned shards."""
+    """Elements, a multiple of `alignment` × replicas, so that it splits into equal aligned shards."""
     treatment: Treatment
     """How the optimizer updates them."""
     cut: bool
@@ -53,6 +54,8 @@ class Bucket:
     """Of experts that are cut over other ranks than dense weights, and have other replicas."""
     quantised: bool
     """Held in few bits."""
+    alignment: int
+    """Weights, and shards, begin at multiples of so many elements."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible
@@ -90,10 +93,11 @@ def make_buckets(
             weight.frozen,
             weight.is_expert and plan.folds_experts,
             weight.quantised is not None,
+            ALIGNMENT if weight.frozen or optimizer.keeps_fp32(weight) else DYNAMIC_BLOCK,
         )
         slots = open_slots.setdefault(kind, [])
         numel = prod(weight.local_shape(*plan.cut_of(weight)))
-        start = _round_up(slots[-1].stop, ALIGNMENT) if slots else 0
+        start = _round_up(slots[-1].stop, kind.alignment) if slots else 0
         # Close the bucket that is full, and go on in a new one of the same kind. Small buckets
         # start to be reduced earlier in the backward pass; large ones use the network better
         # (Megatron's bucket_size).
@@ -118,6 +122,7 @@ class _Kind(NamedTuple):
     frozen: bool
     of_experts: bool
     quantised: bool
+    alignment: int
 
 
 def is_cut(weight: Weight, cut: Cut) -> bool:
@@ -129,7 +134,8 @@ def _close(slots: list[Slot], kind: _Kind, plan: Plan) -> Bucket:
     # Padded at the end, so that every replica's shard has the same length and starts aligned: a
     # reduce-scatter cuts a buffer into equal pieces wherever weights begin in it.
     replicas = plan.replicas_of(plan.cut_of(slots[0].weight))
-    return Bucket(tuple(slots), _round_up(slots[-1].stop, ALIGNMENT * replicas), **kind._asdict())
+    size = _round_up(slots[-1].stop, kind.alignment * replicas)
+    return Bucket(tuple(slots), size, **kind._asdict())
 
 
 def _round_up(value: int, multiple: int) -> int:

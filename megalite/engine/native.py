@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -85,7 +85,7 @@ class NativeEngine:
                 self.dtype,
                 plan.zero_stage,
                 _sharded_states(b, optimizer),
-                bool(optimizer.ema),
+                optimizer,
             )
             for b in layout
             if not b.frozen
@@ -193,7 +193,7 @@ class NativeEngine:
                 continue
             if not isinstance(optimizer, SummingOptimizer):
                 with record_function(STEP):
-                    optimizer.update_(bucket.shard(lr), common[name])
+                    bucket.update(lr, partial(optimizer.update_, common=common[name]))
             self._clip_and_send(bucket)
         # In one order on all ranks, since solving exchanges messages; by now those to the owners
         # are here.
@@ -249,14 +249,7 @@ class NativeEngine:
             kind = "master" if bucket.weights.dtype == torch.float32 else "weight"
             fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in filter(bucket.has, self.states):
-                fill(
-                    bucket,
-                    bucket.stepped_state(state),
-                    bucket.stepped.start,
-                    bucket.stepped,
-                    read,
-                    state,
-                )
+                bucket.load(state, read)
         for sums in self._sums.values():
             sums.load(read)
         for held in self.frozen:
@@ -318,12 +311,14 @@ class NativeEngine:
             name: copy(x) for state in states for name, x in state.items() if owners[name] == rank
         }
 
-    def _shards(self, kind: str) -> list[tuple[BucketState, Tensor]]:
-        """Return this rank's shard of every bucket that has something of this kind."""
-        return [(bucket, bucket.state(kind)) for bucket in self.buckets if bucket.has(kind)]
+    def _shards(self, kind: str) -> Iterator[tuple[BucketState, Tensor]]:
+        """Yield this rank's shard of every bucket that has something of this kind."""
+        for bucket in self.buckets:
+            if bucket.has(kind):
+                yield bucket, bucket.state(kind)
 
     def _assemble(
-        self, shards: Sequence[tuple[BucketState, Tensor]], owners: Mapping[str, int], way: Gather
+        self, shards: Iterable[tuple[BucketState, Tensor]], owners: Mapping[str, int], way: Gather
     ) -> dict[str, Tensor]:
         """Gather the tensors this rank owns from every rank's shard of some buckets."""
         owned: dict[str, Tensor] = {}

@@ -45,14 +45,19 @@ def dynamic_table(device: torch.device, signed: bool = True) -> Tensor:
     return torch.tensor(sorted(values), device=device)
 
 
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """Return the places in an ascending `table` of the values nearest to `x`, uint8."""
+    places = torch.bucketize(x, (table[:-1] + table[1:]) / 2, out_int32=True)
+    return places.to(torch.uint8)
+
+
 def quantise_blocks(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise blocks of numbers [… , block] to places in an ascending `table`, uint8 of the same
     shape, and the largest absolute value of each block, fp32 [… ]."""
     x = x.float()
     largest = x.abs().amax(-1)
     scaled = (x * (1.0 / largest.clamp(min=1e-38))[..., None]).clamp_(-1, 1)
-    places = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True)
-    return places.to(torch.uint8), largest
+    return nearest(scaled, table), largest
 
 
 def dequantise_blocks(places: Tensor, largest: Tensor, table: Tensor) -> Tensor:

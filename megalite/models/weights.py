@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalite.config import OptimizerConfig
+from megalite.config import EMA, OptimizerConfig
+from megalite.kernels.blockwise import DYNAMIC_BLOCK
 from megalite.kernels.quantised import BLOCK, Kind, num_bytes
 from megalite.plan import Place
 from megalite.utils.counter_random import normal, uniform
@@ -32,6 +33,9 @@ from megalite.utils.keys import key_of
 VOCAB_MULTIPLE = 64
 """Rows of a vocabulary shard are padded to a multiple of this, so that its matrix products stay
 aligned."""
+
+STATE_SIZES = {"fp32": 1.0, "bf16": 0.5, "8bit": 0.25 + 1 / DYNAMIC_BLOCK}
+"""Sizes of a state's numbers, in fp32's."""
 
 Fetch = Callable[[str, tuple[slice, ...]], Tensor]
 """Reads a slice of the Hugging Face tensor of a name."""
@@ -178,10 +182,12 @@ class Weight:
         embedding."""
         return self.used == 0.0 or self.place == "both"
 
-    def num_states(self, optimizer: OptimizerConfig) -> int:
-        """Return how many states `optimizer` keeps for each of its elements. Those of another
-        shape, which are small beside it, do not count."""
-        return sum(optimizer.state_row(self, state) is self for state in optimizer.states_of(self))
+    def num_states(self, optimizer: OptimizerConfig) -> float:
+        """Return how many states `optimizer` keeps for each of its elements, by the memory that one
+        takes in fp32. Those of another shape, which are small beside it, do not count."""
+        size = 1.0 if optimizer.keeps_fp32(self) else STATE_SIZES[optimizer.state_dtype]
+        own = (s for s in optimizer.states_of(self) if optimizer.state_row(self, s) is self)
+        return sum(1.0 if state == EMA else size for state in own)
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
         """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence

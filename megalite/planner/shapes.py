@@ -423,7 +423,7 @@ class Experts:
     """Holds the numbers of elements that a rank has of a stage's experts."""
 
     layers: tuple[int, ...]
-    states: int
+    states: float
     solved: int
 
 
@@ -441,8 +441,9 @@ class StageSizes:
     largest_looked_up: int
     """The largest embedding, or 0 if the stage has none."""
 
-    states: int
-    """Elements of optimizer states beside the trained ones of these."""
+    states: float
+    """Elements of optimizer states beside the trained ones of these, as many as in fp32 would take
+    their memory."""
     solved: int
     """Elements of weights that the optimizer looks at as whole matrices."""
     largest_solved: int
@@ -496,7 +497,7 @@ class LocalSizes:
         self.experts = (
             LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
         )
-        self.states: dict[Place, int] = {}
+        self.states: dict[Place, float] = {}
         self.solved: dict[Place, int] = {}
         self.largest_solved = 0
         self.total: dict[Place, int] = {}
@@ -514,7 +515,7 @@ class LocalSizes:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
-            kept = 0 if weight.frozen else size * weight.num_states(optimizer)
+            kept = 0.0 if weight.frozen else size * weight.num_states(optimizer)
             self.states[weight.place] = self.states.get(weight.place, 0) + kept
             solved = size if optimizer.products(weight) and not weight.frozen else 0
             self.solved[weight.place] = self.solved.get(weight.place, 0) + solved
@@ -549,11 +550,12 @@ class LocalSizes:
     def _experts(self, layers: Sequence[int]) -> Experts:
         if self.experts is None:
             return Experts((0,) * len(layers), 0, 0)
-        of_layers, states, solved = (
+        of_layers, solved = (
             [of.get(number, 0) for number in layers]
-            for of in (self.experts.total, self.experts.states, self.experts.solved)
+            for of in (self.experts.total, self.experts.solved)
         )
-        return Experts(tuple(of_layers), sum(states), sum(solved))
+        states = sum(self.experts.states.get(number, 0) for number in layers)
+        return Experts(tuple(of_layers), states, sum(solved))
 
 
 ENDS: tuple[Place, ...] = ("first", "last", "both")
@@ -570,7 +572,7 @@ class Together:
         place: Place,
         frozen: bool,
         is_expert: bool,
-        num_states: int,
+        num_states: float,
         quantised: str | None,
         weights: Sequence[Weight],
     ):
@@ -586,7 +588,7 @@ class Together:
         self._weights = weights
         self._local: dict[Cut, tuple[int]] = {}
 
-    def num_states(self, optimizer: OptimizerConfig) -> int:
+    def num_states(self, optimizer: OptimizerConfig) -> float:
         """Return how many states the optimizer keeps for each element, whatever `optimizer` is:
         known already."""
         return self._num_states
@@ -611,7 +613,7 @@ class Together:
 def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:
     """Group weights by place, by whether they are frozen, of experts and quantised, and by how many
     states `optimizer` keeps for them."""
-    places: dict[tuple[Place, bool, bool, int, str | None], list[Weight]] = {}
+    places: dict[tuple[Place, bool, bool, float, str | None], list[Weight]] = {}
     for weight in weights:
         states = weight.num_states(optimizer)
         kind = weight.place, weight.frozen, weight.is_expert, states, weight.quantised

@@ -43,6 +43,7 @@ class AdafactorConfig(OptimizerConfig):
     )
 
     STATES: ClassVar[tuple[str, ...]] = (ROW, COLUMN)
+    ELEMENTWISE = False
     PASSES = 39  # in torch: 15 for three sums of squares in fp64, 15 for the update and its sum, 9 more to apply it
 
     def build(self) -> SummingOptimizer:

@@ -19,6 +19,7 @@ class AdagradConfig(OptimizerConfig):
     eps: float = Field(1e-10, gt=0)
 
     STATES: ClassVar[tuple[str, ...]] = ("sum",)
+    UNSIGNED: ClassVar[tuple[str, ...]] = ("sum",)
 
     def build(self) -> Optimizer:
         return Adagrad(self.eps)

@@ -26,6 +26,7 @@ class AdamWSettings(Section):
     eps: float = Field(1e-8, gt=0)
 
     STATES: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    UNSIGNED: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     _below_one = field_validator("betas")(below_one)
 

@@ -52,6 +52,7 @@ class MuonConfig(OptimizerConfig):
     adamw: BesideMuon = BesideMuon()
 
     STATES: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    ELEMENTWISE = False
 
     def build(self) -> MatrixOptimizer:
         return Muon(self)
