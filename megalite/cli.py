@@ -718,8 +718,8 @@ def _add_quantize(verbs: Verbs) -> None:
         help="int8 with inputs in int8; 4-bit integers in groups; fp8 by row, or in blocks (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--method", choices=("rtn", "gptq"), default="rtn",
-        help="to the nearest number, or making up for errors by --data (default: %(default)s)",
+        "--method", choices=("rtn", "gptq", "awq", "smoothquant"), default="rtn",
+        help="to the nearest number; or, by --data, made up for errors, or inputs scaled first (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--group",

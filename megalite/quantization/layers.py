@@ -20,6 +20,7 @@ from megalite.models.layers import SequenceInfo
 from megalite.models.weights import Weight
 from megalite.parallel.stage import Inputs, Stage
 from megalite.plan import StageSpan, make_plan
+from megalite.quantization.scaling import InputStats, Scaling
 
 ROWS_AT_A_TIME = 8
 
@@ -77,10 +78,18 @@ class LayerRuns:
         """Of the held-out rows before and after, once the last layer has run."""
 
     @torch.no_grad()
-    def run(self, layer: int, quantise: Callable[[Weight, Tensor, Tensor], Tensor]) -> None:
-        """Run the next layer. For each of its matrices, `quantise` takes the row of the table, the
-        weight, and the sum of x xᵀ, fp64 [K, K], over the tokens that went into it; it returns the
-        weight to go on with."""
+    def run(
+        self,
+        layer: int,
+        quantise: Callable[[Weight, Tensor, torch.dtype, Tensor], Tensor],
+        scaling: Scaling | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the next layer, scaled first where there is a `scaling`. For each of its matrices,
+        `quantise` takes the row of the table, the weight and the dtype it is stored in, and the sum
+        of x xᵀ, fp64 [K, K], over the tokens that went into it; it returns the weight to go on
+        with.
+
+        Returns the other weights that were scaled, by name."""
         num_layers = self.config.model.num_layers
         span = StageSpan(0, layer, layer + 1, first=layer == 0, last=layer == num_layers - 1)
         stage, _ = load_stage(
@@ -92,10 +101,15 @@ class LayerRuns:
             for weight in self.table
             if weight.is_matrix and weight.place == layer
         }
-        sums = self._collect(stage, weights)
+        inputs, exact = self._collect(stage, weights), dict[str, Tensor]()
+        if scaling:
+            some, x = self._tokens[0], self._calibration[0]
+            exact = scaling.apply(stage.model, layer, inputs, lambda: _hidden(stage, x, some))
+            inputs = self._collect(stage, weights)
         for name, weight in weights.items():
             parameter = stage.model.get_parameter(name)
-            parameter.copy_(quantise(weight, parameter, sums[name]))
+            value = exact.pop(name, parameter)
+            parameter.copy_(quantise(weight, value, parameter.dtype, inputs[name].products))
         self._held_out[1] = self._pass(stage, self._held_out[1])
         for number, (tokens, x) in enumerate(zip(self._tokens, self._calibration, strict=True)):
             self._calibration[number] = None if span.last else stage(x, _inputs(tokens))
@@ -104,14 +118,25 @@ class LayerRuns:
                 float(x.double().mean().exp()) for x in self._held_out if x is not None
             )
             self.perplexities = before, after
+        return {name: stage.model.get_parameter(name).clone() for name in exact}
 
-    def _collect(self, stage: Stage, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
+    def _collect(self, stage: Stage, weights: Mapping[str, Weight]) -> dict[str, InputStats]:
+        """Return what goes into each matrix."""
+        count = sum(tokens.numel() for tokens in self._tokens)
+        found: dict[str, InputStats] = {}
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0].flatten(0, -2).double()
-                sums[name] = sums.get(name, 0) + x.T @ x
+                x = inputs[0].flatten(0, -2).float()
+                sizes, wide = x.abs(), x.double()
+                new = InputStats(wide.T @ wide, sizes.sum(0) / count, sizes.amax(0))
+                if old := found.get(name):
+                    new = InputStats(
+                        old.products + new.products,
+                        old.mean + new.mean,
+                        torch.maximum(old.largest, new.largest),
+                    )
+                found[name] = new
 
             return note
 
@@ -125,7 +150,7 @@ class LayerRuns:
             stage(x, _inputs(tokens))
         for handle in handles:
             handle.remove()
-        return sums
+        return found
 
     def _pass(self, stage: Stage, x: Tensor | None) -> Tensor:
         """Run held-out rows; the last stage returns losses."""
@@ -133,6 +158,12 @@ class LayerRuns:
         out = stage(x, _inputs(tokens, labels.contiguous()))
         assert isinstance(out, Tensor)
         return out
+
+
+def _hidden(stage: Stage, x: Tensor | None, tokens: Tensor) -> Tensor:
+    """Run a stage; return its hidden states."""
+    out = stage(x, _inputs(tokens))
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _inputs(tokens: Tensor, labels: Tensor | None = None) -> Inputs:

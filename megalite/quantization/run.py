@@ -4,9 +4,11 @@ and biases stay."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from megalite.checkpoint.convert import Model, open_source
@@ -14,10 +16,11 @@ from megalite.errors import ConfigError
 from megalite.models.weights import Weight
 from megalite.quantization.gptq import gptq
 from megalite.quantization.layers import LayerRuns
+from megalite.quantization.scaling import Scaling, awq, smoothquant
 from megalite.quantization.schemes import Scheme
 
-Method = Literal["rtn", "gptq"]
-METHODS = ("rtn", "gptq")
+Method = Literal["rtn", "gptq", "awq", "smoothquant"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass
@@ -41,15 +44,17 @@ class Quantiser:
     def __init__(
         self, model: Model, scheme: Scheme, method: Method = "rtn", runs: LayerRuns | None = None
     ):
-        """`runs` gives the inputs of the matrices, which GPTQ needs. Raises ConfigError for a model
+        """`runs` gives the inputs of the matrices, which all methods but RTN need. Raises ConfigError for a model
         or a matrix that cannot be quantised."""
-        if method == "gptq" and runs is None:
-            raise ConfigError("--method gptq needs inputs of the matrices: give --data")
+        if method != "rtn" and runs is None:
+            raise ConfigError(f"--method {method} needs inputs of the matrices: give --data")
         self.model, self.scheme, self.method, self.runs = model, scheme, method, runs
         self.report = Report()
         self._ready: dict[str, dict[str, Tensor]] = {}
         """What is to be written for tensors of the layer that was quantised last, by their
         names."""
+        self._scaled: dict[str, Tensor] = {}
+        """Norms and biases of that layer that were scaled."""
         self._layer = -1
         for weight in self._matrices():
             if weight.stack or weight.transpose:
@@ -82,33 +87,46 @@ class Quantiser:
 
     def encode(self, weight: Weight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what is written in place of a weight's Hugging Face `tensors`."""
+        # The first of a layer's weights, which may be a norm.
+        if self.runs and isinstance(weight.place, int) and weight.place != self._layer:
+            self._layer = weight.place
+            scaling = self._scaling(next(iter(tensors.values())).dtype)
+            self._scaled = self.runs.run(weight.place, self._in_layer, scaling)
+            self.report.perplexities = self.runs.perplexities
         if not weight.is_matrix:
-            return tensors
+            value = self._scaled.get(weight.name)
+            return tensors if value is None else weight.to_hf(value)
         if self.runs is None:
             for name, tensor in tensors.items():
-                self._quantise(name, tensor, None)
-        elif weight.place != self._layer:
-            assert isinstance(weight.place, int)
-            self._layer = weight.place
-            self.runs.run(weight.place, self._in_layer)
-            self.report.perplexities = self.runs.perplexities
+                self._quantise(name, tensor, tensor.dtype, None)
         return {name: part for tensor in tensors for name, part in self._ready.pop(tensor).items()}
 
-    def _in_layer(self, weight: Weight, value: Tensor, inputs: Tensor) -> Tensor:
+    def _scaling(self, dtype: torch.dtype) -> Scaling | None:
+        """Return how inputs of matrices are scaled first."""
+        if self.method == "awq":
+            return Scaling(partial(awq, scheme=self.scheme, dtype=dtype), norms_only=False)
+        return Scaling(smoothquant, norms_only=True) if self.method == "smoothquant" else None
+
+    def _in_layer(
+        self, weight: Weight, value: Tensor, dtype: torch.dtype, inputs: Tensor
+    ) -> Tensor:
         """Quantise a weight with what went into it; return what its numbers stand for."""
         # By Hugging Face tensor: their rows do not depend on each other, but blocks of fp8 must not
         # reach over two.
         rounded = {
-            name: self._quantise(name, part, inputs) for name, part in weight.to_hf(value).items()
+            name: self._quantise(name, part, dtype, inputs)
+            for name, part in weight.to_hf(value).items()
         }
         rows = weight.rows_from_hf(
             lambda name, where: rounded[name][where], 0, weight.num_rows, (0, value.shape[1])
         )
-        return rows.view(weight.shape).to(value.dtype)
+        return rows.view(weight.shape).to(dtype)
 
-    def _quantise(self, name: str, value: Tensor, inputs: Tensor | None) -> Tensor:
+    def _quantise(
+        self, name: str, value: Tensor, dtype: torch.dtype, inputs: Tensor | None
+    ) -> Tensor:
         scheme, exact = self.scheme, value.float()
-        scales = scheme.scales(value, value.dtype)
+        scales = scheme.scales(value, dtype)
         scale = scheme.spread(scales, tuple(value.shape))
         if self.method == "gptq":
             assert inputs is not None
@@ -118,7 +136,7 @@ class Quantiser:
         rounded = scheme.decode(numbers, scale)
         self.report.errors[name] = relative_error(exact, rounded, inputs)
         stem = name.removesuffix("weight")
-        packed = scheme.pack(numbers, scales, value.dtype)
+        packed = scheme.pack(numbers, scales, dtype)
         self._ready[name] = {stem + end: part for end, part in packed.items()}
         return rounded
 

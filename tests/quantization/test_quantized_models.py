@@ -12,42 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from megalite.checkpoint.convert import open_source
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.cli import main
-from megalite.data.indexed import IndexedWriter
-from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3, randomize
+from quantized_folders import SMALL, save, weights_of
+from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3
 
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
 SCHEMES = {"w8a8": [], "w4a16": ["--group", "16"], "fp8": [], "fp8_block": ["--group", "16"]}
-
-
-def save(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**values)
-    )
-    randomize(model)
-    model.to(dtype).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = str(tmp_path_factory.mktemp("tokens") / "data")
-    with IndexedWriter(prefix, np.uint16) as writer:
-        writer.add_document(np.random.default_rng(0).integers(0, 99, 2_000))
-    return prefix
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    model = open_source(folder)
-    return {
-        name: x for weight in model.weights for name, x in weight.to_hf(model.read(weight)).items()
-    }
 
 
 @pytest.mark.parametrize(
