@@ -1,14 +1,19 @@
 """Tensors that are stored as small numbers with scales, read as what they stand for: fp8 in blocks
-(DeepSeek-V3's files on the hub), MXFP4 (gpt-oss's), and what `quantization` writes
-(compressed-tensors). They look like slices of safetensors."""
+(DeepSeek-V3's files on the hub), MXFP4 (gpt-oss's), what `quantization` writes (compressed-tensors),
+and GPTQ's and AWQ's own files. They look like slices of safetensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megalite.errors import ConfigError
+from megalite.models.hf import check_packed
+from megalite.utils.outside import read_json
 
 BLOCK = 128
 """Rows and columns of a block of fp8 that share a scale."""
@@ -159,6 +164,91 @@ class Packed(Scaled):
             .narrow(-1, columns.start % 8, columns.stop - columns.start)
             .float()
         )
+
+
+class PackedInputs:
+    """A matrix [out, in] as GPTQ's and AWQ's tools write it: integers of 4 or 8 bits, [in, out],
+    several in an int32, and for each group of inputs and each output a scale and an integer that
+    stands for 0, as they write them."""
+
+    def __init__(self, parts: Mapping[str, Any], said: Mapping[str, Any]):
+        """Take slices of safetensors by the ends of their names, qweight, qzeros, scales and
+        perhaps g_idx, and what config.json says of them. Raises ValueError where they do not go
+        together."""
+        self._parts = parts
+        self._awq, self._bits = said["quant_method"] == "awq", said["bits"]
+        per_word = 32 // self._bits
+        # Along the outputs in AWQ's files, along the inputs in GPTQ's.
+        first, second = parts["qweight"].get_shape()
+        size = (first, second * per_word) if self._awq else (first * per_word, second)
+        groups, outputs = parts["scales"].get_shape()
+        zeros, index = tuple(parts["qzeros"].get_shape()), parts.get("g_idx")
+        whole = said.get("group_size", -1)
+        self._group = size[0] if whole == -1 else whole
+        if (
+            (groups, outputs) != (-(-size[0] // self._group), size[1])
+            or zeros != (groups, -(-outputs // per_word))
+            or (index is not None and tuple(index.get_shape()) != (size[0],))
+        ):
+            raise ValueError(
+                f"{size[0]} inputs of {size[1]} outputs do not go with scales of {[groups, outputs]} and zeros of "
+                f"{list(zeros)} in groups of {self._group}"
+            )
+        self._shape = (size[1], size[0])
+        # GPTQ's first version writes one less than stands for 0.
+        self._less = int(not self._awq and said.get("checkpoint_format", "gptq") == "gptq")
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        """Return the dtype of the scales, which is the model's own."""
+        return str(self._parts["scales"].get_dtype())
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        """Read and scale a slice of one or two dimensions, in the dtype of the scales."""
+        every = (*where, slice(None))[:2]
+        outputs, inputs = (
+            slice(*part.indices(size)[:2]) for part, size in zip(every, self._shape, strict=True)
+        )
+        index = self._parts.get("g_idx")
+        group = torch.arange(inputs.start, inputs.stop) // self._group
+        if index is not None:
+            group = index[inputs].long()
+        scales = self._parts["scales"][:, outputs]
+        zeros = self._unpacked(self._parts["qzeros"], slice(None), outputs, along=1) + self._less
+        numbers = self._unpacked(self._parts["qweight"], inputs, outputs, along=int(self._awq))
+        # The difference is exact in any dtype, and so rounded once: by the product.
+        values = (numbers - zeros[group]).float() * scales[group].float()
+        return values.t().to(scales.dtype)
+
+    def _unpacked(self, words: Any, rows: slice, columns: slice, along: int) -> Tensor:
+        """Return integers of `rows` and `columns`, of which several along a dimension share a word
+        of `words`."""
+        per_word, part = 32 // self._bits, (rows, columns)[along]
+        start, stop = part.indices(words.get_shape()[along] * per_word)[:2]
+        packed = slice(start // per_word, -(-stop // per_word))
+        read = words[(packed, columns) if along == 0 else (rows, packed)]
+        shifts = torch.arange(0, 32, self._bits, dtype=torch.int32)
+        if self._awq:
+            shifts = shifts[[0, 4, 1, 5, 2, 6, 3, 7]]
+        found = (read.unsqueeze(along + 1) >> shifts.view(-1, *[1] * (1 - along))) & (
+            2**self._bits - 1
+        )
+        return found.flatten(along, along + 1).narrow(along, start % per_word, stop - start)
+
+
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
+"""Ends of the names of `PackedInputs`' tensors, of which the last may be missing."""
+
+
+def packed_config(folder: Path) -> dict[str, Any]:
+    """Return what config.json of a folder says of its `PackedInputs`. Raises ConfigError."""
+    values = read_json(folder / "config.json", ConfigError)
+    said = values.get("quantization_config") if isinstance(values, dict) else None
+    check_packed(said)
+    assert isinstance(said, dict)
+    return {"bits": said.get("w_bit"), "group_size": said.get("q_group_size", -1)} | said
 
 
 Kind = type[Fp8Blocks] | type[Mxfp4] | type[Scaled]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megalite.checkpoint import quantised
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
 from megalite.utils.outside import beside, read_json, reading, shown
@@ -56,6 +59,7 @@ class TensorFolder:
             ) from None
         self._add_unlisted()
         self._add_scaled()
+        self._add_packed()
 
     def _add_unlisted(self) -> None:
         """Add the tensors that files hold beside those an index lists, because transformers loads
@@ -80,6 +84,29 @@ class TensorFolder:
             self.files[name] = self.files.pop(numbers)
             del self.files[scales]
             self.files.pop(name + "_shape", None)  # of packed integers: their own shape says it too
+
+    def _add_packed(self) -> None:
+        """Likewise know what GPTQ's or AWQ's tools have written."""
+        stems = [name.removesuffix("qweight") for name in self.files if name.endswith(".qweight")]
+        if not stems:
+            return
+        try:
+            said = quantised.packed_config(self.folder)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from None
+        for stem in stems:
+            ends = [end for end in quantised.PACKED if stem + end in self.files]
+            if missing := {*quantised.PACKED[:3]} - {*ends}:
+                raise CheckpointError(f"{self.folder}: there is no {stem}{min(missing)}")
+            parts = {end: self._slices(stem + end) for end in ends}
+            try:
+                self._scaled[f"{stem}weight"] = quantised.PackedInputs(parts, said)
+            except ValueError as error:
+                raise CheckpointError(f"{self.folder}: {stem}qweight: {error}") from None
+            self.files[f"{stem}weight"] = self.files[f"{stem}qweight"]
+            for end in ends:
+                del self.files[stem + end]
+        _say_unpacked(self.folder, said["quant_method"], said["bits"], parts["scales"].get_dtype())
 
     def _dtype_of(self, name: str) -> str:
         return str(self._slices(name).get_dtype())
@@ -161,6 +188,13 @@ class TensorFolder:
                     f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} "
                     f"({KEEPS})"
                 )
+
+
+@cache
+def _say_unpacked(folder: Path, method: str, bits: int, dtype: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        text = f"{folder}: {method.upper()}'s integers of {bits} bits are unpacked to {dtype}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _weight_map(index: Path, single: str) -> dict[str, str]:

@@ -184,7 +184,9 @@ def check_compressed(values: Any, family: str) -> None:
     where others run the model is neutral: here products take them as they are."""
     if values is None:
         return
-    read = f"compressed-tensors in {', '.join(COMPRESSED)} are read; save the model dequantised otherwise"
+    if isinstance(values, Mapping) and values.get("quant_method") in ("gptq", "awq"):
+        return check_packed(values)
+    read = f"GPTQ, AWQ and compressed-tensors in {', '.join(COMPRESSED)} are read; save the model dequantised otherwise"
     if not isinstance(values, Mapping) or values.get("quant_method") != "compressed-tensors":
         raise ConfigError(
             f"config.json has quantization_config = {shown(values)}; of the {family} family, {read}"
@@ -202,6 +204,25 @@ def check_compressed(values: Any, family: str) -> None:
                 f"config.json has quantization_config with weights = {shown(weights)}; symmetric ones of 4 or 8 bits "
                 "are read"
             )
+
+
+def check_packed(values: Any) -> None:
+    """Raise ConfigError for quantised weights that are no integers of GPTQ's or AWQ's files."""
+    said = values if isinstance(values, Mapping) else {}
+    method = said.get("quant_method")
+    bits = said.get("bits", said.get("w_bit"))
+    if method == "gptq" and said.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2"):
+        known: tuple[int, ...] = (4, 8)
+    elif method == "awq" and str(said.get("version", "gemm")).lower() == "gemm":
+        known = (4,)
+    else:
+        known = ()
+    group = said.get("group_size", said.get("q_group_size", -1))
+    if bits not in known or not isinstance(group, int) or group == 0 or group < -1:
+        raise ConfigError(
+            f"config.json has quantization_config = {shown(values)}; GPTQ of 4 or 8 bits (checkpoint_format gptq or "
+            "gptq_v2) and AWQ of 4 (version gemm) are read"
+        )
 
 
 def check_padding(hf: Mapping[str, Any]) -> None:

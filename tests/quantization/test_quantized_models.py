@@ -189,7 +189,7 @@ def test_refused(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"quant_method": "gptq"}, "compressed-tensors in"),
+        ({"quant_method": "hqq"}, "compressed-tensors in"),
         ({"format": "marlin-24"}, "of format 'marlin-24'"),
         (
             {"config_groups": {"a": {"weights": {"symmetric": False, "num_bits": 4}}}},
