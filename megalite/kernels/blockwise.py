@@ -62,6 +62,18 @@ def quantise_blocks(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantise_blocks(places: Tensor, largest: Tensor, table: Tensor) -> Tensor:
     """Return the numbers, fp32 [… , block], that `quantise_blocks` has made `places` of."""
-    # index_select and not indexing, whose kernel is several times as slow.
-    values = table.index_select(0, places.flatten().int()).view(places.shape)
+    values = table.index_select(0, places.flatten().long()).view(places.shape)
     return values.mul_(largest[..., None])
+
+
+def pairs_of(values: Tensor) -> Tensor:
+    """Return for each byte of two places in a table of 16 `values`, the first in its high half, the
+    two values, as one number of 8 bytes: int64 [256]."""
+    return torch.cartesian_prod(values, values).view(torch.int64).flatten()
+
+
+def look_up_pairs(pairs: Tensor, codes: Tensor) -> Tensor:
+    """Return the values, fp32 [2 n], of `codes`, uint8 of n elements, by what `pairs_of` returned."""
+    # index_select of single numbers by int64 is 2 to 5 times as quick as of pairs, as indexing, or
+    # by int32.
+    return pairs.index_select(0, codes.flatten().long()).view(torch.float32)

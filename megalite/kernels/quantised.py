@@ -23,7 +23,9 @@ from megalite.kernels.blockwise import (
     DYNAMIC_BLOCK,
     dequantise_blocks,
     dynamic_table,
+    look_up_pairs,
     nf4_table,
+    pairs_of,
     quantise_blocks,
 )
 
@@ -33,8 +35,8 @@ AT_ONCE = 2**20
 """Numbers that are converted at a time, which bounds what is held beside the outcome."""
 
 Kind = Literal["nf4", "int8"]
-BYTES_BESIDE: dict[Kind, int] = {"nf4": 6, "int8": 4}
-"""Bytes for each of these numbers: what they stand for in fp32, and of NF4 the codes, int32 for two
+BYTES_BESIDE: dict[Kind, int] = {"nf4": 8, "int8": 4}
+"""Bytes for each of these numbers: what they stand for in fp32, and of NF4 the codes, int64 for two
 of them."""
 
 
@@ -86,15 +88,14 @@ class Nf4:
         table = dynamic_table(self.codes.device)
         scales = dequantise_blocks(self.scales[part, :, None], nested, table).squeeze(-1)
         scales += self.mean[part, None]
-        codes = self.codes[part].flatten().int()
-        pairs = _pairs(self.codes.device).index_select(0, codes)
-        return pairs.view(-1, blocks, BLOCK).mul_(scales[..., None]).flatten(1)
+        values = look_up_pairs(_pairs(self.codes.device), self.codes[part])
+        return values.view(-1, blocks, BLOCK).mul_(scales[..., None]).flatten(1)
 
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """Return the two numbers of NF4 that each byte holds, fp32 [256, 2]."""
-    return torch.cartesian_prod(nf4_table(device), nf4_table(device))
+    """Return the two numbers of NF4 that each byte holds."""
+    return pairs_of(nf4_table(device))
 
 
 def _nf4(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -13,9 +13,9 @@ ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
 """Bytes per element to add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4. In the
 weight-gradient GEMM's own epilogue: read 4, write 4."""
 
-DEQUANTISE_BYTES = 20
-"""Bytes per element to dequantise a matrix in torch: the codes as integers, read and written; their
-fp32 numbers, written, scaled, read and rounded."""
+DEQUANTISE_BYTES = 26
+"""Bytes per element to dequantise a matrix in torch: of NF4 the codes, int64 for two of them, written
+and read; their fp32 numbers, written, scaled, read and rounded."""
 
 
 def optimizer_bytes(params: float, states: float) -> float:

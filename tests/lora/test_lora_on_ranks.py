@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": CASES["qwen3_moe"],
     "deepseek_v3": CASES["deepseek_v3"],
 }
-WIDE = {"hidden_size": 128, "intermediate_size": 256}
+WIDE = {"hidden_size": 128, "intermediate_size": 384}
 MODELS |= {
     "wide": MODELS["llama"] | WIDE,
     "wide gpt2": MODELS["gpt2"] | {"n_embd": 128},
@@ -294,7 +294,7 @@ def in_few_bits(weight: Tensor, kind: str) -> Tensor:
     with nf4 and double quantisation."""
     if kind == "int8":
         largest = weight.abs().amax(1, keepdim=True)
-        return (weight * 127 / largest).round() * largest / 127
+        return (weight * (127 / largest)).round() * largest / 127
     # The quantiles of a normal distribution that the paper's authors publish in their code.
     nf4 = torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
