@@ -120,9 +120,19 @@ class Scaled:
     def _size(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         return stored
 
-    def _read(self, rows: slice, columns: slice) -> Tensor:
+    def _stored_numbers(self, rows: slice, columns: slice) -> Tensor:
         numbers: Tensor = self._numbers[rows, columns]
-        return numbers.float()
+        return numbers
+
+    def numbers(self) -> Tensor:
+        """Return the numbers as they are stored, int8 [out, in] or fp8, of 4 bits from -8 to 7."""
+        every = (slice(0, size) for size in self._shape)
+        return self._stored_numbers(*every)
+
+    def scales(self) -> Tensor:
+        """Return the scales, fp32."""
+        scales: Tensor = self._scales[:, :]
+        return scales.float()
 
     def get_shape(self) -> tuple[int, ...]:
         return self._shape
@@ -143,7 +153,8 @@ class Scaled:
         scales = stored.float()
         for dim, ((low, high), block) in enumerate(zip(bounds, self._block, strict=True)):
             scales = scales.repeat_interleave(block, dim).narrow(dim, low % block, high - low)
-        return (self._read(slice(*bounds[0]), slice(*bounds[1])) * scales).to(stored.dtype)
+        numbers = self._stored_numbers(slice(*bounds[0]), slice(*bounds[1]))
+        return (numbers.float() * scales).to(stored.dtype)
 
 
 class Packed(Scaled):
@@ -156,14 +167,11 @@ class Packed(Scaled):
     def _size(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         return (*stored[:-1], 8 * stored[-1])
 
-    def _read(self, rows: slice, columns: slice) -> Tensor:
+    def _stored_numbers(self, rows: slice, columns: slice) -> Tensor:
         words: Tensor = self._numbers[rows, slice(columns.start // 8, -(-columns.stop // 8))]
         numbers = (words[..., None] >> torch.arange(0, 32, 4)) & 15
-        return (
-            (numbers.flatten(-2) - 8)
-            .narrow(-1, columns.start % 8, columns.stop - columns.start)
-            .float()
-        )
+        here = (numbers.flatten(-2) - 8).to(torch.int8)
+        return here.narrow(-1, columns.start % 8, columns.stop - columns.start)
 
 
 class PackedInputs:

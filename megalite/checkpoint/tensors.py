@@ -120,7 +120,7 @@ class TensorFolder:
         return self._open[name]
 
     def _slices(self, name: str) -> Any:
-        if stored := self._scaled.get(self._stored.get(name, name)):
+        if stored := self.scaled(name):
             return stored
         file = self.files[name]
         with reading(self.folder / file, CheckpointError):
@@ -131,6 +131,11 @@ class TensorFolder:
         NOW.beats += 1  # progress for the watchdog: loading a large model takes many reads
         with reading(self.folder / self.files[name], CheckpointError):
             return self._slices(name)[where]
+
+    def scaled(self, name: str) -> Any:
+        """Return the numbers and scales that the tensor `name` is stored as, one of `quantised`'s
+        kinds; None where it is stored itself."""
+        return self._scaled.get(self._stored.get(name, name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices(name).get_shape())

@@ -28,6 +28,7 @@ from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
 from megalite.infer.habits import LIKELY, Habits, read_habits
+from megalite.infer.integer_linears import keep_integers
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.models import build_model, model_config, set_parameters, weight_table
@@ -201,7 +202,9 @@ class Generator:
             print(habits.warning, file=sys.stderr, flush=True)
         model: Predictor
         if launch.world_size == tensor == pipeline == 1:
-            model = CachedModel(load_model(folder), num_slots, max_length)
+            whole = load_model(folder)
+            keep_integers(whole, folder)
+            model = CachedModel(whole, num_slots, max_length)
         else:
             model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
         return cls(model, tokenizer, habits.ends, habits.sampling, folder, habits)
