@@ -13,7 +13,7 @@ for a stack of experts of expert × expert-tensor ranks, in this order (see `Cut
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -383,6 +383,15 @@ class Weight:
             name: self._turned(piece).contiguous()
             for name, piece in zip(self.hf, pieces, strict=True)
         }
+
+    def from_hf(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the logical tensor of whole Hugging Face tensors, by name: the inverse of
+        `to_hf`."""
+        columns = (0, self.row_shape[0]) if self.row_shape else None
+        rows = self.rows_from_hf(
+            lambda name, where: tensors[name][where], 0, self.num_rows, columns
+        )
+        return rows.view(self.shape)
 
     def as_stored(self, names: Container[str]) -> Weight:
         """Return the row as it is in files that hold tensors of these names."""

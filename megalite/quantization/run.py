@@ -117,10 +117,7 @@ class Quantiser:
             name: self._quantise(name, part, dtype, inputs)
             for name, part in weight.to_hf(value).items()
         }
-        rows = weight.rows_from_hf(
-            lambda name, where: rounded[name][where], 0, weight.num_rows, (0, value.shape[1])
-        )
-        return rows.view(weight.shape).to(dtype)
+        return weight.from_hf(rounded).to(dtype)
 
     def _quantise(
         self, name: str, value: Tensor, dtype: torch.dtype, inputs: Tensor | None
