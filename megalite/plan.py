@@ -18,8 +18,8 @@ from megalite.errors import ConfigError
 make_callable(__name__)  # as `plan`, below
 
 Place = int | Literal["first", "last", "both"]
-"""Where a weight is used: in a layer (its number), before the first one, after the last one, or
-tied at both ends."""
+"""Where a weight is used: in a layer (its number), before the first one, after the last one, or at
+both ends (a tied embedding, or one that predictors of further tokens look up)."""
 
 
 class Cut(NamedTuple):
@@ -69,12 +69,19 @@ class StageSpan:
     stop: int
     first: bool = True
     last: bool = True
+    predictors: int = 0
+    """Layers of multi-token prediction, on the last stage behind the last layer."""
+
+    @property
+    def layers(self) -> range:
+        """Return the numbers of the layers that the stage has, predictors included."""
+        return range(self.start, self.stop + self.predictors)
 
     def holds(self, place: Place) -> bool:
-        """Return whether a weight used at `place` belongs to this stage. A tied embedding belongs
-        to the first and the last."""
+        """Return whether a weight used at `place` belongs to this stage. An embedding at both ends
+        belongs to the first and the last."""
         if isinstance(place, int):
-            return self.start <= place < self.stop
+            return place in self.layers
         return (self.first and place in ("first", "both")) or (
             self.last and place in ("last", "both")
         )
@@ -82,7 +89,7 @@ class StageSpan:
     def weights(self, weights: Sequence[W]) -> list[W]:
         """Return the stage's rows of the table, in the order in which a forward pass uses them."""
         held = [weight for weight in weights if self.holds(weight.place)]
-        # The head's copy of a tied embedding is met last.
+        # The last stage's copy of the embedding is met last.
         # sorted is stable: all others keep the order of the table.
         return held if self.first else sorted(held, key=lambda weight: weight.place == "both")
 
@@ -261,6 +268,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_model(config)
     _check_experts(config, weights, sequence)
     _check_qk_clip(config)
+    _check_predictors(config)
     _check_noise_scale(config, data, micro_batches)
     # After all checks that need no stages, so that the first mistake reported is the simplest.
     stages = _stages(config, weights)
@@ -621,6 +629,20 @@ def _check_qk_clip(config: Config) -> None:
         )
 
 
+def _check_predictors(config: Config) -> None:
+    """Raise ConfigError where a model's predictors of further tokens could not be trained."""
+    if not config.model.architecture.predictors:
+        return
+    count, unless = len(config.model.architecture.predictors), "; 0 leaves the predictors out"
+    key = f"model.num_nextn_predict_layers = {count}"
+    if config.objective.name != "next_token":
+        raise ConfigError(
+            f"{key} needs objective.name: next_token, not {config.objective.name}{unless}"
+        )
+    if config.lora is not None:
+        raise ConfigError(f"{key} needs lora: null, which leaves them as they are{unless}")
+
+
 def _check_noise_scale(config: Config, data: int, micro_batches: int) -> None:
     """Raise ConfigError where a step has no gradients of smaller batches, on `data` data ranks."""
     every, parallel = config.observe.noise_scale_every, config.parallel
@@ -701,8 +723,11 @@ def _stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ...]:
     else:
         counts = balance(num_layers, num_stages, _head_cost(config, weights))
     starts = [sum(counts[:index]) for index in range(num_stages)]
+    predictors, end = len(config.model.architecture.predictors), num_stages - 1
     return tuple(
-        StageSpan(index, start, start + count, index == 0, index == num_stages - 1)
+        StageSpan(
+            index, start, start + count, index == 0, index == end, predictors * (index == end)
+        )
         for index, (start, count) in enumerate(zip(starts, counts, strict=True))
     )
 
@@ -726,14 +751,19 @@ def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
 
 def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
     """Return the multiplications of the output head in units of an average layer's, with attention
-    over half the sequence included."""
-    model = config.model
+    over half the sequence included. Predictors of further tokens are a layer and a head each."""
+    model, predictors = config.model, len(config.model.architecture.predictors)
     # A matrix multiplies as often per token as it has parameters, so that sizes stand for time.
-    layers = sum(weight.multiplied for weight in weights if isinstance(weight.place, int))
+    layers = sum(
+        weight.multiplied
+        for weight in weights
+        if isinstance(weight.place, int) and weight.place < model.num_layers
+    )
     attention = (
         sum(layer.mixer.products(config.data.seq_length) for layer in model.architecture.layers) / 2
     )
-    return model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
+    head = model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
+    return (1 + predictors) * head + predictors
 
 
 def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.models import model_config, weight_table
-from megalite.plan import Cut, Plan, balance, make_plan, smallest_world
+from megalite.plan import Cut, Plan, balance, make_plan, plan, smallest_world
 from megalite.utils.resources import configs_dir
 
 # Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last
@@ -339,6 +339,44 @@ def test_refuses_what_experts_cannot_do(overrides: list[str], words: list[str]) 
     assert "model.family = 'llama' has none" in refusal(
         8, "parallel.expert=2", "train.micro_batch_size=1"
     )
+
+
+LATENT = {
+    "family": "deepseek_v3", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 12, "num_layers": 4,
+    "num_attention_heads": 4, "max_positions": 64, "kv_lora_rank": 4, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2,
+    "v_head_dim": 2, "moe_intermediate_size": 4, "num_experts": 4, "experts_per_token": 2,
+}  # fmt: skip
+
+
+def test_the_last_stage_holds_predictors_and_a_copy_of_the_embedding() -> None:
+    """A predictor is as much work as a layer and a head, which the other stage's layers even out."""
+    overrides = "parallel.pipeline=2", "train.micro_batch_size=1"
+    alone = plan_of(2, *overrides, model=LATENT)
+    plan = plan_of(2, *overrides, model=LATENT | {"num_nextn_predict_layers": 1})
+    assert [span.stop for span in alone.stages] == [2, 4]
+    assert [span.stop for span in plan.stages] == [3, 4]
+    assert [list(span.layers) for span in plan.stages] == [[0, 1, 2], [3, 4]]
+    table = weight_table(config_of(LATENT | {"num_nextn_predict_layers": 1}).model)
+    first, last = ([row.name for row in span.weights(table)] for span in plan.stages)
+    assert "embedding.weight" in first
+    assert "embedding.weight" in last
+    behind = [row.numel for row in table if row.name.startswith("layers.4.")]
+    assert plan.num_params - alone.num_params == sum(behind)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"objective": {"name": "dpo"}}, "needs objective.name: next_token, not dpo"),
+        ({"lora": {"rank": 4, "targets": ["o_proj"]}}, "needs lora: null"),
+    ],
+)
+def test_refuses_what_predictors_cannot_do(more: dict[str, Any], words: str) -> None:
+    config = config_of(LATENT | {"num_nextn_predict_layers": 1, "hf": "folder"})
+    values = config.model_dump(mode="json") | more
+    values["data"]["document_mask"] = True
+    with pytest.raises(ConfigError, match=f"model.num_nextn_predict_layers = 1 {words}.*; 0 "):
+        plan(parse_config(values), 1)
 
 
 def test_refuses_too_few_micro_batches_for_a_pipeline() -> None:

@@ -52,7 +52,7 @@ GPT_OSS = GROUPED | {
 DEEPSEEK = LLAMA | {
     "model_type": "deepseek_v3", "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 20,
-    "kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8,
+    "kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 GEMMA2 = GROUPED | {
     "model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7,

@@ -129,7 +129,9 @@ def write_model(
         # "torch_dtype" is the key that every version of transformers and vLLM reads.
         write_json(temporary / "config.json", model.config | {"torch_dtype": name})
         # Open it as a reader will: the tensors must be those that its own config.json asks for.
-        TensorFolder(temporary).check(weight_table(model_config({"hf": str(temporary)})))
+        table = weight_table(model_config({"hf": str(temporary)}))
+        copies = [copy for weight in table for copy in weight.copies]
+        TensorFolder(temporary).check(table, ignore=copies)
         fsync(temporary)
         temporary.rename(folder)
     except OSError as error:
@@ -193,6 +195,7 @@ def _shards(
                 f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32"
             )
         tensors = weight.to_hf(written)
+        tensors |= weight.copies_of(tensors)
         if model.encode:
             tensors = model.encode(weight, tensors)
         if shard and _bytes_of(shard) + _bytes_of(tensors) > shard_bytes:

@@ -27,8 +27,8 @@ GPT-NeoX), rotary frequencies, numbers of positions (BERT)."""
 def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
     """Return the names of stored tensors in `source` that `model` does without.
 
-    These are the second copy of a tied head, and other copies of the embedding, a head that another
-    one replaces (`head_is_replaced`), and causal masks and rotary frequencies that are as the model
+    These are the second copy of a tied head, and other copies of a weight, a head that another one
+    replaces (`head_is_replaced`), and causal masks and rotary frequencies that are as the model
     computes them. Raises CheckpointError for a tied head, or another copy, that is not one, and for
     frequencies that contradict config.json."""
     found = {name for name in source.files if _is_computed(source, name, model)}
@@ -40,11 +40,18 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
         found.add(head)
     if head_is_replaced:
         found |= names_of(own_table(model)) - names_of(weight_table(model))
-    found |= {name for name in source.files if name.startswith(model.SPARE_STARTS)}
-    for copy in source.files.keys() & set(model.COPIES):
-        if (row := _first_difference(source, embedding, copy)) is not None:
+    starts = model.starts_of_spare(source.files)
+    found |= {name for name in source.files if name.startswith(starts)}
+    copies = dict.fromkeys(model.COPIES, embedding)
+    copies |= {copy: row.hf[0] for row in weight_table(model) for copy in row.copies}
+    for copy, of in copies.items():
+        if not {copy, of} <= source.files.keys():
+            continue
+        if source.shape(copy) != source.shape(of):
+            raise CheckpointError(f"{source.folder}: {copy} must be a copy of {of}, of its shape")
+        if (row := _first_difference(source, of, copy)) is not None:
             raise CheckpointError(
-                f"{source.folder}: {copy} must be a copy of {embedding}, but row {row} is the first that differs"
+                f"{source.folder}: {copy} must be a copy of {of}, but row {row} is the first that differs"
             )
         found.add(copy)
     return found | source.files.keys() & set(model.SPARE)

@@ -215,7 +215,10 @@ class Writing:
         for name, whole in logical.items():
             # Hugging Face's names and shapes, also for optimizer states: they are sharded, tied and
             # fused as the weights are, and any layout can read them.
-            named |= self.target.row(name, kind).to_hf(whole)
+            row = self.target.row(name, kind)
+            named |= (tensors := row.to_hf(whole))
+            if kind == "weight":
+                named |= row.copies_of(tensors)
         save_file(named, path, metadata={"format": "pt"})
         fsync(path)
         return {name: tensor.nbytes for name, tensor in named.items()}

@@ -154,6 +154,20 @@ class ModelConfig(Section):
         there are none."""
         return None
 
+    @property
+    def predictor_weight(self) -> float:
+        """Return the weight of the mean loss of predictors of further tokens (the architecture's
+        `predictors`)."""
+        return 0.0
+
+    def without_predictors(self) -> ModelConfig:
+        """Return the config of the model alone, as generation takes it."""
+        return self
+
+    def starts_of_spare(self, names: Container[str]) -> tuple[str, ...]:
+        """Return how the names of tensors start that are not read, of all `names` in the files."""
+        return self.SPARE_STARTS
+
     def describe(self) -> Architecture:
         """Describe what each layer computes. Every family's config says it; raises ConfigError
         where one does not."""

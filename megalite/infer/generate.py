@@ -116,7 +116,7 @@ def load_model(
     `dtype` or the stored precision. A head that the folder lacks is drawn from `seed`; None: it is
     an error. Raise ConfigError or CheckpointError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = model_config({"hf": str(folder)})
+    config = model_config({"hf": str(folder)}).without_predictors()
     weights, model = weight_table(config), build_model(config)
     # `read` gives a flat range of a weight's elements, as ranks ask for their shards; here the
     # whole.

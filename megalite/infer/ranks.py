@@ -114,6 +114,7 @@ def load_on_ranks(
             "optimizer": {"lr": 1.0},
         }
     )
+    config = config.model_copy(update={"model": config.model.without_predictors()})
     table = weight_table(config.model)
     plan = make_plan(config, table, launch.world_size)
     launch.join()

@@ -179,6 +179,9 @@ class LayerSpec:
     feed_forward: FeedForwardSpec
     num_norms: int = 2
     """Norms of hidden states."""
+    joins: bool = False
+    """True if a matrix [D, 2·D] first joins hidden states with the embedding of a later token, as in
+    a predictor of further tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,9 @@ class Architecture:
     layers: tuple[LayerSpec, ...]
     norm: Literal["rms", "layer"]
     """Kind of all norms of hidden states."""
+    predictors: tuple[LayerSpec, ...] = ()
+    """Layers of multi-token prediction behind the last one, each of which predicts one token more,
+    by the same head."""
     num_streams: int = 1
     """Tensors of hidden states [B,T,D] that a layer hands to the next: 2 where an encoder's go on
     beside a decoder's. Predictions are made from the last."""

@@ -1,15 +1,18 @@
 """DeepSeek-V3 (2024) and kin: latent attention, and many small experts that are chosen by sigmoid
 scores with a bias, which balances their load, beside some that every token visits. The first layers
-are dense. Multi-token prediction is left out."""
+are dense. Behind the last one may be predictors of further tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch.nn as nn
 from pydantic import Field, model_validator
+from torch import Tensor
 
+from megalite.models.architecture import Architecture, LayerSpec
 from megalite.models.experts import (
     ROUTED,
     RoutedConfig,
@@ -21,7 +24,17 @@ from megalite.models.experts import (
 )
 from megalite.models.hf import check_quantisation
 from megalite.models.latent import LatentAttention, LatentConfig, latent_rows
-from megalite.models.llama import Layer, Llama, fields_from_hf, fields_to_hf, layer_table, table
+from megalite.models.layers import SequenceInfo, numbered
+from megalite.models.llama import (
+    NAMES,
+    Layer,
+    Llama,
+    fields_from_hf,
+    fields_to_hf,
+    layer_table,
+    table,
+)
+from megalite.models.predictors import Predictor, predict_ahead, with_predictors
 from megalite.models.weights import Weight
 
 
@@ -51,6 +64,15 @@ class DeepseekV3Config(RoutedConfig, LatentConfig):
         description="How much a step moves the bias by which experts are chosen, up for those with fewer tokens of the "
         "global batch than the mean, down for the others. 0: not at all.",
     )
+    num_nextn_predict_layers: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Predictors of further tokens, a layer each behind the last one (multi-token prediction).",
+    )
+    mtp_loss_scaling_factor: float = Field(
+        0.1, ge=0, description="Weight of the mean loss of these predictors."
+    )
 
     @model_validator(mode="after")
     def _groups_come_out_even(self) -> DeepseekV3Config:
@@ -69,6 +91,43 @@ class DeepseekV3Config(RoutedConfig, LatentConfig):
                 f"{self.n_group} groups of {size} experts"
             )
         return self
+
+    @model_validator(mode="after")
+    def _predicts_tokens(self) -> DeepseekV3Config:
+        if self.num_nextn_predict_layers and self.task != "causal":
+            raise ValueError(
+                f"num_nextn_predict_layers {self.num_nextn_predict_layers} needs task: causal, not {self.task}; 0 "
+                "leaves the predictors out"
+            )
+        return self
+
+    @classmethod
+    def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+        """Return the fields with as many predictors as are stored: transformers saves their number
+        in config.json, but not them."""
+        count = num_stored(names, fields["num_layers"])
+        return fields | {"num_nextn_predict_layers": count}
+
+    def starts_of_spare(self, names: Container[str]) -> tuple[str, ...]:
+        stored = num_stored(names, self.num_layers)
+        spare = range(self.num_nextn_predict_layers, stored)
+        return tuple(f"{NAMES.layers}.{self.num_layers + number}." for number in spare)
+
+    def without_predictors(self) -> DeepseekV3Config:
+        return self.model_copy(update={"num_nextn_predict_layers": 0})
+
+    @property
+    def predictor_weight(self) -> float:
+        return self.mtp_loss_scaling_factor
+
+    def describe(self) -> Architecture:
+        numbers = range(self.num_layers, self.num_layers + self.num_nextn_predict_layers)
+        # Three norms more: of what is joined, and before the head.
+        predictors = tuple(
+            LayerSpec(self.mixer(n), self.feed_forward(n), self.NUM_NORMS + 3, joins=True)
+            for n in numbers
+        )
+        return replace(super().describe(), predictors=predictors)
 
     @property
     def expert_inner(self) -> int:
@@ -102,13 +161,34 @@ class DeepseekV3Config(RoutedConfig, LatentConfig):
         return layer >= self.first_k_dense_replace
 
 
+def num_stored(names: Container[str], num_layers: int) -> int:
+    """Return how many predictors are stored among tensors of these `names`."""
+    count = 0
+    while f"{NAMES.layers}.{num_layers + count}.eh_proj.weight" in names:
+        count += 1
+    return count
+
+
 class DeepseekV3(Llama):
     config: DeepseekV3Config
 
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__(config)
+        every = range(config.num_layers + config.num_nextn_predict_layers)
+        self.layers = numbered(self.layer(number) for number in every)
+
     def layer(self, number: int) -> nn.Module:
+        attention = LatentAttention(self.config, number)
+        if number >= self.config.num_layers:
+            return Predictor(self.config, attention)
         # The first layers are dense MLPs of `intermediate_size`, the others experts.
         kind = RoutedLayer if self.config.is_routed(number) else Layer
-        return kind(self.config, LatentAttention(self.config, number))
+        return kind(self.config, attention)
+
+    def predict_ahead(
+        self, x_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
+    ) -> tuple[Tensor, ...]:
+        return predict_ahead(self, x_BTD, tokens_ABT, places)
 
 
 def weights(config: DeepseekV3Config) -> Iterator[Weight]:
@@ -121,7 +201,8 @@ def weights(config: DeepseekV3Config) -> Iterator[Weight]:
     def rows(layer: int) -> Sequence[Weight]:
         return routed if config.is_routed(layer) else dense
 
-    yield from table(config, rows)
+    alone = table(config, rows)
+    yield from with_predictors(config, alone, routed, config.num_nextn_predict_layers)
 
 
 KEYS = ROUTED.but(
@@ -145,11 +226,11 @@ KEYS = ROUTED.but(
         "qk_head_dim": None,
         "rope_interleave": True,
         "router_aux_loss_coef": 0.0,
+        "num_nextn_predict_layers": 0,
         "quantization_config": None,
     },
     only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1},
-    num_nextn_predict_layers="predictors of further tokens, which are left out",
-    num_mtp_layers="predictors of further tokens, which are left out",
+    num_mtp_layers="what transformers calls the predictors, which are those that are stored",
     aux_loss_alpha="of training",
     seq_aux="of training",
 )
@@ -157,7 +238,7 @@ KEYS = ROUTED.but(
 SAME = (
     "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
     "first_k_dense_replace", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "rope_interleave",
+    "rope_interleave", "num_nextn_predict_layers",
 )  # fmt: skip
 """Fields that config.json calls as they are called here."""
 
@@ -166,7 +247,6 @@ def to_hf(config: DeepseekV3Config) -> dict[str, Any]:
     return fields_to_hf(config, "DeepseekV3ForCausalLM") | routed_to_hf(config) | {
         "n_routed_experts": config.num_experts,
         "head_dim": config.qk_rope_head_dim,
-        "num_nextn_predict_layers": 0,
         **{name: getattr(config, name) for name in SAME},
     }  # fmt: skip
 

@@ -112,7 +112,8 @@ class Decoder(nn.Module):
     """Modules that `predict` uses."""
     config: Any
     layers: nn.ModuleDict
-    """Layers by their number in the whole model."""
+    """Layers by their number in the whole model; behind them predictors of further tokens, where
+    the architecture has any."""
     norm: nn.Module
     head: nn.Module
     loss: nn.Module
@@ -145,15 +146,30 @@ class Decoder(nn.Module):
     def losses(self, x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         """Return the loss of every token, fp32 [B,T]; with `terms` [B,T,2], as `cross_entropy`
         does. 0 where the label is `IGNORE`."""
-        return self.loss(self.predict(x_BTD), labels_BT, terms)
+        return self.losses_of(self.finish(x_BTD), labels_BT, terms)
+
+    def losses_of(
+        self, states_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None
+    ) -> Tensor:
+        """Return the losses as `losses` does, of hidden states that are finished."""
+        return self.loss(self.project(states_BTD), labels_BT, terms)
+
+    def predict_ahead(
+        self, x_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
+    ) -> tuple[Tensor, ...]:
+        """Return finished hidden states [B,T,D] for the next token, and for each of A tokens behind
+        it; `tokens_ABT` are the tokens that each of these comes after. Models with predictors of
+        further tokens have it."""
+        raise NotImplementedError
 
     def run_layers(self, x: Any, places: SequenceInfo) -> Any:
         """Run the layers that are here, one after another, on `Streams`: [B,T,D] → [B,T,D] each."""
         # On every stage and in every micro-batch anew: cos/sin tables are cheaper to compute than
         # to send.
         shared = self.shared(places, last_of(x).dtype)
-        for layer in self.layers.values():
-            x = layer(x, shared)
+        for number, layer in self.layers.items():
+            if int(number) < self.config.num_layers:  # behind them: predictors of further tokens
+                x = layer(x, shared)
         return x
 
     def forward(self, tokens_BT: Tensor, places: SequenceInfo | None = None) -> Tensor:

@@ -115,6 +115,9 @@ class Weight:
     one_hf: str | None = None
     """Name of a single Hugging Face tensor that holds all of it in some files instead: it is read,
     not written."""
+    copies: tuple[str, ...] = ()
+    """Names of Hugging Face tensors that hold all of it once more: they are written, and where they
+    are there they must be copies."""
 
     def __post_init__(self) -> None:
         assert (
@@ -392,6 +395,11 @@ class Weight:
             lambda name, where: tensors[name][where], 0, self.num_rows, columns
         )
         return rows.view(self.shape)
+
+    def copies_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the copies of its only Hugging Face tensor in `tensors` that files have beside
+        it."""
+        return {copy: tensors[self.hf[0]].clone() for copy in self.copies}
 
     def as_stored(self, names: Container[str]) -> Weight:
         """Return the row as it is in files that hold tensors of these names."""

@@ -33,7 +33,7 @@ class ExpertLoads:
     ):
         """`architecture` is that of the whole model. `sequence`: sequence parallelism is on."""
         self._mesh = mesh
-        parts = [layer.feed_forward for layer in architecture.layers]
+        parts = [layer.feed_forward for layer in (*architecture.layers, *architecture.predictors)]
         self.num_experts = {
             number: x.num_experts for number, x in enumerate(parts) if isinstance(x, ExpertsSpec)
         }

@@ -50,7 +50,8 @@ class LayerMeasures:
         sequence: bool,
     ):
         """`config` gives the whole model. `sequence`: sequence parallelism is on."""
-        self._engine, self._mesh, self._num_layers = engine, mesh, config.model.num_layers
+        self._engine, self._mesh, architecture = engine, mesh, config.model.architecture
+        self._num_layers = len(architecture.layers) + len(architecture.predictors)
         trained = [
             weight for weight in weight_table(config.model, config.lora) if not weight.frozen
         ]

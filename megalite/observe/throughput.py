@@ -45,12 +45,14 @@ def model_flops_per_token(config: Config, seq_length: int | None = None) -> floa
         return _flops_of_stacks(config) / config.sample_tokens
     table = weight_table(config.model, config.lora)
     behind = {weight.name for weight in table if weight.place in ("last", "both")}
-    predicted = config.objective.predicted()
+    # The head also predicts the tokens behind the next one.
+    predictors = config.model.architecture.predictors
+    predicted = config.objective.predicted() * (1 + len(predictors))
     used = sum(
         weight.multiplied * (predicted if weight.name in behind else 1.0) for weight in table
     )
     frozen = sum(weight.multiplied for weight in table if weight.frozen)
-    mixers = [layer.mixer for layer in config.model.architecture.layers]
+    mixers = [layer.mixer for layer in (*config.model.architecture.layers, *predictors)]
     length = seq_length or config.data.seq_length
     products = sum(mixer.products(mixer.seen(length)) for mixer in mixers)
     # A frozen matrix lacks the weight-gradient GEMM: 2 of the 6.

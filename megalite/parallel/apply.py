@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import TrainConfig
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
-from megalite.kernels.loss import LossTerms
 from megalite.models.experts import Experts
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, Decoder, Dropout
@@ -43,7 +41,7 @@ def apply_parallelism(
     Each step finds what those before it have made. An engine then adopts the parameters, registers
     its hooks with modules and sets the `wgrad_callback` of linears."""
     # First: what another stage has must not be replaced, wrapped or compiled here.
-    cut(model, span, tied=any(weight.place == "both" for weight in weights))
+    cut(model, span, at_both_ends=any(weight.place == "both" for weight in weights))
     # Modules become their parallel counterparts, whose `forward` is then another. torch.compile
     # cannot see what linears among them do besides computing, so those inside layers stay plain.
     parents = [model] if train.compile else list(model.modules())
@@ -94,16 +92,10 @@ def apply_chunked_loss(
     and `sequence` says whether sequence parallelism is on."""
     assert isinstance(model.head.weight, nn.Parameter)
     head = ChunkedHead(model.head.weight, axis, sequence, vocab_size_of(weights), rows)
-    # The head computes the loss itself; nn.Identity is never called.
-    model.head, model.loss = (
-        head,
-        nn.Identity(),
-    )
+    model.head, model.loss = head, nn.Identity()  # nn.Identity is never called
 
-    def losses(x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
-        return head(model.finish(x_BTD), labels_BT, terms)
-
-    model.losses = losses  # type: ignore[method-assign]
+    # The head computes the loss itself.
+    model.losses_of = head.__call__  # type: ignore[method-assign]
 
 
 def apply_recompute(model: Decoder, train: TrainConfig) -> None:

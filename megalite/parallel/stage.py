@@ -109,6 +109,17 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What a model with A predictors of further tokens takes beside the tokens."""
+
+    tokens_ABT: Tensor
+    """Token a + 1 places behind each one, for predictor a; where its document has ended, its last
+    token."""
+    labels_ABT: Tensor
+    """The label of that token."""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A micro-batch on the device, cut to this rank's part of the sequence."""
 
@@ -123,6 +134,8 @@ class Inputs:
     """The one token of each row whose logits are asked for; None: logits of all tokens."""
     picked: Picked | None = None
     """The tokens whose losses or logits are asked for; None: all of them."""
+    ahead: Ahead | None = None
+    """What predictors of further tokens take, whose losses are then returned as well."""
     pairs: Pairs | None = None
     contrast: Contrast | None = None
     frozen: Callable[[], HiddenStates] | None = None
@@ -151,8 +164,9 @@ class Stage(nn.Module):
         """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for
         the next stage, a tuple where the model has several streams of hidden states; the last
         returns `inputs.output`: losses [B,T], with `terms` [B,T,2], fp32 (0 where there is no
-        label), logits [B,T or 1,V/n], of picked tokens [1,M,V/n], or hidden states [B,T,D], as the
-        head takes them or final."""
+        label), and behind them, as further rows, those of each predictor `ahead`; logits
+        [B,T or 1,V/n], of picked tokens [1,M,V/n]; or hidden states [B,T,D], as the head takes them
+        or final."""
         model = self.model
         if self.span.first:
             x = model.embed(inputs.tokens_BT, inputs.places)
@@ -178,19 +192,24 @@ class Stage(nn.Module):
         if picked is not None:
             return picked.spread(model.losses(x_BTD, picked.labels_1M))
         assert inputs.labels_BT is not None
-        return model.losses(x_BTD, inputs.labels_BT, inputs.terms)
+        if inputs.ahead is None:
+            return model.losses(x_BTD, inputs.labels_BT, inputs.terms)
+        # One call of the head for all predictions: engines count on one weight-gradient GEMM of it.
+        states = model.predict_ahead(x_BTD, inputs.ahead.tokens_ABT, inputs.places)
+        labels = torch.cat((inputs.labels_BT, *inputs.ahead.labels_ABT))
+        return model.losses_of(torch.cat(states), labels, inputs.terms)
 
 
-def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
+def cut(model: Decoder, span: StageSpan, at_both_ends: bool) -> None:
     """Remove from a model all that the stage of `span` does not need, in place. What is left keeps
-    its names. `tied` says that the head shares the embedding's weight."""
+    its names. `at_both_ends` says that the last stage uses the embedding's weight, too."""
     for number in list(model.layers):
-        if not span.start <= int(number) < span.stop:
+        if int(number) not in span.layers:
             del model.layers[number]
     # Modules are set to None and not deleted: the model's methods of other stages are never called.
     dropped = [] if span.first else list(model.INPUT)
-    if tied and span.last and "embedding" in dropped:
-        dropped.remove("embedding")  # the head's weight goes by its name
+    if at_both_ends and span.last and "embedding" in dropped:
+        dropped.remove("embedding")  # a tied head's weight goes by its name
     dropped += [] if span.last else model.OUTPUT
     for name in dropped:
         setattr(model, name, None)

@@ -104,7 +104,20 @@ class _Layer:
         gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
         mlp = self.first + gate + self.inner
         self.routed = _routed(shapes)
-        self.plain = norms + self.attention + _latents(shapes) + mlp + self.routed + 2 * self.masks
+        # A predictor's hidden states and embeddings as one, the operand of its first product.
+        self.joined = 2 * self.hidden if shapes.joins else 0
+        # Gradient of the residual stream. Beside a predictor's are those of all that the head takes,
+        # and the input of the last norm.
+        self.gradient = self.hidden * (3 + shapes.predictors if shapes.joins else 1)
+        self.plain = (
+            self.joined
+            + norms
+            + self.attention
+            + _latents(shapes)
+            + mlp
+            + self.routed
+            + 2 * self.masks
+        )
         """All that a layer keeps for its backward pass without recomputation, or holds after it has
         recomputed."""
         self.kept = self.plain
@@ -112,8 +125,8 @@ class _Layer:
             # activation_and_down_proj is recomputed from the first product's output.
             self.kept = self.plain - gate - self.inner
         elif recompute == "full":
-            # Only the layer's input.
-            self.kept = self.hidden
+            # Only the layer's input; a predictor has the embeddings beside it.
+            self.kept = 2 * self.hidden if shapes.joins else self.hidden
 
     def forward(self) -> list[int]:
         """Return the bytes at the moments that may be the peak of the forward pass."""
@@ -140,7 +153,7 @@ class _Layer:
 
         The gradient of the residual stream is alive beside each of them."""
         whole = _whole(self.shapes)
-        before = self.hidden + self.plain - self.masks
+        before = self.gradient + self.plain - self.masks
         # Gradients of the second product's input, which is freed by then, and of the first one's
         # output.
         moments = [before + self.first]
@@ -165,7 +178,7 @@ class _Layer:
     def attention_backward(self) -> list[int]:
         """Return the bytes at the moments of attention's backward pass that may be its peak. The
         MLP is freed."""
-        beside = self.hidden + self.norm + _attended(self.shapes)
+        beside = self.gradient + self.norm + _attended(self.shapes)
         moments = [beside + _attention_backward(self.shapes, self.on_gloo)]
         if self.recompute == "full" or (
             self.recompute == "selective" and self.shapes.writes_scores
@@ -438,9 +451,11 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
     logits = shapes.head_tokens * shapes.vocab * shapes.element
     capped = logits if shapes.logit_softcap else 0
     log_sum_exp = shapes.head_tokens * FP32
-    kept = _norm(shapes) + logits + capped + log_sum_exp
-    gathered = _whole(shapes) if shapes.sequence else 0
-    of_input = _whole(shapes) + _scatter(shapes, on_gloo)
+    # With predictors the head takes their outputs beside that of the last norm.
+    times = 1 + shapes.predictors
+    kept = _norm(shapes) + shapes.predictors * shapes.hidden_bytes + logits + capped + log_sum_exp
+    gathered = times * _whole(shapes) if shapes.sequence else 0
+    of_input = times * (_whole(shapes) + _scatter(shapes, on_gloo))
     of_weight = shapes.vocab * shapes.hidden * shapes.element if by_autograd else 0
     return PartBytes(
         kept=kept,
@@ -457,10 +472,11 @@ def _chunked_head_bytes(shapes: Shapes, chunk: int, by_autograd: bool, on_gloo: 
     It keeps its input, whole also under sequence parallelism, and never defers its weight
     gradient."""
     norm = _norm(shapes) - shapes.hidden_bytes  # its output is the head's input, counted whole
-    kept = norm + _whole(shapes) + shapes.tokens * FP32
+    times = 1 + shapes.predictors
+    kept = norm + times * (_whole(shapes) + shapes.tokens * FP32)
     logits = chunk * shapes.vocab * shapes.element
     # Autograd's gradient is accumulated in fp32 over the chunks, beside each chunk's share in the
     # weights' precision.
     of_weight = shapes.vocab * shapes.hidden * (FP32 + shapes.element) if by_autograd else 0
-    backward = kept + _whole(shapes) + max(logits + of_weight, _scatter(shapes, on_gloo))
+    backward = kept + times * _whole(shapes) + max(logits + of_weight, _scatter(shapes, on_gloo))
     return PartBytes(kept, kept + logits, backward, backward, for_weights=0)

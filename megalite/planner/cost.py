@@ -121,6 +121,11 @@ class Costs:
         times = PassTimes(forward, backward, 0.0, backward, 2 * self._sent(self._whole))
         return times + self._accumulation(table, ACCUMULATE_BYTES)
 
+    def end(self) -> PassTimes:
+        """Return the times of what is behind the layers: the head, and the look-ups of tokens for
+        predictors."""
+        return self.head() + self.embedding() * self.shapes.predictors
+
     def head(self) -> PassTimes:
         """Return the times of the last norm, the head and the loss."""
         shapes = self.shapes

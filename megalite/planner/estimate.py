@@ -199,7 +199,7 @@ class Outlook:
             times = (lean if number < num_lean else plain)[span.start + number]
             parts.append((times, *of_layer))
         if span.last:
-            parts.append((self.costs.head(), sizes.after, trained.after, 0))
+            parts.append((self.costs.end(), sizes.after, trained.after, 0))
         total = sum((times for times, *_ in parts), NOTHING)
         pieces = []
         for times, _, size_trained, of_experts in parts:
@@ -274,9 +274,9 @@ class Outlook:
             # One fp32 number: the latency is what counts.
             norm = self.network.all_reduce(4.0, self.network.replicas)
         if self._tied_over_pipeline:
-            tied = self.network.hand_over(4.0 * self.sizes[-1].after)
+            tied = self.network.hand_over(4.0 * self.shapes.vocab * self.shapes.hidden)
         moved = optimizer_bytes(params, states) + 4 * self.config.optimizer.PASSES * params
-        # Tied embeddings exchange their gradients in both directions.
+        # Embeddings at both ends exchange their gradients in both directions.
         return norm + 2 * tied + self.kernels.memory(moved) + self._whole_matrices_s
 
     @cached_property
@@ -287,7 +287,7 @@ class Outlook:
         for rank in range(plan.pipeline):
             products = Counter[tuple[int, int, int]]()
             for span in plan.stages_of(rank):
-                for layer in range(span.start, span.stop):
+                for layer in span.layers:
                     products.update(self.table.products[layer])
             solving = sum(
                 count * self.kernels.product(*product) for product, count in products.items()
@@ -302,9 +302,8 @@ class Outlook:
     @property
     def _tied_over_pipeline(self) -> bool:
         """True if the first and the last stage share a trained embedding."""
-        return (
-            self.plan.pipeline > 1 and self.config.model.tie_embeddings and not self.shapes.frozen
-        )
+        is_shared = self.table.vocab.place == "both"
+        return self.plan.pipeline > 1 and is_shared and not self.shapes.frozen
 
     @cached_property
     def held(self) -> tuple[Held, ...]:
@@ -461,10 +460,11 @@ class Outlook:
     def _parts_of(self, span: StageSpan) -> PassTimes:
         """Add up the times and messages of a stage's parts."""
         total = sum(
-            (times * count for count, times in runs(self.lean[span.start : span.stop])), NOTHING
+            (times * count for count, times in runs(self.lean[span.start : span.layers.stop])),
+            NOTHING,
         )
         if span.first:
             total += self.costs.embedding()
         if span.last:
-            total += self.costs.head()
+            total += self.costs.end()
         return total

@@ -177,15 +177,18 @@ class _Counts:
     def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
         """Return the parts in the order of the forward pass, each with how many of it follow one
         another."""
-        count = stage.stop - stage.start
+        count = len(stage.layers)
         first_plain = stage.start + min(count, self.train.recompute_layers or count)
         parts = [
             *runs(self.lean[stage.start : first_plain]),
-            *runs(self.plain[first_plain : stage.stop]),
+            *runs(self.plain[first_plain : stage.layers.stop]),
         ]
+        largest = sizes.trained.largest if self.by_autograd else sizes.trained.largest_looked_up
+        embedding = embedding_bytes(self.shapes, largest * self.shapes.element)
         if stage.first:
-            largest = sizes.trained.largest if self.by_autograd else sizes.trained.largest_looked_up
-            parts.insert(0, (1, embedding_bytes(self.shapes, largest * self.shapes.element)))
+            parts.insert(0, (1, embedding))
+        if stage.predictors:
+            parts.append((stage.predictors, embedding))
         if stage.last:
             parts.append((1, self.head))
         return parts
@@ -261,8 +264,9 @@ def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes]) -> int:
 
 
 def _tokens(plan: Plan, shapes: Shapes) -> int:
-    """Count the tokens and labels, int64, of all of the step's micro-batches."""
-    return 2 * INT64 * shapes.tokens * plan.micro_batches
+    """Count the tokens and labels, int64, of all of the step's micro-batches, and those that
+    predictors take."""
+    return 2 * INT64 * shapes.tokens * (1 + shapes.predictors) * plan.micro_batches
 
 
 def _messages(plan: Plan, spans: Sequence[StageSpan]) -> int:

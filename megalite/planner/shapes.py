@@ -67,7 +67,10 @@ class Shapes:
     tokens: int
     """Tokens of a micro-batch on one context rank."""
     head_tokens: int
-    """Those of them that the head is computed of."""
+    """Predictions of the head: of some of these tokens, or of all, and of the further ones that
+    predictors predict of each."""
+    predictors: int
+    """Predictors of further tokens: layers behind the last one, on the last stage."""
     micro_batch_size: int
     seq_length: int
     """Length of a whole sequence, over all context ranks."""
@@ -139,6 +142,8 @@ class LayerShapes(Shapes):
     rope: bool
     norms: int
     """Norms of hidden states in the layer."""
+    joins: bool
+    """True if it first joins hidden states with embeddings of later tokens (predictors)."""
     head_norms: bool
     """True if queries and keys are normalized (Qwen3)."""
     window: bool
@@ -202,7 +207,8 @@ class ModelTable:
         self.vocab = next(weight for weight in self.weights if weight.shard == "vocab")
         """Row of the embedding."""
         self.kinds = self._kinds()
-        """Kind of every layer, by its number; the same object for equal layers."""
+        """Kind of every layer, by its number, and then of predictors of further tokens; the same
+        object for equal layers."""
         self.products = self._products()
         """Products of an optimizer that looks at whole matrices, for every layer, each with how
         often it is made."""
@@ -215,9 +221,8 @@ class ModelTable:
         folder = self.config.objective.frozen_model(self.config)
         if folder is None:
             return None
-        return ModelTable(
-            self.config.model_copy(update={"model": model_config({"hf": folder}), "lora": None})
-        )
+        model = model_config({"hf": folder}).without_predictors()
+        return ModelTable(self.config.model_copy(update={"model": model, "lora": None}))
 
     def _products(self) -> tuple[Counter[tuple[int, int, int]], ...]:
         found: list[Counter[tuple[int, int, int]]] = [Counter() for _ in self.kinds]
@@ -237,7 +242,8 @@ class ModelTable:
 
     def _kinds(self) -> tuple[LayerKind, ...]:
         """Return the kind of every layer."""
-        specs = self.config.model.architecture.layers
+        architecture = self.config.model.architecture
+        specs = (*architecture.layers, *architecture.predictors)
         rows: list[list[Weight]] = [[] for _ in specs]
         for weight in self.weights:
             # The adapters of LoRA are all that is not frozen beside them.
@@ -274,6 +280,7 @@ class ModelTable:
         described = [
             part.num_elements(model.hidden_size) for part in (spec.mixer, spec.feed_forward)
         ]
+        described[0] += spec.joins * 2 * model.hidden_size**2
         # Rows are in the order of the forward pass: the mixer's matrices are the first that have
         # its size.
         sums = [
@@ -331,7 +338,10 @@ def shapes_of(
     rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
-        head_tokens=max(ceil(tokens * config.objective.predicted()), 1),
+        head_tokens=max(
+            ceil(tokens * config.objective.predicted() * (1 + len(architecture.predictors))), 1
+        ),
+        predictors=len(architecture.predictors),
         micro_batch_size=plan.micro_batch_size,
         seq_length=length,
         hidden=hidden,
@@ -386,6 +396,7 @@ def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
         gelu_gate=feed_forward.gated and feed_forward.activation == "gelu",
         rope=mixer.rope,
         norms=kind.spec.num_norms,
+        joins=kind.spec.joins,
         head_norms=mixer.head_norms,
         window=mixer.seen(model.seq_length) < model.seq_length,
         causal=mixer.causal,
@@ -435,7 +446,8 @@ class StageSizes:
     """Embeddings, before the layers."""
     layers: tuple[int, ...]
     after: int
-    """Last norm and head, after the layers. A tied head counts on both ends of a pipeline."""
+    """Last norm and head, after the layers. An embedding at both ends of a pipeline counts on
+    each."""
     largest: int
     """The largest single weight."""
     largest_looked_up: int
@@ -529,15 +541,15 @@ class LocalSizes:
         """Return the sizes of a pipeline stage."""
         first, last, both = (self.total.get(place, 0) for place in ENDS)
         ends = [place for place in ENDS if stage.holds(place)]
-        layers = range(stage.start, stage.stop)
+        layers = stage.layers
         places = [*layers, *ends]
         return StageSizes(
             before=first + both if stage.first else 0,
             layers=tuple(self.total.get(number, 0) for number in layers),
-            # A tied weight exists once if the stage is the first and the last.
+            # A weight at both ends exists once if the stage is the first and the last.
             after=last + (0 if stage.first else both) if stage.last else 0,
             largest=max((self.largest.get(place, 0) for place in places), default=0),
-            largest_looked_up=self.largest_looked_up if stage.first else 0,
+            largest_looked_up=self.largest_looked_up if stage.first or stage.predictors else 0,
             states=sum(self.states.get(place, 0) for place in places),
             solved=sum(self.solved.get(place, 0) for place in places),
             largest_solved=self.largest_solved,
@@ -559,7 +571,7 @@ class LocalSizes:
 
 
 ENDS: tuple[Place, ...] = ("first", "last", "both")
-"""Places outside the layers; "both" is a tied weight."""
+"""Places outside the layers; "both" is an embedding at both ends."""
 
 
 class Together:

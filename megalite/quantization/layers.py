@@ -60,7 +60,8 @@ class LayerRuns:
             "data": {"train": [{"path": "-"}], "seq_length": 1}, "train": {"steps": 1, "global_batch_size": 1},
             "optimizer": {"lr": 1.0},
         }  # fmt: skip
-        self.config = parse_config(config)
+        parsed = parse_config(config)
+        self.config = parsed.model_copy(update={"model": parsed.model.without_predictors()})
         self.table = weight_table(self.config.model)
         self.plan = make_plan(self.config, self.table, 1)
         largest = int(max(calibration.max(), held_out.max()))

@@ -75,7 +75,7 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
 
     Raises ConfigError where it does not fit the layout, and CheckpointError where it cannot be
     read."""
-    model = model_config({"hf": folder})
+    model = model_config({"hf": folder}).without_predictors()
     if config.data.seq_length > model.max_positions:
         raise ConfigError(
             f"data.seq_length = {config.data.seq_length} is longer than the {model.max_positions} positions of the "

@@ -121,7 +121,13 @@ class NextTokenConfig(ObjectiveConfig):
             return ClassSets(len(labels))
         if config.model.problem == "regression":
             return Numbers(mesh)
-        return Classes(len(labels), terms) if config.model.has_classes else NextToken(terms)
+        if config.model.has_classes:
+            return Classes(len(labels), terms)
+        if predictors := config.model.architecture.predictors:
+            from megalite.training.multi_token import MultiToken  # which subclasses NextToken
+
+            return MultiToken(len(predictors), config.model.predictor_weight, terms)
+        return NextToken(terms)
 
     def check(self, config: Config) -> None:
         if config.model.problem != "single_label" and (self.z_loss or self.label_smoothing):

@@ -36,11 +36,15 @@ def test_flops_follow_the_published_convention() -> None:
     assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)
 
 
-def flops_of(length: int, lora: LoraConfig | None = None, **model: Any) -> float:
-    table = {
-        "family": "gemma3_text", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_layers": 6,
-        "num_attention_heads": 4, "max_positions": 512, "sliding_window": 64,
-    }  # fmt: skip
+GEMMA3: dict[str, Any] = {
+    "family": "gemma3_text", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_layers": 6,
+    "num_attention_heads": 4, "max_positions": 512, "sliding_window": 64,
+}  # fmt: skip
+
+
+def flops_of(
+    length: int, lora: LoraConfig | None = None, table: dict[str, Any] = GEMMA3, **model: Any
+) -> float:
     rest = {
         "run": {"name": "t"},
         "train": {"steps": 1, "global_batch_size": 1},
@@ -74,6 +78,21 @@ def test_a_head_of_masked_tokens_counts_for_these(tmp_path: Path) -> None:
     assert model_flops_per_token(whole) - model_flops_per_token(some) == pytest.approx(
         6 * 0.749 * behind, rel=1e-9
     )
+
+
+def test_a_predictor_counts_as_a_layer_and_a_head() -> None:
+    table = {
+        "family": "deepseek_v3", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2,
+        "num_attention_heads": 4, "max_positions": 512, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 2, "v_head_dim": 5, "moe_intermediate_size": 16, "num_experts": 8,
+        "experts_per_token": 2,
+    }  # fmt: skip
+    attention = 32 * 4 * 8 + 32 * (8 + 2) + 8 * 4 * (6 + 5) + 4 * 5 * 32
+    experts = 8 * 32 + 3 * 32 * 16 * (2 + 1)
+    norms = 2 * 32 + 8 + 3 * 32 + 8  # with the biases by which experts are chosen
+    matrices = attention + experts + 2 * 32 * 32 + norms + 100 * 32
+    more = flops_of(512, None, table, num_nextn_predict_layers=1) - flops_of(512, None, table)
+    assert more == 6 * matrices + 6 * 512 * 4 * (8 + 5)
 
 
 def test_a_frozen_weight_has_no_gradient_to_multiply() -> None:

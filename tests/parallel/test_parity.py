@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import two_stacks  # noqa: F401
@@ -26,8 +27,9 @@ from megalite.engine.native import NativeEngine
 from megalite.errors import ConfigError
 from megalite.kernels import experts
 from megalite.models import family, weight_table
+from megalite.models.experts import RoutedLayer
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import CoreAttention, SequenceInfo, Source
+from megalite.models.layers import CoreAttention, SequenceInfo, Source, last_of
 from megalite.models.weights import Weight
 from megalite.plan import Plan, make_plan
 from megalite.training.parts import build, forward, forward_backward
@@ -74,6 +76,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
         "router_aux_loss_coef": 0.1, "router_bias_rate": 0.05, "routed_scaling_factor": 1.5,
     },
+    # Likewise, with two predictors behind the last layer.
+    "ahead-packed": {
+        "family": "deepseek_v3", "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80, "num_layers": 4,
+        "num_attention_heads": 4, "max_positions": LENGTH, "init_std": 0.1, "moe_intermediate_size": 32,
+        "num_experts": 4, "experts_per_token": 2, "first_k_dense_replace": 1, "kv_lora_rank": 12,
+        "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16, "router_aux_loss_coef": 0.1,
+        "router_bias_rate": 0.05, "num_nextn_predict_layers": 2, "mtp_loss_scaling_factor": 0.7,
+    },
     "bert-packed": {
         "family": "bert", "vocab_size": 193, "hidden_size": 48, "num_layers": 4, "num_attention_heads": 4,
         "max_positions": LENGTH, "init_std": 0.1, "hidden_dropout": 0.1,
@@ -104,6 +114,7 @@ PACKED = (
     "gpt2-packed",
     "moe-packed",
     "latent-packed",
+    "ahead-packed",
     "bert-packed",
     "two-stacks-packed",
     "t5-packed",
@@ -434,13 +445,29 @@ WITH_LATENTS = [
 ]
 
 
+# The embedding at both ends, the head once for all predictions, documents and ranks' ends of them.
+WITH_PREDICTORS = [
+    Layout(1, micro=2, recompute="full", loss_chunk=5),
+    Layout(2, tensor=2),
+    Layout(2, tensor=2, sequence=True, zero=2, micro=2, recompute="selective"),
+    Layout(2, context=2, zero=0),
+    Layout(2, expert=2, optimizer="muon"),
+    Layout(2, pipeline=2, micro=2, optimizer="adafactor"),
+    Layout(2, pipeline=2, schedule="interleaved", virtual=2, recompute="full"),
+    Layout(2, pipeline=2, schedule="zero_bubble", virtual=2),
+    Layout(4, tensor=2, sequence=True, pipeline=2, expert=2, expert_tensor=1, loss_chunk=7),
+    Layout(4, pipeline=2, context=2, schedule="zero_bubble", zero=2),
+]
+
+
 def fits(model: str, layout: Layout) -> bool:
     """Whether it is run. A ring of attention never has its probabilities in one place to drop from;
     and where ranks outnumber cores, or an engine is not ours, two models show what four would."""
-    # WITH_EXPERTS, WITH_LATENTS, ENCODERS, TWO_STACKS, ENCODER_DECODERS
+    # WITH_EXPERTS, WITH_LATENTS, WITH_PREDICTORS, ENCODERS, TWO_STACKS, ENCODER_DECODERS
     if model in (
         "moe-packed",
         "latent-packed",
+        "ahead-packed",
         "bert-packed",
         "bert",
         "two-stacks-packed",
@@ -510,6 +537,7 @@ CASES = [
     *((model, layout) for layout in LAYOUTS for model in MODELS if fits(model, layout)),
     *(("moe-packed", layout) for layout in WITH_EXPERTS),
     *(("latent-packed", layout) for layout in WITH_LATENTS),
+    *(("ahead-packed", layout) for layout in WITH_PREDICTORS),
     *ENCODERS,
     *TWO_STACKS,
     *ENCODER_DECODERS,
@@ -729,6 +757,30 @@ class PlainAdafactor(torch.optim.Optimizer):
                 )
 
 
+def plain_loss_ahead(model: Any, x: Tensor, batch: MicroBatch, places: SequenceInfo) -> Tensor:
+    """The weighted sum of what predictors lose, as DeepSeek-V3's report states it: h'ᵏ = Mₖ [norm(h
+    of depth k - 1); norm(embedding of token i + k)], then a layer, the last norm and the head."""
+    h, config, total = model.norm(x), model.config, torch.zeros(())
+    count = len(config.architecture.predictors)
+    for depth in range(1, count + 1):
+        tokens, labels = batch.tokens.clone(), torch.full_like(batch.labels, -100)
+        for row, documents in enumerate(batch.documents.tolist()):  # type: ignore[union-attr]
+            for place in range(LENGTH):
+                last = max(at for at in range(LENGTH) if documents[at] == documents[place])
+                tokens[row, place] = batch.tokens[row, min(place + depth, last)]
+                if place + depth <= last:
+                    labels[row, place] = batch.labels[row, place + depth]
+        layer = model.layers[str(config.num_layers + depth - 1)]
+        parts = layer.enorm(model.embedding.weight[tokens]), layer.hnorm(h)
+        joined = torch.cat(parts, -1) @ layer.eh_proj.weight.T
+        h = layer.norm(RoutedLayer.forward(layer, joined, model.shared(places, x.dtype)))
+        logits = h @ model.head.weight.T
+        total = total + F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
+        )
+    return config.predictor_weight * total / max(count, 1)
+
+
 @cache
 def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     """The clean model in one process, whole batch at once, optimizers and clipping of torch, or as
@@ -778,10 +830,9 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
             index = torch.arange(SOURCE)
             source = Source(tokens, SequenceInfo(index, index[None], documents, places.key_B))
             places = replace(places, source=source)
-        loss = (
-            model.loss(model(batch.tokens, places), batch.labels).sum()
-            / (batch.labels != -100).sum()
-        )
+        x = last_of(model.run_layers(model.embed(batch.tokens, places), places))
+        loss = model.loss(model.predict(x), batch.labels).sum()
+        loss = (loss + plain_loss_ahead(model, x, batch, places)) / (batch.labels != -100).sum()
         model.zero_grad()
         loss.backward()
         result["loss"].append(loss.item())
@@ -883,7 +934,7 @@ def check_against_one_process(found: Result, wanted: Result) -> None:
             assert error <= 1e-5, f"{kind} of {name} is off by {error:.1e} after {STEPS} steps"
 
 
-@pytest.mark.parametrize("model", ["moe-packed", "latent-packed"])
+@pytest.mark.parametrize("model", ["moe-packed", "latent-packed", "ahead-packed"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_no_token_is_close_to_another_expert(
     model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
@@ -900,7 +951,9 @@ def test_no_token_is_close_to_another_expert(
 
     monkeypatch.setattr("megalite.models.experts.top_k", top_k)
     reference.__wrapped__(model, optimizer)
-    assert len(gaps) == 3 * STEPS * (2 if model == "latent-packed" else 1), "of groups, too"
+    # Layers with experts; twice where groups are chosen, too; with both predictors.
+    choices = {"moe-packed": 3, "latent-packed": 6, "ahead-packed": 5}
+    assert len(gaps) == STEPS * choices[model]
     assert min(gaps) > 1e-4
 
 

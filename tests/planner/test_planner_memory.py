@@ -125,6 +125,13 @@ ALONE = {
         "model.first_k_dense_replace=4",
         "model.q_lora_rank=null",
     ),
+    "predictors": (DEEPSEEK, "model.num_nextn_predict_layers=2"),
+    "predictors full": (
+        DEEPSEEK,
+        SMALL_HEAD,
+        "model.num_nextn_predict_layers=2",
+        "train.recompute=full",
+    ),
     "experts full": (MIXTRAL, SMALL_HEAD, "model.experts_per_token=4", "train.recompute=full"),
 }
 
@@ -157,6 +164,8 @@ PAIRS = {
         SMALL_HEAD,
     ),
     "expert tensor": (MIXTRAL, "parallel.expert_tensor=2", SMALL_HEAD),
+    "predictors, pipeline": (DEEPSEEK, PIPELINE, "model.num_nextn_predict_layers=1"),
+    "predictors, tensor": (DEEPSEEK, "parallel.tensor=2", "model.num_nextn_predict_layers=1"),
     "tensor, chunked loss": (
         LLAMA,
         "parallel.tensor=2",
