@@ -105,8 +105,9 @@ def test_an_array_writes_what_one_run_writes(tmp_path: Path) -> None:
     for name in (
         "text_document.bin",
         "text_document.idx",
+        "text_document.src",
         "title_document.json",
         "title_document.bin",
     ):
         assert (tmp_path / f"one_{name}").read_bytes() == (tmp_path / f"two_{name}").read_bytes()
-    assert len(list(tmp_path.glob("two_*"))) == 6
+    assert len(list(tmp_path.glob("two_*"))) == 8

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 
 from megalite.data.documents import (
@@ -29,6 +30,7 @@ from megalite.data.documents import (
     record_of,
 )
 from megalite.data.kinds import is_packed
+from megalite.data.origins import PLACE, Array, places_of
 from megalite.errors import DataError
 from megalite.utils.urls import is_url
 
@@ -49,8 +51,8 @@ class Shard:
 
 class Block(NamedTuple):
     """Holds one of: the lines that begin within bytes [first, last) of `path`; whole lines of a
-    compressed file; or documents of other files. `report` counts what was met on the way, `failure`
-    says why the file ends with this block."""
+    compressed file, from byte `first` of what is unpacked; or documents of other files. `report`
+    counts what was met on the way, `failure` says why the file ends with this block."""
 
     report: Report
     path: str = ""
@@ -63,12 +65,15 @@ class Block(NamedTuple):
 
 class Texts(NamedTuple):
     """Holds a block's texts as UTF-8, none empty. `bad` lists the lines (from 1) that cannot be
-    used, and why."""
+    used, and why. `places` say where each text comes from, lines counted within the block where it
+    has lines; `paths` are the files that they number."""
 
     texts: list[bytes]
     report: Report
     num_lines: int
     bad: list[tuple[int, str]]
+    places: Array
+    paths: list[str]
 
 
 def iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
@@ -133,7 +138,7 @@ def _unpack_lines(path: str) -> Iterator[Block]:
     report, before = Report(), Report()
     whole: list[bytes] = []
     tail: list[bytes] = []  # of a line that has not ended yet
-    held, failure = 0, ""
+    first, position, held, failure = 0, 0, 0, ""
     try:
         for chunk in read_bytes(path, report):
             cut = chunk.rfind(b"\n") + 1
@@ -145,27 +150,26 @@ def _unpack_lines(path: str) -> Iterator[Block]:
                 tail.append(chunk[cut:])
             held += cut
             if held >= BLOCK_BYTES:
-                yield Block(_difference(report, before), path, lines=b"".join(whole))
+                yield Block(_difference(report, before), path, first, lines=b"".join(whole))
                 whole, held, before = [], 0, _difference(report, Report())
+                first = position + cut
+            position += len(chunk)
         whole += tail
     except (OSError, DataError) as error:
         failure = f"unreadable from here on: {error}"
-    yield Block(_difference(report, before), path, lines=b"".join(whole), failure=failure)
+    yield Block(_difference(report, before), path, first, lines=b"".join(whole), failure=failure)
 
 
 def texts_of(block: Block, json_key: str) -> Texts:
     """Read and parse a block. Return its texts, and the lines that cannot be used."""
-    result = Texts([], _difference(block.report, Report()), 0, [])
-    for document in block.documents:
-        if document.num_bytes > LONGEST_TEXT:
-            result.report.bad(document.path, document.line, TOO_LONG)
-        else:
-            result.texts.append(document.text.encode())
+    if block.documents:
+        return _texts_of_documents(block)
+    result = Texts([], _difference(block.report, Report()), 0, [], places_of([]), [block.path])
     failure = block.failure
     try:
-        lines = _read_lines(block) if block.first < block.last else block.lines
+        lines, start = _read_lines(block) if block.last else (block.lines, block.first)
     except OSError as error:
-        lines, failure = b"", f"unreadable from here on: {error}"
+        lines, start, failure = b"", 0, f"unreadable from here on: {error}"
     # The fast parser takes common lines; those it leaves (`odd`) go through Python's json, which
     # says what is wrong.
     texts, odd = json_texts(lines, json_key, LONGEST_TEXT)
@@ -180,8 +184,40 @@ def texts_of(block: Block, json_key: str) -> Texts:
             result.bad.append((number + 1, str(error)))
     if failure:
         result.bad.append((len(texts) + 1, failure))
+    places = _places_of_lines(lines, len(texts), start)
+    if odd:
+        places = places[[bool(text) for text in texts]]
     result.texts.extend(filter(None, texts) if odd else texts)
-    return result._replace(num_lines=len(texts))
+    return result._replace(num_lines=len(texts), places=places)
+
+
+def _texts_of_documents(block: Block) -> Texts:
+    """Return the texts of a block of documents that were read already."""
+    result = Texts([], _difference(block.report, Report()), 0, [], places_of([]), [])
+    places, numbers = [], dict[str, int]()
+    for document in block.documents:
+        if document.num_bytes > LONGEST_TEXT:
+            result.report.bad(document.path, document.line, TOO_LONG)
+        else:
+            result.texts.append(document.text.encode())
+            number = numbers.setdefault(document.path, len(numbers))
+            places.append((number, document.line, 0, -1))
+    return result._replace(places=places_of(places), paths=list(numbers))
+
+
+def _places_of_lines(lines: bytes, count: int, start: int) -> Array:
+    """Return the places of `count` lines, the first of which begins at byte `start` of its file;
+    they are counted from 1."""
+    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))[:count]
+    ends = ends if len(ends) == count else np.append(ends, len(lines))
+    places = np.zeros(count, PLACE)
+    places["line"] = np.arange(1, count + 1)
+    starts = np.concatenate([[0], ends[:-1] + 1])[:count]
+    places["length"], places["start"] = ends - starts, start + starts
+    # Of an overlong line only a part was kept, so that what follows it is elsewhere in the file.
+    too_long = np.flatnonzero(places["length"] > LONGEST_TEXT)
+    places["start"][too_long[0] + 1 if len(too_long) else count :] = -1
+    return places
 
 
 def json_texts_reference(
@@ -212,15 +248,18 @@ except ImportError:  # installed without a compiler
     json_texts = json_texts_reference
 
 
-def _read_lines(block: Block) -> bytes:
-    """Return the lines that begin within the block. Raise OSError."""
+def _read_lines(block: Block) -> tuple[bytes, int]:
+    """Return the lines that begin within the block, and at which byte of the file. Raise
+    OSError."""
     with open(block.path, "rb") as file:
         # One byte earlier, so that a newline right before the block shows that its first line
         # begins there.
-        file.seek(max(block.first - 1, 0))
-        data = file.read(block.last - file.tell())
+        start = max(block.first - 1, 0)
+        file.seek(start)
+        data = file.read(block.last - start)
         if block.first:
             cut = data.find(b"\n") + 1
+            start += cut
             # Without a cut, it is all of a line that began before.
             data = data[cut:] if cut else b""
         parts = [data]
@@ -231,7 +270,7 @@ def _read_lines(block: Block) -> bytes:
         ):
             data = file.readline(READ_BYTES)
             parts.append(data)
-    return b"".join(parts)
+    return b"".join(parts), start
 
 
 def _text_of(line: bytes, json_key: str, report: Report) -> str:
@@ -253,23 +292,43 @@ class LineNumbers:
     def __init__(self, total: Report) -> None:
         self._total = total
         self._path, self._first, self._num_lines = "", 0, 0
+        self._before: int | None = None
 
     def add(
-        self, block: Block, report: Report, num_lines: int, bad: Sequence[tuple[int, str]]
-    ) -> None:
+        self,
+        block: Block,
+        report: Report,
+        num_lines: int,
+        bad: Sequence[tuple[int, str]],
+        places: Array,
+        paths: Sequence[str],
+    ) -> Array:
         """Add the `report` of a block of `num_lines` lines, of which `bad` (number within the
-        block, reason) cannot be used."""
+        block, reason) cannot be used. Return its `places` with the lines of the files `paths`."""
         if block.path != self._path:
             self._path, self._first, self._num_lines = block.path, block.first, 0
+            self._before = None
         add_to(self._total, report)
         for line, why in bad:
-            before = 0
-            # A shard that begins within the file.
-            if self._first and len(self._total.messages) < MAX_MESSAGES:
-                with suppress(OSError):  # it may be gone, which is what is bad
-                    before = _lines_before(self._path, self._first)
-            self._total.bad(self._path, before + self._num_lines + line, why)
+            is_full = len(self._total.messages) >= MAX_MESSAGES
+            self._total.bad(
+                self._path, line + (0 if is_full else self._num_lines + self._lines_before()), why
+            )
+        if block.path and len(places):
+            places = places.copy()
+            places["line"] += self._num_lines + self._lines_before()
         self._num_lines += num_lines
+        return places
+
+    def _lines_before(self) -> int:
+        """Return how many lines of the file come before its first block, where a shard begins
+        within it."""
+        if self._before is None:
+            self._before = 0
+            if self._first:
+                with suppress(OSError):  # it may be gone, which is what is bad
+                    self._before = _lines_before(self._path, self._first)
+        return self._before
 
 
 def _lines_before(path: str, first: int) -> int:

@@ -81,7 +81,7 @@ def check_inputs(prefix: str, files: Iterable[str]) -> None:
     """Raise DataError where a token file of this prefix would take the place of one that it is made
     of."""
     inputs = list(files)
-    for suffix in ("json", "bin", "idx", "mask"):
+    for suffix in ("json", "bin", "idx", "mask", "src"):
         check_apart(Path(f"{prefix}.{suffix}"), inputs, DataError)
 
 

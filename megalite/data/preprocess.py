@@ -48,6 +48,7 @@ from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
+from megalite.data.origins import OriginsWriter
 from megalite.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -100,8 +101,8 @@ def preprocess(
     shard: Shard | None = None,
     prepend_bos: bool | None = None,
 ) -> Preprocessed:
-    """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what
-    they were made from.
+    """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, .json which says what they
+    were made from, and .src which says where each document comes from.
 
     `tokenizer` is a path for `load_tokenizer`; `json_key` names the text in JSON lines, parquet and
     Arrow; `append_eod` ends each document with the end-of-document token. `prepend_bos` begins each
@@ -263,6 +264,7 @@ class _Job:
         writer = IndexedWriter(prefix, self.packing.dtype)
         try:
             with (
+                OriginsWriter(prefix, self.packing.json_key) as origins,
                 writer,
                 Meter("tokenizing", high - low, self.console) as meter,
                 closing(in_order(blocks, encode, pool, self.workers)) as results,
@@ -270,12 +272,11 @@ class _Job:
                 numbers = LineNumbers(report)
                 for block, encoded in results:
                     writer.add_documents(encoded.tokens, encoded.lengths)
-                    numbers.add(block, *encoded.read[1:])
+                    places, paths = numbers.add(block, *encoded.read[1:]), encoded.read.paths
+                    origins.add(places, [(path, self.files.get(path, 0)) for path in paths])
                     report.num_empty += encoded.num_empty
-                    text_bytes, num_left = (
-                        text_bytes + encoded.text_bytes,
-                        num_left + encoded.num_left,
-                    )
+                    text_bytes += encoded.text_bytes
+                    num_left += encoded.num_left
                     meter.update(report.bytes_read, writer.num_tokens)
                 if not writer.num_documents:
                     inputs = ", ".join(self.settings["inputs"])
@@ -348,7 +349,8 @@ def _pack(
 ) -> Encoded:
     """Add begin and end tokens to the documents. A document without tokens is left out, and gets no
     end token either."""
-    num_texts, lengths = len(lengths), lengths[lengths > 0]
+    num_texts, places = len(lengths), read.places[lengths > 0]
+    lengths = lengths[lengths > 0]
     if packing.begin is None and packing.end is None:
         tokens = flat.astype(packing.dtype)
     else:
@@ -360,7 +362,12 @@ def _pack(
     num_empty = num_texts - len(lengths)
     text_bytes = sum(map(len, read.texts))
     return Encoded(
-        tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty
+        tokens,
+        lengths.astype(np.int32),
+        text_bytes,
+        num_left,
+        read._replace(texts=[], places=places),
+        num_empty,
     )
 
 

@@ -23,6 +23,7 @@ from megalite.data.documents import Report
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
 from megalite.data.indexed import MASKS, IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs
+from megalite.data.origins import OriginsWriter, places_of
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
 from megalite.data.tokenizer import Tokenizer
@@ -45,6 +46,9 @@ class EncodedRows(NamedTuple):
     bad: list[tuple[Row, str]]
     seen: Counter[str]
     """What was ignored in rows that were accepted, and how often."""
+    places: np.ndarray
+    paths: list[str]
+    """Where each document comes from: numbers of these files, and lines in them."""
 
 
 def preprocess_rows(
@@ -55,8 +59,8 @@ def preprocess_rows(
     bad_rows: int = 0,
     console: Console | None = None,
 ) -> Preprocessed:
-    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, and .json which says what they were
-    made from.
+    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, .json which says what they were made
+    from, and .src which says where each comes from.
 
     `inputs` are files, folders or globs; `settings` give format, tokenizer and labels; `workers` is
     the number of processes; `console` shows the progress. Up to `bad_rows` unusable rows are left
@@ -75,8 +79,10 @@ def preprocess_rows(
     bad: list[tuple[Row, str]] = []
     seen: Counter[str] = Counter()
     num_learned = text_bytes = 0
+    writer = IndexedWriter(prefix, dtype, mask_dtype)
     with (
-        IndexedWriter(prefix, dtype, mask_dtype) as writer,
+        OriginsWriter(prefix, None) as origins,
+        writer,
         Meter("tokenizing", sum(files.values()), console) as meter,
         worker_pool(workers, start_tokenizing) as pool,
         closing(
@@ -87,6 +93,7 @@ def preprocess_rows(
             writer.add_documents(
                 encoded.tokens.astype(dtype), encoded.lengths, encoded.values.astype(mask_dtype)
             )
+            origins.add(encoded.places, [(path, files[path]) for path in encoded.paths])
             num_learned += int(np.count_nonzero(encoded.values))
             text_bytes += encoded.text_bytes
             bad += encoded.bad
@@ -171,6 +178,7 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
     sound = [row for row in rows if not row.why]
     bad = [(row, row.why) for row in rows if row.why]
     documents, encoder = [], _opened(settings)
+    places, numbers = [], dict[str, int]()
     encoder.seen.clear()
     for row, found in zip(sound, encoder.encode([row.values for row in sound]), strict=True):
         if isinstance(found, str):
@@ -181,6 +189,8 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
             bad.append((row, "nothing is learned from any of its tokens"))
         else:
             documents += found
+            number = numbers.setdefault(row.path, len(numbers))
+            places += [(number, row.line, row.num_bytes, row.start)] * len(found)
     bad.sort(key=lambda item: (item[0].path, item[0].line))
     ids = np.concatenate([np.empty(0, np.int64), *(document.ids for document in documents)])
     values = np.concatenate([np.empty(0, np.int64), *(document.values for document in documents)])
@@ -192,6 +202,8 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
         num_bytes,
         bad,
         encoder.seen.copy(),
+        places_of(places),
+        list(numbers),
     )
 
 

@@ -38,6 +38,8 @@ class Row(NamedTuple):
     line: int  # counted from 1; the number of the row in parquet, Arrow and JSON arrays
     values: Mapping[str, Any]
     why: str = ""  # it is none
+    start: int = -1  # first byte of its line in the file, unpacked; -1: not known
+    num_bytes: int = 0
 
 
 def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
@@ -119,7 +121,12 @@ def _kind(path: str) -> str:
 
 def _read_json(path: str, report: Report) -> Iterator[Row]:
     """Yield the rows of JSON lines, or of one JSON array."""
+    next_start = 0
     for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
+        start, num_bytes = next_start, len(line)
+        # Of an overlong line only the beginning came: what follows is somewhere in the file.
+        is_known = start >= 0 and num_bytes <= LONGEST_LINE
+        next_start = start + num_bytes + 1 if is_known else -1
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)  # some editors write it
             if line.lstrip().startswith(b"["):
@@ -132,7 +139,8 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
             yield Row(path, number, {}, f"the line is longer than {LONGEST_LINE:,} bytes")
         else:
             try:
-                yield _row(path, number, _parsed(line))
+                row = _row(path, number, _parsed(line))
+                yield row._replace(start=start, num_bytes=num_bytes)
             except (ValueError, RecursionError) as error:
                 yield Row(
                     path, number, {"": line[:SHOWN].decode(errors="replace")}, f"not JSON: {error}"

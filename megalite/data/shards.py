@@ -14,6 +14,7 @@ from megalite.data.blocks import Shard, add_to
 from megalite.data.documents import Report
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.metadata import Preprocessed, read_metadata
+from megalite.data.origins import OriginsWriter, open_origins
 from megalite.errors import DataError
 
 
@@ -84,6 +85,7 @@ def join(
                 if part.num_documents:
                     writer.add_pair(part.prefix)
                 progress(settings["input_bytes"] * number // count, writer.num_tokens)
+        _join_origins(prefix, [part.prefix for part in parts if part.num_documents])
         result = _sum(prefix, parts)
         result.write()
         for name in names:
@@ -91,9 +93,24 @@ def join(
     return result
 
 
+def _join_origins(prefix: str, parts: list[str]) -> None:
+    """Write PREFIX.src from those of the parts, if all of them have one."""
+    found = [open_origins(IndexedDataset(part)) for part in parts]
+    known = [origins for origins in found if origins is not None]
+    if known and len(known) == len(parts):
+        with OriginsWriter(prefix, known[0].key) as writer:
+            for origins in known:
+                writer.add_all(origins)
+
+
 def remove(name: str) -> None:
     """Remove a shard's files."""
-    for suffix in (".json", ".idx", ".bin"):  # .json first: without it the others count for nothing
+    for suffix in (
+        ".json",
+        ".src",
+        ".idx",
+        ".bin",
+    ):  # .json first: without it the others count for nothing
         Path(f"{name}{suffix}").unlink(missing_ok=True)
 
 

@@ -22,7 +22,7 @@ from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import DataError
 
 ROOT = Path(__file__).parents[2]
-SUFFIXES = ("bin", "idx", "json")
+SUFFIXES = ("bin", "idx", "json", "src")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_jobs_side_by_side(tmp_path, tokenizer, inputs, alone):
     assert [
         (tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES
     ] == alone
-    assert len(list(tmp_path.glob("x/*"))) == 3
+    assert len(list(tmp_path.glob("x/*"))) == len(SUFFIXES)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_another_job_joins_just_then(
     assert [
         (tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES
     ] == alone
-    assert len(list(tmp_path.glob("x/*"))) == 3
+    assert len(list(tmp_path.glob("x/*"))) == len(SUFFIXES)
 
 
 def test_shards_are_kept_where_files_have_no_locks(tmp_path, tokenizer, inputs, alone, monkeypatch):
@@ -223,7 +223,7 @@ module.preprocess({inputs!r}, {str(tmp_path / "x" / "x")!r}, {str(tokenizer)!r},
         process.send_signal(signal.SIGKILL)
     names = {path.name for path in tmp_path.glob("x/*")}
     assert {name for name in names if "00001-of-00002" in name} == {
-        f"x_text_document.00001-of-00002.{suffix}.tmp" for suffix in ("bin", "idx")
+        f"x_text_document.00001-of-00002.{suffix}.tmp" for suffix in ("bin", "idx", "src")
     }
     kept = os.stat(tmp_path / "x" / "x_text_document.00000-of-00002.bin").st_mtime_ns
     time.sleep(0.01)
@@ -231,7 +231,7 @@ module.preprocess({inputs!r}, {str(tmp_path / "x" / "x")!r}, {str(tokenizer)!r},
     assert os.stat(tmp_path / "x" / "x_text_document.00000-of-00002.bin").st_mtime_ns == kept
     whole = shard(tmp_path, tokenizer, inputs, 1, 2)
     assert [Path(f"{whole.prefix}.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
-    assert len(list(tmp_path.glob("x/*"))) == 3
+    assert len(list(tmp_path.glob("x/*"))) == len(SUFFIXES)
 
 
 def pair(prefix, documents, dtype="u2"):
