@@ -99,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_average,
         _add_quantize,
         _add_inspect,
+        _add_trace,
         _add_parity,
         _add_ops,
     ):
@@ -826,6 +827,37 @@ def _inspect(arguments: argparse.Namespace) -> None:
         inspect_samples(config, arguments.split, count, start, console)
     else:
         inspect_file(arguments.what, arguments.tokenizer, count, start, console)
+
+
+def _add_trace(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "trace",
+        help="say which text a step was trained on, or at which steps a text was",
+        description="Exact, and of any step: which sample comes when is arithmetic (docs/trace.md).",
+    )
+    parser.add_argument("run", type=Path, help="a run, or a config (.yaml) of one to come")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--step", type=at_least(1), metavar="N", help="counted from 1")
+    asked.add_argument(
+        "--document", action="append", metavar="FILE:LINE",
+        help="or PREFIX#NUMBER of a token file; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--sample", type=at_least(0), metavar="N", help="of the step, from 0")
+    parser.add_argument("--token", type=at_least(0), metavar="N", help="of the sample, from 0")
+    parser.set_defaults(verb=_trace)
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    """Print what a step was made of, or where documents were trained on."""
+    from rich.console import Console
+
+    from megalite.lineage.trace import print_document, print_step
+
+    console = Console(soft_wrap=True)
+    if arguments.document:
+        print_document(arguments.run, arguments.document, console)
+    else:
+        print_step(arguments.run, arguments.step, arguments.sample, arguments.token, console)
 
 
 def _add_parity(verbs: Verbs) -> None:

@@ -20,7 +20,7 @@ from megalite.data.gather import gather
 from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronOrder
 from megalite.data.order import Int64s
-from megalite.data.packing import best_fit
+from megalite.data.packing import Packing, best_fit
 from megalite.errors import DataError
 
 LONG = {"refuse": "refused", "drop": "left out", "cut": "cut at the end"}
@@ -60,6 +60,9 @@ class SampleSource(Protocol):
 
         With `by_document`, no piece holds tokens of two documents and no two pieces of a row belong
         to the same one. Raise IndexError for a number out of range."""
+
+    def samples_with(self, start: int, stop: int) -> Int64s:
+        """Return the samples that hold any of the tokens [start, stop) of the file, ascending."""
 
     def fingerprint(self) -> str:
         """Return a name for everything that decides the content of each sample."""
@@ -107,6 +110,17 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
         of_rows = np.repeat(np.bincount(row, minlength=len(samples))[:, None], width, 1)
         of_rows[is_filled] = numbers
         documents[rows] = of_rows
+
+
+def places_in_file(source: SampleSource, samples: Int64s) -> Int64s:
+    """Return where in the token file each token of `samples` stands, [m, L + 1]; -1 for what
+    follows the tokens."""
+    row, start, length = source.pieces(samples, True)
+    places = np.full((len(samples), source.seq_length + 1), -1)
+    within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    column = np.repeat(_before(length, row), length) + within
+    places[np.repeat(row, length), column] = np.repeat(start, length) + within
+    return places
 
 
 def _before(sizes: Int64s, row: Int64s) -> Int64s:
@@ -159,6 +173,12 @@ class TokenSource:
         end[np.append(is_first[1:], True)] = first + width
         return Pieces(row, start, end - start)
 
+    def samples_with(self, start: int, stop: int) -> Int64s:
+        # Sample s holds tokens s · L … (s + 1) · L of the range, both ends included.
+        first = max(-(-(start - self.first_token) // self.seq_length) - 1, 0)
+        last = min((stop - 1 - self.first_token) // self.seq_length, self.num_samples - 1)
+        return np.arange(first, max(last + 1, first))
+
     def fingerprint(self) -> str:
         return (
             f"{self.dataset.fingerprint()}[{self.first_token}:{self.last_token}]/{self.seq_length}"
@@ -195,9 +215,20 @@ class PackedSource:
         start = self._starts[packing.document[piece]] + packing.offset[piece]
         return Pieces(row, start, packing.length[piece].astype(np.int64))
 
+    def samples_with(self, start: int, stop: int) -> Int64s:
+        packing = self._packing
+        begin = self._starts[packing.document] + packing.offset
+        return _samples_of(packing, (begin < stop) & (begin + packing.length > start))
+
     def fingerprint(self) -> str:
         first, last = self._documents
         return f"{self.dataset.fingerprint()}best_fit[{first}:{last}]/{self._cut}"
+
+
+def _samples_of(packing: Packing, pieces: npt.NDArray[np.bool_]) -> Int64s:
+    """Return the bins that have any of the `pieces`, ascending."""
+    found = np.searchsorted(packing.first_piece, np.flatnonzero(pieces), side="right") - 1
+    return np.unique(found).astype(np.int64)
 
 
 class RowSource:
@@ -311,6 +342,12 @@ class RowSource:
             self._lengths[document].astype(np.int64),
         )
 
+    def samples_with(self, start: int, stop: int) -> Int64s:
+        begin = self._starts[:-1]
+        wanted = np.flatnonzero((begin < stop) & (begin + self._lengths > start))
+        groups = np.isin(self._kept, wanted // self.together)
+        return _samples_of(self._packing, groups[self._packing.document])
+
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}{self._identity}"
 
@@ -391,6 +428,18 @@ class MegatronSource:
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
         row, sequence, offset, length = self._order.pieces(samples)
         return Pieces(row, self._starts[sequence] + offset, length)
+
+    def samples_with(self, start: int, stop: int) -> Int64s:
+        first, last = (
+            int(np.searchsorted(self._starts, x, side="right")) for x in (start, stop - 1)
+        )
+        found = [np.empty(0, np.int64)]
+        for sequence in range(max(first - 1, 0), min(last, len(self._starts) - 1)):
+            begin, end = self._starts[sequence : sequence + 2].tolist()
+            low, high = max(begin, start), min(end, stop)
+            if low < high:
+                found.append(self._order.samples_with(sequence, low - begin, high - low))
+        return np.unique(np.concatenate(found))
 
     def fingerprint(self) -> str:
         first, last = self._sequences

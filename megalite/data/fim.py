@@ -58,21 +58,29 @@ class FillInTheMiddle(NamedTuple):
         for row, of_row, count, index in zip(
             tokens, documents, filled.tolist(), indices.tolist(), strict=True
         ):
-            random = np.random.Generator(np.random.Philox(key_of(self.seed, "fim", index)))
-            borders = [0, *(np.flatnonzero(np.diff(of_row[:count])) + 1).tolist(), count]
-            for start, stop in itertools.pairwise(borders):
-                # Four numbers per document in any case, so that the decisions do not depend on
-                # those for earlier documents.
-                is_turned, is_spm, *cuts = random.random(4).tolist()
-                if row[stop - 1] == self.end:
-                    stop -= 1
-                if is_turned < self.rate and stop - start >= SHORTEST:
-                    # Three tokens of the document give way to the three marks.
-                    row[start:stop] = self._turned(
-                        row[start : stop - 3], cuts, is_spm < self.spm_rate
-                    )
+            for start, stop, cuts, is_spm in self.turns(row, of_row, count, index):
+                # Three tokens of the document give way to the three marks.
+                row[start:stop] = self.turned(row[start : stop - 3], cuts, is_spm)
 
-    def _turned(self, content: Int64s, cuts: list[float], is_spm: bool) -> Int64s:
+    def turns(
+        self, row: Int64s, of_row: Int64s, count: int, index: int
+    ) -> list[tuple[int, int, list[float], bool]]:
+        """Return the parts [start, stop) of a sample that are rearranged, with what `turned` is
+        told of each. `row`, [L + 1] with `count` tokens, is as it was before."""
+        random = np.random.Generator(np.random.Philox(key_of(self.seed, "fim", index)))
+        borders = [0, *(np.flatnonzero(np.diff(of_row[:count])) + 1).tolist(), count]
+        found = []
+        for start, stop in itertools.pairwise(borders):
+            # Four numbers per document in any case, so that the decisions do not depend on those
+            # for earlier documents.
+            is_turned, is_spm, *cuts = random.random(4).tolist()
+            if row[stop - 1] == self.end:
+                stop -= 1
+            if is_turned < self.rate and stop - start >= SHORTEST:
+                found.append((start, stop, cuts, is_spm < self.spm_rate))
+        return found
+
+    def turned(self, content: Int64s, cuts: list[float], is_spm: bool) -> Int64s:
         """Return a document's `content` rearranged at two cuts, given as fractions of its length;
         three tokens longer."""
         first, second = sorted(int(cut * (len(content) + 1)) for cut in cuts)

@@ -307,6 +307,13 @@ class IndexedDataset:
         )
         return starts[sequences - low] // self.dtype.itemsize
 
+    def document_of(self, token: int) -> int:
+        """Return the document that a token is in. Raise IndexError for one out of range."""
+        if not 0 <= token < self.num_tokens:
+            raise IndexError(f"{self.prefix}: token {token} of {self.num_tokens}")
+        # The last that begins at it or before: earlier ones that begin there are empty.
+        return bisect.bisect_right(range(self.num_documents), token, key=self.document_start) - 1
+
     def document_starts(self, first: Array, last: Array) -> tuple[Array, Array]:
         """Find by bisection the documents that begin within tokens [first[i], last[i]) for each i.
         Return how many there are, [n], and the offsets of all, ascending, int64."""

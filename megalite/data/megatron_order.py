@@ -116,6 +116,29 @@ class MegatronOrder:
         kept = np.flatnonzero(taken > 0)
         return Pieces(row[kept], sequence[kept], (taken_from - start)[kept], taken[kept])
 
+    def samples_with(self, sequence: int, offset: int, length: int) -> Int64s:
+        """Return the samples that hold any of `length` tokens from `offset` on of a sequence,
+        ascending."""
+        # Where the stream has the sequence, and from there the samples of the stream before the
+        # second shuffle.
+        places = np.flatnonzero(self._stream == sequence)
+        kept, within = np.divmod(places, STRIDE)
+        starts = [
+            int(self._starts[k])
+            + int(self._lengths[self._stream[k * STRIDE : k * STRIDE + w]].sum())
+            for k, w in zip(kept.tolist(), within.tolist(), strict=True)
+        ]
+        found = [
+            # Neighbours share a token: the first of a sample is the last of the one before.
+            np.arange(
+                max(-(-(start + offset) // self.seq_length) - 1, 0),
+                (start + offset + length - 1) // self.seq_length + 1,
+            )
+            for start in starts
+        ]
+        wanted = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+        return np.flatnonzero(np.isin(self._shuffled, wanted))
+
 
 def _shuffle_parts(random: np.random.RandomState, values: npt.NDArray, first: int) -> None:
     """Shuffle the first `first` values among themselves, then the others. An empty part draws no
@@ -204,6 +227,17 @@ class MegatronBlend:
             return np.zeros_like(indices), indices
         source, sample = self._blend
         return source[indices].astype(np.int64), sample[indices]
+
+    def indices_of(self, source: int, sample: int, count: int) -> Int64s:
+        """Return which of the run's first `count` samples are `sample` of a source, ascending."""
+        if self._blend is None:
+            return np.array([sample] if sample < count else [], np.int64)
+        sources, samples = (x[:count] for x in self._blend)
+        return np.flatnonzero((sources == source) & (samples == sample))
+
+    def epochs(self, indices: npt.ArrayLike) -> None:
+        """Return nothing: all epochs of this order are shuffled together."""
+        return None
 
     def consumed(self, count: int) -> Int64s:
         """Return how many of the first `count` samples come from each source, [D]; their sum is

@@ -133,7 +133,7 @@ class Mixture:
         """Return what the model sees of the global sample `indices`, [n]. Raise ValueError for an
         index outside the run."""
         index = np.asarray(indices, np.int64)
-        return self._view(self._windows(index), index)
+        return self._view(self.windows(index), index)
 
     def types(self, samples: Samples) -> Int64s | None:
         """Return the type of each token, [n, L]: 1 in the second text of a document, else 0. None:
@@ -176,7 +176,7 @@ class Mixture:
             labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
         return Samples(tokens[:, :-1].copy(), labels, kept)
 
-    def _windows(self, index: Int64s) -> Windows:
+    def windows(self, index: Int64s) -> Windows:
         """Read the windows of the samples `index`, source by source."""
         windows = empty_windows(len(index), self.seq_length, self.view != PLAIN, self._masked)
         source, sample = self.order.locate(index)

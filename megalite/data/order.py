@@ -68,6 +68,37 @@ def permute_in_place_reference(
         outside = outside[values[outside] >= np.uint64(size)]
 
 
+def permute_back(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
+    """Return the index that `permute` sends to each `index`, with its arguments and errors."""
+    index = np.asarray(index, np.int64)
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"size {size} is not in 1 … 2^60")
+    if index.size and not 0 <= index.min() <= index.max() < size:
+        raise ValueError(f"index {index.min()} … {index.max()} is not in [0, {size})")
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    values = index.astype(np.uint64).ravel()
+    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel()
+    outside = np.arange(values.size)
+    while outside.size:
+        values[outside] = _feistel_back(values[outside], keys[outside], half_bits)
+        outside = outside[values[outside] >= np.uint64(size)]
+    return values.astype(np.int64).reshape(index.shape)
+
+
+def _feistel_back(
+    value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_bits: int
+) -> npt.NDArray[np.uint64]:
+    """Undo `_feistel`: its rounds in the opposite order."""
+    bits = np.uint64(half_bits)
+    left, right = value >> bits, value & np.uint64((1 << half_bits) - 1)
+    for number in reversed(range(_ROUNDS)):
+        noise = _splitmix64(keys, left + np.uint64((number << half_bits) + 1)) >> np.uint64(
+            64 - half_bits
+        )
+        left, right = right ^ noise, left
+    return (left << bits) | right
+
+
 def _feistel(
     value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_bits: int
 ) -> npt.NDArray[np.uint64]:
@@ -109,6 +140,18 @@ def sample_in_epoch(
     if order == "sequential":
         return index
     return permute(index, size, _keys(epoch, seed, "epoch", source))
+
+
+def positions_of_sample(
+    sample: int, epochs: int, size: int, seed: int, source: int, order: Order
+) -> Int64s:
+    """Return the position at which each of the first `epochs` epochs of a source has `sample`,
+    ascending, [epochs]: what `sample_in_epoch` undoes."""
+    numbers = np.arange(epochs)
+    index = np.full(epochs, sample)
+    if order == "shuffle":
+        index = permute_back(index, size, _keys(numbers, seed, "epoch", source))
+    return numbers * size + index
 
 
 def _keys(numbers: Int64s, *parts: int | str) -> npt.NDArray[np.uint64]:
@@ -201,6 +244,13 @@ class Blend:
             position[rows] = number * self.quota[source[rows]] + rank[slot[rows]]
         return source, position
 
+    def index_of(self, source: int, position: int) -> int:
+        """Return the sample at which a source's `position` comes: what `locate` undoes."""
+        if len(self.quota) == 1:
+            return position
+        number, rank = divmod(position, int(self.quota[source]))
+        return number * BLOCK + int(np.flatnonzero(self._block(number)[0] == source)[rank])
+
     def consumed(self, count: int) -> Int64s:
         """Return how many of the first `count` samples come from each source, [D]; their sum is
         `count`."""
@@ -225,6 +275,14 @@ class SampleOrder(Protocol):
     def consumed(self, count: int) -> Int64s:
         """Return how many of the first `count` samples come from each source, [D]; their sum is
         `count`."""
+
+    def indices_of(self, source: int, sample: int, count: int) -> Int64s:
+        """Return which of the run's first `count` samples are `sample` of a source, ascending:
+        what `locate` undoes."""
+
+    def epochs(self, indices: npt.ArrayLike) -> Int64s | None:
+        """Return the epoch of its source, from 0, that each of the global sample `indices` is in,
+        [n]; None where samples are of several epochs."""
 
     def identity(self) -> list[Any]:
         """Return, as JSON values, everything that decides `locate` apart from the sources."""
@@ -280,8 +338,9 @@ class PhasedOrder:
                 )
         self._before = np.stack(before)  # [phases, D], samples of each source in earlier phases
 
-    def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
-        """Return source and sample number of the global sample `indices`, both [n]."""
+    def _positions(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """Return the source of each of the global sample `indices`, and the position in its
+        stream of epochs, both [n]."""
         indices = np.asarray(indices, np.int64)
         phase = np.maximum(np.searchsorted(self._begins, indices, side="right") - 1, 0)
         source, position = np.empty_like(indices), np.empty_like(indices)
@@ -291,6 +350,11 @@ class PhasedOrder:
             source[rows] = self._members[number][member]
             # A source continues its own epochs where earlier phases left it.
             position[rows] = self._before[number][source[rows]] + own
+        return source, position
+
+    def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """Return source and sample number of the global sample `indices`, both [n]."""
+        source, position = self._positions(indices)
         sample = np.empty_like(position)
         for number in np.unique(source):
             rows = source == number
@@ -298,6 +362,36 @@ class PhasedOrder:
                 position[rows], self._sizes[number], self._seed, int(number), self._order
             )
         return source, sample
+
+    def indices_of(self, source: int, sample: int, count: int) -> Int64s:
+        """Return which of the run's first `count` samples are `sample` of a source, ascending."""
+        size, taken = self._sizes[source], int(self.consumed(count)[source])
+        positions = positions_of_sample(
+            sample, -(-taken // size), size, self._seed, source, self._order
+        )
+        return np.array(
+            [
+                self._index_of(source, position)
+                for position in positions[positions < taken].tolist()
+            ],
+            np.int64,
+        )
+
+    def _index_of(self, source: int, position: int) -> int:
+        """Return the global sample at which a source's `position` comes."""
+        # The last phase before which the source had no more than that: phases without it are
+        # passed over, since they begin where the next one does.
+        before = self._before[:, source]
+        phase = int(np.searchsorted(before, position, side="right")) - 1
+        member = int(np.searchsorted(self._members[phase], source))
+        own = self._blends[phase].index_of(member, position - int(before[phase]))
+        return int(self._begins[phase]) + own
+
+    def epochs(self, indices: npt.ArrayLike) -> Int64s:
+        """Return the epoch of its source, from 0, that each of the global sample `indices` is in,
+        [n]."""
+        source, position = self._positions(indices)
+        return position // np.array(self._sizes)[source]
 
     def consumed(self, count: int) -> Int64s:
         """Return how many of the first `count` samples come from each source, [D]."""

@@ -1,0 +1,98 @@
+"""Read the text that a document was made of, where it still lies, and hold it against the document's
+tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megalite.data.documents import Reading, Report, is_json_lines, lines_of, read_bytes, read_files
+from megalite.data.indexed import IndexedDataset
+from megalite.data.kinds import is_packed
+from megalite.data.origins import Origin
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megalite.errors import DataError
+from megalite.utils.outside import shown
+from megalite.utils.urls import is_url
+
+
+class SourceText(NamedTuple):
+    """Holds what stands in a file where a document was read."""
+
+    text: str
+    notes: dict[str, str]
+    """What else the line says, such as prepare_corpus's record of a document."""
+    spans: dict[int, tuple[int, int]] | None
+    """For each token of the document the bytes [first, last) of the text that it is made of; None
+    where that cannot be told."""
+
+
+def read_source(
+    dataset: IndexedDataset,
+    document: int,
+    origin: Origin,
+    key: str | None,
+    tokenizer: Tokenizer | None,
+) -> SourceText | str:
+    """Return what stands at the `origin` of a document, its text under `key`, or why that is not
+    known."""
+    if key is None:
+        return "a row, whose text is not the document's tokens alone"
+    try:
+        record = _record(key, origin)
+    except (OSError, DataError, ValueError) as error:
+        return f"its text is not there any more: {error}"
+    text = record.pop(key)
+    ids = dataset.read(*(dataset.document_start(d) for d in (document, document + 1)))
+    spans = None
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        found, places = tokenizer.encode_with_offsets([text])[0]
+        begin = _begin_of(ids.tolist(), list(found))
+        if begin is None:
+            return "another text stands there now: its tokens are not those of the document"
+        spans = _in_bytes(text, places, begin)
+    return SourceText(text, {key: shown(value) for key, value in record.items()}, spans)
+
+
+def _begin_of(ids: list[int], found: list[int]) -> int | None:
+    """Return how many tokens precede those of the text in a document (a BOS token at most); None if
+    they are not its tokens."""
+    for begin in (0, 1):
+        if ids[begin : begin + len(found)] == found and len(ids) - begin - len(found) in (0, 1):
+            return begin
+    return None
+
+
+def _in_bytes(text: str, places: Any, begin: int) -> dict[int, tuple[int, int]]:
+    """Return the bytes of a text that belong to each token, from characters [first, last)."""
+    before = np.cumsum([0, *(len(letter.encode()) for letter in text)]).tolist()
+    return {
+        begin + token: (before[first], before[last]) for token, (first, last) in enumerate(places)
+    }
+
+
+def _record(key: str, origin: Origin) -> dict[str, Any]:
+    """Return the record at an origin. Raise OSError, DataError or ValueError."""
+    if is_json_lines(origin.path):
+        record = json.loads(_line(origin))
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise ValueError(f"line {origin.line} has no {key!r}")
+        return record
+    reading = Reading(json_key=key, metadata=True)
+    for document in read_files([origin.path], reading, Report()):
+        if document.line == origin.line:
+            return {key: document.text, **document.metadata}
+    raise ValueError(f"it has no line {origin.line}")
+
+
+def _line(origin: Origin) -> bytes:
+    """Return a line of JSON lines."""
+    if origin.start >= 0 and not is_url(origin.path) and not is_packed(origin.path):
+        with open(origin.path, "rb") as file:
+            file.seek(origin.start)
+            return file.read(origin.length).removeprefix(b"\xef\xbb\xbf")
+    lines = lines_of(read_bytes(origin.path, Report()))
+    return next(itertools.islice(lines, origin.line - 1, None), b"")

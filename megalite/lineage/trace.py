@@ -1,0 +1,344 @@
+"""Say which text a step of a run was trained on, and at which steps a text was: `megalite trace`.
+
+Nothing is logged for it: which sample comes when is arithmetic, and so is what a sample is made
+of."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from megalite.data.indexed import IndexedDataset
+from megalite.data.mixture import Samples
+from megalite.data.order import Int64s
+from megalite.data.origins import Origin, Origins, open_origins
+from megalite.errors import ConfigError, DataError
+from megalite.lineage.places import NONE, Places, places_of
+from megalite.lineage.run import TracedRun
+from megalite.lineage.texts import SourceText, read_source
+
+EXCERPT = 60
+"""Characters of a text that a line shows."""
+AT_ONCE = 64
+"""Samples made in memory at a time."""
+
+
+class Place(NamedTuple):
+    """Says where a token stands."""
+
+    prefix: str
+    """Token file."""
+    place: int
+    """Token of that file."""
+    document: int
+    offset: int
+    """Token of that document."""
+    origin: Origin | None
+    """What the document was made of; None where it was not noted."""
+
+
+class Traced(NamedTuple):
+    """Holds what one sample of a step was made of."""
+
+    step: int
+    number: int
+    """Which of the step's samples, from 0."""
+    sample: int
+    """Which sample of the mixture."""
+    source: str
+    epoch: int | None
+    """Of its source, from 0; None where epochs are shuffled together."""
+    places: Places
+    """Of this sample alone."""
+
+
+class Use(NamedTuple):
+    """Says where a document was trained on."""
+
+    step: int
+    number: int
+    source: str
+    epoch: int | None
+    seen: Int64s
+    """Tokens of the sample, of a decoder's where there are two stacks, at which the model sees
+    some of it."""
+    predicted: Int64s
+    """Those at which it is to predict some of it."""
+    of_source: Int64s
+    """Those of an encoder at which it sees some of it."""
+
+
+class Documents:
+    """Finds documents of token files by what a person calls them."""
+
+    def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
+        self.datasets = tuple(datasets)
+        self.origins = cache(self._open_origins)
+        """Returns what the documents of a token file, by its number, were made of."""
+
+    def _open_origins(self, number: int) -> Origins | None:
+        return open_origins(self.datasets[number])
+
+    def find(self, wanted: str) -> list[tuple[int, int]]:
+        """Return (number of a token file, document of it) of each document that `wanted` names:
+        FILE:LINE, or PREFIX#NUMBER. Raise DataError if there is none, and ConfigError for what is
+        neither."""
+        match = re.fullmatch(r"(.+)([:#])(\d+)", wanted)
+        if not match or (match[2] == ":" and int(match[3]) < 1):
+            raise ConfigError(
+                f"{wanted!r} is neither FILE:LINE, with lines counted from 1, nor PREFIX#NUMBER of a token file"
+            )
+        name, number = match[1], int(match[3])
+        found, without = [], []
+        for file, dataset in enumerate(self.datasets):
+            if match[2] == "#":
+                if dataset.prefix == name or dataset.prefix.endswith(f"/{name}"):
+                    _check_document(dataset, number)
+                    found.append((file, number))
+            elif (origins := self.origins(file)) is None:
+                without.append(dataset.prefix)
+            else:
+                found += [(file, document) for document in origins.documents_of(name, number)]
+        if not found:
+            why = (
+                f"; of {', '.join(without)} there is no .src that says what it was made of: name PREFIX#NUMBER instead"
+                if without
+                else ""
+            )
+            raise DataError(f"{wanted}: no document of the run's data{why}")
+        return found
+
+
+class Tracer:
+    """Answers questions about a run."""
+
+    def __init__(self, run: TracedRun) -> None:
+        self.run, self.mixture = run, run.mixture
+        self.documents = Documents([source.dataset for source in run.mixture.sources])
+        """Those of the sources, in their order."""
+
+    def samples(self, step: int, only: int | None = None) -> Iterator[Traced]:
+        """Yield what the samples of a step, or `only` one of them, were made of. Raise
+        ConfigError."""
+        samples = self.run.samples_of(step)
+        if only is not None and not 0 <= only < len(samples):
+            raise ConfigError(
+                f"--sample {only} is not in 0 … {len(samples) - 1}, those of the step"
+            )
+        numbers = np.arange(len(samples)) if only is None else np.array([only])
+        epochs = self.mixture.order.epochs(samples)
+        for first in range(0, len(numbers), AT_ONCE):
+            some = numbers[first : first + AT_ONCE]
+            found = places_of(self.mixture, samples[some])
+            for row, number in enumerate(some.tolist()):
+                yield Traced(
+                    step,
+                    number,
+                    int(samples[number]),
+                    self.mixture.names[int(found.of_source[row])],
+                    None if epochs is None else int(epochs[number]),
+                    _row(found, row),
+                )
+
+    def place(self, traced: Traced, place: int) -> Place:
+        """Return where a token of the sample's token file stands."""
+        number = int(traced.places.of_source[0])
+        dataset, origins = self.documents.datasets[number], self.documents.origins(number)
+        document = dataset.document_of(place)
+        offset = place - dataset.document_start(document)
+        origin = origins.of(document) if origins else None
+        return Place(dataset.prefix, place, document, offset, origin)
+
+    def text(self, number: int, place: Place) -> SourceText | str:
+        """Return the text that a document of source `number` was made of, or why it is not
+        known."""
+        dataset, origins = self.documents.datasets[number], self.documents.origins(number)
+        assert origins is not None
+        assert place.origin is not None
+        return read_source(dataset, place.document, place.origin, origins.key, self.run.tokenizer)
+
+    def uses(self, source: int, document: int, count: int | None = None) -> Iterator[Use]:
+        """Yield every use of a document of a source, in the order of the run, among its first
+        `count` samples (default: all that it has made, or is to make)."""
+        count = self.run.num_samples if count is None else count
+        each = self.mixture.sources[source]
+        start, stop = (each.dataset.document_start(d) for d in (document, document + 1))
+        samples = [
+            self.mixture.order.indices_of(source, sample, count)
+            for sample in each.samples_with(start, stop).tolist()
+        ]
+        indices = np.sort(np.concatenate([np.empty(0, np.int64), *samples]))
+        epochs = self.mixture.order.epochs(indices)
+        for first in range(0, len(indices), AT_ONCE):
+            some = indices[first : first + AT_ONCE]
+            found = places_of(self.mixture, some)
+            for row, index in enumerate(some.tolist()):
+                at = self.run.step_of(index)
+                if at is None:
+                    continue  # passed over
+                mine = [
+                    np.flatnonzero((x[row] >= start) & (x[row] < stop))
+                    for x in (found.tokens, found.labels, found.source)
+                    if x is not None
+                ]
+                if any(len(x) for x in mine):
+                    epoch = None if epochs is None else int(epochs[first + row])
+                    beside = mine[2] if len(mine) > 2 else np.empty(0, np.int64)
+                    yield Use(*at, self.mixture.names[source], epoch, mine[0], mine[1], beside)
+
+
+def _row(places: Places, row: int) -> Places:
+    """Return the places of one of several samples."""
+
+    def only(x: Any) -> Any:
+        return None if x is None else x[row : row + 1]
+
+    return Places(Samples(*map(only, places.samples)), *map(only, places[1:]))
+
+
+def _check_document(dataset: IndexedDataset, number: int) -> None:
+    if number >= dataset.num_documents:
+        raise DataError(
+            f"{dataset.prefix}#{number}: its documents are 0 to {dataset.num_documents - 1:,}"
+        )
+
+
+def print_step(
+    what: Path, step: int, sample: int | None, token: int | None, console: Console
+) -> None:
+    """Print what a step of a run was made of: every document of its samples, or of one; with
+    `token`, where that token of the sample stands. Raise ConfigError or DataError."""
+    tracer = Tracer(TracedRun.open(what))
+    if token is not None and sample is None:
+        raise ConfigError("--token is one of a sample: give --sample as well")
+    if step in tracer.run.refused:
+        _say(console, f"step {step:,} updated nothing: its loss or gradient was bad")
+    for traced in tracer.samples(step, sample):
+        epoch = "" if traced.epoch is None else f", epoch {traced.epoch}"
+        _say(
+            console,
+            f"step {step:,}, sample {traced.number} (the run's {traced.sample:,}): {traced.source}{epoch}",
+        )
+        if token is None:
+            for line in _parts(tracer, traced):
+                _say(console, line)
+        else:
+            for line in _token(tracer, traced, token):
+                _say(console, line)
+
+
+def _parts(tracer: Tracer, traced: Traced) -> Iterator[str]:
+    """Yield a line for each stretch of a sample that is of one document in one piece."""
+    places = traced.places
+    stacks = {"": places.tokens[0]} if places.source is None else {
+        "source ": places.source[0], "target ": places.labels[0]
+    }  # fmt: skip
+    for name, row in stacks.items():
+        borders = [0, *(np.flatnonzero(np.diff(row) != 1) + 1).tolist(), len(row)]
+        for first, end in itertools.pairwise(borders):
+            at = int(row[first])
+            while at != NONE and first < end:
+                found = tracer.place(traced, at)
+                dataset = tracer.mixture.sources[int(places.of_source[0])].dataset
+                count = min(end - first, dataset.document_start(found.document + 1) - at)
+                ids = dataset.read(at, at + count).tolist()
+                where = found.origin or f"{found.prefix}#{found.document}"
+                yield (
+                    f"  {name}tokens {first}–{first + count - 1}: {where}, document {found.document:,}, its tokens "
+                    f"{found.offset:,}–{found.offset + count - 1:,}: {_excerpt(tracer, ids)}"
+                )
+                first, at = first + count, at + count
+
+
+def _token(tracer: Tracer, traced: Traced, token: int) -> Iterator[str]:
+    """Yield lines about one token of a sample: what the model sees there, and what it is to
+    predict."""
+    places, samples = traced.places, traced.places.samples
+    if not 0 <= token < samples.tokens.shape[1]:
+        raise ConfigError(
+            f"--token {token} is not in 0 … {samples.tokens.shape[1] - 1}, those of a sample"
+        )
+    seen, label = int(samples.tokens[0, token]), int(samples.labels[0, token])
+    at, of_label = int(places.tokens[0, token]), int(places.labels[0, token])
+    yield f"  token {token} is {seen} {_excerpt(tracer, [seen])}"
+    yield from _about(tracer, traced, at)
+    kind = tracer.mixture.view.labels
+    if label < 0 and kind != "document":
+        yield "  nothing is predicted there"
+    elif kind != "next":
+        yield f"  its class is {label}" if label >= 0 else "  it has no class"
+    else:
+        yield f"  to be predicted there: {label} {_excerpt(tracer, [label])}"
+        if of_label != at:
+            yield from _about(tracer, traced, of_label)
+
+
+def _about(tracer: Tracer, traced: Traced, place: int) -> Iterator[str]:
+    """Yield lines about a place in a token file."""
+    if place == NONE:
+        yield "    of no text: padding, a mark or a sentinel"
+        return
+    found = tracer.place(traced, place)
+    yield f"    {found.prefix}: document {found.document:,}, its token {found.offset:,}"
+    if found.origin is None:
+        yield f"    there is no {found.prefix}.src that says what the document was made of"
+        return
+    yield f"    {found.origin}"
+    text = tracer.text(int(traced.places.of_source[0]), found)
+    yield from [f"    {text}"] if isinstance(text, str) else _bytes(text, found.offset)
+
+
+def _bytes(text: SourceText, offset: int) -> Iterator[str]:
+    """Yield lines about a token of a text that is still where it was read."""
+    if text.spans is not None and (span := text.spans.get(offset)):
+        first, last = span
+        yield f"    bytes {first:,} to {last:,} of its text: {text.text.encode()[first:last]!r}"
+    if text.notes:
+        yield "    " + ", ".join(f"{key}: {value}" for key, value in text.notes.items())
+
+
+def print_document(what: Path, wanted: Sequence[str], console: Console) -> None:
+    """Print every step and place at which documents were trained on. Raise ConfigError or
+    DataError."""
+    tracer = Tracer(TracedRun.open(what))
+    planned = "" if tracer.run.done else "planned "
+    for name in wanted:
+        for source, document in tracer.documents.find(name):
+            dataset = tracer.mixture.sources[source].dataset
+            _say(console, f"{name}: {dataset.prefix}#{document}")
+            uses = 0
+            for use in tracer.uses(source, document):
+                uses += 1
+                epoch = "" if use.epoch is None else f", epoch {use.epoch}"
+                places = [("seen at tokens", use.seen), ("predicted at", use.predicted)]
+                if len(use.of_source):
+                    places = [("seen in the source at", use.of_source), places[1]]
+                told = "; ".join(f"{words} {_ranges(x)}" for words, x in places if len(x))
+                refused = ", which updated nothing" if use.step in tracer.run.refused else ""
+                _say(console, f"  step {use.step:,}{refused}, sample {use.number}{epoch}: {told}")
+            _say(console, f"  {uses:,} uses in the {tracer.run.num_steps:,} {planned}steps")
+
+
+def _ranges(numbers: Int64s) -> str:
+    """Return ascending numbers as ranges."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _excerpt(tracer: Tracer, ids: Sequence[int]) -> str:
+    """Return the text of ids, shortened; empty without a tokenizer."""
+    if tracer.run.tokenizer is None:
+        return ""
+    text = tracer.run.tokenizer.decode(list(ids[: 2 * EXCERPT]))
+    return repr(text) if len(text) <= EXCERPT else f"{text[:EXCERPT]!r}…"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False)
