@@ -100,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_quantize,
         _add_inspect,
         _add_trace,
+        _add_forget,
         _add_parity,
         _add_ops,
     ):
@@ -858,6 +859,42 @@ def _trace(arguments: argparse.Namespace) -> None:
         print_document(arguments.run, arguments.document, console)
     else:
         print_step(arguments.run, arguments.step, arguments.sample, arguments.token, console)
+
+
+def _add_forget(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "forget",
+        help="take documents out of a run's data, and go back to before it was trained on them",
+        description="Writes token files without them and a run that goes on from the newest checkpoint that has seen "
+        "none of them, and ends bit for bit as one that never had them (docs/forget.md).",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument(
+        "--documents", type=Path, required=True, metavar="FILE",
+        help="what to forget, a line each: FILE:LINE, or PREFIX#NUMBER of a token file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--register", type=Path, metavar="FILE",
+        help="JSON lines of what was taken out (default: forgotten.jsonl beside the run's folder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it costs; nothing is written"
+    )
+    parser.set_defaults(verb=_forget)
+
+
+def _forget(arguments: argparse.Namespace) -> None:
+    """Say what forgetting costs, and prepare the run that makes the steps again."""
+    from rich.console import Console
+
+    from megalite.lineage.forget import forget, plan_removal, read_names
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    removal = plan_removal(arguments.run, read_names(arguments.documents))
+    console.print(str(removal))
+    if not arguments.dry_run:
+        register = arguments.register or removal.run.config.run.dir / "forgotten.jsonl"
+        forget(removal, register, console)
 
 
 def _add_parity(verbs: Verbs) -> None:

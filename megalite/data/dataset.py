@@ -45,6 +45,9 @@ class Windows(NamedTuple):
     # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more.
     documents: Int64s | None
     mask: Int64s | None = None  # [n, L + 1], as in PREFIX.mask; 1 where a source has none
+    removed: npt.NDArray[np.bool_] | None = (
+        None  # [n, L + 1], of a document that was taken out; None: none is
+    )
 
 
 class SampleSource(Protocol):
@@ -68,13 +71,16 @@ class SampleSource(Protocol):
         """Return a name for everything that decides the content of each sample."""
 
 
-def empty_windows(count: int, seq_length: int, by_document: bool, masked: bool = False) -> Windows:
+def empty_windows(
+    count: int, seq_length: int, by_document: bool, masked: bool = False, removed: bool = False
+) -> Windows:
     """Allocate windows for `count` samples of `seq_length` + 1 tokens. Documents are there with
-    `by_document`, a mask (all ones) with `masked`."""
+    `by_document`, a mask (all ones) with `masked`, what was taken out (nothing) with `removed`."""
     shape = count, seq_length + 1
     documents = np.empty(shape, np.int64) if by_document else None
     mask = np.ones(shape, np.int64) if masked else None
-    return Windows(np.empty(shape, np.int64), np.empty(count, np.int64), documents, mask)
+    holes = np.zeros(shape, bool) if removed else None
+    return Windows(np.empty(shape, np.int64), np.empty(count, np.int64), documents, mask, holes)
 
 
 def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int64s) -> None:
@@ -93,6 +99,8 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
     gather(source.dataset.tokens, start, length, places, tokens)
     if into.mask is not None and source.dataset.mask is not None:
         gather(source.dataset.mask, start, length, places, into.mask)
+    if into.removed is not None and source.dataset.removed is not None:
+        into.removed[rows] = source.dataset.is_removed(places_in_file(source, samples))
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
     into.filled[rows] = filled
     # A piece is a document: its number is how many pieces stand before it in the row.

@@ -10,6 +10,9 @@ own tool write one):
 Labelled data has one file more, which Megatron-LM does not know: PREFIX.mask, a u8, u16 or i64 for
 each token. 0: nothing is learned from it; else 1, or, where tokens or texts have classes, 1 + the
 number of the class.
+
+Token files that documents were taken out of have PREFIX.removed beside them: the numbers of these
+documents, ascending, as i64. Their tokens are fillers, which nothing is learned from.
 """
 
 from __future__ import annotations
@@ -131,6 +134,8 @@ class IndexedDataset:
         self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize
         self.tokens: Array = np.memmap(self._bin, self.dtype, "r")  # [num_tokens]
         self.mask = self._open_mask()
+        self.removed = self._open_removed()
+        """Numbers of the documents that were taken out, ascending; None for none."""
 
     def _open_mask(self) -> Array | None:
         """Return the mask, [num_tokens], or None. Raise DataError if its size does not match."""
@@ -154,6 +159,40 @@ class IndexedDataset:
                 "not belong to the .bin beside it: write or copy all of them again"
             )
         return np.memmap(path, dtype, "r")
+
+    def _open_removed(self) -> Array | None:
+        """Return the documents that were taken out. Raise DataError if they are none of this
+        file's."""
+        path = Path(f"{self.prefix}.removed")
+        if self._remote is not None:
+            try:
+                path = CachedObject(f"{self.prefix}.removed").whole()
+            except Missing:
+                return None
+        if not path.is_file():
+            return None
+        data = path.read_bytes()
+        found = np.frombuffer(data[: len(data) // 8 * 8], "<i8")
+        if len(data) % 8 or not len(found) or found[0] < 0 or found[-1] >= self.num_documents:
+            found = np.zeros(2, "<i8")
+        if (np.diff(found) <= 0).any():
+            raise DataError(
+                f"{self.prefix}.removed is damaged, or of other token files than those beside it: write or copy all "
+                "of them again"
+            )
+        return found
+
+    def is_removed(self, places: Array) -> Array:
+        """Return whether each token is of a document that was taken out, shaped like `places`;
+        False for negative ones."""
+        if self.removed is None:
+            return np.zeros(places.shape, bool)
+        starts, stops = (
+            np.array([self.document_start(d + end) for d in self.removed.tolist()])
+            for end in (0, 1)
+        )
+        number = np.searchsorted(starts, places, side="right") - 1
+        return (number >= 0) & (places < stops[np.maximum(number, 0)])
 
     def _read_header(self) -> int:
         """Read the header, set `dtype` and `num_sequences`, and return the number of document
@@ -338,6 +377,8 @@ class IndexedDataset:
                 for start in starts.tolist():
                     file.seek(start)
                     digest.update(file.read(4096))
+        if self.removed is not None:  # whole: what was taken out may lie between the slices
+            digest.update(self.removed.tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -469,7 +510,8 @@ class IndexedWriter:
             os.fsync(file.fileno())
         # An older .idx must never stand beside the new .bin, not even between two renames.
         self._final[-1].unlink(missing_ok=True)
-        self._final[0].with_suffix(".mask").unlink(missing_ok=True)
+        for kind in (".mask", ".removed"):
+            self._final[0].with_suffix(kind).unlink(missing_ok=True)
         try:
             for temporary, final in zip(self._temporary, self._final, strict=True):
                 os.replace(temporary, final)

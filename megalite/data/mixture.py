@@ -50,6 +50,8 @@ LABELS: dict[str, Literal["next", "token", "document"]] = {
 _SCHEME = "megalite-samples-2"
 
 
+NO_TOKEN = 1 << 40
+"""Stands for the tokens of documents that were taken out, where their labels are looked for."""
 LOOKED_AT = 1 << 20
 """Tokens read at a time in the search for one with a label."""
 
@@ -119,6 +121,7 @@ class Mixture:
         self.seq_length = sources[0].seq_length
         self._fingerprint = ""
         self._masked = any(source.dataset.mask is not None for source in sources)
+        self._has_removed = any(source.dataset.removed is not None for source in sources)
         if any(source.seq_length != self.seq_length for source in sources):
             raise DataError(
                 f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}"
@@ -143,8 +146,28 @@ class Mixture:
         return _types(samples.tokens, samples.documents, self.view.separator)
 
     def _view(self, windows: Windows, index: Int64s) -> Samples:
-        """Turn raw windows into the tokens and labels that the model sees."""
-        tokens, filled, documents, mask = windows
+        """Turn raw windows into the tokens and labels that the model sees. Nothing is predicted of
+        documents that were taken out."""
+        found = self._seen(windows, index)
+        if windows.removed is not None and windows.removed.any():
+            found.labels[self._is_label_removed(windows, index)] = IGNORE
+        return found
+
+    def _is_label_removed(self, windows: Windows, index: Int64s) -> npt.NDArray[np.bool_]:
+        """Return where the label is of a document that was taken out, shaped like the labels."""
+        removed, view = windows.removed, self.view
+        assert removed is not None
+        if view.stacks:
+            # Which labels come from where, by other tokens in place of these.
+            marked = windows._replace(tokens=np.where(removed, NO_TOKEN, 0))
+            return view.stacks.apply(marked, index).labels == NO_TOKEN
+        # Fill-in-the-middle rearranges within documents, each of which is taken out as a whole.
+        is_next = view.labels == "next" and not view.corruption
+        return removed[:, 1:] if is_next else removed[:, :-1]
+
+    def _seen(self, windows: Windows, index: Int64s) -> Samples:
+        """Return what `_view` does, but with labels of what was taken out."""
+        tokens, filled, documents, mask, _ = windows
         view = self.view
         # [n, L]: windows have one token more than the model sees, the label of the last.
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
@@ -178,7 +201,9 @@ class Mixture:
 
     def windows(self, index: Int64s) -> Windows:
         """Read the windows of the samples `index`, source by source."""
-        windows = empty_windows(len(index), self.seq_length, self.view != PLAIN, self._masked)
+        windows = empty_windows(
+            len(index), self.seq_length, self.view != PLAIN, self._masked, self._has_removed
+        )
         source, sample = self.order.locate(index)
         for number in np.unique(source):
             rows = np.flatnonzero(source == number)
@@ -191,6 +216,8 @@ class Mixture:
         source = self.sources[number]
         if isinstance(source, TokenSource) and self.view._replace(document_mask=False) == PLAIN:
             return True  # every token but the first
+        if source.dataset.removed is not None:
+            return True  # it had labels before, and may be left without any
         for samples in self._pieces_of(source.num_samples):
             windows = empty_windows(len(samples), self.seq_length, self.view != PLAIN, self._masked)
             read_windows(source, samples, windows, np.arange(len(samples)))

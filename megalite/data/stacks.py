@@ -143,7 +143,7 @@ class SourceAndTarget:
 
     def apply(self, windows: Windows, index: Int64s) -> Stacks:
         """Return what the stacks see of `windows`, in which both sides of all rows have room."""
-        tokens, filled, documents, mask = windows
+        tokens, filled, documents, mask, _ = windows
         assert documents is not None
         assert mask is not None
         is_there = np.arange(tokens.shape[1]) < filled[:, None]

@@ -58,7 +58,7 @@ def places_of(mixture: Mixture, indices: npt.ArrayLike) -> Places:
 
 def _turn(places: Int64s, view: View, windows: Windows, index: Int64s) -> None:
     """Rearrange places as fill-in-the-middle does the tokens of `windows`."""
-    tokens, filled, documents, _ = windows
+    tokens, filled, documents, *_ = windows
     assert view.fim is not None
     assert documents is not None
     marks = view.fim._replace(prefix=NONE, middle=NONE, suffix=NONE)
