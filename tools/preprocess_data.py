@@ -20,6 +20,10 @@ datasets library.
     classification   {"text": …, "label": …}
     labels           {"tokens": [words], "labels": [one for each]}, or ner_tags
 
+Or they are what an annotation tool exports: Label Studio (JSON, JSON-MIN), Argilla (records as
+JSON) or doccano (JSONL, a file for each annotator). Several annotators' agreement is told, and what
+they disagree on is decided by --disagreement (docs/annotation.md).
+
 They become P.bin, .idx and .json, and P.mask, which says what is learned from each token. A row
 that cannot be used is an error that shows it, and nothing is written, unless --bad-rows allows for
 it."""
@@ -33,6 +37,7 @@ import sys
 
 from rich.console import Console
 
+from megalite.data.annotations import RULES
 from megalite.data.blocks import Shard
 from megalite.data.formats import FORMATS, PROBLEMS, Settings
 from megalite.data.preprocess import preprocess
@@ -105,6 +110,10 @@ def main() -> int:
     parser.add_argument(
         "--bad-rows", type=at_least(0), default=0, metavar="N", help="rows that may be left out"
     )
+    parser.add_argument(
+        "--disagreement", choices=RULES, default="vote",
+        help="of an export: what most annotators say, without ties, or only what all say (default: %(default)s)",
+    )  # fmt: skip
     args = parser.parse_args()
     for_text = (
         args.append_eod
@@ -125,7 +134,13 @@ def main() -> int:
             args.format, args.tokenizer, args.last_only, tuple(args.labels), args.problem
         )
         result = preprocess_rows(
-            args.input, args.output_prefix, settings, args.workers, args.bad_rows, console
+            args.input,
+            args.output_prefix,
+            settings,
+            args.workers,
+            args.bad_rows,
+            console,
+            args.disagreement,
         )
         print(result)
         return 0

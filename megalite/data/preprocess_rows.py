@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from megalite.config import NUM_LABELS
+from megalite.data.annotations import Annotated, Disagreement, read_annotations, tool_of
 from megalite.data.documents import Report
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
 from megalite.data.indexed import MASKS, IndexedWriter, token_dtype
@@ -58,20 +59,23 @@ def preprocess_rows(
     workers: int = 1,
     bad_rows: int = 0,
     console: Console | None = None,
+    disagreement: Disagreement = "vote",
 ) -> Preprocessed:
     """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, .json which says what they were made
     from, and .src which says where each comes from.
 
     `inputs` are files, folders or globs; `settings` give format, tokenizer and labels; `workers` is
     the number of processes; `console` shows the progress. Up to `bad_rows` unusable rows are left
-    out and reported. Raise DataError, with nothing written, if there are more, if no row is left,
+    out and reported. Of an export of an annotation tool `disagreement` says what becomes of items
+    that annotators judge differently. Raise DataError, with nothing written, if there are more, if no row is left,
     or if the tokenizer lacks what the format needs."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
     check_inputs(prefix, files)
     if twice := next((name for name in settings.labels if settings.labels.count(name) > 1), None):
         raise DataError(f"--labels names {twice!r} twice")
-    settings = _with_labels(files, settings)
+    annotated = _annotated(files, settings, disagreement)
+    settings = _with_labels(files, settings, annotated)
     encoder = _opened(settings)
     tokenizer = encoder.tokenizer
     dtype = token_dtype(tokenizer.vocab_size)
@@ -86,7 +90,7 @@ def preprocess_rows(
         Meter("tokenizing", sum(files.values()), console) as meter,
         worker_pool(workers, start_tokenizing) as pool,
         closing(
-            in_order(_blocks(files, report), partial(_encode, settings), pool, workers)
+            in_order(_blocks(files, report, annotated), partial(_encode, settings), pool, workers)
         ) as results,
     ):
         for _, encoded in results:
@@ -110,20 +114,41 @@ def preprocess_rows(
     for row, why in bad:
         report.bad(row.path, row.line, why)
     facts = {"dtype": dtype.name, "inputs": list(inputs), **_facts_of(settings, tokenizer)}
+    if annotated:
+        seen += annotated.counts
+        facts["agreement"] = {name: round(x, 4) for name, x in annotated.agreement.items()}
     facts |= {"num_learned": num_learned, "passed_over": dict(sorted(seen.items()))}
     result = Preprocessed(
         prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report
     )
     result.write()
     result.seconds = time.monotonic() - start
+    agreed = [
+        f"agreement: {name} = {x:.3f}"
+        for name, x in (annotated.agreement if annotated else {}).items()
+    ]
     passed = [f"passed over: {what} ({count:,})" for what, count in sorted(seen.items())]
     result.remark = "\n".join(
-        [f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed]
+        [f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed, *agreed]
     )
     return result
 
 
-def _with_labels(files: Mapping[str, int], settings: Settings) -> Settings:
+def _annotated(
+    files: Mapping[str, int], settings: Settings, disagreement: Disagreement
+) -> Annotated | None:
+    """Return the rows of an export of an annotation tool, None for rows of another kind."""
+    first = next(read_rows(files, Report()), None)
+    tool = first and tool_of(first)
+    if not tool:
+        return None
+    rows = read_rows(files, Report())
+    return read_annotations(rows, tool, settings.format, settings.problem, disagreement)
+
+
+def _with_labels(
+    files: Mapping[str, int], settings: Settings, annotated: Annotated | None
+) -> Settings:
     """Return the settings with the names of the classes, or of the number. Raise DataError for a
     problem that the format or the labels do not go with."""
     if settings.problem != "single_label" and settings.format != "classification":
@@ -134,7 +159,7 @@ def _with_labels(files: Mapping[str, int], settings: Settings) -> Settings:
     if settings.problem == "regression":
         labels = labels or ("score",)
     elif settings.format in CLASSES and not labels:
-        labels = _labels_of(files, settings)
+        labels = _labels_of(files, settings, annotated)
     least, most = NUM_LABELS[settings.problem]
     if settings.problem != "single_label" and not least <= len(labels) <= most:
         raise DataError(
@@ -166,9 +191,11 @@ def _facts_of(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _blocks(files: Mapping[str, int], report: Report) -> Iterator[list[Row]]:
+def _blocks(
+    files: Mapping[str, int], report: Report, annotated: Annotated | None
+) -> Iterator[list[Row]]:
     """Yield the rows in blocks of ROWS_PER_BLOCK."""
-    rows = read_rows(files, report)
+    rows = iter(annotated.rows) if annotated else read_rows(files, report)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
 
@@ -213,7 +240,9 @@ def _opened(settings: Settings) -> Encoder:
     return Encoder(settings)
 
 
-def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
+def _labels_of(
+    files: Mapping[str, int], settings: Settings, annotated: Annotated | None
+) -> tuple[str, ...]:
     """Return the names of the classes, in the order of their numbers: those that the files name,
     else those that the rows use. Raise DataError if they are mixed or too many."""
     for path in files:
@@ -225,7 +254,7 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
                 return tuple(named[field])
     found: set[Any] = set()
     first = ""
-    for row in read_rows(files, Report()):
+    for row in annotated.rows if annotated else read_rows(files, Report()):
         try:
             found.update(labels_in(row.values, settings.format) if not row.why else ())
         except (ValueError, TypeError) as error:  # reported when the row is encoded
