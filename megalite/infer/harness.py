@@ -311,6 +311,21 @@ class Tasks(NamedTuple):
             counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
         return min([*counts, self.limit] if self.limit else counts)
 
+    def texts(self) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+        """Yield the task, the number and the texts of each document: what is asked, with each answer
+        that is judged or wanted."""
+        with _seeded():
+            for name, task in self.loaded["tasks"].items():
+                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+                texts: dict[int, list[str]] = {}
+                for request in task.instances:
+                    parts = request.args
+                    if request.request_type == "generate_until":
+                        wanted = task.doc_to_target(request.doc)
+                        parts = (parts[0], f" {wanted}" if isinstance(wanted, str) else "")
+                    texts.setdefault(request.doc_id, []).append("".join(parts))
+                yield from ((name, number, tuple(found)) for number, found in texts.items())
+
     def rehearse(self, generator: Generator) -> None:
         """Run the tasks without the model, to find in a moment what would fail after hours. Raise
         ConfigError or DataError."""

@@ -1,0 +1,283 @@
+"""Find evaluation texts in training data, token by token: `megalite contamination`.
+
+A document of a task is held against the token files by its n-grams (Brown et al. 2020, appendix C, have
+13 words): runs of n tokens that stand in one training document. Where they stand, and when a run is
+trained on them, its trace tells.
+
+Legend: n = tokens of an n-gram, M = different n-grams of all tasks, N = tokens of a chunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from megalite.data.documents import Report
+from megalite.data.indexed import IndexedDataset
+from megalite.data.order import Int64s
+from megalite.data.rows import list_rows, read_rows
+from megalite.data.tokenizer import Tokenizer
+from megalite.errors import ConfigError, DataError
+from megalite.lineage.run import TracedRun
+from megalite.lineage.trace import Tracer
+from megalite.utils.files import replacing
+
+CHUNK = 1 << 21
+"""Tokens of a file that are looked at at a time."""
+BITS = 28
+"""A table of at most 2^BITS bytes tells most n-grams apart from those looked for."""
+SHOWN = 8
+"""Most documents that are told on the console."""
+LARGE = 0.8
+"""Share of a document's n-grams from which on it counts as known for the most part, as Touvron et
+al. 2023 (Llama 2, appendix A.6) take it."""
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+Hashes = npt.NDArray[np.uint64]
+
+
+class Asked(NamedTuple):
+    """Holds a document of a task, in the forms in which it may stand in a training text."""
+
+    task: str
+    number: int
+    texts: tuple[str, ...]
+
+
+@dataclass
+class Judged:
+    """Says how much of a document of a task stands in the training data."""
+
+    task: str
+    number: int
+    text: str
+    num_grams: int
+    """N-grams that it has; 0: it is too short to be judged."""
+    found: int = 0
+    """Those among them that stand in a training document."""
+    longest: int = 0
+    """Tokens of the longest run in which all n-grams do."""
+    source: int = 0
+    place: int = -1
+    """Where that begins: source and token of its file; -1: nothing was found."""
+
+    @property
+    def share(self) -> float:
+        return self.found / max(self.num_grams, 1)
+
+
+class Grams:
+    """Holds the n-grams of evaluation texts, and looks for them in tokens."""
+
+    def __init__(self, rows: Sequence[Int64s], length: int) -> None:
+        """`rows` are the token ids of texts, each [tokens]."""
+        self.length = length
+        self._flat = np.concatenate([np.empty(0, np.int64), *rows])
+        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        starts = [
+            np.arange(end - len(row), end - length + 1)
+            for row, end in zip(rows, ends.tolist(), strict=True)
+        ]
+        begins = np.concatenate([np.empty(0, np.int64), *starts])
+        # Of runs with one hash of 64 bits the first stands for all.
+        self._hashes, first = np.unique(_hashes(self._flat, length)[begins], return_index=True)
+        self._begins = begins[first]
+        self._shift = np.uint64(64 - min(len(self).bit_length() + 4, BITS))
+        self._table = np.zeros(1 << (64 - int(self._shift)), bool)
+        self._table[self._hashes >> self._shift] = True
+
+    def __len__(self) -> int:
+        """Return how many there are, M."""
+        return len(self._begins)
+
+    def tokens(self, number: Int64s) -> Int64s:
+        """Return the tokens of n-grams by their numbers, [k, n]."""
+        return self._flat[self._begins[number][:, None] + np.arange(self.length)]
+
+    def find(self, tokens: Int64s) -> tuple[Int64s, Int64s]:
+        """Return where n-grams stand in `tokens` [N], ascending, and which of them. All are
+        compared token by token: a hash only says where to look."""
+        hashes = _hashes(tokens, self.length)
+        at = np.flatnonzero(self._table[hashes >> self._shift])
+        number = np.searchsorted(self._hashes, hashes[at])
+        inside = number < len(self)
+        at, number = at[inside], number[inside]
+        same = (tokens[at[:, None] + np.arange(self.length)] == self.tokens(number)).all(1)
+        return at[same], number[same]
+
+    def numbers_of(self, row: Int64s) -> Int64s:
+        """Return the numbers of the n-grams of a text that was given, in order."""
+        return self.find(row)[1] if len(row) >= self.length else np.empty(0, np.int64)
+
+
+def _hashes(tokens: Int64s, length: int) -> Hashes:
+    """Return a hash of each run of `length` tokens, [N - length + 1]."""
+    values = tokens.astype(np.uint64)
+    count = max(len(values) - length + 1, 0)
+    found = np.zeros(count, np.uint64)
+    for first in range(length):
+        found = found * _FACTOR + values[first : first + count] + np.uint64(1)
+    # The upper bits are to depend on all tokens.
+    found ^= found >> np.uint64(29)
+    return found * _FACTOR
+
+
+def judge(run: TracedRun, asked: Iterable[Asked], length: int) -> list[Judged]:
+    """Return how much of each document of tasks stands in the run's training data, by n-grams of
+    `length` tokens. Raise ConfigError for a run without a tokenizer."""
+    if run.tokenizer is None:
+        raise ConfigError("texts are compared as tokens, which needs data.tokenizer in the config")
+    documents = list(asked)
+    rows = [_rows_of(run.tokenizer, each.texts) for each in documents]
+    grams = Grams([row for own in rows for row in own], length)
+    source, place = np.full(len(grams), -1), np.full(len(grams), -1)
+    for number, each in enumerate(run.mixture.sources):
+        _look(each.dataset, grams, number, source, place)
+    return [
+        _judged(each, [grams.numbers_of(row) for row in own], source, place, length)
+        for each, own in zip(documents, rows, strict=True)
+    ]
+
+
+def _rows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int64s]:
+    """Return the token ids of texts, as they begin a document and as they follow a space."""
+    spelled = [*texts, *(f" {text}" for text in texts if text and not text[0].isspace())]
+    return [np.array(ids, np.int64) for ids in tokenizer.encode_batch(spelled)]
+
+
+def _look(
+    dataset: IndexedDataset, grams: Grams, number: int, source: Int64s, place: Int64s
+) -> None:
+    """Note in `source` and `place`, both [M], where n-grams stand first that were not found yet.
+    `number` is that of the source."""
+    for first in range(0, dataset.num_tokens, CHUNK):
+        tokens = dataset.read(first, min(first + CHUNK + grams.length - 1, dataset.num_tokens))
+        at, gram = grams.find(np.asarray(tokens, np.int64))
+        at = at + first
+        # What lies across the border of two documents is no text.
+        is_whole = dataset.document_starts(at + 1, at + grams.length)[0] == 0
+        gram, index = np.unique(gram[is_whole], return_index=True)
+        is_new = source[gram] < 0
+        source[gram[is_new]], place[gram[is_new]] = number, at[is_whole][index][is_new]
+
+
+def _judged(
+    asked: Asked, numbers: Sequence[Int64s], source: Int64s, place: Int64s, length: int
+) -> Judged:
+    """Return how much of a document was found, of whose forms' n-grams these are the `numbers`: of
+    the form of which most was."""
+    there = [source[own] >= 0 for own in numbers if len(own)]
+    if not there:
+        return Judged(asked.task, asked.number, asked.texts[0], 0)
+    best = max(there, key=lambda of_form: (of_form.mean(), len(of_form)))
+    found = Judged(asked.task, asked.number, asked.texts[0], len(best), int(best.sum()))
+    for own in numbers:
+        begin = 0
+        for end in np.flatnonzero(np.append(source[own] < 0, True)).tolist():
+            # The n-grams from `begin` to `end` are all there.
+            if end > begin and end - begin + length - 1 > found.longest:
+                found.longest = end - begin + length - 1
+                found.source, found.place = int(source[own[begin]]), int(place[own[begin]])
+            begin = end + 1
+    return found
+
+
+def texts_of_rows(inputs: Sequence[str]) -> Iterator[Asked]:
+    """Yield the texts of rows (JSON lines, JSON, parquet): `text`, or `prompt` with each
+    `completion`; messages count by their contents. Raise DataError for a row without any."""
+    report = Report()
+    for number, row in enumerate(read_rows(list_rows(inputs, report), report)):
+        texts = [] if row.why else _texts_of(row.values)
+        if not texts:
+            raise DataError(
+                f"{row.path}:{row.line}: {row.why or 'no text, or prompt and completion, in it'}"
+            )
+        yield Asked(Path(row.path).stem, number, tuple(texts))
+
+
+def _texts_of(values: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a row; empty for none."""
+    if isinstance(values.get("text"), str):
+        return [values["text"]]
+    prompt, answers = _plain(values.get("prompt")), values.get("completion")
+    answers = answers if isinstance(answers, list) else [answers]
+    found = [" ".join(filter(None, (prompt, _plain(answer)))) for answer in answers]
+    return [text for text in found if text]
+
+
+def _plain(value: Any) -> str:
+    """Return a text, or the contents of messages; empty for anything else."""
+    if isinstance(value, list):
+        contents = (each.get("content") for each in value if isinstance(each, dict))
+        return "\n".join(content for content in contents if isinstance(content, str))
+    return value if isinstance(value, str) else ""
+
+
+def print_contamination(
+    what: Path, asked: Iterable[Asked], length: int, output: Path | None, console: Console
+) -> None:
+    """Print how much of evaluation texts stands in the training data of a run, or of a config; write
+    a line for each document to `output`. Raise ConfigError or DataError."""
+    if length < 2:
+        raise ConfigError(f"--ngram {length}: at least 2 tokens are needed")
+    run = TracedRun.open(what)
+    judged = judge(run, asked, length)
+    if not judged:
+        raise DataError("there is no text to look for")
+    table = Table("task", "documents", "judged", "any n-gram", f"{LARGE:.0%} of them", box=None)
+    for task in dict.fromkeys(each.task for each in judged):
+        own = [each for each in judged if each.task == task]
+        counts = (
+            len(own),
+            sum(each.num_grams > 0 for each in own),
+            sum(each.found > 0 for each in own),
+            sum(each.num_grams > 0 and each.share >= LARGE for each in own),
+        )
+        table.add_row(task, *(f"{count:,}" for count in counts))
+    console.print(table)
+    tracer = Tracer(run)
+    worst = sorted((each for each in judged if each.found), key=lambda x: (-x.share, -x.longest))
+    for each in worst[:SHOWN]:
+        told = _record(tracer, each)
+        console.print(
+            f"{each.task} {each.number}: {each.found:,} of {each.num_grams:,} n-grams, {each.longest:,} tokens in a "
+            f"row, from {told['where']}{_when(told)}: {each.text[:60]!r}",
+            highlight=False,
+            markup=False,
+        )
+    if output:
+        with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for each in judged:
+                file.write(json.dumps(_record(tracer, each), ensure_ascii=False) + "\n")
+
+
+def _when(told: Mapping[str, Any]) -> str:
+    """Return when the match is trained on, as part of a sentence."""
+    return f", in step {told['first_step']:,} first" if told["first_step"] else ", in no step"
+
+
+def _record(tracer: Tracer, judged: Judged) -> dict[str, Any]:
+    """Return what is known of a document of a task, as JSON."""
+    found: dict[str, Any] = {
+        "task": judged.task, "document": judged.number, "ngrams": judged.num_grams, "found": judged.found,
+        "longest": judged.longest,
+    }  # fmt: skip
+    if judged.place < 0:
+        return found
+    dataset = tracer.documents.datasets[judged.source]
+    document = dataset.document_of(judged.place)
+    origins = tracer.documents.origins(judged.source)
+    use = next(tracer.uses(judged.source, document), None)
+    where = f"{dataset.prefix}#{document}"
+    return found | {
+        "token_file": dataset.prefix,
+        "training_document": document,
+        "where": str(origins.of(document)) if origins else where,
+        "first_step": use.step if use else None,
+    }
