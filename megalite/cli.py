@@ -94,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_fill,
         _add_embed,
+        _add_classify,
         _add_evaluate,
         _add_serve,
         _add_average,
@@ -532,6 +533,50 @@ def _embed(arguments: argparse.Namespace) -> None:
         print(f"{output}: {len(vectors):,} vectors of {vectors.shape[1]:,} numbers")
 
 
+def _add_classify(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "classify", help="tell classes of texts, a number for them, or labels of their words"
+    )
+    _add_model(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--pair", metavar="TEXT", help="a second text that goes with the TEXT")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text a line; or rows as for training in a .jsonl",
+    )
+    parser.add_argument(
+        "--top-k", type=at_least(1), default=5, help="classes that are shown (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a row, as for training, for each text"
+    )
+    parser.set_defaults(verb=_classify)
+
+
+def _classify(arguments: argparse.Namespace) -> None:
+    """Print what a model tells of texts."""
+    from megalite.errors import ConfigError
+    from megalite.infer.classify import Classifier, Question, read_questions
+
+    questions = [Question(text) for text in arguments.texts]
+    if arguments.pair is not None:
+        if len(questions) != 1:
+            raise ConfigError(
+                "--pair goes with one TEXT; more pairs are rows of an --input FILE.jsonl"
+            )
+        questions = [questions[0]._replace(pair=arguments.pair)]
+    questions += read_questions(arguments.input)
+    if not questions:
+        raise ConfigError("give a TEXT, or --input FILE")
+    classifier = Classifier.open(arguments.model)
+    for question, verdict in zip(questions, classifier.classify(questions), strict=True):
+        print(classifier.shown(question, verdict, arguments.top_k, arguments.json), flush=True)
+
+
 def _add_evaluate(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers"
@@ -648,11 +693,14 @@ def _serve(arguments: argparse.Namespace) -> None:
         from megalite.errors import ConfigError
 
         raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
-    from megalite.infer.encode import Encoder, is_encoder
+    from megalite.infer.classify import Classifier
+    from megalite.infer.encode import Encoder
     from megalite.infer.generate import Generator, find_model
+    from megalite.infer.seq2seq import TargetGenerator
     from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import read_keys
     from megalite.infer.serving.run import bind, serve
+    from megalite.models import model_config
 
     settings = Settings(
         name=arguments.name or arguments.model.resolve().name,
@@ -666,11 +714,17 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     address = bind(arguments.host, arguments.port)
     folder = find_model(arguments.model)
-    if is_encoder(folder):
-        serve(Encoder.open(folder), settings, address, arguments.grace)
-        return
-    generator = Generator.open(folder, num_slots=arguments.slots, max_length=arguments.max_length)
-    serve(generator, settings, address, arguments.grace)
+    config = model_config({"hf": str(folder)})
+    model: Encoder | Classifier | TargetGenerator | Generator
+    if config.PREDICTS == "masked":
+        model = Encoder.open(folder)
+    elif config.has_classes:
+        model = Classifier.open(folder)
+    elif config.task == "seq2seq":
+        model = TargetGenerator.open(folder)
+    else:
+        model = Generator.open(folder, num_slots=arguments.slots, max_length=arguments.max_length)
+    serve(model, settings, address, arguments.grace)
 
 
 def _add_average(verbs: Verbs) -> None:

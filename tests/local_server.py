@@ -18,12 +18,13 @@ import openai
 from torch import Tensor
 
 from megalite.infer.cache import CachedSequenceInfo
+from megalite.infer.classify import Classifier
 from megalite.infer.encode import Encoder
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
+from megalite.infer.seq2seq import TargetGenerator
 from megalite.infer.serving.app import Settings, make_app
-from megalite.infer.serving.encoders import make_encoder_app
-from megalite.infer.serving.run import Server, make_server
+from megalite.infer.serving.run import Server, make_app_of, make_server
 from scripted import Bytes, Scripted
 
 PATIENCE_S = 60.0
@@ -112,16 +113,17 @@ class Local:
 
 @contextlib.contextmanager
 def serving(
-    model: Generator | Encoder | Gated, folder: Path, grace_s: float = 1.0, **settings: Any
+    model: Generator | Encoder | Classifier | TargetGenerator | Gated,
+    folder: Path,
+    grace_s: float = 1.0,
+    **settings: Any,
 ) -> Iterator[Local]:
     """Ratings go to the folder."""
     asked = Settings("tiny", folder, **settings)
     if isinstance(model, Gated):
         app = make_app(Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0)), asked)
     else:
-        app = (
-            make_encoder_app(model, asked) if isinstance(model, Encoder) else make_app(model, asked)
-        )
+        app = make_app_of(model, asked)
     listening = socket.create_server(("127.0.0.1", 0))
     server = make_server(app, grace_s)
     thread = threading.Thread(target=server.run, args=([listening],))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -92,7 +93,7 @@ class Encoder:
                     f"{shown(text)} has {len(row):,} tokens, but the model's max_positions = {self.max_positions:,}"
                 )
         found: list[list[list[Filling]]] = [[] for _ in rows]
-        for numbers, tokens_BT, x_BTD in self._batches(rows):
+        for numbers, tokens_BT, x_BTD in state_batches(self.model, rows):
             # [B, T] bool; indexing by it lists the gaps row by row, in the order of `nonzero`.
             at = tokens_BT == mask
             probabilities, ids = (
@@ -148,7 +149,7 @@ class Encoder:
         )
         # Room for the two tokens that `_row` puts around a text.
         vectors = np.zeros((len(rows), self.model.config.hidden_size), np.float32)
-        for numbers, tokens_BT, x_BTD in self._batches(rows):
+        for numbers, tokens_BT, x_BTD in state_batches(self.model, rows):
             x_BTD = self.model.final_states(x_BTD).float()
             lengths_B1 = torch.tensor(
                 [len(rows[number]) for number in numbers], device=self.device
@@ -177,8 +178,8 @@ class Encoder:
         room = self.longest - len(first) - 1
         rows = [[*first, *ids[:room], self._end] for ids in self.tokenizer.encode_batch(texts)]
         logits = np.zeros(len(rows), np.float32)
-        seconds = len(first) if self.model.config.has_token_types else None
-        for numbers, _, x_BTD in self._batches(rows, seconds):
+        seconds = [len(first)] * len(rows) if self.model.config.has_token_types else None
+        for numbers, _, x_BTD in state_batches(self.model, rows, seconds):
             logits[numbers] = (
                 self.model.project(self.model.finish(x_BTD[:, :1]))[:, 0, 0].float().cpu().numpy()
             )
@@ -187,40 +188,34 @@ class Encoder:
     def _row(self, ids: Sequence[int]) -> list[int]:
         return [self._begin, *ids, self._end]
 
-    @torch.no_grad()
-    def _batches(
-        self, rows: Sequence[list[int]], seconds: int | None = None
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer
-        [B,T,D]. Rows of a batch are of like length; padding is a document of its own, to which no
-        token attends. A second text begins at `seconds`."""
-        # Longest first: the first of a batch is its width.
-        left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-        while left:
-            width = len(rows[left[0]])
-            count = max(1, BATCH_TOKENS // width)
-            numbers, left = left[:count], left[count:]
-            padded = [
-                rows[number] + [self._end] * (width - len(rows[number])) for number in numbers
-            ]
-            tokens_BT = torch.tensor(padded, device=self.device)
-            index_T = torch.arange(width, device=self.device)
-            lengths_B1 = torch.tensor(
-                [len(rows[number]) for number in numbers], device=self.device
-            )[:, None]
-            # Document 0 is the text, 1 the padding: an encoder's tokens attend only within their
-            # document.
-            types_BT = (
-                None if seconds is None else (index_T >= seconds).long()[None].expand_as(tokens_BT)
-            )
-            places = SequenceInfo(
-                index_T, index_T[None], (index_T >= lengths_B1).long(), type_BT=types_BT
-            )
-            yield (
-                numbers,
-                tokens_BT,
-                self.model.run_layers(self.model.embed(tokens_BT, places), places),
-            )
+
+@torch.no_grad()
+def state_batches(
+    model: Decoder, rows: Sequence[list[int]], seconds: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer
+    [B,T,D]. Rows of a batch are of like length, padded behind with their last token. Each row's
+    second text begins at its number in `seconds`."""
+    device, is_encoder = next(model.parameters()).device, model.config.PREDICTS == "masked"
+    # Longest first: the first of a batch is its width.
+    left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    while left:
+        width = len(rows[left[0]])
+        count = max(1, BATCH_TOKENS // width)
+        numbers, left = left[:count], left[count:]
+        padded = [rows[n] + rows[n][-1:] * (width - len(rows[n])) for n in numbers]
+        tokens_BT, index_T = torch.tensor(padded, device=device), torch.arange(width, device=device)
+        lengths_B1 = torch.tensor([len(rows[n]) for n in numbers], device=device)[:, None]
+        places = SequenceInfo(index_T, index_T[None])
+        if is_encoder:
+            # Document 0 is the text, 1 the padding, to which no token of the text attends.
+            places = replace(places, document_BT=(index_T >= lengths_B1).long())
+        else:  # for RoPE that is scaled by the length: each row's own
+            places = replace(places, whole_length=lengths_B1[..., None])
+        if seconds is not None:
+            starts_B1 = torch.tensor([seconds[n] for n in numbers], device=device)[:, None]
+            places = replace(places, type_BT=(index_T >= starts_B1).long())
+        yield numbers, tokens_BT, model.run_layers(model.embed(tokens_BT, places), places)
 
 
 class PoolingConfig(NamedTuple):
@@ -263,25 +258,33 @@ def read_texts(files: Sequence[Path], key: str = "text") -> list[str]:
     """Return the texts in files: the lines of each, or of the objects in a .jsonl what stands under
     `key`. Raise DataError that names the file and the line."""
     texts = []
+    for where, line, found in read_lines(files):
+        text = found.get(key) if isinstance(found, dict) else found
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {shown(line)} is no object with a text under {key!r}")
+        texts.append(text)
+    return texts
+
+
+def read_lines(files: Sequence[Path]) -> Iterator[tuple[str, str, Any]]:
+    """Yield where each line of files is, the line, and what it holds: itself, or in a .jsonl its
+    object; None where there is none. Raise DataError for a file that cannot be read."""
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
-        for number, line in enumerate(lines, 1):
-            if file.suffix not in (".jsonl", ".ndjson"):
-                texts.append(line)
-                continue
-            try:
-                found: Any = json.loads(line)[key]
-            except (ValueError, TypeError, KeyError):
-                found = None
-            if not isinstance(found, str):
-                raise DataError(
-                    f"{file}, line {number}: {shown(line)} is no object with a text under {key!r}"
-                )
-            texts.append(found)
-    return texts
+        is_json = file.suffix in (".jsonl", ".ndjson")
+        # Not `splitlines`, which also splits at characters that stand within a JSON text.
+        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+            found: Any = line
+            if is_json:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    found = None
+            is_known = isinstance(found, dict) or not is_json
+            yield f"{file}, line {number}", line, found if is_known else None
 
 
 def write_vectors(

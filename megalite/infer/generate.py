@@ -32,7 +32,6 @@ from megalite.infer.integer_linears import keep_integers
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.models import build_model, model_config, set_parameters, weight_table
-from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.peft import is_adapter
 
@@ -91,13 +90,13 @@ def check_speaks(folder: Path) -> None:
     if config.task == "seq2seq":
         raise ConfigError(
             f"{folder} holds an encoder-decoder (model.task: seq2seq), which answers a source; `megalite generate` "
-            "asks it on one device; here only models of model.task: causal are known"
+            "and `megalite serve` ask it on one device; here only models of model.task: causal are known"
         )
     if config.task != "causal":
         labels = ", ".join(config.labels[:8]) + (" …" if len(config.labels) > 8 else "")
         raise ConfigError(
             f"{folder} holds a model of model.task: {config.task}, which tells classes ({labels}) and says no text; "
-            f"ask it through transformers' AutoModel{KINDS[config.task]}, and give here one of model.task: causal"
+            "`megalite classify` asks it; give here one of model.task: causal"
         )
     if tokenizer_file(folder) is None:
         raise DataError(

@@ -8,7 +8,7 @@ source."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -60,9 +60,16 @@ class LayerCache(NamedTuple):
 class Decoding:
     """Targets of a batch of sources, as far as they have come."""
 
-    def __init__(self, model: T5, sources: Sequence[Sequence[int]], room: int):
-        """Encode the `sources`. There is room for so many tokens of each target."""
-        self.model, self.length = model, 0
+    def __init__(
+        self,
+        model: T5,
+        sources: Sequence[Sequence[int]],
+        room: int,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """Encode the `sources`. There is room for so many tokens of each target. `check` is called
+        before each of them, and may raise to end all."""
+        self.model, self.length, self._check = model, 0, check
         device = model.embedding.weight.device
         width, start = max(map(len, sources)), model.config.START_TOKEN
         tokens_BS = torch.tensor(
@@ -92,6 +99,7 @@ class Decoding:
     def step(self, tokens_B: Tensor) -> Tensor:
         """Take the next token of each row, and return the logits of the one behind it, fp32
         [B,V]."""
+        self._check()
         model, config, at = self.model, self.model.config, self.length
         index_C = torch.arange(at + 1, device=tokens_B.device)
         found_1C = buckets(
@@ -176,10 +184,11 @@ class TargetGenerator:
         max_tokens: int,
         sampling: Sampling | None = None,
         beams: Beams | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> list[list[int]]:
         """Return the tokens of each source's target, at most `max_tokens`, without the start and
         the end: by `beams`, or as `sampling` says, by default as the model's folder does. Row n of
-        a call draws with the seed and n.
+        a call draws with the seed and n. `check` is called before every step, and may raise.
 
         Raise ConfigError for a source without tokens, one that is longer than the model's
         max_positions, or token ids that it does not know."""
@@ -200,7 +209,7 @@ class TargetGenerator:
             count = max(1, BATCH_TOKENS // (len(sources[left[0]]) * (beams.width if beams else 1)))
             some, left = left[:count], left[count:]
             with torch.inference_mode():
-                decoding = Decoding(self.model, [sources[number] for number in some], room)
+                decoding = Decoding(self.model, [sources[number] for number in some], room, check)
                 targets = (
                     _by_beams(decoding, beams, room, self.ends)
                     if beams

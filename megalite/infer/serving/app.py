@@ -124,7 +124,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     app = guarded_app(engine, settings, lifespan)
     _add_api(app, service, ratings)
-    _add_pages(app, service)
+    add_pages(app, settings, service.chats)
     add_models(app, settings)
     add_monitoring(app, engine, settings)
     return app
@@ -212,14 +212,15 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
         return {"object": "rating", "rating": body.kind}
 
 
-def _add_pages(app: FastAPI, service: Service) -> None:
-    """Add what people look at."""
-    settings = service.settings
+def add_pages(app: FastAPI, settings: Settings, chat: bool, answers_sources: bool = False) -> None:
+    """Add what people look at. A model either has chats, or goes on with texts; where it
+    `answers_sources`, a text is no beginning but a source."""
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
         """Return what the page must know before it has a key."""
-        return {"model": settings.name, "chat": service.chats, "key": bool(settings.keys)}
+        told = {"model": settings.name, "chat": chat, "key": bool(settings.keys)}
+        return told | {"sources": answers_sources}
 
     @app.get("/")
     async def page() -> Response:
@@ -369,7 +370,7 @@ class Service:
             # The engine ignores tickets that have ended.
             return Events(pieces, lambda: self.engine.cancel(tickets))
         try:
-            ended = await _unless_gone(request, _ends_of(updates))
+            ended = await unless_gone(request, _ends_of(updates))
         finally:
             self.engine.cancel(tickets)
         if ended is None:
@@ -398,20 +399,20 @@ class Service:
             # As OpenAI's: a chat's first piece names the role and says nothing.
             if reply.chat:
                 for ticket in tickets:
-                    yield _event(reply.piece([reply.opening(ticket.number)]))
+                    yield as_event(reply.piece([reply.opening(ticket.number)]))
             async for ticket, update in updates:
                 _raise_cut(ticket, update)
                 choice = reply.choice(
                     ticket.number, update.text, update.choices, update.finish, streamed=True
                 )
-                yield _event(reply.piece([choice]))
+                yield as_event(reply.piece([choice]))
             if body.stream_options and body.stream_options.include_usage:
                 num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
                 # As OpenAI's: the last piece has the counts and no choices.
-                yield _event(reply.piece([], usage(num_prompt, num_said)))
+                yield as_event(reply.piece([], usage(num_prompt, num_said)))
         except Trouble as trouble:
             # Status 200 has been sent by now, so that an error can only be one more event.
-            yield _event(trouble.body)
+            yield as_event(trouble.body)
         yield b"data: [DONE]\n\n"
 
 
@@ -471,7 +472,7 @@ async def _ends_of(updates: AsyncIterator[tuple[Ticket, Update]]) -> dict[Ticket
     return {ticket: update async for ticket, update in updates}
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
+async def unless_gone(request: Request, work: Any) -> Any:
     """Return the result of `work`, or None if the client disconnects first."""
 
     async def gone() -> None:
@@ -600,5 +601,5 @@ def as_json(body: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
-def _event(body: Any) -> bytes:
+def as_event(body: Any) -> bytes:
     return b"data: " + orjson.dumps(body) + b"\n\n"

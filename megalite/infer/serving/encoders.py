@@ -1,4 +1,5 @@
-"""The HTTP API of encoders: OpenAI's embeddings, and the ranking of documents by a query."""
+"""The HTTP API of encoders and of models with classes: OpenAI's embeddings, the ranking of
+documents by a query, and classes of texts."""
 
 from __future__ import annotations
 
@@ -17,6 +18,15 @@ import numpy.typing as npt
 from fastapi import FastAPI
 from fastapi.responses import Response
 
+from megalite.data.formats import text_tokenizer
+from megalite.infer.classify import (
+    LABEL_NAMES,
+    TASKS,
+    Classifier,
+    Question,
+    TextVerdict,
+    WordsVerdict,
+)
 from megalite.infer.encode import Encoder
 from megalite.infer.serving.app import (
     Settings,
@@ -26,10 +36,11 @@ from megalite.infer.serving.app import (
     as_json,
     check_model,
     guarded_app,
+    told,
 )
 from megalite.infer.serving.engine import Overloaded
 from megalite.infer.serving.metrics import Metrics
-from megalite.infer.serving.protocol import EmbeddingsBody, RerankBody, usage
+from megalite.infer.serving.protocol import ClassifyBody, EmbeddingsBody, RerankBody, usage
 
 T = TypeVar("T")
 MOST_INPUTS = 2048
@@ -90,10 +101,23 @@ class EncoderEngine:
         self._pool.shutdown(wait=False, cancel_futures=within_s <= 0)
 
 
-def make_encoder_app(encoder: Encoder, settings: Settings) -> FastAPI:
-    """Return the ASGI app that answers with `encoder`."""
+async def within_time(engine: EncoderEngine, settings: Settings, work: Callable[[], T]) -> T:
+    """Run `work` in the engine and return its result. Raise Trouble where it must wait, or takes,
+    too long."""
+    try:
+        async with asyncio.timeout(settings.timeout_s):
+            return await engine.run(work)
+    except Overloaded as full:
+        raise Trouble(503, str(full), "server_error", code="overloaded") from None
+    except TimeoutError:
+        text = f"it took more than the {settings.timeout_s:g} s that this server gives a request"
+        raise Trouble(504, text, "server_error", code="timeout") from None
+
+
+def make_serial_app(settings: Settings) -> FastAPI:
+    """Return an app with an `EncoderEngine`, and the addresses that clients and monitoring look
+    at."""
     engine = EncoderEngine(Metrics(), settings.max_waiting)
-    service = EncoderService(encoder, engine, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -101,6 +125,34 @@ def make_encoder_app(encoder: Encoder, settings: Settings) -> FastAPI:
         engine.close(0.0)
 
     app = guarded_app(engine, settings, lifespan)
+    add_models(app, settings)
+    add_monitoring(app, engine, settings)
+    return app
+
+
+def make_encoder_app(model: Encoder | Classifier, settings: Settings) -> FastAPI:
+    """Return the ASGI app that answers with an encoder, or with a decoder that has classes."""
+    app = make_serial_app(settings)
+    if isinstance(model, Encoder):
+        _add_vectors(app, EncoderService(model, app.state.engine, settings))
+        if model.model.config.task in TASKS:
+            model = Classifier(model.model, text_tokenizer(str(model.folder)))
+    if isinstance(model, Classifier):
+        classes = ClassService(model, app.state.engine, settings)
+
+        @app.post("/v1/classify")
+        async def classify(body: ClassifyBody) -> Response:
+            return await classes.classify(body)
+
+    @app.get("/v1/about")
+    async def about() -> dict[str, Any]:
+        return {"model": settings.name, "chat": False, "key": bool(settings.keys)}
+
+    return app
+
+
+def _add_vectors(app: FastAPI, service: EncoderService) -> None:
+    """Add what every encoder answers."""
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsBody) -> Response:
@@ -110,13 +162,47 @@ def make_encoder_app(encoder: Encoder, settings: Settings) -> FastAPI:
     async def rerank(body: RerankBody) -> Response:
         return await service.rerank(body)
 
-    @app.get("/v1/about")
-    async def about() -> dict[str, Any]:
-        return {"model": settings.name, "chat": False, "key": bool(settings.keys)}
 
-    add_models(app, settings)
-    add_monitoring(app, engine, settings)
-    return app
+class ClassService:
+    """Turns requests for classes into the classifier's work, and its verdicts into responses."""
+
+    def __init__(self, classifier: Classifier, engine: EncoderEngine, settings: Settings):
+        self.classifier, self.engine, self.settings = classifier, engine, settings
+
+    async def classify(self, body: ClassifyBody) -> Response:
+        """Return what the model tells of each input, in their order, in vLLM's form where it tells
+        one class."""
+        check_model(body.model, self.settings)
+        questions = [Question(x.text, x.text_pair, tuple(x.tokens)) for x in body.inputs]
+        check_count(len(questions), "input")
+        cut, most = body.truncate_prompt_tokens, self.classifier.max_positions
+        longest = most if cut == -1 else cut
+
+        def work() -> tuple[int, list[TextVerdict | WordsVerdict]]:
+            rows = [self.classifier.row(each, longest) for each in questions]
+            return sum(len(row.ids) for row in rows), self.classifier.classify_rows(questions, rows)
+
+        with told("input"):
+            num_tokens, verdicts = await within_time(self.engine, self.settings, work)
+        data = [{"index": index} | self._entry(each) for index, each in enumerate(verdicts)]
+        head = {
+            "id": f"classify-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+        }
+        counts = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        named = {"model": self.settings.name, "classes": [*self.classifier.labels]}
+        return as_json(head | named | {"data": data, "usage": counts})
+
+    def _entry(self, verdict: TextVerdict | WordsVerdict) -> dict[str, Any]:
+        """Return a verdict's entry in `data`; `probs` are in the order of `classes`."""
+        if isinstance(verdict, WordsVerdict):
+            return verdict._asdict()
+        entry = {LABEL_NAMES[self.classifier.problem]: verdict.label}
+        if not verdict.scores:
+            return entry
+        probs = [verdict.scores[name] for name in self.classifier.labels]
+        return entry | {"probs": probs, "num_classes": len(probs)}
 
 
 class EncoderService:
@@ -135,13 +221,13 @@ class EncoderService:
             raise _wrong(
                 f"the model has {self.size} dimensions, fewer than {body.dimensions}", "dimensions"
             )
-        _check_count(len(body.inputs), "input")
+        check_count(len(body.inputs), "input")
 
         def work() -> tuple[list[list[int]], npt.NDArray[np.float32]]:
             rows = self._rows(body)
             return rows, self.encoder.embed_rows(rows)
 
-        rows, vectors = await self._run(work)
+        rows, vectors = await within_time(self.engine, self.settings, work)
         if body.dimensions:
             vectors = vectors[:, : body.dimensions]
             if self.encoder.pooling.normalize:
@@ -165,7 +251,7 @@ class EncoderService:
         both, or the cosine of their vectors."""
         check_model(body.model, self.settings)
         texts = body.texts
-        _check_count(len(texts), "documents")
+        check_count(len(texts), "documents")
 
         def work() -> tuple[npt.NDArray[np.float32], int]:
             if self.encoder.scores_pairs:
@@ -174,7 +260,7 @@ class EncoderService:
             query, *documents = self.encoder.embed_rows(rows, normalize=True)
             return np.stack(documents) @ query, sum(map(len, rows))
 
-        scores, num_tokens = await self._run(work)
+        scores, num_tokens = await within_time(self.engine, self.settings, work)
         order = np.argsort(-scores, kind="stable")[: body.top_n]
         results = [
             {"index": int(index), "relevance_score": float(scores[index])}
@@ -183,16 +269,6 @@ class EncoderService:
         ]
         head = {"id": f"rerank-{secrets.token_hex(12)}", "model": self.settings.name}
         return as_json({**head, "results": results, "usage": {"total_tokens": num_tokens}})
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                return await self.engine.run(work)
-        except Overloaded as full:
-            raise Trouble(503, str(full), "server_error", code="overloaded") from None
-        except TimeoutError:
-            text = f"it took more than the {self.settings.timeout_s:g} s that this server gives a request"
-            raise Trouble(504, text, "server_error", code="timeout") from None
 
     def _rows(self, body: EmbeddingsBody) -> list[list[int]]:
         """Return the tokens of each input. Raise Trouble for one that is empty, too long or of
@@ -218,7 +294,7 @@ def _cut(row: list[int], longest: int) -> list[int]:
     return row if len(row) <= longest else [*row[: longest - 1], row[-1]]
 
 
-def _check_count(count: int, param: str) -> None:
+def check_count(count: int, param: str) -> None:
     """Raise Trouble for more texts than a request may have."""
     if count > MOST_INPUTS:
         raise _wrong(

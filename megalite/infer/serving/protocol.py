@@ -232,6 +232,39 @@ class RerankBody(Body):
         return [each if isinstance(each, str) else each.text for each in self.documents]
 
 
+class ClassifiedText(Body):
+    """Holds a text of a classify request that is an object: alone, with a second one, or as
+    words."""
+
+    text: Text = ""
+    text_pair: Text = ""
+    tokens: list[Annotated[Text, Field(min_length=1)]] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if bool(self.text) == bool(self.tokens) or (self.tokens and self.text_pair):
+            raise ValueError("has a text, which may have a text_pair, or else tokens")
+        return self
+
+
+class ClassifyBody(Body):
+    """Holds the body of /v1/classify."""
+
+    model: Text = ""
+    input: Annotated[
+        Text | Annotated[list[Text | ClassifiedText], Field(fail_fast=True, min_length=1)],
+        _one_of("a text, or a list of texts or objects with a text, a text_pair or tokens"),
+    ]
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    user: Text | None = None
+
+    @property
+    def inputs(self) -> list[ClassifiedText]:
+        """Return the inputs as a list of objects."""
+        inputs = [self.input] if isinstance(self.input, str) else self.input
+        return [ClassifiedText.model_construct(text=x) if isinstance(x, str) else x for x in inputs]
+
+
 class TextPart(Body):
     """Holds a content part of type text, the only type supported."""
 

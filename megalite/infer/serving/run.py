@@ -12,11 +12,14 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from megalite.errors import ConfigError
 from megalite.infer.cache import Row, lay_out
+from megalite.infer.classify import Classifier
 from megalite.infer.encode import Encoder
 from megalite.infer.generate import Generator
+from megalite.infer.seq2seq import TargetGenerator
 from megalite.infer.serving import logs
 from megalite.infer.serving.app import Settings, make_app
 from megalite.infer.serving.connections import (
@@ -28,6 +31,7 @@ from megalite.infer.serving.connections import (
     tell_of_failed_accept,
 )
 from megalite.infer.serving.encoders import make_encoder_app
+from megalite.infer.serving.targets import make_target_app
 
 LOG = logging.getLogger("megalite.serve")
 LAST_S = 2.0
@@ -85,17 +89,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    model: Generator | Encoder, settings: Settings, address: socket.socket, grace_s: float
+    model: Generator | Encoder | Classifier | TargetGenerator,
+    settings: Settings,
+    address: socket.socket,
+    grace_s: float,
 ) -> None:
     """Serve `model` on the socket `address` of `bind` until a signal ends it; answers in progress
     then get `grace_s` seconds."""
     logs.set_up()
-    if isinstance(model, Encoder):
-        app = make_encoder_app(model, settings)
-    else:
+    if isinstance(model, Generator):
         warm_up(model)
-        app = make_app(model, settings)
-    server = make_server(app, grace_s)
+    server = make_server(make_app_of(model, settings), grace_s)
     # uvicorn installs the same handler later; but after shutdown it raises the signal again, which
     # must not kill then.
     signal.signal(signal.SIGTERM, server.handle_exit)
@@ -106,6 +110,17 @@ def serve(
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     LOG.info("%s on %s (%s); ratings go to %s", settings.name, url, protected, settings.ratings)
     server.run([address])
+
+
+def make_app_of(
+    model: Generator | Encoder | Classifier | TargetGenerator, settings: Settings
+) -> FastAPI:
+    """Return the ASGI app that answers with `model`."""
+    if isinstance(model, Generator):
+        return make_app(model, settings)
+    if isinstance(model, TargetGenerator):
+        return make_target_app(model, settings)
+    return make_encoder_app(model, settings)
 
 
 def make_server(app: Any, grace_s: float) -> Server:
