@@ -29,7 +29,7 @@ from megalite.engine.layout import bucket_elements, choose_owners
 from megalite.health.guard import Ending
 from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog
-from megalite.infer.in_training import SamplesInTraining, TasksInTraining
+from megalite.infer.in_training import SamplesInTraining, TargetsInTraining, TasksInTraining
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
 from megalite.observe.recorder import Recorder
@@ -152,6 +152,12 @@ def open_run(
         if config.observe.samples.prompts and tokenizer
         else None
     )
+    valid = data["valid"]
+    targets = (
+        TargetsInTraining(config, tokenizer, valid)
+        if config.observe.target_rows and tokenizer and valid
+        else None
+    )
     start = Start(state, initial_state(config, mesh, checkpoint), base)
     all_agree(True, mesh)  # a start that any rank refuses has written nothing
     recorder = None
@@ -160,7 +166,7 @@ def open_run(
         kept = write_config(config.run.folder, config.to_yaml(), start.step)
         told += [f"the config before is kept as {kept}"] if kept else []
         recorder = open_recorder(config, plan, state, tokenizer)
-    run = Run(config, plan, mesh, recorder, tasks, samples)
+    run = Run(config, plan, mesh, recorder, tasks, samples, targets)
     run.say(*told)
     return run, start
 

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.comm.mesh import Axis, Mesh
@@ -278,3 +279,15 @@ def _exchange(
 def _wait_for(works: list[dist.Work]) -> None:
     for work in works:
         work.wait()
+
+
+def gather_rows(own: Tensor, axis: Axis) -> tuple[Tensor, int]:
+    """Return the rows [n,D] of all ranks of `axis`, which may have other numbers of them each, and
+    the number of the first of this rank's."""
+    if axis.size == 1:
+        return own, 0
+    counts = all_gather(torch.tensor([len(own)], device=own.device), axis, 0).tolist()
+    padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
+    pieces = all_gather(padded, axis, 0).chunk(axis.size)
+    rows = torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+    return rows, sum(counts[: axis.rank])

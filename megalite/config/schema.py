@@ -853,6 +853,12 @@ class ObserveConfig(Section):
     )
     tasks: TasksConfig = TasksConfig()
     samples: SamplesConfig = SamplesConfig()
+    target_rows: int = Field(
+        0,
+        ge=0,
+        description="Validation rows whose targets an encoder-decoder gives at every validation, by the likeliest "
+        "tokens, to be compared by BLEU, chrF and ROUGE. 0 disables.",
+    )
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
 
@@ -1105,6 +1111,12 @@ class Config(Section):
                 raise ValueError(
                     f"observe.{name} needs a model that answers, not model.task: {self.model.task}"
                 )
+        if self.observe.target_rows and not (
+            self.objective.DATA == "seq2seq" and self.data.tokenizer and self._is_validated
+        ):
+            raise ValueError(
+                "observe.target_rows needs objective.name: seq2seq, data.tokenizer, and data.valid or data.split"
+            )
         if schedule.min_lr > lr:
             raise ValueError(
                 f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}"

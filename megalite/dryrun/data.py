@@ -75,6 +75,7 @@ def _without_tracking(config: Config) -> dict[str, Any]:
         "eval_batches": 1,
         "tasks": observe.tasks.model_copy(update={"names": ()}),
         "samples": observe.samples.model_copy(update={"prompts": ()}),
+        "target_rows": 0,
     }
 
 

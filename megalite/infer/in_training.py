@@ -1,20 +1,24 @@
-"""Evaluation of tasks and answers to prompts during training: on the training ranks, by the model
-that is being trained."""
+"""Evaluation of tasks, answers to prompts and targets of sources during training: on the training
+ranks, by the model that is being trained."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.comm.collectives import all_gather, all_reduce
+from megalite.comm.collectives import all_gather, all_reduce, gather_rows
 from megalite.comm.mesh import ALONE, Mesh
 from megalite.config import Config
+from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
 from megalite.infer.answer import Answer
@@ -23,7 +27,7 @@ from megalite.infer.cache import CachedSequenceInfo
 from megalite.infer.evaluate import load_harness
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
-from megalite.models.layers import SequenceInfo
+from megalite.models.layers import IGNORE, SequenceInfo, Source
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage
 from megalite.runtime.activity import NOW
@@ -110,6 +114,85 @@ class SamplesInTraining:
         return batch, answers
 
 
+class TargetsInTraining:
+    """Gives the targets of validation rows between training steps, by the likeliest tokens, and
+    compares them with those that the rows have."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, valid: Mixture):
+        """Read the first `observe.target_rows` rows of `valid`. Raise ConfigError where what
+        compares texts is not installed."""
+        try:
+            import rouge_score  # noqa: F401
+            import sacrebleu  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"observe.target_rows needs {error.name}; pip install 'megalite[eval]'"
+            ) from None
+        self._config, self._tokenizer, most = config, tokenizer, config.observe.target_rows
+        pairs = itertools.islice(_rows_of(valid), most)
+        self.sources, wanted = map(list, zip(*pairs, strict=True))
+        self.wanted = [tokenizer.decode_plain(target) for target in wanted]
+        assert tokenizer.eod_id is not None
+        self._end = tokenizer.eod_id
+
+    def measure(
+        self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh
+    ) -> dict[str, float]:
+        """Return BLEU, chrF and ROUGE of the targets that the model of `stages` (and `pipeline`)
+        gives; the same on all ranks of `mesh`, which all call it."""
+        from megalite.infer.references import corpus_scores
+
+        model = TrainingModel(stages, pipeline, mesh, self._config)
+        # Data ranks take turns; none of them waits for another in a forward pass.
+        own, size = range(mesh.data.rank, len(self.sources), mesh.data.size), model.num_slots
+        found = [
+            self._targets(model, [self.sources[number] for number in own[start : start + size]])
+            for start in range(0, len(own), size)
+        ]
+        room = self._config.lengths.target
+        mine = torch.cat([torch.zeros(0, room, dtype=torch.int64, device=mesh.device), *found])
+        rows, _ = gather_rows(mine, mesh.data)
+        order = [
+            n
+            for rank in range(mesh.data.size)
+            for n in range(rank, len(self.sources), mesh.data.size)
+        ]
+        said = [""] * len(order)
+        for number, ids in zip(order, rows.tolist(), strict=True):
+            said[number] = self._tokenizer.decode_plain(
+                ids[: ids.index(self._end)] if self._end in ids else ids
+            )
+        return corpus_scores(said, self.wanted)
+
+    def _targets(self, model: TrainingModel, sources: Sequence[Sequence[int]]) -> Tensor:
+        """Return the likeliest targets, [B, room] int64, each with the end token behind it."""
+        room, start = self._config.lengths.target, self._config.model.START_TOKEN
+        tokens_BT = torch.full((len(sources), 1), start, device=model.device)
+        source = model.source_of(sources, start)
+        has_ended_B = torch.zeros(len(sources), dtype=torch.bool, device=model.device)
+        while tokens_BT.shape[1] <= room and not has_ended_B.all():
+            next_B = model.next_logits(tokens_BT, source).argmax(-1)
+            has_ended_B |= next_B == self._end
+            tokens_BT = torch.cat(
+                (tokens_BT, next_B.masked_fill(has_ended_B, self._end)[:, None]), 1
+            )
+        return F.pad(tokens_BT[:, 1:], (0, room + 1 - tokens_BT.shape[1]), value=self._end)
+
+
+def _rows_of(mixture: Mixture) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the rows of a mixture of sources with targets, in its order: token ids of both."""
+    for number in range(mixture.num_samples):
+        samples = mixture.read([number])
+        assert samples.documents is not None
+        assert samples.source is not None
+        assert samples.source_documents is not None
+        for document in np.unique(samples.documents[0]):
+            labels = samples.labels[0][samples.documents[0] == document]
+            source = samples.source[0][samples.source_documents[0] == document]
+            if (labels != IGNORE).any():  # what is filled up has none
+                yield source.tolist(), labels[labels != IGNORE].tolist()
+
+
 def _no_model(config: Config) -> Any:
     """Return what stands for the model of `config` where only its sizes are asked for."""
     return SimpleNamespace(
@@ -163,9 +246,30 @@ class TrainingModel:
         """Return the next-token logits behind every token, fp32 [B,T,V]."""
         return self._run(tokens_BT, places.whole_length)[:, : tokens_BT.shape[1]]
 
+    def source_of(self, sources: Sequence[Sequence[int]], padding: int) -> Source:
+        """Return what an encoder reads of these rows of tokens. `padding` behind them is a document
+        of its own, to which no token attends."""
+        width = max(map(len, sources))
+        width += -width % self._width
+        rows = [[*row, *[padding] * (width - len(row))] for row in sources]
+        index_S = torch.arange(width, device=self.device)
+        lengths_B1 = torch.tensor([len(row) for row in sources], device=self.device)[:, None]
+        places = SequenceInfo(index_S, index_S[None], (index_S >= lengths_B1).long())
+        return Source(torch.tensor(rows, device=self.device), places)
+
+    def next_logits(self, tokens_BT: Tensor, source: Source) -> Tensor:
+        """Return the logits behind the last token of each row, fp32 [B,V], beside the `source` that
+        an encoder reads."""
+        last_B = torch.full_like(tokens_BT[:, 0], tokens_BT.shape[1] - 1)
+        return self._run(tokens_BT, None, last_B, source)[:, 0]
+
     @torch.no_grad()  # not inference_mode: tensors that a module keeps must stay usable in training
     def _run(
-        self, tokens_BT: Tensor, whole_length: int | Tensor | None, place_B: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        whole_length: int | Tensor | None,
+        place_B: Tensor | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """Return the logits of all positions, or of `place_B` in each row: [B,T or 1,V] fp32, on
         every rank."""
@@ -179,6 +283,8 @@ class TrainingModel:
         places = SequenceInfo(
             index_T, index_T[None].clamp(max=self.capacity - 1), whole_length=whole_length
         )
+        if source is not None:  # whose document 0 is what the rows here attend to
+            places = replace(places, document_BT=torch.zeros_like(tokens_BT), source=source)
         inputs = Inputs(tokens_BT[:, index_T], places)
         # Eager, because torch.compile would recompile for each of many shapes.
         with torch.compiler.set_stance("force_eager"):

@@ -16,6 +16,7 @@ from megalite.data.contents import ContentEncoder
 from megalite.errors import DataError
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
+CORPUS_ROUGES = ("rouge1", "rouge2", "rougeLsum")
 
 
 def references_task(
@@ -102,11 +103,32 @@ def compare(said: str, wanted: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def corpus_scores(said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """Return how near the texts `said` are to those `wanted`: BLEU and chrF of the whole corpus, 0
+    to 100, as sacrebleu computes them, and means of ROUGE's F-measures with stems, 0 to 1. ROUGE-L
+    takes each line of a text as a sentence (rougeLsum)."""
+    import sacrebleu
+
+    scored = [_rouge(CORPUS_ROUGES).score(*pair) for pair in zip(wanted, said, strict=True)]
+    rouges = {name: _mean([each[name].fmeasure for each in scored]) for name in CORPUS_ROUGES}
+    streams = [list(wanted)]
+    bleu, chrf = (
+        measure(list(said), streams).score
+        for measure in (sacrebleu.corpus_bleu, sacrebleu.corpus_chrf)
+    )
+    return {"bleu": bleu, "chrf": chrf, **rouges}
+
+
 @cache
-def _rouge() -> Any:
+def _rouge(names: tuple[str, ...] = ROUGES) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(ROUGES, use_stemmer=True)
+    return RougeScorer(names, use_stemmer=True)
+
+
+def exact_match(said: str, wanted: Sequence[str]) -> float:
+    """Return 1 where `said` is one of the texts `wanted`, word for word, else 0."""
+    return float(_bare(said) in map(_bare, wanted))
 
 
 def f1(said: str, wanted: str) -> float:

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from megalite.comm.collectives import all_reduce
+from megalite.comm.collectives import all_reduce, gather_rows
 from megalite.comm.mesh import Mesh
 from megalite.config import Config, DataKind, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.models.layers import IGNORE
 from megalite.parallel.stage import Contrast, Inputs, Output
-from megalite.training.objectives import Objective, gather_rows, sum_by_document
+from megalite.training.objectives import Objective, sum_by_document
 
 MODES = {
     "mean": "pooling_mode_mean_tokens",

@@ -310,6 +310,8 @@ class Evaluate(Hook):
         if mixture is None:
             return None
         found = self._validate(mixture, split)
+        if split == "valid" and run.targets:
+            found |= run.targets.measure(self._parts.stages, self._parts.pipeline, run.mesh)
         record = {f"{split}_{name}": value for name, value in found.items()}
         if run.config.optimizer.ema:
             with self._parts.engine.averaged():

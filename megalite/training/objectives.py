@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from megalite.comm.collectives import all_gather, all_reduce
+from megalite.comm.collectives import all_reduce, gather_rows
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config, DataKind, ObjectiveConfig
 from megalite.data.dataset import Split
@@ -122,6 +122,10 @@ class NextTokenConfig(ObjectiveConfig):
         if config.model.problem == "regression":
             return Numbers(mesh)
         if config.model.has_classes:
+            from megalite.training.entities import Entities, are_of_entities
+
+            if config.model.task == "labels" and are_of_entities(labels):
+                return Entities(labels, mesh, terms)
             return Classes(len(labels), terms)
         if predictors := config.model.architecture.predictors:
             from megalite.training.multi_token import MultiToken  # which subclasses NextToken
@@ -261,18 +265,6 @@ class Numbers(NextToken):
             "pearson": pearson(there, told),
             "spearman": pearson(ranks_of(there), ranks_of(told)),
         }
-
-
-def gather_rows(own: Tensor, axis: Axis) -> tuple[Tensor, int]:
-    """Return the rows [n,D] of all ranks of `axis`, which may have other numbers of them each, and
-    the number of the first of this rank's."""
-    if axis.size == 1:
-        return own, 0
-    counts = all_gather(torch.tensor([len(own)], device=own.device), axis, 0).tolist()
-    padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
-    pieces = all_gather(padded, axis, 0).chunk(axis.size)
-    rows = torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
-    return rows, sum(counts[: axis.rank])
 
 
 def pearson(x: Tensor, y: Tensor) -> float:

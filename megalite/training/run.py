@@ -16,7 +16,7 @@ from megalite.data.loader import Loader, Span
 from megalite.data.mixture import Mixture
 from megalite.engine import ReadState
 from megalite.health.guard import Ending
-from megalite.infer.in_training import SamplesInTraining, TasksInTraining
+from megalite.infer.in_training import SamplesInTraining, TargetsInTraining, TasksInTraining
 from megalite.models import weight_table
 from megalite.observe.recorder import Recorder
 from megalite.plan import Plan
@@ -54,6 +54,7 @@ class Run:
     """Set on rank 0 only."""
     tasks: TasksInTraining | None = None
     samples: SamplesInTraining | None = None
+    targets: TargetsInTraining | None = None
 
     def say(self, *lines: str) -> None:
         """Print lines to the console of rank 0."""
