@@ -95,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_fill,
         _add_embed,
         _add_classify,
+        _add_answer,
         _add_evaluate,
         _add_serve,
         _add_average,
@@ -575,6 +576,43 @@ def _classify(arguments: argparse.Namespace) -> None:
     classifier = Classifier.open(arguments.model)
     for question, verdict in zip(questions, classifier.classify(questions), strict=True):
         print(classifier.shown(question, verdict, arguments.top_k, arguments.json), flush=True)
+
+
+def _add_answer(verbs: Verbs) -> None:
+    parser = verbs.add_parser("answer", help="find the answers to questions in texts")
+    _add_model(parser)
+    parser.add_argument("--question", help="with --context")
+    parser.add_argument("--context", help="the text to find the answer in")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="rows as for training in a .jsonl; where they have answers, exact match and F1 are told",
+    )
+    parser.add_argument(
+        "--may-be-none", action="store_true", help="a text may not answer (SQuAD 2.0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each question")
+    parser.set_defaults(verb=_answer)
+
+
+def _answer(arguments: argparse.Namespace) -> None:
+    """Print the answers to questions, and how many of them are those that the rows have."""
+    from megalite.errors import ConfigError
+    from megalite.infer.reading import Asked, Reader, read_asked, scores
+
+    asked = read_asked(arguments.input)
+    if arguments.question and arguments.context:
+        asked.append(Asked(arguments.question, arguments.context))
+    elif arguments.question or arguments.context or not asked:
+        raise ConfigError("give --question and --context, or --input FILE.jsonl")
+    found = Reader.open(arguments.model).answer(asked, arguments.may_be_none)
+    for each, answer in zip(asked, found, strict=True):
+        print(answer.shown(each, arguments.json))
+    if any(each.wanted is not None for each in asked):
+        print(scores(asked, [answer.text for answer in found]), file=sys.stderr)
 
 
 def _add_evaluate(verbs: Verbs) -> None:

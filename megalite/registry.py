@@ -123,6 +123,7 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
         "span_corruption": "megalite.training.seq2seq:SpanCorruptionConfig",
         "seq2seq": "megalite.training.seq2seq:Seq2SeqConfig",
         "dpo": "megalite.training.objectives:DPOConfig",
+        "answers": "megalite.training.answers:AnswersConfig",
         "distill": "megalite.training.distill:DistillConfig",
         "contrastive": "megalite.training.contrastive:ContrastiveConfig",
     },

@@ -11,6 +11,7 @@ from megalite.config.optimizer import (
     Treatment,
 )
 from megalite.config.schema import (
+    ANSWER_LABELS,
     MOST_LAYERS,
     NUM_LABELS,
     BatchRampConfig,
@@ -42,6 +43,7 @@ from megalite.config.schema import (
 from megalite.config.section import Choice, Section
 
 __all__ = [
+    "ANSWER_LABELS",
     "BY_COUNTS",
     "EMA",
     "MOST_LAYERS",

@@ -66,6 +66,8 @@ class RunConfig(Section):
 NUM_LABELS = {"single_label": (2, 2**16 - 2), "multi_label": (1, 62), "regression": (1, 1)}
 """How few and how many labels each `model.problem` has. A set of classes is the bits of one
 label."""
+ANSWER_LABELS = ("start", "end")
+"""What the head of `model.task: answers` tells of each token: that an answer starts, or ends."""
 
 
 class ModelConfig(Section):
@@ -89,11 +91,11 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
-    task: Literal["causal", "masked", "seq2seq", "classification", "labels"] = Field(
+    task: Literal["causal", "masked", "seq2seq", "classification", "labels", "answers"] = Field(
         "causal",
         description="What the head predicts. causal: the next token; masked: the token that was masked (encoders); "
         "seq2seq: the next token of a target that answers a source (encoder-decoders); classification: a text's "
-        "class; labels: that of each token.",
+        "class; labels: that of each token; answers: where a text answers a question.",
     )
     labels: tuple[str, ...] = Field(
         (), description="Names of the classes, for task: classification or labels."
@@ -124,6 +126,13 @@ class ModelConfig(Section):
     """How the names of tensors start that belong to other parts of a larger model, and that are not
     read."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_of_answers(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("task") == "answers":
+            return values | {"labels": values.get("labels") or ANSWER_LABELS}
+        return values
+
     @classmethod
     def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
         """Return the `fields` that config.json gives, corrected by the `names` of the tensors
@@ -133,7 +142,7 @@ class ModelConfig(Section):
     @property
     def has_classes(self) -> bool:
         """Return whether the head predicts classes, and no tokens."""
-        return self.task in ("classification", "labels")
+        return self.task in ("classification", "labels", "answers")
 
     @property
     def has_token_types(self) -> bool:
@@ -146,6 +155,8 @@ class ModelConfig(Section):
         """Return the largest label in files, plus 1; see `megalite/data/formats.py`."""
         if self.problem == "regression":
             return 2**32 - 1
+        if self.task == "answers":  # both bits: an answer of one token
+            return 3
         return 2 ** len(self.labels) if self.problem == "multi_label" else len(self.labels) or 1
 
     @property
@@ -274,7 +285,7 @@ class Lengths(NamedTuple):
     """Tokens at which something is predicted."""
 
 
-DataKind = Literal["text", "preference", "pairs", "seq2seq"]
+DataKind = Literal["text", "preference", "pairs", "seq2seq", "answers"]
 """Kind of data that an objective learns from: `preference` is pairs of answers, the chosen one
 first, side by side in a sample; `pairs` likewise of texts that belong together; `seq2seq` is rows
 of a source and its target."""
@@ -1041,6 +1052,11 @@ class Config(Section):
         if has_classes and not self.data.document_mask:
             raise ValueError(
                 f"model.task: {task} needs data.document_mask: true, which keeps the rows of a sample apart"
+            )
+        if (task == "answers") != (self.objective.name == "answers"):
+            raise ValueError(
+                f"model.task: answers and objective.name: answers go together, not model.task: {task} and "
+                f"objective.name: {self.objective.name}"
             )
         if has_classes and self.train.loss_chunk is not None:
             raise ValueError(

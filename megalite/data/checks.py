@@ -144,6 +144,7 @@ GOES_WITH = {
     "pairs": "objective.name: contrastive",
     "classification": "model.task: classification",
     "labels": "model.task: labels",
+    "answers": "model.task: answers",
 }
 """Kind of data and the setting that it needs."""
 

@@ -1,11 +1,12 @@
 """Formats of labelled data, and what is learned from each row: chats, prompts with completions,
-preferred and rejected answers, sources with targets, texts with a class, words with labels.
+preferred and rejected answers, sources with targets, texts with a class, words with labels,
+questions with the texts that answer them.
 
 Field names are those of TRL, OpenAI, ShareGPT and the `datasets` library. A row becomes one or two
 texts with values over parts of them. A token's value, in PREFIX.mask, is that of the part it lies
 in: 0 where nothing is learned, 1 where the token itself is learned, 1 + number of the class where
 that is; of a text with several classes 1 + their set as bits, of a number 1 + the bits of its
-fp32."""
+fp32; of an answer 1 where it starts, 2 where it ends, and 3 where it does both."""
 
 from __future__ import annotations
 
@@ -38,11 +39,13 @@ from megalite.errors import DataError, TemplateLimit
 from megalite.utils.outside import is_unicode, shown
 from megalite.utils.spelling import nearest
 
-Format = Literal["chat", "completion", "preference", "seq2seq", "classification", "labels", "pairs"]
+Format = Literal[
+    "chat", "completion", "preference", "seq2seq", "classification", "labels", "answers", "pairs"
+]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CLASSES = ("classification", "labels")
 """Formats whose tokens have classes."""
-WHOLE = (*CLASSES, "pairs")
+WHOLE = (*CLASSES, "answers", "pairs")
 """Formats whose texts are begun and ended as the tokenizer does it."""
 Problem = Literal["single_label", "multi_label", "regression"]
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
@@ -65,6 +68,7 @@ FIELDS: Mapping[Format, tuple[str, ...]] = {
     "pairs": (*ANCHORS, *PARTNERS),
     "classification": (*FIRST_TEXTS, *SECOND_TEXTS, *LABEL_FIELDS["classification"]),
     "labels": ("tokens", "words", *LABEL_FIELDS["labels"]),
+    "answers": ("question", "context", "answers", "is_impossible"),
 }
 REFUSED = {
     **dict.fromkeys(MEDIA, "only text can be learned"),
@@ -167,6 +171,11 @@ class Encoder:
         if text.pair:
             behind = [*self.tokenizer.between_ids, *self.tokenizer.encode(text.pair)]
             ids, values = [*ids, *behind], np.pad(values, (0, len(behind)), mode="edge")
+        if self._settings.format == "answers":
+            values = _ends_of(values)
+        if text.lead:
+            before = [*self.tokenizer.encode(text.lead), *self.tokenizer.between_ids]
+            ids, values = [*before, *ids], np.pad(values, (len(before), 0))
         if text.add_begin:
             begin = self.tokenizer.begin_ids
             end = self.tokenizer.end_ids if self._settings.format in WHOLE else []
@@ -174,6 +183,8 @@ class Encoder:
             value = values[0] if self._settings.format == "classification" and len(values) else 0
             ids = [*begin, *ids, *end]
             values = np.pad(values, (len(begin), len(end)), constant_values=value)
+            if self._settings.format == "answers" and not values.any():
+                values[0] = 3  # no answer: where the text begins
         if self._settings.format not in WHOLE:
             values[:1] = 0  # no token precedes it, so that nothing can predict it
         if text.add_end and ids[-1:] != [self.tokenizer.eod_id]:
@@ -329,6 +340,15 @@ class Encoder:
             place += len(word) + 1
         return [Text(" ".join(words), parts, first_only=True, add_begin=True)]
 
+    def _answers(self, row: Values) -> list[Text]:
+        """Return a question and the text that may answer it, of which the first answer is a
+        part."""
+        question, context = (_text(row, _first(row, name)) for name in ("question", "context"))
+        parts = [
+            Part(start, start + len(text), 1) for text, start in read_answers(row, context)[:1]
+        ]
+        return [Text(context, parts, add_begin=True, lead=question)]
+
     # --- parts of formats -------------------------------------------------------------------------
 
     def _conversation(self, row: Values, found: Any, field: str) -> Conversation:
@@ -442,6 +462,32 @@ def text_tokenizer(path: str) -> HuggingFaceTokenizer:
     return tokenizer
 
 
+def read_answers(row: Values, context: str) -> list[tuple[str, int]]:
+    """Return the answers that a row has, each with the character of `context` where it starts; none
+    where the text does not answer. They are in SQuAD's form, or a list of objects. Raise ValueError
+    for what is neither, and for an answer that is not there."""
+    found = row.get("answers") or []
+    if isinstance(found, Mapping):
+        texts, starts = found.get("text"), found.get("answer_start")
+        if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+            raise ValueError("'answers' must have as many 'answer_start' as 'text', in two lists")
+        found = [{"text": text, "answer_start": at} for text, at in zip(texts, starts, strict=True)]
+    answers = []
+    for each in found if isinstance(found, list) else [found]:
+        text, start = (
+            (each.get(name) for name in ("text", "answer_start"))
+            if isinstance(each, Mapping)
+            else (None, None)
+        )
+        start = whole_number(start)
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
+            raise ValueError(f"{each!r:.80} is no answer with a 'text' and an 'answer_start'")
+        if start < 0 or context[start : start + len(text)] != text:
+            raise ValueError(f"the answer {text!r:.50} is not at character {start} of the context")
+        answers.append((text, start))
+    return answers
+
+
 def labels_in(row: Values, format: Format) -> list[Any]:
     """Return the labels that a row names. Raise ValueError if it has none."""
     labels = row[_first(row, *LABEL_FIELDS[format])]
@@ -461,6 +507,15 @@ def whole_number(label: Any) -> Any:
         if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
         else label
     )
+
+
+def _ends_of(values: np.ndarray) -> np.ndarray:
+    """Return the values of an answer's first and last token, from those of all its tokens."""
+    ends = np.zeros_like(values)
+    if len(places := np.flatnonzero(values)):
+        ends[places[0]] += 1
+        ends[places[-1]] += 2
+    return ends
 
 
 def _as_one(source: Encoded, target: Encoded) -> Encoded:

@@ -41,7 +41,8 @@ IGNORE = -100
 """The label of a token after which nothing is predicted, as everywhere in torch."""
 
 LABELS: dict[str, Literal["next", "token", "document"]] = {
-    "causal": "next", "masked": "next", "seq2seq": "next", "labels": "token", "classification": "document"
+    "causal": "next", "masked": "next", "seq2seq": "next", "labels": "token", "answers": "token",
+    "classification": "document",
 }  # fmt: skip
 """Kind of labels for each `model.task`, where the objective makes no others."""
 

@@ -44,6 +44,8 @@ class Text(NamedTuple):
     ids as alone. A chat has the ids of the whole text instead, as in transformers."""
     pair: str = ""
     """A second text behind it, with the same value."""
+    lead: str = ""
+    """A text before it, of which nothing is learned."""
     literal: Sequence[range] | None = None
     """Ranges of control tokens, ascending, that were not written by the chat template and are text.
     None if no template wrote the text."""

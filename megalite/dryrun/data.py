@@ -145,5 +145,7 @@ def _mask(kind: str, lengths: Sequence[int]) -> Any:
         mask[0], mask[-1] = 0, 1
         if kind == "seq2seq":
             mask[: length // 2] = 0
+        if kind == "answers":  # of one token, the last
+            mask[:-1], mask[-1] = 0, 3
         masks.append(mask)
     return np.concatenate(masks)

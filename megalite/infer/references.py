@@ -98,7 +98,7 @@ def compare(said: str, wanted: Sequence[str]) -> dict[str, Any]:
         "bleu": (said, wanted),
         **{name: max(rouge[name].fmeasure for rouge in rouges) for name in ROUGES},
         "f1": max(f1(said, text) for text in wanted),
-        "exact_match": float(_bare(said) in map(_bare, wanted)),
+        "exact_match": exact_match(said, wanted),
         "accuracy": float(said.strip() in [text.strip() for text in wanted]),
     }
 

@@ -56,7 +56,7 @@ class BertConfig(ModelConfig):
     tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
-    task: Literal["masked", "classification", "labels"] = "masked"
+    task: Literal["masked", "classification", "labels", "answers"] = "masked"
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"
     CLASS_AT: ClassVar[Literal["first", "last"]] = "first"
@@ -190,7 +190,7 @@ class Bert(Decoder):
         self.embedding_norm = LayerNorm(hidden, config.norm_eps)
         self.dropout = Dropout(config.hidden_dropout, "embedding")
         self.layers = numbered(Layer(config, i) for i in range(config.num_layers))
-        if config.task != "labels":
+        if config.task in ("masked", "classification"):
             self.transform = nn.Linear(hidden, hidden)
         if config.task == "masked":
             self.norm = LayerNorm(hidden, config.norm_eps)
@@ -267,7 +267,7 @@ def weights(config: BertConfig) -> Iterator[Weight]:
     for i in range(config.num_layers):
         yield from layer_rows(i, f"{prefix}.encoder.layer", layer)
     names = config.HEAD
-    if config.task != "labels":
+    if config.task in ("masked", "classification"):
         hf = names.transform if config.task == "masked" else names.pooler
         yield from _linear("transform", (hf,), (hidden, hidden), None, std, place="last")
     if config.task == "masked":

@@ -1,7 +1,8 @@
-"""Classification heads on the final hidden states, as in transformers' …ForSequenceClassification
-and …ForTokenClassification: a text is classified at its last token, by encoders at its first;
-tokens each at its own. They take the place of the head that predicts tokens. transformers applies
-dropout before some; here there is none."""
+"""Classification heads on the final hidden states, as in transformers' …ForSequenceClassification,
+…ForTokenClassification and …ForQuestionAnswering: a text is classified at its last token, by
+encoders at its first; tokens each at its own, also as where an answer starts and ends. They take
+the place of the head that predicts tokens. transformers applies dropout before some; here there is
+none."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from megalite.config import NUM_LABELS, ModelConfig
+from megalite.config import ANSWER_LABELS, NUM_LABELS, ModelConfig
 from megalite.errors import ConfigError
 from megalite.models.hf import disagree, require
 from megalite.models.layers import Decoder, SetLoss, SquaredLoss
@@ -29,13 +30,15 @@ class HeadNames(NamedTuple):
     labels: str = "score"
     biased: tuple[str, ...] = ("labels",)
     """Tasks whose head has a bias."""
+    answers: str = ""
+    """Empty where the family has no such head."""
 
 
-BOTH = ("classification", "labels")
+ALL = ("classification", "labels", "answers")
 NAMES = {
-    "bert": HeadNames("Bert", "classifier", "classifier", BOTH),
-    "modernbert": HeadNames("ModernBert", "classifier", "classifier", BOTH),
-    "roberta": HeadNames("Roberta", "classifier.out_proj", "classifier", BOTH),
+    "bert": HeadNames("Bert", "classifier", "classifier", ALL, "qa_outputs"),
+    "modernbert": HeadNames("ModernBert", "classifier", "classifier", ALL, "classifier"),
+    "roberta": HeadNames("Roberta", "classifier.out_proj", "classifier", ALL, "qa_outputs"),
     "gpt2": HeadNames("GPT2", labels="classifier"),
     **{
         family: HeadNames(stem)
@@ -45,7 +48,10 @@ NAMES = {
     },
 }  # fmt: skip
 """By family, those that can have such a head."""
-KINDS = {"classification": "ForSequenceClassification", "labels": "ForTokenClassification"}
+KINDS = {
+    "classification": "ForSequenceClassification", "labels": "ForTokenClassification",
+    "answers": "ForQuestionAnswering",
+}  # fmt: skip
 PROBLEMS = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
@@ -72,9 +78,14 @@ def check_head(config: ModelConfig) -> None:
             f"model.task = {config.task!r} is not known for the {config.family} family, whose own task is "
             f"{config.PREDICTS}"
         )
-    if config.family not in NAMES:
+    known = [name for name, names in NAMES.items() if getattr(names, config.task)]
+    if config.family not in known:
         raise ConfigError(
-            f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(NAMES)}"
+            f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(known)}"
+        )
+    if config.task == "answers" and config.labels != ANSWER_LABELS:
+        raise ConfigError(
+            f"model.labels = {list(config.labels)}: model.task: answers has {list(ANSWER_LABELS)}; leave it out"
         )
     if config.problem != "single_label" and config.task != "classification":
         raise ConfigError(
@@ -167,6 +178,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the keys of config.json that describe the head."""
     if not config.has_classes:
         return {}
+    if config.task == "answers":
+        return {
+            "architectures": [NAMES[config.family].stem + KINDS[config.task]],
+            "classifier_dropout": 0.0,
+        }
     return {
         "architectures": [NAMES[config.family].stem + KINDS[config.task]],
         "id2label": {str(number): name for number, name in enumerate(config.labels)},
@@ -181,6 +197,10 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     architecture = str((hf.get("architectures") or [""])[0])
     for task, kind in KINDS.items():
         if architecture.endswith(kind):
+            if task == "answers":
+                if len(_labels(hf)) != len(ANSWER_LABELS):
+                    disagree(f"architectures = [{architecture}]", f"id2label = {hf['id2label']}")
+                return {"task": task, "labels": ANSWER_LABELS}
             # The architecture's name alone says what a folder's head is for; id2label is in many
             # configs.
             if task == "labels":
@@ -220,8 +240,7 @@ def _labels(hf: dict[str, Any]) -> list[str]:
 
 def head_name(config: ModelConfig) -> str:
     """Return what Hugging Face's tensors of the head are called."""
-    names = NAMES[config.family]
-    return names.classification if config.task == "classification" else names.labels
+    return str(getattr(NAMES[config.family], config.task))
 
 
 def has_bias(config: ModelConfig) -> bool:

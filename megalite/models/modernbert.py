@@ -43,7 +43,7 @@ class ModernBertConfig(TwoRopes):
     sliding_window: int | None = Field(
         None, gt=0, description="Tokens that each token attends to on each side, itself included."
     )
-    task: Literal["masked", "classification", "labels"] = "masked"
+    task: Literal["masked", "classification", "labels", "answers"] = "masked"
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"
     CLASS_AT: ClassVar[Literal["first", "last"]] = "first"

@@ -58,6 +58,16 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """Documents in each row, D of them at most, that have an answer with both ends."""
+
+    real_BD: Tensor
+    """Whether the document has one, bool."""
+    share: float
+    """Share of each that counts on this rank: context ranks share documents."""
+
+
+@dataclass(frozen=True)
 class Picked:
     """The tokens of a micro-batch of which predictions are asked, which are few where most have no
     label.
@@ -138,14 +148,17 @@ class Inputs:
     """What predictors of further tokens take, whose losses are then returned as well."""
     pairs: Pairs | None = None
     contrast: Contrast | None = None
+    answered: Answered | None = None
     frozen: Callable[[], HiddenStates] | None = None
     """Gives what the objective's frozen model makes of these tokens; only on ranks of the last
     stage."""
 
     @property
     def count_B(self) -> Tensor:
-        """Return the number that each row's sum of losses is divided by: its labels, or its pairs.
-        Summed over the replicas, it is that of the whole row."""
+        """Return the number that each row's sum of losses is divided by: its labels, its pairs, or
+        its answers. Summed over the replicas, it is that of the whole row."""
+        if self.answered is not None:
+            return self.answered.real_BD.sum(1) * self.answered.share
         if (pairs := self.pairs or self.contrast) is not None:
             return pairs.real_BP.sum(1) * pairs.share
         assert self.labels_BT is not None

@@ -380,7 +380,7 @@ class DPO:
         # rank has a part.
         mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
         # Documents 2p and 2p + 1 are the chosen and the rejected answer of pair p.
-        policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
+        policy_BP2 = summed_over(mine, self.context).unflatten(1, (-1, 2))
         rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
         loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
@@ -407,6 +407,6 @@ def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:
     return x_BT.new_zeros(len(x_BT), count, *x_BT.shape[2:]).scatter_add(1, index, x_BT)
 
 
-def _summed_over(x: Tensor, axis: Axis) -> Tensor:
+def summed_over(x: Tensor, axis: Axis) -> Tensor:
     """Return the sum over all ranks of `axis`, with the gradient of this rank's term only."""
     return x + (all_reduce(x.detach().clone(), axis) - x.detach())
