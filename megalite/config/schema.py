@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megalite.data.dataset import Split
     from megalite.data.loader import Batches
     from megalite.data.mixture import Corruption
-    from megalite.data.stacks import SourceAndTarget, SpanCorruption
+    from megalite.data.stacks import Views
     from megalite.data.tokenizer import Tokenizer
     from megalite.models.architecture import Architecture
     from megalite.training.hooks import Hook
@@ -334,9 +334,7 @@ class ObjectiveConfig(Choice):
         """Return how many tokens belong to a sample of a config."""
         return Lengths(config.data.seq_length, 0, config.data.seq_length)
 
-    def stacks(
-        self, config: Config, tokenizer: Tokenizer | None, split: Split
-    ) -> SpanCorruption | SourceAndTarget:
+    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Views:
         """Return what makes a source and a target of the tokens that are read for `split`, for an
         encoder-decoder. `tokenizer` is the config's. Raise DataError where it lacks a token."""
         raise NotImplementedError

@@ -33,7 +33,7 @@ from megalite.data.fim import FillInTheMiddle
 from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronBlend, sizes_of
 from megalite.data.order import Int64s, Phase, PhasedOrder, SampleOrder
-from megalite.data.stacks import SourceAndTarget, SpanCorruption
+from megalite.data.stacks import Views
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
 
@@ -88,7 +88,7 @@ class View(NamedTuple):
     separator: int | None = None
     """Token behind the first text of a document, after which its tokens are of type 1. None: types
     are not told."""
-    stacks: SpanCorruption | SourceAndTarget | None = None
+    stacks: Views | None = None
     """Makes what an encoder and a decoder see instead."""
 
 

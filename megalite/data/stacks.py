@@ -16,7 +16,7 @@ from megalite.config import Lengths
 from megalite.data.dataset import Windows
 from megalite.data.order import Int64s
 from megalite.kernels.loss import IGNORE
-from megalite.utils.counter_random import random_bits
+from megalite.utils.counter_random import random_bits, uniform
 from megalite.utils.keys import key_of
 
 
@@ -32,25 +32,30 @@ class Stacks(NamedTuple):
     documents: Int64s | None = None
 
 
-def num_hidden(count: int, density: float, mean_length: float) -> tuple[int, int]:
-    """Return how many of `count` tokens are hidden, a share of `density`, and in how many spans."""
+def num_hidden(count: int, density: float, mean_length: float | None) -> tuple[int, int]:
+    """Return how many of `count` tokens are hidden, a share of `density`, and in how many spans; in
+    none, but behind the others, where `mean_length` is None."""
     hidden = min(max(round(count * density), 1), count - 1)
+    if mean_length is None:
+        return hidden, 0
     # There is text before each span.
     return hidden, min(max(round(hidden / mean_length), 1), count - hidden)
 
 
-def span_lengths(source: int, density: float, mean_length: float) -> Lengths:
+def lengths_of(read: int, density: float, mean_length: float | None) -> Lengths:
+    """Return how many tokens both stacks see of `read`; both end with the end token."""
+    hidden, spans = num_hidden(read, density, mean_length)
+    return Lengths(read, read - hidden + spans + 1, hidden + spans + 1)
+
+
+def span_lengths(source: int, density: float, mean_length: float | None) -> Lengths:
     """Return how many tokens must be read for an encoder of `source` tokens, and how many the
-    decoder then has: T5's `random_spans_helper`. Both end with the end token."""
-
-    def lengths(read: int) -> Lengths:
-        hidden, spans = num_hidden(read, density, mean_length)
-        return Lengths(read, read - hidden + spans + 1, hidden + spans + 1)
-
+    decoder then has: T5's `random_spans_helper`."""
     read = 2
-    while lengths(read + 1).source <= source:  # one token more adds at most one
+    # One token more adds at most one.
+    while lengths_of(read + 1, density, mean_length).source <= source:
         read += 1
-    return lengths(read)
+    return lengths_of(read, density, mean_length)
 
 
 class SpanCorruption:
@@ -133,6 +138,74 @@ class SpanCorruption:
         return self._identity
 
 
+class PrefixLM:
+    """Gives the first part of the text to the encoder, for the decoder to go on with; both end with
+    the end token."""
+
+    def __init__(self, lengths: Lengths, start: int, end: int):
+        """Take the ids of the token that a target begins with, and of the `end` of both."""
+        self.lengths, self.start, self.end = lengths, start, end
+
+    def apply(self, windows: Windows, index: Int64s) -> Stacks:
+        """Return what the stacks see of `windows`, which are full."""
+        read, source, _ = self.lengths
+        sides = windows.tokens[:, : source - 1], windows.tokens[:, source - 1 : read]
+        inputs, labels = (np.pad(x, ((0, 0), (0, 1)), constant_values=self.end) for x in sides)
+        return Stacks(inputs, shifted(labels, self.start), labels)
+
+    def identity(self) -> list[Any]:
+        """Return what decides what it does, for a fingerprint."""
+        return ["prefix", *self.lengths, self.start, self.end]
+
+
+class Part(NamedTuple):
+    """One of the things that are done to a text."""
+
+    apply: SpanCorruption | PrefixLM
+    share: float
+    """How often it is done, beside the others'."""
+    mode: int | None = None
+    """Token that its sources begin with. None: none does."""
+
+
+class Denoisers:
+    """Does to each sample one of several things (UL2, Tay et al. 2022). Which one is a function of
+    the sample's number alone. All read as many tokens; what they leave of the stacks is padding."""
+
+    def __init__(self, lengths: Lengths, parts: Sequence[Part], start: int, key: int):
+        """Take the `lengths` that all `parts` fit into, and the id of the token that a target
+        begins with; `key` is of the run and the split."""
+        self.lengths, self.parts, self.start, self.key = lengths, parts, start, key
+        self._until = np.cumsum([part.share for part in parts]) / sum(part.share for part in parts)
+
+    def apply(self, windows: Windows, index: Int64s) -> Stacks:
+        """Return what the stacks see of `windows`, which are full; `index` [n] are the numbers of
+        the samples."""
+        count, (_, source, target) = len(index), self.lengths
+        drawn = uniform(key_of(self.key, "denoiser"), torch.from_numpy(index)).numpy()
+        which = np.minimum(np.searchsorted(self._until, drawn, side="right"), len(self.parts) - 1)
+        sources, tokens = (np.full((count, length), self.start) for length in (source, target))
+        labels = np.full((count, target), IGNORE)
+        # Padding is a document of its own, on both sides.
+        of_source, documents = (np.ones((count, x), np.int64) for x in (source, target))
+        for number in np.unique(which).tolist():
+            part, rows = self.parts[number], np.flatnonzero(which == number)
+            some = Windows(windows.tokens[rows], windows.filled[rows], None)
+            found, begin = part.apply.apply(some, index[rows]), int(part.mode is not None)
+            ends = begin + found.source.shape[1], found.labels.shape[1]
+            if part.mode is not None:
+                sources[rows, 0] = part.mode
+            sources[rows, begin : ends[0]], of_source[rows, : ends[0]] = found.source, 0
+            tokens[rows, : ends[1]], labels[rows, : ends[1]] = found.tokens, found.labels
+            documents[rows, : ends[1]] = 0
+        return Stacks(sources, tokens, labels, of_source, documents)
+
+    def identity(self) -> list[Any]:
+        """Return what decides what it does, for a fingerprint."""
+        parts = [[*part.apply.identity(), part.share, part.mode] for part in self.parts]
+        return ["denoisers", *self.lengths, self.start, self.key, *parts]
+
+
 class SourceAndTarget:
     """Takes rows of labelled data apart: what is learned of a row is its target, and what stands
     before it its source. Rows lie side by side in both stacks, and see each other in neither."""
@@ -186,6 +259,10 @@ class SourceAndTarget:
     def identity(self) -> list[Any]:
         """Return what decides what it does, for a fingerprint."""
         return ["source and target", *self.lengths, self.start]
+
+
+Views = SpanCorruption | PrefixLM | Denoisers | SourceAndTarget
+"""What makes a source and a target of tokens."""
 
 
 def shifted(labels: Int64s, start: int) -> Int64s:

@@ -10,9 +10,19 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.comm.mesh import Mesh
-from megalite.config import Config, DataKind, Lengths, ObjectiveConfig
+from megalite.config import Config, DataKind, Lengths, ObjectiveConfig, Section
 from megalite.data.dataset import Split
-from megalite.data.stacks import SourceAndTarget, SpanCorruption, num_hidden, span_lengths
+from megalite.data.stacks import (
+    Denoisers,
+    Part,
+    PrefixLM,
+    SourceAndTarget,
+    SpanCorruption,
+    Views,
+    lengths_of,
+    num_hidden,
+    span_lengths,
+)
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
 from megalite.models.layers import IGNORE
@@ -76,13 +86,41 @@ class SourceObjectiveConfig(ObjectiveConfig):
         return Seq2Seq()
 
 
+class Denoiser(Section):
+    """One of the things that are done to the text."""
+
+    density: float = Field(gt=0, lt=1, description="Share of the tokens that are hidden.")
+    mean_length: float | None = Field(
+        ge=1, description="Mean length of a hidden span, in tokens. null: the end of the text."
+    )
+    share: float = Field(1.0, gt=0, description="How often it is done, beside the others'.")
+    mode: str | None = Field(None, description="Token that its sources begin with.")
+
+
+UL2 = tuple(
+    Denoiser(density=density, mean_length=length)
+    for density, length in (
+        (0.15, 3.0), (0.15, 8.0), (0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0), (0.25, None)
+    )
+)  # fmt: skip
+"""The seven denoisers of Tay et al. 2022, table 1."""
+
+
 class SpanCorruptionConfig(SourceObjectiveConfig):
     """Cross-entropy of spans that are hidden from the encoder. Which these are is another choice in
     every epoch."""
 
     name: Literal["span_corruption"] = "span_corruption"
     density: float = Field(0.15, gt=0, lt=1, description="Share of the tokens that are hidden.")
-    mean_length: float = Field(3.0, ge=1, description="Mean length of a hidden span, in tokens.")
+    mean_length: float | None = Field(
+        3.0,
+        ge=1,
+        description="Mean length of a hidden span, in tokens. null: the end of the text is hidden (a prefix LM).",
+    )
+    mixture: tuple[Denoiser, ...] | Literal["ul2"] = Field(
+        (),
+        description="Instead of these: things of which one is done to each sample, or ul2 for the seven of UL2.",
+    )
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -100,26 +138,65 @@ class SpanCorruptionConfig(SourceObjectiveConfig):
                 "objective.name: span_corruption takes samples of one length from the stream of texts; it needs "
                 "data.packing: concat and data.document_mask: false"
             )
+        usual = SpanCorruptionConfig()
+        # A written config has the defaults.
+        if self.mixture and (self.density, self.mean_length) != (usual.density, usual.mean_length):
+            raise ValueError(
+                "objective.mixture says what is hidden; leave objective.density and .mean_length out"
+            )
+
+    @property
+    def denoisers(self) -> tuple[Denoiser, ...]:
+        """Return what is done to samples, one or several things."""
+        if self.mixture == "ul2":
+            return UL2
+        return self.mixture or (Denoiser(density=self.density, mean_length=self.mean_length),)
 
     def lengths(self, config: Config) -> Lengths:
-        return span_lengths(config.data.seq_length, self.density, self.mean_length)
+        source = config.data.seq_length
+        # All of them read as much text, so that none is passed over.
+        read = min(
+            span_lengths(source - (each.mode is not None), each.density, each.mean_length).read
+            for each in self.denoisers
+        )
+        targets = (lengths_of(read, x.density, x.mean_length).target for x in self.denoisers)
+        return Lengths(read, source, max(targets))
 
-    def stacks(
-        self, config: Config, tokenizer: Tokenizer | None, split: Split
-    ) -> SpanCorruption | SourceAndTarget:
-        lengths = self.lengths(config)
-        _, spans = num_hidden(lengths.read, self.density, self.mean_length)
+    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Views:
         assert tokenizer is not None
-        sentinels, end = sentinels_of(tokenizer), tokenizer.eod_id
+        lengths, sentinels, end = self.lengths(config), sentinels_of(tokenizer), tokenizer.eod_id
+        spans = max(num_hidden(lengths.read, x.density, x.mean_length)[1] for x in self.denoisers)
         if len(sentinels) < spans or end is None:
             raise DataError(
                 f"objective.name: span_corruption hides {spans} spans of a sample, for which data.tokenizer needs an "
                 f"end-of-document token and as many sentinels <extra_id_0>, <extra_id_1>, …; it has {len(sentinels)}. "
                 "tools/train_tokenizer.py --type t5 trains one that has them"
             )
-        key = key_of(config.train.seed, "spans", split)
-        start = config.model.START_TOKEN
-        return SpanCorruption(lengths, self.density, self.mean_length, sentinels, start, end, key)
+        key, start = key_of(config.train.seed, "spans", split), config.model.START_TOKEN
+
+        def made(each: Denoiser) -> SpanCorruption | PrefixLM:
+            own = lengths_of(lengths.read, each.density, each.mean_length)
+            if each.mean_length is None:
+                return PrefixLM(own, start, end)
+            return SpanCorruption(own, each.density, each.mean_length, sentinels, start, end, key)
+
+        if not self.mixture:
+            return made(self.denoisers[0])
+        modes = [_mode(each.mode, tokenizer) for each in self.denoisers]
+        parts = [
+            Part(made(each), each.share, mode)
+            for each, mode in zip(self.denoisers, modes, strict=True)
+        ]
+        return Denoisers(lengths, parts, start, key)
+
+
+def _mode(name: str | None, tokenizer: Tokenizer) -> int | None:
+    """Return the id of the token that sources begin with. Raise DataError where there is none of
+    this name."""
+    found = None if name is None else tokenizer.vocabulary().get(name)
+    if name is not None and found is None:
+        raise DataError(f"objective.mixture: mode {name!r} is no token of data.tokenizer")
+    return found
 
 
 class Seq2SeqConfig(SourceObjectiveConfig):
@@ -148,9 +225,7 @@ class Seq2SeqConfig(SourceObjectiveConfig):
         source = config.data.seq_length
         return Lengths(source + self.target_length, source, self.target_length)
 
-    def stacks(
-        self, config: Config, tokenizer: Tokenizer | None, split: Split
-    ) -> SpanCorruption | SourceAndTarget:
+    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Views:
         return SourceAndTarget(self.lengths(config), config.model.START_TOKEN)
 
 

@@ -19,6 +19,7 @@ from megalite.data.inspect import inspect_samples
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.stacks import SpanCorruption, Stacks, num_hidden, span_lengths
 from megalite.errors import ConfigError, DataError
+from small_runs import MODELS, make_config
 
 START, END = 0, 1
 MARKS = list(range(1000, 1100))
@@ -77,6 +78,53 @@ def test_the_decoder_sees_what_came_before() -> None:
     _, found = corrupted(span_lengths(64, 0.15, 3.0), range(5))
     assert (found.tokens[:, 0] == START).all()
     assert np.array_equal(found.tokens[:, 1:], found.labels[:, :-1])
+
+
+def test_a_prefix_is_told_with_what_follows(tmp_path: Path) -> None:
+    config = span_config(tmp_path, "objective.mean_length=null", "objective.density=0.25")
+    assert config.lengths == Lengths(41, 32, 11)
+    plain = mixture_of(
+        make_config(tmp_path, MODELS["llama"], "data.seq_length=41", "run.name=plain")
+    )
+    samples, texts = mixture_of(config).read([0, 1, 2]), plain.read([0, 1, 2]).tokens
+    assert samples.source is not None
+    for row in range(3):
+        assert [*samples.source[row, :-1], *samples.labels[row, :-1]] == texts[row].tolist()
+        assert samples.source[row, -1] == samples.labels[row, -1] == END
+
+
+def test_each_sample_has_one_of_several_denoisers(tmp_path: Path) -> None:
+    mixture = (
+        "objective.mixture=[{density: 0.15, mean_length: 3, share: 2, mode: w7}, {density: 0.5, mean_length: 3}, "
+        "{density: 0.25, mean_length: null, mode: w9}]"
+    )
+    config = span_config(tmp_path, mixture, "data.order=sequential")
+    # The first leaves room for the least text, 31 tokens of the source and 1 for its mode.
+    read, source, target = config.lengths
+    assert (read, source, target) == (33, 32, 16 + 5 + 1)
+    found = mixture_of(config)
+    count = 400
+    samples = found.read(range(count))
+    assert samples.source is not None
+    kinds = []
+    for row in range(count):
+        (shown, tokens, labels), *padding = sides_of(samples, row).values()
+        assert all(set(rest[2]) == {IGNORE} for rest in padding)
+        assert shown[-1] == labels[-1] == END
+        assert tokens == [START, *labels[:-1]]
+        # By how much is told: 5, 16 or 8 of the 33 tokens, with a sentinel for each span.
+        kind, spans, mode = {8: ("r", 2, [7]), 22: ("x", 5, []), 9: ("s", 0, [9])}[len(labels)]
+        assert shown[: len(mode)] == mode
+        assert len(shown) + len(labels) == read + 2 * spans + 2 + len(mode)
+        kinds.append(kind)
+    shares = [kinds.count(kind) / count for kind in "rxs"]
+    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=3 / count**0.5)  # six deviations
+    assert found.read([5]).source.tolist() == samples.source[[5]].tolist()  # type: ignore[union-attr]
+    assert len(span_config(tmp_path, "objective.mixture=ul2").objective.denoisers) == 7
+    with pytest.raises(DataError, match="mode '<r>' is no token of data"):
+        mixture_of(span_config(tmp_path, mixture.replace("w9", "<r>")))
+    with pytest.raises(ConfigError, match=r"leave objective\.density and \.mean_length out"):
+        span_config(tmp_path, mixture, "objective.density=0.3")
 
 
 def test_all_ways_to_cut_are_equally_likely() -> None:
