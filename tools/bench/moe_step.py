@@ -20,7 +20,7 @@ from megalite.config import Config
 from megalite.models import model_config, to_hf_config
 from megalite.models.experts import RoutedConfig
 from megalite.runtime.host_memory import keep_freed_memory
-from peers import Step, batches, config_of, megalite_step, optimized
+from peers import Step, batches, config_of, megalite_step, next_token_loss, optimized
 
 CPU = torch.device("cpu")
 THEIRS = ("grouped_mm", "eager")
@@ -41,7 +41,7 @@ def transformers_step(preset: str, experts: str) -> Step:
     model = AutoModelForCausalLM.from_config(
         hf, dtype=torch.bfloat16, experts_implementation=experts, trust_remote_code=False
     )
-    return optimized(model, model)
+    return optimized(model, next_token_loss(model))
 
 
 def dense_config(arguments: argparse.Namespace) -> Config:

@@ -84,12 +84,20 @@ def transformers_step(
         model = LlamaForCausalLM._from_config(
             hf, dtype=torch.float32 if autocast else torch.bfloat16
         )
-    return optimized(model, torch.compile(model) if compiled else model, autocast)
+    return optimized(model, next_token_loss(torch.compile(model) if compiled else model), autocast)
 
 
-def optimized(model: torch.nn.Module, run: Any, autocast: bool = False) -> Step:
-    """Return a training step of transformers' `model`; `run` is what is called, which may be
-    compiled."""
+def next_token_loss(run: Any) -> Callable[[Tensor], Tensor]:
+    """Return what gives the loss of tokens by transformers' model, or a compiled one."""
+    # `labels` are shifted by transformers itself: of the same tokens, the last has no label.
+    return lambda tokens: run(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+
+
+def optimized(
+    model: torch.nn.Module, loss_of: Callable[[Any], Tensor], autocast: bool = False
+) -> Callable[[Any], Tensor]:
+    """Return a training step of transformers' `model`; `loss_of` gives the loss of what a step is
+    given."""
     device = next(model.parameters()).device
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
@@ -101,10 +109,9 @@ def optimized(model: torch.nn.Module, run: Any, autocast: bool = False) -> Step:
         groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True
     )
 
-    def step(tokens: Tensor) -> Tensor:
-        # `labels` are shifted by transformers itself: of the same tokens, the last has no label.
+    def step(batch: Any) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = run(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+            loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
         optimizer.step()
