@@ -15,19 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalite import __version__
+from megalite.commands.parser import VerbParser, add_config, add_late, add_overrides
 from megalite.runtime import error_file
 from megalite.runtime.exit_codes import Exit, at_least, end_process, flush_output, killed_by, passes
 from megalite.utils.secrecy import hide_secrets
 
 if TYPE_CHECKING:
-    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+    from megalite.commands.parser import Verbs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb with the arguments `argv` (default: those of the process). Return the exit
     status, one of `exit_codes.py`. A user's mistake is explained without a traceback."""
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     # argparse collects positional arguments only once: overrides behind an option are left over in
     # `rest`.
     if rest and not (
@@ -78,12 +80,17 @@ def _complain(text: str) -> None:
         sys.stderr.write(hide_secrets(text))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> VerbParser:
     """Return the parser of all verbs."""
-    parser = argparse.ArgumentParser(
-        prog="megalite", description="Train large language models, on a laptop or a cluster."
+    parser = VerbParser(
+        prog="megalite",
+        description="Train large language models, on a laptop or a cluster. `megalite VERB --help` describes a verb.",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"megalite {__version__}")
+    verbs = parser.add_verbs()
+    add_late(verbs, "corpus", "clean, deduplicate and split raw text")
+    add_late(verbs, "tokenizer", "train a tokenizer")
+    add_late(verbs, "preprocess", "tokenize text, or rows of labelled data, into token files")
     for add in (
         _add_train,
         _add_sweep,
@@ -108,15 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
         _add_ops,
     ):
         add(verbs)
+    add_late(verbs, "convert", "write a model as a Hugging Face folder")
     return parser
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a verb that takes a config."""
-    parser.add_argument("config", type=Path, help="YAML file; see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100"
-    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def _add_train(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "train", help="train as a config says; run it alone, under torchrun or under srun"
     )
-    _add_config(parser)
+    add_config(parser, "train.steps=100")
     parser.add_argument(
         "--print-plan", action="store_true", help="show what follows from the config, and stop"
     )
@@ -184,10 +184,7 @@ def _add_sweep(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "sweep", help="search for a config's best settings; each trial is a run"
     )
-    parser.add_argument("sweep", type=Path, help="YAML file; see docs/sweep.md")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="such as trials=40"
-    )
+    add_config(parser, "trials=40", "sweep", "YAML file; see docs/sweep.md")
     parser.set_defaults(verb=_sweep)
 
 
@@ -199,9 +196,10 @@ def _sweep(arguments: argparse.Namespace) -> Exit:
 
 def _add_job(verbs: Verbs) -> None:
     parser = verbs.add_parser(
-        "job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder"
+        "job",  # without help: it is not listed
+        description="Print what a launcher must know: ranks a node, nodes to use, the run's folder.",
     )
-    _add_config(parser)
+    add_config(parser, "train.steps=100")
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)"
     )
@@ -232,7 +230,7 @@ def _add_preflight(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "preflight", help="look whether all nodes are fit for a run; start it as the run is"
     )
-    _add_config(parser)
+    add_config(parser, "train.steps=100")
     parser.add_argument(
         "--interconnect",
         help="what joins the nodes, a name from configs/interconnects.yaml or a YAML file: nodes whose GPUs do not "
@@ -256,7 +254,7 @@ def _add_plan(verbs: Verbs) -> None:
         "plan",
         help="predict memory, step time and MFU of a config on a cluster; find its best layout",
     )
-    _add_config(parser)
+    add_config(parser, "train.steps=100")
     parser.add_argument("--gpus", type=int, required=True, help="how many, all together")
     parser.add_argument(
         "--gpu",
@@ -314,7 +312,7 @@ def _add_dryrun(verbs: Verbs) -> None:
         "dryrun",
         help="run the training program as ranks of a cluster that is not there: memory, messages, waits",
     )
-    _add_config(parser)
+    add_config(parser, "train.steps=100")
     parser.add_argument("--gpus", type=at_least(1), required=True, help="how many, all together")
     parser.add_argument(
         "--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file as for `plan`"
@@ -825,7 +823,7 @@ def _add_quantize(verbs: Verbs) -> None:
         "quantize",
         help="write a model with the matrices of its layers in fewer bits",
         description="Writes a Hugging Face folder in compressed-tensors' formats, which transformers and vLLM open, as "
-        "do generate, serve, eval and convert_checkpoint.py here.",
+        "do generate, serve, eval and convert here.",
     )
     _add_model(parser)
     parser.add_argument("output", type=Path, help="a new Hugging Face folder")
@@ -888,13 +886,7 @@ def _add_inspect(verbs: Verbs) -> None:
     parser.add_argument(
         "what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="of a config, such as data.packing=best_fit",
-    )
+    add_overrides(parser, "of a config, such as data.packing=best_fit")
     parser.add_argument(
         "--count", type=int, default=2, help="documents or samples to print (default: 2)"
     )

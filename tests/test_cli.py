@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from megalite.cli import main
+from megalite.cli import main, make_parser
+from megalite.commands.examples import EXAMPLES
 from megalite.data import store
 from megalite.kernels import library
 from megalite.utils import resources
@@ -93,12 +95,58 @@ print("compiler:", "torch._dynamo" in sys.modules)
     assert found.stdout == "compiler: False\n", found.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "job", "generate", "ops"])
-def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("example", [line for lines in EXAMPLES.values() for line in lines])
+def test_an_example_in_a_help_is_a_command(example: str) -> None:
+    """A flag that was renamed, or a verb, is found in the text that says how to call it."""
+    words = shlex.split(example.partition("#")[0])
+    if "megalite" not in words:
+        assert Path(words[-2]).is_file(), "a script of slurm/, which takes a config"
+        return
+    words = words[words.index("megalite") + 1 :]
+    arguments, rest = make_parser().parse_known_args(words[: (*words, ">").index(">")])
+    assert rest == []
+    assert callable(arguments.verb)
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """`megalite` alone lists the verbs, but for those of scripts; each shows examples."""
+    with pytest.raises(SystemExit):
+        main([])
+    listed = re.findall(r"^    (\w+)", capsys.readouterr().out, re.M)
+    assert "job" not in listed
+    assert {"train", "preprocess", "tokenizer", "corpus", "convert"} < set(listed)
+    for verb in listed:
+        with pytest.raises(SystemExit) as caught:
+            main([verb, "--help"])
+        assert caught.value.code == 0
+        found = capsys.readouterr().out
+        assert f"usage: megalite {verb}" in found
+        assert f"examples:\n  {EXAMPLES[verb][0]}" in found
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian", "c.yaml"], "there is no verb 'trian'; did you mean 'train'?"),
+        (["jobs"], "there is no verb 'jobs'; known: corpus, tokenizer"),
+        (["tokenizer", "trian"], "there is no verb 'trian'; did you mean 'train'?"),
+        (["train", "c.yaml", "--set"], "argument --set: expected one argument"),
+    ],
+)
+def test_a_wrong_verb_is_told_the_right_one(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
-    assert caught.value.code == 0
-    assert f"usage: megalite {verb}" in capsys.readouterr().out
+        main(words)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_settings_are_taken_in_their_order_however_they_are_given(tmp_path: Path) -> None:
+    words = "train a=1 --set b=2 --config c.yaml --print-plan --set=a=3 b=4 --set b=5"
+    arguments, rest = make_parser().parse_known_args(words.split())
+    assert str(arguments.config) == "c.yaml"
+    assert arguments.overrides + rest == ["a=1", "b=2", "a=3", "b=4", "b=5"]
 
 
 def test_a_mistake_is_explained_without_a_traceback(tmp_path: Path) -> None:

@@ -1,70 +1,8 @@
-"""Write a model as a Hugging Face folder, which transformers and vLLM open and from which `model:
-{hf: FOLDER}` starts.
+"""Write a model as a Hugging Face folder: `megalite convert`, from a checkout."""
 
-SOURCE is a run or a checkpoint of one, of which the optimizer state is left behind; a PEFT adapter,
-which is merged into its model; a Hugging Face folder, to be written in another precision or other
-files; or a checkpoint of Megatron-LM's (torch or torch_dist) of a model like Llama, from which
-nothing pickled is run. See megalite/checkpoint/convert.py. With --experts, each MLP becomes a
-mixture of experts that begins as the model is."""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
-from megalite.checkpoint.convert import DTYPES, open_source, write_model
-from megalite.checkpoint.megatron import find_megatron
-from megalite.checkpoint.upcycle import Upcycling
-from megalite.infer.generate import find_model
-from megalite.runtime.exit_codes import at_least, explained
-
-
-def main() -> int:
-    """Convert one model as the command line says; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path, help="a new folder")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights, rounded once (default: as stored)"
-    )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, help="largest file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--vocab-size", type=at_least(1), help="of Megatron's: rows that are not padding"
-    )
-    parser.add_argument(
-        "--ema",
-        action="store_true",
-        help="the average of the weights (optimizer.ema), not the last",
-    )
-    parser.add_argument(
-        "--experts", type=at_least(2), help="make it a mixture of so many experts (upcycling)"
-    )
-    parser.add_argument(
-        "--experts-per-token", type=at_least(1), default=2, help="of these (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--granularity", type=at_least(1), default=1, help="slices of an MLP (default: %(default)s)"
-    )
-    args = parser.parse_args()
-    if not args.shard_gb >= 1e-9:
-        parser.error(f"--shard-gb {args.shard_gb}: give a positive number")
-    source = args.source if find_megatron(args.source) else find_model(args.source)
-    model = open_source(source, args.vocab_size, args.ema)
-    if args.experts:
-        model = Upcycling(args.experts, args.experts_per_token, args.granularity).apply(model)
-    write_model(
-        model, args.target, args.dtype, int(min(args.shard_gb, 10**6) * 10**9), Console(stderr=True)
-    )
-    print(f"{args.target}: {sum(weight.numel for weight in model.weights):,} parameters")
-    return 0
-
+from megalite.cli import main
 
 if __name__ == "__main__":
-    sys.exit(explained(main))
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,62 +1,8 @@
-"""Clean, deduplicate and split raw text as CONFIG says. See megalite/corpus/run.py.
+"""Clean, deduplicate and split raw text as CONFIG says: `megalite corpus`, from a checkout."""
 
-Interrupted, it goes on where it was when the same command is given again. Bad input is counted and
-reported in the output's report.json and report.html; the exit status is then still 0, unless no
-document is left."""
-
-from __future__ import annotations
-
-import argparse
-import signal
 import sys
-import time
 
-from rich.console import Console
-
-from megalite.errors import ConfigError, DataError
-from megalite.runtime.exit_codes import explained
-
-
-def main() -> int:
-    """Prepare the corpus as the command line says; return the exit status. Raises DataError where
-    no document is left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", metavar="CONFIG", help="YAML, such as configs/corpus/web.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="such as language.min_score=0.5"
-    )
-    args = parser.parse_args()
-    # A cancelled job ends like an interrupted one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start = time.monotonic()
-    try:
-        # Imported only once the arguments are known to be right: these import datatrove.
-        from megalite.corpus.config import load_corpus_config
-        from megalite.corpus.run import prepare_corpus
-
-        config = load_corpus_config(args.config, args.overrides)
-        report = prepare_corpus(config, Console(stderr=True))
-    except ImportError as error:
-        raise ConfigError(f"{error}; pip install 'megalite[corpus]'") from None
-    if report is None:
-        print(
-            f"submitted; {config.output}/report.html comes at the end, and the same command resubmits what failed"
-        )
-        return 0
-    read, seconds = report["stages"][0]["kept"], time.monotonic() - start
-    kept = {side: f"{count['documents']:,} {side}" for side, count in report["splits"].items()}
-    print(
-        f"{config.output}: {', '.join(kept.values())} documents out of {read['documents']:,} "
-        f"({read['num_bytes'] / 1e6:,.1f} MB) in {seconds:.1f} s; see {config.output}/report.html"
-    )
-    if not any(count["documents"] for count in report["splits"].values()):
-        raise DataError(
-            f"no document is left; {config.output}/report.html says what was left out, and why"
-        )
-    return 0
-
+from megalite.cli import main
 
 if __name__ == "__main__":
-    sys.exit(explained(main, "interrupted; the same command goes on from here"))
+    sys.exit(main(["corpus", *sys.argv[1:]]))

@@ -1,56 +1,8 @@
-"""Train a tokenizer on text files. See megalite/data/tokenizer_training.py."""
+"""Train a tokenizer on text files: `megalite tokenizer train`, from a checkout."""
 
-from __future__ import annotations
-
-import argparse
-import signal
 import sys
-import time
-from typing import get_args
 
-from megalite.data.tokenizer_training import Kind, train_tokenizer
-from megalite.runtime.exit_codes import at_least, explained
-
-
-def main() -> int:
-    """Train a tokenizer as the command line says; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
-    parser.add_argument(
-        "--output", required=True, help="folder to write; AutoTokenizer.from_pretrained loads it"
-    )
-    parser.add_argument("--vocab-size", type=at_least(1), required=True)
-    parser.add_argument("--type", choices=get_args(Kind), default="bpe")
-    parser.add_argument(
-        "--json-key", default="text", help="key or column of the text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-bytes",
-        type=at_least(1),
-        default=256_000_000,
-        help="text to train on, from the start (default: %(default)s)",
-    )  # fmt: skip
-    args = parser.parse_args()
-    # The training libraries ignore Ctrl-C until they are done, and nothing is written before: end
-    # at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    start = time.monotonic()
-    tokenizer, report = train_tokenizer(
-        args.input, args.output, args.vocab_size, args.type, args.json_key, args.max_bytes
-    )
-    if str(report):
-        print(report, file=sys.stderr)
-    fewer = (
-        f" (of {args.vocab_size:,}: the text has no more)"
-        if tokenizer.vocab_size < args.vocab_size
-        else ""
-    )
-    print(
-        f"{args.output}: {tokenizer.vocab_size:,} tokens{fewer} of type {args.type} from {report.num_documents:,} "
-        f"documents in {time.monotonic() - start:.1f} s"
-    )
-    return 0
-
+from megalite.cli import main
 
 if __name__ == "__main__":
-    sys.exit(explained(main))
+    sys.exit(main(["tokenizer", "train", *sys.argv[1:]]))

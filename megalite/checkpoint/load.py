@@ -198,7 +198,7 @@ def for_adapters(
     if peft.is_adapter(config.model.hf):
         raise ConfigError(
             f"lora: model.hf = {config.model.hf} is an adapter, and PEFT opens no adapter of an adapter; go on from it "
-            "with lora.adapter, or merge it into its model first (tools/convert_checkpoint.py)"
+            "with lora.adapter, or merge it into its model first (`megalite convert`)"
         )
     frozen = [weight for weight in weights if weight.frozen]
     trained = [weight for weight in weights if not weight.frozen]

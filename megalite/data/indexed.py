@@ -119,7 +119,7 @@ class IndexedDataset:
                         f"{self.prefix} is one of two files; give {self.prefix[:-4]}, without the ending"
                     )
                 raise DataError(
-                    f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx"
+                    f"{path} does not exist; `megalite preprocess` writes {self.prefix}.bin and .idx"
                 )
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences

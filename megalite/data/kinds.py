@@ -29,7 +29,7 @@ MAGIC = {
     b"\x1f\x8b": "gzip, although it is not called .gz", b"\x28\xb5\x2f\xfd": "zstd, although it is not called .zst",
     b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR", b"%PDF": "PDF",
     b"ARROW1": "Arrow's file format (its streams are read)", b"Obj\x01": "Avro", b"ORC": "ORC",
-    b"\xff\x06\x00\x00sNaPpY": "snappy", b"\x04\x22\x4d\x18": "LZ4", b"WARC/": "WARC (see tools/prepare_corpus.py)",
+    b"\xff\x06\x00\x00sNaPpY": "snappy", b"\x04\x22\x4d\x18": "LZ4", b"WARC/": "WARC (see `megalite corpus`)",
 }  # fmt: skip
 PART = re.compile(r"(?:.*/)?part-[\w-]*\d[\w-]*")
 """Name that Spark and Hadoop give their output, whatever its format."""

@@ -32,7 +32,7 @@ class Masking:
         if tokenizer.mask_id is None:
             raise DataError(
                 "objective.name: masked_lm needs a data.tokenizer with a mask token: give tokenizer_config.json a "
-                "mask_token, or train one with tools/train_tokenizer.py --type wordpiece"
+                "mask_token, or train one with `megalite tokenizer train --type wordpiece`"
             )
         self.share, self.key, self.mask_id = share, key, tokenizer.mask_id
         ids = {*tokenizer.vocabulary().values()}

@@ -170,7 +170,7 @@ class SpanCorruptionConfig(SourceObjectiveConfig):
             raise DataError(
                 f"objective.name: span_corruption hides {spans} spans of a sample, for which data.tokenizer needs an "
                 f"end-of-document token and as many sentinels <extra_id_0>, <extra_id_1>, …; it has {len(sentinels)}. "
-                "tools/train_tokenizer.py --type t5 trains one that has them"
+                "`megalite tokenizer train --type t5` trains one that has them"
             )
         key, start = key_of(config.train.seed, "spans", split), config.model.START_TOKEN
 

@@ -271,7 +271,7 @@ def test_spans_for_which_there_are_no_sentinels_are_refused(tmp_path: Path) -> N
     assert len(SENTINELS) == 8
     mixture_of(span_config(tmp_path, "data.seq_length=64", "objective.mean_length=2"))
     with pytest.raises(
-        DataError, match=r"hides 9 spans of a sample, .* it has 8\. tools/train_tokenizer"
+        DataError, match=r"hides 9 spans of a sample, .* it has 8\. `megalite tokenizer train"
     ):
         mixture_of(span_config(tmp_path, "data.seq_length=64", "objective.mean_length=1"))
 

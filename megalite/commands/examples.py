@@ -1,0 +1,74 @@
+"""Examples that `--help` shows, by verb. A test reads each of them as the command line does."""
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "": (
+        "megalite train configs/quickstart.yaml train.steps=100",
+        "megalite generate runs/my --prompt 'Once upon a time'",
+    ),
+    "corpus": (
+        "megalite corpus configs/corpus/web.yaml",
+        "megalite corpus configs/corpus/web.yaml workers=8 language.min_score=0.5",
+    ),
+    "tokenizer": (
+        "megalite tokenizer train --input 'corpus/*.jsonl' --output data/tokenizer --vocab-size 32000",
+    ),
+    "tokenizer train": (
+        "megalite tokenizer train --input 'corpus/*.jsonl' --output data/tokenizer --vocab-size 32000",
+        "megalite tokenizer train --input texts/ --output data/tokenizer --vocab-size 30522 --type wordpiece",
+    ),
+    "preprocess": (
+        "megalite preprocess --input 'corpus/*.jsonl' --output-prefix data/web --tokenizer data/tokenizer --append-eod",
+        "megalite preprocess --format chat --input chats.jsonl --output-prefix data/chats --tokenizer MODEL",
+    ),
+    "train": (
+        "megalite train configs/quickstart.yaml train.steps=100",
+        "megalite train my.yaml --set optimizer.lr=1e-3 --print-plan",
+        "torchrun --nproc-per-node=8 -m megalite train my.yaml parallel.tensor=8",
+        "sbatch --nodes=8 slurm/pretrain.sh my.yaml",
+    ),
+    "sweep": ("megalite sweep lr.yaml", "megalite sweep lr.yaml trials=40"),
+    "job": ("megalite job configs/quickstart.yaml --nodes 2 --ranks-per-node 8",),
+    "preflight": (
+        "srun --nodes=8 --ntasks-per-node=8 python -m megalite preflight my.yaml --interconnect ib-ndr",
+    ),
+    "plan": (
+        "megalite plan configs/llama-8b.yaml --gpus 512 --gpu h200 --tokens 15T",
+        "megalite plan configs/llama-8b.yaml --gpus 512 --gpu h200 --search --output best.yaml --picture step.png",
+    ),
+    "dryrun": ("megalite dryrun configs/llama-8b.yaml --gpus 512 --gpu h200",),
+    "generate": (
+        "megalite generate runs/my --prompt 'Once upon a time' --max-tokens 64",
+        "megalite generate runs/chat --chat --prompt 'Who are you?' --temperature 0",
+    ),
+    "fill": ("megalite fill runs/bert 'The capital of France is [MASK].'",),
+    "embed": (
+        "megalite embed runs/bert 'a text' 'another'",
+        "megalite embed runs/bert --input texts.jsonl --output vectors.npy",
+    ),
+    "eval": (
+        "megalite eval runs/my --tasks arc_easy,hellaswag --limit 200",
+        "megalite eval runs/chat --data rows.jsonl --chat",
+    ),
+    "serve": (
+        "megalite serve runs/chat",
+        "megalite serve runs/chat --host 0.0.0.0 --port 8080 --api-key-file keys.txt",
+    ),
+    "average": (
+        "megalite average runs/my/checkpoints/step-00000800 runs/my/checkpoints/step-00001000 -o averaged",
+    ),
+    "quantize": (
+        "megalite quantize runs/my my-int8",
+        "megalite quantize runs/my my-int4 --scheme w4a16 --method gptq --data data/web_text_document",
+    ),
+    "inspect": (
+        "megalite inspect data/web_text_document --tokenizer data/tokenizer",
+        "megalite inspect configs/quickstart.yaml --split valid --count 3",
+    ),
+    "parity": ("megalite parity runs/one runs/other --tolerance 1e-5",),
+    "ops": ("megalite ops",),
+    "convert": (
+        "megalite convert runs/my my-model",
+        "megalite convert runs/my my-model --dtype bf16 --ema",
+        "megalite convert DENSE OUT --experts 8",
+    ),
+}
