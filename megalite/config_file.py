@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalite.config import Config
-from megalite.config.errors import describe_errors
+from megalite.config.errors import describe_errors, refusal
 from megalite.errors import ConfigError
 from megalite.models import model_config
 from megalite.models.peft import with_adapter_fields
@@ -29,8 +29,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(
     values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config"
 ) -> Config:
-    """Return the config of `values` already read, with `overrides` applied. `origin` names their
-    source in messages. Raise ConfigError that lists every mistake."""
+    """Return the config of `values` already read, with `overrides` applied. `origin` names the source
+    of `values` in messages. Raise ConfigError that lists every mistake."""
     values = with_overrides(values, overrides)
     _refuse_secrets(values, origin)
     # The model is read first, since its fields depend on its family; its mistakes join those of the
@@ -61,9 +61,9 @@ def parse_config(
     except ValidationError as error:
         found = describe_errors(error, Config, values).split("\n  ")
         mistakes += [line for line in found if not (mistakes and line.startswith("model ="))]
-        raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]])) from None
+        raise refusal(mistakes, origin, overrides) from None
     if mistakes:
-        raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]]))
+        raise refusal(mistakes, origin, overrides)
     return config
 
 

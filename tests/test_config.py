@@ -13,6 +13,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from megalite.config.aliases import KEYS
+from megalite.config.catalog import catalog
 from megalite.config_file import load_config, parse_config
 from megalite.errors import ConfigError
 from megalite.models import model_config, to_hf_config
@@ -84,7 +86,7 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
     ("override", "words"),
     [
         # unknown keys, at every depth
-        ("trian.steps=3", ["my.yaml", "unknown key trian", "did you mean 'train'"]),
+        ("trian.steps=3", ["command line: unknown key trian", "did you mean 'train'"]),
         ("train.stpes=3", ["train.stpes", "3", "did you mean 'steps'"]),
         (
             "optimizer.schedule.warm_up_steps=3",
@@ -110,7 +112,22 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         (
             "model.hidden_dropout=0.1",
             ["model", "hidden_dropout", "rope_theta"],
+        ),  # another family's key
+        # another trainer's names, and keys in another section
+        ("learning_rate=3", ["unknown key learning_rate", "did you mean 'optimizer.lr'"]),
+        ("optimizer.learning-rate=3", ["did you mean 'optimizer.lr'"]),
+        ("train.batch_size=3", ["did you mean 'train.global_batch_size'"]),
+        (
+            "parallel={tp: 2}",
+            ["command line: unknown key parallel.tp", "did you mean 'parallel.tensor'"],
         ),
+        ("epochs=3", ["did you mean 'train.epochs'"]),
+        (
+            "model.n_layer=3",
+            ["command line: model: unknown key n_layer", "did you mean 'model.num_layers'"],
+        ),
+        ("model.seq_len=3", ["did you mean 'data.seq_length'"]),
+        ("train.warmup_steps=3", ["did you mean 'optimizer.schedule.warmup_steps'"]),
         # wrong literals
         (
             "train.precision=fp16",
@@ -225,6 +242,28 @@ def test_mistake_in_the_file_is_explained(
 ) -> None:
     found = mistake(edited(edit))
     assert [word for word in words if word not in found] == [], found
+
+
+def test_every_other_trainers_name_leads_to_a_key() -> None:
+    known = {key.name.removesuffix("[]") for keys in catalog().values() for key in keys}
+    for key, names in KEYS.items():
+        assert key in known, key
+        assert not known & set(names), "a name that is a key needs no other"
+        section, _, last = key.partition(".")
+        assert last not in names or section == "train", key
+    names = [name for names in KEYS.values() for name in names]
+    assert len(names) == len(set(names))
+
+
+def test_a_mistake_is_told_where_it_was_made() -> None:
+    """In the file, or behind the command: in the first there is nothing to look for."""
+    values = edited(lambda v: v["train"].update(stpes=3))
+    found = mistake(values, "optimizer.lr=-1", "train.seed=7", "model.num_layers=0").split("\n  ")
+    assert found[0].startswith("my.yaml: unknown key train.stpes")
+    assert [line.split(" = ")[0] for line in found[1:]] == [
+        "command line: model: num_layers",
+        "command line: optimizer.lr",
+    ]
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megalite.config import Choice
+from megalite.config import Choice, Config, ModelConfig
+from megalite.config.aliases import key_of
 from megalite.errors import ConfigError
 from megalite.utils.outside import shown
 from megalite.utils.secrecy import names_a_secret
@@ -31,6 +33,32 @@ def describe_errors(error: ValidationError, root: type[BaseModel], values: Any =
     return "\n  ".join(_describe(item, root, values) for item in told)
 
 
+def refusal(mistakes: Sequence[str], origin: str, overrides: Sequence[str] = ()) -> ConfigError:
+    """Return the error that lists `mistakes` in a file, `origin`, to which `overrides` were applied:
+    those in a setting that an override gave name the command line instead."""
+    given = [override.partition("=")[0] for override in overrides]
+    typed = [line for line in mistakes if any(_is_about(line, key) for key in given)]
+    filed = [line for line in mistakes if line not in typed]
+    lines = [f"{origin}: {filed[0]}", *filed[1:]] if filed else []
+    return ConfigError("\n  ".join([*lines, *(f"command line: {line}" for line in typed)]))
+
+
+def _is_about(mistake: str, key: str) -> bool:
+    """Return whether a mistake names `key`, or something within it: by all of the key, or by its
+    section before a colon and the rest behind."""
+    parts = key.split(".")
+    for cut in range(1, len(parts)):  # a section that is not known, such as trian in trian.steps
+        if mistake.startswith(f"unknown key {'.'.join(parts[:cut])} ("):
+            return True
+    for cut in range(len(parts)):
+        section, rest = ".".join(parts[:cut]), ".".join(parts[cut:])
+        if mistake.startswith(f"{section}:" if section else "") and re.search(
+            rf"(?<![\w.]){re.escape(rest)}(?!\w)", mistake
+        ):
+            return True
+    return False
+
+
 _PLAINLY = {
     "model_type": "must be a section of `key: value` lines",
     "dict_type": "must be a section of `key: value` lines",
@@ -47,7 +75,12 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
     if item["type"] == "extra_forbidden":
-        hint = did_you_mean(path[-1], known, f"known keys: {', '.join(sorted(known))}")
+        meant = _key_meant(path, root)
+        hint = (
+            f"did you mean {meant!r}?"
+            if meant
+            else did_you_mean(path[-1], known, f"known keys: {', '.join(sorted(known))}")
+        )
         told = "not shown" if names_a_secret(str(path[-1])) else shown(value)
         return f"unknown key {key} (value {told}); {hint}"
     if item["type"] == "missing":
@@ -72,6 +105,27 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
         elif close and close != value:
             message += f"; did you mean {close!r}?"
     return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
+
+
+def _key_meant(path: Sequence[str | int], root: type[BaseModel]) -> str | None:
+    """Return the key of a config that the unknown key at `path` stands for: another trainer's name
+    of it, or its own in another section. None if it is neither."""
+    is_model = issubclass(root, ModelConfig)
+    if not (is_model or root is Config):
+        return None
+    meant = key_of(path[-1], _keys(Config))
+    # A family has some of the fields of models only.
+    section, _, last = (meant or "").rpartition(".")
+    return None if is_model and section == "model" and last not in root.model_fields else meant
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the full keys of a section's settings, those in items of lists left out."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = _section_in(field.annotation)
+        if inner and typing.get_origin(field.annotation) is not tuple:
+            yield from _keys(inner, f"{prefix}{name}.")
 
 
 def _walk(

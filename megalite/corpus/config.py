@@ -14,8 +14,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megalite.config import Section
-from megalite.config.errors import describe_errors
-from megalite.errors import ConfigError
+from megalite.config.errors import describe_errors, refusal
 from megalite.utils.resources import read_yaml, with_overrides
 
 StageName = Literal[
@@ -301,4 +300,5 @@ def load_corpus_config(path: str | Path, overrides: Sequence[str] = ()) -> Corpu
     try:
         return CorpusConfig.model_validate(with_overrides(read_yaml(path), overrides))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_errors(error, CorpusConfig)}") from None
+        mistakes = describe_errors(error, CorpusConfig).split("\n  ")
+        raise refusal(mistakes, str(path), overrides) from None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megalite.config import Config, Section
-from megalite.config.errors import describe_errors
+from megalite.config.errors import describe_errors, refusal
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.utils.resources import read_yaml, with_overrides
@@ -300,4 +300,5 @@ def load_sweep_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     try:
         return SweepConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_errors(error, SweepConfig, values)}") from None
+        mistakes = describe_errors(error, SweepConfig, values).split("\n  ")
+        raise refusal(mistakes, str(path), overrides) from None
