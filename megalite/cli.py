@@ -88,6 +88,9 @@ def make_parser() -> VerbParser:
     )
     parser.add_argument("--version", action="version", version=f"megalite {__version__}")
     verbs = parser.add_verbs()
+    add_late(
+        verbs, "config", "show every key of a config, presets of models, a config to start from"
+    )
     add_late(verbs, "corpus", "clean, deduplicate and split raw text")
     add_late(verbs, "tokenizer", "train a tokenizer")
     add_late(verbs, "preprocess", "tokenize text, or rows of labelled data, into token files")

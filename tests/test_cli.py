@@ -128,7 +128,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         (["trian", "c.yaml"], "there is no verb 'trian'; did you mean 'train'?"),
-        (["jobs"], "there is no verb 'jobs'; known: corpus, tokenizer"),
+        (["jobs"], "there is no verb 'jobs'; known: config, corpus"),
         (["tokenizer", "trian"], "there is no verb 'trian'; did you mean 'train'?"),
         (["train", "c.yaml", "--set"], "argument --set: expected one argument"),
     ],

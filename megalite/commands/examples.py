@@ -2,8 +2,18 @@
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "": (
+        "megalite config new --preset llama-8m > my.yaml    # then: megalite train my.yaml",
         "megalite train configs/quickstart.yaml train.steps=100",
         "megalite generate runs/my --prompt 'Once upon a time'",
+    ),
+    "config": (
+        "megalite config keys optimizer",
+        "megalite config presets",
+        "megalite config new --preset llama-8m --output my.yaml",
+    ),
+    "config keys": ("megalite config keys", "megalite config keys optimizer data.packing"),
+    "config new": (
+        "megalite config new --preset llama-8m --name first --output configs/first.yaml",
     ),
     "corpus": (
         "megalite corpus configs/corpus/web.yaml",

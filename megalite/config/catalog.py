@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from megalite import registry
 from megalite.config import Choice, Config
+from megalite.utils.resources import presets
 
 REQUIRED = "required"
 
@@ -32,10 +32,6 @@ class Key(NamedTuple):
     """As YAML, or REQUIRED."""
     description: str
 
-    @property
-    def last(self) -> str:
-        return self.name.rpartition(".")[2]
-
 
 def catalog() -> dict[str, list[Key]]:
     """Return the keys of each section of a config, in the schema's order. Imports all families."""
@@ -48,7 +44,9 @@ def catalog() -> dict[str, list[Key]]:
 
 def _of_section(section: type[BaseModel], prefix: str, kinds: tuple[str, ...]) -> Iterator[Key]:
     for name, field in section.model_fields.items():
-        yield from _of_field(f"{prefix}{name}", field, kinds)
+        for key in _of_field(f"{prefix}{name}", field, kinds):
+            # What tells the members of a union apart is told by what each of them does.
+            yield key if key.description else key._replace(description=plain(section.__doc__ or ""))
     if issubclass(section, Choice) and "KINDS" in vars(section):
         for kind in section.KINDS.names():
             yield from _of_kind(section, section.KINDS.get(kind), prefix, kind)
@@ -88,7 +86,9 @@ def _of_families() -> Iterator[Key]:
     for family in registry.families.names():
         for name, field in registry.families.get(family).CONFIG.model_fields.items():
             if name not in shared.model_fields:
-                found.setdefault(name, (field, []))[1].append(family)
+                # A family may only narrow what another one describes.
+                known, families = found.get(name, (field, []))
+                found[name] = (known if known.description else field, [*families, family])
     for name, (field, families) in found.items():
         yield from _of_field(f"model.{name}", field, tuple(families))
 
@@ -106,7 +106,7 @@ _LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 def type_of(field: FieldInfo, key: str = "") -> str:
     """Return the type of a setting in words, with its limits."""
-    if key.endswith(".name") and (names := _names_of(key)):
+    if names := names_of(key):
         return " | ".join(names)
     limits = [
         f"{sign} {getattr(item, name)}"
@@ -117,12 +117,17 @@ def type_of(field: FieldInfo, key: str = "") -> str:
     return ", ".join([_type(field.annotation), *limits])
 
 
-def _names_of(key: str) -> tuple[str, ...]:
-    """Return the names of a section's kinds for the key that chooses one."""
-    by_key = {
-        each.key: each for each in (registry.optimizers, registry.schedules, registry.objectives)
-    }
-    return by_key[key].names() if key in by_key else ()
+def names_of(key: str) -> tuple[str, ...]:
+    """Return what there is to choose from by the setting `key`: kinds of a section, or presets."""
+    choices = {
+        each.key: each
+        for each in (
+            registry.families, registry.optimizers, registry.schedules, registry.objectives,
+        )
+    }  # fmt: skip
+    if key == "model.preset":
+        return presets()
+    return choices[key].names() if key in choices else ()
 
 
 def _type(annotation: Any) -> str:
@@ -159,10 +164,3 @@ def default_of(field: FieldInfo) -> str:
 def plain(text: str) -> str:
     """Return a docstring or a description as one line."""
     return " ".join(text.split())
-
-
-def leaves(keys: Sequence[Key]) -> dict[str, str]:
-    """Return the full key of each last name that only one key has, lists left out."""
-    names = {key.name for key in keys if "[]" not in key.name}
-    counts = Counter(name.rpartition(".")[2] for name in names)
-    return {name.rpartition(".")[2]: name for name in names if counts[name.rpartition(".")[2]] == 1}

@@ -32,11 +32,11 @@ class ScheduleConfig(Choice):
     """The learning rate over the steps: a linear warmup to the peak, then a decay from it to
     `min_lr`."""
 
-    name: str = "cosine"
+    name: str = Field("cosine", description="Shape of the decay.")
     warmup_steps: int | float = Field(
         0, ge=0, description="Steps of the warmup; below 1: their share of all steps."
     )
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
 
     KINDS: ClassVar[Registry[Any]] = registry.schedules
 
@@ -129,9 +129,11 @@ class Member(NamedTuple):
 class OptimizerConfig(Choice):
     """Settings that every optimizer has."""
 
-    name: str = "adamw"
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    name: str = Field("adamw", description="Which optimizer.")
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled weight decay, of matrices and embeddings."
+    )
     clip: float = Field(1.0, ge=0, description="Largest global gradient norm. 0 disables clipping.")
     schedule: SerializeAsAny[ScheduleConfig] = Field(
         default_factory=lambda: ScheduleConfig.model_validate({})

@@ -56,7 +56,7 @@ class RunConfig(Section):
         max_length=200,
         description="Name of the run, and of its folder below `dir`.",
     )
-    dir: Path = Path("runs")
+    dir: Path = Field(Path("runs"), description="Folder that the folders of runs are in.")
 
     @property
     def folder(self) -> Path:
@@ -71,26 +71,30 @@ ANSWER_LABELS = ("start", "end")
 
 
 class ModelConfig(Section):
-    """Settings that every family shares. Each file in `models/` adds the fields of its own family.
-    Names in capitals and properties are not settings but belong to the family."""
+    """Settings that every family shares. Each file in `models/` adds the fields of its own
+    family."""
 
-    family: str
+    # Names in capitals and properties are not settings but belong to the family.
+
+    family: str = Field(description="Architecture, by the model_type that Hugging Face has for it.")
     preset: str | None = Field(
         None, description="Preset: the file in configs/model/ that the other fields are taken from."
     )
     hf: Path | None = Field(
         None, description="Hugging Face folder whose weights training starts from."
     )
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0, le=MOST_LAYERS)
-    num_attention_heads: int = Field(gt=0)
+    vocab_size: int = Field(
+        gt=0, description="Rows of the embedding: at least the tokenizer's tokens."
+    )
+    hidden_size: int = Field(gt=0, description="Width of the layers' inputs and outputs.")
+    num_layers: int = Field(gt=0, le=MOST_LAYERS, description="Number of layers.")
+    num_attention_heads: int = Field(gt=0, description="Heads of queries of a layer.")
     max_positions: int = Field(
         gt=0, description="Longest sequence the model is meant for, in tokens."
     )
-    norm_eps: float = Field(1e-5, gt=0)
-    init_std: float = Field(0.02, gt=0)
-    tie_embeddings: bool = False
+    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in norms.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+    tie_embeddings: bool = Field(False, description="Let the head share the embedding's weight.")
     task: Literal["causal", "masked", "seq2seq", "classification", "labels", "answers"] = Field(
         "causal",
         description="What the head predicts. causal: the next token; masked: the token that was masked (encoders); "
@@ -295,7 +299,7 @@ class ObjectiveConfig(Choice):
     """The loss that training minimises. A model with a classification head learns its classes, by
     `next_token`."""
 
-    name: str = "next_token"
+    name: str = Field("next_token", description="Which objective.")
 
     KINDS: ClassVar[Registry[Any]] = registry.objectives
     DATA: ClassVar[DataKind] = "text"
@@ -356,14 +360,18 @@ class ObjectiveConfig(Choice):
 class DataConfig(Section):
     """Data to train and validate on, and how samples are made of it."""
 
-    train: tuple[Source, ...] = Field(min_length=1)
-    valid: tuple[Source, ...] = ()
-    test: tuple[Source, ...] = ()
+    train: tuple[Source, ...] = Field(
+        min_length=1, description="What is trained on: token files, mixed by their weights."
+    )
+    valid: tuple[Source, ...] = Field((), description="What validation measures the loss on.")
+    test: tuple[Source, ...] = Field(
+        (), description="What the loss is measured on once, after the last step."
+    )
     split: tuple[float, float, float] | None = Field(
         None,
         description="Shares of each train source's documents for train, valid and test, instead of files of their own.",
     )
-    seq_length: int = Field(gt=0)
+    seq_length: int = Field(gt=0, description="Tokens of a sample.")
     seq_length_warmup: tuple[ShortPhase, ...] = Field(
         (),
         description="Shorter sequences at first, ever longer ones: each sample is cut into as many as make seq_length. "
@@ -507,7 +515,9 @@ def names_of(sources: Sequence[Source]) -> list[str]:
 class OffloadConfig(Section):
     """What DeepSpeed keeps outside of the GPU's memory."""
 
-    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where the optimizer's state is kept."
+    )
     parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where the weights are kept. Needs zero_stage: 3."
     )
@@ -563,7 +573,9 @@ class ParallelConfig(Section):
         gt=0,
         description="Ranks that share every matrix of an expert. null: as many as tensor ranks.",
     )
-    engine: Literal["native", "deepspeed"] = "native"
+    engine: Literal["native", "deepspeed"] = Field(
+        "native", description="What reduces gradients and updates weights."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="What the data ranks shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights.",
@@ -626,7 +638,10 @@ class TrainConfig(Section):
     )
     batch_ramp: BatchRampConfig | None = None
     micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="Number format of passes. bf16 keeps weights, gradients and moments in fp32 as well.",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="Activations to recompute in the backward pass. selective: what is large and cheap; full: all "
@@ -650,7 +665,9 @@ class TrainConfig(Section):
         description="Compute the same bits in every run on GPUs too, as on CPUs: no operation adds in the order in "
         "which its parts arrive. Attention's backward pass takes longer.",
     )
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(
+        1234, ge=0, description="Seed of initial weights, order of samples and dropout."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -811,11 +828,13 @@ class CheckpointConfig(Section):
 class WandbConfig(Section):
     """Logging to Weights & Biases."""
 
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    project: str = "megalite"
-    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "disabled", description="Whether it is sent, kept in the run's folder, or off."
+    )
+    project: str = Field("megalite", description="Project that the run is shown in.")
+    entity: str | None = Field(None, description="User or team. null: the account's own.")
     group: str | None = Field(None, description="Group of the run. A sweep's trials have its name.")
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = Field((), description="Labels of the run.")
 
 
 class TasksConfig(Section):
@@ -844,7 +863,9 @@ class SamplesConfig(Section):
 class ObserveConfig(Section):
     """What is logged and evaluated in training."""
 
-    log_every: int = Field(1, gt=0)
+    log_every: int = Field(
+        1, gt=0, description="Steps between lines of a log file; metrics.jsonl has every step."
+    )
     eval_every: int = Field(
         100, ge=0, description="Steps between validations. 0 validates at the end only."
     )
@@ -869,7 +890,7 @@ class ObserveConfig(Section):
         "tokens, to be compared by BLEU, chrF and ROUGE. 0 disables.",
     )
     wandb: WandbConfig = WandbConfig()
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="Write the metrics for TensorBoard, too.")
 
 
 Policy = Literal["report", "skip", "rewind", "stop"]
@@ -954,7 +975,7 @@ class LoraConfig(Section):
     """Train low-rank adapters beside the weights of a Hugging Face model instead of the weights (Hu
     et al. 2021)."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, description="Rank of an update: columns of its two matrices.")
     alpha: float = Field(32.0, gt=0, description="Updates are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of adapters.")
     targets: tuple[str, ...] = Field(
@@ -985,6 +1006,8 @@ class LoraConfig(Section):
 
 class HookConfig(Choice):
     """Something that a plugin does beside the steps of a run."""
+
+    name: str = Field(description="Which hook, as its plugin registers it.")
 
     KINDS: ClassVar[Registry[Any]] = registry.hooks
 

@@ -22,7 +22,7 @@ from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
 from megalite.registry import families, hint
 from megalite.utils.outside import read_json
-from megalite.utils.resources import configs_dir, read_yaml
+from megalite.utils.resources import configs_dir, presets, read_yaml
 from megalite.utils.spelling import nearest
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -89,11 +89,9 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
 
 def _read_preset(name: str) -> dict[str, Any]:
     """Return the fields of a preset. Raises ConfigError for an unknown one."""
-    folder = configs_dir() / "model"
-    presets = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in presets:
-        raise ConfigError(f"model.preset = {name!r} is not known; {hint(name, presets)}")
-    return read_yaml(folder / f"{name}.yaml")
+    if name not in presets():
+        raise ConfigError(f"model.preset = {name!r} is not known; {hint(name, presets())}")
+    return read_yaml(configs_dir() / "model" / f"{name}.yaml")
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

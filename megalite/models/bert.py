@@ -54,8 +54,10 @@ class BertConfig(ModelConfig):
     norm_eps: float = Field(1e-12, gt=0)
     tie_embeddings: Literal[True] = True
     tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention's weights.")
+    hidden_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of what attention and the MLP give."
+    )
     task: Literal["masked", "classification", "labels", "answers"] = "masked"
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"

@@ -37,7 +37,9 @@ from megalite.models.weights import Weight
 class RoutedConfig(LlamaLike):
     """Fields of families with a mixture of experts."""
 
-    num_experts: int = Field(gt=1)  # transformers opens no model with one
+    num_experts: int = Field(
+        gt=1, description="Experts of a layer."
+    )  # transformers opens no model with one
     experts_per_token: int = Field(gt=0, description="How many experts each token visits.")
     router_aux_loss_coef: float = Field(
         0.001,

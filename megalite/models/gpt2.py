@@ -34,9 +34,11 @@ class GPT2Config(ModelConfig):
     family: Literal["gpt2"] = "gpt2"
     intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
     tie_embeddings: bool = True
-    embedding_dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embeddings.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention's weights.")
+    hidden_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of what attention and the MLP give."
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> GPT2Config:

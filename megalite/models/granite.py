@@ -26,7 +26,7 @@ from megalite.models.llama import weights as weights
 
 class GraniteConfig(Biased):
     family: Literal["granite"] = "granite"
-    embedding_multiplier: float = Field(1.0, gt=0)
+    embedding_multiplier: float = Field(1.0, gt=0, description="Factor of the embeddings.")
     attention_multiplier: float = Field(
         1.0, gt=0, description="Factor of attention scores, instead of 1/√head_dim."
     )

@@ -60,7 +60,7 @@ class LlamaLike(ModelConfig):
     head_dim: int = Field(
         0, ge=0, description="Size of a head. 0: hidden_size / num_attention_heads."
     )
-    rope_theta: float = Field(10_000.0, gt=0)
+    rope_theta: float = Field(10_000.0, gt=0, description="RoPE base.")
     rope_scaling: rope.Scaling | None = None
 
     GATE: ClassVar[Literal["silu", "gelu"]] = "silu"

@@ -26,10 +26,18 @@ class Llama3Scaling(Section):
     ones are divided by `factor`, those between are blended."""
 
     type: Literal["llama3"] = "llama3"
-    factor: float = Field(gt=0)
-    low_freq_factor: float = Field(1.0, gt=0)
-    high_freq_factor: float = 4.0
-    original_max_positions: int = Field(8192, gt=0)
+    factor: float = Field(gt=0, description="How many times the original length.")
+    low_freq_factor: float = Field(
+        1.0,
+        gt=0,
+        description="Turns within the original length at most which a frequency is divided by `factor`.",
+    )
+    high_freq_factor: float = Field(
+        4.0, description="Turns within it at least which a frequency is kept."
+    )
+    original_max_positions: int = Field(
+        8192, gt=0, description="Length that the model was trained on."
+    )
 
     @model_validator(mode="after")
     def _a_band(self) -> Llama3Scaling:
@@ -58,7 +66,7 @@ class LinearScaling(Section):
     """Linear scaling: all frequencies are divided by `factor` (Chen et al. 2023)."""
 
     type: Literal["linear"]
-    factor: float = Field(gt=0)
+    factor: float = Field(gt=0, description="How many times the original length.")
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
         return frequency_R / self.factor
@@ -72,9 +80,13 @@ class LongRope(Section):
     length, and from `long_factor` in any longer sequence (Ding et al. 2024)."""
 
     type: Literal["longrope"]
-    short_factor: tuple[Annotated[float, Field(gt=0)], ...]
-    long_factor: tuple[Annotated[float, Field(gt=0)], ...]
-    original_max_positions: int = Field(gt=1)
+    short_factor: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        description="Divisor of each frequency up to that length."
+    )
+    long_factor: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        description="Divisor of each frequency in longer sequences."
+    )
+    original_max_positions: int = Field(gt=1, description="Length that the model was trained on.")
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
         """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R
@@ -104,17 +116,25 @@ class YarnScaling(Section):
     between are blended, and queries and keys are scaled (Peng et al. 2023)."""
 
     type: Literal["yarn"]
-    factor: float = Field(ge=1)
-    original_max_positions: int = Field(gt=0)
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
+    factor: float = Field(ge=1, description="How many times the original length.")
+    original_max_positions: int = Field(gt=0, description="Length that the model was trained on.")
+    beta_fast: float = Field(32.0, gt=0, description="Turns above which a frequency is kept.")
+    beta_slow: float = Field(
+        1.0, gt=0, description="Turns below which a frequency is divided by `factor`."
+    )
     attention_factor: float | None = Field(
         None,
         gt=0,
         description="Factor of queries and keys. By default 0.1 · log(factor) + 1, or what `mscale` says.",
     )
-    mscale: float | None = Field(None, gt=0)
-    mscale_all_dim: float | None = Field(None, gt=0)
+    mscale: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the logarithm in the factor of queries and keys (DeepSeek).",
+    )
+    mscale_all_dim: float | None = Field(
+        None, gt=0, description="The same of the scale of attention (DeepSeek)."
+    )
     truncate: bool = Field(True, description="Whether the blend begins and ends at whole pairs.")
 
     @model_validator(mode="after")
@@ -169,7 +189,7 @@ class DynamicScaling(Section):
     for, up to `factor` times that length."""
 
     type: Literal["dynamic"]
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, description="How many times the original length.")
     original_max_positions: int = Field(
         gt=0,
         description="max_position_embeddings of config.json; model.max_positions is `factor` times as many.",

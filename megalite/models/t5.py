@@ -80,7 +80,12 @@ class T5Config(ModelConfig):
         gt=0,
         description="Standard deviation of the embedding's initial values. Matrices have 1/√inputs of it.",
     )
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of embeddings, attention's weights, and what each part gives.",
+    )
     task: Literal["seq2seq"] = "seq2seq"
 
     PREDICTS: ClassVar[Literal["causal", "masked", "seq2seq"]] = "seq2seq"

@@ -107,9 +107,11 @@ def attention_rows(config: Ungated, qkv: str, out: str) -> tuple[Weight, ...]:
 class Dropping(Ungated):
     """Fields of decoders without a gate that were trained with dropout."""
 
-    embedding_dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embeddings.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention's weights.")
+    hidden_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of what attention and the MLP give."
+    )
 
     def mixer(self, layer: int) -> MixerSpec:
         return replace(super().mixer(layer), dropout=self.attention_dropout)  # type: ignore[type-var]

@@ -90,7 +90,7 @@ class Exponential(Linear):
     """Decay to `min_lr` by the same factor in every step."""
 
     name: Literal["exponential"] = "exponential"  # type: ignore[assignment]
-    min_lr: float = Field(gt=0)
+    min_lr: float = Field(gt=0, description="Learning rate at the end of the decay.")
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
         decayed = share_decayed(step, num_steps, self.steps_below_peak(num_steps))

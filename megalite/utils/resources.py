@@ -33,6 +33,11 @@ def configs_dir() -> Path:
     raise FileNotFoundError(f"no configs/ beside or inside {package}: reinstall megalite")
 
 
+def presets() -> tuple[str, ...]:
+    """Return the names of the presets of models, those of the files in `configs/model`."""
+    return tuple(sorted(path.stem for path in (configs_dir() / "model").glob("*.yaml")))
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice instead of taking the last one."""
 

@@ -16,7 +16,7 @@ class AdagradConfig(OptimizerConfig):
     """Adagrad. Its weight decay is added to the gradient, as in torch."""
 
     name: Literal["adagrad"] = "adagrad"
-    eps: float = Field(1e-10, gt=0)
+    eps: float = Field(1e-10, gt=0, description="Added to the root of the sum of squares.")
 
     STATES: ClassVar[tuple[str, ...]] = ("sum",)
     UNSIGNED: ClassVar[tuple[str, ...]] = ("sum",)

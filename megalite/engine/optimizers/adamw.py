@@ -22,8 +22,10 @@ def below_one(betas: tuple[float, float]) -> tuple[float, float]:
 class AdamWSettings(Section):
     """AdamW's own settings."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="Decay of the first and the second moment."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
 
     STATES: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     UNSIGNED: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)

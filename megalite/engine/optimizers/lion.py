@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
@@ -18,7 +18,9 @@ class LionConfig(OptimizerConfig):
     decay."""
 
     name: Literal["lion"] = "lion"
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.99), description="Share of the momentum in an update, and its decay."
+    )
 
     STATES: ClassVar[tuple[str, ...]] = ("exp_avg",)
 

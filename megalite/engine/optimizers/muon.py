@@ -36,8 +36,8 @@ class MuonConfig(OptimizerConfig):
     """Muon for the matrices of layers, AdamW for all other weights."""
 
     name: Literal["muon"] = "muon"
-    momentum: float = Field(0.95, ge=0, lt=1)
-    nesterov: bool = True
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum.")
+    nesterov: bool = Field(True, description="Look ahead by the momentum, as Nesterov does.")
     coefficients: NewtonSchulz = Field(
         "simple", description="Coefficients of the Newton-Schulz iteration."
     )

@@ -17,8 +17,8 @@ class SGDConfig(OptimizerConfig):
     """SGD. Its weight decay is added to the gradient, as in torch."""
 
     name: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
+    momentum: float = Field(0.9, ge=0, lt=1, description="Decay of the momentum.")
+    nesterov: bool = Field(False, description="Look ahead by the momentum, as Nesterov does.")
 
     STATES: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
