@@ -32,6 +32,7 @@ from megalite.health.watchdog import Watchdog
 from megalite.infer.in_training import SamplesInTraining, TargetsInTraining, TasksInTraining
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
+from megalite.observe.environment import hardware_of, unused_gpus
 from megalite.observe.recorder import Recorder
 from megalite.plan import Plan, make_plan
 from megalite.runtime.activity import NOW
@@ -165,17 +166,18 @@ def open_run(
         told += leave_newer(root, start.step) if checkpoint else []
         kept = write_config(config.run.folder, config.to_yaml(), start.step)
         told += [f"the config before is kept as {kept}"] if kept else []
-        recorder = open_recorder(config, plan, state, tokenizer)
+        recorder = open_recorder(config, plan, state, tokenizer, mesh)
+        told += filter(None, [unused_gpus(mesh.device.type)])
     run = Run(config, plan, mesh, recorder, tasks, samples, targets)
     run.say(*told)
     return run, start
 
 
 def open_recorder(
-    config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None
+    config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None, mesh: Mesh
 ) -> Recorder:
     """Open the recorder of a run after `state`, and put the `tokenizer` and the run's starting
-    point into its folder. `plan` gives the layout that is recorded."""
+    point into its folder. `plan` gives the layout that is recorded, `mesh` the ranks."""
     folder = config.run.folder
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
@@ -204,6 +206,7 @@ def open_recorder(
         start_step=state["step"],
         wandb_id=state["wandb_id"],
         layout=layout,
+        hardware=hardware_of(mesh.device.type, mesh.world.size),
     )
 
 

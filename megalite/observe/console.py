@@ -34,6 +34,7 @@ class Console:
         num_params: int,
         start_step: int,
         layout: Mapping[str, object],
+        hardware: str = "",
     ) -> None:
         """Print the header. The parameters are those of `Recorder`; `folder` is the run's."""
         self._total = config.train.steps
@@ -56,7 +57,7 @@ class Console:
         # A log file gets plain prints: no width to wrap at, and flushed line by line.
         live = sys.stdout.isatty() and not self._rich.is_dumb_terminal
         self._progress = self._live_line(start_step) if live else None
-        self._header(config, num_params, start_step, layout)
+        self._header(config, num_params, start_step, layout, hardware)
         if self._progress:
             self._progress.start()
 
@@ -83,6 +84,7 @@ class Console:
         num_params: int,
         start_step: int,
         layout: Mapping[str, object],
+        hardware: str,
     ) -> None:
         train = config.train
         tokens = train.global_batch_size * config.sample_tokens
@@ -94,8 +96,8 @@ class Console:
             counted += f", {compact(trained)} of them trained"
         self._print(f"{config.run.name}  {model}, {counted}, {train.precision}", "bold")
         if layout:
-            axes = "  ".join(f"{key} {value}" for key, value in layout.items())
-            self._print(axes, "dim")
+            axes = [hardware] * bool(hardware) + [f"{key} {value}" for key, value in layout.items()]
+            self._print("  ".join(axes), "dim")
         in_all = compact(config.num_tokens)
         first = f"{train.batch_size(0) * config.sample_tokens:,} to " if train.batch_ramp else ""
         self._print(f"{self._total:,} steps of {first}{tokens:,} tokens, {in_all} in all", "dim")

@@ -1,4 +1,4 @@
-"""Hands the records of a run to its sinks: console, metrics.jsonl, samples.jsonl, TensorBoard, W&B,
+"""Hands the records of a run to its sinks: console, environment.json, metrics.jsonl, samples.jsonl, TensorBoard, W&B,
 loss.png. Rank 0 only.
 
 A sink that fails is dropped with one warning: training never ends because something could not be
@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from megalite.config import Config
 from megalite.observe.console import Console
+from megalite.observe.environment import EnvironmentSink
 from megalite.observe.jsonl import JsonlSink, SamplesSink
 from megalite.observe.plot import PlotSink
 from megalite.observe.tensorboard import TensorboardSink
@@ -52,7 +53,7 @@ class Recorder:
     They write to the run folder `folder`. `num_params` is the model's size; `start_step` the step
     of the checkpoint the run is resumed from, 0 for a new run; `wandb_id` the W&B run that
     checkpoint names; `layout` what the header shows of the parallel layout, such as {"tensor": 2,
-    "data": 4}."""
+    "data": 4}, and `hardware` of what it runs on."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Recorder:
         start_step: int = 0,
         wandb_id: str | None = None,
         layout: Mapping[str, object] | None = None,
+        hardware: str = "",
     ):
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
@@ -72,7 +74,10 @@ class Recorder:
         self._console: Console | None = None
         shown = layout or {}
         self._console = self._add(
-            lambda: Console(config, folder, num_params, start_step, shown), "console"
+            lambda: Console(config, folder, num_params, start_step, shown, hardware), "console"
+        )
+        self._add(
+            lambda: EnvironmentSink(folder, start_step, shown, hardware), EnvironmentSink.name
         )
         self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
         if config.observe.samples.prompts:
