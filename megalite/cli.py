@@ -118,6 +118,8 @@ def make_parser() -> VerbParser:
         _add_ops,
     ):
         add(verbs)
+    add_late(verbs, "runs", "list the runs in a folder: model, layout, steps, losses, state")
+    add_late(verbs, "compare", "compare runs: curves, what they came to, settings that differ")
     add_late(verbs, "convert", "write a model as a Hugging Face folder")
     return parser
 

@@ -75,6 +75,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite inspect configs/quickstart.yaml --split valid --count 3",
     ),
     "parity": ("megalite parity runs/one runs/other --tolerance 1e-5",),
+    "runs": ("megalite runs", "megalite runs /data/experiments"),
+    "compare": (
+        "megalite compare runs/small-lr runs/large-lr",
+        "megalite compare runs/sweep/trial-00* --output compare",
+    ),
     "ops": ("megalite ops",),
     "convert": (
         "megalite convert runs/my my-model",

@@ -15,6 +15,7 @@ from megalite.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, INK, GREY = "#2a6fbb", "#d9661f", "#3a8f5c", "#222222", "#8a8a8a"
 SHARE_OF_TIME = 0.02  # drawing reads the whole file again, and must not weigh on a long run
@@ -68,18 +69,13 @@ def plot_loss(
 
     `reference` adds named losses as horizontal lines, such as the entropy of a unigram model. Draws
     nothing before the first step. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     records = list(read_metrics(metrics_path))
     train = [record for record in records if "loss" in record]
     valid = [record for record in records if "valid_loss" in record]
     if not train:
         return
 
-    # Figure and canvas by hand: pyplot would keep global state and might look for a display.
-    figure = Figure(figsize=(10, 6.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     norm = lower.twinx()
     _draw_losses(upper, train, valid, reference or {})
@@ -88,15 +84,31 @@ def plot_loss(
     _draw_rate_and_norm(lower, norm, train)
 
     for axes in (upper, lower, norm):
-        axes.spines[["top", "left", "right", "bottom"]].set_visible(False)
-        axes.tick_params(length=0, labelsize=10, labelcolor="#444444")
-        axes.margins(x=0.01)
+        style(axes)
     for axes in (upper, lower):
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
 
     with replacing(out_path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches. Raises ImportError without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure and canvas by hand: pyplot would keep global state and might look for a display.
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style(axes: Axes) -> None:
+    """Give axes the look of all pictures: no frame, no ticks."""
+    axes.spines[["top", "left", "right", "bottom"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=10, labelcolor="#444444")
+    axes.margins(x=0.01)
 
 
 def _draw_losses(
@@ -106,19 +118,19 @@ def _draw_losses(
     reference: Mapping[str, float],
 ) -> None:
     """Draw the training loss, raw and smoothed, the validation loss and the reference lines."""
-    step = _column(train, "step")
-    loss = _column(train, "loss")
-    valid_loss = _column(valid, "valid_loss")
-    window = _window(train)
-    thin = _thin(train)
-    smooth = _smooth(_smooth(loss, window), window)  # twice: a spike becomes a hill, not a box
-    axes.plot(step[thin], loss[thin], color=BLUE, alpha=0.35, linewidth=0.9)
-    label = f"training  {_last(smooth):.3f}"
-    axes.plot(step[thin], smooth[thin], color=BLUE, linewidth=2, label=label)
+    step = column(train, "step")
+    loss = column(train, "loss")
+    valid_loss = column(valid, "valid_loss")
+    reach = window(train)
+    some = thin(train)
+    line = smooth(smooth(loss, reach), reach)  # twice: a spike becomes a hill, not a box
+    axes.plot(step[some], loss[some], color=BLUE, alpha=0.35, linewidth=0.9)
+    label = f"training  {_last(line):.3f}"
+    axes.plot(step[some], line[some], color=BLUE, linewidth=2, label=label)
     if valid:
         label = f"validation  {_last(valid_loss):.3f}"
         axes.plot(
-            _column(valid, "step"),
+            column(valid, "step"),
             valid_loss,
             "o-",
             color=ORANGE,
@@ -129,7 +141,7 @@ def _draw_losses(
     for name, value in reference.items():
         label = f"{name}  {value:.3f}"
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 4)), label=label, zorder=1)
-    _limit_to(axes, [smooth, valid_loss, np.array(list(reference.values()))])
+    limit_to(axes, [line, valid_loss, np.array(list(reference.values()))])
     axes.set_ylabel("loss (nats per token)", fontsize=11)
     axes.legend(frameon=False, fontsize=11, loc="upper right")
 
@@ -138,13 +150,13 @@ def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
     """Draw the learning rate and the gradient norm, which share the steps but not the scale."""
     from matplotlib.ticker import EngFormatter
 
-    step = _column(train, "step")
-    lr = _column(train, "lr")
-    grad_norm = _column(train, "grad_norm")
-    thin = _thin(train)
-    norm.plot(step[thin], grad_norm[thin], color=GREY, alpha=0.6, linewidth=0.8)
-    _limit_to(norm, [_smooth(grad_norm, _window(train)), np.zeros(1)])
-    rate.plot(step[thin], lr[thin], color=GREEN, linewidth=1.8)
+    step = column(train, "step")
+    lr = column(train, "lr")
+    grad_norm = column(train, "grad_norm")
+    some = thin(train)
+    norm.plot(step[some], grad_norm[some], color=GREY, alpha=0.6, linewidth=0.8)
+    limit_to(norm, [smooth(grad_norm, window(train)), np.zeros(1)])
+    rate.plot(step[some], lr[some], color=GREEN, linewidth=1.8)
     rate.set_ylim(bottom=0)
     rate.set_ylabel("learning rate", fontsize=11, color=GREEN)
     norm.set_ylabel("gradient norm", fontsize=11, color=GREY)
@@ -155,15 +167,18 @@ def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
     rate.patch.set_visible(False)  # or its background would hide the norm
 
 
-def _window(records: Records) -> int:
+def window(records: Records) -> int:
+    """Return the reach to either side over which the losses of a run are smoothed."""
     return max(1, len(records) // 60)
 
 
-def _thin(records: Records) -> slice:
+def thin(records: Records) -> slice:
+    """Return which of the records are drawn."""
     return slice(None, None, 1 + len(records) // DRAWN_POINTS)
 
 
-def _column(records: Records, key: str) -> np.ndarray:
+def column(records: Records, key: str) -> np.ndarray:
+    """Return a value of each record; NaN where it has none."""
     return np.array([record.get(key) for record in records], dtype=float)  # None becomes nan
 
 
@@ -172,7 +187,7 @@ def _last(values: np.ndarray) -> float:
     return float(finite[-1]) if len(finite) else float("nan")
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Return the moving mean of the finite `values` over up to `window` points to either side.
 
     The first points take fewer, as many to the left as to the right: otherwise the steep beginning
@@ -191,7 +206,7 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
         return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def _limit_to(axes: Axes, curves: Iterable[np.ndarray]) -> None:
+def limit_to(axes: Axes, curves: Iterable[np.ndarray]) -> None:
     """Set the y axis to the range of `curves`, so that one spike of the raw values does not flatten
     the rest."""
     values = np.concatenate(list(curves))

@@ -105,6 +105,17 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Return whether a run is in the folder now, as far as the file system has locks. Not for the
+    process of the run itself, which would lose its lock."""
+    with contextlib.suppress(OSError), open(folder / LOCK, "rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False
+
+
 def _take(file: FileIO, folder: Path) -> None:
     deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
     while not _is_mine(file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
@@ -14,6 +13,7 @@ import yaml
 from megalite.sweep.config import SweepConfig
 from megalite.sweep.study import OUTCOME, RUN, own_trials
 from megalite.utils.files import replacing
+from megalite.utils.pages import aligned, html_page, html_picture, html_table
 from megalite.utils.resources import read_yaml
 
 if TYPE_CHECKING:
@@ -110,15 +110,6 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows of a table as lines, in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
 def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
     """Draw the pictures that there are enough trials for; return them by name, and lines for the
     console."""
@@ -190,13 +181,8 @@ def page(
     pictures: dict[str, Path],
 ) -> str:
     """Return one HTML page that needs no other file."""
-    cells = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
     drawn = "".join(
-        f'<h2>{escape(TITLES[name])}</h2><img alt="{name}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<h2>{escape(TITLES[name])}</h2>{html_picture(path, name)}"
         for name, path in pictures.items()
     )
     winner = (
@@ -205,17 +191,7 @@ def page(
     metrics = ", ".join(
         f"{each.metric} ({'most' if each.grows else 'least'})" for each in sweep.objective
     )
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{escape(sweep.name)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
-td, th {{ padding: .25em .7em; border-bottom: 1px solid #e6e6e6; text-align: left; white-space: nowrap }}
-img {{ max-width: 100%; height: auto }} pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto }}
-</style>
-<h1>{escape(sweep.name)}</h1>
-<p>{escape(metrics)}; {len(rows)} trials, {escape(sweep.sampler)}, pruner {escape(sweep.pruner)}.</p>
-<table><tr>{cells}</tr>{body}</table>
-{drawn}{winner}
-</html>
-"""
+    told = f"{metrics}; {len(rows)} trials, {sweep.sampler}, pruner {sweep.pruner}."
+    return html_page(
+        sweep.name, f"<p>{escape(told)}</p>\n{html_table(header, rows)}\n{drawn}{winner}"
+    )

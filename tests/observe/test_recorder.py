@@ -236,7 +236,7 @@ def test_drawing_never_takes_much_of_the_run(
 
 def test_smoothing_keeps_both_ends_and_leaves_out_what_is_not_finite() -> None:
     values = plot.np.array([9.0, 5.0, math.nan, 3.0, 3.0, 3.0])
-    smooth = plot._smooth(values, window=2)
+    smooth = plot.smooth(values, window=2)
     assert smooth[0] == 9.0  # not bent by its neighbours
     assert smooth[1] == 7.0  # 9 and 5; the third point is missing
     assert smooth[-1] == 3.0

@@ -1,0 +1,49 @@
+"""Tables for the console, and HTML pages that need no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML."""
+    cells = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def html_picture(path: Path, name: str) -> str:
+    """Return a PNG as HTML that holds it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def html_page(title: str, body: str) -> str:
+    """Return one HTML page that needs no other file. `body` is HTML."""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
+td, th {{ padding: .25em .7em; border-bottom: 1px solid #e6e6e6; text-align: left; white-space: nowrap }}
+img {{ max-width: 100%; height: auto }} pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto }}
+</style>
+<h1>{escape(title)}</h1>
+{body}
+</html>
+"""
