@@ -620,7 +620,10 @@ def _answer(arguments: argparse.Namespace) -> None:
 
 def _add_evaluate(verbs: Verbs) -> None:
     parser = verbs.add_parser(
-        "eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers"
+        "eval",
+        help="measure a trained model: held-out loss, tasks of lm-evaluation-harness, answers",
+        description="Without --tasks and --data it tells the loss, perplexity and bits per byte on the validation data "
+        "of the run, or on --tokens.",
     )
     _add_model(parser)
     parser.add_argument(
@@ -630,7 +633,14 @@ def _add_evaluate(verbs: Verbs) -> None:
     parser.add_argument(
         "--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ..."
     )
-    parser.add_argument("--limit", type=int, help="only so many documents of each task")
+    parser.add_argument(
+        "--tokens",
+        metavar="PREFIX",
+        help="token files to measure the loss on (default: the run's own)",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="only so many documents of each task, or samples of a loss"
+    )
     parser.add_argument(
         "--shots", type=int, help="examples before each document (default: as the task says)"
     )

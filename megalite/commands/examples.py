@@ -56,6 +56,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite embed runs/bert --input texts.jsonl --output vectors.npy",
     ),
     "eval": (
+        "megalite eval runs/my",
+        "megalite eval runs/my --tokens data/other_text_document",
         "megalite eval runs/my --tasks arc_easy,hellaswag --limit 200",
         "megalite eval runs/chat --data rows.jsonl --chat",
     ),

@@ -35,8 +35,11 @@ class Asked(NamedTuple):
     """Folder with additional tasks."""
     data: Path | None = None
     """jsonl file of prompts and reference completions; see `references.py`."""
+    tokens: str | None = None
+    """Prefix of token files to measure the loss on, where there are neither tasks nor data. None:
+    the validation data of the model's run."""
     limit: int | None = None
-    """Number of documents per task. None: all."""
+    """Number of documents per task, or of samples for a loss. None: all, or as many as in the run."""
     shots: int | None = None
     """Few-shot examples before each document. None: as many as the task says."""
     chat: bool = False
@@ -94,10 +97,12 @@ def evaluate_model(
     are computed at a time, and `tensor` and `pipeline` how the model is sharded. Return the metrics
     as `numbers_of` names them. Raise ConfigError, DataError or CheckpointError."""
     launch = launch or Launch.from_environment()
-    if bool(asked.tasks) == bool(asked.data):
-        raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
+    if sum(map(bool, (asked.tasks, asked.data, asked.tokens))) > 1:
+        raise ConfigError("give one of --tasks NAME,NAME, --data FILE and --tokens PREFIX")
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
+    if not asked.tasks and not asked.data:
+        return evaluate_loss(path, asked, output, launch, tensor, pipeline)
     if asked.data and output:
         for written in (output, output.with_suffix(".samples.jsonl")):
             check_apart(written, [asked.data], ConfigError)
@@ -130,6 +135,32 @@ def evaluate_model(
     return numbers
 
 
+def evaluate_loss(
+    path: Path, asked: Asked, output: Path | None, launch: Launch, tensor: int, pipeline: int
+) -> dict[str, float]:
+    """Measure the held-out loss of the model in `path`, and report it as `evaluate_model` does."""
+    from megalite.infer.held_out import measure
+
+    folder = find_model(path)
+    run = Run.of(folder)
+    found = measure(folder, asked.tokens, asked.limit, launch, tensor, pipeline)
+    if launch.rank == 0:
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(
+            f"{folder} on {found.data}: {found.num_samples:,} samples, {found.num_labels:,} labels"
+        )
+        console.print(
+            ", ".join(
+                f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.numbers.items()
+            )
+        )
+        results = {"held_out": found._asdict()}
+        _keep(results, asked, folder.resolve(), run, output, console)
+        if run and (run.folder / "config.yaml").is_file():
+            tell_wandb(run, {f"held_out/{name}": x for name, x in found.numbers.items()}, console)
+    return found.numbers
+
+
 def report(
     results: dict[str, Any],
     numbers: Mapping[str, float],
@@ -145,23 +176,34 @@ def report(
     results."""
     console = Console(soft_wrap=True)
     console.print(table_of(results))
+    samples = results.pop("samples", {})
+    file = _keep(results | {"lm_eval": version("lm_eval")}, asked, folder, run, output, console)
+    if file and asked.samples:
+        with file.with_suffix(".samples.jsonl").open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
+    if run and (run.folder / "config.yaml").is_file():
+        tell_wandb(run, numbers, console)
+
+
+def _keep(
+    results: Mapping[str, Any],
+    asked: Asked,
+    folder: Path,
+    run: Run | None,
+    output: Path | None,
+    console: Console,
+) -> Path | None:
+    """Write results as JSON, and return the file; None where there is neither an output nor a run."""
     when = time.strftime("%Y-%m-%dT%H-%M-%S")
     file = output or (
         _new_file(run.folder / "evaluations", f"{folder.name}-{when}") if run else None
     )
     if file:
-        samples = results.pop("samples", {})
-        told = {"model": str(folder), "lm_eval": version("lm_eval"), "asked": asked._asdict()}
+        told: dict[str, Any] = {"model": str(folder), "asked": asked._asdict(), **results}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, json.loads(json.dumps(told | results, default=_plainly)))
+        write_json(file, json.loads(json.dumps(told, default=_plainly)))
         console.print(f"written to {file}")
-        if asked.samples:
-            with file.with_suffix(".samples.jsonl").open("w", encoding="utf-8") as lines:
-                lines.writelines(
-                    json.dumps(line, default=_plainly) + "\n" for line in kept(samples)
-                )
-    if run and (run.folder / "config.yaml").is_file():
-        tell_wandb(run, numbers, console)
+    return file
 
 
 def _new_file(folder: Path, name: str) -> Path:

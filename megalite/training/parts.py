@@ -69,7 +69,6 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     kernels."""
     library.use(config.kernels, config.train.deterministic)
     table = weight_table(config.model, config.lora)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)
     zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
     deferred = [WeightGradStore() if zero_bubble else None for _ in spans]
@@ -85,6 +84,23 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     # The engine comes after all parallelism: it sets hooks on modules that rules may have replaced.
     rows = plan.weights_of(mesh.pipeline.rank, table)
     engine = make_engine(stages, rows, plan, mesh, config)
+    return connected(config, plan, mesh, stages, engine, deferred, num_losses)
+
+
+def connected(
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    stages: list[Stage],
+    engine: Engine,
+    deferred: list[WeightGradStore | None],
+    num_losses: Counter[str],
+) -> RankModel:
+    """Return the parts of a rank that has `stages`, with what joins them to those of other ranks.
+    `deferred` are the stores of the stages' weight gradients, `num_losses` how many layers of the
+    whole model have a loss of each name."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    num_rows = vocab_size_of(weight_table(config.model, config.lora))
     pipeline = None
     if plan.pipeline > 1:
         from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
@@ -96,7 +112,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
             plan.micro_batch_size, length, config.model.hidden_size, dtype=dtype, device="meta"
         )
         pipeline = Pipeline(stages, plan, mesh, hidden, deferred, config.lengths.source)
-    last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
+    last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, num_rows)
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
     here = [

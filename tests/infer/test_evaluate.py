@@ -387,7 +387,9 @@ def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
     assert (row["prompt"], row["wanted"]) == (odd, [odd])
 
 
-def test_one_of_the_two_is_asked_for(tmp_path: Path) -> None:
-    for asked in (Asked(), Asked(["a"], data=tmp_path / "rows.jsonl")):
-        with pytest.raises(ConfigError, match="either --tasks NAME,NAME or --data FILE"):
+def test_one_of_them_is_asked_for(tmp_path: Path) -> None:
+    for asked in (Asked(["a"], tokens="a"), Asked(["a"], data=tmp_path / "rows.jsonl")):
+        with pytest.raises(
+            ConfigError, match="give one of --tasks NAME,NAME, --data FILE and --tok"
+        ):
             evaluate_model(tmp_path, asked)
