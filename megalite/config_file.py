@@ -13,6 +13,7 @@ from megalite.config.errors import describe_errors, refusal
 from megalite.errors import ConfigError
 from megalite.models import model_config
 from megalite.models.peft import with_adapter_fields
+from megalite.utils.hub import with_local_folders
 from megalite.utils.resources import read_yaml, with_overrides
 from megalite.utils.secrecy import hide_secrets
 from megalite.utils.urls import check_no_secret
@@ -31,7 +32,7 @@ def parse_config(
 ) -> Config:
     """Return the config of `values` already read, with `overrides` applied. `origin` names the source
     of `values` in messages. Raise ConfigError that lists every mistake."""
-    values = with_overrides(values, overrides)
+    values = with_local_folders(with_overrides(values, overrides))
     _refuse_secrets(values, origin)
     # The model is read first, since its fields depend on its family; its mistakes join those of the
     # rest.

@@ -81,7 +81,9 @@ class ModelConfig(Section):
         None, description="Preset: the file in configs/model/ that the other fields are taken from."
     )
     hf: Path | None = Field(
-        None, description="Hugging Face folder whose weights training starts from."
+        None,
+        description="Hugging Face folder whose weights training starts from, or the owner/name of a model in the hub's "
+        "cache.",
     )
     vocab_size: int = Field(
         gt=0, description="Rows of the embedding: at least the tokenizer's tokens."

@@ -29,6 +29,7 @@ from megalite.data.tokenizer_files import (
 )
 from megalite.errors import DataError
 from megalite.registry import tokenizer_readers
+from megalite.utils.hub import how_to_get, local
 from megalite.utils.outside import check_regular, reading
 
 # Names of the end-of-document token in models without a tokenizer_config.json.
@@ -149,8 +150,8 @@ def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece
-    .model file, or what a plugin reads. Raise DataError."""
-    path = Path(path)
+    .model file, what a plugin reads, or that of a model in the hub's cache. Raise DataError."""
+    path = local(Path(path))
     file = tokenizer_file(path) if path.is_dir() else path
     if file is not None and file.is_file():
         name = file.name if file.name in tokenizer_readers else SUFFIXES.get(file.suffix)
@@ -164,6 +165,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             for name in tokenizer_readers.names()
             if name not in tokenizer_readers.own
         )
+        + how_to_get(path)
     )
 
 

@@ -34,6 +34,7 @@ from megalite.infer.sampling import Sampling
 from megalite.models import build_model, model_config, set_parameters, weight_table
 from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.peft import is_adapter
+from megalite.utils.hub import how_to_get, local
 
 SCORED_TOKENS = 4096
 """Most tokens of a batch whose rows are scored, padding included."""
@@ -41,11 +42,12 @@ SCORED_TOKENS = 4096
 
 def find_model(path: Path) -> Path:
     """Return the Hugging Face folder, or the adapter folder, that `path` refers to: a run, a
-    checkpoint, or such a folder.
+    checkpoint, such a folder, or the name of a model in the hub's cache.
 
     For a run it is the newest checkpoint. If that was saved after steps whose updates were refused
     for bad numbers, or before one that ended the run, it is the newest checkpoint known to be good,
     and a line on stderr says so. Raise ConfigError if there is no complete model."""
+    path = local(path)
     # A run's own folder has a config.yaml and no config.json.
     if (path / "config.json").exists() or is_adapter(path):
         return path
@@ -59,6 +61,7 @@ def find_model(path: Path) -> Path:
             )
         raise ConfigError(
             f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json"
+            f"{how_to_get(path)}"
         )
     newest = step_folder(root, steps[-1])
     worth = read_worth(newest, steps[-1])

@@ -21,6 +21,7 @@ from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
 from megalite.registry import families, hint
+from megalite.utils.hub import how_to_get
 from megalite.utils.outside import read_json
 from megalite.utils.resources import configs_dir, presets, read_yaml
 from megalite.utils.spelling import nearest
@@ -102,6 +103,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"{folder} holds no Hugging Face model: {folder / 'config.json'}: No such file or directory"
+            f"{how_to_get(folder)}"
         )
     values = read_json(folder / "config.json", ConfigError)
     if not isinstance(values, dict):

@@ -13,6 +13,7 @@ from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.models.lora import ALL_LINEAR, PREFIX, adapters_of
 from megalite.models.weights import Weight
+from megalite.utils.hub import how_to_get, local
 from megalite.utils.outside import check_regular, read_json, reading, shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
@@ -47,11 +48,11 @@ def base_of(folder: Path) -> Path:
     """Return the folder of the model that an adapter is for. Raises ConfigError where there is none
     on this machine."""
     name = _read(folder).get("base_model_name_or_path")
-    base = Path(str(name))
+    base = local(Path(str(name)))
     if not name or not (base / "config.json").is_file():
         raise ConfigError(
             f"{folder / CONFIG}: base_model_name_or_path = {shown(name)} is no folder with a config.json; write there "
-            "where the model lies that the adapter was trained on"
+            f"where the model lies that the adapter was trained on{how_to_get(base) if name else ''}"
         )
     return base
 
