@@ -16,6 +16,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.checkpoint import card
 from megalite.checkpoint.folder import write_json
 from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
@@ -121,7 +122,7 @@ def write_model(
         temporary.mkdir(parents=True)
         # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files
         # are open already.
-        copy_files(model.extras, temporary, "generation_config.json")
+        copy_files(model.extras, temporary, "generation_config.json", card.NAME)
         found = _write_tensors(
             model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console
         )
@@ -129,9 +130,12 @@ def write_model(
         # "torch_dtype" is the key that every version of transformers and vLLM reads.
         write_json(temporary / "config.json", model.config | {"torch_dtype": name})
         # Open it as a reader will: the tensors must be those that its own config.json asks for.
-        table = weight_table(model_config({"hf": str(temporary)}))
+        written = model_config({"hf": str(temporary)})
+        table = weight_table(written)
         copies = [copy for weight in table for copy in weight.copies]
         TensorFolder(temporary).check(table, ignore=copies)
+        if not (temporary / card.NAME).is_file():
+            card.write_plain_card(temporary, written)
         fsync(temporary)
         temporary.rename(folder)
     except OSError as error:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.card import write_card
 from megalite.checkpoint.folder import remove, write_json
 from megalite.config import Config
 from megalite.data.chat import ChatTemplate
@@ -45,12 +46,13 @@ def keep_source(config: Config) -> None:
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Write config.json, generation_config.json, tokenizer and the run's own config.yaml to a
-    checkpoint's `folder`.
+    """Write config.json, generation_config.json, tokenizer, the model card and the run's own
+    config.yaml to a checkpoint's `folder`.
 
     `tokenizer` is the run's; without one, the files of the model it started from are taken."""
     source = config.run.folder / SOURCE
     (folder / "config.yaml").write_text(config.to_yaml())
+    write_card(folder, config)
     # All ids are written, also as null: for missing ones transformers takes those of the family's
     # first model.
     model = to_hf_config(config.model)

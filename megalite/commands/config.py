@@ -117,7 +117,7 @@ def markdown() -> str:
 def _presets(arguments: argparse.Namespace) -> None:
     """Print a table of the presets, the smallest first."""
     from megalite.models import model_config, weight_table
-    from megalite.observe.console import compact
+    from megalite.utils.counts import compact
     from megalite.utils.resources import presets
 
     rows: list[tuple[object, ...]] = []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalite.errors import ConfigError
-from megalite.observe.console import clock, compact
+from megalite.observe.console import clock
 from megalite.observe.plot import (
     INK,
     Records,
@@ -25,6 +25,7 @@ from megalite.observe.plot import (
 )
 from megalite.observe.runs import RunRecord, flat
 from megalite.utils.changes import spelled
+from megalite.utils.counts import compact
 from megalite.utils.files import replacing
 from megalite.utils.pages import html_page, html_picture, html_table
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from megalite.config import Config
 from megalite.models import weight_table
 from megalite.observe.jsonl import read_metrics
+from megalite.utils.counts import compact
 
 REDRAW_SECONDS = 0.1
 
@@ -271,19 +272,6 @@ def _valid_losses(metrics: Path, until: int) -> Iterator[float]:
             loss = record.get("valid_loss")
             if loss is not None and (record["step"] or 0) <= until:
                 yield loss
-
-
-def compact(number: float) -> str:
-    """Format a count or a rate with about three digits: 1234567 → 1.23M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            scaled = number / size
-            if abs(scaled) < 10:
-                digits = 2
-            else:
-                digits = 1 if abs(scaled) < 100 else 0
-            return f"{scaled:.{digits}f}{unit}"
-    return f"{number:.0f}"
 
 
 def clock(seconds: float) -> str:

@@ -18,3 +18,16 @@ def parse_count(text: str) -> float:
     if not 0 < count < float("inf"):
         raise ValueError("give a number such as 1e12, 300B or 15T")
     return count
+
+
+def compact(number: float) -> str:
+    """Format a count or a rate with about three digits: 1234567 → 1.23M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            scaled = number / size
+            if abs(scaled) < 10:
+                digits = 2
+            else:
+                digits = 1 if abs(scaled) < 100 else 0
+            return f"{scaled:.{digits}f}{unit}"
+    return f"{number:.0f}"

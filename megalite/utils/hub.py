@@ -37,6 +37,14 @@ def local(path: Path) -> Path:
     return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else path
 
 
+def name_of(folder: Path) -> str:
+    """Return the name on the hub of a folder in its cache; of others the last part of their path."""
+    snapshots, stored = folder.parent.name, folder.parent.parent.name
+    if snapshots == "snapshots" and stored.startswith("models--"):
+        return stored.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
 def how_to_get(path: Path) -> str:
     """Return what to do where `path` is no folder but may be a model of the hub; else nothing."""
     if path.exists() or not _NAME.fullmatch(str(path)):

@@ -94,7 +94,7 @@ def test_every_file_is_in_the_manifest_and_nothing_is_pickled(trained: Config) -
     manifest = read_manifest(folder)
     assert not isinstance(manifest, Damage)
     assert files == set(manifest) | {"manifest.json"}
-    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".yaml"}
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".yaml", ".md"}
     assert not any(path.suffix == ".tmp" for path in checkpoints(trained).iterdir())
 
 

@@ -17,10 +17,11 @@ from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.observe import plot
 from megalite.observe import wandb as wandb_sink
-from megalite.observe.console import clock, compact
+from megalite.observe.console import clock
 from megalite.observe.jsonl import JsonlSink, read_metrics
 from megalite.observe.plot import plot_loss
 from megalite.observe.recorder import Recorder
+from megalite.utils.counts import compact
 
 MODEL = {
     **{
