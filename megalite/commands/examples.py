@@ -24,6 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "tokenizer train": (
         "megalite tokenizer train --input 'corpus/*.jsonl' --output data/tokenizer --vocab-size 32000",
+        "megalite tokenizer train --input code/ --output data/tokenizer --vocab-size 32000 --special-tokens fim chatml",
         "megalite tokenizer train --input texts/ --output data/tokenizer --vocab-size 30522 --type wordpiece",
     ),
     "preprocess": (

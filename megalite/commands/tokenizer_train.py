@@ -31,6 +31,10 @@ def add_arguments(parser: VerbParser) -> None:
         default=256_000_000,
         help="text to train on, from the start (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--special-tokens", nargs="+", default=[], metavar="TOKEN",
+        help="more special tokens, such as '<|user|>'; fim, chatml and reserved:N are groups of them",
+    )  # fmt: skip
     parser.set_defaults(verb=lambda arguments: explained(lambda: _train(arguments)))
 
 
@@ -41,17 +45,25 @@ def _train(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     start = time.monotonic()
     tokenizer, report = train_tokenizer(
-        args.input, args.output, args.vocab_size, args.type, args.json_key, args.max_bytes
+        args.input,
+        args.output,
+        args.vocab_size,
+        args.type,
+        args.json_key,
+        args.max_bytes,
+        args.special_tokens,
     )
     if str(report):
         print(report, file=sys.stderr)
-    fewer = (
-        f" (of {args.vocab_size:,}: the text has no more)"
-        if tokenizer.vocab_size < args.vocab_size
-        else ""
-    )
+    if tokenizer.vocab_size < args.vocab_size:
+        print(
+            f"warning: the vocabulary came out at {tokenizer.vocab_size:,} tokens, not {args.vocab_size:,}: the text "
+            f"has no more pairs that occur often; train on more text, or give model.vocab_size={tokenizer.vocab_size} "
+            "(a larger one leaves rows that nothing trains)",
+            file=sys.stderr,
+        )
     print(
-        f"{args.output}: {tokenizer.vocab_size:,} tokens{fewer} of type {args.type} from {report.num_documents:,} "
+        f"{args.output}: {tokenizer.vocab_size:,} tokens of type {args.type} from {report.num_documents:,} "
         f"documents in {time.monotonic() - start:.1f} s"
     )
     return 0

@@ -27,6 +27,7 @@ from megalite.data.tokenizer import (
     load_tokenizer,
     write_tokenizer_config,
 )
+from megalite.data.tokenizer_files import tokenizer_file
 from megalite.errors import DataError
 
 END = "<|endoftext|>"
@@ -45,6 +46,14 @@ T5_SETTINGS = {
     **{f"{role}_token": token for role, token in T5_SPECIAL.items()},
     "additional_special_tokens": SENTINELS,
 }
+GROUPS = {
+    "fim": ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+"""Special tokens that many models have, by the name under which they are asked for."""
+RESERVED = "reserved:"
+"""Beginning of the name of a group of tokens for later uses; the count follows."""
+MOST_RESERVED = 10_000
 Kind = Literal["bpe", "sp-bpe", "sp-unigram", "t5", "wordpiece"]
 # Qwen2's pattern: contractions, words with one preceding sign, single digits, runs of punctuation
 # with the line ends behind them, and indentation that leaves its last space to the following word.
@@ -65,35 +74,46 @@ def train_tokenizer(
     kind: Kind = "bpe",
     json_key: str = "text",
     max_bytes: int = 256_000_000,
+    special_tokens: Sequence[str] = (),
 ) -> tuple[Tokenizer, Report]:
     """Train on the first `max_bytes` of text (UTF-8) in `inputs` and write the folder `output`.
 
     `kind` is the type, `vocab_size` the number of tokens; small inputs may give a smaller
-    byte-level vocabulary. `json_key` names the text in JSON lines, parquet and Arrow. Return the
-    tokenizer and a report on the inputs. Raise DataError."""
+    byte-level vocabulary. `json_key` names the text in JSON lines, parquet and Arrow.
+    `special_tokens` are more of these, as `expanded` takes them. Return the tokenizer and a report on
+    the inputs. Raise DataError, also where the folder holds a tokenizer."""
     if kind not in get_args(Kind):
         raise DataError(
             f"tokenizer type {kind!r} is unknown; choose from {', '.join(get_args(Kind))}"
         )
+    more = expanded(special_tokens, kind)
     # Every byte, <unk>, the end, and some room for characters; T5's special tokens.
-    smallest = {"bpe": 257, "t5": 256 + len(T5_SPECIAL) + len(SENTINELS)}.get(kind, 300)
+    smallest = {"bpe": 257, "t5": 256 + len(T5_SPECIAL) + len(SENTINELS)}.get(kind, 300) + len(more)
     if vocab_size < smallest:
         raise DataError(
             f"vocabulary size {vocab_size} is too small for type {kind}; the least is {smallest}"
         )
     report, folder = Report(), Path(output)
+    if folder.is_dir() and (file := tokenizer_file(folder)):
+        raise DataError(
+            f"{folder} holds a tokenizer already ({file.name}), with which token files and models may have been made; "
+            "name a new folder, or delete it"
+        )
     documents = _first_bytes(iter_documents(inputs, json_key, report), max_bytes)
     if not kind.startswith("sp-"):
-        train, end, more = {
+        train, end, settings = {
             "bpe": (_train_byte_bpe, END, {}),
             "t5": (_train_t5, T5_SPECIAL["eos"], T5_SETTINGS),
             "wordpiece": (_train_wordpiece, None, BERT_SETTINGS),
         }[kind]
-        tokenizer = train(documents, vocab_size)
+        tokenizer = train(documents, vocab_size, more)
         _some_text(report)
+        if more:
+            also = (*settings.get("additional_special_tokens", ()), *more)
+            settings = settings | {"additional_special_tokens": also}
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-        write_tokenizer_config(folder, end, more=more)
+        write_tokenizer_config(folder, end, more=settings)
     else:
         model = _train_sentencepiece(documents, vocab_size, kind.removeprefix("sp-"), report)
         with tempfile.TemporaryDirectory() as scratch:
@@ -101,6 +121,41 @@ def train_tokenizer(
             file.write_bytes(model)
             SentencePieceTokenizer(file).save(folder)
     return load_tokenizer(folder), report
+
+
+def expanded(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
+    """Return the special tokens that `names` ask for: tokens, groups of GROUPS, or reserved:N for
+    <|reserved_0|> and so on. Raise DataError for what the type cannot have, or has already."""
+    if names and kind.startswith("sp-"):
+        raise DataError(
+            f"special tokens are for types bpe, t5 and wordpiece; SentencePiece (type {kind}) would take them for text"
+        )
+    tokens: list[str] = []
+    for name in names:
+        if name.startswith(RESERVED):
+            count = name.removeprefix(RESERVED)
+            if not count.isdecimal() or not 0 < int(count) <= MOST_RESERVED:
+                raise DataError(
+                    f"special tokens {name!r}: give reserved:N with N up to {MOST_RESERVED:,}"
+                )
+            tokens += [f"<|reserved_{number}|>" for number in range(int(count))]
+        else:
+            tokens += GROUPS.get(name, (name,))
+    own = {"bpe": (END,), "t5": (*T5_SPECIAL.values(), *SENTINELS)}.get(kind, (*BERT.values(),))
+    seen: set[str] = set()
+    for token in tokens:
+        # A word without marks would be cut out of every text that has it.
+        if len(token) < 3 or token[0] not in "<[" or token[-1] not in ">]":
+            known = ", ".join((*GROUPS, f"{RESERVED}N"))
+            raise DataError(
+                f"special token {token!r} must be marked, as <|{token}|> or [{token}] is; groups are {known}"
+            )
+        if token in own or token in seen:
+            raise DataError(
+                f"special token {token!r} is there twice, or is one of type {kind} anyway"
+            )
+        seen.add(token)
+    return tuple(tokens)
 
 
 def _first_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[str]:
@@ -120,9 +175,10 @@ def _some_text(report: Report) -> None:
 
 
 def _train_byte_bpe(
-    texts: Iterator[str], vocab_size: int, special: Sequence[str] = (END,)
+    texts: Iterator[str], vocab_size: int, more: Sequence[str] = (), own: Sequence[str] = (END,)
 ) -> tokenizers.Tokenizer:
-    """Return a byte-level BPE tokenizer with `special` tokens trained on the texts."""
+    """Return a byte-level BPE tokenizer with the special tokens `own` and `more`, trained on the
+    texts."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -133,7 +189,7 @@ def _train_byte_bpe(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*special],
+        special_tokens=[*own, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
@@ -141,10 +197,10 @@ def _train_byte_bpe(
     return tokenizer
 
 
-def _train_t5(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_t5(texts: Iterator[str], vocab_size: int, more: Sequence[str]) -> tokenizers.Tokenizer:
     """Return a byte-level BPE tokenizer with T5's special tokens trained on the texts, each of
     which it ends."""
-    tokenizer = _train_byte_bpe(texts, vocab_size, (*T5_SPECIAL.values(), *SENTINELS))
+    tokenizer = _train_byte_bpe(texts, vocab_size, more, (*T5_SPECIAL.values(), *SENTINELS))
     end = T5_SPECIAL["eos"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}",
@@ -154,14 +210,18 @@ def _train_t5(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _train_wordpiece(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_wordpiece(
+    texts: Iterator[str], vocab_size: int, more: Sequence[str]
+) -> tokenizers.Tokenizer:
     """Return a WordPiece tokenizer that keeps upper and lower case, trained on the texts."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=BERT["unk"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*BERT.values()], show_progress=sys.stderr.isatty()
+        vocab_size=vocab_size,
+        special_tokens=[*BERT.values(), *more],
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     cls, sep = BERT["cls"], BERT["sep"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalite.cli import main
 from megalite.data.chat import ChatTemplate
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
@@ -19,7 +20,7 @@ from megalite.data.tokenizer import (
     other_tokenizer,
 )
 from megalite.data.tokenizer_files import CONFIG, FLAGS
-from megalite.data.tokenizer_training import END, train_tokenizer
+from megalite.data.tokenizer_training import END, GROUPS, train_tokenizer
 from megalite.errors import DataError
 from megalite.training.seq2seq import sentinels_of
 
@@ -624,6 +625,63 @@ def test_training_refuses(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("kind", ["bpe", "t5", "wordpiece"])
+def test_special_tokens_are_whole_special_and_transformers_own(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.txt").write_text(Path(json.__file__).read_text())
+    asked = ["fim", "chatml", "<|user|>", "reserved:2"]
+    train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "x", 500, kind, special_tokens=asked)
+    ours, theirs = load_tokenizer(tmp_path / "x"), AutoTokenizer.from_pretrained(tmp_path / "x")
+    tokens = [*GROUPS["fim"], *GROUPS["chatml"], "<|user|>", "<|reserved_0|>", "<|reserved_1|>"]
+    ids = [ours.vocabulary()[token] for token in tokens]
+    assert ours.encode("".join(tokens)) == ids == theirs.convert_tokens_to_ids(tokens)
+    assert {*ids} < ours.special_ids == {*theirs.all_special_ids}
+    assert ours.decode_plain(ids) == ""
+    assert ours.vocab_size == len(theirs) == 500
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "told"),
+    [
+        (
+            "bpe",
+            ["user"],
+            r"'user' must be marked, as <\|user\|> or \[user\] is; groups are fim, chatml",
+        ),
+        ("bpe", ["<|a|>", "<|a|>"], "is there twice"),
+        ("bpe", [END], "is there twice, or is one of type bpe anyway"),
+        ("t5", ["<extra_id_3>"], "is one of type t5 anyway"),
+        ("wordpiece", ["[MASK]"], "is one of type wordpiece anyway"),
+        ("bpe", ["reserved:0"], "give reserved:N with N up to 10,000"),
+        ("bpe", ["reserved:many"], "give reserved:N"),
+        ("sp-bpe", ["fim"], "special tokens are for types bpe, t5 and wordpiece"),
+        ("bpe", ["reserved:100"], "size 300 is too small for type bpe; the least is 357"),
+    ],
+)
+def test_special_tokens_that_cannot_be_are_refused(tmp_path, kind, asked, told):
+    (tmp_path / "a.txt").write_text("some text\n")
+    with pytest.raises(DataError, match=told):
+        train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "x", 300, kind, special_tokens=asked)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tokenizer_is_not_written_over_and_a_small_one_is_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("abcabc\n")
+    command = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "4000"]
+    command += ["--output", str(tmp_path / "x")]
+    assert main(command) == 0
+    told = capsys.readouterr()
+    size = load_tokenizer(tmp_path / "x").vocab_size
+    assert f"warning: the vocabulary came out at {size} tokens, not 4,000" in told.err
+    assert f"give model.vocab_size={size}" in told.err
+    before = (tmp_path / "x" / "tokenizer.json").read_bytes()
+    (tmp_path / "a.txt").write_text("other text\n")
+    assert main(command) == 2
+    assert "x holds a tokenizer already (tokenizer.json)" in capsys.readouterr().err
+    assert (tmp_path / "x" / "tokenizer.json").read_bytes() == before
+
+
 def test_max_bytes_takes_the_beginning(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": word * 50}) + "\n" for word in ("aaab", "zzzy"))
@@ -654,6 +712,8 @@ def test_tool(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "x: 265 tokens of type bpe from 1 documents" in done.stdout
+    assert done.stderr == ""
+    command[command.index("x")] = "y"
     done = subprocess.run(
         [*command, "--input", "missing*"],
         cwd=tmp_path,
