@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import signal
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -52,6 +54,21 @@ def _prepare(args: argparse.Namespace) -> int:
     )
     if not any(count["documents"] for count in report["splits"].values()):
         raise DataError(
-            f"no document is left; {config.output}/report.html says what was left out, and why"
+            f"no document is left{_most_dropped(report['stages'])}; {config.output}/report.html says what was left "
+            "out, and why"
         )
     return 0
+
+
+def _most_dropped(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Return which stage dropped most documents, and for which reason, in words; empty where none
+    did."""
+    counts = {
+        (stage["name"], reason): dropped["documents"]
+        for stage in stages
+        for reason, dropped in stage["dropped"].items()
+    }
+    if not counts:
+        return ""
+    (stage, reason), count = max(counts.items(), key=lambda item: item[1])
+    return f": {stage} dropped {count:,} ({reason})"

@@ -567,7 +567,8 @@ def test_tool_says_what_is_wrong(tmp_path):
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
     for name, why in {
         "none": f"input '{tmp_path}/none' matches no file; give existing files, folders or a quoted glob",
-        "blank.jsonl": f"no document is left; {tmp_path}/out/report.html says what was left out, and why",
+        "blank.jsonl": "no document is left: read dropped 1 (empty); "
+        f"{tmp_path}/out/report.html says what was left out, and why",
     }.items():
         (tmp_path / "c.yaml").write_text(
             f"output: {tmp_path}/out\nsources: [{{name: a, path: {tmp_path}/{name}}}]\n"
