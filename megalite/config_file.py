@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
-from megalite.config import Config
+from megalite.config import Choice, Config
 from megalite.config.errors import describe_errors, refusal
 from megalite.errors import ConfigError
 from megalite.models import model_config
@@ -66,6 +69,49 @@ def parse_config(
     if mistakes:
         raise refusal(mistakes, origin, overrides)
     return config
+
+
+def short_yaml(config: Config) -> str:
+    """Return a config as YAML with only what is not the default anyway, or the preset's: for a person
+    to read. All of it where that would mean another config."""
+    values = _without(config.model_dump(mode="json"), _defaults(config))
+    if config.model.preset:
+        preset = model_config({"preset": config.model.preset}).model_dump(mode="json")
+        values["model"] = {"preset": config.model.preset} | _without(
+            config.model.model_dump(mode="json"), preset
+        )
+    with contextlib.suppress(ConfigError):
+        if parse_config(values) == config:
+            return yaml.safe_dump(values, sort_keys=False)
+    return config.to_yaml()
+
+
+def _defaults(section: BaseModel) -> dict[str, Any]:
+    """Return the defaults of a section's settings, those of its sections by their own keys."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        inner = getattr(section, name)
+        default = field.get_default(call_default_factory=True)
+        if isinstance(inner, BaseModel):
+            # A kind's own defaults; its name is kept where it is not the usual one.
+            usual = default.name if isinstance(default, Choice) else None
+            found[name] = _defaults(inner) | ({"name": usual} if isinstance(inner, Choice) else {})
+        else:
+            found[name] = to_jsonable_python(default, serialize_unknown=True)
+    return found
+
+
+def _without(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that are not those of `others`, by the keys of sections."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        other = others.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _without(value, other):
+                kept[name] = inner
+        elif name not in others or value != other:
+            kept[name] = value
+    return kept
 
 
 def _refuse_secrets(values: dict[str, Any], origin: str) -> None:

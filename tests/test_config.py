@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megalite.config.aliases import KEYS
 from megalite.config.catalog import catalog
-from megalite.config_file import load_config, parse_config
+from megalite.config_file import load_config, parse_config, short_yaml
 from megalite.errors import ConfigError
 from megalite.models import model_config, to_hf_config
 
@@ -253,6 +253,25 @@ def test_every_other_trainers_name_leads_to_a_key() -> None:
         assert last not in names or section == "train", key
     names = [name for names in KEYS.values() for name in names]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.name=other", "model={preset: llama-8m, vocab_size: 300}", "optimizer.name=muon",
+        "optimizer.adamw={eps: 1}",
+        "optimizer.schedule={name: wsd, decay_steps: 3}", "objective.z_loss=0.1", "train.tokens=1600",
+        "observe.wandb.tags=[a]", "checkpoint.resume=never", "data.split=[1, 1, 0]", "health.loss_spike=skip",
+    ],
+)  # fmt: skip
+def test_a_short_config_means_the_same(override: str) -> None:
+    overrides = [override, "optimizer.name=muon"] if "adamw" in override else [override]
+    if override == "train.tokens=1600":
+        overrides.append("train.steps=null")
+    config = parse_config(BASE | {"model": {"preset": "llama-1m"}}, overrides)
+    text = short_yaml(config)
+    assert parse_config(yaml.safe_load(text)) == config
+    assert len(text.splitlines()) < 30, text
 
 
 def test_a_mistake_is_told_where_it_was_made() -> None:

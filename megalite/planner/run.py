@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalite.config import Config
+from megalite.config_file import parse_config, short_yaml
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan
@@ -33,7 +34,7 @@ def run_plan(
 
     `gpu` and `interconnect` are names or YAML files (see `find_hardware`); a node has
     `gpus_per_node` GPUs. `tokens` is the length of the training, such as "300B". A search writes
-    the best config to `output`; `picture` is a PNG for the timeline. Raises ConfigError."""
+    the best config, of that length, to `output`; `picture` is a PNG for the timeline. Raises ConfigError."""
     # All that can be wrong with the command is found before the search, which may take minutes.
     if num_gpus < 1:
         raise ConfigError(f"--gpus {num_gpus}: at least one")
@@ -46,6 +47,7 @@ def run_plan(
             )
         one = _estimate(config, num_gpus, hardware, record=picture is not None)
     else:
+        config = of_length(config, wanted) if wanted else config
         one = _search(config, num_gpus, hardware, _output(output), record=picture is not None)
     print(describe(one, wanted))
     if num_gpus > gpus_per_node and interconnect is None:
@@ -59,6 +61,14 @@ def run_plan(
 def _estimate(config: Config, num_gpus: int, hardware: Hardware, record: bool) -> Estimate:
     plan = make_plan(config, weight_table(config.model, config.lora), num_gpus)
     return estimate(config, plan, hardware, record=record)
+
+
+def of_length(config: Config, tokens: float) -> Config:
+    """Return the config with the length of `tokens` in place of its own. Raises ConfigError where its
+    schedule does not go with that."""
+    values = config.model_dump(mode="json")
+    values["train"] |= {"tokens": int(tokens), "steps": None, "epochs": None}
+    return parse_config(values, origin=f"the config with --tokens {tokens:g}")
 
 
 def _output(output: Path | None) -> Path:
@@ -79,7 +89,7 @@ def _search(
     best = found.best[0].config
     print(describe_search(found))
     try:
-        output.write_text(best.to_yaml(), encoding="utf-8")
+        output.write_text(short_yaml(best), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror or error}") from None
     print(f"\nThe best is written to {output}:\n")

@@ -70,11 +70,18 @@ def test_search_writes_a_config(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["plan", config, "--gpus", "8", "--gpu", "h100", "--search", "--picture", "p.png"]
+    arguments += ["--tokens", "100B"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "layouts on 8 × H100 SXM" in text
     assert max(map(len, text.splitlines())) <= 100
-    assert load_config(tmp_path / "best.yaml").model.num_layers == 16
+    best = load_config(tmp_path / "best.yaml")
+    assert best.model.num_layers == 16
+    assert best.train.tokens == 10**11
+    assert best.train.steps == -(-(10**11) // (best.train.global_batch_size * best.data.seq_length))
+    written = (tmp_path / "best.yaml").read_text()
+    assert "num_layers" not in written, "the preset says so"
+    assert len(written.splitlines()) < 40
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert main(arguments) == 2
     assert "best.yaml exists already" in capsys.readouterr().err
