@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_decoders import span_config
 
+from encoder_decoders import span_config
 from encoders import masked_config
 from megalite.cli import main
 from megalite.comm.mesh import Launch
