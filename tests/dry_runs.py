@@ -35,6 +35,15 @@ MISTRAL = {
 }  # fmt: skip
 
 
+AHEAD = {
+    "family": "deepseek_v3", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_layers": 4,
+    "num_attention_heads": 16, "max_positions": 8192, "moe_intermediate_size": 1024, "num_experts": 16,
+    "experts_per_token": 4, "first_k_dense_replace": 1, "kv_lora_rank": 512, "q_lora_rank": 768,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+"""With a predictor of the token after the next."""
+
+
 class Case(NamedTuple):
     """A config to run dry."""
 

@@ -274,7 +274,7 @@ class Outlook:
             # One fp32 number: the latency is what counts.
             norm = self.network.all_reduce(4.0, self.network.replicas)
         if self._tied_over_pipeline:
-            tied = self.network.hand_over(4.0 * self.shapes.vocab * self.shapes.hidden)
+            tied = self.network.hand_over(self._shared_bytes)
         moved = optimizer_bytes(params, states) + 4 * self.config.optimizer.PASSES * params
         # Embeddings at both ends exchange their gradients in both directions.
         return norm + 2 * tied + self.kernels.memory(moved) + self._whole_matrices_s
@@ -298,6 +298,11 @@ class Outlook:
             return 0.0
         shard = 4.0 * sum(held.trained / held.replicas for held in self.held)
         return busiest + 2 * self.network.gather(shard, self.network.replicas)
+
+    @property
+    def _shared_bytes(self) -> float:
+        """Bytes of the gradient of an embedding that is at both ends of a pipeline."""
+        return 4.0 * self.shapes.vocab * self.shapes.hidden
 
     @property
     def _tied_over_pipeline(self) -> bool:
@@ -393,10 +398,10 @@ class Outlook:
             # Hidden states forward, and gradients back.
             messages = sum((not span.last) + (not span.first) for span in plan.stages_of(rank))
             if plan.pipeline > 1:
-                volume["pipeline"] = max(
-                    volume["pipeline"],
-                    float(messages * plan.micro_batches * self.shapes.hidden_bytes),
-                )
+                sent = float(messages * plan.micro_batches * self.shapes.hidden_bytes)
+                if self._tied_over_pipeline and rank in (0, plan.pipeline - 1):
+                    sent += self._shared_bytes
+                volume["pipeline"] = max(volume["pipeline"], sent)
         volume["data"] = max(map(self._data_bytes, self._held_by_ranks)) + self._solved_bytes
         speed = {
             "tensor": network.bandwidth(network.tensor),

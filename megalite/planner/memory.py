@@ -13,7 +13,7 @@ from megalite.engine.gather import PIECE
 from megalite.engine.gradients import IN_FLIGHT
 from megalite.engine.layout import bucket_elements
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
-from megalite.plan import Plan, StageSpan, resident_bytes
+from megalite.plan import Cut, Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (
     FP32,
     INT64,
@@ -308,17 +308,26 @@ def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: b
 
 def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradients: int) -> int:
     """Count what a rank holds while it gathers optimizer states: the gradients, which ZeRO 2 has
-    freed by then; the largest bucket, where tensor ranks assemble weights from it; and the pieces
-    that are on their way to the host."""
-    trained = sum(size.trained.total for size in sizes)
-    largest = max(size.trained.largest for size in sizes)
-    bucket = max(min(trained, bucket_elements(config, plan)), largest)
-    gathered = 0
-    if plan.tensor > 1:
-        gathered = min(PIECE, plan.tensor * largest) + (bucket if plan.replicas > 1 else 0)
-    elif plan.replicas > 1:
-        gathered = min(PIECE, bucket)
-    return gathered * FP32 + (gradients if plan.zero_stage < 2 else 0)
+    freed by then; the largest bucket, where holders assemble weights from it; and the pieces that
+    are on their way to the host."""
+    trained = [size.trained for size in sizes]
+    most = bucket_elements(config, plan)
+
+    def gathered(held: int, largest: int, cut: Cut) -> int:
+        bucket, replicas = max(min(held, most), largest), plan.replicas_of(cut)
+        if cut.holders > 1:
+            return min(PIECE, cut.holders * largest) + (bucket if replicas > 1 else 0)
+        return min(PIECE, bucket) if replicas > 1 else 0
+
+    dense = gathered(
+        sum(size.total for size in trained), max(size.largest for size in trained), Cut(plan.tensor)
+    )
+    experts = gathered(
+        sum(sum(size.experts.layers) for size in trained),
+        max(size.experts.largest for size in trained),
+        plan.experts,
+    )
+    return max(dense, experts) * FP32 + (gradients if plan.zero_stage < 2 else 0)
 
 
 def _gathered_weights(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:

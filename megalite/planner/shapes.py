@@ -436,6 +436,8 @@ class Experts:
     layers: tuple[int, ...]
     states: float
     solved: int
+    largest: int
+    """The largest single weight of experts, all that the rank has of it."""
 
 
 @dataclass(frozen=True)
@@ -561,13 +563,14 @@ class LocalSizes:
 
     def _experts(self, layers: Sequence[int]) -> Experts:
         if self.experts is None:
-            return Experts((0,) * len(layers), 0, 0)
-        of_layers, solved = (
+            return Experts((0,) * len(layers), 0, 0, 0)
+        found = self.experts
+        of_layers, solved, largest = (
             [of.get(number, 0) for number in layers]
-            for of in (self.experts.total, self.experts.solved)
+            for of in (found.total, found.solved, found.largest)
         )
-        states = sum(self.experts.states.get(number, 0) for number in layers)
-        return Experts(tuple(of_layers), states, sum(solved))
+        states = sum(found.states.get(number, 0) for number in layers)
+        return Experts(tuple(of_layers), states, sum(solved), max(largest, default=0))
 
 
 ENDS: tuple[Place, ...] = ("first", "last", "both")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from dry_runs import GPT2, LLAMA, MISTRAL, MIXTRAL, Case, Dry, built, run_dry
+from dry_runs import AHEAD, GPT2, LLAMA, MISTRAL, MIXTRAL, Case, Dry, built, run_dry
 from megalite.dryrun.match import bytes_by_axis
 from megalite.errors import ConfigError
 from megalite.planner.estimate import estimate, memory_of
@@ -36,6 +36,10 @@ def pipeline(ranks: int) -> str:
     return f"parallel.pipeline={ranks}"
 
 
+def expert(ranks: int) -> str:
+    return f"parallel.expert={ranks}"
+
+
 def context(ranks: int) -> str:
     return f"parallel.context={ranks}"
 
@@ -49,8 +53,12 @@ SAMPLE = {
     "documents": Case(LLAMA, 8, (DOCUMENTS,)),
     "full, tensor": Case(LLAMA, 8, (FULL, tensor(4)), "0"),
     "mixtral, tensor": Case(MIXTRAL, 8, (tensor(4),), "0"),
+    "predictors, pipeline": Case(AHEAD, 8, (expert(4), pipeline(2)), "0,4"),
 }
 OTHERS = {
+    "experts": Case(MIXTRAL, 8, (expert(4),), "0,1,2,3"),
+    "predictors": Case(AHEAD, 4, (expert(4), "train.recompute=full"), "0"),
+    "tied, pipeline": Case(LLAMA | {"tie_embeddings": True}, 8, (pipeline(2),), "0"),
     "alone": Case(LLAMA, 1, ("train.global_batch_size=2",)),
     "data": Case(LLAMA, 8),
     "zero 0": Case(LLAMA, 8, ("parallel.zero_stage=0",)),
