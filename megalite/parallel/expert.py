@@ -5,9 +5,10 @@ Expert-tensor ranks hold some inner features of every expert, so that experts ar
 is. Tokens enter their region together with the weights of their experts, whose gradient is partial,
 too.
 
-Expert ranks hold some of the experts. Rows of tokens travel to the ranks of their experts and back
-(all-to-all: how many, the rows, and their results). What an expert rank computes is no partial sum,
-and its gradients are whole.
+Expert ranks hold some of the experts. Rows of tokens travel to the ranks of their experts and back:
+by all-to-all (how many, the rows, and their results), or, where they are few, by all-gather (all
+tokens and where they go, then the results by reduce-scatter). Either gives the same bits. What an
+expert rank computes is no partial sum, and its gradients are whole.
 
 Each rank routes the tokens that it has between blocks (its slice of the sequence under sequence
 parallelism)."""
@@ -15,14 +16,20 @@ parallelism)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd import Function
 
-from megalite.comm.collectives import all_gather, start_all_to_all
+from megalite.comm.collectives import (
+    Result,
+    all_gather,
+    start_all_to_all,
+    start_gather_along,
+    start_scatter_along,
+)
 from megalite.comm.mesh import Axis, Fold
 from megalite.kernels.experts import (
     GroupedWgradCallback,
@@ -38,6 +45,19 @@ from megalite.kernels.experts import (
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.parallel.tensor import SEQUENCE, enter, leave
+
+GATHERED_BYTES = 2**20
+"""Most bytes of rows, all those that a rank gets of other ranks, that travel by all-gather."""
+
+
+def goes_to_all(num_rows: int, row_bytes: int, num_ranks: int) -> bool:
+    """Return whether rows travel by all-gather, where each of `num_ranks` ranks has `num_rows` of
+    `row_bytes` each, the same number on all of them.
+
+    It sends `num_ranks` times as much as an all-to-all, but nothing in it waits for the host to
+    know how many rows go where: it is for messages so small that only their latency counts, of few
+    tokens and to few ranks."""
+    return (num_ranks - 1) * num_rows * row_bytes <= GATHERED_BYTES
 
 
 class ParallelGroupedLinear(GroupedLinear):
@@ -114,28 +134,18 @@ class ParallelExperts(Experts):
 
         Rows travel to the ranks of their experts and back, where they are added up in the order of
         the experts, as on one rank."""
-        # `here`: experts on this rank, numbered rank · here and up. counts [ranks, here]: how many
-        # rows this rank sends to each expert of each rank.
         axis, here = self.fold.expert, len(self.down.weight)
-        counts_E = count_rows(index_BTK, axis.size * here)
-        counts = counts_E.view(axis.size, here)
-        arriving = torch.empty_like(counts)
-        start_all_to_all(counts.unbind(), arriving.unbind(), axis)()
-        arriving[axis.rank] = counts[axis.rank]
-        # The only host synchronisation: how many rows each rank sends to each other.
-        leaves, arrives = read_counts(counts, arriving, axis.rank, index_BTK.numel())
-        sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
-        # Sorted by expert is sorted by rank as well, as ranks hold experts in order: what goes to
-        # one rank lies together. `counts` is left empty, since nothing is multiplied in this order.
-        leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
-        groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
-        there = Exchange(sent, received, axis)
+        row_bytes = x_BTD.shape[-1] * x_BTD.element_size()
+        make_routes = by_all_to_all
+        if goes_to_all(index_BTK.numel(), row_bytes, axis.size):
+            make_routes = by_all_gather
+        groups, there, back, arriving, arrives = make_routes(x_BTD, index_BTK, axis, here)
         arriving_ND = there.start(permute(x_BTD, groups))
         found = beside and beside()  # while rows travel, as do their gradients in its backward pass
         arrived_ND = there.finish(arriving_ND)
         # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that
         # visits one of them.
-        experts = torch.arange(here, device=counts.device).repeat(axis.size)
+        experts = torch.arange(here, device=arriving.device).repeat(axis.size)
         # [ranks · here] numbers of experts, each repeated for its rows. `output_size` is known on
         # the host already: without it, repeat_interleave would wait for the device.
         expert_N = experts.repeat_interleave(arriving.flatten(), output_size=len(arrived_ND))
@@ -148,10 +158,68 @@ class ParallelExperts(Experts):
         # which their rows came, since the sender knows no other.
         as_arrived = Groups(row_N1[:, 0], order_N[:, None], of_each)
         # No name for what is only on its way: a name would keep it alive.
-        back_ND = Exchange(received, sent, axis)(
-            permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived)
-        )
+        back_ND = back(permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived))
         return unpermute(back_ND, weight_BTK, groups), found
+
+
+class Routes(NamedTuple):
+    """How this rank's rows travel to the ranks of their experts, and those of other ranks to it."""
+
+    groups: Groups
+    """This rank's rows. Sorted by expert is sorted by rank as well, as ranks hold experts in order:
+    what goes to one rank lies together. Nothing is multiplied in this order."""
+    there: Exchange
+    back: Exchange
+    arriving: Tensor
+    """Rows that arrive from each rank for each expert here, [ranks, here] int64."""
+    arrives: list[list[int]]
+    """The same on the host."""
+
+
+def by_all_to_all(x_BTD: Tensor, index_BTK: Tensor, axis: Axis, here: int) -> Routes:
+    """Prepare an all-to-all of the rows of tokens that visit the experts `index`, `here` of which
+    each rank has. A collective."""
+    # counts [ranks, here]: how many rows this rank sends to each expert of each rank.
+    counts_E = count_rows(index_BTK, axis.size * here)
+    counts = counts_E.view(axis.size, here)
+    arriving = torch.empty_like(counts)
+    start_all_to_all(counts.unbind(), arriving.unbind(), axis)()
+    arriving[axis.rank] = counts[axis.rank]
+    # The only host synchronisation: how many rows each rank sends to each other.
+    leaves, arrives = read_counts(counts, arriving, axis.rank, index_BTK.numel())
+    sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
+    leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
+    groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
+    there, back = Exchange(sent, received, axis), Exchange(received, sent, axis)
+    return Routes(groups, there, back, arriving, arrives)
+
+
+def by_all_gather(x_BTD: Tensor, index_BTK: Tensor, axis: Axis, here: int) -> Routes:
+    """Prepare an all-gather of the tokens `x` of all ranks, which each have as many, and of the
+    experts `index` that they visit. A collective."""
+    tokens = start_gather_along(x_BTD.detach().flatten(0, -2), axis, 0)
+    index_TK, num_rows, ranks = index_BTK.flatten(0, -2), index_BTK.numel(), axis.size
+    number_R = torch.arange(ranks, device=index_BTK.device)
+    # As if each rank's tokens visited experts of their own: sorted by rank, then by expert, the
+    # order in which rows arrive.
+    apart = all_gather(index_TK, axis, 0).view(ranks, *index_TK.shape)
+    apart = (apart + number_R[:, None, None] * (ranks * here)).flatten(0, 1)
+    counts_N = count_rows(apart, ranks * ranks * here)
+    counts = counts_N.view(ranks, ranks, here)  # from each rank, to each rank, to each expert there
+    token_N, _ = sort_by_expert(apart, counts_N)
+    arriving = counts[:, axis.rank].contiguous()
+    leaves, arrives = read_counts(counts[axis.rank], arriving, axis.rank, num_rows)
+    # Rows of one rank for this one lie together: behind those for the ranks before it.
+    received_R, before_R = arriving.sum(1), counts[:, : axis.rank].sum((1, 2))
+    total = sum(map(sum, arrives))
+    first_R = number_R * num_rows + before_R - (received_R.cumsum(0) - received_R)
+    place_M = first_R.repeat_interleave(received_R, output_size=total)
+    place_M = place_M + torch.arange(total, device=place_M.device)
+    counts_E = counts[axis.rank].flatten()
+    leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
+    groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
+    there = Gathering(place_M, num_rows, axis, False, tokens, token_N[place_M])
+    return Routes(groups, there, Gathering(place_M, num_rows, axis, True), arriving, arrives)
 
 
 def read_counts(
@@ -204,6 +272,46 @@ class Exchange:
         arrived, self._arriving, self._wait = self._arriving, None, lambda: None
         assert arrived is not None
         return arrived
+
+
+class Gathering(Exchange):
+    """The same by all-gather: every rank gets all that the others send, and takes what is for its
+    experts. The way back is a reduce-scatter of a place for each row, of which one rank fills each
+    and the others have zeros, so that its sum is exact."""
+
+    def __init__(
+        self,
+        place_M: Tensor,
+        num_rows: int,
+        axis: Axis,
+        collects: bool,
+        tokens: Result | None = None,
+        token_M: Tensor | None = None,
+    ):
+        """`place_M` are the places of this rank's rows among those of all ranks, which have
+        `num_rows` each. `collects`: it is the way back. `tokens`, which are on their way, spare the
+        way there the rows: these are of the tokens `token_M`."""
+        super().__init__((), (), axis)
+        self.place_M, self.num_rows, self.collects = place_M, num_rows, collects
+        self.tokens, self.token_M = tokens, token_M
+
+    def send(self, rows_ND: Tensor, back: bool) -> Tensor:
+        width = rows_ND.shape[1]
+        if self.collects != back:
+            slots = rows_ND.new_zeros(self.axis.size * self.num_rows, width)
+            slots.index_copy_(0, self.place_M, rows_ND)
+            result = start_scatter_along(slots, self.axis, 0)
+            self._arriving = arriving = rows_ND.new_empty(self.num_rows, width)
+            self._wait = lambda: arriving.copy_(result())
+            return arriving
+        places = self.place_M
+        if self.tokens is not None and self.token_M is not None and not back:
+            result, places, self.tokens = self.tokens, self.token_M, None
+        else:
+            result = start_gather_along(rows_ND.contiguous(), self.axis, 0)
+        self._arriving = arriving = rows_ND.new_empty(len(places), width)
+        self._wait = lambda: torch.index_select(result(), 0, places, out=arriving)
+        return arriving
 
 
 class _Start(Function):

@@ -16,6 +16,7 @@ from typing import Literal
 
 from megalite.kernels.attention import LARGEST_FLASH_HEAD, LOGITS_AT_ONCE
 from megalite.kernels.quantised import AT_ONCE, BYTES_BESIDE
+from megalite.parallel.expert import goes_to_all
 from megalite.planner.shapes import LayerShapes, Shapes
 
 Recompute = Literal["none", "selective", "full"]
@@ -161,8 +162,8 @@ class _Layer:
             # Gradients of the rows of each expert, beside these.
             rows = self.shapes.visited * _routed_whole(self.shapes)
             moments.append(before + rows)
-            if self.shapes.expert > 1:  # on their way: those that go, and those that come
-                moments.append(before + 2 * rows)
+            if self.shapes.expert > 1:  # on their way
+                moments.append(before + _under_way(self.shapes, self.on_gloo) * rows)
         if self.shapes.sequence:
             moments.append(before + max(_gathered(self.shapes), whole + self.inner))
             # The first product's input, gathered again, and its gradient; its output is freed by
@@ -208,6 +209,16 @@ def _routed(shapes: LayerShapes) -> int:
             + rows * (2 * INT64 + FP32)
         )
     return 2 * shapes.visited * _routed_whole(shapes) + probabilities + rows * (4 * INT64 + FP32)
+
+
+def _under_way(shapes: LayerShapes, on_gloo: bool) -> int:
+    """Return how many times a rank's rows there are while they travel to experts of other ranks:
+    those that go and those that come; by all-gather a place for each row of all ranks, and gloo's
+    received ones beside them."""
+    num_rows, ranks = shapes.routed_tokens * shapes.visited, shapes.expert
+    if not goes_to_all(num_rows, shapes.hidden * shapes.element, ranks):
+        return 2
+    return ranks + 4 + (ranks - 1) * on_gloo
 
 
 def _routed_whole(shapes: LayerShapes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megalite.parallel.expert import goes_to_all
 from megalite.planner.kernels import Kernels
 from megalite.planner.network import Network
 from megalite.planner.shapes import LayerShapes, Matrix, Shapes
@@ -238,12 +239,20 @@ class Costs:
         tokens = float(layer.routed_tokens * layer.hidden * layer.element)
         rows = tokens * layer.visited
         shared = network.gather(tokens, network.expert_tensor) if layer.expert_tensor > 1 else 0.0
+        of_tensor = tokens * (layer.expert_tensor - 1) / layer.expert_tensor
+        num_rows, ranks = layer.routed_tokens * layer.visited, layer.expert
+        if ranks > 1 and goes_to_all(num_rows, layer.hidden * layer.element, ranks):
+            # All tokens there; their results, and both gradients, by a place for each row.
+            there, back = (network.gather(ranks * x, network.expert) for x in (tokens, rows))
+            copies = 2 * self.kernels.memory(4 * rows, 2)
+            forward, backward = (
+                2 * shared + messages + copies for messages in (there + back, 2 * back)
+            )
+            sent = (ranks - 1) * (tokens + 3 * rows) + 4 * of_tensor
+            return PassTimes(forward, backward, backward, 0.0, 0.0, expert_bytes=sent)
         # Rows are copied together for their way, and sorted by expert behind it.
         time = shared + network.all_to_all(rows, network.expert) + self.kernels.memory(4 * rows, 2)
-        sent = (
-            rows * (layer.expert - 1) / layer.expert
-            + tokens * (layer.expert_tensor - 1) / layer.expert_tensor
-        )
+        sent = rows * (layer.expert - 1) / layer.expert + of_tensor
         # There and back, in the forward pass and in the backward pass.
         return PassTimes(2 * time, 2 * time, 2 * time, 0.0, 0.0, expert_bytes=4 * sent)
 

@@ -25,6 +25,10 @@ VISITS = {
     "one rank's": [[[0, 1]] * TOKENS] * 2,
     "one": [[[3]] * TOKENS] * 2,
     "no token": [[], [[1, 2]] * TOKENS],
+    "all over": [
+        [[0, 1], [0, 3], [1, 2], [2, 3], [0, 2]],
+        [[1, 3], [0, 1], [2, 3], [1, 2], [1, 3]],
+    ],
 }
 
 
@@ -51,13 +55,27 @@ def inputs(visits: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.requires_grad_(), torch.rand(index.shape, generator=generator).requires_grad_(), index
 
 
-def of_rank(rank: int, world_size: int, visits: str) -> list[Tensor]:
-    """The output, and gradients of inputs and of this rank's experts."""
+def parallel_experts(rank: int, gathers: bool, dtype: torch.dtype) -> ParallelExperts:
+    """This rank's half of the experts. `gathers`: rows travel by all-gather, however many."""
+    expert.GATHERED_BYTES = 2**40 if gathers else -1
     whole, axis = experts(), Axis(2, rank, torch.distributed.group.WORLD, "expert")
     mine = ParallelExperts(whole, Fold(axis, ALONE, ALONE, axis), own_tokens=True)
     for linear in (mine.gate_up, mine.down):
-        linear.weight = nn.Parameter(linear.weight.detach().chunk(2)[rank].clone())
+        linear.weight = nn.Parameter(linear.weight.detach().chunk(2)[rank].to(dtype, copy=True))
+    return mine
+
+
+def of_rank(
+    rank: int,
+    world_size: int,
+    visits: str,
+    gathers: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """The output, and gradients of inputs and of this rank's experts."""
+    mine = parallel_experts(rank, gathers, dtype)
     x, weight, index = inputs(visits, rank)
+    x = x.detach().to(dtype).requires_grad_()
     out = mine(x, weight, index)
     out.square().sum().backward()
     found = [out.detach(), x.grad, weight.grad, mine.gate_up.weight.grad, mine.down.weight.grad]
@@ -80,6 +98,23 @@ def test_ranks_and_experts_may_have_no_rows(visits: str) -> None:
         for mine, theirs in zip((out, x, weight, gate_up, down), wanted, strict=True):
             # fp32 sums of at most ten rows, in another order.
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("visits", ["one rank's", "one", "all over"])
+def test_both_ways_to_travel_give_the_same_bits(visits: str, dtype: torch.dtype) -> None:
+    """Results and gradients of an all-to-all, and of an all-gather with its reduce-scatter."""
+    ways = (run_ranks(2, of_rank, visits, gathers, dtype) for gathers in (False, True))
+    for there, here in zip(*ways, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(there, here, strict=True))
+
+
+def test_few_rows_travel_by_all_gather() -> None:
+    # A token's row of 4 KiB: 256 of them to another rank are 1 MiB, as are 64 each to four others.
+    assert expert.goes_to_all(256, 4096, 2)
+    assert not expert.goes_to_all(257, 4096, 2)
+    assert expert.goes_to_all(64, 4096, 5)
+    assert not expert.goes_to_all(64, 4096, 6)
 
 
 class Noted(Function):
@@ -105,11 +140,8 @@ def order_of_events(rank: int, world_size: int) -> list[str]:
         events.append("start")
         return lambda: (events.append("wait"), wait())[1]
 
-    axis, visits = Axis(2, rank, torch.distributed.group.WORLD, "expert"), "one"
-    mine = ParallelExperts(experts(), Fold(axis, ALONE, ALONE, axis), own_tokens=True)
-    for linear in (mine.gate_up, mine.down):
-        linear.weight = nn.Parameter(linear.weight.detach().chunk(2)[rank].clone())
-    x, weight, index = inputs(visits, rank)
+    mine = parallel_experts(rank, gathers=False, dtype=torch.float32)
+    x, weight, index = inputs("one", rank)
     expert.start_all_to_all = noted  # type: ignore[assignment]
     out = mine(x, weight, index, lambda: Noted.apply(x, events))
     events.append("backward")

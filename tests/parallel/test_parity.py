@@ -31,6 +31,7 @@ from megalite.models.experts import RoutedLayer
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, SequenceInfo, Source, last_of
 from megalite.models.weights import Weight
+from megalite.parallel import expert
 from megalite.plan import Plan, make_plan
 from megalite.training.parts import build, forward, forward_backward
 from megalite.training.schedules import learning_rate
@@ -135,6 +136,7 @@ class Layout:
     context_method: str = "ring"
     expert: int = 1
     expert_tensor: int | None = None
+    gathers: bool = False
     zero: int = 1
     micro: int = 1
     recompute: str = "none"
@@ -152,6 +154,7 @@ class Layout:
             name += f"-cp{self.context}{'-ulysses' * (self.context_method == 'ulysses')}"
         name += f"-ep{self.expert}" if self.expert > 1 else ""
         name += f"-etp{self.expert_tensor}" if self.expert_tensor else ""
+        name += "-gathered" if self.gathers else ""
         name += f"-{self.recompute}" if self.recompute != "none" else ""
         name += f"-chunks{self.loss_chunk}" if self.loss_chunk else ""
         name += "-compiled" if self.compile else ""
@@ -385,6 +388,9 @@ WITH_EXPERTS = [
     Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective"),
     Layout(8, tensor=2, sequence=True, pipeline=2, schedule="1f1b", context=2),
     Layout(2, expert=2),
+    Layout(2, expert=2, gathers=True),
+    Layout(4, tensor=2, sequence=True, expert=4, expert_tensor=1, gathers=True, recompute="full"),
+    Layout(4, context=2, expert=2, expert_tensor=2, gathers=True, zero=2, micro=2),
     Layout(2, expert=2, zero=2, micro=2, recompute="full"),
     Layout(2, expert=2, optimizer="muon", recompute="selective"),
     Layout(2, context=2, expert=2, zero=0, micro=2),
@@ -602,6 +608,7 @@ def train_layout(model_name: str, layout: Layout) -> Result:
     weights = weight_table(config.model)
     plan = make_plan(config, weights, layout.ranks)
     mesh = mesh_of(plan)
+    expert.GATHERED_BYTES = 2**40 if layout.gathers else -1  # by size, all would be gathered
     parts = build(config, plan, mesh)
     engine = parts.engine
     engine.load(from_seed(SEED, mesh))
@@ -972,8 +979,11 @@ def test_sums_of_experts_do_not_depend_on_where_they_are() -> None:
     """With two replicas of dense weights. Of an expert's own gradient, the sum over tokens of other
     ranks is another one: a product here, a reduction there."""
     cases = [
-        ("moe-packed", Layout(4, tensor=2, sequence=True, expert=n, expert_tensor=1))
-        for n in (1, 2, 4)
+        (
+            "moe-packed",
+            Layout(4, tensor=2, sequence=True, expert=n, expert_tensor=1, gathers=gathers),
+        )
+        for n, gathers in ((1, False), (2, False), (4, False), (2, True), (4, True))
     ]
     first, *others = run_ranks(4, train_layouts, cases)[0]
     for other in others:
@@ -1018,6 +1028,8 @@ LAZILY = [
     ("llama-packed", Layout(2, context=2, zero=1, recompute="full")),
     ("llama-packed", Layout(2, pipeline=2, schedule="zero_bubble", zero=1)),
     ("moe-packed", Layout(2, expert=2, zero=2)),
+    ("moe-packed", Layout(2, expert=2, gathers=True)),
+    ("ahead-packed", Layout(2, tensor=2, sequence=True, micro=2)),
 ]  # fmt: skip
 
 

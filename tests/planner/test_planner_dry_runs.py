@@ -53,6 +53,7 @@ SAMPLE = {
     "documents": Case(LLAMA, 8, (DOCUMENTS,)),
     "full, tensor": Case(LLAMA, 8, (FULL, tensor(4)), "0"),
     "mixtral, tensor": Case(MIXTRAL, 8, (tensor(4),), "0"),
+    "experts, few tokens": Case(MIXTRAL, 4, (expert(2), "data.seq_length=64"), "0"),
     "predictors, pipeline": Case(AHEAD, 8, (expert(4), pipeline(2)), "0,4"),
 }
 OTHERS = {
