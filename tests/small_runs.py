@@ -24,6 +24,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "gpt2", "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4,
         "max_positions": 64, "embedding_dropout": 0.1, "attention_dropout": 0.1, "hidden_dropout": 0.1,
     },
+    # Latent attention, a dense layer and one with experts, and a predictor of the token after the next.
+    "experts": {
+        "family": "deepseek_v3", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2,
+        "num_attention_heads": 4, "max_positions": 64, "init_std": 0.1, "moe_intermediate_size": 16, "num_experts": 4,
+        "experts_per_token": 2, "first_k_dense_replace": 1, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4, "v_head_dim": 8, "num_nextn_predict_layers": 1,
+    },
 }  # fmt: skip
 
 

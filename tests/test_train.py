@@ -136,6 +136,21 @@ CHANGES = {
         (2, (*PIPELINE, "train.stop_at=9")),
         (1, ()),
     ],
+    "experts": [
+        (4, ("parallel.expert=4", "train.stop_at=3")),
+        (
+            4,
+            (
+                "parallel.tensor=2",
+                "parallel.expert=2",
+                "parallel.expert_tensor=1",
+                "train.stop_at=6",
+            ),
+        ),
+        (2, (*PIPELINE, "train.stop_at=9")),
+        (2, ("parallel.expert_tensor=2", "parallel.zero_stage=2", "train.stop_at=12")),
+        (1, ()),
+    ],
 }
 
 
@@ -143,10 +158,9 @@ CHANGES = {
 def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path, case: str) -> None:
     """On the curve of one unbroken process, validation included. The ranks' numbers differ in the
     last bits and training amplifies that; 1e-4 is the bound the project asks of curves."""
-    given = {"llama": ("data.document_mask=true",), "gpt2": ()}.get(
-        case, (f"optimizer.name={case}",)
-    )
-    model = case if case == "gpt2" else "llama"
+    packed = ("data.document_mask=true",)
+    given = {"llama": packed, "gpt2": (), "experts": packed}.get(case, (f"optimizer.name={case}",))
+    model = case if case in ("gpt2", "experts") else "llama"
     unbroken = make_config(tmp_path, model, "run.name=unbroken", *given)
     train(unbroken)
     for ranks, overrides in CHANGES[case]:

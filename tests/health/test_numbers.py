@@ -31,7 +31,8 @@ from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.runtime.exit_codes import Exit
 from megalite.training.parts import build
-from small_runs import make_config
+from ranks import run_ranks
+from small_runs import make_config, write_corpus
 
 CPU = torch.device("cpu")
 
@@ -371,6 +372,34 @@ def test_weights_and_all_of_the_optimizer_state_are_compared(tmp_path: Path) -> 
         assert sums() != wanted, kind
         held[0] -= 1.0
         wanted = sums()
+
+
+def flipped(rank: int, world_size: int, folder: Path) -> list[list[Disagreement]]:
+    """Who is named where no bit has flipped, one in an expert on rank 2, and one in its router."""
+    config = make_config(folder, "experts", "parallel.expert=2", "parallel.zero_stage=0")
+    table = weight_table(config.model)
+    mesh = make_mesh(make_plan(config, table, world_size), CPU)
+    engine = build(config, make_plan(config, table, world_size), mesh).engine
+    assert isinstance(engine, NativeEngine)
+    engine.load(from_seed(3, mesh))
+    check, named = ReplicaCheck(mesh), []
+    for step, kind in enumerate(("", "experts.down.weight", "router.weight")):
+        slots = [(b, s) for b in engine.buckets for s in b.layout.slots]
+        for bucket, slot in slots:
+            if rank == 2 and kind and slot.weight.name.endswith(f"1.mlp.{kind}"):
+                bucket.weights[slot.start : slot.start + 1].view(torch.int32).bitwise_xor_(1)
+        check.begin(step, engine.copies())
+        ((_, sums),) = check._late.take(step, True)
+        named.append(disagreements(sums, mesh))
+    return named
+
+
+def test_a_flipped_bit_in_an_expert_is_named(tmp_path: Path) -> None:
+    """Among the ranks that hold this expert: 0 and 2 of four, of which each has half of them."""
+    write_corpus(tmp_path / "corpus")
+    expert = Disagreement((0, 2), (0, 2))
+    for named in run_ranks(4, flipped, tmp_path):
+        assert named == [[], [expert], [Disagreement((0, 1, 2, 3), (2,)), expert]]
 
 
 def guarded(
