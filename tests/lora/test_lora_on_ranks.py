@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": CASES["gpt2"] | STILL,
     "gpt_neox": CASES["gpt_neox"],
     "phi3": CASES["phi3"],
+    "mixtral": CASES["mixtral"] | {"num_local_experts": 4},
     "qwen3_moe": CASES["qwen3_moe"],
     "deepseek_v3": CASES["deepseek_v3"],
 }
@@ -54,6 +55,7 @@ TARGETS = {
     "wide": ["q_proj", "v_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
     "wide gpt2": ["c_attn", "c_proj"],
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj"],
 }
@@ -67,6 +69,7 @@ class Layout:
     sequence: bool = False
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
     schedule: str = "1f1b"
     zero: int = 1
     engine: str = "native"
@@ -123,6 +126,7 @@ RUNS = [
     for model in MODELS
     if not model.startswith("wide") and (model == "llama" or layout in EVERY)
 ]
+RUNS += [(model, Layout(expert=2)) for model in ("mixtral", "qwen3_moe", "deepseek_v3")]
 RUNS += [(model, layout) for layout in IN_FEW_BITS for model in MODELS if model.startswith("wide")]
 RUNS += [
     ("wide", Layout(tensor=2, sequence=True, recompute="full", quantize="nf4")),
@@ -156,8 +160,8 @@ def config_of(folder: Path, layout: Layout) -> Config:
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
             "parallel": {
                 "tensor": layout.tensor, "sequence": layout.sequence, "pipeline": layout.pipeline,
-                "context": layout.context, "schedule": layout.schedule, "zero_stage": layout.zero,
-                "engine": layout.engine, "bucket_mb": 0.002,
+                "context": layout.context, "expert": layout.expert, "schedule": layout.schedule,
+                "zero_stage": layout.zero, "engine": layout.engine, "bucket_mb": 0.002,
             },
             "train": {
                 "steps": STEPS, "global_batch_size": BATCH, "precision": "fp32", "recompute": layout.recompute,
@@ -182,7 +186,7 @@ def run(folder: Path, layout: Layout) -> Result:
     config = config_of(folder, layout)
     table = weight_table(config.model, config.lora)
     plan = make_plan(config, table, layout.ranks)
-    shape = (plan.pipeline, plan.data, plan.context, plan.tensor)
+    shape = (plan.pipeline, plan.data, plan.context, plan.tensor, *plan.experts)
     mesh = MESHES[shape] = MESHES.get(shape) or make_mesh(plan, torch.device("cpu"))
     parts = build(config, plan, mesh)
     parts.engine.load(initial_state(config, mesh, None))
