@@ -77,7 +77,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
         "router_aux_loss_coef": 0.1, "router_bias_rate": 0.05, "routed_scaling_factor": 1.5,
     },
-    # Likewise, with two predictors behind the last layer.
+    # No norms of queries and keys, so that QK-clip bounds their logits.
+    "mixtral": {
+        "family": "mixtral", "vocab_size": 193, "hidden_size": 48, "intermediate_size": 40, "num_layers": 3,
+        "num_attention_heads": 4, "num_kv_heads": 2, "max_positions": LENGTH, "init_std": 0.1, "num_experts": 4,
+        "experts_per_token": 2, "router_aux_loss_coef": 0.1,
+    },
+    # Latent attention and experts, with two predictors behind the last layer.
     "ahead-packed": {
         "family": "deepseek_v3", "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80, "num_layers": 4,
         "num_attention_heads": 4, "max_positions": LENGTH, "init_std": 0.1, "moe_intermediate_size": 32,
@@ -474,6 +480,7 @@ def fits(model: str, layout: Layout) -> bool:
         "moe-packed",
         "latent-packed",
         "ahead-packed",
+        "mixtral",
         "bert-packed",
         "bert",
         "two-stacks-packed",
@@ -502,6 +509,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     },
     "adafactor": {"name": "adafactor", "eps": 1e-3},
 }  # fmt: skip
+
+
+MORE_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd"}, "adagrad": {"name": "adagrad", "eps": 1e-3}, "lion": {"name": "lion", "lr": 1e-3},
+}  # fmt: skip
+"""Of which one process is not stated again here: they update each element for itself, as AdamW."""
+EVERY_OPTIMIZER = [*OPTIMIZERS, *MORE_OPTIMIZERS]
 
 
 LEARNS: dict[str, dict[str, Any]] = {
@@ -534,7 +548,8 @@ def config_of(model: str, layout: Layout) -> Config:
                 "compile": layout.compile,
             },
             # Clipping at 0.5 is active in both steps.
-            "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "clip": 0.5} | OPTIMIZERS[layout.optimizer],
+            "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "clip": 0.5}
+            | (OPTIMIZERS | MORE_OPTIMIZERS)[layout.optimizer],
         }
     )  # fmt: skip
 
@@ -990,6 +1005,23 @@ def test_sums_of_experts_do_not_depend_on_where_they_are() -> None:
         assert other["loss"] == first["loss"]
         for name, grad in first["grads"][0].items():
             assert ".experts." in name or torch.equal(other["grads"][0][name], grad), name
+
+
+@cache
+def mixtral_results() -> tuple[dict[str, Result], dict[str, Result]]:
+    """Of each optimizer: in one process, and with half of the experts on each of two ranks."""
+    cases = [("mixtral", Layout(2, expert=2, optimizer=name)) for name in EVERY_OPTIMIZER]
+    found = (
+        join(list(results)) for results in zip(*run_ranks(2, train_layouts, cases), strict=True)
+    )
+    alone = (train_layout("mixtral", Layout(1, optimizer=name)) for name in EVERY_OPTIMIZER)
+    return tuple(dict(zip(EVERY_OPTIMIZER, results, strict=True)) for results in (alone, found))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("optimizer", EVERY_OPTIMIZER)
+def test_every_optimizer_trains_experts_of_other_ranks(optimizer: str) -> None:
+    wanted, found = (results[optimizer] for results in mixtral_results())
+    check_against_one_process(found, wanted)
 
 
 def judge_layouts(
