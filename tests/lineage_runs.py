@@ -15,6 +15,7 @@ import encoder_decoders
 import encoders
 from megalite.config import Config
 from megalite.config_file import parse_config
+from megalite.data.blocks import Shard
 from megalite.data.preprocess import preprocess
 from small_runs import MODELS
 
@@ -61,7 +62,9 @@ def token_files(folder: Path, tokenizer: Path) -> list[dict[str, Any]]:
     sources = []
     for path in write_texts(folder):
         name = path.name.partition(".")[0]
-        preprocess([str(path)], folder / name, tokenizer, append_eod=True)
+        for index in (2, 0, 1):  # as jobs that share the work
+            shard = Shard(index, 3)
+            preprocess([str(path)], folder / name, tokenizer, append_eod=True, shard=shard)
         sources.append({"path": str(folder / f"{name}_text_document"), "name": name})
     return sources
 

@@ -50,6 +50,7 @@ def inspect_file(
         if "text_bytes" in made_of
         else "",
         **_ids(dataset, made_of.get("vocab_size")),
+        "taken out": "" if dataset.removed is None else f"{len(dataset.removed):,} documents",
         "format": made_of.get("format", ""),
         "classes": ", ".join(made_of.get("labels", [])),
         "learned": f"{(n := made_of['num_learned']):,} tokens, {n / dataset.num_tokens:.1%}"

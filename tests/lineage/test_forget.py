@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import encoder_decoders
+import encoders
 from lineage_runs import FIM, MIXED, config_of, encoder_config, write_bytes_tokenizer
 from megalite.checkpoint.folder import step_folder
 from megalite.cli import main
@@ -194,6 +195,23 @@ def test_everything_else_keeps_its_place_and_nothing_is_learned_of_what_is_gone(
     assert (after.samples.labels[gone_labels] == IGNORE).all()
     seen = ~is_gone(before.tokens) & (before.tokens >= 0)
     assert (after.samples.tokens[seen] == before.samples.tokens[seen]).all()
+
+
+def test_of_a_pair_neither_text_stays(tmp_path: Path) -> None:
+    rows = [{"query": f"w{n} w9", "positive": f"w{n + 40} w8"} for n in range(10, 30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = encoders.write_words(tmp_path / "tokenizer")
+    preprocess_rows(
+        [str(tmp_path / "rows.jsonl")], tmp_path / "rows", Settings("pairs", str(tokenizer))
+    )
+    config = encoders.masked_config(
+        tmp_path, "objective={name: contrastive}", f"data.train=[{{path: {tmp_path / 'rows'}}}]", "data.valid=[]",
+        "data.document_mask=true",
+    )  # fmt: skip
+    config.run.folder.mkdir(parents=True)
+    (config.run.folder / "config.yaml").write_text(config.to_yaml())
+    for name in (f"{tmp_path / 'rows'}#6", f"{tmp_path / 'rows'}#7", "rows.jsonl:4"):
+        assert plan_removal(config.run.folder, [name]).documents == {str(tmp_path / "rows"): (6, 7)}
 
 
 def test_new_files_do_not_depend_on_the_text(tmp_path: Path) -> None:

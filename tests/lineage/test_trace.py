@@ -61,7 +61,10 @@ def case(folder: Path, name: str) -> Config:
 
 
 @pytest.mark.parametrize("name", [*CASES, "masked", "spans"])
-def test_every_token_is_the_text_at_its_place(tmp_path: Path, name: str) -> None:
+def test_every_token_is_the_text_at_its_place(
+    tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    count = 1000 if request.config.getoption("--whole") else 120
     run = traced(case(tmp_path, name), skipped=((5, 9), (11, 30)))
     tracer, train = Tracer(run), run.config.train
     draw, steps = np.random.default_rng(1), []
@@ -78,7 +81,7 @@ def test_every_token_is_the_text_at_its_place(tmp_path: Path, name: str) -> None
             steps.append(next(loader))
     texts: dict[Any, SourceText | str] = {}
     found = 0
-    for _ in range(120):
+    for _ in range(count):
         step = int(draw.integers(train.steps))
         number = int(draw.integers(len(steps[step])))
         micro = steps[step][number]
@@ -116,11 +119,14 @@ def test_every_token_is_the_text_at_its_place(tmp_path: Path, name: str) -> None
             spelled, there = run.tokenizer.decode([id]), text.text.encode()[first:last].decode()
             assert spelled.strip() == there.strip() or spelled in UNKNOWN or "\ufffd" in spelled
             found += 1
-    assert found > 80
+    assert found > count * 2 // 3
 
 
 @pytest.mark.parametrize("name", [*CASES, "masked", "spans"])
-def test_the_uses_of_a_document_are_all_there_are(tmp_path: Path, name: str) -> None:
+def test_the_uses_of_a_document_are_all_there_are(
+    tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    every = 1 if request.config.getoption("--whole") else 3
     run = traced(case(tmp_path, name), skipped=((5, 9), (40, 41)))
     tracer = Tracer(run)
     everything = {}
@@ -134,7 +140,7 @@ def test_the_uses_of_a_document_are_all_there_are(tmp_path: Path, name: str) -> 
             )
     for source in range(2):
         dataset = run.mixture.sources[source].dataset
-        for document in range(0, dataset.num_documents, 3):
+        for document in range(0, dataset.num_documents, every):
             start, stop = (dataset.document_start(d) for d in (document, document + 1))
             wanted = []
             for (step, number), (of, rows) in everything.items():
