@@ -40,8 +40,9 @@ from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture
 from megalite.data.origins import OriginsWriter, open_origins
 from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.lineage.documents import Documents
 from megalite.lineage.run import TracedRun
-from megalite.lineage.trace import Documents, Tracer
+from megalite.lineage.trace import Tracer
 from megalite.observe.jsonl import read_metrics
 from megalite.utils.files import replacing
 from megalite.utils.outside import read_object, read_text
@@ -108,8 +109,8 @@ def plan_removal(folder: Path, wanted: Sequence[str]) -> Removal:
     }
     named = Documents(list(datasets.values()))
     documents: dict[str, set[int]] = {}
-    for name in wanted:
-        for file, document in named.find(name):
+    for places in named.find(wanted).values():
+        for file, document in places:
             documents.setdefault(named.datasets[file].prefix, set()).add(document)
     for mixture in filter(None, data.values()):
         for source in mixture.sources:

@@ -6,20 +6,18 @@ of."""
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
-from megalite.data.indexed import IndexedDataset
 from megalite.data.mixture import Samples
 from megalite.data.order import Int64s
-from megalite.data.origins import Origin, Origins, open_origins
-from megalite.errors import ConfigError, DataError
+from megalite.data.origins import Origin
+from megalite.errors import ConfigError
+from megalite.lineage.documents import Documents
 from megalite.lineage.places import NONE, Places, places_of
 from megalite.lineage.run import TracedRun
 from megalite.lineage.texts import SourceText, read_source
@@ -73,47 +71,6 @@ class Use(NamedTuple):
     """Those at which it is to predict some of it."""
     of_source: Int64s
     """Those of an encoder at which it sees some of it."""
-
-
-class Documents:
-    """Finds documents of token files by what a person calls them."""
-
-    def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
-        self.datasets = tuple(datasets)
-        self.origins = cache(self._open_origins)
-        """Returns what the documents of a token file, by its number, were made of."""
-
-    def _open_origins(self, number: int) -> Origins | None:
-        return open_origins(self.datasets[number])
-
-    def find(self, wanted: str) -> list[tuple[int, int]]:
-        """Return (number of a token file, document of it) of each document that `wanted` names:
-        FILE:LINE, or PREFIX#NUMBER. Raise DataError if there is none, and ConfigError for what is
-        neither."""
-        match = re.fullmatch(r"(.+)([:#])(\d+)", wanted)
-        if not match or (match[2] == ":" and int(match[3]) < 1):
-            raise ConfigError(
-                f"{wanted!r} is neither FILE:LINE, with lines counted from 1, nor PREFIX#NUMBER of a token file"
-            )
-        name, number = match[1], int(match[3])
-        found, without = [], []
-        for file, dataset in enumerate(self.datasets):
-            if match[2] == "#":
-                if dataset.prefix == name or dataset.prefix.endswith(f"/{name}"):
-                    _check_document(dataset, number)
-                    found.append((file, number))
-            elif (origins := self.origins(file)) is None:
-                without.append(dataset.prefix)
-            else:
-                found += [(file, document) for document in origins.documents_of(name, number)]
-        if not found:
-            why = (
-                f"; of {', '.join(without)} there is no .src that says what it was made of: name PREFIX#NUMBER instead"
-                if without
-                else ""
-            )
-            raise DataError(f"{wanted}: no document of the run's data{why}")
-        return found
 
 
 class Tracer:
@@ -201,13 +158,6 @@ def _row(places: Places, row: int) -> Places:
         return None if x is None else x[row : row + 1]
 
     return Places(Samples(*map(only, places.samples)), *map(only, places[1:]))
-
-
-def _check_document(dataset: IndexedDataset, number: int) -> None:
-    if number >= dataset.num_documents:
-        raise DataError(
-            f"{dataset.prefix}#{number}: its documents are 0 to {dataset.num_documents - 1:,}"
-        )
 
 
 def print_step(
@@ -309,8 +259,8 @@ def print_document(what: Path, wanted: Sequence[str], console: Console) -> None:
     DataError."""
     tracer = Tracer(TracedRun.open(what))
     planned = "" if tracer.run.done else "planned "
-    for name in wanted:
-        for source, document in tracer.documents.find(name):
+    for name, found in tracer.documents.find(wanted).items():
+        for source, document in found:
             dataset = tracer.mixture.sources[source].dataset
             _say(console, f"{name}: {dataset.prefix}#{document}")
             uses = 0

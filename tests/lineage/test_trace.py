@@ -26,6 +26,7 @@ from megalite.data.origins import Origins, open_origins
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import ConfigError, DataError
+from megalite.lineage.documents import Documents
 from megalite.lineage.places import NONE, places_of
 from megalite.lineage.run import TracedRun
 from megalite.lineage.texts import SourceText
@@ -264,6 +265,33 @@ def test_a_run_whose_batches_changed_is_traced_by_what_it_noted(
     preprocess([str(tmp_path / "packed.jsonl.gz")], tmp_path / "plain", config.data.tokenizer)
     assert main(["trace", str(config.run.folder), "--step", "5"]) == 2
     assert "samples of other data" in capsys.readouterr().err
+
+
+def test_lines_that_a_cleaned_corpus_was_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        {"text": f"text {n}", "id": str(n), "source": "web", "path": f"raw/{n % 2}.warc.gz", "line": 7 * n + 1}
+        for n in range(40)
+    ]  # fmt: skip
+    (tmp_path / "clean.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = write_bytes_tokenizer(tmp_path / "tokenizer")
+    preprocess([str(tmp_path / "clean.jsonl")], tmp_path / "clean", tokenizer)
+    documents = Documents([IndexedDataset(tmp_path / "clean_text_document")])
+    wanted = ["raw/1.warc.gz:22", "0.warc.gz:29", "clean.jsonl:12"]
+    assert documents.find(wanted) == {
+        name: [(0, n)] for name, n in zip(wanted, (3, 4, 11), strict=True)
+    }
+    for other in ("raw/1.warc.gz:29", "warc.gz:29"):
+        with pytest.raises(DataError, match=f"{other}: no document"):
+            documents.find([other])
+    # What was noted of a document is told beside it.
+    config = config_of(tmp_path)
+    (tmp_path / "planned.yaml").write_text(config.to_yaml())
+    for number in range(8):
+        arguments = ["--step", "1", "--sample", str(number), "--token", "0"]
+        assert main(["trace", str(tmp_path / "planned.yaml"), *arguments]) == 0
+    assert "source: 'web', mended_bytes: 3" in capsys.readouterr().out
 
 
 def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
