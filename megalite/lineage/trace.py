@@ -24,6 +24,7 @@ from megalite.lineage.texts import SourceText, read_source
 
 EXCERPT = 60
 """Characters of a text that a line shows."""
+REMOVED = "it was taken out: fillers stand there, of which nothing is learned"
 AT_ONCE = 64
 """Samples made in memory at a time."""
 
@@ -119,7 +120,14 @@ class Tracer:
         dataset, origins = self.documents.datasets[number], self.documents.origins(number)
         assert origins is not None
         assert place.origin is not None
+        if self.is_removed(number, place.document):
+            return REMOVED
         return read_source(dataset, place.document, place.origin, origins.key, self.run.tokenizer)
+
+    def is_removed(self, number: int, document: int) -> bool:
+        """Return whether a document of source `number` was taken out."""
+        removed = self.documents.datasets[number].removed
+        return removed is not None and document in removed
 
     def uses(self, source: int, document: int, count: int | None = None) -> Iterator[Use]:
         """Yield every use of a document of a source, in the order of the run, among its first
@@ -200,9 +208,11 @@ def _parts(tracer: Tracer, traced: Traced) -> Iterator[str]:
                 count = min(end - first, dataset.document_start(found.document + 1) - at)
                 ids = dataset.read(at, at + count).tolist()
                 where = found.origin or f"{found.prefix}#{found.document}"
+                is_removed = tracer.is_removed(int(places.of_source[0]), found.document)
                 yield (
                     f"  {name}tokens {first}–{first + count - 1}: {where}, document {found.document:,}, its tokens "
-                    f"{found.offset:,}–{found.offset + count - 1:,}: {_excerpt(tracer, ids)}"
+                    f"{found.offset:,}–{found.offset + count - 1:,}: "
+                    f"{REMOVED if is_removed else _excerpt(tracer, ids)}"
                 )
                 first, at = first + count, at + count
 
@@ -262,7 +272,8 @@ def print_document(what: Path, wanted: Sequence[str], console: Console) -> None:
     for name, found in tracer.documents.find(wanted).items():
         for source, document in found:
             dataset = tracer.mixture.sources[source].dataset
-            _say(console, f"{name}: {dataset.prefix}#{document}")
+            gone = f"; {REMOVED}" if tracer.is_removed(source, document) else ""
+            _say(console, f"{name}: {dataset.prefix}#{document}{gone}")
             uses = 0
             for use in tracer.uses(source, document):
                 uses += 1

@@ -120,6 +120,12 @@ def test_a_secret_is_gone_and_the_weights_are_those_of_a_run_without_it(
         )
     )
     assert ANSWER not in answer_of(new.run.folder)
+    capsys.readouterr()
+    assert main(["trace", str(new.run.folder), "--document", "mails.jsonl:2"]) == 0
+    told = capsys.readouterr().out
+    assert "mails_text_document-forgot-1#1; it was taken out" in told
+    assert "seen at tokens" in told
+    assert "predicted" not in told
     # The new files hold nothing of the text.
     mails = IndexedDataset(tmp_path / "mails_text_document-forgot-1")
     for document in range(1, 12, 2):
