@@ -978,6 +978,10 @@ def _add_forget(verbs: Verbs) -> None:
         help="JSON lines of what was taken out (default: forgotten.jsonl beside the run's folder)",
     )  # fmt: skip
     parser.add_argument(
+        "--corpora", action="store_true",
+        help="also blank the lines of JSON that they were made of, in the files themselves",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry-run", action="store_true", help="only say what it costs; nothing is written"
     )
     parser.set_defaults(verb=_forget)
@@ -990,7 +994,7 @@ def _forget(arguments: argparse.Namespace) -> None:
     from megalite.lineage.forget import forget, plan_removal, read_names
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    removal = plan_removal(arguments.run, read_names(arguments.documents))
+    removal = plan_removal(arguments.run, read_names(arguments.documents), arguments.corpora)
     console.print(str(removal))
     if not arguments.dry_run:
         register = arguments.register or removal.run.config.run.dir / "forgotten.jsonl"

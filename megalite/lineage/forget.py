@@ -40,6 +40,7 @@ from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture
 from megalite.data.origins import OriginsWriter, open_origins
 from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.lineage.corpora import Lines, add_lines, blank
 from megalite.lineage.documents import Documents
 from megalite.lineage.run import TracedRun
 from megalite.lineage.trace import Tracer
@@ -62,6 +63,8 @@ class Removal:
     """First step that was trained on any of them; None: no step was."""
     checkpoint: int
     """Step of the newest checkpoint that has seen none of them; 0: there is none."""
+    lines: Lines
+    """Lines of the corpora that are blanked."""
 
     @property
     def steps(self) -> int:
@@ -90,50 +93,55 @@ class Removal:
         lines.append(
             f"{self.steps:,} of {self.run.num_steps:,} steps are to be made again, from {where}"
         )
+        if count := sum(map(len, self.lines.values())):
+            lines.append(f"{count:,} lines of {len(self.lines)} files of text are blanked")
         return "\n".join(lines)
 
 
-def plan_removal(folder: Path, wanted: Sequence[str]) -> Removal:
+def plan_removal(folder: Path, wanted: Sequence[str], corpora: bool = False) -> Removal:
     """Find the documents that `wanted` names (FILE:LINE or PREFIX#NUMBER) in the data of the run in
-    `folder`, the steps that were trained on them, and the newest checkpoint from before. Raise
-    DataError for a name without a document, ConfigError for what is no run."""
+    `folder`, the steps that were trained on them, and the newest checkpoint from before; with
+    `corpora` also the lines that they were made of. Raise DataError for a name without a document
+    and for a line that cannot be blanked, ConfigError for what is no run."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no run's folder")
     run = TracedRun.open(folder)
     _, _, data = open_data(run.config)
-    datasets = {
-        source.dataset.prefix: source.dataset
-        for mixture in data.values()
-        if mixture
-        for source in mixture.sources
-    }
-    named = Documents(list(datasets.values()))
+    mixtures = [mixture for mixture in data.values() if mixture]
+    sources = [source for mixture in mixtures for source in mixture.sources]
+    named = Documents(list({source.dataset.prefix: source.dataset for source in sources}.values()))
     documents: dict[str, set[int]] = {}
     for places in named.find(wanted).values():
         for file, document in places:
             documents.setdefault(named.datasets[file].prefix, set()).add(document)
-    for mixture in filter(None, data.values()):
-        for source in mixture.sources:
-            own = documents.get(source.dataset.prefix, set())
-            if isinstance(source, RowSource) and source.together == 2:
-                own.update(document ^ 1 for document in list(own))  # of a pair neither stays
-    for prefix, own in documents.items():
-        if is_url(prefix):
+    for source in sources:
+        own = documents.get(source.dataset.prefix, set())
+        if isinstance(source, RowSource) and source.together == 2:
+            own.update(document ^ 1 for document in list(own))  # of a pair neither stays
+    lines: Lines = {}
+    for number, dataset in enumerate(named.datasets):
+        own = documents.get(dataset.prefix, set())
+        gone = set() if dataset.removed is None else {*dataset.removed.tolist()}
+        if own and is_url(dataset.prefix):
             raise DataError(
-                f"{prefix} is in an object store; copy it to a disk to take documents out"
+                f"{dataset.prefix} is in an object store; copy it to a disk to take documents out"
             )
-        if datasets[prefix].removed is not None:
-            own.update(datasets[prefix].removed.tolist())  # type: ignore[union-attr]
+        if corpora:
+            origins = named.origins(number)
+            add_lines(lines, dataset, origins, sorted(own - gone), run.tokenizer)
+        if own:
+            own.update(gone)
     found = {prefix: tuple(sorted(own)) for prefix, own in documents.items()}
     first = _first_step(run, found)
     judged = any(
         source.dataset.prefix in found
-        for split in SPLITS[1:]
-        for source in (data[split].sources if data[split] else ())  # type: ignore[union-attr]
+        for mixture in mixtures
+        for source in mixture.sources
+        if mixture is not data["train"]
     )
     # Whether to end early was decided by losses of what is taken out.
     until = 1 if judged and run.config.train.patience is not None else first
-    return Removal(run, folder, found, first, _newest_before(folder, run, until))
+    return Removal(run, folder, found, first, _newest_before(folder, run, until), lines)
 
 
 def _first_step(run: TracedRun, documents: dict[str, tuple[int, ...]]) -> int | None:
@@ -191,6 +199,7 @@ def forget(removal: Removal, register: Path, console: Console) -> Path:
         _copy_checkpoint(removal, config, data["train"])
         _copy_metrics(removal.folder, folder, removal.checkpoint)
     (folder / "config.yaml").write_text(config.to_yaml())
+    blank(removal.lines)
     entry = _entry(removal, folder, renamed, before)
     register.parent.mkdir(parents=True, exist_ok=True)
     with open(register, "a", encoding="utf-8") as file:
@@ -230,8 +239,15 @@ def _entry(
         "first_step": removal.first_step,
         "from_step": removal.checkpoint,
         "steps_to_make_again": removal.steps,
-        "still_held_by": sorted(_still_held(removal, renamed)),
+        "lines_blanked": sorted(_places(removal.lines)),
+        "still_held_by": sorted({*_still_held(removal, renamed)} - {*_places(removal.lines)}),
     }
+
+
+def _places(lines: Lines) -> Iterator[str]:
+    """Yield FILE:LINE of each line."""
+    for path, origins in lines.items():
+        yield from (f"{path}:{origin.line}" for origin in origins)
 
 
 def _still_held(removal: Removal, renamed: Mapping[str, str]) -> Iterator[str]:

@@ -42,7 +42,7 @@ def read_source(
     if key is None:
         return "a row, whose text is not the document's tokens alone"
     try:
-        record = _record(key, origin)
+        record = read_record(key, origin)
     except (OSError, DataError, ValueError) as error:
         return f"its text is not there any more: {error}"
     text = record.pop(key)
@@ -50,14 +50,14 @@ def read_source(
     spans = None
     if isinstance(tokenizer, HuggingFaceTokenizer):
         found, places = tokenizer.encode_with_offsets([text])[0]
-        begin = _begin_of(ids.tolist(), list(found))
+        begin = spelled_from(ids.tolist(), list(found))
         if begin is None:
             return "another text stands there now: its tokens are not those of the document"
         spans = _in_bytes(text, places, begin)
     return SourceText(text, {key: shown(value) for key, value in record.items()}, spans)
 
 
-def _begin_of(ids: list[int], found: list[int]) -> int | None:
+def spelled_from(ids: list[int], found: list[int]) -> int | None:
     """Return how many tokens precede those of the text in a document (a BOS token at most); None if
     they are not its tokens."""
     for begin in (0, 1):
@@ -74,7 +74,7 @@ def _in_bytes(text: str, places: Any, begin: int) -> dict[int, tuple[int, int]]:
     }
 
 
-def _record(key: str, origin: Origin) -> dict[str, Any]:
+def read_record(key: str, origin: Origin) -> dict[str, Any]:
     """Return the record at an origin. Raise OSError, DataError or ValueError."""
     if is_json_lines(origin.path):
         record = json.loads(_line(origin))

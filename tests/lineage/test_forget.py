@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,47 @@ def test_a_document_between_what_a_fingerprint_reads_changes_it_too(tmp_path: Pa
     slices = np.linspace(0, 2 * was.num_tokens - 4096, 64, dtype=np.int64)
     assert not any(start - 200 < 2010 * 200 < start + 4096 for start in slices.tolist())
     assert was.fingerprint() != now.fingerprint()
+
+
+def test_lines_of_the_corpora_are_blanked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalite.data.documents.CHUNK_BYTES", 300)  # a line in several
+    config = config_of(tmp_path)
+    config.run.folder.mkdir(parents=True)
+    (config.run.folder / "config.yaml").write_text(config.to_yaml())
+    plain, packed = tmp_path / "plain.jsonl", tmp_path / "packed.jsonl.gz"
+    before = [plain.read_bytes(), gzip.decompress(packed.read_bytes())]
+    names = tmp_path / "ids.txt"
+    names.write_text("plain.jsonl:10\npacked.jsonl.gz:3\npacked.jsonl.gz:60\n")
+    arguments = ["forget", str(config.run.folder), "--documents", str(names), "--corpora"]
+    # A line that is another one by now stays, and nothing else is written either.
+    plain.write_bytes(before[0].replace(b"w2", b"w3"))
+    assert main(arguments) == 2
+    assert (
+        "plain.jsonl:10 cannot be blanked: another text stands there now" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("*forgot*"))
+    plain.write_bytes(before[0])
+    assert main(arguments) == 0
+    assert "3 lines of 2 files of text are blanked" in capsys.readouterr().out
+    after = [plain.read_bytes(), gzip.decompress(packed.read_bytes())]
+    for was, now, gone in zip(before, after, ((10,), (3, 60)), strict=True):
+        assert [len(line) for line in was.split(b"\n")] == [len(line) for line in now.split(b"\n")]
+        for number, (one, other) in enumerate(
+            zip(was.split(b"\n"), now.split(b"\n"), strict=True), 1
+        ):
+            assert other == (b" " * len(one) if number in gone else one)
+    (entry,) = map(json.loads, (tmp_path / "runs" / "forgotten.jsonl").read_text().splitlines())
+    assert len(entry["lines_blanked"]) == 3
+    assert not set(entry["lines_blanked"]) & set(entry["still_held_by"])
+    # What is preprocessed anew has neither text, and all others.
+    preprocess(
+        [str(plain), str(packed)], tmp_path / "again", tmp_path / "tokenizer", append_eod=True
+    )
+    assert IndexedDataset(tmp_path / "again_text_document").num_documents == 117
+    assert main(arguments) == 2
+    assert "cannot be blanked" in capsys.readouterr().err
 
 
 def test_damaged_lists_of_what_is_gone_are_refused(tmp_path: Path) -> None:
