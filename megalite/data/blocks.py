@@ -292,7 +292,6 @@ class LineNumbers:
     def __init__(self, total: Report) -> None:
         self._total = total
         self._path, self._first, self._num_lines = "", 0, 0
-        self._before: int | None = None
 
     def add(
         self,
@@ -304,31 +303,29 @@ class LineNumbers:
         paths: Sequence[str],
     ) -> Array:
         """Add the `report` of a block of `num_lines` lines, of which `bad` (number within the
-        block, reason) cannot be used. Return its `places` with the lines of the files `paths`."""
+        block, reason) cannot be used. Return its `places` with the lines counted from where the
+        shard begins in their file."""
         if block.path != self._path:
             self._path, self._first, self._num_lines = block.path, block.first, 0
-            self._before = None
         add_to(self._total, report)
         for line, why in bad:
-            is_full = len(self._total.messages) >= MAX_MESSAGES
-            self._total.bad(
-                self._path, line + (0 if is_full else self._num_lines + self._lines_before()), why
-            )
+            before = 0
+            # A shard that begins within the file.
+            if self._first and len(self._total.messages) < MAX_MESSAGES:
+                with suppress(OSError):  # it may be gone, which is what is bad
+                    before = _lines_before(self._path, self._first)
+            self._total.bad(self._path, before + self._num_lines + line, why)
         if block.path and len(places):
             places = places.copy()
-            places["line"] += self._num_lines + self._lines_before()
+            places["line"] += self._num_lines
         self._num_lines += num_lines
         return places
 
-    def _lines_before(self) -> int:
-        """Return how many lines of the file come before its first block, where a shard begins
-        within it."""
-        if self._before is None:
-            self._before = 0
-            if self._first:
-                with suppress(OSError):  # it may be gone, which is what is bad
-                    self._before = _lines_before(self._path, self._first)
-        return self._before
+    @property
+    def of_last_file(self) -> dict[str, int]:
+        """Return the lines that were read of the last file, by its path; empty where it has
+        none."""
+        return {self._path: self._num_lines} if self._path else {}
 
 
 def _lines_before(path: str, first: int) -> int:

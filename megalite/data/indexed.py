@@ -510,7 +510,7 @@ class IndexedWriter:
             os.fsync(file.fileno())
         # An older .idx must never stand beside the new .bin, not even between two renames.
         self._final[-1].unlink(missing_ok=True)
-        for kind in (".mask", ".removed"):
+        for kind in (".mask", ".removed", ".src"):
             self._final[0].with_suffix(kind).unlink(missing_ok=True)
         try:
             for temporary, final in zip(self._temporary, self._final, strict=True):

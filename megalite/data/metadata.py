@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Preprocessed:
     text_bytes: int
     num_left: int
     report: Report
+    lines_read: dict[str, int] = field(default_factory=dict)
+    """Of a shard: how many lines of the last file that it has read, by the file's path."""
     seconds: float = 0.0
     remark: str = ""
 
@@ -70,6 +72,7 @@ class Preprocessed:
             "num_left": self.num_left,
             "text_bytes": self.text_bytes,
             **{name: getattr(self.report, name) for name in LEFT_OUT},
+            **({"lines_read": self.lines_read} if self.lines_read else {}),
         }
         with replacing(Path(f"{self.prefix}.json"), durable=True) as temporary:
             temporary.write_text(
@@ -109,6 +112,7 @@ def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:
             for name in ("tokenized_by", "num_documents", "num_tokens", "text_bytes", "num_left")
         }
         report = Report(**{name: values[name] for name in LEFT_OUT if name in values})
-    except (DataError, ValueError, KeyError, TypeError):
+        lines = {str(path): int(count) for path, count in values.get("lines_read", {}).items()}
+    except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Preprocessed(prefix, settings, report=report, **counts)
+    return Preprocessed(prefix, settings, report=report, lines_read=lines, **counts)

@@ -7,7 +7,8 @@
 
 A line is counted from 1, and is the number of a row where files have no lines (parquet, Arrow, a
 JSON array). `start` and `length` are the line's bytes in its file, which a .gz or .zst has once it
-is unpacked; -1 and 0 where the reader does not know them. 16 bytes a document."""
+is unpacked; -1 and 0 where the reader does not know them. 16 bytes a document. A shard that begins within a file
+counts its lines from there; they are right once shards are joined."""
 
 from __future__ import annotations
 
@@ -67,11 +68,9 @@ class OriginsWriter:
     context manager it leaves nothing behind if the block raises."""
 
     def __init__(self, prefix: str | Path, key: str | None) -> None:
-        """Take away an older PREFIX.src, which is not that of the token file to come. `key` is that
-        of the texts in JSON lines, None for rows of labelled data."""
+        """`key` is that of the texts in JSON lines, None for rows of labelled data."""
         self._prefix, self._key, self._count = str(prefix), key, 0
         self._files: list[tuple[str, int, int]] = []
-        Path(f"{prefix}.src").unlink(missing_ok=True)
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._temporary = Path(f"{prefix}.src.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115
@@ -90,11 +89,15 @@ class OriginsWriter:
             records["start"] = places["start"][first:end]
             self._write(records)
 
-    def add_all(self, other: Origins) -> None:
-        """Note the documents of another token file, which are appended."""
-        for path, size, first, end in other.parts:
-            self._begin(path, size)
-            self._write(other.records[first:end])
+    def add_all(self, other: Origins, path: str = "", lines: int = 0) -> None:
+        """Note the documents of another token file, which are appended. Those from `path` are
+        counted from behind its first `lines` lines."""
+        for name, size, first, end in other.parts:
+            self._begin(name, size)
+            records = other.records[first:end].copy()
+            if name == full_path(path):
+                records["line"] = np.minimum(records["line"].astype(np.int64) + lines, LARGEST)
+            self._write(records)
 
     def _begin(self, path: str, size: int) -> None:
         """Note from which file the next documents are."""

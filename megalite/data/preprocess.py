@@ -260,7 +260,7 @@ class _Job:
             add_to(report, self.listed)
         low, high = shard_bytes(self.files, shard)
         text_bytes = num_left = 0
-        blocks = iter_blocks(self.files, self.packing.json_key, shard)
+        blocks, numbers = iter_blocks(self.files, self.packing.json_key, shard), LineNumbers(report)
         writer = IndexedWriter(prefix, self.packing.dtype)
         try:
             with (
@@ -269,7 +269,6 @@ class _Job:
                 Meter("tokenizing", high - low, self.console) as meter,
                 closing(in_order(blocks, encode, pool, self.workers)) as results,
             ):
-                numbers = LineNumbers(report)
                 for block, encoded in results:
                     writer.add_documents(encoded.tokens, encoded.lengths)
                     places, paths = numbers.add(block, *encoded.read[1:]), encoded.read.paths
@@ -295,6 +294,7 @@ class _Job:
             text_bytes,
             num_left,
             report,
+            numbers.of_last_file if shard.count > 1 else {},
         )
         result.write()
         result.seconds = time.monotonic() - start

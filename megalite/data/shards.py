@@ -85,7 +85,7 @@ def join(
                 if part.num_documents:
                     writer.add_pair(part.prefix)
                 progress(settings["input_bytes"] * number // count, writer.num_tokens)
-        _join_origins(prefix, [part.prefix for part in parts if part.num_documents])
+        _join_origins(prefix, parts)
         result = _sum(prefix, parts)
         result.write()
         for name in names:
@@ -93,14 +93,23 @@ def join(
     return result
 
 
-def _join_origins(prefix: str, parts: list[str]) -> None:
+def _join_origins(prefix: str, parts: list[Preprocessed]) -> None:
     """Write PREFIX.src from those of the parts, if all of them have one."""
-    found = [open_origins(IndexedDataset(part)) for part in parts]
+    found = [
+        open_origins(IndexedDataset(part.prefix)) if part.num_documents else None for part in parts
+    ]
     known = [origins for origins in found if origins is not None]
-    if known and len(known) == len(parts):
-        with OriginsWriter(prefix, known[0].key) as writer:
-            for origins in known:
-                writer.add_all(origins)
+    if not known or len(known) < sum(part.num_documents > 0 for part in parts):
+        return
+    path, lines = "", 0
+    with OriginsWriter(prefix, known[0].key) as writer:
+        for part, origins in zip(parts, found, strict=True):
+            # A part counts lines from where it begins in a file, of which earlier parts have had
+            # `lines`.
+            if origins is not None:
+                writer.add_all(origins, path, lines)
+            for last, count in part.lines_read.items():
+                path, lines = last, count + (lines if last == path else 0)
 
 
 def remove(name: str) -> None:
