@@ -77,6 +77,18 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite inspect data/web_text_document --tokenizer data/tokenizer",
         "megalite inspect configs/quickstart.yaml --split valid --count 3",
     ),
+    "trace": (
+        "megalite trace runs/my --step 1200 --sample 7 --token 33",
+        "megalite trace runs/my --document corpus/web.jsonl:88",
+    ),
+    "forget": (
+        "megalite forget runs/my --documents ids.txt --dry-run",
+        "megalite forget runs/my --documents ids.txt --corpora",
+    ),
+    "contamination": (
+        "megalite contamination configs/my.yaml --tasks arc_easy,hellaswag",
+        "megalite contamination runs/my --data held-out.jsonl --output contamination.jsonl",
+    ),
     "parity": ("megalite parity runs/one runs/other --tolerance 1e-5",),
     "runs": ("megalite runs", "megalite runs /data/experiments"),
     "compare": (
