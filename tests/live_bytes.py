@@ -70,7 +70,11 @@ def measure_step(rank: int, world_size: int, config: Config) -> dict[str, int]:
 
 
 def _micro_batch(config: Config, number: int) -> MicroBatch:
-    shape = (config.train.micro_batch_size, config.data.seq_length)
+    rows, (_, of_source, length) = config.train.micro_batch_size, config.lengths
+    shape = (rows, length)
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    if of_source:
+        source = torch.randint(0, config.model.vocab_size, (rows, of_source), generator=generator)
+        return MicroBatch(tokens, tokens.roll(-1, 1), torch.arange(rows), source=source)
     return MicroBatch(tokens, tokens.roll(-1, 1), torch.arange(shape[0]))

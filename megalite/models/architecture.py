@@ -133,6 +133,8 @@ class FeedForwardSpec:
     """True if the activation of a gate multiplies the up projection (SwiGLU, GeGLU)."""
     activation: str
     """Kind of the activation, such as silu, gelu or relu2."""
+    dropout: float = 0.0
+    """Dropout of what the last matrix takes."""
 
     @property
     def active_inner(self) -> int:

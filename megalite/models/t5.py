@@ -138,7 +138,10 @@ class T5Config(ModelConfig):
         }  # fmt: skip
         activation = "gelu" if self.is_gated else "relu"
         feed_forward = FeedForwardSpec(
-            inner=self.intermediate_size, gated=self.is_gated, activation=activation
+            inner=self.intermediate_size,
+            gated=self.is_gated,
+            activation=activation,
+            dropout=self.dropout,
         )
         encoder = LayerSpec(AttentionSpec(**heads, causal=False), feed_forward)
         decoder = LayerSpec(CrossSpec(**heads), feed_forward, num_norms=3)

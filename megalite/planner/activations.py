@@ -103,8 +103,13 @@ class _Layer:
         # All in bytes, on this rank: two norms, attention, MLP, and the masks of dropout.
         norms = 2 * self.norm + _more_norms(shapes)
         gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
-        mlp = self.first + gate + self.inner
+        if shapes.relu:  # its output says where its input was above 0
+            self.first = 0 if shapes.inner_dropout is False else self.inner
+        inner_mask = self.inner if shapes.inner_dropout else 0
+        mlp = self.first + gate + self.inner + inner_mask
         self.routed = _routed(shapes)
+        self.cross = _cross(shapes, recompute == "selective")
+        """All that attention to an encoder keeps, its norm and mask included."""
         # A predictor's hidden states and embeddings as one, the operand of its first product.
         self.joined = 2 * self.hidden if shapes.joins else 0
         # Gradient of the residual stream. Beside a predictor's are those of all that the head takes,
@@ -114,6 +119,7 @@ class _Layer:
             self.joined
             + norms
             + self.attention
+            + self.cross
             + _latents(shapes)
             + mlp
             + self.routed
@@ -124,7 +130,7 @@ class _Layer:
         self.kept = self.plain
         if recompute == "selective":
             # activation_and_down_proj is recomputed from the first product's output.
-            self.kept = self.plain - gate - self.inner
+            self.kept = self.plain - gate - self.inner - inner_mask
         elif recompute == "full":
             # Only the layer's input; a predictor has the embeddings beside it.
             self.kept = 2 * self.hidden if shapes.joins else self.hidden
@@ -141,9 +147,12 @@ class _Layer:
         # The second product's output, reduced over the tensor ranks; then added to the stream.
         second = max(_whole(self.shapes) + self._scatter(), 2 * hidden)
         moments = [
-            self.norm + _attention_forward(self.shapes),
+            self.norm + _attention_forward(self.shapes, self.on_gloo),
             at_end + hidden + second,
         ]
+        if self.shapes.crosses:
+            kept = 0 if self.recompute == "full" else self.attention
+            moments.append(self.norm + kept + self.cross + _cross_forward(self.shapes))
         if self.masks:
             without_mask = 3 * hidden if self.recompute == "full" else self.kept - self.masks
             moments.append(without_mask + 2 * hidden + _mask_numbers(self.shapes))
@@ -181,10 +190,18 @@ class _Layer:
         MLP is freed."""
         beside = self.gradient + self.norm + _attended(self.shapes)
         moments = [beside + _attention_backward(self.shapes, self.on_gloo)]
+        if self.shapes.crosses:
+            beside += self.shapes.source_bytes  # the gradient of the encoder's states
+            moments = [each + self.shapes.source_bytes for each in moments]
+            moments.append(beside + self.attention + self.cross + _cross_backward(self.shapes))
         if self.recompute == "full" or (
             self.recompute == "selective" and self.shapes.writes_scores
         ):
-            moments.append(beside + _attention_forward(self.shapes))
+            moments.append(beside + _attention_forward(self.shapes, self.on_gloo))
+            if self.shapes.crosses:
+                masked = _masked_bias(self.shapes) if self.recompute == "full" else 0
+                again = self.attention + masked + _cross(self.shapes)
+                moments.append(beside + again + _cross_forward(self.shapes))
         return moments
 
     def _scatter(self) -> int:
@@ -241,8 +258,9 @@ def _norm(shapes: Shapes) -> int:
 
 def _more_norms(shapes: LayerShapes) -> int:
     """Count the norms after attention and MLP, which some families have beside the usual two: input
-    and statistics."""
-    return (shapes.norms - 2) * (shapes.hidden_bytes + _tokens_here(shapes) * FP32)
+    and statistics. Those of attention to an encoder are counted with it."""
+    more = 0 if shapes.crosses else shapes.norms - 2
+    return more * (shapes.hidden_bytes + _tokens_here(shapes) * FP32)
 
 
 def _projection(shapes: LayerShapes) -> int:
@@ -304,6 +322,9 @@ def _repeated(shapes: LayerShapes, on_gloo: bool) -> int:
 
 def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count what attention keeps for its backward pass."""
+    if _widens(shapes, on_gloo):
+        masked = shapes.seq_length**2 if shapes.causal else 0
+        return _widened(shapes) + _scores(shapes) * FP32 + masked + _attended(shapes)
     if not shapes.writes_scores:
         # The projection, the output and its log-sum-exp.
         kept = _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
@@ -313,12 +334,81 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
     # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are
     # copied for their products, after which the projection is freed. [B, H, T, S] in fp32 and in
     # the model's dtype, and a bool mask [T, S].
-    scores = _scores(shapes) * (FP32 + shapes.element) + shapes.seq_length**2
+    scores = _scores(shapes) * (FP32 + shapes.element)
+    scores += shapes.seq_length**2 if shapes.causal else 0
     if shapes.attention_dropout:
         scores += _scores(shapes) * shapes.element  # the dropout's mask beside its output
     if shapes.attention_softcap:
         scores += _scores(shapes) * FP32  # the output of tanh
     return _copied(shapes) + _attended(shapes) + scores + _before_head_norms(shapes)
+
+
+def _widens(shapes: LayerShapes, on_gloo: bool) -> bool:
+    """Return whether torch adds the bias of the scores, and computes with them, in fp32: on the CPU,
+    where nothing is dropped. (Its kernel for GPUs takes a bias, and is counted as if it wrote the
+    scores.)"""
+    return shapes.biased and not shapes.attention_dropout and on_gloo
+
+
+def _widened(shapes: LayerShapes) -> int:
+    """Count queries, keys and values in fp32."""
+    return shapes.tokens * (shapes.q + shapes.kv) * FP32
+
+
+def bias_bytes(shapes: LayerShapes) -> PartBytes:
+    """Count the bias of a stack's scores that all its layers share: the bucket of each pair of
+    positions, int64, kept until its gradient is added up; in the forward pass the bias itself."""
+    pairs = shapes.seq_length**2
+    bias = shapes.heads * pairs * shapes.element
+    return PartBytes(pairs * INT64, bias, bias, bias, for_weights=0)
+
+
+def _masked_bias(shapes: LayerShapes) -> int:
+    """Count the bias of the scores put together with what is not attended to."""
+    pairs = shapes.seq_length**2 if shapes.biased and shapes.causal else 0
+    return shapes.heads * pairs * shapes.element
+
+
+def _cross(shapes: LayerShapes, lean: bool = False) -> int:
+    """Count what attention to an encoder's states keeps: the norm before it, queries, keys and
+    values of these states, the output; and the states themselves, normalized, in the first layer
+    that has it. `lean`: no scores, which are recomputed."""
+    if not shapes.crosses:
+        return 0
+    stat = (1 if shapes.rms_norm else 2) * FP32
+    kept = 2 * shapes.hidden_bytes + _tokens_here(shapes) * stat
+    kept += shapes.hidden_bytes if shapes.hidden_dropout else 0
+    if shapes.opens:
+        kept += 2 * shapes.source_bytes + shapes.source_tokens * stat
+        kept += shapes.source_bytes if shapes.hidden_dropout else 0
+    if shapes.attention_dropout and not lean:
+        kept += _cross_scores(shapes) * (FP32 + 2 * shapes.element)
+    projections = shapes.tokens * shapes.q + shapes.source_tokens * shapes.kv
+    log_sum_exp = 0 if shapes.attention_dropout else shapes.tokens * shapes.heads * FP32
+    return kept + projections * shapes.element + _attended(shapes) + log_sum_exp
+
+
+def _cross_scores(shapes: LayerShapes) -> int:
+    """Return the number (not bytes) of scores of attention to an encoder's states."""
+    return shapes.tokens * shapes.heads * shapes.source_length
+
+
+def _cross_forward(shapes: LayerShapes) -> int:
+    """Count what attention to an encoder's states holds beside what it keeps while it drops some of
+    the probabilities."""
+    if not shapes.attention_dropout:
+        return 0
+    # The scores in fp32, and the random numbers for the mask, in place of mask and product.
+    scores = _cross_scores(shapes)
+    numbers = scores * (FP32 + RANDOM_BYTES - shapes.element)
+    return numbers + scores // shapes.micro_batch_size * INT64
+
+
+def _cross_backward(shapes: LayerShapes) -> int:
+    """Count the gradients of attention to an encoder's states."""
+    projections = shapes.tokens * shapes.q + shapes.source_tokens * shapes.kv
+    scores = _cross_scores(shapes) * 2 * FP32 if shapes.attention_dropout else 0
+    return projections * shapes.element + scores
 
 
 def _lean_attention(shapes: LayerShapes) -> int:
@@ -333,16 +423,19 @@ def _before_head_norms(shapes: LayerShapes) -> int:
     return _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
 
 
-def _attention_forward(shapes: LayerShapes) -> int:
+def _attention_forward(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count what is alive at the peak of attention's forward pass."""
     size = _projection(shapes)
     scores = _scores(shapes)
-    if shapes.attention_dropout:
+    if _widens(shapes, on_gloo):
+        # The scores, and with their bias; which is put together with what is not attended to.
+        size += _widened(shapes) + 2 * scores * FP32 + _masked_bias(shapes)
+    elif shapes.attention_dropout:
         # The scores and their softmax in fp32, its rounded copy, and the random numbers for the
         # mask with their indices, which all samples share.
         bytes_each = 2 * FP32 + shapes.element + RANDOM_BYTES
         indices = scores // shapes.micro_batch_size * INT64
-        size += _copied(shapes) + scores * bytes_each + indices
+        size += _copied(shapes) + scores * bytes_each + indices + _masked_bias(shapes)
     elif shapes.attention_softcap:
         # In fp32: the scores, capped, masked, and their softmax.
         size += _copied(shapes) + scores * 4 * FP32

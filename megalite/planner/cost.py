@@ -68,6 +68,7 @@ class Costs:
         self.shapes = shapes
         self.kernels = kernels
         self.network = network
+        self._products_add = products_add
         self._product_add_bytes = FUSED_ACCUMULATE_BYTES if products_add else ACCUMULATE_BYTES
         self._whole = shapes.tokens * shapes.hidden * shapes.element
         """Bytes of the hidden states of all of this rank's tokens, not split by sequence
@@ -75,6 +76,11 @@ class Costs:
 
     def layer(self, layer: LayerShapes, recompute: str) -> PassTimes:
         """Return the times of one layer. `recompute` is the setting train.recompute."""
+        if layer.is_source and self.shapes.tokens != layer.tokens:
+            # Of another sequence than the decoder's, as its tokens are all that is else.
+            return Costs(layer, self.kernels, self.network, self._products_add).layer(
+                layer, recompute
+            )
         total = NOTHING
         for matrix in layer.matrices:
             total += self._product(matrix)
@@ -113,7 +119,8 @@ class Costs:
         table = shapes.vocab * shapes.hidden
         # Vocabulary parallelism also zeroes the rows of tokens that other ranks look up.
         passes = 2 + (4 if shapes.tensor > 1 else 0)
-        looked_up = passes * self._whole
+        both = self._whole * (shapes.tokens + shapes.source_tokens) / shapes.tokens
+        looked_up = passes * both
         forward = self.kernels.memory(looked_up, 4) + self._leave()
         if shapes.frozen:
             return PassTimes(forward, 0.0, 0.0, 0.0, self._sent(self._whole))
@@ -287,6 +294,8 @@ class Costs:
         # q · kᵀ and probabilities · v, each a multiplication and an addition.
         operations = 2.0 * shapes.tokens * seen * (layer.q + layer.attended)
         # Five products for the forward pass's two (flash attention recomputes the scores).
+        if layer.crosses:  # to all of an encoder's states
+            operations += 2.0 * shapes.tokens * layer.source_length * (layer.q + layer.attended)
         forward = self.kernels.attention(operations, shapes.seq_length, layer.head_size)
         backward = self.kernels.attention(2.5 * operations, shapes.seq_length, layer.head_size)
         if shapes.logits_every:

@@ -255,7 +255,7 @@ class Outlook:
         """Properties of the messages between pipeline ranks and between replicas."""
         pipeline = self.plan.pipeline > 1
         return Links(
-            hand_over=self.network.hand_over(self.shapes.hidden_bytes) if pipeline else 0.0,
+            hand_over=self.network.hand_over(self.shapes.handed_bytes) if pipeline else 0.0,
             waits_for_hand_over=pipeline and self.plan.schedule == "1f1b",
             reduces_every_time=self.plan.zero_stage == 2,
         )
@@ -398,7 +398,7 @@ class Outlook:
             # Hidden states forward, and gradients back.
             messages = sum((not span.last) + (not span.first) for span in plan.stages_of(rank))
             if plan.pipeline > 1:
-                sent = float(messages * plan.micro_batches * self.shapes.hidden_bytes)
+                sent = float(messages * plan.micro_batches * self.shapes.handed_bytes)
                 if self._tied_over_pipeline and rank in (0, plan.pipeline - 1):
                     sent += self._shared_bytes
                 volume["pipeline"] = max(volume["pipeline"], sent)

@@ -18,6 +18,7 @@ from megalite.planner.activations import (
     FP32,
     INT64,
     PartBytes,
+    bias_bytes,
     embedding_bytes,
     head_bytes,
     layer_bytes,
@@ -108,7 +109,7 @@ def rank_memories(
             activations, transient = 0, updating
         buffers = (
             _tokens(plan, shapes)
-            + _messages(plan, spans) * shapes.hidden_bytes
+            + _messages(plan, spans) * shapes.handed_bytes
             + _buckets(plan, config, own, on_gloo)
             + _gathered_weights(plan, own, shapes.element)
             + (frozen.states if spans[-1].last else 0)
@@ -145,12 +146,13 @@ class _Counts:
         self.by_autograd = plan.engine != "native"
         self.plain = each(layers, lambda layer: layer_bytes(layer, "none", on_gloo))
         self.lean = each(layers, lambda layer: layer_bytes(layer, train.recompute, on_gloo))
+        self.layers = layers
         self.head = beside_frozen(head_bytes(shapes, self.by_autograd, on_gloo), frozen)
 
     def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
         """Return the bytes of one stage."""
         parts = self._parts(stage, sizes)
-        hidden = self.shapes.hidden_bytes
+        handed = self.shapes.handed_bytes
         kept = sum(number * part.kept for number, part in parts)
         for_weights = sum(number * part.for_weights for number, part in parts)
         forward = [(number, part.forward, part.kept) for number, part in parts]
@@ -163,16 +165,31 @@ class _Counts:
             backward_input.append((number, part.backward_input - part.kept, left))
         # The cos/sin tables of all layers; and the stage's output, which torch holds until the
         # backward pass. Under zero bubble it also holds the input until the weight-gradient pass.
-        output = 0 if stage.last else hidden
-        held_input = 0 if stage.first else hidden
-        beside = rope_bytes(self.shapes) + output
+        output = 0 if stage.last else handed
+        held_input = 0 if stage.first else handed
+        tables = [bias_bytes(layer) for layer in self._stacks(stage)]
+        beside = rope_bytes(self.shapes) + output + sum(table.kept for table in tables)
+        # What is recomputed takes the biases once more. The peak is at the first layer of the
+        # backward pass, before there is a gradient of them, or at any where little is kept.
+        biases, gradient = sum(table.forward for table in tables), 0
+        if self.train.recompute != "none":
+            beside, biases = beside + biases, 0
+        if self.train.recompute == "full":
+            gradient = max((table.backward for table in tables), default=0)
         return PartBytes(
             kept=beside + kept,
-            forward=beside + _fullest(0, forward),
-            backward=beside + _fullest(kept, backward),
+            forward=beside + biases + _fullest(0, forward),
+            backward=beside + gradient + _fullest(kept, backward),
             backward_input=beside + _fullest(kept, backward_input),
             for_weights=for_weights + held_input,
         )
+
+    def _stacks(self, stage: StageSpan) -> list[LayerShapes]:
+        """Return a layer of each stack that a stage has layers of and whose scores have a bias."""
+        layers = self.layers[stage.start : stage.stop]
+        return [
+            *{layer.is_source: layer for layer in layers if layer.biased}.values(),
+        ]
 
     def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
         """Return the parts in the order of the forward pass, each with how many of it follow one

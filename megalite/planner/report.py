@@ -124,7 +124,7 @@ def _header(estimate: Estimate) -> list[str]:
     return [
         f"{model}, {parameters} parameters, on {gpus} ({joined})",
         layout,
-        f"{micro_batches} of {plan.micro_batch_size} × {config.data.seq_length:,} tokens a rank; "
+        f"{micro_batches} of {plan.micro_batch_size} × {config.sample_tokens:,} tokens a rank; "
         f"ZeRO stage {plan.zero_stage}; recompute {config.train.recompute}; sequence parallel {sequence}",
     ]
 

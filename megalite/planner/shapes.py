@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from math import ceil, prod
@@ -17,7 +17,13 @@ from megalite.config import Config, OptimizerConfig
 from megalite.errors import ConfigError
 from megalite.kernels.quantised import Kind
 from megalite.models import model_config, weight_table
-from megalite.models.architecture import AttentionSpec, ExpertsSpec, LatentSpec, LayerSpec
+from megalite.models.architecture import (
+    AttentionSpec,
+    CrossSpec,
+    ExpertsSpec,
+    LatentSpec,
+    LayerSpec,
+)
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Held, Place, Plan, StageSpan
 
@@ -65,7 +71,9 @@ class Shapes:
     """Holds the sizes of a model on one tensor rank, unless a field says otherwise."""
 
     tokens: int
-    """Tokens of a micro-batch on one context rank."""
+    """Tokens of a micro-batch on one context rank; of a layer, those of its own stack."""
+    source_tokens: int
+    """Tokens of a micro-batch that an encoder reads beside the decoder's; 0 where there is none."""
     head_tokens: int
     """Predictions of the head: of some of these tokens, or of all, and of the further ones that
     predictors predict of each."""
@@ -74,6 +82,8 @@ class Shapes:
     micro_batch_size: int
     seq_length: int
     """Length of a whole sequence, over all context ranks."""
+    source_length: int
+    """Length of an encoder's sequence beside the decoder's; 0 where there is none."""
     hidden: int
     norm_hidden: int
     """Hidden features per token here: all of them, or under sequence parallelism this rank's share
@@ -106,6 +116,16 @@ class Shapes:
     def hidden_bytes(self) -> int:
         """Bytes of a micro-batch's hidden states between two layers."""
         return self.tokens * self.norm_hidden * self.element
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the hidden states of an encoder beside those of the decoder."""
+        return self.source_tokens * self.norm_hidden * self.element
+
+    @property
+    def handed_bytes(self) -> int:
+        """Bytes of what a stage of a pipeline hands to the next."""
+        return self.hidden_bytes + self.source_bytes
 
 
 @dataclass(frozen=True)
@@ -158,6 +178,17 @@ class LayerShapes(Shapes):
     out."""
     num_mixer_matrices: int
     """How many of them, the first ones, are attention's."""
+    is_source: bool
+    """True for a layer of an encoder beside a decoder."""
+    crosses: bool
+    """True if it attends to an encoder's states as well."""
+    opens: bool
+    """True if it normalizes these for all layers behind it."""
+    biased: bool
+    """True if a bias that is trained is added to the scores."""
+    relu: bool
+    """True if the MLP's activation is remembered by its output alone."""
+    inner_dropout: bool
 
     @property
     def q(self) -> int:
@@ -197,11 +228,6 @@ class ModelTable:
 
         Raises ConfigError for a layer that the planner does not know, or that its family describes
         wrongly."""
-        if config.model.architecture.num_streams > 1:
-            raise ConfigError(
-                f"the planner knows models of one stack, and model.family = {config.model.family!r} has two; "
-                "`megalite train --print-plan` shows what follows from the config, and `megalite dryrun` runs it"
-            )
         self.config = config
         self.weights = weight_table(config.model, config.lora)
         self.vocab = next(weight for weight in self.weights if weight.shard == "vocab")
@@ -295,12 +321,19 @@ class ModelTable:
         return LayerKind(spec, spec.mixer, matrices, sums.index(described[0]))
 
 
-def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
+def _matrices(kind: LayerKind, plan: Plan, routed: float, of_source: float) -> tuple[Matrix, ...]:
     """Return the matrices of a layer on one rank. It sends a share `routed` of its tokens to
-    experts."""
+    experts; an encoder's states have `of_source` times as many tokens."""
     experts = [weight for weight in kind.matrices if weight.shard == "expert"]
-    found = []
-    for weight in kind.matrices:
+    mixer, found = kind.attention, []
+    # In the order of the forward pass: attention within the sequence comes first.
+    half = kind.num_mixer_matrices // 2 if isinstance(mixer, CrossSpec) else len(kind.matrices)
+    for number, weight in enumerate(kind.matrices):
+        makes_keys = (
+            isinstance(mixer, CrossSpec)
+            and half <= number < kind.num_mixer_matrices
+            and weight.numel == mixer.source_elements(weight.shape[-1])
+        )
         shape = weight.local_shape(*plan.cut_of(weight))
         folded = weight.is_expert and plan.folds_experts
         found.append(
@@ -318,7 +351,9 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
                 count=prod(shape[: weight.stack]),
                 # `used` is k / num_experts, of the tokens of one rank. A folded expert gets those
                 # of all `expert` ranks, and each of these sends the share `routed` of its own.
-                used=weight.used * plan.experts.expert * routed if folded else weight.used,
+                used=weight.used * plan.experts.expert * routed
+                if folded
+                else weight.used * (of_source if makes_keys else 1.0),
             )
         )
     return tuple(found)
@@ -332,18 +367,20 @@ def shapes_of(
 
     Raises ConfigError for a model the planner does not know."""
     architecture, train = config.model.architecture, config.train
-    length = config.data.seq_length
+    _, source, length = config.lengths
     tokens = plan.micro_batch_size * length // plan.context
     hidden = config.model.hidden_size
     rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
+        source_tokens=plan.micro_batch_size * source,
         head_tokens=max(
             ceil(tokens * config.objective.predicted() * (1 + len(architecture.predictors))), 1
         ),
         predictors=len(architecture.predictors),
         micro_batch_size=plan.micro_batch_size,
         seq_length=length,
+        source_length=source,
         hidden=hidden,
         norm_hidden=hidden // plan.tensor if plan.sequence else hidden,
         vocab=table.vocab.local_shape(plan.tensor)[0],
@@ -362,10 +399,17 @@ def shapes_of(
         by_heads=plan.context > 1 and plan.context_method == "ulysses",
         document_mask=config.data.document_mask,
     )
-    return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, plan, kind)))
+    if not architecture.source_layers:
+        return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, plan, kind)))
+    of_source = replace(model, tokens=model.source_tokens, seq_length=source)
+    split, kinds = architecture.source_layers, table.kinds
+    encoder = each(kinds[:split], lambda kind: _layer_shapes(of_source, plan, kind, is_source=True))
+    return model, (*encoder, *each(kinds[split:], lambda kind: _layer_shapes(model, plan, kind)))
 
 
-def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
+def _layer_shapes(
+    model: Shapes, plan: Plan, kind: LayerKind, is_source: bool = False
+) -> LayerShapes:
     mixer, feed_forward = kind.attention, kind.spec.feed_forward
     routed, expert_tensor = model.tokens, 1
     # The tokens that a rank has (its slice, under sequence parallelism), of all expert-tensor
@@ -403,8 +447,14 @@ def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
         attention_softcap=mixer.softcap is not None,
         attention_dropout=mixer.dropout > 0,
         writes_scores=mixer.writes_scores,
-        matrices=_matrices(kind, plan, routed / model.tokens),
+        matrices=_matrices(kind, plan, routed / model.tokens, model.source_tokens / model.tokens),
         num_mixer_matrices=kind.num_mixer_matrices,
+        is_source=is_source,
+        crosses=isinstance(mixer, CrossSpec),
+        opens=isinstance(mixer, CrossSpec) and kind.spec.num_norms > 3,
+        biased=mixer.bias,
+        relu=feed_forward.activation == "relu",
+        inner_dropout=feed_forward.dropout > 0,
     )
 
 

@@ -224,16 +224,39 @@ def test_a_mixer_of_another_kind_has_flops_and_no_estimate(monkeypatch: pytest.M
         plan(config_of("sparse", "parallel.context=2"), 2)
 
 
-def test_a_model_of_two_stacks_is_refused() -> None:
-    config = parse_config(
+def two_stacks(density: float = 0.15, *overrides: str) -> Config:
+    return parse_config(
         {
-            "run": {"name": "t5"}, "model": {"preset": "t5-small"}, "objective": {"name": "span_corruption"},
-            "data": {"train": [{"path": "-"}], "seq_length": 512, "tokenizer": "-"},
-            "train": {"steps": 1, "global_batch_size": 8}, "optimizer": {"lr": 1e-3},
-        }
+            "run": {"name": "t5"}, "model": {"preset": "t5-small"},
+            "objective": {"name": "span_corruption", "density": density},
+            "data": {"train": [{"path": "x"}], "seq_length": 512, "tokenizer": "x"},
+            "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8}, "optimizer": {"lr": 1e-3},
+        },
+        overrides,
     )  # fmt: skip
-    with pytest.raises(
-        ConfigError,
-        match=r"the planner knows models of one stack, and model\.family = 't5' has two",
-    ):
-        ModelTable(config)
+
+
+def test_each_stack_has_the_tokens_of_its_own_sequence() -> None:
+    """And what makes keys and values of an encoder's states those of the encoder."""
+    config = two_stacks()
+    _, source, target = config.lengths
+    assert (source, target) == (512, 114)
+    found, wanted = outlook_of(config), 0
+    for weight in found.table.weights:
+        if isinstance(weight.place, int) and weight.row_shape:
+            is_source = weight.place < 6 or "cross.kv" in weight.name
+            wanted += 8 * (source if is_source else target) * weight.numel
+    assert wanted == sum(
+        matrix.elements * matrix.tokens_of_each(layer.tokens)
+        for layer in found.layers
+        for matrix in layer.matrices
+    )
+    more = outlook_of(two_stacks(0.3))
+    assert more.lean[0] == found.lean[0], "an encoder's layer, of 512 tokens in any case"
+    assert more.lean[-1].forward > 1.2 * found.lean[-1].forward, "of 228 tokens, not of 114"
+
+
+def test_the_encoder_is_handed_on_beside_the_decoder() -> None:
+    halves = outlook_of(two_stacks(0.15, "parallel.pipeline=2", "train.micro_batch_size=2"), 2)
+    assert halves.shapes.handed_bytes == 2 * (512 + 114) * 512 * 2
+    assert halves.estimate().volume["pipeline"] == 4 * halves.shapes.handed_bytes

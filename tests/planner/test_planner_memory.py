@@ -49,6 +49,12 @@ DEEPSEEK = {
     "experts_per_token": 2, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16, "v_head_dim": 32,
 }  # fmt: skip
+T5 = {
+    "family": "t5", "vocab_size": 1000, "hidden_size": 128, "head_dim": 16, "intermediate_size": 352, "num_layers": 4,
+    "encoder_layers": 2, "num_attention_heads": 8, "max_positions": 512,
+}  # fmt: skip
+SPANS = ("objective.name=span_corruption", "objective.density=0.42", "data.tokenizer=x")
+"""256 tokens of the encoder, and 200 of the decoder."""
 WITHIN = 0.05  # nearly all are within 1%; when a pipeline's messages arrive is chance, and one of them is up to 3%
 RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
 
@@ -87,6 +93,7 @@ measured = pytest.mark.skipif(
     own() is None, reason=f"the planner counts megalite's kernels, and {why_not_built()}"
 )
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "data.seq_length=128")
+T5_DROPOUT = ("model.dropout=0.1", "data.seq_length=128")
 SMALL_HEAD = "model.vocab_size=64"  # so that a layer is the fullest place
 ALONE = {
     "gpt2": (GPT2,),
@@ -132,6 +139,12 @@ ALONE = {
         "model.num_nextn_predict_layers=2",
         "train.recompute=full",
     ),
+    "t5": (T5, *SPANS),
+    "t5 fp32": (T5, *SPANS, "train.precision=fp32"),
+    "t5 full": (T5, *SPANS, "train.recompute=full"),
+    "t5 relu": (T5, *SPANS, "model.feed_forward=relu", *T5_DROPOUT),
+    "t5 with dropout, selective": (T5, *SPANS, *T5_DROPOUT, "train.recompute=selective"),
+    "t5 with dropout, full": (T5, *SPANS, *T5_DROPOUT, "train.recompute=full"),
     "experts full": (MIXTRAL, SMALL_HEAD, "model.experts_per_token=4", "train.recompute=full"),
 }
 
@@ -198,6 +211,8 @@ PAIRS = {
         "train.recompute=full",
     ),
     "zero": (LLAMA, "parallel.zero_stage=2", "train.global_batch_size=16"),
+    "t5, tensor": (T5, *SPANS, "parallel.tensor=2"),
+    "t5, 1f1b": (T5, *SPANS, PIPELINE),
     "muon": (LLAMA, "parallel.zero_stage=1", "optimizer.name=muon", "data.seq_length=64"),
     "muon, tensor": (LLAMA, "parallel.tensor=2", "optimizer.name=muon", "data.seq_length=64"),
 }
