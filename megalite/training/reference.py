@@ -51,6 +51,7 @@ def reference_parts(
     start = {
         "model.hf": str(config.model.hf),
         "lora.adapter": adapter,
+        "lora.quantize_base": config.lora and config.lora.quantize_base,
         "train.precision": config.train.precision,
     }
     return start | contents | {"weights": dict(base) or None}

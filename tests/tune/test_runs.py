@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,22 @@ def test_dpo_raises_the_margin_and_resumes_bitwise(root: Path, tmp_path: Path) -
         for c in (unbroken, rest)
     ]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_quantised_model_is_its_own_reference(root: Path, tmp_path: Path) -> None:
+    """And not the model as it is stored, whose log-probabilities an earlier start has kept."""
+    plain, few = (
+        config_of(
+            root, tmp_path, "few", "preference", "train.stop_at=1", **DPO, lora={"rank": 4} | more
+        )
+        for more in ({}, {"quantize_base": "int8"})
+    )
+    for config in (plain, few):
+        train(config)
+        shutil.rmtree(config.run.folder / "checkpoints")
+        first = next(line for line in metrics_of(config) if "loss" in line)
+        assert first["reward_margin"] == pytest.approx(0, abs=1e-6)
+        (config.run.folder / "metrics.jsonl").unlink()
 
 
 HEAD = {"model": {"task": "classification", "labels": ["none", "place"]}}
