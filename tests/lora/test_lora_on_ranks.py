@@ -133,7 +133,7 @@ RUNS += [
     ("wide", Layout(pipeline=2, schedule="zero_bubble", quantize="nf4")),
     ("wide", Layout(zero=2, quantize="nf4")),
     ("wide", Layout(context=2, quantize="int8")),
-    ("wide", Layout(tensor=2, quantize="int8")),
+    ("qwen3_moe", Layout(tensor=2, quantize="int8")),
 ]
 
 
