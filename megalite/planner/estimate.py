@@ -76,9 +76,9 @@ class Estimate:
 
 def _added(held: Sequence[Held]) -> Held:
     """Add up what a rank holds of several stages."""
-    params, trained, states, replicas = zip(*held, strict=True)
+    params, trained, states, replicas, *quantised = zip(*held, strict=True)
     # Stages of one rank have the same replicas.
-    return Held(sum(params), sum(trained), sum(states), replicas[0])
+    return Held(sum(params), sum(trained), sum(states), replicas[0], *map(sum, quantised))
 
 
 def usable_bytes(hardware: Hardware) -> float:

@@ -217,6 +217,23 @@ def test_what_is_frozen_has_no_gradients_to_compute() -> None:
     assert outlook.costs.head().backward_weight == 0.0
 
 
+def test_what_is_quantised_takes_less_memory_and_more_time() -> None:
+    """As planned of a rank with several stages, whose parts are added up."""
+    layout = ("parallel.pipeline=2", "parallel.virtual=2", "parallel.schedule=zero_bubble")
+    dense, few = (
+        Outlook(config, make_plan(config, ModelTable(config).weights, 2), H100, ModelTable(config))
+        for lora in (LoraConfig(rank=8), LoraConfig(rank=8, quantize_base="nf4"))
+        for config in [config_of("llama-1b", *layout).model_copy(update={"lora": lora})]
+    )
+    matrices = sum(weight.numel for weight in few.table.weights if weight.quantised)
+    saved = sum(a.weights - b.weights for a, b in zip(dense.memory, few.memory, strict=True))
+    # Half a byte, a byte for 64 numbers, and 8 for each row instead of 2.
+    assert saved == pytest.approx(matrices * (2 - 0.5 - 1 / 64), rel=0.01)
+    costs = [each.costs.layer(each.layers[0], "none") for each in (dense, few)]
+    assert costs[1].forward > costs[0].forward
+    assert costs[1].backward > costs[0].backward
+
+
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding() -> None:
     tied = outlook_of("llama-1b", "model.tie_embeddings=true", "parallel.pipeline=2", world_size=2)
     first, last = tied.sizes
