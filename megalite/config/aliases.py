@@ -21,6 +21,7 @@ KEYS = {
     ),
     "optimizer.betas": ("adam_betas", "adam_beta1", "adam_beta2", "beta1", "beta2"),
     "optimizer.eps": ("adam_eps", "adam_epsilon", "epsilon"),
+    "optimizer.state_dtype": ("exp_avg_dtype", "exp_avg_sq_dtype", "optim_bits"),
     "optimizer.weight_decay": ("wd", "decay"),
     "train.global_batch_size": (
         "batch_accumulation_per_replica", "batch_size", "train_batch_size", "gbs", "bs",
@@ -120,6 +121,7 @@ KEYS = {
     "lora.rank": ("lora_rank", "lora_r", "r"),
     "lora.alpha": ("lora_alpha",),
     "lora.targets": ("lora_target_modules", "target_modules", "lora_attn_modules"),
+    "lora.quantize_base": ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
     "model.rope_theta": ("rotary_base", "rotary_emb_base"),
     "model.init_std": ("init_method_std",),
     "data.split": ("val_set_size",),
