@@ -4,8 +4,9 @@
     w4a16    int4 × bf16 by torch's kernel for up to `INT4_ROWS` rows; for more, as in long prompts, the product of
              the weight in bf16, dequantised for it
 
-They are taken where they are the quicker ones: on CPUs with int8 products of their own (VNNI), of a
-model in bf16 in the case of int4, whose kernel is slow otherwise. Everywhere else weights are what
+They are taken where they are the quicker ones: on CPUs with int8 products of their own (VNNI); int8
+of a model whose matrices are larger than caches (`INT8_BYTES`), and int4 of a model in bf16, as its
+kernel is slow otherwise. Everywhere else weights are what
 their integers stand for, in the model's precision."""
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from megalite.models import peft, read_hf_config, weight_table
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 
+INT8_BYTES = 2**26
+"""Bytes of a model's matrices in bf16 from which int8 is taken: what stays in caches is read in no
+time, and rounding the inputs takes longer than half of the bytes save."""
 INT4_ROWS = 128
 """Rows up to which the int4 kernel is quicker than dequantising and a product in bf16."""
 INT4_GROUPS = (32, 64, 128, 256)
@@ -118,13 +122,15 @@ def keep_integers(model: Decoder, folder: Path) -> int:
         return 0
     if kind is Int4Linear and next(model.parameters()).dtype != torch.bfloat16:
         return 0
-    rows = {weight.name: weight for weight in weight_table(model.config)}
+    rows = {weight.name: weight for weight in weight_table(model.config) if weight.is_matrix}
+    if kind is Int8Linear and 2 * sum(weight.numel for weight in rows.values()) < INT8_BYTES:
+        return 0
     files, replaced = TensorFolder(folder), 0
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             weight = rows.get(f"{parent_name}.{name}.weight")
             # Exactly nn.Linear, whose weight nobody else reads.
-            if type(child) is not nn.Linear or weight is None or not weight.is_matrix:
+            if type(child) is not nn.Linear or weight is None:
                 continue
             found = _integers(weight, files)
             if found and (kind is Int8Linear or _fits_int4(*found)):

@@ -24,6 +24,13 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_vnni_supported(), reason="this CPU has no int8 products"
 )
+
+
+@pytest.fixture(autouse=True)
+def of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer_linears, "INT8_BYTES", 0)
+
+
 TOKENS = torch.arange(40)[None] * 7 % 99
 
 
@@ -122,8 +129,8 @@ def test_answers_come_from_integers(scheme: str, kind: type, tmp_path: Path) -> 
 
 
 def test_elsewhere_weights_are_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """int4 in fp32, fp8, a model that is not quantised, an adapter, and a CPU without int8
-    products."""
+    """int4 in fp32, fp8, a model that is not quantised, an adapter, a small model in int8, and a
+    CPU without int8 products."""
     fp32 = folder_of(tmp_path / "a", "llama-grouped-queries", "w4a16", torch.float32)
     fp8 = folder_of(tmp_path / "b", "llama-grouped-queries", "fp8", torch.bfloat16)
     for folder in (fp32, fp8, tmp_path / "a" / "source"):
@@ -134,5 +141,9 @@ def test_elsewhere_weights_are_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     said = {"peft_type": "LORA", "base_model_name_or_path": str(int8)}
     (adapter / "adapter_config.json").write_text(json.dumps(said))
     assert keep_integers(load_model(int8), adapter) == 0
+    assert keep_integers(load_model(int8), int8) == 8
+    with monkeypatch.context() as context:
+        context.setattr(integer_linears, "INT8_BYTES", 2**26)
+        assert keep_integers(load_model(int8), int8) == 0
     monkeypatch.setattr(integer_linears.torch.cpu, "_is_vnni_supported", lambda: False)
     assert keep_integers(load_model(int8), int8) == 0
