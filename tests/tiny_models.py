@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -285,6 +287,18 @@ def randomize(model: nn.Module, own_head: bool = False) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.05)
+
+
+def save_model(folder: Path, values: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Path:
+    """Have transformers save a random decoder of `values` in `folder`."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**values)
+    )
+    randomize(model)
+    model.to(dtype).save_pretrained(folder)
+    return folder
 
 
 def size_of(name: str, grads: Mapping[str, Tensor]) -> Tensor:

@@ -5,6 +5,8 @@ without an index of groups."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,35 +23,47 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, scheme: Scheme) -> Ten
     """Return the numbers of `weight` [N, K] under `scheme` with `scales`.
 
     `hessian` [K, K], fp64, is the sum of x xᵀ over the inputs x; its scale does not matter."""
-    hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    # An input that was always 0 says nothing: its column is rounded as it is, and moves no other.
-    diagonal[diagonal == 0] = 1.0
-    order = diagonal.argsort(descending=True, stable=True)
-    hessian = hessian[order][:, order]
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    # Row c of the upper Cholesky factor of H⁻¹ says how the error of column c is made up for by
-    # those after it.
-    factor = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
-    ).float()
+    order = torch.where(diagonal == 0, 1.0, diagonal).argsort(descending=True, stable=True)
     rest = weight.float()[:, order].clone()
     scale = scheme.spread(scales, tuple(weight.shape))[:, order]
     numbers = scheme.encode(rest, scale)
+
+    def round_column(column: int) -> Tensor:
+        # The same numbers as slices of one column: a scheme encodes element by element.
+        here = slice(column, column + 1)
+        numbers[:, here] = scheme.encode(rest[:, here], scale[:, here])
+        return scheme.decode(numbers[:, here], scale[:, here])
+
+    column_by_column(rest, inverse_factor(hessian[order][:, order]), round_column)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return numbers[:, back]
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of H⁻¹, fp32 [K, K]: row c says how the error of column c is
+    made up for by those after it."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    # An input that was always 0 says nothing: its column moves no other.
+    diagonal[diagonal == 0] = 1.0
+    diagonal.add_(DAMPING * diagonal.mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def column_by_column(rest: Tensor, factor: Tensor, settle: Callable[[int], Tensor]) -> None:
+    """Change the columns of a matrix one after another, and after each move those that are left in
+    `rest` [N, K], so that the products with the inputs stay near. `settle` is given the number of
+    a column and returns what becomes of it, [N, 1]; from the first of each `BLOCK` columns on, all
+    of these are moved already."""
     columns = rest.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.empty(len(rest), stop - start)
         for column in range(start, stop):
-            # The same numbers as slices of one column: a scheme encodes element by element.
-            here = slice(column, column + 1)
-            numbers[:, here] = scheme.encode(rest[:, here], scale[:, here])
-            error = (rest[:, here] - scheme.decode(numbers[:, here], scale[:, here])) / factor[
-                column, column
-            ]
+            error = (rest[:, column : column + 1] - settle(column)) / factor[column, column]
             rest[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(columns)
-    return numbers[:, back]

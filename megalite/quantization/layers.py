@@ -1,11 +1,14 @@
-"""Runs a model layer by layer over rows of tokens: one layer is in memory at a time. Rows to
-calibrate with go through what is quantised so far, as the model that comes out will see them;
-held-out rows go through both models."""
+"""Runs a model layer by layer over rows of tokens: one layer is in memory at a time. Where its
+matrices are changed (quantised, pruned), rows to calibrate with go through what is changed so far,
+as the model that comes out will see them; held-out rows go through both models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,11 @@ from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import ConfigError
 from megalite.infer.ranks import load_stage
+from megalite.kernels.experts import Groups
 from megalite.models import weight_table
 from megalite.models.layers import SequenceInfo
 from megalite.models.weights import Weight
-from megalite.parallel.stage import Inputs, Stage
+from megalite.parallel.stage import Inputs, Output, Stage
 from megalite.plan import StageSpan, make_plan
 from megalite.quantization.scaling import InputStats, Scaling
 
@@ -69,12 +73,9 @@ class LayerRuns:
             raise ConfigError(
                 f"the rows have token {largest}, the model has {self.config.model.vocab_size} of them"
             )
-        batches = calibration[:, :-1].split(ROWS_AT_A_TIME)
-        # Hidden states behind the last layer that was run, of each batch; tokens before the first.
-        self._calibration: list[Tensor | None] = [None] * len(batches)
-        self._tokens = batches
-        self._held_out: list[Tensor | None] = [None, None]
-        """Of the model as it was, and of the quantised one."""
+        self._calibration = Travellers(calibration, "hidden_states")
+        self._held_out = Travellers(held_out, "losses"), Travellers(held_out, "losses")
+        """Of the model as it was, and as it becomes."""
         self.perplexities: tuple[float, float] | None = None
         """Of the held-out rows before and after, once the last layer has run."""
 
@@ -82,21 +83,17 @@ class LayerRuns:
     def run(
         self,
         layer: int,
-        quantise: Callable[[Weight, Tensor, torch.dtype, Tensor], Tensor],
+        change: Callable[[Weight, Tensor, torch.dtype, Tensor], Tensor],
         scaling: Scaling | None = None,
     ) -> dict[str, Tensor]:
         """Run the next layer, scaled first where there is a `scaling`. For each of its matrices,
-        `quantise` takes the row of the table, the weight and the dtype it is stored in, and the sum
-        of x xᵀ, fp64 [K, K], over the tokens that went into it; it returns the weight to go on
-        with.
+        `change` takes the row of the table, the weight and the dtype it is stored in, and the sum
+        of x xᵀ, fp64 [K, K], over the tokens that went into it ([E, K, K] of experts, each with its
+        own tokens); it returns the weight to go on with.
 
         Returns the other weights that were scaled, by name."""
-        num_layers = self.config.model.num_layers
-        span = StageSpan(0, layer, layer + 1, first=layer == 0, last=layer == num_layers - 1)
-        stage, _ = load_stage(
-            self.folder, self.config.model, self.plan, span, Mesh.alone(), self.config.train
-        )
-        self._held_out[0] = self._pass(stage, self._held_out[0])
+        stage = self._load(layer)
+        self._held_out[0].through(stage)
         weights = {
             weight.name: weight
             for weight in self.table
@@ -104,69 +101,128 @@ class LayerRuns:
         }
         inputs, exact = self._collect(stage, weights), dict[str, Tensor]()
         if scaling:
-            some, x = self._tokens[0], self._calibration[0]
-            exact = scaling.apply(stage.model, layer, inputs, lambda: _hidden(stage, x, some))
+            calibration = self._calibration
+            exact = scaling.apply(stage.model, layer, inputs, lambda: calibration.some(stage))
             inputs = self._collect(stage, weights)
         for name, weight in weights.items():
             parameter = stage.model.get_parameter(name)
             value = exact.pop(name, parameter)
-            parameter.copy_(quantise(weight, value, parameter.dtype, inputs[name].products))
-        self._held_out[1] = self._pass(stage, self._held_out[1])
-        for number, (tokens, x) in enumerate(zip(self._tokens, self._calibration, strict=True)):
-            self._calibration[number] = None if span.last else stage(x, _inputs(tokens))
-        if span.last:
-            before, after = (
-                float(x.double().mean().exp()) for x in self._held_out if x is not None
-            )
-            self.perplexities = before, after
+            parameter.copy_(change(weight, value, parameter.dtype, inputs[name].products))
+        self._held_out[1].through(stage)
+        if stage.span.last:
+            self.perplexities = self._held_out[0].perplexity, self._held_out[1].perplexity
+        else:
+            self._calibration.through(stage)
         return {name: stage.model.get_parameter(name).clone() for name in exact}
+
+    @torch.no_grad()
+    def watch(self, watching: Callable[[int, nn.Module], AbstractContextManager[None]]) -> float:
+        """Run all layers as they are, and return the perplexity of the held-out rows. While the
+        calibration rows go through a layer, one [1,T,…] at a time, the context that `watching`
+        gives for its number and the part of the model that has it is entered."""
+        for layer in range(self.config.model.num_layers):
+            stage = self._load(layer)
+            self._held_out[0].through(stage)
+            with watching(layer, stage.model):
+                self._calibration.through(stage, at_a_time=1)
+        return self._held_out[0].perplexity
+
+    def _load(self, layer: int) -> Stage:
+        num_layers = self.config.model.num_layers
+        span = StageSpan(0, layer, layer + 1, first=layer == 0, last=layer == num_layers - 1)
+        return load_stage(
+            self.folder, self.config.model, self.plan, span, Mesh.alone(), self.config.train
+        )[0]
 
     def _collect(self, stage: Stage, weights: Mapping[str, Weight]) -> dict[str, InputStats]:
         """Return what goes into each matrix."""
-        count = sum(tokens.numel() for tokens in self._tokens)
+        count = self._calibration.tokens.numel()
         found: dict[str, InputStats] = {}
 
-        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0].flatten(0, -2).float()
-                sizes, wide = x.abs(), x.double()
-                new = InputStats(wide.T @ wide, sizes.sum(0) / count, sizes.amax(0))
-                if old := found.get(name):
-                    new = InputStats(
-                        old.products + new.products,
-                        old.mean + new.mean,
-                        torch.maximum(old.largest, new.largest),
-                    )
-                found[name] = new
-
-            return note
+        def note(
+            name: str, module: nn.Module, inputs: tuple[Any, ...], how: dict[str, Any]
+        ) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            sizes = x.abs()
+            by_matrix = _by_matrix(*inputs, **how) if weights[name].stack else (x,)
+            products = torch.stack([rows.double().T @ rows.double() for rows in by_matrix])
+            new = InputStats(
+                products if weights[name].stack else products[0],
+                sizes.sum(0) / count,
+                sizes.amax(0),
+            )
+            if old := found.get(name):
+                new = InputStats(
+                    old.products + new.products,
+                    old.mean + new.mean,
+                    torch.maximum(old.largest, new.largest),
+                )
+            found[name] = new
 
         handles = [
             stage.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-                watch(name)
+                partial(note, name), with_kwargs=True
             )
             for name in weights
         ]
-        for tokens, x in zip(self._tokens, self._calibration, strict=True):
-            stage(x, _inputs(tokens))
+        for _ in self._calibration.visit(stage):
+            pass
         for handle in handles:
             handle.remove()
         return found
 
-    def _pass(self, stage: Stage, x: Tensor | None) -> Tensor:
-        """Run held-out rows; the last stage returns losses."""
-        tokens, labels = self.held_out[:, :-1], self.held_out[:, 1:]
-        out = stage(x, _inputs(tokens, labels.contiguous()))
-        assert isinstance(out, Tensor)
-        return out
+
+def _by_matrix(x: Tensor, groups: Groups, gather: bool = False) -> tuple[Tensor, ...]:
+    """Return the rows that go into each of a stack of experts; see `GroupedLinear`."""
+    rows = x.flatten(0, -2)[groups.token_N] if gather else x
+    return rows.split(groups.counts.on_host)
 
 
-def _hidden(stage: Stage, x: Tensor | None, tokens: Tensor) -> Tensor:
-    """Run a stage; return its hidden states."""
-    out = stage(x, _inputs(tokens))
-    return out if isinstance(out, Tensor) else out[0]
+class Travellers:
+    """Rows of tokens [R, T + 1] on their way through the layers of a model."""
+
+    def __init__(self, rows: Tensor, output: Output):
+        """`output` is what the last stage returns."""
+        self.tokens, self.labels, self.output = rows[:, :-1], rows[:, 1:], output
+        self._states: Tensor | None = None
+        """Hidden states [R,T,D] behind the last layer that was run; behind all, the output."""
+
+    def visit(
+        self, stage: Stage, at_a_time: int = ROWS_AT_A_TIME
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield which rows they are and what `stage` makes of them, `at_a_time` of them at once;
+        they stay where they are."""
+        places = SequenceInfo.whole(self.tokens.shape[1], self.tokens.device)
+        for start in range(0, len(self.tokens), at_a_time):
+            here = slice(start, start + at_a_time)
+            x = None if self._states is None else self._states[here]
+            labels = self.labels[here].contiguous()
+            out = stage(x, Inputs(self.tokens[here], places, labels, output=self.output))
+            assert isinstance(out, Tensor)
+            yield here, out
+
+    def some(self, stage: Stage) -> Tensor:
+        """Return what `stage` makes of the first rows."""
+        return next(self.visit(stage))[1]
+
+    def through(self, stage: Stage, at_a_time: int = ROWS_AT_A_TIME) -> None:
+        """Go through `stage`."""
+        states = self._states
+        for here, out in self.visit(stage, at_a_time):
+            # In place, so that there are hidden states of one layer only.
+            if states is None or states.shape[1:] != out.shape[1:]:
+                states = out.new_empty(len(self.tokens), *out.shape[1:])
+            states[here] = out
+        self._states = states
+
+    @property
+    def perplexity(self) -> float:
+        """Return the perplexity of the rows, which have gone through all layers."""
+        assert self._states is not None
+        return float(self._states.double().mean().exp())
 
 
-def _inputs(tokens: Tensor, labels: Tensor | None = None) -> Inputs:
-    places = SequenceInfo.whole(tokens.shape[1], tokens.device)
-    return Inputs(tokens, places, labels, output="hidden_states" if labels is None else "losses")
+def perplexity_of(folder: Path, rows: Tensor) -> float:
+    """Return the perplexity of the model in `folder` on rows [R, T + 1], one layer in memory at a
+    time."""
+    return LayerRuns(folder, rows[:1], rows).watch(lambda layer, model: nullcontext())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megalite.quantization.gptq import DAMPING, gptq
-from megalite.quantization.run import relative_error
+from megalite.quantization.matrices import relative_error
 from megalite.quantization.schemes import Scheme, make_scheme
 
 

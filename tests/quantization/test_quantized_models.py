@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from megalite.checkpoint.convert import open_source
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.cli import main
-from quantized_folders import SMALL, save, weights_of
-from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3
+from quantized_folders import SMALL, weights_of
+from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3, save_model
 
 SCHEMES = {"w8a8": [], "w4a16": ["--group", "16"], "fp8": [], "fp8_block": ["--group", "16"]}
 
@@ -31,7 +31,9 @@ def test_transformers_opens_it_with_the_same_weights(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
-    source = save(tmp_path / "source", values, torch.bfloat16 if scheme == "fp8" else torch.float32)
+    source = save_model(
+        tmp_path / "source", values, torch.bfloat16 if scheme == "fp8" else torch.float32
+    )
     assert (
         main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]])
         == 0
@@ -54,7 +56,7 @@ def test_transformers_opens_it_with_the_same_weights(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_slices_are_those_of_the_whole(scheme: str, tmp_path: Path) -> None:
-    source = save(tmp_path / "source", LLAMA | SMALL)
+    source = save_model(tmp_path / "source", LLAMA | SMALL)
     assert (
         main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]])
         == 0
@@ -74,7 +76,7 @@ def test_slices_are_those_of_the_whole(scheme: str, tmp_path: Path) -> None:
 def test_four_bits_lie_as_the_format_says(tmp_path: Path) -> None:
     """Against a statement of the format in plain numpy: eight numbers in a word, the first lowest,
     each with 8 added; scales of the largest number · 2/15."""
-    source = save(tmp_path / "source", LLAMA | SMALL)
+    source = save_model(tmp_path / "source", LLAMA | SMALL)
     assert (
         main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "w4a16", "--group", "16"])
         == 0
@@ -101,7 +103,7 @@ def test_four_bits_lie_as_the_format_says(tmp_path: Path) -> None:
 def test_gptq_costs_less_than_rounding(
     tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, errors = save(tmp_path / "source", LLAMA | SMALL), {}
+    source, errors = save_model(tmp_path / "source", LLAMA | SMALL), {}
     for method in ("rtn", "gptq"):
         given = [
             "--scheme",
@@ -132,7 +134,7 @@ def test_held_out_rows_measure_the_models_themselves(tokens: str, tmp_path: Path
     from megalite.quantization.schemes import make_scheme
 
     transformers = pytest.importorskip("transformers")
-    source = save(tmp_path / "source", LLAMA | SMALL)
+    source = save_model(tmp_path / "source", LLAMA | SMALL)
     runs = LayerRuns.from_tokens(source, tokens, 8, 24)
     model, report = quantised(source, make_scheme("w4a16", 16), "gptq", runs)
     write_model(model, tmp_path / "out")
@@ -148,7 +150,7 @@ def test_held_out_rows_measure_the_models_themselves(tokens: str, tmp_path: Path
 
 
 def test_a_quantised_model_is_converted_back(tmp_path: Path) -> None:
-    source = save(tmp_path / "source", LLAMA | SMALL)
+    source = save_model(tmp_path / "source", LLAMA | SMALL)
     assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "fp8"]) == 0
     from megalite.checkpoint.convert import write_model
 
@@ -180,7 +182,7 @@ def test_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = save(tmp_path / "source", values)
+    source = save_model(tmp_path / "source", values)
     assert main(["quantize", str(source), str(tmp_path / "out"), *given]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -201,7 +203,7 @@ def test_refused(
 def test_another_format_is_refused(
     change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = save(tmp_path / "source", LLAMA | SMALL)
+    source = save_model(tmp_path / "source", LLAMA | SMALL)
     assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["quantization_config"] |= change

@@ -14,8 +14,8 @@ from torch import Tensor
 from megalite.quantization.layers import LayerRuns, read_rows
 from megalite.quantization.run import Method, quantised
 from megalite.quantization.schemes import make_scheme
-from quantized_folders import SMALL, save, weights_of
-from tiny_models import GEMMA2, LLAMA, OLMO3, QWEN3
+from quantized_folders import SMALL, weights_of
+from tiny_models import GEMMA2, LLAMA, OLMO3, QWEN3, save_model
 
 PLAIN = LLAMA | SMALL | {"num_key_value_heads": LLAMA["num_attention_heads"]}
 
@@ -91,7 +91,7 @@ def test_it_is_the_plain_statement(
     transformers = pytest.importorskip("transformers")
     from megalite.checkpoint.convert import write_model
 
-    source = save(tmp_path / "source", PLAIN)
+    source = save_model(tmp_path / "source", PLAIN)
     runs = LayerRuns.from_tokens(source, tokens, 16, 32)
     model, _ = quantised(source, make_scheme(scheme, group or 128), method, runs)
     write_model(model, tmp_path / "out")
@@ -113,7 +113,7 @@ def test_it_is_the_plain_statement(
 def test_outliers_cost_awq_less_than_rounding(tokens: str, tmp_path: Path) -> None:
     """Where a few inputs are much larger than others, which is what it is for. What a layer
     computes is compared with the same inputs."""
-    source, errors = save(tmp_path / "source", PLAIN), {}
+    source, errors = save_model(tmp_path / "source", PLAIN), {}
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_outliers_cost_awq_less_than_rounding(tokens: str, tmp_path: Path) -> No
 )
 def test_other_families_are_scaled(values: dict[str, Any], tokens: str, tmp_path: Path) -> None:
     """Of Gemma a norm scales by 1 + weight."""
-    source = save(tmp_path / "source", values)
+    source = save_model(tmp_path / "source", values)
     runs = LayerRuns.from_tokens(source, tokens, 8, 32)
     model, report = quantised(source, make_scheme("w8a8"), "awq", runs)
     changed = []
@@ -157,7 +157,7 @@ def test_a_model_without_norms_in_front_is_refused(tokens: str, tmp_path: Path) 
     from megalite.checkpoint.convert import write_model
     from megalite.errors import ConfigError
 
-    source = save(tmp_path / "source", OLMO3 | SMALL)
+    source = save_model(tmp_path / "source", OLMO3 | SMALL)
     runs = LayerRuns.from_tokens(source, tokens, 8, 32)
     model, _ = quantised(source, make_scheme("w8a8"), "smoothquant", runs)
     with pytest.raises(ConfigError, match="layer 0 has no norm in front of a matrix alone"):
