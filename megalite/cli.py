@@ -110,6 +110,7 @@ def make_parser() -> VerbParser:
         _add_serve,
         _add_average,
         _add_quantize,
+        _add_prune,
         _add_inspect,
         _add_trace,
         _add_forget,
@@ -138,6 +139,19 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a verb that runs a model over rows of token files."""
+    parser.add_argument(
+        "--data", metavar="PREFIX", help="token files to calibrate and measure with"
+    )
+    parser.add_argument(
+        "--rows", type=at_least(2), default=128, help="rows taken from them (default: 128)"
+    )
+    parser.add_argument(
+        "--length", type=at_least(1), default=512, help="tokens of a row (default: 512)"
     )
 
 
@@ -856,15 +870,7 @@ def _add_quantize(verbs: Verbs) -> None:
         default=128,
         help="columns of a w4a16 scale, size of a block (default: 128)",
     )
-    parser.add_argument(
-        "--data", metavar="PREFIX", help="token files to calibrate and measure with"
-    )
-    parser.add_argument(
-        "--rows", type=at_least(2), default=128, help="rows taken from them (default: 128)"
-    )
-    parser.add_argument(
-        "--length", type=at_least(1), default=512, help="tokens of a row (default: 512)"
-    )
+    _add_calibration(parser)
     parser.set_defaults(verb=_quantize)
 
 
@@ -892,6 +898,48 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if runs and report.perplexities:
         before, after = report.perplexities
         print(f"perplexity of {len(runs.held_out)} rows held out: {before:.4f} → {after:.4f}")
+
+
+def _add_prune(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "prune",
+        help="write a model of which single weights, or whole parts, are left out",
+        description="Parts are left out by what they do on --data, and the model that stays is a smaller one of its "
+        "family; single weights of its layers' matrices become 0.",
+    )
+    _add_model(parser)
+    parser.add_argument("output", type=Path, help="a new Hugging Face folder")
+    for word, what in (
+        ("layers", "layers"), ("hidden", "channels of hidden states"), ("heads", "heads of queries"),
+        ("kv-heads", "heads of keys and values"), ("inner", "inner features of an MLP, or of an expert"),
+        ("experts", "experts of a layer"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{word}", type=at_least(1), metavar="N", help=f"{what} that stay")
+    parser.add_argument(
+        "--sparsity", metavar="X", help="share of single weights to set to 0, or 2:4, of every four"
+    )
+    parser.add_argument(
+        "--method", choices=("magnitude", "wanda", "sparsegpt"),
+        help="single weights by size; times that of inputs; or making up for them (default: magnitude)",
+    )  # fmt: skip
+    _add_calibration(parser)
+    parser.set_defaults(verb=_prune)
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    """Write a pruned model, and say what it costs."""
+    from megalite.infer.generate import find_model
+    from megalite.pruning.run import prune_parts, prune_weights
+    from megalite.pruning.structured import Target
+
+    folder, target = find_model(arguments.model), Target(
+        arguments.layers, arguments.hidden, arguments.heads, arguments.kv_heads, arguments.inner, arguments.experts
+    )  # fmt: skip
+    data = arguments.data, arguments.rows, arguments.length
+    if arguments.sparsity or arguments.method:
+        prune_weights(folder, arguments.output, target, arguments.sparsity, arguments.method, *data)
+    else:
+        prune_parts(folder, arguments.output, target, *data)
 
 
 def _add_inspect(verbs: Verbs) -> None:

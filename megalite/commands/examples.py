@@ -73,6 +73,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite quantize runs/my my-int8",
         "megalite quantize runs/my my-int4 --scheme w4a16 --method gptq --data data/web_text_document",
     ),
+    "prune": (
+        "megalite prune runs/my my-small --layers 12 --inner 4096 --data data/web_text_document",
+        "megalite prune runs/my my-24 --sparsity 2:4 --method sparsegpt --data data/web_text_document",
+    ),
     "inspect": (
         "megalite inspect data/web_text_document --tokenizer data/tokenizer",
         "megalite inspect configs/quickstart.yaml --split valid --count 3",
