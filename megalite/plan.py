@@ -430,7 +430,7 @@ def _check_engine(config: Config) -> None:
         return
     for key, value in (
         ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
-        ("optimizer.qk_clip", config.optimizer.qk_clip),
+        ("optimizer.qk_clip", config.optimizer.qk_clip), ("model.mup", config.model.mup),
         ("optimizer.state_dtype", config.optimizer.state_dtype != "fp32"),
         ("train.batch_ramp", config.train.batch_ramp), ("observe.layers_every", config.observe.layers_every),
         ("observe.noise_scale_every", config.observe.noise_scale_every),

@@ -37,7 +37,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "torchrun --nproc-per-node=8 -m megalite train my.yaml parallel.tensor=8",
         "sbatch --nodes=8 slurm/pretrain.sh my.yaml",
     ),
-    "sweep": ("megalite sweep lr.yaml", "megalite sweep lr.yaml trials=40"),
+    "sweep": (
+        "megalite sweep lr.yaml",
+        "megalite sweep lr.yaml trials=40",
+        "megalite sweep my.yaml model.mup.base_hidden=256 --coordinate-check 256 512 1024",
+    ),
     "job": ("megalite job configs/quickstart.yaml --nodes 2 --ranks-per-node 8",),
     "preflight": (
         "srun --nodes=8 --ntasks-per-node=8 python -m megalite preflight my.yaml --interconnect ib-ndr",

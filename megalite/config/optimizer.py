@@ -236,11 +236,23 @@ class OptimizerConfig(Choice):
         member = self.members()[name]
         # Norms and biases do not decay, unless a group says so.
         decay = member.weight_decay if weight.decay else 0.0
-        if group is None:
-            return Treatment(name, member.lr, decay)
-        return Treatment(
-            name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay
-        )
+        lr = member.lr
+        if group is not None:
+            lr *= group.lr
+            decay = decay if group.weight_decay is None else group.weight_decay
+        # What a step takes off a weight, lr · decay, is the same at every width.
+        by_width = self.width_factor(name, weight)
+        return Treatment(name, lr * by_width, decay / by_width)
+
+    def width_factor(self, member: str, weight: Weight) -> float:
+        """Return the factor of the learning rate of a weight that a member updates, by how much
+        wider it is than in the model that muP begins from. Raises ConfigError for an optimizer
+        that has no rule for it."""
+        if (weight.wider_in, weight.wider_out) != (1.0, 1.0):
+            raise ConfigError(
+                f"model.mup: optimizer.name = {self.name!r} has no learning rate by width; adamw and muon have"
+            )
+        return 1.0
 
     def keeps_fp32(self, weight: Weight) -> bool:
         """Return whether the states of `weight` are fp32: those of embeddings are, which rare

@@ -70,6 +70,14 @@ ANSWER_LABELS = ("start", "end")
 """What the head of `model.task: answers` tells of each token: that an answer starts, or ends."""
 
 
+class MupConfig(Section):
+    """Initial values and learning rates by width (muP)."""
+
+    base_hidden: int = Field(
+        gt=0, description="Hidden size at which `optimizer.lr` and `init_std` are what they say."
+    )
+
+
 class ModelConfig(Section):
     """Settings that every family shares. Each file in `models/` adds the fields of its own
     family."""
@@ -97,6 +105,10 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in norms.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     tie_embeddings: bool = Field(False, description="Let the head share the embedding's weight.")
+    mup: MupConfig | None = Field(
+        None,
+        description="Have the best learning rate be that of a narrower model: muP. null: it is as given at any width.",
+    )
     task: Literal["causal", "masked", "seq2seq", "classification", "labels", "answers"] = Field(
         "causal",
         description="What the head predicts. causal: the next token; masked: the token that was masked (encoders); "

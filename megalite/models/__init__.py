@@ -19,6 +19,7 @@ from megalite.models import heads, peft, rope
 from megalite.models.hf import Keys, stored_names
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
+from megalite.models.mup import by_width
 from megalite.models.weights import Weight
 from megalite.registry import families, hint
 from megalite.utils.hub import how_to_get
@@ -203,6 +204,8 @@ def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[W
     `lora`, those of its adapters are among them, and the others frozen. Raises ConfigError where
     the model does not have what `lora` asks for."""
     weights = tuple(heads.head_rows(config, family(config.family).weights(config)))
+    if config.mup:
+        weights = tuple(by_width(config, weights))
     return with_adapters(weights, lora) if lora else weights
 
 

@@ -106,6 +106,11 @@ class Weight:
     """Not trained: no gradient, no optimizer state, and in no checkpoint."""
     quantised: Kind | None = None
     """The few bits that a frozen matrix is held in; None: as all weights."""
+    wider_in: float = 1.0
+    """How many times as many input features it has as in the model that muP begins from
+    (`models/mup.py`)."""
+    wider_out: float = 1.0
+    """The same of its output features."""
     place: Place = "first"
     """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
     partial_grad: Literal["sequence", "heads"] | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite.config import OptimizerConfig, Section
 from megalite.engine.optimizers import Optimizer, Shard
 from megalite.kernels.optimizer import adamw_, adamw_factors
+from megalite.models.weights import Weight
 
 
 def below_one(betas: tuple[float, float]) -> tuple[float, float]:
@@ -41,6 +42,15 @@ class AdamWConfig(AdamWSettings, OptimizerConfig):
     """AdamW for all weights."""
 
     name: Literal["adamw"] = "adamw"
+
+    def width_factor(self, member: str, weight: Weight) -> float:
+        return by_fan_in(weight)
+
+
+def by_fan_in(weight: Weight) -> float:
+    """Return muP's factor of the learning rate for updates whose elements are alike at any width:
+    more inputs add up to more, all in one direction (Yang et al. 2022, table 3)."""
+    return 1 / weight.wider_in
 
 
 class AdamW:

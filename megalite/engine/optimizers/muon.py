@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalite.config import Member, OptimizerConfig
 from megalite.engine.optimizers import MatrixOptimizer, Shard
-from megalite.engine.optimizers.adamw import AdamWSettings
+from megalite.engine.optimizers.adamw import AdamWSettings, by_fan_in
 from megalite.kernels.newton_schulz import COEFFICIENTS, iteration_products, orthogonalize
 from megalite.kernels.optimizer import decayed_step_, momentum_
 from megalite.models.weights import Weight
@@ -80,6 +80,28 @@ class MuonConfig(OptimizerConfig):
             return (weight.unit,) * (weight.num_rows // weight.unit)
         return weight.row_groups
 
+    def scale_of(self, rows: float, columns: float) -> float:
+        """Return the factor of the orthogonalised update of a matrix."""
+        match self.scale:
+            case "moonlight":
+                # An orthogonal matrix [m, n] has a root mean square of 1/√max(m, n); AdamW's
+                # updates have about 0.2 to 0.4 (Moonlight, section 2.2).
+                return 0.2 * sqrt(max(rows, columns))
+            case "original":
+                return sqrt(max(1.0, rows / columns))
+            case "spectral":
+                return sqrt(max(rows, columns))
+
+    def width_factor(self, member: str, weight: Weight) -> float:
+        if member != self.name:
+            return by_fan_in(weight)
+        # The largest singular value of an update, which is its scale, is to go by √(out/in) (Yang
+        # et al. 2023), whatever the scale goes by. A head's rows are as many at every width.
+        rows, columns = self.split(weight)[0], weight.row_shape[0]
+        outputs = 1.0 if rows < weight.row_groups[0] else weight.wider_out
+        base = self.scale_of(rows / outputs, columns / weight.wider_in)
+        return sqrt(outputs / weight.wider_in) * base / self.scale_of(rows, columns)
+
     def member_of(self, weight: Weight) -> str:
         return self.name if weight.is_matrix else "adamw"
 
@@ -109,15 +131,7 @@ class Muon(MatrixOptimizer):
 
     def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
         rows, columns = matrices[0].shape
-        match self.config.scale:
-            case "moonlight":
-                # An orthogonal matrix [m, n] has a root mean square of 1/√max(m, n); AdamW's
-                # updates have about 0.2 to 0.4 (Moonlight, section 2.2).
-                scale = 0.2 * sqrt(max(rows, columns))
-            case "original":
-                scale = sqrt(max(1.0, rows / columns))
-            case "spectral":
-                scale = sqrt(max(rows, columns))
+        scale = self.config.scale_of(rows, columns)
         return orthogonalize(matrices, self.config.coefficients, dtype, scale)
 
     def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
