@@ -97,6 +97,7 @@ def make_parser() -> VerbParser:
     for add in (
         _add_train,
         _add_sweep,
+        _add_ladder,
         _add_job,
         _add_preflight,
         _add_plan,
@@ -221,6 +222,21 @@ def _sweep(arguments: argparse.Namespace) -> Exit:
     from megalite.sweep.run import run_sweep
 
     return run_sweep(arguments.sweep, arguments.overrides)
+
+
+def _add_ladder(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "ladder",
+        help="train small models for several lengths, and foretell the loss of a large one",
+    )
+    add_config(parser, "parallel=2", "ladder", "YAML file; see docs/ladder.md")
+    parser.set_defaults(verb=_ladder)
+
+
+def _ladder(arguments: argparse.Namespace) -> Exit:
+    from megalite.ladder.run import run_ladder
+
+    return run_ladder(arguments.ladder, arguments.overrides)
 
 
 def _add_job(verbs: Verbs) -> None:

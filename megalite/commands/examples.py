@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite sweep lr.yaml trials=40",
         "megalite sweep my.yaml model.mup.base_hidden=256 --coordinate-check 256 512 1024",
     ),
+    "ladder": ("megalite ladder ladder.yaml", "megalite ladder ladder.yaml parallel=4"),
     "job": ("megalite job configs/quickstart.yaml --nodes 2 --ranks-per-node 8",),
     "preflight": (
         "srun --nodes=8 --ntasks-per-node=8 python -m megalite preflight my.yaml --interconnect ib-ndr",

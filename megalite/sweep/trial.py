@@ -70,9 +70,9 @@ class TrialRun:
                 env=self._environment, start_new_session=True, preexec_fn=partial(_end_with, os.getpid()),
             )  # fmt: skip
 
-    def wait(self, seconds: float) -> int | None:
-        """Wait up to so many seconds; return the exit status as shells count it, None where it
-        still runs."""
+    def wait(self, seconds: float | None) -> int | None:
+        """Wait up to so many seconds, None: until it ends; return the exit status as shells count
+        it, None where it still runs."""
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:

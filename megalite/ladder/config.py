@@ -1,0 +1,129 @@
+"""What a ladder's YAML file says: the sizes, how long each is trained, and what is to be foretold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from megalite.config import Config, Section
+from megalite.config.errors import describe_errors
+from megalite.config_file import parse_config
+from megalite.errors import ConfigError
+from megalite.models import weight_table
+from megalite.sweep.config import spelled_out
+from megalite.utils.counts import parse_count
+from megalite.utils.resources import read_yaml, with_overrides
+
+
+class Goal(Section):
+    """A run whose loss is to be foretold."""
+
+    parameters: float = Field(gt=0, description="Its parameters N, such as 7B.")
+    tokens: float = Field(gt=0, description="Its tokens D, such as 140B.")
+
+    @field_validator("parameters", "tokens", mode="before")
+    @classmethod
+    def _with_a_unit(cls, count: Any) -> Any:
+        return parse_count(count) if isinstance(count, str) else count
+
+
+class LadderConfig(Section):
+    """Holds all settings of a ladder."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="Name of its folder in dir.",
+    )
+    dir: Path = Path("runs")
+    config: Path = Field(description="YAML file of the config that every run begins with.")
+    settings: dict[str, Any] = Field({}, description="Settings of all runs.")
+    sizes: tuple[dict[str, Any], ...] = Field(
+        min_length=2, description="Settings of each size, such as {model.hidden_size: 128}."
+    )
+    tokens_per_parameter: tuple[float, ...] = Field(
+        min_length=2, description="How long each size is trained, in tokens for each parameter."
+    )
+    predict: tuple[Goal, ...] = ()
+    parallel: int = Field(1, gt=0, description="Runs at a time.")
+    ranks: int | None = Field(
+        None, gt=0, description="Ranks of a run. Defaults to the fewest that the config needs."
+    )
+
+    @model_validator(mode="after")
+    def _enough_runs(self) -> LadderConfig:
+        if any(not ratio > 0 for ratio in self.tokens_per_parameter):
+            raise ValueError("tokens_per_parameter must be above 0")
+        if (count := len(self.sizes) * len(self.tokens_per_parameter)) < 6:
+            raise ValueError(f"the law has five numbers, and {count} runs give too few losses")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.dir / self.name
+
+    def rungs(self) -> Iterator[Rung]:
+        """Yield all runs, the cheapest first. Raises ConfigError where one of them cannot be."""
+        rungs = []
+        for number, size in enumerate(self.sizes):
+            for ratio in self.tokens_per_parameter:
+                rungs.append(self._rung(f"size-{number}-x{ratio:g}", size, ratio))
+        for rung in rungs:
+            validated = rung.config.data.valid or (
+                rung.config.data.split and rung.config.data.split[1]
+            )
+            if not validated:
+                raise ConfigError(
+                    f"a ladder fits valid_loss: give data.valid or data.split in {self.config}"
+                )
+        yield from sorted(rungs, key=lambda rung: rung.parameters * rung.tokens)
+
+    def _rung(self, name: str, size: dict[str, Any], ratio: float) -> Rung:
+        own = {
+            "run.name": name,
+            "run.dir": str(self.folder),
+            "train.tokens": None,
+            "train.epochs": None,
+        }
+        origin = f"{self.config} with {', '.join(spelled_out(size))}"
+        one_step = parse_config(self._values(size | own | {"train.steps": 1}), origin=origin)
+        parameters = multiplied(one_step)
+        steps = math.ceil(ratio * parameters / one_step.num_tokens)
+        values = self._values(size | own | {"train.steps": steps})
+        config = parse_config(values, origin=origin)
+        return Rung(name, values, config, parameters, config.num_tokens)
+
+    def _values(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return with_overrides(read_yaml(self.config), spelled_out(self.settings | settings))
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One run of a ladder."""
+
+    name: str
+    values: dict[str, Any]
+    """Its config, as YAML has it."""
+    config: Config
+    parameters: float
+    tokens: int
+
+
+def multiplied(config: Config) -> float:
+    """Return the parameters N that a token is multiplied with: all but embeddings that are looked
+    up, and of experts those that it visits."""
+    return sum(weight.multiplied for weight in weight_table(config.model))
+
+
+def load_ladder_config(path: Path, overrides: Sequence[str] = ()) -> LadderConfig:
+    """Read the YAML file `path` and apply `overrides`. Raises ConfigError with every mistake."""
+    values = with_overrides(read_yaml(path), overrides)
+    try:
+        return LadderConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe_errors(error, LadderConfig, values)}") from None

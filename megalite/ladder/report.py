@@ -1,0 +1,131 @@
+"""What a ladder has found: a table and the law, ladder.json, and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalite.ladder.config import LadderConfig, Rung
+from megalite.ladder.fit import DRAWN, Fit, Runs
+from megalite.utils.files import replacing
+
+NUMBERS = ("E", "A", "B", "alpha", "beta")
+
+
+def write_report(ladder: LadderConfig, rungs: Sequence[Rung], runs: Runs) -> list[str]:
+    """Write ladder.json and ladder.png, and return the lines for the console."""
+    fit = Fit(runs)
+    found = findings(ladder, rungs, fit)
+    with replacing(ladder.folder / "ladder.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    draw(fit, ladder, ladder.folder / "ladder.png")
+    return [*told(found), f"{ladder.folder / 'ladder.png'} shows it; ladder.json has the numbers"]
+
+
+def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str, Any]:
+    """Return what ladder.json holds."""
+    runs, law = fit.runs, fit.law
+    off = runs.losses / law.loss(runs.parameters, runs.tokens) - 1
+    predictions = []
+    for goal in ladder.predict:
+        loss, low, high = fit.predict(goal.parameters, goal.tokens)
+        best = float(law.best_parameters(6 * goal.parameters * goal.tokens))
+        predictions.append(
+            goal.model_dump() | {"loss": loss, "interval": [low, high], "best_parameters": best}
+        )
+    return {
+        "runs": [
+            {
+                "run": rung.name, "parameters": rung.parameters, "tokens": rung.tokens, "loss": float(loss),
+                "off": float(error),
+            }
+            for rung, loss, error in zip(rungs, runs.losses, off, strict=True)
+        ],
+        "law": {name: float(getattr(law, name)) for name in NUMBERS},
+        "intervals": {
+            name: fit.interval([getattr(each, name) for each in fit.drawn]).tolist() for name in NUMBERS
+        },
+        "held_out": {"run": rungs[runs.largest].name} | held_out(runs),
+        "predictions": predictions,
+    }  # fmt: skip
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """Return what was found as lines for the console."""
+    lines = [f"{'run':16}{'parameters':>14}{'tokens':>16}{'loss':>10}{'off the law':>13}"]
+    lines += [
+        f"{x['run']:16}{x['parameters']:>14,.0f}{x['tokens']:>16,}{x['loss']:>10.4f}{x['off']:>+13.2%}"
+        for x in found["runs"]
+    ]
+    law, held = found["law"], found["held_out"]
+    lines.append(
+        f"L = {law['E']:.4f} + {law['A']:.4g}/N^{law['alpha']:.4f} + {law['B']:.4g}/D^{law['beta']:.4f}"
+    )
+    ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in found["intervals"].items())
+    lines.append(f"90% of {DRAWN} draws: {', '.join(ranges)}")
+    lines.append(
+        f"without its largest run, {held['run']}, the law foretells {held['foretold']:.4f} for it; it has "
+        f"{held['measured']:.4f} ({held['measured'] / held['foretold'] - 1:+.2%})"
+    )
+    lines += [
+        f"{x['parameters']:.4g} parameters, {x['tokens']:.4g} tokens: {x['loss']:.4f} "
+        f"({x['interval'][0]:.4f} to {x['interval'][1]:.4f}); the same FLOPs are best spent on "
+        f"{x['best_parameters']:.3g} parameters"
+        for x in found["predictions"]
+    ]
+    return lines
+
+
+def held_out(runs: Runs) -> dict[str, float]:
+    """Return the loss of the largest run as the others foretell it, and as it is."""
+    largest = runs.largest
+    law = Fit(runs.without(largest)).law
+    foretold = law.loss(runs.parameters[largest], runs.tokens[largest])
+    return {"foretold": float(foretold), "measured": float(runs.losses[largest])}
+
+
+def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
+    """Draw the losses by tokens and by FLOPs, the law, and what it foretells with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs, law = fit.runs, fit.law
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    sizes = sorted(set(runs.parameters.tolist()))
+    furthest = max([runs.tokens.max(), *(goal.tokens for goal in ladder.predict)])
+    tokens = np.geomspace(runs.tokens.min() / 2, furthest * 2, 100)
+    for number, size in enumerate(sizes):
+        color = plt.get_cmap("viridis")(number / max(1, len(sizes) - 1) * 0.85)
+        here = runs.parameters == size
+        left.plot(runs.tokens[here], runs.losses[here], "o", color=color, label=f"{size:.3g}")
+        left.plot(tokens, law.loss(size, tokens), "-", color=color, linewidth=1)
+        right.plot(6 * size * runs.tokens[here], runs.losses[here], "o", color=color)
+    spent = 6 * runs.parameters * runs.tokens
+    most = max([spent.max(), *(6 * goal.parameters * goal.tokens for goal in ladder.predict)])
+    flops = np.geomspace(spent.min() / 2, most * 2, 100)
+    best = law.best_parameters(flops)
+    right.plot(
+        flops, law.loss(best, flops / 6 / best), "k-", linewidth=1, label="best size for the FLOPs"
+    )
+    for goal in ladder.predict:
+        loss, low, high = fit.predict(goal.parameters, goal.tokens)
+        for axes, x in ((left, goal.tokens), (right, 6 * goal.parameters * goal.tokens)):
+            axes.errorbar(
+                x, loss, [[max(0.0, loss - low)], [max(0.0, high - loss)]], fmt="*", color="#d9661f", markersize=11,
+                capsize=3, label=f"foretold: {goal.parameters:.3g}",
+            )  # fmt: skip
+    for axes, what in ((left, "tokens"), (right, "FLOPs, 6·N·D")):
+        axes.set(xscale="log", xlabel=what)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    left.set_ylabel("validation loss")
+    figure.tight_layout()
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)

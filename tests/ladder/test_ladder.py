@@ -1,0 +1,146 @@
+"""The law of a ladder against losses that are known to follow one, and a ladder's runs: those that are
+missing are trained, those of other settings are not taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megalite.cli import main
+from megalite.ladder import fit
+from megalite.ladder.config import LadderConfig, load_ladder_config
+from megalite.ladder.fit import Fit, Law, Runs
+from small_runs import make_config
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+TRUE = Law(1.7, 400.0, 410.0, 0.34, 0.28)
+"""About that of Hoffmann et al. 2022."""
+
+
+def measured(noise: float, seed: int = 0) -> Runs:
+    n = np.repeat([1e6, 3e6, 1e7, 3e7, 1e8], 3)
+    d = n * np.tile([10.0, 20.0, 40.0], 5)
+    return Runs(n, d, TRUE.loss(n, d) * np.exp(np.random.default_rng(seed).normal(0, noise, 15)))
+
+
+def test_a_law_is_found_again() -> None:
+    law = Fit(measured(noise=0.0)).law
+    for name in ("E", "A", "B", "alpha", "beta"):
+        assert getattr(law, name) == pytest.approx(getattr(TRUE, name), rel=1e-4), name
+
+
+def test_intervals_hold_the_truth() -> None:
+    """Of a run with a hundred times the FLOPs of the largest, at losses that are off by 0.3%."""
+    truth, held = float(TRUE.loss(1e9, 2e10)), 0
+    for seed in range(4):
+        loss, low, high = Fit(measured(0.003, seed)).predict(1e9, 2e10)
+        assert loss == pytest.approx(truth, rel=0.02)
+        assert low < loss < high
+        held += low <= truth <= high
+    assert held >= 3, "90% of them, but for so few draws"
+
+
+def test_one_bad_run_moves_little() -> None:
+    runs = measured(noise=0.001)
+    runs.losses[4] *= 1.2
+    assert float(Fit(runs).law.loss(1e9, 2e10)) == pytest.approx(
+        float(TRUE.loss(1e9, 2e10)), rel=0.02
+    )
+
+
+def test_the_best_size_is_the_lowest_of_all() -> None:
+    sizes = np.geomspace(1e6, 1e12, 100_001)
+    for flops in (1e18, 1e22):
+        losses = TRUE.loss(sizes, flops / 6 / sizes)
+        assert float(TRUE.best_parameters(flops)) == pytest.approx(sizes[losses.argmin()], rel=1e-3)
+
+
+def make_ladder(folder: Path, **more: object) -> Path:
+    config = make_config(folder, "llama", "checkpoint.every=0", "observe.eval_every=0")
+    values = config.model_dump(mode="json", exclude_unset=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    ladder = {
+        "name": "ladder", "dir": str(folder / "runs"), "config": str(folder / "config.yaml"),
+        "sizes": [{"model.hidden_size": 16, "model.intermediate_size": 24}, {"model.num_layers": 1}],
+        "tokens_per_parameter": [0.05, 0.1, 0.2], "predict": [{"parameters": "1M", "tokens": "20M"}],
+    }  # fmt: skip
+    (folder / "ladder.yaml").write_text(yaml.safe_dump(ladder | more))
+    return folder / "ladder.yaml"
+
+
+def pretend(ladder: LadderConfig, law: Law, but: int) -> None:
+    """Leave behind what runs would that have ended with the losses of a law: all `but` so many."""
+    for rung in list(ladder.rungs())[but:]:
+        folder = ladder.folder / rung.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trial.yaml").write_text(yaml.safe_dump(rung.values))
+        (folder / "valid_loss.json").write_text(str(float(law.loss(rung.parameters, rung.tokens))))
+
+
+def test_what_is_missing_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "DRAWN", 3)  # few: no law fits losses that follow none
+    path = make_ladder(tmp_path)
+    ladder = load_ladder_config(path)
+    rungs = list(ladder.rungs())
+    assert len(rungs) == 6
+    for rung in rungs:
+        # The head and the layers' weights; what is looked up multiplies nothing.
+        hidden, inner = (
+            rung.config.model.hidden_size,
+            24 if rung.config.model.hidden_size == 16 else 48,
+        )
+        each = hidden * hidden * 3 + 3 * hidden * inner + 2 * hidden
+        assert rung.parameters == each * rung.config.model.num_layers + hidden * 97 + hidden
+        ratio = float(rung.name.partition("-x")[2])
+        assert 0 <= rung.tokens - ratio * rung.parameters < 4 * 16, "whole steps"
+    pretend(ladder, Law(1.0, 5.0, 9.0, 0.3, 0.4), but=1)
+    assert main(["ladder", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"{rungs[0].name}: ") == 1
+    found = json.loads((ladder.folder / "ladder.json").read_text())
+    lines = (ladder.folder / rungs[0].name / "metrics.jsonl").read_text().splitlines()
+    last = [x["valid_loss"] for x in map(json.loads, lines) if "valid_loss" in x][-1]
+    assert found["runs"][0]["loss"] == last
+    assert main(["ladder", str(path)]) == 0, "nothing is trained again"
+    assert "parameters, " in capsys.readouterr().out
+    # Another setting: the runs that are there are not of this ladder.
+    assert main(["ladder", str(path), "settings={optimizer.lr: 0.5}"]) == 2
+    assert "has a run of other settings" in capsys.readouterr().err
+
+
+def test_a_ladder_tells_its_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_ladder(tmp_path, tokens_per_parameter=[5, 10, 20, 40, 80])
+    ladder, law = load_ladder_config(path), Law(1.0, 5.0, 9.0, 0.3, 0.4)
+    pretend(ladder, law, but=0)
+    assert main(["ladder", str(path)]) == 0
+    assert "for it; it has" in capsys.readouterr().out
+    found = json.loads((ladder.folder / "ladder.json").read_text())
+    assert found["law"]["beta"] == pytest.approx(0.4, rel=1e-3)
+    assert found["held_out"]["foretold"] == pytest.approx(found["held_out"]["measured"], rel=1e-3)
+    assert (ladder.folder / "ladder.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tokens_per_parameter": [1, 2]}, "five numbers, and 4 runs"),
+        ({"tokens_per_parameter": [1, 2, 0]}, "must be above 0"),
+        ({"sizes": [{"model.hidden": 3}, {}]}, "model.hidden"),
+        ({"predict": [{"parameters": "many", "tokens": 1}]}, "a number such as"),
+        ({"settings": {"data.valid": []}}, "data.valid or data.split"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_run(
+    more: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ladder", str(make_ladder(tmp_path, **more))]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "ladder").exists()
