@@ -14,7 +14,9 @@ from megalite.cli import main
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan
-from small_runs import MODELS, make_config
+from megalite.train import train
+from ranks import run_ranks
+from small_runs import MODELS, curve_of, make_config, train_on_rank
 
 LLAMA = MODELS["llama"] | {"init_std": 0.02}
 
@@ -138,6 +140,19 @@ def test_coordinates_are_alike_at_every_width(
     plain = coordinates(tmp_path / "plain", capsys, name)
     assert plain[0] == pytest.approx(narrow), "at the base's own width it is the same run"
     assert plain[2][-1] > 2 * wide[-1]
+
+
+def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
+    model = at_width(64, mup={"base_hidden": 32})
+    given = ["optimizer.name=muon", "train.steps=4", "checkpoint.every=4", "observe.eval_every=4"]
+    alone, cut = (
+        make_config(tmp_path, model, *given, f"run.name={name}", f"parallel.tensor={ranks}")
+        for name, ranks in (("alone", 1), ("cut", 2))
+    )
+    train(alone)
+    run_ranks(2, train_on_rank, [cut])
+    for one, other in zip(curve_of(alone), curve_of(cut), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)  # sums of fp32 in another order
 
 
 @pytest.mark.parametrize(
