@@ -88,13 +88,14 @@ def main() -> int:
     asked = [(mup, width) for mup in (False, True) for width in widths]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         each = {
+            # At the base's own width muP changes nothing.
             (mup, width): [
                 pool.submit(
                     loss_of,
                     folder,
                     arguments.optimizer,
                     width,
-                    widths[0] if mup else None,
+                    widths[0] if mup and width != widths[0] else None,
                     lr,
                     steps,
                 )
