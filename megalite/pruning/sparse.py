@@ -13,11 +13,14 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import Model, open_source
 from megalite.errors import ConfigError
+from megalite.models.weights import Weight
 from megalite.quantization.gptq import BLOCK, column_by_column, inverse_factor
 from megalite.quantization.layers import LayerRuns
 from megalite.quantization.matrices import MatrixChanges, Report
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+GATES = ("router.weight", "shared_gate.weight")
+"""Ends of the names of matrices that stay whole."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def magnitude(weight: Tensor, sparsity: Sparsity) -> Tensor:
 def wanda(weight: Tensor, inputs: Tensor, sparsity: Sparsity) -> Tensor:
     """Return `weight` [N,K] without the elements of the lowest |W|·‖x‖₂, of their row or of their
     neighbours. `inputs` [K,K] is the sum of x xᵀ over the inputs."""
-    scores = weight.abs() * inputs.diagonal().sqrt().float()
+    lengths = inputs.diagonal().sqrt().float()
+    # Without any input, as of an expert that no token has visited, the size alone decides.
+    scores = weight.abs() * (lengths if lengths.any() else 1.0)
     if sparsity.of is None:
         return weight.masked_fill(lowest(scores, round(sparsity.share * scores.shape[1])), 0.0)
     return weight.masked_fill(sparsity.mask(scores), 0.0)
@@ -108,13 +113,20 @@ class SparsePruner(MatrixChanges):
         super().__init__(model, runs)
         self.sparsity, self.method = sparsity, method
         for weight in self.matrices:
-            if weight.stack or weight.transpose:
-                what = "experts" if weight.stack else "matrices stored as [in, out]"
-                raise ConfigError(f"{weight.name}: single weights of {what} are not pruned here")
-            if sparsity.of and weight.shape[1] % sparsity.of:
+            if weight.transpose or (weight.stack and len(weight.hf) != len(weight.row_groups)):
                 raise ConfigError(
-                    f"{weight.name} has {weight.shape[1]} columns, no multiple of {sparsity.of}"
+                    f"{weight.name}: single weights of matrices stored as [in, out], or of all experts in one tensor, "
+                    "are not pruned here"
                 )
+            (columns,) = weight.row_shape
+            if sparsity.of and columns % sparsity.of:
+                raise ConfigError(
+                    f"{weight.name} has {columns} columns, no multiple of {sparsity.of}"
+                )
+
+    def takes(self, weight: Weight) -> bool:
+        # What chooses experts, or weighs them, is small, and every token goes by it.
+        return weight.is_matrix and not weight.name.endswith(GATES)
 
     def change(
         self, name: str, value: Tensor, dtype: torch.dtype, inputs: Tensor | None

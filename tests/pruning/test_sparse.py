@@ -13,8 +13,9 @@ from torch import Tensor
 from megalite.cli import main
 from megalite.pruning.sparse import Sparsity, magnitude, sparsegpt, wanda
 from megalite.quantization.gptq import BLOCK, DAMPING
+from megalite.quantization.layers import read_rows
 from megalite.quantization.matrices import relative_error
-from tiny_models import GPT2, LLAMA, MIXTRAL, save_model
+from tiny_models import GPT2, GPT_OSS, LLAMA, MIXTRAL, save_model
 
 HOW = {"0.6": (0.6, None), "2:4": (0.5, 4), "1:4": (0.75, 4)}
 
@@ -120,6 +121,38 @@ def test_a_model_has_the_pattern(
     transformers.AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_each_expert_is_pruned_by_its_own_tokens(tokens: str, tmp_path: Path) -> None:
+    """The first layer's experts, whose inputs are those of the model as it was."""
+    transformers = pytest.importorskip("transformers")
+    source = save_model(tmp_path / "source", MIXTRAL | {"num_local_experts": 24})
+    given = ["--data", tokens, "--rows", "4", "--length", "4"]
+    asked = ["prune", str(source), str(tmp_path / "out"), "--sparsity", "0.5", "--method", "wanda"]
+    assert main([*asked, *given]) == 0
+    model, seen = transformers.AutoModelForCausalLM.from_pretrained(source), []
+    layer = model.model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(read_rows(tokens, 4, 4)[:3, :-1])
+    x = seen[0].flatten(0, 1)
+    chosen = layer.mlp.gate(x)[2]
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
+    )
+    visited = 0
+    for expert in range(24):
+        rows = x[(chosen == expert).any(1)].double()
+        visited += len(rows) > 0
+        lengths = rows.norm(dim=0).float() if len(rows) else torch.ones(32)
+        for part in ("w1", "w3"):
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
+            scores = before[name].abs() * lengths
+            removed = torch.stack([plain_mask(row[None], 0.5, None)[0] for row in scores])
+            assert torch.equal(after[name], before[name].masked_fill(removed, 0.0)), name
+    assert 0 < visited < 24, "some experts have seen nothing"
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    assert torch.equal(after[gate], before[gate])
+
+
 @pytest.mark.parametrize(
     ("values", "given", "words"),
     [
@@ -131,8 +164,8 @@ def test_a_model_has_the_pattern(
         (LLAMA, ["--method", "wanda"], "give --sparsity"),
         (LLAMA, ["--sparsity", "0.5", "--layers", "1"], "in a second command"),
         (LLAMA, [], "nothing to leave out"),
-        (MIXTRAL, ["--sparsity", "0.5"], "single weights of experts are not pruned"),
-        (GPT2, ["--sparsity", "0.5"], "stored as [in, out] are not pruned"),
+        (GPT2, ["--sparsity", "0.5"], "single weights of matrices stored as [in, out]"),
+        (GPT_OSS, ["--sparsity", "0.5"], "all experts in one tensor, are not pruned"),
     ],
 )
 def test_what_is_refused(
