@@ -440,6 +440,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     folder = find_model(arguments.model)
+    if folder != arguments.model and launch.rank == 0:
+        print(f"{arguments.model}: {folder}", file=sys.stderr)  # beside the answer, not in it
     if model_config({"hf": str(folder)}).task == "seq2seq":
         return _generate_target(arguments)
     if arguments.beams:
@@ -671,7 +673,9 @@ def _add_evaluate(verbs: Verbs) -> None:
     )
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks are")
     parser.add_argument(
-        "--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ..."
+        "--data",
+        type=Path,
+        help="jsonl of `prompt` and wanted `completion`, or chats: BLEU, ROUGE, F1 ...",
     )
     parser.add_argument(
         "--tokens",

@@ -25,7 +25,8 @@ def references_task(
     """Return a task for the harness, named after `file`.
 
     Each line of the file holds a `prompt`, a text or a list of messages, and a `completion`, the
-    reference answer or a list of them, of which the best counts. `contents` renders messages, and
+    reference answer or a list of them, of which the best counts; or `messages`, whose last is the
+    reference answer. `contents` renders messages, and
     also plain texts, by the chat template; None leaves texts as they are and refuses messages.
     `max_tokens` and the strings `stop` end an answer. Raise DataError, which names the line."""
     import datasets
@@ -61,7 +62,7 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _without_answer(json.loads(line))
             prompt, wanted = row["prompt"], row["completion"]
             wanted = [wanted] if isinstance(wanted, str) else wanted
             if (
@@ -84,6 +85,20 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{file}, line {number}: {reason}: {line[:200]}") from None
         yield {"prompt": prompt, "wanted": wanted}
+
+
+def _without_answer(row: Any) -> Any:
+    """Return a row of a chat, as `preprocess --format chat` takes them, as its prompt and its last
+    answer; any other row as it is. Raise ValueError where a chat ends without an answer."""
+    if not isinstance(row, dict) or "messages" not in row or "prompt" in row:
+        return row
+    messages = row["messages"]
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or len(messages) < 2:
+        raise ValueError(
+            "`messages` must be a list that ends with an answer, of the role assistant"
+        )
+    return {"prompt": messages[:-1], "completion": last.get("content")}
 
 
 def compare(said: str, wanted: Sequence[str]) -> dict[str, Any]:

@@ -192,8 +192,11 @@ def test_control_tokens_of_a_question_are_text(tmp_path: Path) -> None:
         [generator.chat_template.render(history, prompt=True)]
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": history, "completion": "b"}))
-    (row,) = references_task(file, generator.contents, 8, [])["custom_dataset"]()["test"]
+    chat = {"messages": [*history, {"role": "assistant", "content": "b"}]}
+    file.write_text(f"{json.dumps({'prompt': history, 'completion': 'b'})}\n{json.dumps(chat)}")
+    task = references_task(file, generator.contents, 8, [])["custom_dataset"]()["test"]
+    row, of_chat = task
+    assert row == of_chat, "a chat is its prompt and its last answer"
     assert model.tok_encode(row["prompt"], add_special_tokens=False) == generator.chat_ids(history)
     generator.check_answer([*history, {"role": "assistant", "content": "<|endoftext|>"}])
 
@@ -361,6 +364,11 @@ def test_the_command_measures_answers(tmp_path: Path, capsys: pytest.CaptureFixt
     ("line", "reason"),
     [
         ('{"prompt": "a"}', "there is no 'completion'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "`messages` must be a list that ends",
+        ),
+        ('{"messages": []}', "`messages` must be a list that ends"),
         ('{"prompt": "a", "completion": 3}', "`completion` must be a text, or a list of texts"),
         (
             '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}',

@@ -48,9 +48,12 @@ def test_a_model_of_the_hub_is_trained_and_opened_by_its_name(
     assert config.model.hf == snapshot, "also in the config that the run writes"
     assert config.data.tokenizer == snapshot
     train(config)
+    capsys.readouterr()
     assert find_model(Path("Owner/some-model.v2")) == snapshot
     assert main(["generate", "Owner/some-model.v2", "--prompt", "some", "--max-tokens", "2"]) == 0
-    assert capsys.readouterr().out
+    told = capsys.readouterr()
+    assert told.out.startswith("some")
+    assert f"Owner/some-model.v2: {snapshot}" in told.err, "which files answer"
 
 
 def test_what_the_cache_does_not_have_is_told_how_to_get(
