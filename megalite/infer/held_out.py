@@ -67,14 +67,15 @@ def measure(
     mixture = build_mixtures(config, tokenizer)["valid"]
     assert mixture is not None
     check_vocabulary(config, tokenizer)
-    stored = stored_config(folder) or {}
-    most = limit if limit is not None else None if tokens else _samples_of(stored)
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     launch.join()
     mesh = make_mesh(plan, launch.device)
     parts = load_parts(folder, config, plan, mesh)
     size = config.train.global_batch_size
-    count = min(mixture.num_samples, mixture.num_samples if most is None else most)
+    if limit is None and tokens is None:
+        count = samples_of_run(stored_config(folder) or {}, mixture)
+    else:
+        count = min(mixture.num_samples, mixture.num_samples if limit is None else limit)
     batches = max(1, count // size)
     labels = Labels(tokenizer if _tells_bytes(config) else None)
     with _loader(mixture, config, mesh, plan) as loader:
@@ -171,10 +172,11 @@ def _objective(
     return {"name": "next_token"} if own.get("name") == "distill" else own
 
 
-def _samples_of(stored: dict[str, Any]) -> int:
-    """Return how many samples a validation of the run has."""
-    every = (stored.get("observe") or {}).get("eval_batches", 20)
-    return int(every) * int((stored.get("train") or {}).get("global_batch_size", 1))
+def samples_of_run(stored: dict[str, Any], mixture: Mixture) -> int:
+    """Return how many samples a validation of the run has, whose config is `stored`."""
+    size = int((stored.get("train") or {}).get("global_batch_size", 1))
+    most = int((stored.get("observe") or {}).get("eval_batches", 20))
+    return size * mixture.num_batches(size, most)
 
 
 def load_parts(folder: Path, config: Config, plan: Plan, mesh: Mesh) -> RankModel:

@@ -52,6 +52,16 @@ def test_a_run_is_measured_as_it_measured_itself(
     assert "bits_per_byte" not in held_out["numbers"], "there is no tokenizer"
 
 
+@pytest.mark.parametrize("size", [20, 40])
+def test_as_many_samples_are_read_as_the_run_reads(size: int, tmp_path: Path) -> None:
+    """Of 33: whole batches, or one that begins again from the first sample."""
+    config = make_config(tmp_path, "llama", f"train.global_batch_size={size}", "train.steps=1")
+    train(config)
+    found = measure(find_model(config.run.folder), None, None, Launch(0, 1, 0))
+    assert found.num_samples == size
+    assert found.numbers["loss"] == pytest.approx(validated(config), rel=1e-12)
+
+
 @pytest.mark.parametrize("make", [masked_config, span_config])
 def test_other_tasks_are_measured_by_their_own_objective(make: type, tmp_path: Path) -> None:
     config = make(tmp_path, "train.steps=2", "checkpoint.every=0")
