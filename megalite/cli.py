@@ -120,6 +120,7 @@ def make_parser() -> VerbParser:
         _add_ops,
     ):
         add(verbs)
+    add_late(verbs, "chat", "talk to a model in the terminal")
     add_late(verbs, "runs", "list the runs in a folder: model, layout, steps, losses, state")
     add_late(verbs, "compare", "compare runs: curves, what they came to, settings that differ")
     add_late(verbs, "convert", "write a model as a Hugging Face folder")

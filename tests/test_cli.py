@@ -108,6 +108,9 @@ def test_an_example_in_a_help_is_a_command(example: str) -> None:
     assert callable(arguments.verb)
 
 
+BELOW = {"config": ("keys", "presets", "new", "schema"), "tokenizer": ("train",)}
+
+
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     """`megalite` alone lists the verbs, but for those of scripts; each shows examples."""
     with pytest.raises(SystemExit):
@@ -115,9 +118,11 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     listed = re.findall(r"^    (\w+)", capsys.readouterr().out, re.M)
     assert "job" not in listed
     assert {"train", "preprocess", "tokenizer", "corpus", "convert"} < set(listed)
-    for verb in listed:
+    below = [f"{verb} {name}" for verb, names in BELOW.items() for name in names]
+    assert {verb for verb in EXAMPLES if " " in verb} == {*below}
+    for verb in [*listed, *below]:
         with pytest.raises(SystemExit) as caught:
-            main([verb, "--help"])
+            main([*verb.split(), "--help"])
         assert caught.value.code == 0
         found = capsys.readouterr().out
         assert f"usage: megalite {verb}" in found

@@ -12,6 +12,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite config new --preset llama-8m --output my.yaml",
     ),
     "config keys": ("megalite config keys", "megalite config keys optimizer data.packing"),
+    "config presets": ("megalite config presets",),
+    "config schema": ("megalite config schema > config.schema.json",),
     "config new": (
         "megalite config new --preset llama-8m --name first --output configs/first.yaml",
     ),
@@ -56,6 +58,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite generate runs/my --prompt 'Once upon a time' --max-tokens 64",
         "megalite generate runs/chat --chat --prompt 'Who are you?' --temperature 0",
     ),
+    "chat": ("megalite chat runs/chat", "megalite chat runs/chat --system 'Answer in one word.'"),
     "fill": ("megalite fill runs/bert 'The capital of France is [MASK].'",),
     "embed": (
         "megalite embed runs/bert 'a text' 'another'",
