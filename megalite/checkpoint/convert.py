@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.checkpoint import card
@@ -34,6 +33,7 @@ from megalite.models import (
 )
 from megalite.models.weights import Weight
 from megalite.utils.resources import fsync
+from megalite.utils.tensor_files import save_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

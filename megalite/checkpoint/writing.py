@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megalite.checkpoint.board import Board
@@ -33,6 +33,7 @@ from megalite.models.peft import TENSORS as ADAPTER
 from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
 from megalite.utils.resources import fsync
+from megalite.utils.tensor_files import save_file
 
 PATIENCE_S = 1800.0
 """Seconds that a rank that has written its part waits for the others."""

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.errors import DataError
 from megalite.utils.outside import read_json
+from megalite.utils.tensor_files import save_file
 
 KINDS = ("weight", "grad")
 

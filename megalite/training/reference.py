@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.checkpoint.match import base_files
@@ -30,6 +29,7 @@ from megalite.training.parts import RankModel, forward
 from megalite.training.run import Data, Run, initial_state, make_loader
 from megalite.utils.changes import Change, changes
 from megalite.utils.files import replacing
+from megalite.utils.tensor_files import save_file
 
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]
 
