@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +53,10 @@ class VerbParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.complete()
+        args = sys.argv[1:] if args is None else args
         # Whoever types a name alone wants to know what there is below it.
         alone = self.verbs and self.verbs.required and not args
-        args = ["--help"] if alone else self._plain(args or [])
+        args = ["--help"] if alone else self._plain(args)
         if self.verbs and args and args[0][0:1] != "-" and args[0] not in self.verbs.choices:
             known = [verb for verb in self.verbs.choices if verb not in HIDDEN]
             hint = did_you_mean(args[0], known, f"known: {', '.join(known)}")
