@@ -77,6 +77,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "average": (
         "megalite average runs/my/checkpoints/step-00000800 runs/my/checkpoints/step-00001000 -o averaged",
     ),
+    "classify": (
+        "megalite classify runs/classes 'a text' 'another'",
+        "megalite classify runs/classes --input texts.jsonl --output told.jsonl",
+    ),
+    "answer": ("megalite answer runs/squad --question 'Who wrote it?' --context 'Anna wrote it.'",),
     "quantize": (
         "megalite quantize runs/my my-int8",
         "megalite quantize runs/my my-int4 --scheme w4a16 --method gptq --data data/web_text_document",

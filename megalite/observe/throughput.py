@@ -44,13 +44,13 @@ def model_flops_per_token(config: Config, seq_length: int | None = None) -> floa
     if config.model.architecture.source_layers:
         return _flops_of_stacks(config) / config.sample_tokens
     table = weight_table(config.model, config.lora)
-    behind = {weight.name for weight in table if weight.place in ("last", "both")}
-    # The head also predicts the tokens behind the next one.
-    predictors = config.model.architecture.predictors
-    predicted = config.objective.predicted() * (1 + len(predictors))
-    used = sum(
-        weight.multiplied * (predicted if weight.name in behind else 1.0) for weight in table
-    )
+    predictors, predicted = config.model.architecture.predictors, config.objective.predicted()
+    used = 0.0
+    for weight in table:
+        share = predicted if weight.place in ("last", "both") else 1.0
+        # The head also predicts the tokens behind the next one, behind norms of their own.
+        is_head = weight.place in ("last", "both") and weight.shard == "vocab"
+        used += weight.multiplied * share * (1 + len(predictors) if is_head else 1)
     frozen = sum(weight.multiplied for weight in table if weight.frozen)
     mixers = [layer.mixer for layer in (*config.model.architecture.layers, *predictors)]
     length = seq_length or config.data.seq_length
