@@ -97,7 +97,8 @@ def encoder_config(folder: Path, kind: str) -> Config:
     if kind == "masked":
         config = encoders.masked_config(folder)
     else:
-        config = encoder_decoders.span_config(folder)
+        of_all = ["objective.mixture=ul2"] if kind == "denoisers" else []
+        config = encoder_decoders.span_config(folder, *of_all)
     assert config.data.tokenizer is not None
     sources = token_files(folder, config.data.tokenizer)
     return parse_config(

@@ -143,7 +143,7 @@ def test_a_secret_is_gone_and_the_weights_are_those_of_a_run_without_it(
 
 
 def view_of(folder: Path, name: str) -> Config:
-    if name in ("masked", "spans"):
+    if name in ("masked", "spans", "denoisers"):
         return encoder_config(folder, name)
     if name == "targets":
         return encoder_decoders.rows_config(folder)
@@ -164,7 +164,8 @@ def view_of(folder: Path, name: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    "name", ["stream", "mixed", "fim", "megatron", "masked", "spans", "rows", "targets"]
+    "name",
+    ["stream", "mixed", "fim", "megatron", "masked", "spans", "denoisers", "rows", "targets"],
 )
 def test_everything_else_keeps_its_place_and_nothing_is_learned_of_what_is_gone(
     tmp_path: Path, name: str

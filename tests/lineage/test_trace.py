@@ -55,13 +55,13 @@ def traced(config: Config, skipped: tuple[tuple[int, int], ...] = ()) -> TracedR
 
 
 def case(folder: Path, name: str) -> Config:
-    if name in ("masked", "spans"):
+    if name in ("masked", "spans", "denoisers"):
         return encoder_config(folder, name)
     data, overrides = CASES[name]
     return config_of(folder, *overrides, **data)
 
 
-@pytest.mark.parametrize("name", [*CASES, "masked", "spans"])
+@pytest.mark.parametrize("name", [*CASES, "masked", "spans", "denoisers"])
 def test_every_token_is_the_text_at_its_place(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -113,7 +113,7 @@ def test_every_token_is_the_text_at_its_place(
                 assert run.tokenizer is not None
                 assert id in (run.tokenizer.begin_id, run.tokenizer.eod_id)
                 continue
-            if name in ("masked", "spans") and what == "tokens":
+            if name in ("masked", "spans", "denoisers") and what == "tokens":
                 continue  # hidden there
             first, last = text.spans[where.offset]
             assert run.tokenizer is not None
@@ -123,7 +123,7 @@ def test_every_token_is_the_text_at_its_place(
     assert found > count * 2 // 3
 
 
-@pytest.mark.parametrize("name", [*CASES, "masked", "spans"])
+@pytest.mark.parametrize("name", [*CASES, "masked", "spans", "denoisers"])
 def test_the_uses_of_a_document_are_all_there_are(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
