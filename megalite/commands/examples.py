@@ -64,6 +64,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite embed runs/bert 'a text' 'another'",
         "megalite embed runs/bert --input texts.jsonl --output vectors.npy",
     ),
+    "classify": (
+        "megalite classify runs/classes 'a text' --top-k 3",
+        "megalite classify runs/classes --input texts.jsonl --json",
+    ),
+    "answer": (
+        "megalite answer runs/squad --question 'Where is it?' --context 'It is in Paris.'",
+        "megalite answer runs/squad --input questions.jsonl --may-be-none",
+    ),
     "eval": (
         "megalite eval runs/my",
         "megalite eval runs/my --tokens data/other_text_document",
