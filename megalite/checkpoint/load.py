@@ -287,7 +287,7 @@ def _from_folder(
         _, head = ends_of(model)
         source.add_base_prefix(prefix, {*apart, head})
         new = lacking_head(model, weights, source.files) if new_head else new
-        spare = unneeded(source, model, head_is_replaced=bool(new))
+        spare = unneeded(source, model, bool(new), mesh.world)
     # All is checked before anything is read: a mistake must not cost a start of minutes.
     stored = {
         weight.name: weight.as_stored(source.files) for weight in weights if weight.name not in new

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.comm.mesh import ALONE, Axis
 from megalite.config import ModelConfig
 from megalite.models import weight_table
 from megalite.models.heads import names_of, own_table
@@ -24,8 +25,11 @@ POSITIONS = re.compile(r"\.embeddings\.position_ids$")
 GPT-NeoX), rotary frequencies, numbers of positions (BERT)."""
 
 
-def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
-    """Return the names of stored tensors in `source` that `model` does without.
+def unneeded(
+    source: TensorFolder, model: ModelConfig, head_is_replaced: bool, ranks: Axis = ALONE
+) -> set[str]:
+    """Return the names of stored tensors in `source` that `model` does without. Each of `ranks`
+    compares its share of what should be copies.
 
     These are the second copy of a tied head, and other copies of a weight, a head that another one
     replaces (`head_is_replaced`), and causal masks and rotary frequencies that are as the model
@@ -35,7 +39,7 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
     embedding, head = ends_of(model)
     if head in source.files and (head_is_replaced or model.tie_embeddings):
         if not head_is_replaced:
-            _check_copy(source, embedding, head, model)
+            _check_copy(source, embedding, head, model, ranks)
         # A tied head that is stored is read from the embedding; it was only compared.
         found.add(head)
     if head_is_replaced:
@@ -49,7 +53,7 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
             continue
         if source.shape(copy) != source.shape(of):
             raise CheckpointError(f"{source.folder}: {copy} must be a copy of {of}, of its shape")
-        if (row := _first_difference(source, of, copy)) is not None:
+        if (row := _first_difference(source, of, copy, ranks)) is not None:
             raise CheckpointError(
                 f"{source.folder}: {copy} must be a copy of {of}, but row {row} is the first that differs"
             )
@@ -65,14 +69,16 @@ def ends_of(model: ModelConfig) -> tuple[str, str]:
     return names["embedding.weight"], names["head.weight"]
 
 
-def _check_copy(source: TensorFolder, embedding: str, head: str, model: ModelConfig) -> None:
+def _check_copy(
+    source: TensorFolder, embedding: str, head: str, model: ModelConfig, ranks: Axis
+) -> None:
     """Raise CheckpointError unless the stored head is a copy of the embedding."""
     if embedding not in source.files:
         return  # which `TensorFolder.check` says
     shapes = [source.shape(name) for name in (embedding, head)]
     if shapes[0] != shapes[1]:
         why = f"the shapes are {list(shapes[1])} and {list(shapes[0])}"
-    elif (row := _first_difference(source, embedding, head)) is not None:
+    elif (row := _first_difference(source, embedding, head, ranks)) is not None:
         why = f"row {row} is the first that differs"
     else:
         return
@@ -88,12 +94,12 @@ def _check_copy(source: TensorFolder, embedding: str, head: str, model: ModelCon
     )
 
 
-def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
+def _first_difference(source: TensorFolder, one: str, other: str, ranks: Axis) -> int | None:
     """Return the first row in which two tensors of one shape differ, or None. Reads block by block
-    up to there."""
+    up to there; each of `ranks` every so many blocks, as embeddings may be of gigabytes."""
     num_rows, *rest = source.shape(one)
     step = max(1, BLOCK_BYTES // (4 * max(1, torch.Size(rest).numel())))
-    for start in range(0, num_rows, step):
+    for start in range(ranks.rank * step, num_rows, ranks.size * step):
         rows = (slice(start, min(start + step, num_rows)),)
         a = source.fetch(one, rows)
         b = source.fetch(other, rows)

@@ -16,6 +16,7 @@ from megalite.checkpoint import unneeded
 from megalite.checkpoint.convert import open_source
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of
+from megalite.comm.mesh import Axis
 from megalite.infer.generate import load_model
 from megalite.models import model_config
 from megalite.registry import families
@@ -103,6 +104,15 @@ def test_a_difference_is_found_in_any_block(
         store(tmp_path, tensors | {"lm_head.weight": other})
         with pytest.raises(CheckpointError, match=f"row {row} is the first that differs"):
             load_model(tmp_path)
+        # Of several ranks, one meets it.
+        source, model = TensorFolder(tmp_path, "model"), model_config({"hf": str(tmp_path)})
+        found = []
+        for rank in range(3):
+            try:
+                unneeded.unneeded(source, model, False, Axis(3, rank))
+            except CheckpointError:
+                found.append(rank)
+        assert (row // 10) % 3 in found
 
 
 def test_a_model_stored_without_a_prefix_may_have_a_copy_too(tmp_path: Path) -> None:
