@@ -237,7 +237,9 @@ class _WithGradients(Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *streams: Tensor) -> Tensor:
         ctx.save_for_backward(*streams)
-        return loss.view_as(loss)
+        # No view, which torch would not detach from its graph: until the step's end it would hold
+        # what arrived for every micro-batch.
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
