@@ -325,6 +325,11 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
     if _widens(shapes, on_gloo):
         masked = shapes.seq_length**2 if shapes.causal else 0
         return _widened(shapes) + _scores(shapes) * FP32 + masked + _attended(shapes)
+    if _fuses_bias(shapes, on_gloo):
+        # Keys and values once more for each head; and the bias with what is not attended to, if it
+        # is not that of all layers.
+        copied = shapes.tokens * shapes.kv * shapes.element + _masked_bias(shapes)
+        return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + copied
     if not shapes.writes_scores:
         # The projection, the output and its log-sum-exp.
         kept = _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
@@ -345,9 +350,14 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
 
 def _widens(shapes: LayerShapes, on_gloo: bool) -> bool:
     """Return whether torch adds the bias of the scores, and computes with them, in fp32: on the CPU,
-    where nothing is dropped. (Its kernel for GPUs takes a bias, and is counted as if it wrote the
-    scores.)"""
+    where nothing is dropped."""
     return shapes.biased and not shapes.attention_dropout and on_gloo
+
+
+def _fuses_bias(shapes: LayerShapes, on_gloo: bool) -> bool:
+    """Return whether torch's kernel adds the bias of the scores, which are not written: on GPUs,
+    where nothing is dropped."""
+    return shapes.biased and not shapes.attention_dropout and not on_gloo
 
 
 def _widened(shapes: LayerShapes) -> int:
@@ -465,7 +475,9 @@ def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
         size += _repeated(shapes, on_gloo)
     if shapes.latents:  # gradients of the queries, and of what keys and values are made from
         size += _latents(shapes) + _projection(shapes)
-    if shapes.writes_scores:
+    if _fuses_bias(shapes, on_gloo):
+        size += _scores(shapes) * shapes.element  # the gradient of the bias, of each sample
+    elif shapes.writes_scores:
         size += _scores(shapes) * 2 * FP32  # gradients of the probabilities and of the scores
     if shapes.by_heads:
         # Then the gradient as it is, in the order of ranks, as messages and as they arrive.

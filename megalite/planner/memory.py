@@ -146,7 +146,7 @@ class _Counts:
         self.by_autograd = plan.engine != "native"
         self.plain = each(layers, lambda layer: layer_bytes(layer, "none", on_gloo))
         self.lean = each(layers, lambda layer: layer_bytes(layer, train.recompute, on_gloo))
-        self.layers = layers
+        self.layers, self.on_gloo = layers, on_gloo
         self.head = beside_frozen(head_bytes(shapes, self.by_autograd, on_gloo), frozen)
 
     def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
@@ -172,7 +172,7 @@ class _Counts:
         # What is recomputed takes the biases once more. The peak is at the first layer of the
         # backward pass, before there is a gradient of them, or at any where little is kept.
         biases, gradient = sum(table.forward for table in tables), 0
-        if self.train.recompute != "none":
+        if self.train.recompute != "none" or not self.on_gloo:  # kept by the kernel for GPUs
             beside, biases = beside + biases, 0
         if self.train.recompute == "full":
             gradient = max((table.backward for table in tables), default=0)
