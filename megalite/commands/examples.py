@@ -60,6 +60,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "chat": ("megalite chat runs/chat", "megalite chat runs/chat --system 'Answer in one word.'"),
     "fill": ("megalite fill runs/bert 'The capital of France is [MASK].'",),
+    "classify": (
+        "megalite classify runs/ham 'You have won.' 'See you at noon.'",
+        "megalite classify runs/ham --input texts.jsonl --json",
+    ),
+    "answer": (
+        "megalite answer runs/squad --question 'Who wrote it?' --context 'It was written by Ada.'",
+        "megalite answer runs/squad --input rows.jsonl --may-be-none",
+    ),
     "embed": (
         "megalite embed runs/bert 'a text' 'another'",
         "megalite embed runs/bert --input texts.jsonl --output vectors.npy",
