@@ -17,6 +17,7 @@ PIPELINES = {
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
     "classification": ("text-classification", "AutoModelForSequenceClassification"),
     "labels": ("token-classification", "AutoModelForTokenClassification"),
+    "answers": ("question-answering", "AutoModelForQuestionAnswering"),
 }
 """What the hub calls a task, and the class of transformers that opens its models."""
 
