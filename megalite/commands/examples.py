@@ -72,14 +72,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite embed runs/bert 'a text' 'another'",
         "megalite embed runs/bert --input texts.jsonl --output vectors.npy",
     ),
-    "classify": (
-        "megalite classify runs/classes 'a text' --top-k 3",
-        "megalite classify runs/classes --input texts.jsonl --json",
-    ),
-    "answer": (
-        "megalite answer runs/squad --question 'Where is it?' --context 'It is in Paris.'",
-        "megalite answer runs/squad --input questions.jsonl --may-be-none",
-    ),
     "eval": (
         "megalite eval runs/my",
         "megalite eval runs/my --tokens data/other_text_document",
@@ -93,11 +85,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "average": (
         "megalite average runs/my/checkpoints/step-00000800 runs/my/checkpoints/step-00001000 -o averaged",
     ),
-    "classify": (
-        "megalite classify runs/classes 'a text' 'another'",
-        "megalite classify runs/classes --input texts.jsonl --output told.jsonl",
-    ),
-    "answer": ("megalite answer runs/squad --question 'Who wrote it?' --context 'Anna wrote it.'",),
     "quantize": (
         "megalite quantize runs/my my-int8",
         "megalite quantize runs/my my-int4 --scheme w4a16 --method gptq --data data/web_text_document",

@@ -398,17 +398,13 @@ def test_what_says_no_text_is_refused_before_its_weights_are_read(
         return capsys.readouterr().err
 
     verbs: list[tuple[str, ...]] = [("generate", "--prompt", "x"), ("serve", "--port", "0")]
+    kinds = ("classification", "SequenceClassification"), ("labels", "TokenClassification")
+    for task, kind in kinds:  # which `serve` answers for
+        said = told(*verbs[0], architecture=f"LlamaFor{kind}")
+        holds = f"{tmp_path} holds a model of model.task: {task}, which tells classes (ham, spam)"
+        assert holds in said
+        assert "`megalite classify` asks it" in said
     for verb in verbs:
-        for task, kind in (
-            ("classification", "SequenceClassification"),
-            ("labels", "TokenClassification"),
-        ):
-            said = told(*verb, architecture=f"LlamaFor{kind}")
-            assert (
-                f"{tmp_path} holds a model of model.task: {task}, which tells classes (ham, spam)"
-                in said
-            )
-            assert "`megalite classify` asks it" in said
         assert f"{tmp_path} has no tokenizer" in told(*verb)
     write_tokenizer(tmp_path, template=None)
     assert "has no chat template; put one into" in told("generate", "--chat", "--prompt", "x")
