@@ -257,6 +257,9 @@ def test_each_stack_has_the_tokens_of_its_own_sequence() -> None:
 
 
 def test_the_encoder_is_handed_on_beside_the_decoder() -> None:
-    halves = outlook_of(two_stacks(0.15, "parallel.pipeline=2", "train.micro_batch_size=2"), 2)
+    # A tied embedding's gradient would be sent as well.
+    untied = "model.tie_embeddings=false", "model.scale_head=false"
+    config = two_stacks(0.15, "parallel.pipeline=2", "train.micro_batch_size=2", *untied)
+    halves = outlook_of(config, 2)
     assert halves.shapes.handed_bytes == 2 * (512 + 114) * 512 * 2
     assert halves.estimate().volume["pipeline"] == 4 * halves.shapes.handed_bytes
