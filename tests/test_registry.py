@@ -50,7 +50,7 @@ MISTAKES = {
 def test_a_name_or_setting_that_does_not_go_with_the_others_is_explained(override: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_config(BASE, [override])
-    assert str(error.value).startswith(f"config: {MISTAKES[override]}")
+    assert str(error.value).startswith(f"command line: {MISTAKES[override]}")
 
 
 def test_configs_in_which_all_kinds_have_all_settings_still_open() -> None:
@@ -125,7 +125,7 @@ class Watch(HookConfig):
 
 def test_a_hook_refuses_a_config_that_it_does_not_go_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.hooks._found, "watch", Watch)
-    with pytest.raises(ConfigError, match=r"^config: hooks: watch needs data\.valid$"):
+    with pytest.raises(ConfigError, match=r"^command line: hooks: watch needs data\.valid$"):
         parse_config(BASE, ["hooks=[{name: watch}]"])
     parse_config(BASE, ["hooks=[{name: watch}]", "data.valid=[{path: held}]"])
 

@@ -26,6 +26,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megalite.checkpoint import card
 from megalite.checkpoint.board import Board
 from megalite.checkpoint.folder import MANIFEST, Worth, digest, prune, remove, replaced, write_json
 from megalite.comm.mesh import Mesh
@@ -265,7 +266,8 @@ class Writing:
         # tensors have fsynced.
         for path in sorted(path for path in self.temporary.rglob("*") if path.is_file()):
             name = str(path.relative_to(self.temporary))
-            if name not in files:
+            # The card is for people, who may write in it.
+            if name not in (*files, card.NAME):
                 fsync(path)
                 files[name] = digest(path)
                 NOW.beats += 1

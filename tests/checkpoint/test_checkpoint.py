@@ -93,7 +93,7 @@ def test_every_file_is_in_the_manifest_and_nothing_is_pickled(trained: Config) -
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     manifest = read_manifest(folder)
     assert not isinstance(manifest, Damage)
-    assert files == set(manifest) | {"manifest.json"}
+    assert files == set(manifest) | {"manifest.json", "README.md"}, "people may write in the card"
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".yaml", ".md"}
     assert not any(path.suffix == ".tmp" for path in checkpoints(trained).iterdir())
 

@@ -214,7 +214,7 @@ def test_an_encoder_says_no_text(runs: Path) -> None:
         ("train.loss_chunk=8", "masked_lm needs train.loss_chunk: null, not 8"),
         (
             "model.task=causal",
-            "model: task = 'causal': should be 'masked', 'classification' or 'labels'",
+            "model: task = 'causal': should be 'masked', 'classification', 'labels' or 'answers'",
         ),
     ],
 )
