@@ -406,34 +406,39 @@ def _build_mixture(
             config.train.seed,
             "shuffle" if which == "train" and data.order == "shuffle" else "sequential",
         )
+    view = _view_of(config, which, tokenizer)
+    if view.fim and any(source.dataset.mask is not None for source in sources):
+        raise DataError(
+            "data.fim turns texts around, which labelled data cannot be; leave one of them out"
+        )
+    mixture = Mixture(sources, names, order, view)
+    _check_learned(mixture, config, which)
+    return mixture
+
+
+def _view_of(config: Config, which: Split, tokenizer: Tokenizer | None) -> View:
+    """Return how the model sees the samples of a split."""
+    data = config.data
     fim = (
         FillInTheMiddle.of(data.fim, tokenizer, config.train.seed)
         if data.fim and which == "train"
         else None
     )
-    if fim and any(source.dataset.mask is not None for source in sources):
-        raise DataError(
-            "data.fim turns texts around, which labelled data cannot be; leave one of them out"
-        )
     model, corruption = config.model, config.objective.corruption(config, tokenizer, which)
     separator = (
         tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
     )
     stacks = config.objective.stacks(config, tokenizer, which) if model.task == "seq2seq" else None
-    labels = LABELS[model.task]
-    view = View(
+    return View(
         data.document_mask,
         data.border_loss,
         fim,
-        labels,
+        LABELS[model.task],
         model.CLASS_AT,
         corruption,
         separator,
         stacks,
     )
-    mixture = Mixture(sources, names, order, view)
-    _check_learned(mixture, config, which)
-    return mixture
 
 
 def _check_learned(mixture: Mixture, config: Config, which: Split) -> None:

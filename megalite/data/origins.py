@@ -17,10 +17,10 @@ import json
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ import numpy.typing as npt
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import DataError
 from megalite.utils.outside import reading
+from megalite.utils.resources import fsync
 from megalite.utils.urls import is_url
 
 MAGIC = b"MLITESRC"
@@ -63,17 +64,31 @@ def full_path(path: str) -> str:
     return path if is_url(path) else os.path.abspath(path)
 
 
-class OriginsWriter:
-    """Writes PREFIX.src while its token file is written: `add` in the order of the documents. As a
-    context manager it leaves nothing behind if the block raises."""
+@contextmanager
+def writing_origins(prefix: str | Path, key: str | None) -> Iterator[OriginsWriter]:
+    """Write PREFIX.src while its token file is written; nothing is left behind if the block raises.
+    Enter it before the writer of the token file, which is then complete at its end. `key` is that
+    of the texts in JSON lines, None for rows of labelled data."""
+    # Named as those of the token file are, so that who writes it again replaces a killed one's.
+    temporary = Path(f"{prefix}.src.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            writer = OriginsWriter(file)
+            yield writer
+            writer.finish(IndexedDataset(prefix), key)
+        fsync(temporary)
+        os.replace(temporary, f"{prefix}.src")
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __init__(self, prefix: str | Path, key: str | None) -> None:
-        """`key` is that of the texts in JSON lines, None for rows of labelled data."""
-        self._prefix, self._key, self._count = str(prefix), key, 0
+
+class OriginsWriter:
+    """Writes where documents come from: `add` in their order."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._count = file, 0
         self._files: list[tuple[str, int, int]] = []
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(f"{prefix}.src.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115
         self._file.write(bytes(HEADER.size))
 
     def add(self, places: Array, files: Sequence[tuple[str, int]]) -> None:
@@ -108,35 +123,13 @@ class OriginsWriter:
         self._count += len(records)
         self._file.write(records.tobytes())
 
-    def _finish(self) -> None:
-        """Complete the file and give it its name."""
-        dataset = IndexedDataset(self._prefix)
+    def finish(self, dataset: IndexedDataset, key: str | None) -> None:
+        """Complete the file of the token file `dataset`."""
         assert dataset.num_documents == self._count
-        note = {"token_file": dataset.fingerprint(), "key": self._key, "files": self._files}
+        note = {"token_file": dataset.fingerprint(), "key": key, "files": self._files}
         self._file.write(json.dumps(note, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         self._file.seek(0)
         self._file.write(HEADER.pack(MAGIC, self._count))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._temporary, f"{self._prefix}.src")
-
-    def __enter__(self) -> OriginsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish, unless the block raised. Enter it before the writer of the token file, which is
-        then complete."""
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
 
 
 class Origins:

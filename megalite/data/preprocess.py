@@ -48,7 +48,7 @@ from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
-from megalite.data.origins import OriginsWriter
+from megalite.data.origins import writing_origins
 from megalite.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -264,7 +264,7 @@ class _Job:
         writer = IndexedWriter(prefix, self.packing.dtype)
         try:
             with (
-                OriginsWriter(prefix, self.packing.json_key) as origins,
+                writing_origins(prefix, self.packing.json_key) as origins,
                 writer,
                 Meter("tokenizing", high - low, self.console) as meter,
                 closing(in_order(blocks, encode, pool, self.workers)) as results,

@@ -24,7 +24,7 @@ from megalite.data.documents import Report
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
 from megalite.data.indexed import MASKS, IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs
-from megalite.data.origins import OriginsWriter, places_of
+from megalite.data.origins import places_of, writing_origins
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
 from megalite.data.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def preprocess_rows(
     num_learned = text_bytes = 0
     writer = IndexedWriter(prefix, dtype, mask_dtype)
     with (
-        OriginsWriter(prefix, None) as origins,
+        writing_origins(prefix, None) as origins,
         writer,
         Meter("tokenizing", sum(files.values()), console) as meter,
         worker_pool(workers, start_tokenizing) as pool,
@@ -123,15 +123,17 @@ def preprocess_rows(
     )
     result.write()
     result.seconds = time.monotonic() - start
-    agreed = [
-        f"agreement: {name} = {x:.3f}"
-        for name, x in (annotated.agreement if annotated else {}).items()
-    ]
-    passed = [f"passed over: {what} ({count:,})" for what, count in sorted(seen.items())]
-    result.remark = "\n".join(
-        [f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed, *agreed]
-    )
+    learned = f"learned from {num_learned:,} of {writer.num_tokens:,} tokens"
+    result.remark = "\n".join([learned, *_remarks(seen, annotated)])
     return result
+
+
+def _remarks(seen: Counter[str], annotated: Annotated | None) -> Iterator[str]:
+    """Yield a line for each thing that was passed over, and for each measure of agreement."""
+    for what, count in sorted(seen.items()):
+        yield f"passed over: {what} ({count:,})"
+    for name, x in annotated.agreement.items() if annotated else ():
+        yield f"agreement: {name} = {x:.3f}"
 
 
 def _annotated(

@@ -14,7 +14,7 @@ from megalite.data.blocks import Shard, add_to
 from megalite.data.documents import Report
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.metadata import Preprocessed, read_metadata
-from megalite.data.origins import OriginsWriter, open_origins
+from megalite.data.origins import open_origins, writing_origins
 from megalite.errors import DataError
 
 
@@ -102,7 +102,7 @@ def _join_origins(prefix: str, parts: list[Preprocessed]) -> None:
     if not known or len(known) < sum(part.num_documents > 0 for part in parts):
         return
     path, lines = "", 0
-    with OriginsWriter(prefix, known[0].key) as writer:
+    with writing_origins(prefix, known[0].key) as writer:
         for part, origins in zip(parts, found, strict=True):
             # A part counts lines from where it begins in a file, of which earlier parts have had
             # `lines`.

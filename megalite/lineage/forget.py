@@ -38,7 +38,7 @@ from megalite.data.checks import open_data
 from megalite.data.dataset import SPLITS, RowSource
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture
-from megalite.data.origins import OriginsWriter, open_origins
+from megalite.data.origins import open_origins, writing_origins
 from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.lineage.corpora import Lines, add_lines, blank
 from megalite.lineage.documents import Documents
@@ -304,7 +304,7 @@ def write_without(prefix: str, new: str, documents: Sequence[int]) -> None:
     with replacing(Path(f"{new}.idx"), durable=True) as temporary:
         shutil.copyfile(f"{prefix}.idx", temporary)
     if origins := open_origins(dataset):
-        with OriginsWriter(new, origins.key) as writer:
+        with writing_origins(new, origins.key) as writer:
             writer.add_all(origins)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -176,15 +176,7 @@ def forward_backward(
     if parts.pipeline:
         parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
     else:
-        (stage,) = parts.stages
-        parts.engine.begin(len(inputs))
-        for number, micro in enumerate(inputs):
-            NOW.do("forward", number)
-            loss = loss_of(stage(None, micro), micro)
-            NOW.do("backward", number)
-            parts.engine.backward(loss)
-        NOW.do("summing gradients")
-        parts.engine.finish()
+        _one_after_another(parts, inputs, loss_of)
     # Tensor ranks have computed the same: one of them counts. All ranks act on the result, and so
     # need the same bits. Losses are on last stages only, a part on each replica: the sum over the
     # world is the mean.
@@ -195,6 +187,21 @@ def forward_backward(
     # A mean of nothing is not 0, the best loss there is.
     found = torch.where(num_labels > 0, found, torch.nan)
     return dict(zip(("loss", *objective.metrics, *layers.names), found.unbind(), strict=True))
+
+
+def _one_after_another(
+    parts: RankModel, inputs: list[Inputs], loss_of: Callable[[Tensor, Inputs], Tensor]
+) -> None:
+    """Run both passes of each micro-batch on a rank that has all layers."""
+    (stage,) = parts.stages
+    parts.engine.begin(len(inputs))
+    for number, micro in enumerate(inputs):
+        NOW.do("forward", number)
+        loss = loss_of(stage(None, micro), micro)
+        NOW.do("backward", number)
+        parts.engine.backward(loss)
+    NOW.do("summing gradients")
+    parts.engine.finish()
 
 
 @torch.no_grad()
