@@ -136,6 +136,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         (["jobs"], "there is no verb 'jobs'; known: config, corpus"),
         (["tokenizer", "trian"], "there is no verb 'trian'; did you mean 'train'?"),
         (["train", "c.yaml", "--set"], "argument --set: expected one argument"),
+        (["plan", "c.yaml", "--gpus", "0"], "argument --gpus: 0 is not between 1"),
     ],
 )
 def test_a_wrong_verb_is_told_the_right_one(

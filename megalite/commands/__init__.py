@@ -1,2 +1,2 @@
-"""Verbs of the command line, a file each: what they take, and the work, which is done in other
-rooms. `megalite/cli.py` lists them."""
+"""Verbs of the command line, a file each: what it takes, and the call of the room that does the
+work. `megalite/cli.py` lists them."""

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalite.commands.examples import EXAMPLES
+from megalite.runtime.exit_codes import at_least
 from megalite.utils.spelling import did_you_mean
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["VerbParser"]
-
-HIDDEN = ("job",)
-"""Verbs that are for scripts, and neither listed nor offered."""
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -33,6 +31,8 @@ class VerbParser(argparse.ArgumentParser):
         super().__init__(*arguments, **named)
         self.fill: Callable[[VerbParser], None] | None = None
         """Adds the arguments when they are first needed."""
+        self.listed = True
+        """Whether the verb is listed, and offered to who misspells one."""
         self.verbs: Verbs | None = None
         self.spelled: dict[str, int | None] = {}
         """Options whose word is a positional argument, with its number (None: where it stands)."""
@@ -58,7 +58,7 @@ class VerbParser(argparse.ArgumentParser):
         alone = self.verbs and self.verbs.required and not args
         args = ["--help"] if alone else self._plain(args)
         if self.verbs and args and args[0][0:1] != "-" and args[0] not in self.verbs.choices:
-            known = [verb for verb in self.verbs.choices if verb not in HIDDEN]
+            known = [name for name, verb in self.verbs.choices.items() if verb.listed]
             hint = did_you_mean(args[0], known, f"known: {', '.join(known)}")
             self.error(f"there is no verb {args[0]!r}; {hint}")
         return super().parse_known_args(args, namespace)
@@ -80,10 +80,12 @@ class VerbParser(argparse.ArgumentParser):
         return plain
 
 
-def add_late(verbs: Verbs, name: str, help: str, module: str = "") -> None:
+def add_late(verbs: Verbs, name: str, help: str | None, module: str = "") -> None:
     """Add a verb whose arguments and work are in `megalite.commands.MODULE`, imported when the verb
-    is used: its docstring describes the verb, `add_arguments(parser)` does the rest."""
-    parser = verbs.add_parser(name, help=help)
+    is used: its docstring describes the verb, `add_arguments(parser)` does the rest. A verb without
+    `help` is not listed."""
+    parser = verbs.add_parser(name, help=help) if help else verbs.add_parser(name)
+    parser.listed = help is not None
 
     def fill(parser: VerbParser) -> None:
         found = importlib.import_module(f"megalite.commands.{module or name}")
@@ -107,3 +109,56 @@ def add_overrides(parser: VerbParser, help: str) -> None:
     """Add settings that replace those of a file, as `arguments.overrides`, in their order."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=help)
     parser.spelled["--set"] = None
+
+
+def add_model(parser: VerbParser) -> None:
+    """Add the argument of a verb that takes a model."""
+    parser.add_argument(
+        "model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder"
+    )
+
+
+def add_texts(parser: VerbParser, text: str | None, file: str) -> None:
+    """Add what a verb works on: texts in the command line (described by `text`; None: it takes
+    none there) and in files of the form `file`, as `arguments.texts` and `arguments.input`."""
+    if text is not None:
+        parser.add_argument("texts", nargs="*", metavar="TEXT", help=text)
+    parser.add_argument(
+        "--input", type=Path, action="append", default=[], metavar="FILE", help=file
+    )
+
+
+def add_layout(parser: VerbParser) -> None:
+    """Add the options of a verb that can run over ranks."""
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun"
+    )
+    parser.add_argument(
+        "--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun"
+    )
+
+
+def add_cluster(parser: VerbParser) -> None:
+    """Add the options of a verb that asks about a cluster that need not be there."""
+    parser.add_argument("--gpus", type=at_least(1), required=True, help="how many, all together")
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        help="a name from configs/chips.yaml, or a YAML file with the same fields",
+    )
+    parser.add_argument(
+        "--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)"
+    )
+
+
+def add_calibration(parser: VerbParser) -> None:
+    """Add the options of a verb that runs a model over rows of token files."""
+    parser.add_argument(
+        "--data", metavar="PREFIX", help="token files to calibrate and measure with"
+    )
+    parser.add_argument(
+        "--rows", type=at_least(2), default=128, help="rows taken from them (default: 128)"
+    )
+    parser.add_argument(
+        "--length", type=at_least(1), default=512, help="tokens of a row (default: 512)"
+    )

@@ -36,8 +36,6 @@ def run_plan(
     `gpus_per_node` GPUs. `tokens` is the length of the training, such as "300B". A search writes
     the best config, of that length, to `output`; `picture` is a PNG for the timeline. Raises ConfigError."""
     # All that can be wrong with the command is found before the search, which may take minutes.
-    if num_gpus < 1:
-        raise ConfigError(f"--gpus {num_gpus}: at least one")
     hardware = find_hardware(gpu, gpus_per_node, interconnect or DEFAULT_INTERCONNECT)
     wanted = parse_tokens(tokens) if tokens else None
     if not with_search:

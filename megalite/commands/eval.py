@@ -1,0 +1,71 @@
+"""Without --tasks and --data it tells the loss, perplexity and bits per byte on the validation data
+of the run, or on --tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megalite.commands.parser import VerbParser, add_layout, add_model
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Add the arguments of the verb."""
+    add_model(parser)
+    parser.add_argument(
+        "--tasks", default="", metavar="NAME,NAME", help="names or YAML files of tasks"
+    )
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks are")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="jsonl of `prompt` and wanted `completion`, or chats: BLEU, ROUGE, F1 ...",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="PREFIX",
+        help="token files to measure the loss on (default: the run's own)",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="only so many documents of each task, or samples of a loss"
+    )
+    parser.add_argument(
+        "--shots", type=int, help="examples before each document (default: as the task says)"
+    )
+    parser.add_argument("--chat", action="store_true", help="put prompts as the chat template says")
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="of an answer to a prompt of --data"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends such an answer; repeatable",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: in the folder `evaluations` of the run)"
+    )
+    parser.add_argument(
+        "--samples",
+        action="store_true",
+        help="beside it, what was asked, said and wanted, as jsonl",
+    )
+    parser.add_argument(
+        "--slots", type=int, default=8, help="answers generated at a time (default: 8)"
+    )
+    add_layout(parser)
+    parser.set_defaults(verb=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from megalite.comm.mesh import leave
+    from megalite.infer.evaluate import Asked, evaluate_model
+
+    names = {name: getattr(arguments, name) for name in Asked._fields}
+    asked = Asked(
+        **names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]}
+    )
+    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    evaluate_model(arguments.model, asked, arguments.output, arguments.slots, **layout)
+    leave()

@@ -1,0 +1,101 @@
+"""Answer over HTTP as OpenAI's API does, with a page to talk to the model (docs/serving.md)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megalite.commands.parser import VerbParser, add_model
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Add the arguments of the verb."""
+    add_model(parser)
+    parser.add_argument("--name", help="of the model, for clients (default: that of the folder)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 for all of this machine's (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=4096,
+        help="tokens of prompt and answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)",
+    )
+    parser.add_argument(
+        "--ratings",
+        type=Path,
+        default=Path("ratings"),
+        help="folder for them (default: %(default)s)",
+    )
+    parser.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=20.0,
+        help="seconds to end after SIGTERM (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-prompts", action="store_true", help="also log what is asked; it is not otherwise"
+    )
+    parser.set_defaults(verb=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    """Serve a model. The address is bound before the weights are read."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        from megalite.errors import ConfigError
+
+        raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
+    from megalite.infer.classify import Classifier
+    from megalite.infer.encode import Encoder
+    from megalite.infer.generate import Generator, find_model
+    from megalite.infer.seq2seq import TargetGenerator
+    from megalite.infer.serving.app import Settings
+    from megalite.infer.serving.guards import read_keys
+    from megalite.infer.serving.run import bind, serve
+    from megalite.models import model_config
+
+    settings = Settings(
+        name=arguments.name or arguments.model.resolve().name,
+        ratings=arguments.ratings,
+        keys=read_keys(arguments.api_key_file),
+        max_bytes=int(arguments.max_request_mb * 1e6),
+        requests_per_minute=arguments.requests_per_minute,
+        timeout_s=arguments.timeout,
+        log_prompts=arguments.log_prompts,
+        host=arguments.host,
+    )
+    address = bind(arguments.host, arguments.port)
+    folder = find_model(arguments.model)
+    config = model_config({"hf": str(folder)})
+    model: Encoder | Classifier | TargetGenerator | Generator
+    if config.PREDICTS == "masked":
+        model = Encoder.open(folder)
+    elif config.has_classes:
+        model = Classifier.open(folder)
+    elif config.task == "seq2seq":
+        model = TargetGenerator.open(folder)
+    else:
+        model = Generator.open(folder, num_slots=arguments.slots, max_length=arguments.max_length)
+    serve(model, settings, address, arguments.grace)
