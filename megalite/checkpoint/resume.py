@@ -66,15 +66,8 @@ def find_checkpoint(
         return _undamaged(asked, mesh), []
     damaged: dict[Path, dict[str, Damage]] = {}
     newest = _newest_undamaged(root, steps, damaged, mesh)
-    if newest is None and damaged:
-        which = "; ".join(f"{folder.name}: {_tell(what)}" for folder, what in damaged.items())
-        unreadable = any(Damage.UNREADABLE in what.values() for what in damaged.values())
-        # With a disk's error as its cause a launcher starts the run again: the disk may come back.
-        cause = OSError(errno.EIO, "unreadable") if unreadable else None
-        raise CheckpointError(
-            f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
-        ) from cause
     if newest is None:
+        _refuse_damaged(root, damaged)
         return None, []
     # A restarted job has the same config: a run that has begun at `asked` goes on with its own
     # checkpoints.
@@ -91,14 +84,26 @@ def find_checkpoint(
     if mesh.world.rank == 0:
         for other in damaged:
             set_aside(other)
-    told = []
-    for other, what in damaged.items():
-        told.append(
-            f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
-        )
+    told = [
+        f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
+        for other, what in damaged.items()
+    ]
     if asked and not _is_same(asked, newest):
         told.append(f"checkpoint.resume: the run has begun at {asked}")
     return folder, told + why
+
+
+def _refuse_damaged(root: Path, damaged: dict[Path, dict[str, Damage]]) -> None:
+    """Raise CheckpointError if there are checkpoints below `root`, all of them damaged."""
+    if not damaged:
+        return
+    which = "; ".join(f"{folder.name}: {_tell(what)}" for folder, what in damaged.items())
+    unreadable = any(Damage.UNREADABLE in what.values() for what in damaged.values())
+    # With a disk's error as its cause a launcher starts the run again: the disk may come back.
+    cause = OSError(errno.EIO, "unreadable") if unreadable else None
+    raise CheckpointError(
+        f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
+    ) from cause
 
 
 def _undamaged(folder: Path, mesh: Mesh) -> Path:

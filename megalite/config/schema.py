@@ -1133,7 +1133,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
-        schedule, lr = self.optimizer.schedule, self.optimizer.lr
         if self.lora and self.model.hf is None:
             raise ValueError(
                 "lora needs model.hf, the Hugging Face folder of the model that is adapted"
@@ -1150,6 +1149,12 @@ class Config(Section):
                     f"{name} {length} is longer than model.max_positions {self.model.max_positions}, the most that it "
                     "can be"
                 )
+        self._questions_fit()
+        self._length_fits()
+        return self
+
+    def _questions_fit(self) -> None:
+        """Raise ValueError if the model cannot be asked what `observe` wants to know in training."""
         for name, asked in (
             ("tasks", self.observe.tasks.names),
             ("samples", self.observe.samples.prompts),
@@ -1168,6 +1173,10 @@ class Config(Section):
             raise ValueError(
                 "observe.target_rows needs objective.name: seq2seq, data.tokenizer, and data.valid or data.split"
             )
+
+    def _length_fits(self) -> None:
+        """Raise ValueError if the schedule, or what may end or repeat the training, does not fit."""
+        schedule, lr = self.optimizer.schedule, self.optimizer.lr
         if schedule.min_lr > lr:
             raise ValueError(
                 f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}"
@@ -1192,7 +1201,6 @@ class Config(Section):
                 "data.order: megatron has no more samples than train.steps need, and so none in place of those that a "
                 "`rewind` of health passes over; skip, or take another order"
             )
-        return self
 
     @property
     def _is_validated(self) -> bool:

@@ -121,21 +121,9 @@ def preprocess(
     if workers < 1:
         raise DataError(f"workers {workers}: at least 1 is needed")
     opened = load_tokenizer(tokenizer)
-    if append_eod and opened.eod_id is None:
-        raise DataError(
-            f"{tokenizer} names no end-of-document token, which --append-eod needs: give tokenizer_config.json an "
-            "eos_token, or leave --append-eod out"
-        )
-    if prepend_bos and opened.begin_id is None:
-        raise DataError(
-            f"{tokenizer} names no token that begins a text, which --prepend-bos needs: give tokenizer_config.json a "
-            "bos_token, or leave --prepend-bos out"
-        )
-    if prepend_bos is None:
-        prepend_bos = opened.begin_id is not None and opened.begin_ids == [opened.begin_id]
+    begin, end = _ends_of_documents(tokenizer, opened, append_eod, prepend_bos)
     report = Report()
     files = list_documents(inputs, report)
-    begin, end = opened.begin_id if prepend_bos else None, opened.eod_id if append_eod else None
     settings = {
         "dtype": token_dtype(opened.vocab_size).name,
         "vocab_size": opened.vocab_size,
@@ -152,6 +140,29 @@ def preprocess(
     prefix = f"{output_prefix}_{json_key}_document"
     check_inputs(prefix, files)
     return job.run(prefix, Shard()) if shard is None else job.run_shard(prefix, shard)
+
+
+def _ends_of_documents(
+    path: str | Path, tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool | None
+) -> tuple[int | None, int | None]:
+    """Return the ids of the tokens that begin and end each document; None: no such token.
+
+    Raise DataError if one is asked for that the tokenizer, from `path`, does not name."""
+    if append_eod and tokenizer.eod_id is None:
+        raise DataError(
+            f"{path} names no end-of-document token, which --append-eod needs: give tokenizer_config.json an "
+            "eos_token, or leave --append-eod out"
+        )
+    if prepend_bos and tokenizer.begin_id is None:
+        raise DataError(
+            f"{path} names no token that begins a text, which --prepend-bos needs: give tokenizer_config.json a "
+            "bos_token, or leave --prepend-bos out"
+        )
+    begin = tokenizer.begin_id
+    if prepend_bos is None:
+        # As the tokenizer itself begins a text.
+        prepend_bos = begin is not None and tokenizer.begin_ids == [begin]
+    return begin if prepend_bos else None, tokenizer.eod_id if append_eod else None
 
 
 class _NoDocument(DataError):

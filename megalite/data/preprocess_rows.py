@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,24 @@ class EncodedRows(NamedTuple):
     """Where each document comes from: numbers of these files, and lines in them."""
 
 
+@dataclass
+class _Totals:
+    """Sums up the blocks of rows that were written."""
+
+    num_learned: int = 0
+    text_bytes: int = 0
+    bad: list[tuple[Row, str]] = field(default_factory=list)
+    seen: Counter[str] = field(default_factory=Counter)
+
+    def write(self, encoded: EncodedRows, writer: IndexedWriter) -> None:
+        """Write a block's documents, and count them."""
+        writer.add_documents(encoded.tokens, encoded.lengths, encoded.values)
+        self.num_learned += int(np.count_nonzero(encoded.values))
+        self.text_bytes += encoded.text_bytes
+        self.bad += encoded.bad
+        self.seen += encoded.seen
+
+
 def preprocess_rows(
     inputs: Sequence[str],
     output_prefix: str | Path,
@@ -67,70 +85,55 @@ def preprocess_rows(
     `inputs` are files, folders or globs; `settings` give format, tokenizer and labels; `workers` is
     the number of processes; `console` shows the progress. Up to `bad_rows` unusable rows are left
     out and reported. Of an export of an annotation tool `disagreement` says what becomes of items
-    that annotators judge differently. Raise DataError, with nothing written, if there are more, if no row is left,
-    or if the tokenizer lacks what the format needs."""
+    that annotators judge differently. Raise DataError, with nothing written, if there are more bad
+    rows, if no row is left, or if the tokenizer lacks what the format needs."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
     check_inputs(prefix, files)
-    if twice := next((name for name in settings.labels if settings.labels.count(name) > 1), None):
-        raise DataError(f"--labels names {twice!r} twice")
     annotated = _annotated(files, settings, disagreement)
     settings = _with_labels(files, settings, annotated)
-    encoder = _opened(settings)
-    tokenizer = encoder.tokenizer
-    dtype = token_dtype(tokenizer.vocab_size)
-    mask_dtype = _mask_dtype(settings)
-    bad: list[tuple[Row, str]] = []
-    seen: Counter[str] = Counter()
-    num_learned = text_bytes = 0
-    writer = IndexedWriter(prefix, dtype, mask_dtype)
+    tokenizer = _opened(settings).tokenizer
+    writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size), _mask_dtype(settings))
+    blocks, totals = _blocks(files, report, annotated), _Totals()
     with (
         writing_origins(prefix, None) as origins,
         writer,
         Meter("tokenizing", sum(files.values()), console) as meter,
         worker_pool(workers, start_tokenizing) as pool,
-        closing(
-            in_order(_blocks(files, report, annotated), partial(_encode, settings), pool, workers)
-        ) as results,
+        closing(in_order(blocks, partial(_encode, settings), pool, workers)) as results,
     ):
         for _, encoded in results:
-            writer.add_documents(
-                encoded.tokens.astype(dtype), encoded.lengths, encoded.values.astype(mask_dtype)
-            )
+            totals.write(encoded, writer)
             origins.add(encoded.places, [(path, files[path]) for path in encoded.paths])
-            num_learned += int(np.count_nonzero(encoded.values))
-            text_bytes += encoded.text_bytes
-            bad += encoded.bad
-            seen += encoded.seen
-            if len(bad) > bad_rows + MOST_BAD:
+            if len(totals.bad) > bad_rows + MOST_BAD:
                 break
             meter.update(report.bytes_read, writer.num_tokens)
-        if len(bad) > bad_rows:
-            raise DataError(_complaint(bad, bad_rows))
+        if len(totals.bad) > bad_rows:
+            raise DataError(_complaint(totals.bad, bad_rows))
         if not writer.num_documents:
-            raise DataError(
-                f"no row came out of {', '.join(inputs)}; nothing was written\n{report}".rstrip()
-            )
-    for row, why in bad:
+            nothing = f"no row came out of {', '.join(inputs)}; nothing was written\n{report}"
+            raise DataError(nothing.rstrip())
+    for row, why in totals.bad:
         report.bad(row.path, row.line, why)
-    facts = {"dtype": dtype.name, "inputs": list(inputs), **_facts_of(settings, tokenizer)}
+    facts = {"dtype": writer.dtype.name, "inputs": list(inputs), **_facts_of(settings, tokenizer)}
     if annotated:
-        seen += annotated.counts
+        totals.seen += annotated.counts
         facts["agreement"] = {name: round(x, 4) for name, x in annotated.agreement.items()}
-    facts |= {"num_learned": num_learned, "passed_over": dict(sorted(seen.items()))}
+    facts |= {"num_learned": totals.num_learned, "passed_over": dict(sorted(totals.seen.items()))}
+    documents, tokens = writer.num_documents, writer.num_tokens
     result = Preprocessed(
-        prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report
+        prefix, facts, "tokenizers", documents, tokens, totals.text_bytes, 0, report
     )
     result.write()
     result.seconds = time.monotonic() - start
-    learned = f"learned from {num_learned:,} of {writer.num_tokens:,} tokens"
-    result.remark = "\n".join([learned, *_remarks(seen, annotated)])
+    result.remark = "\n".join(_remarks(totals, tokens, annotated))
     return result
 
 
-def _remarks(seen: Counter[str], annotated: Annotated | None) -> Iterator[str]:
-    """Yield a line for each thing that was passed over, and for each measure of agreement."""
-    for what, count in sorted(seen.items()):
+def _remarks(totals: _Totals, num_tokens: int, annotated: Annotated | None) -> Iterator[str]:
+    """Yield a line for what is learned, each thing that was passed over, each measure of agreement."""
+    yield f"learned from {totals.num_learned:,} of {num_tokens:,} tokens"
+    for what, count in sorted(totals.seen.items()):
         yield f"passed over: {what} ({count:,})"
     for name, x in annotated.agreement.items() if annotated else ():
         yield f"agreement: {name} = {x:.3f}"
@@ -158,6 +161,8 @@ def _with_labels(
             f"--problem {settings.problem} is for --format classification, not {settings.format}"
         )
     labels = settings.labels
+    if twice := next((name for name in labels if labels.count(name) > 1), None):
+        raise DataError(f"--labels names {twice!r} twice")
     if settings.problem == "regression":
         labels = labels or ("score",)
     elif settings.format in CLASSES and not labels:

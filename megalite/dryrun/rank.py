@@ -181,21 +181,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     def named_mesh(*arguments: Any) -> Any:
         mesh = make_mesh(*arguments)
         if log:
-            fold = mesh.expert_fold
-            for axis in (fold.replicas, fold.holders, fold.tensor, fold.expert) if fold else ():
-                log.name_axis("data" if axis is fold.replicas else "expert", axis.group)
-            axes = (
-                "world",
-                "stage",
-                "replicas",
-                "pipeline",
-                "context",
-                "tensor",
-            )  # the last name of a group counts
-            for name in axes:
-                log.name_axis(
-                    "data" if name in ("stage", "replicas") else name, getattr(mesh, name).group
-                )
+            _name_axes(log, mesh)
         return mesh
 
     Activity.begin = noted_begin  # type: ignore[method-assign]
@@ -215,23 +201,42 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
 
     gather.host_memory = host_memory
 
-    def in_balance(leaving: Any, arriving: Any, rank: int, num_rows: int) -> Any:
+    def balanced_counts(leaving: Any, arriving: Any, rank: int, num_rows: int) -> Any:
         places.ask("waits: a number is read")
-        ranks, here = leaving.shape
-        # As many rows for each expert as come out even, the rest one each.
-        even, more = divmod(num_rows, ranks * here)
-        leaves = [
-            [even + (number * here + expert < more) for expert in range(here)]
-            for number in range(ranks)
-        ]
-        return leaves, [leaves[rank]] * ranks
+        ranks, experts = leaving.shape
+        return _balanced_counts(ranks, experts, rank, num_rows)
 
-    expert.read_counts = in_balance
+    expert.read_counts = balanced_counts
     Saver._write = lambda self, folder, collect, train_state: None  # type: ignore[method-assign]
     _without_weights(train)
     if log:
         _static_pipelines()
         places.on_wait = log.synchronize
+
+
+def _name_axes(log: Any, mesh: Any) -> None:
+    """Tell the log which axis of the mesh each process group is. Of a group that is several axes,
+    the last name counts."""
+    fold = mesh.expert_fold
+    for axis in (fold.replicas, fold.holders, fold.tensor, fold.expert) if fold else ():
+        log.name_axis("data" if axis is fold.replicas else "expert", axis.group)
+    for name in ("world", "stage", "replicas", "pipeline", "context", "tensor"):
+        shown = "data" if name in ("stage", "replicas") else name
+        log.name_axis(shown, getattr(mesh, name).group)
+
+
+def _balanced_counts(
+    ranks: int, experts: int, rank: int, num_rows: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the rows that leave for each of the `experts` of each rank, and those that arrive, when
+    a router sends `num_rows` in balance."""
+    # As many rows for each expert as come out even, the rest one each.
+    even, more = divmod(num_rows, ranks * experts)
+    leaves = [
+        [even + (number * experts + expert < more) for expert in range(experts)]
+        for number in range(ranks)
+    ]
+    return leaves, [leaves[rank]] * ranks
 
 
 def _without_weights(train: Any) -> None:

@@ -105,20 +105,22 @@ class NativeEngine:
         self.optimizers = {name: member.build() for name, member in members.items()}
         self._matrices: dict[str, Matrices] = {}
         self._sums: dict[str, Sums] = {}
-        # Three ways to update, told apart by what an optimizer must see of a matrix: its elements
-        # one by one (no helper here), whole matrices at an owner, or sums over its rows and
-        # columns.
-        for name, each in self.optimizers.items():
-            its_buckets = [b for b in self._forward_order if b.layout.treatment.optimizer == name]
-            if isinstance(each, MatrixOptimizer):
-                self._matrices[name] = Matrices(each, its_buckets, mesh)
-            elif isinstance(each, SummingOptimizer):
-                self._sums[name] = Sums(each, optimizer, its_buckets, mesh)
+        self._make_helpers()
         clip = optimizer.qk_clip
         self._qk_clip = QKClip(clip, models, self.buckets, mesh) if clip else None
         self._unchanging = threading.Event()  # set when no copy of the state is pending
         self._unchanging.set()
         self._aside: GatherAside | None = None
+
+    def _make_helpers(self) -> None:
+        """Make what an optimizer needs that must see more of a matrix than its elements one by one:
+        whole matrices at an owner, or sums over rows and columns."""
+        for name, each in self.optimizers.items():
+            its_buckets = [b for b in self._forward_order if b.layout.treatment.optimizer == name]
+            if isinstance(each, MatrixOptimizer):
+                self._matrices[name] = Matrices(each, its_buckets, self.mesh)
+            elif isinstance(each, SummingOptimizer):
+                self._sums[name] = Sums(each, self.config, its_buckets, self.mesh)
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -165,32 +165,9 @@ def _register_rms_norm() -> None:
 
 
 def _register_layer_norm() -> None:
+    """Register shapes and gradients of the layer norm, alone and behind an addition."""
+    _register_layer_norm_shapes()
     ops = torch.ops.megalite
-
-    @torch.library.register_fake("megalite::layer_norm")
-    def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), _row_statistic(x), _row_statistic(x)
-
-    @torch.library.register_fake("megalite::add_layer_norm")
-    def _(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(x), _row_statistic(x), _row_statistic(x)
-
-    @torch.library.register_fake("megalite::layer_norm_backward")
-    def _(
-        grad: Tensor,
-        grad_sum: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, *_ = inputs
@@ -226,6 +203,33 @@ def _register_layer_norm() -> None:
     torch.library.register_autograd(
         "megalite::add_layer_norm", backward_of_sum, setup_context=keep_sum
     )
+
+
+def _register_layer_norm_shapes() -> None:
+    @torch.library.register_fake("megalite::layer_norm")
+    def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), _row_statistic(x), _row_statistic(x)
+
+    @torch.library.register_fake("megalite::add_layer_norm")
+    def _(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(x), _row_statistic(x), _row_statistic(x)
+
+    @torch.library.register_fake("megalite::layer_norm_backward")
+    def _(
+        grad: Tensor,
+        grad_sum: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 if own():

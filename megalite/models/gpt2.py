@@ -157,26 +157,11 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     residual_std = std / math.sqrt(2 * config.num_layers)
     # c_attn is stored fused already, [q; k; v]; tensor parallelism cuts each third on its own.
     thirds = (hidden, hidden, hidden)
+    qkv, square, head = (3 * hidden, hidden), (hidden, hidden), config.head_size
     layer = (
         *_norm("attention_norm", "ln_1", hidden),
-        *_linear(
-            "attention.qkv",
-            "attn.c_attn",
-            (3 * hidden, hidden),
-            "column",
-            std,
-            thirds,
-            config.head_size,
-        ),
-        *_linear(
-            "attention.out",
-            "attn.c_proj",
-            (hidden, hidden),
-            "row",
-            residual_std,
-            (),
-            config.head_size,
-        ),
+        *_linear("attention.qkv", "attn.c_attn", qkv, "column", std, thirds, head),
+        *_linear("attention.out", "attn.c_proj", square, "row", residual_std, (), head),
         *_norm("mlp_norm", "ln_2", hidden),
         *_linear("mlp.up", "mlp.c_fc", (inner, hidden), "column", std),
         *_linear("mlp.down", "mlp.c_proj", (hidden, inner), "row", residual_std),
