@@ -33,6 +33,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+SLOWEST_FIRST = (
+    "test_parity.py",
+    "test_emulated_cuda.py",
+    "test_cluster.py",
+    "test_train.py",
+    "test_targets_in_training.py",
+    "test_faults.py",
+    "test_corpus.py",
+    "test_planner_memory.py",
+    "test_bad_numbers.py",
+    "test_plugin.py",
+    "test_deepspeed.py",
+    "test_meeting.py",
+)
+"""Files that take long. A lane of tools/test.sh takes a file at a time: one of these at the very end
+would have the other lane wait for it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The suite is about CPU ranks over gloo, also where there are GPUs.
     if not config.getoption("--cuda"):

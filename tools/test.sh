@@ -8,5 +8,5 @@ ruff check megalite tools tests
 ruff format --check megalite tools tests
 mypy
 # Two lanes: many tests wait, for a time limit or for ranks. The tests of a file stay together, as some share what they
-# have trained. `bash tools/test.sh -n 0` runs all in one process.
-python -m pytest -n 2 --dist loadfile "$@"
+# have trained, and tests/conftest.py says which files come first. `bash tools/test.sh -n 0` runs all in one process.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
