@@ -108,6 +108,8 @@ class Plan:
     """How experts are cut. Dense weights are cut over the tensor ranks."""
     sequence: bool
     """Whether sequence parallelism is on: requested, and more than one tensor rank."""
+    tensor_overlap: bool
+    """Whether its collectives overlap with products."""
     engine: Literal["native", "deepspeed"]
     zero_stage: int
     schedule: Literal["1f1b", "interleaved", "zero_bubble"]
@@ -187,7 +189,10 @@ class Plan:
         lines = [
             ("ranks", f"{self.world_size} = {product}"),
             *([("experts", folded)] if self.folds_experts else []),
-            ("sequence parallel", "on" if self.sequence else "off"),
+            (
+                "sequence parallel",
+                f"{'on' if self.sequence else 'off'}{', overlapped' if self.tensor_overlap else ''}",
+            ),
             *([("context parallel", self.context_method)] if self.context > 1 else []),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
             (
@@ -283,6 +288,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         tensor=tensor,
         experts=expert_cut(parallel),
         sequence=sequence,
+        tensor_overlap=parallel.tensor_overlap and sequence,
         engine=parallel.engine,
         zero_stage=parallel.zero_stage,
         schedule=parallel.schedule,
@@ -671,6 +677,11 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
         raise ConfigError(
             f"lora.dropout = {config.lora.dropout} needs train.recompute: none or full, and train.compile: false: what "
             "is computed again, or compiled, must be a whole layer that knows whose tokens it is about"
+        )
+    if config.parallel.tensor_overlap:
+        raise ConfigError(
+            "parallel.tensor_overlap: true is for training without lora, whose adapters are computed between a product "
+            "and its collective"
         )
     kind = config.lora.quantize_base
     for name, value, only in (

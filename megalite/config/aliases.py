@@ -67,6 +67,7 @@ KEYS = {
         "expert_parallel_degree",
     ),
     "parallel.sequence": ("tp_mode", "sp", "sequence_parallel"),
+    "parallel.tensor_overlap": ("tp_comm_overlap", "enable_async_tensor_parallel"),
     "parallel.zero_stage": (
         "zero", "zero_optimization", "use_distributed_optimizer", "fsdp", "stage", "zero_level",
     ),

@@ -36,6 +36,10 @@ IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         "parallel.offload", ("nvme_path",), "parallel.offload.optimizer or .parameters: nvme",
         lambda c: "nvme" in (c.parallel.offload.optimizer, c.parallel.offload.parameters),
     ),
+    (
+        "parallel", ("tensor_overlap",), "parallel.tensor above 1, and parallel.sequence: true",
+        lambda c: c.parallel.tensor > 1 and c.parallel.sequence,
+    ),
     ("parallel", ("virtual",), "parallel.pipeline above 1", lambda c: c.parallel.pipeline > 1),
     ("parallel", ("context_method",), "parallel.context above 1", lambda c: c.parallel.context > 1),
     ("data", ("temperature",), "several sources under data.train", lambda c: len(c.data.train) > 1),

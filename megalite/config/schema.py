@@ -555,6 +555,11 @@ class ParallelConfig(Section):
         True,
         description="Sequence parallelism: also split norms and dropout along the sequence. No effect at tensor: 1.",
     )
+    tensor_overlap: bool = Field(
+        False,
+        description="Overlap the collectives of sequence parallelism with matrix products, between GPUs of one host "
+        "(Megatron's --tp-comm-overlap).",
+    )
     pipeline: int = Field(
         1, gt=0, description="Pipeline-parallel ranks, which each hold some of the layers."
     )

@@ -168,7 +168,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     from megalite.checkpoint.save import Saver
     from megalite.engine import gather
     from megalite.kernels import library
-    from megalite.parallel import expert
+    from megalite.parallel import expert, overlap
     from megalite.runtime.activity import Activity
 
     train: Any = importlib.import_module("megalite.train")  # which is also its function
@@ -200,6 +200,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
         return found
 
     gather.host_memory = host_memory
+    overlap.has_symmetric_memory = lambda x, axis: False
 
     def balanced_counts(leaving: Any, arriving: Any, rank: int, num_rows: int) -> Any:
         places.ask("waits: a number is read")

@@ -85,6 +85,9 @@ class InputCollectives(Protocol):
     def gather(self, x: Tensor) -> Tensor:
         """Return the whole input from this rank's part of it."""
 
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `product` of the whole input, which need not be gathered before it begins."""
+
     def start_gather(self, x: Tensor) -> Result:
         """Start the same for the backward pass, which needs the whole input once more."""
 
@@ -98,6 +101,9 @@ class NoCollectives:
 
     def gather(self, x: Tensor) -> Tensor:
         return x
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product(x, weight, bias)
 
     def start_gather(self, x: Tensor) -> Result:
         return lambda: x
@@ -180,7 +186,7 @@ class _Linear(Function):
         ctx.collectives, ctx.of_bias = collectives, bias is not None and of_bias
         # `parameter` even where `weight` is not saved: the engine finds the bucket by it.
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
-        out = product(collectives.gather(x), weight, bias)
+        out = collectives.multiply(x, weight, bias)
         # With a bias, F.linear returns a view, on which autograd forbids in-place operations such
         # as the rotation of RoPE.
         return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)

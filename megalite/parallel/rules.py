@@ -32,6 +32,7 @@ from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.expert import ParallelExperts, ParallelGroupedLinear
+from megalite.parallel.overlap import OVERLAPPED
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     FeatureCutRMSNorm,
@@ -62,6 +63,8 @@ class Layout:
     sequence: bool
     """Sequence parallelism is on: between blocks, activations are cut along the sequence over the
     tensor ranks."""
+    tensor_overlap: bool
+    """Whether the collectives of that overlap with products; see `parallel.overlap`."""
     vocab_size: int
     rows: Mapping[Tensor, Weight]
     """Row of the weight table, by the parameter of the whole model."""
@@ -154,6 +157,7 @@ def make_layout(
         plan.context_method,
         mesh.experts,
         plan.sequence,
+        plan.tensor_overlap,
         vocab_size_of(table.values()),
         rows,
         locals_,
@@ -179,7 +183,8 @@ def _(linear: nn.Linear, layout: Layout) -> nn.Module | None:
         return None
     weight = layout.locals[linear.weight]
     # How a weight is cut in the table decides which linear it becomes; no family says it twice.
-    kind = LINEAR[layout.rows[linear.weight].shard]
+    linears = LINEAR | OVERLAPPED if layout.tensor_overlap else LINEAR
+    kind = linears[layout.rows[linear.weight].shard]
     found = kind(weight, layout.local(linear.bias), layout.tensor, layout.sequence, layout.later)
     if isinstance(linear, LoraLinear):
         found.adapt(

@@ -12,8 +12,9 @@ columns), so that a block communicates once on its way in and once on its way ou
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,14 @@ from megalite.comm.collectives import (
     start_scatter_along,
 )
 from megalite.comm.mesh import Axis
-from megalite.kernels.linear import ALONE, InputCollectives, WeightGradStore, WgradCallback, linear
+from megalite.kernels.linear import (
+    ALONE,
+    InputCollectives,
+    WeightGradStore,
+    WgradCallback,
+    linear,
+    product,
+)
 from megalite.kernels.loss import LossTerms, cross_entropy, linear_cross_entropy
 from megalite.models.lora import LoraLinear, Updates
 
@@ -67,7 +75,8 @@ class _ScatterSequence(Function):
         return all_gather(grad, ctx.axis, SEQUENCE), None
 
 
-class RegionInput(NamedTuple):
+@dataclass(frozen=True)
+class RegionInput:
     """The collectives on the way into a tensor-parallel region, as `kernels.linear` asks for
     them."""
 
@@ -76,6 +85,9 @@ class RegionInput(NamedTuple):
 
     def gather(self, x: Tensor) -> Tensor:
         return self.start_gather(x)()
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product(self.gather(x), weight, bias)
 
     def start_gather(self, x: Tensor) -> Result:
         return start_gather_along(x, self.axis, SEQUENCE) if self.sequence else lambda: x

@@ -261,6 +261,7 @@ WRONG = {
     "lora.quantize_base=int4": "lora.quantize_base",
     "lora={rank: 4, quantize_base: int8} parallel.engine=deepspeed": "needs parallel.engine: native",
     "lora={rank: 4, quantize_base: int8} train.compile=true": "needs train.compile: false",
+    "lora={rank: 4} parallel.tensor_overlap=true": "parallel.tensor_overlap: true is for training without lora",
     "lora.targets=[q_prj]": "no linear module is called 'q_prj'; did you mean 'q_proj'",
     "lora.targets=lm_head": "no linear module is called 'lm_head'; those of this model are down_proj",
     "lora.rank=0": "lora.rank",

@@ -150,10 +150,12 @@ class Layout:
     loss_chunk: int | None = None
     compile: bool = False
     optimizer: str = "adamw"
+    overlap: bool = False
 
     def __str__(self) -> str:
         data = self.ranks // (self.tensor * self.pipeline * self.context)
         name = f"{self.ranks}ranks-tp{self.tensor}{'-sp' * self.sequence}-dp{data}-zero{self.zero}-mbs{self.micro}"
+        name += "-overlap" if self.overlap else ""
         if self.pipeline > 1:
             name += f"-pp{self.pipeline}-{self.schedule}{self.virtual}"
         if self.context > 1:
@@ -262,7 +264,7 @@ LAYOUTS = [
     Layout(1, recompute="full"),
     Layout(1, recompute="selective"),
     Layout(2, micro=2),
-    Layout(2, tensor=2, sequence=True, micro=2, zero=2),
+    Layout(2, tensor=2, sequence=True, overlap=True, micro=2, zero=2),
     Layout(1, loss_chunk=5),
     Layout(2, loss_chunk=5),  # under ZeRO 2 a chunk that comes too late is still added
     Layout(1, compile=True),
@@ -274,7 +276,16 @@ LAYOUTS = [
     Layout(2, pipeline=2, micro=2, recompute="full"),
     Layout(2, pipeline=2, schedule="zero_bubble", micro=2, recompute="selective"),
     Layout(8, tensor=2, sequence=True, pipeline=2, schedule="1f1b", context=2, zero=1),
-    Layout(8, tensor=2, sequence=True, pipeline=2, schedule="zero_bubble", virtual=2, zero=2),
+    Layout(
+        8,
+        tensor=2,
+        sequence=True,
+        overlap=True,
+        pipeline=2,
+        schedule="zero_bubble",
+        virtual=2,
+        zero=2,
+    ),
     Layout(8, tensor=2, sequence=True, context=2, zero=2),
     Layout(8, pipeline=2, schedule="interleaved", virtual=2, context=2, zero=1),
     Layout(2, context=2, context_method="ulysses"),
@@ -539,7 +550,7 @@ def config_of(model: str, layout: Layout) -> Config:
                 "tensor": layout.tensor, "sequence": layout.sequence, "zero_stage": layout.zero,
                 "pipeline": layout.pipeline, "schedule": layout.schedule, "virtual": layout.virtual,
                 "context": layout.context, "context_method": layout.context_method, "engine": layout.engine,
-                "expert": layout.expert, "expert_tensor": layout.expert_tensor,
+                "expert": layout.expert, "expert_tensor": layout.expert_tensor, "tensor_overlap": layout.overlap,
                 "bucket_mb": 0.05,  # several buckets even in so small a model
             },
             "train": {

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,7 @@ from megalite.comm.collectives import (
 from megalite.comm.mesh import Axis
 from megalite.models.layers import IGNORE
 from megalite.models.weights import Weight
+from megalite.parallel import overlap
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -42,6 +44,7 @@ from megalite.parallel.tensor import (
 from ranks import run_ranks
 
 WORLDS = (2, 4)
+OVERLAPPED_LINEARS = (overlap.OverlappedColumnLinear, overlap.OverlappedRowLinear)
 BATCH, LENGTH, HIDDEN, INNER = 3, 8, 12, 16
 
 Result = dict[str, tuple[Tensor, Tensor]]
@@ -186,9 +189,15 @@ def ways_alone(axis: Axis, sequence: bool) -> Result:
     }
 
 
-def block(axis: Axis, sequence: bool) -> Result:
+Linears = tuple[type[ColumnParallelLinear], type[RowParallelLinear]]
+
+
+def block(
+    axis: Axis, sequence: bool, linears: Linears = (ColumnParallelLinear, RowParallelLinear)
+) -> Result:
     """Column-parallel, a function of each feature alone, row-parallel: two linear layers on one
     process."""
+    column, row = linears
     up, down = nn.Linear(HIDDEN, INNER).double(), nn.Linear(INNER, HIDDEN).double()
     with torch.no_grad():
         for i, parameter in enumerate((up.weight, up.bias, down.weight, down.bias)):
@@ -201,9 +210,9 @@ def block(axis: Axis, sequence: bool) -> Result:
     def local(parameter: Tensor, dim: int) -> nn.Parameter:
         return nn.Parameter(part(parameter.detach(), axis, dim).clone())
 
-    up_local = ColumnParallelLinear(local(up.weight, 0), local(up.bias, 0), axis, sequence)
+    up_local = column(local(up.weight, 0), local(up.bias, 0), axis, sequence)
     bias = nn.Parameter(down.bias.detach().clone())
-    down_local = RowParallelLinear(local(down.weight, 1), bias, axis, sequence)
+    down_local = row(local(down.weight, 1), bias, axis, sequence)
     x_local = leaf(part(x, axis, 1) if sequence else x)
     y_local = down_local(torch.tanh(up_local(x_local)))
     (y_local * (part(weights, axis, 1) if sequence else weights)).sum().backward()
@@ -217,6 +226,31 @@ def block(axis: Axis, sequence: bool) -> Result:
         "down.weight.grad": (down_local.weight.grad, part(down.weight.grad, axis, 1)),
         "down.bias.grad": (bias_grad, down.bias.grad),
     }
+
+
+def overlapped_block(axis: Axis) -> Result:
+    """The block with torch's operations for GPUs that read each other's memory. On the CPU they are
+    what torch itself says they compute: its own statement of them stands in."""
+    calls: list[str] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*arguments, **named)
+
+        return call
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    gathers = symmetric_memory._fused_all_gather_matmul_fallback
+    scatters = symmetric_memory._fused_matmul_reduce_scatter_fallback
+    library.impl("fused_all_gather_matmul", noted(gathers), "CPU")
+    library.impl("fused_matmul_reduce_scatter", noted(scatters), "CPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "has_symmetric_memory", lambda x, axis: True)
+        found = block(axis, True, OVERLAPPED_LINEARS)
+    # On the way in, on the way out, and the gradient on its way back.
+    assert calls == [gathers.__name__, scatters.__name__, gathers.__name__]
+    return found
 
 
 def padded_part(x: Tensor, axis: Axis, dim: int, fill: float) -> Tensor:
@@ -301,6 +335,8 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "strided group": (strided_group, EXACT),
     **{f"ways alone, sequence {s}": (partial(ways_alone, sequence=s), FP64) for s in (False, True)},
     **{f"block, sequence {s}": (partial(block, sequence=s), FP64) for s in (False, True)},
+    "block, overlapped": (partial(block, sequence=True, linears=OVERLAPPED_LINEARS), FP64),
+    "block, overlapped over symmetric memory": (overlapped_block, FP64),
     **{f"embeddings, sequence {s}": (partial(embeddings, sequence=s), FP64) for s in (False, True)},
     # 256: no padding. 193: a ragged last rank. 100: two wholly padded ones of four. 5: all but the
     # first padded.
