@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from megalite import make_callable
 from megalite.config import Config, OptimizerConfig, ParallelConfig
@@ -278,6 +278,8 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     # After all checks that need no stages, so that the first mistake reported is the simplest.
     stages = _stages(config, weights)
     _check_lora(config, stages)
+    _check_fp8(config, weights)
+    _check_overlap(config)
     fullest = _fullest_rank(config, weights, stages, world_size // pipeline)
     return Plan(
         world_size=world_size,
@@ -678,11 +680,6 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
             f"lora.dropout = {config.lora.dropout} needs train.recompute: none or full, and train.compile: false: what "
             "is computed again, or compiled, must be a whole layer that knows whose tokens it is about"
         )
-    if config.parallel.tensor_overlap:
-        raise ConfigError(
-            "parallel.tensor_overlap: true is for training without lora, whose adapters are computed between a product "
-            "and its collective"
-        )
     kind = config.lora.quantize_base
     for name, value, only in (
         ("parallel.engine", config.parallel.engine, "native"), ("train.compile", config.train.compile, False),
@@ -695,6 +692,29 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
         raise ConfigError(
             "parallel.offload.parameters = 'nvme' cannot hold the frozen weights of lora; use 'cpu', or 'none'"
         )
+
+
+def _check_overlap(config: Config) -> None:
+    """Raise ConfigError for what stands between a product and its collective, so that they cannot
+    overlap."""
+    for name, given, what in (
+        ("lora", config.lora, "whose adapters are computed"),
+        ("train.fp8", config.train.fp8, "whose operands are rounded"),
+    ):
+        if config.parallel.tensor_overlap and given is not None:
+            raise ConfigError(
+                f"parallel.tensor_overlap: true is for training without {name}, {what} between a product and its "
+                "collective"
+            )
+
+
+def _check_fp8(config: Config, weights: Sequence[Sized]) -> None:
+    """Raise ConfigError where the layout does not fit `train.fp8`."""
+    if config.train.fp8 is None:
+        return
+    from megalite.models.fp8 import check_fp8  # here: models import this module
+
+    check_fp8(config, cast(Sequence[Any], weights))
 
 
 def _check_compile(config: Config) -> None:

@@ -624,6 +624,30 @@ class BatchRampConfig(Section):
     )
 
 
+class Fp8Config(Section):
+    """Compute the products of the layers' linear modules in fp8: x · Wᵀ and both gradients. Weights,
+    gradients, optimizer states and checkpoints stay as they are without it."""
+
+    recipe: Literal["blockwise", "mxfp8"] = Field(
+        "blockwise",
+        description="Numbers that share a scale. blockwise: 128 of activations and gradients, 128 × 128 of weights; "
+        "mxfp8: 32.",
+    )
+    first_last_bf16: tuple[int, int] = Field(
+        (1, 1), description="How many of the first and of the last layers stay as they are."
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="Hugging Face's names of modules that stay as they are, such as down_proj."
+    )
+
+    @field_validator("first_last_bf16")
+    @classmethod
+    def _not_negative(cls, layers: tuple[int, int]) -> tuple[int, int]:
+        if min(layers) < 0:
+            raise ValueError("numbers of layers must not be negative")
+        return layers
+
+
 class TrainConfig(Section):
     """Length, batch size, precision and memory of training."""
 
@@ -661,6 +685,7 @@ class TrainConfig(Section):
         "bf16",
         description="Number format of passes. bf16 keeps weights, gradients and moments in fp32 as well.",
     )
+    fp8: Fp8Config | None = None
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="Activations to recompute in the backward pass. selective: what is large and cheap; full: all "

@@ -3,8 +3,8 @@ here.
 
 Tensor-parallel linears, the output head, the chunked loss and adapters call `linear`, or its three
 products by name (`product`, `input_gradient`, and `weight_gradient` or
-`accumulate_weight_gradient`). So another recipe (fp8) is another body for these; a frozen weight in
-few bits (`quantised.py`) is dequantised in the first two. The collectives on the way in come from
+`accumulate_weight_gradient`). A `Recipe` (fp8) rounds their operands first; a frozen weight in few
+bits (`quantised.py`) is dequantised in the first two. The collectives on the way in come from
 outside, as `InputCollectives`.
 
 Letters in shapes: T tokens, K input features, N output features.
@@ -85,8 +85,10 @@ class InputCollectives(Protocol):
     def gather(self, x: Tensor) -> Tensor:
         """Return the whole input from this rank's part of it."""
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `product` of the whole input, which need not be gathered before it begins."""
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+        """Return the recipe's product of the whole input. Who can begin it before the whole input
+        is there replaces this."""
+        return recipe.product(self.gather(x), weight, bias)
 
     def start_gather(self, x: Tensor) -> Result:
         """Start the same for the backward pass, which needs the whole input once more."""
@@ -96,22 +98,46 @@ class InputCollectives(Protocol):
         part."""
 
 
-class NoCollectives:
+class NoCollectives(InputCollectives):
     """Leave an input alone that is whole on this rank and whose gradient is, too."""
 
     def gather(self, x: Tensor) -> Tensor:
         return x
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, weight, bias)
-
     def start_gather(self, x: Tensor) -> Result:
         return lambda: x
 
-    start_reduce = start_gather
+    def start_reduce(self, grad_x: Tensor) -> Result:
+        return lambda: grad_x
 
 
 ALONE = NoCollectives()
+
+
+class Recipe(Protocol):
+    """Computes a linear layer's products by other operands than those at hand."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Stand for `product`."""
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """Stand for `input_gradient`."""
+
+    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what takes the place of `grad` [T,N] and `x` [T,K] in the weight-gradient GEMM."""
+
+
+class AsGiven:
+    """Take the operands as they are."""
+
+    product = staticmethod(product)
+    input_gradient = staticmethod(input_gradient)
+
+    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, x
+
+
+AS_GIVEN = AsGiven()
 
 
 class WeightGradStore:
@@ -150,14 +176,15 @@ def linear(
     collectives: InputCollectives = ALONE,
     wgrad_callback: WgradCallback | None = None,
     later: WeightGradStore | None = None,
+    recipe: Recipe = AS_GIVEN,
 ) -> Tensor:
     """Compute `product` and, in the backward pass, its gradients: [… ,K] → [… ,N], whose memory is
     its own.
 
     `collectives` communicate the input. With `wgrad_callback` the weight's gradient is handed over
     as the operands of its GEMM, and autograd gives the weight none; `later` defers that to a time
-    of its own."""
-    return _Linear.apply(x, weight, bias, collectives, wgrad_callback, later)
+    of its own. `recipe` rounds the operands of all three."""
+    return _Linear.apply(x, weight, bias, collectives, wgrad_callback, later, recipe)
 
 
 class _Linear(Function):
@@ -178,6 +205,7 @@ class _Linear(Function):
         collectives: InputCollectives,
         wgrad_callback: WgradCallback | None,
         later: WeightGradStore | None,
+        recipe: Recipe,
     ) -> Tensor:
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         # The weight's gradient needs x, that of x needs the weight: what has no gradient is not
@@ -186,7 +214,8 @@ class _Linear(Function):
         ctx.collectives, ctx.of_bias = collectives, bias is not None and of_bias
         # `parameter` even where `weight` is not saved: the engine finds the bucket by it.
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
-        out = collectives.multiply(x, weight, bias)
+        ctx.recipe = recipe
+        out = collectives.multiply(x, weight, bias, recipe)
         # With a bias, F.linear returns a view, on which autograd forbids in-place operations such
         # as the rotation of RoPE.
         return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
@@ -195,6 +224,7 @@ class _Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         collectives, wgrad_callback, parameter = ctx.collectives, ctx.wgrad_callback, ctx.parameter
+        recipe: Recipe = ctx.recipe
         # [B, T, N] → [B · T, N]: to a weight, all tokens are alike.
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.of_bias else None
@@ -202,29 +232,31 @@ class _Linear(Function):
             # Two collectives, each behind a GEMM: x is gathered while the input's gradient is
             # computed, whose reduction runs while the weight-gradient GEMM is.
             whole_x = collectives.start_gather(x)
-            grad_x = (
-                None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
-            )
-            rows = whole_x().flatten(0, -2)
+            grad_x = None
+            if weight is not None:
+                grad_x = collectives.start_reduce(recipe.input_gradient(grad, weight))
+            operands = recipe.wgrad_operands(grad_rows, whole_x().flatten(0, -2))
             if wgrad_callback:
                 # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd
                 # makes no .grad in the weight's dtype.
-                grad_weight = wgrad_callback(parameter, grad_rows, rows, True)
+                grad_weight = wgrad_callback(parameter, *operands, True)
             else:
-                grad_weight = weight_gradient(grad_rows, rows)
+                grad_weight = weight_gradient(*operands)
             # grad_x() waits for the reduction: not before this line, or nothing would have run
             # beside it.
-            return grad_x and grad_x(), grad_weight, grad_bias, None, None, None
+            return grad_x and grad_x(), grad_weight, grad_bias, None, None, None, None
         if x is not None:
             # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is
             # put off. Until then it holds grad_rows and this rank's slice of x; the whole x is
             # gathered again only when the GEMM runs.
-            ctx.later.put(
-                lambda: wgrad_callback(
-                    parameter, grad_rows, collectives.gather(x).flatten(0, -2), True
-                )
-            )
+            def deferred() -> None:
+                rows = collectives.gather(x).flatten(0, -2)
+                wgrad_callback(parameter, *recipe.wgrad_operands(grad_rows, rows), True)
+
+            ctx.later.put(deferred)
         # Without a GEMM to hide the communication behind: it is deferred, or the weight is frozen,
         # as under LoRA.
-        grad_x = None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
-        return grad_x and grad_x(), None, grad_bias, None, None, None
+        grad_x = None
+        if weight is not None:
+            grad_x = collectives.start_reduce(recipe.input_gradient(grad, weight))
+        return grad_x and grad_x(), None, grad_bias, None, None, None, None

@@ -59,7 +59,7 @@ class Adapter:
 
     def matches(self, target: str) -> bool:
         """Return whether a target of `lora.targets` means this module, by PEFT's rule."""
-        return target == ALL_LINEAR or _is_called(self.module, target)
+        return target == ALL_LINEAR or is_called(self.module, target)
 
     def local_rows(self, tensor: int) -> slice:
         """Return the module's slice of the output features on one of `tensor` ranks."""
@@ -91,7 +91,7 @@ class Adapter:
         return a, b
 
 
-def _is_called(module: str, target: str) -> bool:
+def is_called(module: str, target: str) -> bool:
     """Return whether a target names a Hugging Face module, by the end of its name."""
     return module == target or module.endswith(f".{target}")
 
@@ -107,7 +107,7 @@ def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
     for target in lora.targets:
         # PEFT would adapt experts by these names, too.
         if experts and (
-            target == ALL_LINEAR or any(_is_called(module, target) for module in experts)
+            target == ALL_LINEAR or any(is_called(module, target) for module in experts)
         ):
             raise ConfigError(
                 f"lora.targets: {target!r} means experts, too, which cannot be adapted; name modules of attention, "

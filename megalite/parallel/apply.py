@@ -11,16 +11,18 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.comm.mesh import Axis, Mesh
-from megalite.config import TrainConfig
+from megalite.config import Fp8Config, TrainConfig
 from megalite.kernels import library
+from megalite.kernels.fp8 import RECIPES
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts
+from megalite.models.fp8 import fp8_weights
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, Decoder, Dropout
 from megalite.models.weights import Weight
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
 from megalite.parallel.stage import cut
-from megalite.parallel.tensor import ChunkedHead
+from megalite.parallel.tensor import ChunkedHead, ParallelLinear
 from megalite.plan import Plan, StageSpan
 
 
@@ -48,6 +50,8 @@ def apply_parallelism(
     # All of this works on the meta device: shapes only, until the engine gives memory to
     # parameters.
     apply_rules(parents, make_layout(model, weights, plan, mesh, later))
+    if train.fp8:
+        apply_fp8(model, weights, train.fp8)
     if train.loss_chunk and span.last:
         apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
     # The compiler is outermost: it sees what is recomputed, and decides with it what a layer keeps.
@@ -80,6 +84,16 @@ def compile_layers(model: Decoder) -> None:
                 # every pass.
                 wrap(module, "forward", torch.compiler.disable)
         wrap(layer, "forward", partial(torch.compile, dynamic=False))
+
+
+def apply_fp8(model: Decoder, weights: Sequence[Weight], fp8: Fp8Config) -> None:
+    """Have the linear modules that `fp8` chooses compute their products in fp8, in place.
+    `weights` is the whole table."""
+    chosen = {weight.name for weight in fp8_weights(weights, fp8, model.config.num_layers)}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in chosen:
+            assert isinstance(module, ParallelLinear), name
+            module.recipe = RECIPES[fp8.recipe]
 
 
 def apply_chunked_loss(

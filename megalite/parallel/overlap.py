@@ -28,7 +28,7 @@ from torch.autograd import Function
 
 from megalite.comm.collectives import all_gather, reduce_scatter
 from megalite.comm.mesh import Axis
-from megalite.kernels.linear import WeightGradStore, WgradCallback, product, weight_gradient
+from megalite.kernels.linear import Recipe, WeightGradStore, WgradCallback, weight_gradient
 from megalite.parallel.tensor import (
     SEQUENCE,
     ColumnParallelLinear,
@@ -67,9 +67,9 @@ def product_scatter(x: Tensor, matrix: Tensor, axis: Axis) -> Tensor:
 class OverlappedRegionInput(RegionInput):
     """Gathers the input of a column-parallel product while slices of it are multiplied."""
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
         if not has_symmetric_memory(x, self.axis):
-            return product(self.gather(x), weight, bias)
+            return super().multiply(x, weight, bias, recipe)
         _, out = gather_product(x, weight.t(), self.axis)
         return out if bias is None else out + bias
 

@@ -35,11 +35,12 @@ from megalite.comm.collectives import (
 from megalite.comm.mesh import Axis
 from megalite.kernels.linear import (
     ALONE,
+    AS_GIVEN,
     InputCollectives,
+    Recipe,
     WeightGradStore,
     WgradCallback,
     linear,
-    product,
 )
 from megalite.kernels.loss import LossTerms, cross_entropy, linear_cross_entropy
 from megalite.models.lora import LoraLinear, Updates
@@ -76,7 +77,7 @@ class _ScatterSequence(Function):
 
 
 @dataclass(frozen=True)
-class RegionInput:
+class RegionInput(InputCollectives):
     """The collectives on the way into a tensor-parallel region, as `kernels.linear` asks for
     them."""
 
@@ -85,9 +86,6 @@ class RegionInput:
 
     def gather(self, x: Tensor) -> Tensor:
         return self.start_gather(x)()
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(self.gather(x), weight, bias)
 
     def start_gather(self, x: Tensor) -> Result:
         return start_gather_along(x, self.axis, SEQUENCE) if self.sequence else lambda: x
@@ -144,7 +142,8 @@ class ParallelLinear(_Parallel):
     """Hold this rank's part of a linear layer's weight.
 
     An engine that takes weight-gradient GEMMs sets `wgrad_callback`; without it, autograd computes
-    the gradient. `later` defers the GEMMs for a zero-bubble schedule."""
+    the gradient. `later` defers the GEMMs for a zero-bubble schedule. `apply_fp8` sets
+    `recipe`."""
 
     def __init__(
         self,
@@ -159,12 +158,15 @@ class ParallelLinear(_Parallel):
         self.region = RegionInput(axis, sequence)
         self.wgrad_callback: WgradCallback | None = None
         self.updates: Updates | None = None
+        self.recipe: Recipe = AS_GIVEN
 
     def multiply(
         self, x: Tensor, bias: Tensor | None, collectives: InputCollectives = ALONE
     ) -> Tensor:
         """Return x · Wᵀ + `bias`; `collectives` communicate x."""
-        return linear(x, self.weight, bias, collectives, self.wgrad_callback, self.later)
+        return linear(
+            x, self.weight, bias, collectives, self.wgrad_callback, self.later, self.recipe
+        )
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take over the LoRA adapters of `linear`; `parameters` holds this rank's part of their

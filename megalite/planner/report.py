@@ -268,6 +268,10 @@ def _assumptions(estimate: Estimate) -> list[str]:
     chip = estimate.hardware.chip
     share = f"{chip.product_share:.0%} of {chip.bf16_tflops:g} TFLOP/s"
     lines = [f"Predicted, not measured: products keep {share}; see megalite/planner/."]
+    if estimate.config.train.fp8:
+        lines.append(
+            "train.fp8 is not modelled: times are of bf16 products; saved activations are the same."
+        )
     if chip.assumed:
         assumed = ", ".join(chip.assumed)
         lines.append(f"Not measured on this chip, taken as typical: {assumed}.")

@@ -48,12 +48,14 @@ def reference_parts(
         for split, mixture in mixtures.items()
     }
     adapter = str(config.lora.adapter) if config.lora else None
-    start = {
+    start: dict[str, Any] = {
         "model.hf": str(config.model.hf),
         "lora.adapter": adapter,
         "lora.quantize_base": config.lora and config.lora.quantize_base,
         "train.precision": config.train.precision,
     }
+    if config.train.fp8:
+        start["train.fp8"] = config.train.fp8.model_dump(mode="json")
     return start | contents | {"weights": dict(base) or None}
 
 

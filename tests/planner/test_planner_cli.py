@@ -149,3 +149,13 @@ def test_tokens(text: str, tokens: float) -> None:
     from megalite.planner.report import parse_tokens
 
     assert parse_tokens(text) == tokens
+
+
+def test_fp8_is_not_predicted_and_said_so(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", config, "--gpus", "32", "--gpu", "h200"]
+    assert main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert main([*arguments, "train.fp8.recipe=blockwise"]) == 0
+    said = set(capsys.readouterr().out.splitlines()) - set(plain.splitlines())
+    assert len(said) == 1
+    assert "train.fp8 is not modelled" in said.pop()

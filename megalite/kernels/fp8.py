@@ -1,0 +1,143 @@
+"""Products in fp8: their operands are rounded to 8 bits, with a scale for each block.
+
+Scales are powers of two. So a scale costs no precision, the number that a code stands for has four
+bits (three in e5m2) and is exact in bf16 and fp32, and a product of rounded operands computed in
+these is the product of the codes, with its sums in fp32. That is what is computed here wherever no
+chip takes the codes themselves.
+
+    recipe      activations, gradients       weights      formats
+    blockwise   1 × 128                      128 × 128    e4m3 (DeepSeek-V3, section 3.3)
+    mxfp8       1 × 32                       1 × 32       e4m3 (OCP microscaling, e8m0 scales)
+
+1 × 128 is along the sum of the product at hand: along features for x · Wᵀ and grad · W, along tokens
+for gradᵀ · x, so that each operand of the last is rounded once more.
+
+Letters in shapes: T tokens, K input features, N output features; R, C rows and columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Format(NamedTuple):
+    """A format of 8 bits."""
+
+    dtype: torch.dtype
+    exponent: int
+    """Of its largest number, which is 1.75 · 2^exponent in both formats."""
+
+
+E4M3 = Format(torch.float8_e4m3fn, 8)
+E5M2 = Format(torch.float8_e5m2, 15)
+LOWEST = -126
+"""Least exponent of a scale: its inverse is a normal number of fp32, and so is the scale."""
+INFINITY = 0x7F800000
+"""Bits of fp32's infinity. Without the sign, those of a NaN are larger, all others smaller."""
+MANTISSA = 0x7FFFFF
+
+Block = tuple[int, int]
+"""Rows and columns that share a scale."""
+
+
+class Rounded(NamedTuple):
+    """A matrix in fp8."""
+
+    codes: Tensor
+    """[R,C] in a dtype of 8 bits."""
+    scales: Tensor
+    """What a code of 1 stands for in each block, fp32 [R/r,C/c], rounded up."""
+    block: Block
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that it stands for, [R,C]."""
+        return spread(self.scales, self.block, self.codes.shape).mul_(self.codes.float()).to(dtype)
+
+
+def spread(scales: Tensor, block: Block, shape: torch.Size) -> Tensor:
+    """Return the scale of each element of a matrix of this `shape`, as a tensor of its own."""
+    rows, columns = shape
+    wide = scales.repeat_interleave(block[0], 0)[:rows]
+    return wide.repeat_interleave(block[1], 1)[:, :columns]
+
+
+def scale_exponents(largest: Tensor, format: Format) -> Tensor:
+    """Return the exponents of the least powers of two by which blocks fit into `format`, int32, but
+    at least LOWEST. `largest` has the bits of each block's largest absolute value in fp32, int32;
+    what is not finite has the exponent 128."""
+    exponent = (largest >> 23) - 127
+    # 1.75 · 2^e is the format's largest: one bit more of mantissa needs the next power.
+    exponent = exponent - format.exponent + ((largest & MANTISSA) > 0x600000).int()
+    return torch.where(largest < INFINITY, exponent.clamp(min=LOWEST), 128)
+
+
+def quantise(x: Tensor, block: Block, format: Format = E4M3) -> Rounded:
+    """Round a matrix [R,C] to `format`, to the nearest number and, of two as near, the one with the
+    even code. Blocks begin at the first row and column; the last ones may be smaller.
+
+    A block with an infinity or a NaN becomes NaN as a whole, its scale too: an infinity that became
+    the largest number of `format`, as a cast makes it, would hide from the guard of bad numbers."""
+    rows, columns = x.shape
+    padding = (0, -columns % block[1], 0, -rows % block[0])
+    blocks = F.pad(x.float(), padding).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    # As integers, bits without the sign are in the order of absolute values, NaN above infinity.
+    largest = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax((1, 3))
+    exponent = scale_exponents(largest, format)
+    finite = exponent < 128
+    inverse = power_of_two(torch.where(finite, -exponent, 0)).masked_fill(~finite, torch.nan)
+    scales = power_of_two(torch.where(finite, exponent, 0)).masked_fill(~finite, torch.nan)
+    scaled = blocks * inverse[:, None, :, None]
+    codes = scaled.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(format.dtype)
+    return Rounded(codes, scales, block)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Return 2^exponent, fp32, for int32 exponents from -126 to 127."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def round_to_fp8(x: Tensor, block: Block, format: Format = E4M3) -> Tensor:
+    """Return the numbers in `x`'s dtype that `quantise` makes of its rows: [… ,C], of which all but
+    the last dimension are rows."""
+    rows = x.flatten(0, -2)
+    return quantise(rows, block, format).dequantise(x.dtype).view(x.shape)
+
+
+Name = Literal["blockwise", "mxfp8"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the operands of a linear module's products are rounded."""
+
+    block: int
+    """Numbers along a product's sum that share a scale, in activations and gradients."""
+    square: bool = False
+    """Blocks of weights are squares, and so the same for both of the weight's products."""
+
+    def _weight_block(self, along: Literal["input", "output"]) -> Block:
+        if self.square:
+            return self.block, self.block
+        return (1, self.block) if along == "input" else (self.block, 1)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x · Wᵀ + bias: [… ,K] and [N,K] → [… ,N]."""
+        rounded = round_to_fp8(x, (1, self.block))
+        return F.linear(rounded, round_to_fp8(weight, self._weight_block("input")), bias)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]."""
+        rounded = round_to_fp8(grad, (1, self.block))
+        return rounded @ round_to_fp8(weight, self._weight_block("output"))
+
+    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the operands of the weight's gradient gradᵀ · x, [T,N] and [T,K], rounded in
+        blocks of tokens."""
+        return round_to_fp8(grad, (self.block, 1)), round_to_fp8(x, (self.block, 1))
+
+
+RECIPES: dict[Name, Recipe] = {"blockwise": Recipe(128, square=True), "mxfp8": Recipe(32)}

@@ -1,0 +1,100 @@
+"""Which weights of a model `train.fp8` takes products of in fp8, and whether their blocks fit a
+layout.
+
+Linear modules inside of layers are: those that LoRA could adapt. Embeddings, head, routers, norms
+and attention's own products are not, nor are the first and last layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megalite.config import Config, Fp8Config
+from megalite.errors import ConfigError
+from megalite.kernels.fp8 import RECIPES
+from megalite.models.lora import is_called
+from megalite.models.weights import Weight
+from megalite.utils.spelling import did_you_mean
+
+
+def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> list[Weight]:
+    """Return the rows whose products `fp8` asks for, of a model of `num_layers` layers. Raises
+    ConfigError for what it excludes and the model has not, or has in one product with others."""
+    linear = [weight for weight in weights if _is_linear(weight)]
+    modules = [name.removesuffix(".weight") for weight in linear for name in weight.hf]
+    for target in fp8.exclude:
+        if not any(is_called(module, target) for module in modules):
+            known = sorted({module.rpartition(".")[2] for module in modules})
+            hint = did_you_mean(target, known, f"those of this model are {', '.join(known)}")
+            raise ConfigError(f"train.fp8.exclude: no linear module is called {target!r}; {hint}")
+    first, last = fp8.first_last_bf16
+    inside = range(first, num_layers - last)
+    return [weight for weight in linear if weight.place in inside and not _is_excluded(weight, fp8)]
+
+
+def _is_linear(weight: Weight) -> bool:
+    """Return whether a weight is a linear module's inside of a layer, or several ones' together."""
+    inside = isinstance(weight.place, int) and len(weight.shape) == 2
+    return inside and weight.shard in ("column", "row")
+
+
+def _is_excluded(weight: Weight, fp8: Fp8Config) -> bool:
+    modules = [name.removesuffix(".weight") for name in weight.hf]
+    named = [
+        module for module in modules if any(is_called(module, target) for target in fp8.exclude)
+    ]
+    if named and len(named) < len(modules):
+        others = [module.rpartition(".")[2] for module in modules if module not in named]
+        raise ConfigError(
+            f"train.fp8.exclude: {named[0]} is one product with {' and '.join(others)}; name all of them or none"
+        )
+    return bool(named)
+
+
+def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
+    """Raise ConfigError where the products that `train.fp8` asks for do not fit the layout: no block
+    may lie on two ranks, or in two sequences, or layouts would train different models."""
+    fp8, parallel = config.train.fp8, config.parallel
+    if fp8 is None:
+        return
+    for key, value, only in (
+        ("parallel.engine", parallel.engine, "native"), ("train.compile", config.train.compile, False),
+        ("lora", config.lora, None),
+    ):  # fmt: skip
+        if value != only:
+            needs = "null" if only is None else str(only).lower()
+            raise ConfigError(f"train.fp8 needs {key}: {needs}")
+    block = RECIPES[fp8.recipe].block
+    found = fp8_weights(weights, fp8, config.model.num_layers)
+    if not found:
+        raise ConfigError(
+            f"train.fp8: no product is left for it beside first_last_bf16 = {list(fp8.first_last_bf16)} of "
+            f"{config.model.num_layers} layers, and exclude"
+        )
+    # Zigzag: a context rank has one piece from the front and one from the back.
+    pieces = 2 * parallel.context if parallel.context > 1 else 1
+    _, source, target = config.lengths
+    lengths = (source, target) if source else (*config.data.seq_lengths, target)
+    for length in dict.fromkeys(lengths):
+        if length % (block * pieces):
+            over = f", over 2 × parallel.context = {pieces} pieces" if pieces > 1 else ""
+            raise ConfigError(
+                f"train.fp8.recipe: {fp8.recipe} rounds tokens in blocks of {block}, into which sequences of "
+                f"{length} tokens do not divide{over}; take a multiple of {block * pieces}"
+            )
+    for weight in found:
+        for what, size, ranks in _sizes(weight, parallel.tensor):
+            if size % (block * ranks):
+                over = f" over parallel.tensor = {ranks}" if ranks > 1 else ""
+                modules = ", ".join(name.removesuffix(".weight") for name in weight.hf)
+                raise ConfigError(
+                    f"train.fp8.recipe: {fp8.recipe} has blocks of {block}, into which the {size} {what} of {modules} "
+                    f"do not divide{over}; name it under train.fp8.exclude"
+                )
+
+
+def _sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:
+    """Yield what each dimension of a weight counts, its size, and the ranks that it is cut over."""
+    rows, columns = (tensor, 1) if weight.shard == "column" else (1, tensor)
+    for size in weight.parts or weight.shape[:1]:
+        yield "output features", size, rows
+    yield "input features", weight.shape[1], columns
