@@ -58,15 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb with the arguments `argv` (default: those of the process). Return the exit
     status, one of `exit_codes.py`. A user's mistake is explained without a traceback."""
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    # argparse collects positional arguments only once: overrides behind an option are left over in
-    # `rest`.
-    if rest and not (
-        hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)
-    ):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
+    arguments = parser.parse_args(argv)
     from megalite.checkpoint.tensors import CheckpointError, NotSaved
     from megalite.errors import ConfigError, DataError, NotFinite
 

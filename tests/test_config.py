@@ -302,7 +302,7 @@ def test_bad_yaml_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a", "list"), ("words", "str")])
+@pytest.mark.parametrize(("text", "kind"), [("", "nothing"), ("- a", "list"), ("words", "str")])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)

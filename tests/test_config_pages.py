@@ -101,7 +101,7 @@ def test_a_starter_is_a_config(
     config = load_config(path)
     assert config.model.preset == preset
     assert main(["config", "new", "--preset", preset, "--output", str(path)]) == 2, "is kept"
-    assert "File exists" in capsys.readouterr().err
+    assert "exists; name a new file" in capsys.readouterr().err
     keys = {key.name: key.default for section in catalog().values() for key in section}
     lines = path.read_text("utf-8").splitlines()
     offered = {key.rpartition(".")[2]: keys[key] for key in OFFERED}

@@ -151,6 +151,8 @@ def _new(arguments: argparse.Namespace) -> None:
     try:
         with arguments.output.open("x", encoding="utf-8") as file:
             file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"--output {arguments.output} exists; name a new file") from None
     except OSError as error:
         raise ConfigError(f"--output {arguments.output}: {error.strerror or error}") from None
     print(f"{arguments.output}: a config to start from; megalite train {arguments.output}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 
 from megalite.commands.parser import VerbParser, add_config
+from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the arguments of the verb."""
     add_config(parser, "train.steps=100")
     parser.add_argument(
-        "--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)"
+        "--nodes", type=at_least(1), default=1, metavar="N", help="how many there are (default: 1)"
     )
     parser.add_argument(
         "--ranks-per-node",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="such as GPUs (default: what the config needs)",

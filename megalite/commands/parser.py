@@ -8,11 +8,11 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megalite.commands.examples import EXAMPLES
 from megalite.runtime.exit_codes import at_least
-from megalite.utils.spelling import did_you_mean
+from megalite.utils.spelling import did_you_mean, nearest
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["VerbParser"]
@@ -61,7 +61,41 @@ class VerbParser(argparse.ArgumentParser):
             known = [name for name, verb in self.verbs.choices.items() if verb.listed]
             hint = did_you_mean(args[0], known, f"known: {', '.join(known)}")
             self.error(f"there is no verb {args[0]!r}; {hint}")
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        return (found, rest) if self.verbs else (found, self._late_overrides(found, rest))
+
+    def error(self, message: str) -> NoReturn:
+        """End with what is wrong in one line, as all mistakes are told."""
+        hint = "" if message.endswith("?") else f"; `{self.prog} --help` shows how it is called"
+        self.exit(2, f"error: {message}{hint}\n")
+
+    def _late_overrides(self, found: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+        """Add the overrides behind an option, which argparse leaves over in `rest` since it collects
+        positional arguments only once; end with an error for any other word."""
+        for word in rest:
+            if not hasattr(found, "overrides") or word[0] == "-" or "=" not in word:
+                self.error(self._not_taken(word))
+            found.overrides.append(word)
+        return []
+
+    def _not_taken(self, word: str) -> str:
+        """Return the message for a word that no argument takes."""
+        if word[0] != "-":
+            return f"{self.prog} does not take the argument {word!r}"
+        option, _, _ = word.partition("=")
+        if "--config" in self.spelled:
+            from megalite.config.aliases import key_of
+            from megalite.config.catalog import catalog
+
+            known = [
+                key.name for keys in catalog().values() for key in keys if "[]" not in key.name
+            ]
+            name = option.lstrip("-").replace("-", "_")
+            if key := name if name in known else key_of(name, known):
+                return f"there is no option {option}; did you mean the setting `{key}=…`, without dashes?"
+        known = [name.lstrip("-") for name in self._option_string_actions if name != "-h"]
+        close = nearest(option.lstrip("-"), known)
+        return f"there is no option {option}" + (f"; did you mean '--{close}'?" if close else "")
 
     def _plain(self, args: Sequence[str]) -> list[str]:
         """Return the arguments with the words of `spelled` options in their places."""

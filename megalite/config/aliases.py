@@ -133,6 +133,12 @@ KEYS = {
 }  # fmt: skip
 """Keys, each with the names that other trainers have for it."""
 
+FOLLOWS = dict.fromkeys(
+    ("dp", "dp_size", "data_parallel", "data_parallel_size", "data_parallel_degree"),
+    "data-parallel ranks are those that the other axes leave over: leave it out",
+)
+"""What is said to names of other trainers for what is not set here."""
+
 _BY_NAME = {name: key for key, names in KEYS.items() for name in names}
 
 

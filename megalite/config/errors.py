@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megalite.config import Choice, Config, ModelConfig
-from megalite.config.aliases import key_of
+from megalite.config.aliases import FOLLOWS, key_of
 from megalite.errors import ConfigError
 from megalite.utils.outside import shown
 from megalite.utils.secrecy import names_a_secret
@@ -24,6 +24,12 @@ def describe_errors(error: ValidationError, root: type[BaseModel], values: Any =
     items = error.errors(include_url=False)
     # If every item of a list is wrong, pydantic also calls the list "too short"; the items' own
     # errors say it better.
+    strange = [item["loc"] for item in items if item["type"] == "extra_forbidden"]
+    if isinstance(values, dict) and len(values) > 2 and {(key,) for key in values} <= {*strange}:
+        return (
+            f"none of its keys ({', '.join(list(values)[:3])}, …) is one of {', '.join(root.model_fields)}: "
+            "is it another kind of file?"
+        )
     inner = [item["loc"] for item in items if item["type"] != "too_short"]
     told = [
         i
@@ -79,7 +85,8 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
         hint = (
             f"did you mean {meant!r}?"
             if meant
-            else did_you_mean(path[-1], known, f"known keys: {', '.join(sorted(known))}")
+            else (root is Config and FOLLOWS.get(str(path[-1]).lower()))
+            or did_you_mean(path[-1], known, f"known keys: {', '.join(sorted(known))}")
         )
         told = "not shown" if names_a_secret(str(path[-1])) else shown(value)
         return f"unknown key {key} (value {told}); {hint}"
@@ -87,7 +94,9 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
         last = path[-1]
         # A missing item of a tuple has a number in place of a key.
         if known or not isinstance(last, int):
-            return f"{key} is required"
+            asked = ".".join(part for part in path if isinstance(part, str))
+            hint = f"; `megalite config keys {asked}` describes it" if root is Config else ""
+            return f"{key} is required{hint}"
         return f"{'.'.join(map(str, path[:-1]))}: value number {last + 1} of its list is missing"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     # Raised by a validator of a section, whose message names the key: the section itself is not
@@ -95,15 +104,19 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key}: {message}" if key else message
     message = _PLAINLY.get(item["type"], message)
+    if item["type"] == "too_short":
+        message = f"must have at least {item['ctx']['min_length']} of them"
+    if key in ("data.train", "data.valid", "data.test") and isinstance(value, str):
+        message += f", here [{{path: {value}}}]"
     if item["type"] == "literal_error":
         allowed = [
             word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")
         ]
         close = nearest(value, allowed)
-        if isinstance(value, bool):
-            message += "; YAML reads a bare yes, no, on or off as true or false"
-        elif close and close != value:
+        if close and close != value:
             message += f"; did you mean {close!r}?"
+    if isinstance(value, bool) and item["type"] in ("literal_error", "string_type"):
+        message += "; YAML reads a bare yes, no, on or off as true or false"
     return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
 
 

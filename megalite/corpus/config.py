@@ -297,8 +297,9 @@ class CorpusConfig(Section):
 def load_corpus_config(path: str | Path, overrides: Sequence[str] = ()) -> CorpusConfig:
     """Read a YAML file and apply overrides such as `language.min_score=0.5`. Raises ConfigError
     with every mistake."""
+    values = with_overrides(read_yaml(path), overrides)
     try:
-        return CorpusConfig.model_validate(with_overrides(read_yaml(path), overrides))
+        return CorpusConfig.model_validate(values)
     except ValidationError as error:
-        mistakes = describe_errors(error, CorpusConfig).split("\n  ")
+        mistakes = describe_errors(error, CorpusConfig, values).split("\n  ")
         raise refusal(mistakes, str(path), overrides) from None

@@ -27,9 +27,9 @@ def open_data(config: Config) -> tuple[Config, Tokenizer | None, dict[Split, Mix
     """Return `config` with its length in steps, its tokenizer and its mixtures, fully checked, for
     training as well as for inspection. Raise DataError or ConfigError."""
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    check_labelled(config)  # first: data of another kind looks damaged to a mixture
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
-    check_labelled(config)
     for source in data["train"].sources if config.data.seq_length_warmup and data["train"] else ():
         if isinstance(source, RowSource):
             raise DataError(

@@ -160,7 +160,7 @@ class TokenSource:
         if self.num_samples < 1:
             raise DataError(
                 f"{last_token - first_token} tokens are too few for one sample of seq_length {seq_length}: "
-                f"at least {seq_length + 1} are needed"
+                f"at least {seq_length + 1} are needed: lower data.seq_length, or give more data"
             )
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:

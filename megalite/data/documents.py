@@ -12,7 +12,9 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +25,7 @@ import orjson
 from megalite.data.kinds import KNOWN, kind_by_content, kind_by_name, suffix_of
 from megalite.data.store import Store, open_file, size_of, stream
 from megalite.errors import DataError
+from megalite.utils.spelling import instead_of
 from megalite.utils.urls import is_url
 
 # Bytes of a compressed file that are read at a time: few, because deflate may expand a
@@ -122,7 +125,23 @@ class Report:
             )
             lines.append(f"read as plain text, a document each: files {named}")
         more = self.num_bad - len(self.messages)
-        return "\n".join([*lines, *self.messages, *([f"… and {more:,} more"] if more > 0 else [])])
+        return "\n".join(
+            [*lines, *_grouped(self.messages), *([f"… and {more:,} more"] if more > 0 else [])]
+        )
+
+
+def _grouped(messages: Sequence[str]) -> list[str]:
+    """Return the messages `file:line: why`, one for each reason, with how many more there are."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for message in messages:
+        place, why = re.fullmatch(r"(.*?:\d+): (.*)", message, re.S).groups()  # type: ignore[union-attr]
+        first.setdefault(why, place)
+        counts[why] += 1
+    return [
+        f"{place}{f' and {counts[why] - 1} more' * (counts[why] > 1)}: {why}"
+        for why, place in first.items()
+    ]
 
 
 def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iterator[Document]:
@@ -207,6 +226,7 @@ def _expand(item: str, report: Report) -> list[tuple[str, int]]:
     if not files:
         raise DataError(
             f"input {item!r} matches no file; give existing files, folders or a quoted glob"
+            f"{instead_of(item)}"
         )
     return files
 
@@ -439,7 +459,10 @@ def _checked(record: Any, reading: Reading) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if json_key not in record:
-        raise ValueError(f"no key {json_key!r}; keys here: {', '.join(list(record)[:8])}")
+        from megalite.data.formats import hint_of_format
+
+        there = ", ".join(list(record)[:8])
+        raise ValueError(f"no key {json_key!r}; keys here: {there}{hint_of_format(record)}")
     if not isinstance(record[json_key], str):
         raise ValueError(f"{json_key!r} is not text but {type(record[json_key]).__name__}")
     return record

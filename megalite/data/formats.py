@@ -11,7 +11,7 @@ fp32; of an answer 1 where it starts, 2 where it ends, and 3 where it does both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -533,14 +533,36 @@ def _continued(prompt: str, completion: str, field: str) -> Text:
     return Text(text, [part], add_end=True, add_begin=True, may_split=True)
 
 
+SIGNS: Mapping[str, Format] = {
+    **dict.fromkeys(CHATS, "chat"),
+    **dict.fromkeys(("chosen", "preferred_output"), "preference"),
+    "completion": "completion",
+    "answers": "answers",
+    **dict.fromkeys(("target", "source"), "seq2seq"),
+    **dict.fromkeys(("ner_tags", "tokens"), "labels"),
+    "label": "classification",
+    "positive": "pairs",
+}
+"""Fields by which rows of a format are known."""
+
+
+def hint_of_format(fields: Iterable[str]) -> str:
+    """Return the end of a message about a row that lacks a field: the format that its fields are
+    those of, or nothing."""
+    known = [SIGNS[field] for field in fields if field in SIGNS]
+    return f"; --format {known[0]} takes such rows" if known else ""
+
+
 def _first(row: Values, *names: str) -> str:
     """Return which of several synonymous fields the row has. Raise ValueError if there is none, or
     two that differ."""
     found = [name for name in names if row.get(name) is not None]
     if not found:
         wanted = " or ".join(map(repr, names))
-        there = ", ".join(str(name) for name, value in row.items() if value is not None)
-        raise ValueError(f"no field {wanted}; fields here: {there or 'none'}")
+        there = [str(name) for name, value in row.items() if value is not None]
+        raise ValueError(
+            f"no field {wanted}; fields here: {', '.join(there) or 'none'}{hint_of_format(there)}"
+        )
     if other := next((name for name in found if row[name] != row[found[0]]), None):
         raise ValueError(
             f"the row has {found[0]!r} and {other!r}, which differ; leave one of them out"

@@ -37,6 +37,7 @@ from megalite.data.store import Missing
 from megalite.errors import DataError
 from megalite.utils.outside import read_object, shown
 from megalite.utils.resources import fsync
+from megalite.utils.spelling import instead_of
 from megalite.utils.urls import is_url
 
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
@@ -120,6 +121,7 @@ class IndexedDataset:
                     )
                 raise DataError(
                     f"{path} does not exist; `megalite preprocess` writes {self.prefix}.bin and .idx"
+                    f"{instead_of(self.prefix, '.idx')}"
                 )
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences

@@ -62,7 +62,7 @@ class MegatronOrder:
         if epoch == 0 or (num_samples is None and epoch <= seq_length):
             raise DataError(
                 f"{epoch} tokens are too few for one sample of seq_length {seq_length}: "
-                f"at least {seq_length + 1} are needed"
+                f"at least {seq_length + 1} are needed: lower data.seq_length, or give more data"
             )
         # So many tokens are needed: n · L + 1, rounded up to whole epochs.
         epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // epoch))

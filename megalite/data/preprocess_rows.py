@@ -286,10 +286,13 @@ def _labels_of(
 
 def _complaint(bad: Sequence[tuple[Row, str]], tolerated: int) -> str:
     """Return the error about rows that cannot be used, with the first of them."""
-    lines = [
-        f"{row.path}:{row.line}: {why}\n    {excerpt(row.values)}" for row, why in bad[:SHOWN_ROWS]
-    ]
-    more = len(bad) - SHOWN_ROWS
+    reasons = Counter(why for _, why in bad)
+    first = {why: row for row, why in reversed(bad)}
+    lines, more = [], len(bad)
+    for why, count in [*reasons.items()][:SHOWN_ROWS]:
+        row, others = first[why], f" and {count - 1:,} more" * (count > 1)
+        lines.append(f"{row.path}:{row.line}{others}: {why}\n    {excerpt(row.values)}")
+        more -= count
     lines += [f"… and {more:,} more"] if more > 0 else []
     allowed = f"more than the {tolerated:,} of --bad-rows" if tolerated else "nothing was written"
     return "\n".join([f"{len(bad):,} rows cannot be used ({allowed}):", *lines])

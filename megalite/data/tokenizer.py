@@ -31,6 +31,7 @@ from megalite.errors import DataError
 from megalite.registry import tokenizer_readers
 from megalite.utils.hub import how_to_get, local
 from megalite.utils.outside import check_regular, reading
+from megalite.utils.spelling import instead_of
 
 # Names of the end-of-document token in models without a tokenizer_config.json.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -165,7 +166,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             for name in tokenizer_readers.names()
             if name not in tokenizer_readers.own
         )
-        + how_to_get(path)
+        + (how_to_get(path) or ("" if path.exists() else instead_of(path)))
     )
 
 

@@ -35,9 +35,27 @@ from megalite.models import build_model, model_config, set_parameters, weight_ta
 from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.peft import is_adapter
 from megalite.utils.hub import how_to_get, local
+from megalite.utils.spelling import instead_of
 
 SCORED_TOKENS = 4096
 """Most tokens of a batch whose rows are scored, padding included."""
+
+
+MOST_RUNS = 5
+"""Most runs that a message names."""
+
+
+def _what_else(path: Path) -> str:
+    """Return, as the end of a message about a path that holds no model, what may be meant."""
+    if (path / "config.yaml").is_file():
+        return "; this run has saved none yet"
+    found = "" if path.exists() else instead_of(path)
+    runs = sorted(str(each.parent) for each in path.glob("*/checkpoints"))
+    runs = runs or sorted(str(each.parent) for each in path.parent.glob("*/checkpoints"))
+    if runs and not found:
+        more = ", …" * (len(runs) > MOST_RUNS)
+        return f"; the runs there are {', '.join(runs[:MOST_RUNS])}{more}"
+    return found or how_to_get(path)
 
 
 def find_model(path: Path) -> Path:
@@ -61,7 +79,7 @@ def find_model(path: Path) -> Path:
             )
         raise ConfigError(
             f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json"
-            f"{how_to_get(path)}"
+            f"{_what_else(path)}"
         )
     newest = step_folder(root, steps[-1])
     worth = read_worth(newest, steps[-1])

@@ -14,6 +14,7 @@ from typing import Any
 
 from megalite.data.contents import ContentEncoder
 from megalite.errors import DataError
+from megalite.utils.spelling import instead_of
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 CORPUS_ROUGES = ("rouge1", "rouge2", "rougeLsum")
@@ -57,7 +58,9 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
         # Not splitlines: a text may hold other characters that end lines.
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+        hint = instead_of(file) if isinstance(error, FileNotFoundError) else ""
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{file} cannot be read: {why}{hint}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -83,7 +86,9 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
                 raise ValueError("`prompt` must be a text, or a list of messages")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{file}, line {number}: {reason}: {line[:200]}") from None
+            raise DataError(
+                f"{file}, line {number}: {reason}; rows hold a prompt and a completion, or messages: {line[:200]}"
+            ) from None
         yield {"prompt": prompt, "wanted": wanted}
 
 

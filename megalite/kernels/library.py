@@ -58,7 +58,9 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
         # Looked for, not imported: that happens where it is first used.
         packages = ("flash_attn", "flash_attn_interface") if wish == "flash_attn" else (wish,)
         if wish in ("apex", "flash_attn") and not any(map(importlib.util.find_spec, packages)):
-            raise ConfigError(f"kernels.{operation} is {wish}, but {wish} is not installed here")
+            raise ConfigError(
+                f"kernels.{operation} is {wish}, but {wish} is not installed here; auto takes what there is"
+            )
     if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):
         _warn_once()
     # What is none of an operation's built-in names must be a plugin's.

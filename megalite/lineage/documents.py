@@ -58,7 +58,9 @@ class Documents:
                 found[each].append(place)
         for each in names:
             if not found[each]:
-                raise DataError(f"{each}: no document of the run's data{self._why()}")
+                raise DataError(
+                    f"{each}: no document of the run's data, of which lines count from 1{self._why()}"
+                )
         return found
 
     def _why(self) -> str:

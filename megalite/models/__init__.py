@@ -25,7 +25,7 @@ from megalite.registry import families, hint
 from megalite.utils.hub import how_to_get
 from megalite.utils.outside import read_json
 from megalite.utils.resources import configs_dir, presets, read_yaml
-from megalite.utils.spelling import nearest
+from megalite.utils.spelling import instead_of, nearest
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are left to the tokenizer."""
@@ -62,7 +62,9 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     Raises ConfigError."""
     base: dict[str, Any] = {}
     if values.get("preset") and values.get("hf"):
-        raise ConfigError("give either a `preset` or an `hf` folder, not both")
+        raise ConfigError(
+            "give either a `preset` or an `hf` folder, not both; model.preset=null leaves a file's preset out"
+        )
     if values.get("preset"):
         base = _read_preset(str(values["preset"]))
     elif values.get("hf") and "family" not in values:
@@ -96,6 +98,13 @@ def _read_preset(name: str) -> dict[str, Any]:
     return read_yaml(configs_dir() / "model" / f"{name}.yaml")
 
 
+def _what_else(folder: Path) -> str:
+    """Return, as the end of a message about a folder that holds no model, what may be meant."""
+    if checkpoints := sorted((folder / "checkpoints").glob("step-*")):
+        return f"; it is a run, of which {checkpoints[-1]} is the newest checkpoint"
+    return (not folder.exists() and instead_of(folder)) or how_to_get(folder)
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a model's folder, or of the model that an adapter's folder is for.
     Raises ConfigError."""
@@ -104,7 +113,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"{folder} holds no Hugging Face model: {folder / 'config.json'}: No such file or directory"
-            f"{how_to_get(folder)}"
+            f"{_what_else(folder)}"
         )
     values = read_json(folder / "config.json", ConfigError)
     if not isinstance(values, dict):

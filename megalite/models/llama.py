@@ -107,7 +107,8 @@ class LlamaLike(ModelConfig):
             )
         if not self.rotary_size or self.rotary_size % 2:
             raise ValueError(
-                f"heads of size {self.rotary_size} cannot be rotated in pairs: the size must be even"
+                f"heads of size {self.rotary_size} cannot be rotated in pairs: the size must be even; it "
+                f"follows from hidden_size {self.hidden_size} and num_attention_heads {self.num_attention_heads}"
             )
         if isinstance(self.rope_scaling, rope.LongRope):
             for name in ("short_factor", "long_factor"):

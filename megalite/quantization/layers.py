@@ -35,7 +35,8 @@ def read_rows(prefix: str, count: int, length: int) -> Tensor:
     dataset = IndexedDataset(prefix)
     if dataset.num_tokens < count * (length + 1):
         raise ConfigError(
-            f"{prefix} has {dataset.num_tokens:,} tokens, too few for {count} rows of {length + 1:,}"
+            f"{prefix} has {dataset.num_tokens:,} tokens, too few for {count} rows of {length + 1:,}: "
+            "lower --rows or --length, or give more data"
         )
     starts = torch.arange(count) * (dataset.num_tokens - length - 1) // max(1, count - 1)
     rows = [

@@ -97,6 +97,8 @@ def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
+            if isinstance(error, FileExistsError) and os.path.isfile(error.filename):
+                text = f"{error.filename} is a file, where a folder is needed; name another output"
         print(f"error: {text}", file=sys.stderr)
         failed = passes(error) or (isinstance(error, OSError) and not isinstance(error, _OF_PATHS))
         return Exit.FAILED if failed else Exit.MISTAKE

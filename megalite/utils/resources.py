@@ -11,6 +11,7 @@ import yaml
 
 from megalite.errors import ConfigError
 from megalite.utils.outside import reading, shown
+from megalite.utils.spelling import instead_of
 
 LONGEST_YAML = 1 << 19
 """Limit on the characters of a config; this many are read in some seconds."""
@@ -97,7 +98,16 @@ def parse_yaml(text: str, origin: str) -> Any:
         try:
             return yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+            raise ConfigError(f"{origin} is not valid YAML: {_in_a_line(error)}") from None
+
+
+def _in_a_line(error: yaml.YAMLError) -> str:
+    """Return what is wrong with a YAML text, and where, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    what = str(getattr(error, "problem", "")).replace("'\\t' that", "'\\t', a tab, that")
+    return f"{what} at line {mark.line + 1}, column {mark.column + 1}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -111,13 +121,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} is a folder, not a YAML file{f'; of a run it is {inside}' * inside.is_file()}"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+        hint = instead_of(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: {error.strerror or error}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}"
-        )
+        got = "nothing" if values is None else type(values).__name__
+        raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {got}")
     return values
 
 
@@ -127,7 +137,9 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+            raise ConfigError(
+                f"override {override!r} is not of the form section.key=value, without spaces"
+            )
         values = _with(values, key.split("."), parse_yaml(text, f"override {override!r}"), override)
     return values
 

@@ -217,7 +217,7 @@ def test_a_setting_that_an_old_checkpoint_does_not_know_had_its_default(tmp_path
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "expected `section: {key: value}` lines, got NoneType"),
+        (b"", "expected `section: {key: value}` lines, got nothing"),
         (b"[1]", "got list"),
         (b"\xff", "is not UTF-8"),
         (b"model: [1]", r"is no config of a run, but \{'model': \[1\]\}"),
