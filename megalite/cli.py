@@ -23,6 +23,7 @@ VERBS = {
     "tokenizer": "train a tokenizer",
     "preprocess": "tokenize text, or rows of labelled data, into token files",
     "train": "train as a config says; run it alone, under torchrun or under srun",
+    "launch": "train on this machine, or on plain hosts over ssh",
     "sweep": "search for a config's best settings; each trial is a run",
     "ladder": "train small models for several lengths, and foretell the loss of a large one",
     "job": None,  # for scripts: it is not listed

@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +33,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from megalite.comm.meeting import step_port
 from megalite.health.signals import SIGNALS
 from megalite.runtime import error_file
-from megalite.runtime.exit_codes import Exit, describe, killed_by
+from megalite.runtime.exit_codes import Exit, describe, end_process, killed_by
 
 LINGER_S = 1.0
 
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     # apart from file and pid.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        run.run(asked)
+        with _leaving_while_waiting():
+            run.run(asked)
         status, who = int(Exit.DONE), "all ranks"
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda each: error_file.time_of(each[1]))
@@ -79,7 +82,9 @@ def main(arguments: Sequence[str]) -> int:
     if trace:
         print(f"what {who} said first:\n{trace}", file=sys.stderr, flush=True)
     ended = f"{describe(status)}{message and f': {message}'}"
-    print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {ended}", flush=True)
+    # Hosts over ssh have the names they were given, by which a person knows them.
+    here = name or (not asked.standalone and asked.local_addr) or os.uname().nodename
+    print(f"== {time.strftime('%F %T')} {here}: {who}: {ended}", flush=True)
     return status
 
 
@@ -114,6 +119,32 @@ def _leave_or_pass_on(number: int, frame: FrameType | None) -> None:
     if not _children():  # still waiting for the other nodes
         sys.exit(killed_by(number))
     _pass_on(number, frame)
+
+
+@contextlib.contextmanager
+def _leaving_while_waiting() -> Iterator[None]:
+    """End the process on a signal while there are no ranks, where the main thread does not: it runs
+    no handler while torch waits at an address (`--master-addr`) for the other nodes."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while byte := os.read(read, 1):
+            if select.select([read], [], [], LINGER_S)[0]:
+                continue  # another signal, or the main thread has left by itself
+            # From the moment ranks are started, their end is what counts.
+            waiting = byte[0] in SIGNALS and signal.getsignal(byte[0]) is _leave_or_pass_on
+            if waiting and not _children():
+                end_process(killed_by(byte[0]))
+        os.close(read)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(write)
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

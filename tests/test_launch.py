@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from megalite.launch import _children
@@ -104,6 +107,26 @@ def test_two_steps_of_a_job_meet_apart(tmp_path: Path) -> None:
     ]
     said = [process.communicate(timeout=60)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
+
+
+def test_a_signal_ends_a_launcher_that_waits_for_another_host() -> None:
+    """Which torch does in one call, during which Python runs no handler."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--node-rank=0", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "megalite.launch", *options, f"--master-port={port}", "true"]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_ranks_are_found_while_threads_come_and_go() -> None:

@@ -39,6 +39,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "torchrun --nproc-per-node=8 -m megalite train my.yaml parallel.tensor=8",
         "sbatch --nodes=8 slurm/pretrain.sh my.yaml",
     ),
+    "launch": (
+        "megalite launch my.yaml train.steps=100",
+        "megalite launch --hosts node1,node2 my.yaml",
+        "megalite launch --hosts hosts.txt --ranks 8 my.yaml --dry-run",
+    ),
     "sweep": (
         "megalite sweep lr.yaml",
         "megalite sweep lr.yaml trials=40",
