@@ -18,6 +18,7 @@ from megalite.runtime.exit_codes import Exit, end_process, flush_output, killed_
 from megalite.utils.secrecy import hide_secrets
 
 VERBS = {
+    "quickstart": "text, tokenizer, tokens, pretraining, sample, export, in minutes",
     "config": "show every key of a config, presets of models, a config to start from",
     "corpus": "clean, deduplicate and split raw text",
     "tokenizer": "train a tokenizer",

@@ -30,7 +30,6 @@ MISTAKES = {
     "check_hf.py nowhere": "nowhere is neither a run with a checkpoint nor",
     "check_hf.py empty": "empty: Error no file named",
     "prepare_corpus.py nowhere.yaml": "nowhere.yaml: No such file or directory",
-    "quickstart_report.py nowhere": "nowhere/config.yaml: No such file or directory",
 }
 
 

@@ -44,6 +44,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite launch --hosts node1,node2 my.yaml",
         "megalite launch --hosts hosts.txt --ranks 8 my.yaml --dry-run",
     ),
+    "quickstart": ("megalite quickstart", "megalite quickstart bert --dir /tmp/first"),
     "sweep": (
         "megalite sweep lr.yaml",
         "megalite sweep lr.yaml trials=40",

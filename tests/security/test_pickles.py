@@ -151,7 +151,7 @@ def test_a_config_that_makes_objects_is_refused(tmp_path: Path, canary: Path) ->
 
 def test_code_beside_a_model_is_not_run(tmp_path: Path, hub: Path, canary: Path) -> None:
     """`auto_map` in config.json asks transformers to import evil.py."""
-    from tools import check_hf
+    from megalite.infer import check_hf
 
     config: Config = make_config(tmp_path, MODELS["llama"], "train.steps=1")
     train(config)

@@ -3,7 +3,6 @@ and both in loss.png."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,31 +13,35 @@ from megalite.data.statistics import unigram_accuracy, unigram_loss
 from megalite.data.tokenizer import load_tokenizer
 from megalite.observe.jsonl import read_metrics
 from megalite.observe.plot import plot_loss
-from megalite.runtime.exit_codes import explained
 from megalite.training.seq2seq import SpanCorruptionConfig
 
 
-def main() -> int:
-    """Print both losses and draw loss.png; return 1 where the model has learned too little."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    run = parser.parse_args().run
+def report(run: Path, base: Path) -> int:
+    """Print both losses and draw loss.png; return 1 where the model has learned too little.
+
+    `run` is the run's folder, `base` the folder that the paths in its config are relative to. There
+    is no picture without matplotlib."""
     config = load_config(run / "config.yaml")
     train, valid = (
-        IndexedDataset(sources[0].path) for sources in (config.data.train, config.data.valid)
+        IndexedDataset(base / sources[0].path) for sources in (config.data.train, config.data.valid)
     )
     unigram = unigram_loss(train, valid, config.model.vocab_size)
     metrics = run / "metrics.jsonl"
     losses = [
         loss for record in read_metrics(metrics) if (loss := record.get("valid_loss")) is not None
     ]
-    plot_loss(metrics, run / "loss.png", {"unigram model": unigram})
+    picture = run / "loss.png"
+    try:
+        plot_loss(metrics, picture, {"unigram model": unigram})
+        drawn = f"picture: {picture}"
+    except ImportError:
+        drawn = "no picture: pip install 'megalite[observe]' brings what draws it"
     print(
         f"validation loss {losses[-1]:.3f}, of a unigram model of the same tokens {unigram:.3f} (nats per token)"
     )
-    print(f"picture: {run / 'loss.png'}")
+    print(drawn)
     if config.model.task == "masked" and config.data.tokenizer:
-        special = load_tokenizer(config.data.tokenizer).special_ids
+        special = load_tokenizer(base / config.data.tokenizer).special_ids
         told = [
             record["valid_accuracy"]
             for record in read_metrics(metrics)
@@ -64,7 +67,3 @@ def main() -> int:
         print("error: the model has learned too little", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(explained(main))

@@ -3,7 +3,6 @@ valid.jsonl."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sysconfig
@@ -30,11 +29,8 @@ def sources(root: Path) -> Iterator[Path]:
             yield path
 
 
-def main() -> None:
-    """Write both files, and print how much text is in each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where train.jsonl and valid.jsonl are written")
-    folder = parser.parse_args().folder
+def write_corpus(folder: Path) -> str:
+    """Write train.jsonl and valid.jsonl into a folder, and return how much text is in each."""
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(sysconfig.get_paths()["stdlib"])
     counts = {"train": 0, "valid": 0}
@@ -47,11 +43,5 @@ def main() -> None:
             text = path.read_text(encoding="utf-8", errors="replace")
             files[split].write(json.dumps({"text": text, "path": name}) + "\n")
             counts[split] += len(text)
-    print(
-        ", ".join(f"{split}: {count / 1e6:.1f} MB" for split, count in counts.items()),
-        f"of Python from {root}",
-    )
-
-
-if __name__ == "__main__":
-    main()
+    sizes = ", ".join(f"{split}: {count / 1e6:.1f} MB" for split, count in counts.items())
+    return f"{sizes} of Python from {root}"
