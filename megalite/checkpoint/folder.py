@@ -58,6 +58,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1))
 
 
+def step_of(folder: Path) -> int | None:
+    """Return the step of a checkpoint's folder by its name, None for another folder."""
+    match = re.fullmatch(r"step-(\d+)", folder.resolve().name)
+    return int(match[1]) if match else None
+
+
 def digest(path: Path) -> dict[str, Any]:
     """Return a file's entry in the manifest: its size and SHA-256."""
     with open(path, "rb") as file:

@@ -136,10 +136,11 @@ class Decoding:
 class TargetGenerator:
     """An encoder-decoder with its tokenizer, on one device."""
 
-    def __init__(self, model: T5, tokenizer: Tokenizer, habits: Habits):
+    def __init__(self, model: T5, tokenizer: Tokenizer, habits: Habits, folder: Path | None = None):
         """Take a loaded `model`; `habits` say what is not asked for, and which tokens end a
-        target."""
+        target; `folder` is where it was read from."""
         self.model, self.tokenizer, self.habits = model, tokenizer, habits
+        self.folder = folder
         self.ends = habits.ends
         self.max_positions: int = model.config.max_positions
 
@@ -158,7 +159,7 @@ class TargetGenerator:
             raise DataError(f"{folder}: its tokenizer names no eos_token, with which sources end")
         model = load_model(folder)
         assert isinstance(model, T5)
-        return cls(model, tokenizer, read_habits(folder, tokenizer))
+        return cls(model, tokenizer, read_habits(folder, tokenizer), folder)
 
     def source_ids(self, text: str) -> list[int]:
         """Return the token ids of a source, with the end token behind it."""

@@ -385,14 +385,16 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.fill("#prompt", "Hello <b>there</b>")
         page.keyboard.press("Enter")
         page.click("[aria-label='Correct it']")
-        assert page.inner_text(".turn.user") == "Hello <b>there</b>", (
+        assert page.inner_text(".user .text") == "Hello <b>there</b>", (
             "what is said is text, not markup"
         )
-        said = page.text_content(".turn.answer .text")
+        # As the server said it, not as it is drawn.
+        said = page.evaluate("talk[0].answers[0].versions[0].said")
         page.fill("[aria-label='Your answer']", "Hello yourself.")
         page.click("text=Save")
         page.wait_for_selector("text=your answer is noted")
-        assert page.text_content(".turn.answer .text") == "Hello yourself."
+        assert page.text_content(".answer .text") == "Hello yourself."
+        assert page.inner_text(".pace").startswith("20 tokens, ")
         asked: list[Any] = []
         page.on(
             "request",
@@ -402,14 +404,22 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.fill("#prompt", "And more?")
         page.keyboard.press("Enter")
         page.wait_for_selector(".busy:not(:empty)")
+        page.reload()
+        page.wait_for_selector(".turn:last-child [aria-label='Answer again']")
+        assert page.locator(".busy").count() == 0
+        assert page.text_content(".turn:last-child .answer .text"), "what it had said by then"
+        page.fill("#prompt", "And more?")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".busy:not(:empty)")
         page.click("#fresh")
         page.wait_for_selector("#send:has-text('Send')")
+        page.click("#gear")
         page.fill("#max_tokens", "5")
         page.fill("#prompt", "Again?")
         page.keyboard.press("Enter")
         page.click("[aria-label='Bad answer']")
         page.wait_for_selector("text=Thank you, noted")
-        (_, again, _) = asked
+        *_, again, _ = asked
         assert again["messages"] == [{"role": "user", "content": "Again?"}], (
             "nothing of the talk before"
         )

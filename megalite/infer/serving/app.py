@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -31,18 +31,12 @@ from megalite.infer.serving.guards import Guards, Refused
 from megalite.infer.serving.lanes import BYTES_PER_TOKEN, Lanes
 from megalite.infer.serving.logs import AsJson
 from megalite.infer.serving.metrics import Metrics
+from megalite.infer.serving.pages import origin_of, page
 from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, error, usage
 from megalite.infer.serving.ratings import RatingBody, Ratings
 
 T = TypeVar("T")
 LOG = logging.getLogger("megalite.serve")
-PAGE = Path(__file__).with_name("page.html")
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""Content security policy: the page loads nothing from elsewhere, and cannot be framed by another
-page."""
 PLAINLY = {
     "model_attributes_type": "must be a JSON object",
     "model_type": "must be a JSON object",
@@ -124,7 +118,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     app = guarded_app(engine, settings, lifespan)
     _add_api(app, service, ratings)
-    add_pages(app, settings, service.chats)
+    add_pages(app, settings, generator.folder, service.chats)
     add_models(app, settings)
     add_monitoring(app, engine, settings)
     return app
@@ -212,24 +206,28 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
         return {"object": "rating", "rating": body.kind}
 
 
-def add_pages(app: FastAPI, settings: Settings, chat: bool, answers_sources: bool = False) -> None:
-    """Add what people look at. A model either has chats, or goes on with texts; where it
-    `answers_sources`, a text is no beginning but a source."""
+def add_pages(
+    app: FastAPI,
+    settings: Settings,
+    folder: Path | None,
+    chat: bool,
+    answers_sources: bool = False,
+) -> None:
+    """Add what people look at. `folder` is the model's. A model either has chats, or goes on with
+    texts; where it `answers_sources`, a text is no beginning but a source."""
+    origin = origin_of(folder)
+    if settings.keys:
+        origin["prompts"] = []  # not for those without a key
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
         """Return what the page must know before it has a key."""
         told = {"model": settings.name, "chat": chat, "key": bool(settings.keys)}
-        return told | {"sources": answers_sources}
+        return told | {"sources": answers_sources} | origin
 
     @app.get("/")
-    async def page() -> Response:
-        headers = {
-            "content-security-policy": POLICY,
-            "x-content-type-options": "nosniff",
-            "cache-control": "no-cache",
-        }
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+    async def main_page() -> Response:
+        return page("page.html")
 
 
 class Service:

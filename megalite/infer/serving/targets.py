@@ -39,7 +39,7 @@ def make_target_app(generator: TargetGenerator, settings: Settings) -> FastAPI:
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await service.complete(body, request)
 
-    add_pages(app, settings, chat=False, answers_sources=True)
+    add_pages(app, settings, generator.folder, chat=False, answers_sources=True)
     return app
 
 
