@@ -35,7 +35,8 @@ def _contamination(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megalite.errors import ConfigError
-    from megalite.lineage.contamination import Asked, print_contamination, texts_of_rows
+    from megalite.lineage.contamination import print_contamination
+    from megalite.lineage.ngrams import Asked, texts_of_rows
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names and not arguments.data:

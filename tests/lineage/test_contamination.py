@@ -12,8 +12,9 @@ from lineage_runs import config_of, write_bytes_tokenizer
 from local_tasks import write_tasks
 from megalite.cli import main
 from megalite.data.preprocess import preprocess
-from megalite.lineage import contamination as module
-from megalite.lineage.contamination import Grams, judge, texts_of_rows
+from megalite.lineage import contamination, ngrams
+from megalite.lineage.contamination import judge
+from megalite.lineage.ngrams import Grams, texts_of_rows
 from megalite.lineage.run import TracedRun
 
 
@@ -22,7 +23,7 @@ def test_n_grams_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) ->
     tokens = draw.integers(0, 4, 3000)
     rows = [draw.integers(0, 4, 30) for _ in range(20)] + [tokens[77:120], tokens[:3]]
     for bits in (2, 28):  # with a table that hardly sorts anything out, too
-        monkeypatch.setattr(module, "BITS", bits)
+        monkeypatch.setattr(ngrams, "BITS", bits)
         for length in (2, 5, 9):
             grams = Grams(rows, length)
             at, number = grams.find(tokens)
@@ -103,7 +104,7 @@ def test_what_lies_across_two_documents_is_no_match(folder: Path) -> None:
     (folder / "planned.yaml").write_text(json.dumps(values))
     (folder / "rows.jsonl").write_text(json.dumps({"text": LEAKED}))
     for chunk in (1 << 21, 16):
-        module.CHUNK, before = chunk, module.CHUNK
+        contamination.CHUNK, before = chunk, contamination.CHUNK
         try:
             (judged,) = judge(
                 TracedRun.open(folder / "planned.yaml"),
@@ -111,7 +112,7 @@ def test_what_lies_across_two_documents_is_no_match(folder: Path) -> None:
                 12,
             )
         finally:
-            module.CHUNK = before
+            contamination.CHUNK = before
         assert (judged.found, judged.longest) == (len(LEAKED) - 2 * 11, len(LEAKED) - 25)
 
 
