@@ -22,6 +22,7 @@ VERBS = {
     "config": "show every key of a config, presets of models, a config to start from",
     "corpus": "clean, deduplicate and split raw text",
     "tokenizer": "train a tokenizer",
+    "synthesize": "make training rows by a model behind an endpoint, and check them",
     "preprocess": "tokenize text, or rows of labelled data, into token files",
     "train": "train as a config says; run it alone, under torchrun or under srun",
     "launch": "train on this machine, or on plain hosts over ssh",

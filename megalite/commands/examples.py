@@ -116,6 +116,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite contamination runs/my --data held-out.jsonl --output contamination.jsonl",
     ),
     "parity": ("megalite parity runs/one runs/other --tolerance 1e-5",),
+    "synthesize": (
+        "megalite synthesize configs/synthesize/questions.yaml",
+        "megalite synthesize configs/synthesize/questions.yaml rows=400 endpoint.concurrency=32",
+    ),
     "runs": ("megalite runs", "megalite runs /data/experiments"),
     "compare": (
         "megalite compare runs/small-lr runs/large-lr",

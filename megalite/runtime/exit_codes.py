@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import NoReturn
 
 from megalite.errors import CheckpointError, ConfigError, DataError, Unreachable
+from megalite.utils.secrecy import hide_secrets
 
 
 class Exit(IntEnum):
@@ -99,7 +100,7 @@ def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
             text = f"{error.filename}: {error.strerror}"
             if isinstance(error, FileExistsError) and os.path.isfile(error.filename):
                 text = f"{error.filename} is a file, where a folder is needed; name another output"
-        print(f"error: {text}", file=sys.stderr)
+        print(hide_secrets(f"error: {text}"), file=sys.stderr)
         failed = passes(error) or (isinstance(error, OSError) and not isinstance(error, _OF_PATHS))
         return Exit.FAILED if failed else Exit.MISTAKE
     except KeyboardInterrupt:
