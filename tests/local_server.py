@@ -23,8 +23,10 @@ from megalite.infer.encode import Encoder
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.seq2seq import TargetGenerator
-from megalite.infer.serving.app import Settings, make_app
-from megalite.infer.serving.run import Server, make_app_of, make_server
+from megalite.infer.serving.app import Settings
+from megalite.infer.serving.front import Host, make_front
+from megalite.infer.serving.loading import Open, Opened
+from megalite.infer.serving.run import Server, make_server
 from scripted import Bytes, Scripted
 
 PATIENCE_S = 60.0
@@ -65,6 +67,7 @@ class Gated(Scripted):
 @dataclass
 class Local:
     server: Server
+    host: Host
     app: Any
     url: str
 
@@ -111,28 +114,35 @@ class Local:
         raise AssertionError(found)
 
 
+def opened(
+    model: Generator | Encoder | Classifier | TargetGenerator | Gated, version: str = "first"
+) -> Opened:
+    """As if it were read from a folder."""
+    if isinstance(model, Gated):
+        model = Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0))
+    return Opened(model, Path(version), version)
+
+
 @contextlib.contextmanager
 def serving(
     model: Generator | Encoder | Classifier | TargetGenerator | Gated,
     folder: Path,
     grace_s: float = 1.0,
+    open_again: Open | None = None,
     **settings: Any,
 ) -> Iterator[Local]:
     """Ratings go to the folder."""
-    asked = Settings("tiny", folder, **settings)
-    if isinstance(model, Gated):
-        app = make_app(Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0)), asked)
-    else:
-        app = make_app_of(model, asked)
+    host = Host(opened(model), Settings("tiny", folder, **settings), open_again)
+    app = make_front(host)
     listening = socket.create_server(("127.0.0.1", 0))
     server = make_server(app, grace_s)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
-        yield Local(server, app, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield Local(server, host, app, f"http://127.0.0.1:{listening.getsockname()[1]}")
     finally:
         server.should_exit = True
-        app.state.engine.close(0.0)
+        host.close(0.0)
         if isinstance(model, Gated):
             model.run()
         thread.join(PATIENCE_S)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from functools import partial
 from pathlib import Path
 
 from megalite.commands.parser import VerbParser, add_model
@@ -67,17 +69,14 @@ def _serve(arguments: argparse.Namespace) -> None:
         from megalite.errors import ConfigError
 
         raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
-    from megalite.infer.classify import Classifier
-    from megalite.infer.encode import Encoder
-    from megalite.infer.generate import Generator, find_model
-    from megalite.infer.seq2seq import TargetGenerator
     from megalite.infer.serving.app import Settings
-    from megalite.infer.serving.guards import read_keys
+    from megalite.infer.serving.guards import ADMIN_KEY_VARIABLE, read_keys
+    from megalite.infer.serving.loading import open_model
     from megalite.infer.serving.run import bind, serve
-    from megalite.models import model_config
 
     settings = Settings(
-        name=arguments.name or arguments.model.resolve().name,
+        # That of a link, not of what it leads to: clients ask for the same name after a swap.
+        name=arguments.name or Path(os.path.abspath(arguments.model)).name,
         ratings=arguments.ratings,
         keys=read_keys(arguments.api_key_file),
         max_bytes=int(arguments.max_request_mb * 1e6),
@@ -85,17 +84,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
         host=arguments.host,
+        admin_key=os.environ.get(ADMIN_KEY_VARIABLE, "").strip(),
     )
     address = bind(arguments.host, arguments.port)
-    folder = find_model(arguments.model)
-    config = model_config({"hf": str(folder)})
-    model: Encoder | Classifier | TargetGenerator | Generator
-    if config.PREDICTS == "masked":
-        model = Encoder.open(folder)
-    elif config.has_classes:
-        model = Classifier.open(folder)
-    elif config.task == "seq2seq":
-        model = TargetGenerator.open(folder)
-    else:
-        model = Generator.open(folder, num_slots=arguments.slots, max_length=arguments.max_length)
-    serve(model, settings, address, arguments.grace)
+    size = arguments.slots, arguments.max_length
+    serve(partial(open_model, arguments.model, *size), settings, address, arguments.grace)

@@ -118,7 +118,7 @@ def test_log_probabilities_of_a_stream_are_those_of_the_whole(local: Local) -> N
 
 
 def test_part_of_a_character_has_no_bytes() -> None:
-    reply = Reply("chatcmpl", "tiny", lambda token: Bytes().decode([token]))
+    reply = Reply("chatcmpl", "tiny", lambda token: Bytes().decode([token]), "")
     parts = [Choice(token, -1.0, ((token, -1.0),)) for token in "é!".encode()]
     found = reply.choice(0, "é!", parts, "stop", streamed=False)["logprobs"]["content"]
     assert [entry["bytes"] for entry in found] == [None, None, [33]]

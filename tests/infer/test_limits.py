@@ -21,7 +21,7 @@ pytest.importorskip("fastapi")
 import httpx
 import openai
 import orjson
-from local_server import PATIENCE_S, Clock, Gated, Local, serving
+from local_server import PATIENCE_S, Clock, Gated, Local, opened, serving
 
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
@@ -421,7 +421,9 @@ def test_asked_to_end_just_before_it_listens_to_signals(
     monkeypatch.setattr(Server, "run", asked)
     generator = Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0))
     try:
-        serve(generator, Settings("tiny", tmp_path), bind("127.0.0.1", 0), grace_s=1)
+        serve(
+            lambda _: opened(generator), Settings("tiny", tmp_path), bind("127.0.0.1", 0), grace_s=1
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not in_vain.is_set()

@@ -43,7 +43,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
 def test_all_is_described(local: Local) -> None:
     described = {
         f"{verb.upper()} {path}"
-        for path, verbs in local.app.openapi()["paths"].items()
+        for path, verbs in local.host.current.app.openapi()["paths"].items()
         for verb in verbs
     }
     assert described == set(OPERATIONS)
@@ -54,7 +54,7 @@ def test_no_request_is_answered_by_500(
     local: Local, operation: str, pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     verb, path = operation.split()
-    schema = schemathesis.openapi.from_dict(local.app.openapi())
+    schema = schemathesis.openapi.from_dict(local.host.current.app.openapi())
     kinds = schemathesis.GenerationMode
     whole = pytestconfig.getoption("--whole")
     checked = settings(

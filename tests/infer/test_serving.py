@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
@@ -130,8 +131,9 @@ def start(folder: Path, root: Path, *options: str) -> Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
+    (root / "current").symlink_to(make_folder(root / "tiny"))
     options = f"--slots 4 --max-length {LENGTH} --grace 1 --requests-per-minute 600"
-    found = start(make_folder(root / "tiny"), root, *options.split())
+    found = start(root / "current", root, *options.split())
     yield found
     if found.process.poll() is None:
         found.process.kill()
@@ -265,6 +267,54 @@ def test_200_idle_and_200_half_sent_connections_keep_nobody_from_an_answer(
         assert served.log.stat().st_size - logged < 100_000
     for connection in held:
         connection.close()
+
+
+def test_the_model_behind_a_link_is_swapped_under_load(served: Served, offline: Generator) -> None:
+    """On SIGHUP. A link that leads to a damaged folder changes nothing."""
+    other = served.log.parent / "other"
+    shutil.copytree(served.folder, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    asked = ASKED | {"temperature": 0}
+    wanted = [
+        text_of(offline, "Once", 24, 3, 0),
+        text_of(Generator.open(other, num_slots=1), "Once", 24, 3, 0),
+    ]
+
+    def turn(target: Path, outcome: str) -> None:
+        name = re.escape(f'megalite_reloads_total{{outcome="{outcome}"}}')
+        before = served.metric(name)
+        link = served.folder.with_name("next")
+        link.symlink_to(target)
+        link.replace(served.folder)
+        served.process.send_signal(signal.SIGHUP)
+        served.until(name, before + 1)
+
+    async def swap_under_load() -> tuple[list[str], list[str]]:
+        async with served.client(openai.AsyncOpenAI) as client:
+
+            async def ask() -> str:
+                done = await client.completions.create(prompt="Once", **asked)
+                return str(done.choices[0].text)
+
+            jobs = [asyncio.create_task(ask()) for _ in range(48)]
+            await asyncio.gather(*jobs[:4])
+            await asyncio.to_thread(turn, other, "done")
+            return await asyncio.gather(*jobs), [await ask()]
+
+    during, after = asyncio.run(swap_under_load())
+    assert {*during} <= {*wanted}
+    assert wanted[0] in during
+    assert after == wanted[1:]
+    broken = served.log.parent / "broken"
+    shutil.copytree(other, broken)
+    os.truncate(broken / "model.safetensors", 20_000)
+    turn(broken, "refused")
+    assert served.client().completions.create(prompt="Once", **asked).choices[0].text == wanted[1]
+    assert "ERROR the model stays what it was: " in served.log.read_text()
+    turn(served.log.parent / "tiny", "done")
+    assert served.client().completions.create(prompt="Once", **asked).choices[0].text == wanted[0]
 
 
 def memory_of(process: subprocess.Popen[bytes]) -> float:

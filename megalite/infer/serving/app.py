@@ -27,7 +27,7 @@ from megalite.infer import answer as answers
 from megalite.infer.batch import NOT_FINITE, NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
-from megalite.infer.serving.guards import Guards, Refused
+from megalite.infer.serving.guards import Refused
 from megalite.infer.serving.lanes import BYTES_PER_TOKEN, Lanes
 from megalite.infer.serving.logs import AsJson
 from megalite.infer.serving.metrics import Metrics
@@ -72,6 +72,8 @@ class Settings:
     log_prompts: bool = False
     host: str = "127.0.0.1"
     """Address or name that the server was asked to listen on."""
+    admin_key: str = ""
+    """Key of who may have the model reloaded; empty: nobody may over HTTP."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of range."""
@@ -99,12 +101,11 @@ class Trouble(Exception):
         self.status, self.body = status, error(message, kind, param, code)
 
 
-def make_app(generator: Generator, settings: Settings) -> FastAPI:
-    """Return the ASGI app that answers with `generator`. Its engine thread runs between startup and
-    shutdown."""
-    metrics = Metrics()
+def make_app(generator: Generator, settings: Settings, metrics: Metrics, version: str) -> FastAPI:
+    """Return the ASGI app that answers with `generator`, of the given `version`. Its engine thread
+    runs between startup and shutdown."""
     engine, ratings = Engine(generator, metrics, settings.max_waiting), Ratings(settings.ratings)
-    service = Service(engine, settings)
+    service = Service(engine, settings, version)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -116,7 +117,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
         service.lanes.close()
         await run_in_threadpool(engine.join, 10.0)
 
-    app = guarded_app(engine, settings, lifespan)
+    app = bare_app(engine, lifespan)
     _add_api(app, service, ratings)
     add_pages(app, settings, generator.folder, service.chats)
     add_models(app, settings)
@@ -124,19 +125,13 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
     return app
 
 
-def guarded_app(engine: Any, settings: Settings, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
-    """Return an app without routes, behind the guards, that tells errors in OpenAI's form. `engine`
-    is what computes: it has `metrics`, `trouble` and `close`."""
+def bare_app(engine: Any, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
+    """Return an app without routes that tells errors in OpenAI's form. `engine` is what computes or
+    has others compute: it has `metrics` and `close`."""
     app = FastAPI(
         title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.engine = engine
-    app.add_middleware(
-        Guards, keys=settings.keys, max_bytes=settings.max_bytes, requests_per_minute=settings.requests_per_minute,
-        host=settings.host,
-    )  # fmt: skip
-    # Starlette runs what is added last first: what Guards refuses is counted and logged, too.
-    app.add_middleware(Noted, metrics=engine.metrics)
     explain_errors(app)
     return app
 
@@ -233,8 +228,9 @@ def add_pages(
 class Service:
     """Turns request bodies into requests to the engine, and its updates into responses."""
 
-    def __init__(self, engine: Engine, settings: Settings):
+    def __init__(self, engine: Engine, settings: Settings, version: str):
         self.engine, self.settings, self.generator = engine, settings, engine.generator
+        self.version = version
         self.lanes = Lanes(settings.max_bytes)
         try:
             self.chats = bool(self.generator.chat_template)
@@ -361,7 +357,7 @@ class Service:
                 )
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
-        reply = Reply(kind, self.settings.name, self.generator.token_text)
+        reply = Reply(kind, self.settings.name, self.generator.token_text, self.version)
         updates = _updates(queue, len(tickets))
         if body.stream:
             pieces = self._stream(body, reply, tickets, updates, num_prompt)
@@ -526,6 +522,11 @@ def explain_errors(app: FastAPI) -> None:
         param = ".".join(place) or None
         return as_json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
 
+    @app.exception_handler(Exception)
+    async def mistake(request: Request, problem: Exception) -> Response:
+        """Answer in this form, too. The error goes on to `Noted`, which logs it."""
+        return _server_mistake()
+
     @app.exception_handler(HTTPException)
     async def http(request: Request, problem: HTTPException) -> Response:
         kind = KINDS.get(problem.status_code, "server_error")
@@ -578,13 +579,7 @@ class Noted:
             # A response that has begun cannot be replaced.
             if not status:
                 status = 500
-                await Response(
-                    orjson.dumps(
-                        error("the server made a mistake; its log says which", "server_error")
-                    ),
-                    500,
-                    media_type="application/json",
-                )(scope, receive, send)
+                await _server_mistake()(scope, receive, send)
         finally:
             seconds = time.monotonic() - began
             # The route, not the requested path: labels must be few.
@@ -593,6 +588,10 @@ class Noted:
             self.metrics.seconds.labels(path).observe(seconds)
             client = (scope.get("client") or ("?",))[0]
             LOG.info("%s %s %s %d %.3f s", client, scope["method"], path, status, seconds)
+
+
+def _server_mistake() -> Response:
+    return as_json(error("the server made a mistake; its log says which", "server_error"), 500)
 
 
 def as_json(body: Any, status: int = 200) -> Response:

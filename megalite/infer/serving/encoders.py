@@ -34,8 +34,8 @@ from megalite.infer.serving.app import (
     add_models,
     add_monitoring,
     as_json,
+    bare_app,
     check_model,
-    guarded_app,
     told,
 )
 from megalite.infer.serving.engine import Overloaded
@@ -57,9 +57,7 @@ class EncoderEngine:
         self._lock = threading.Lock()
         self._num_asked, self._is_closed = 0, False
         self._began: float | None = None
-        metrics.slots.set(1)
-        metrics.busy.set_function(lambda: min(self._num_asked, 1))
-        metrics.waiting.set_function(lambda: max(self._num_asked - 1, 0))
+        metrics.engines.append(self)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in the thread and return its result. Raise Overloaded if too many wait, or the
@@ -86,6 +84,21 @@ class EncoderEngine:
     def _ended(self) -> None:
         with self._lock:
             self._num_asked -= 1
+
+    @property
+    def num_slots(self) -> int:
+        """Return how many requests it computes at a time."""
+        return 1
+
+    @property
+    def num_busy(self) -> int:
+        """Return how many requests it computes now."""
+        return min(self._num_asked, 1)
+
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests wait."""
+        return max(self._num_asked - 1, 0)
 
     def trouble(self, longest_s: float) -> str:
         """Return why it answers nobody, such as a request of more than `longest_s` seconds; empty
@@ -114,25 +127,26 @@ async def within_time(engine: EncoderEngine, settings: Settings, work: Callable[
         raise Trouble(504, text, "server_error", code="timeout") from None
 
 
-def make_serial_app(settings: Settings) -> FastAPI:
+def make_serial_app(settings: Settings, metrics: Metrics) -> FastAPI:
     """Return an app with an `EncoderEngine`, and the addresses that clients and monitoring look
     at."""
-    engine = EncoderEngine(Metrics(), settings.max_waiting)
+    engine = EncoderEngine(metrics, settings.max_waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         engine.close(0.0)
+        metrics.engines.remove(engine)
 
-    app = guarded_app(engine, settings, lifespan)
+    app = bare_app(engine, lifespan)
     add_models(app, settings)
     add_monitoring(app, engine, settings)
     return app
 
 
-def make_encoder_app(model: Encoder | Classifier, settings: Settings) -> FastAPI:
+def make_encoder_app(model: Encoder | Classifier, settings: Settings, metrics: Metrics) -> FastAPI:
     """Return the ASGI app that answers with an encoder, or with a decoder that has classes."""
-    app = make_serial_app(settings)
+    app = make_serial_app(settings, metrics)
     if isinstance(model, Encoder):
         _add_vectors(app, EncoderService(model, app.state.engine, settings))
         if model.model.config.task in TASKS:

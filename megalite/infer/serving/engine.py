@@ -81,14 +81,11 @@ class Engine:
         self._ends_at: float | None = None
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.slots.set(generator.model.num_slots)
-        # Called whenever Prometheus reads the metrics, in the thread of the event loop.
-        metrics.busy.set_function(lambda: self._batch.num_running)
-        metrics.waiting.set_function(lambda: self._num_waiting)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+        self.metrics.engines.append(self)
 
     def trouble(self, longest_s: float) -> str:
         """Return why the engine answers nobody, such as a step longer than `longest_s` seconds;
@@ -100,7 +97,18 @@ class Engine:
         return f"a step of the model has not ended after {taken:.0f} s" if taken > longest_s else ""
 
     @property
-    def _num_waiting(self) -> int:
+    def num_slots(self) -> int:
+        """Return how many answers it computes at a time, at most."""
+        return self.generator.model.num_slots
+
+    @property
+    def num_busy(self) -> int:
+        """Return how many answers it computes now."""
+        return self._batch.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests wait for a slot."""
         return len(self._batch.waiting) + len(self._arrived)
 
     def submit(
@@ -123,7 +131,7 @@ class Engine:
                 raise Overloaded("the server is about to end")
             # A request that finds a free slot does not wait: it does not count against the queue.
             free = self.generator.model.num_slots - self._batch.num_running
-            if self._num_waiting + len(tickets) > self.max_waiting + free:
+            if self.num_waiting + len(tickets) > self.max_waiting + free:
                 raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
             self._arrived.extend(tickets)
             self._changed.notify()
@@ -144,7 +152,9 @@ class Engine:
             self._changed.notify()
 
     def join(self, timeout_s: float) -> None:
-        """Wait at most `timeout_s` seconds for the thread to end."""
+        """Wait at most `timeout_s` seconds for the thread to end. The metrics forget the engine."""
+        if self in self.metrics.engines:
+            self.metrics.engines.remove(self)
         self._thread.join(timeout_s)
 
     def _run(self) -> None:

@@ -26,6 +26,8 @@ from megalite.infer.serving.protocol import error
 from megalite.utils.outside import read_text
 
 KEY_VARIABLE = "MEGALITE_API_KEY"
+ADMIN_KEY_VARIABLE = "MEGALITE_ADMIN_KEY"
+RELOAD = "/admin/reload"
 OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")
 MOST_CLIENTS = 10_000
 """Number of clients whose requests are counted; the one idle for longest is forgotten first."""
@@ -78,13 +80,21 @@ class Guards:
     that of the connection."""
 
     def __init__(
-        self, app: Any, keys: Sequence[str], max_bytes: int, requests_per_minute: int, host: str
+        self,
+        app: Any,
+        keys: Sequence[str],
+        max_bytes: int,
+        requests_per_minute: int,
+        host: str,
+        admin_key: str = "",
     ):
         """Wrap `app`. A request needs one of `keys`, if there are any, and a body of at most
         `max_bytes`. `requests_per_minute` applies per key, or per address without keys; 0 is no
-        limit. `host` is what the server was asked to listen on."""
+        limit. `host` is what the server was asked to listen on. RELOAD opens to `admin_key`
+        alone."""
         self.app, self.max_bytes, self.host = app, max_bytes, host
         self.keys = [key.encode() for key in keys]
+        self.admin_keys = [admin_key.encode()] if admin_key else []
         self.rate = Rate(requests_per_minute) if requests_per_minute else None
         self.wrong = Rate(WRONG_KEYS_PER_MINUTE)
         self._right: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
@@ -157,7 +167,8 @@ class Guards:
 
     def _check_key(self, scope: Any) -> bytes | None:
         """Return the request's key, None if none is needed. Raise Refused."""
-        if not self.keys:
+        keys = self.admin_keys if scope["path"] == RELOAD else self.keys
+        if not keys:
             return None
         scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
         given, client = given.strip(), _client(scope)
@@ -176,7 +187,7 @@ class Guards:
             )
         # All keys are compared in constant time: the duration must not tell how much of a key was
         # right.
-        fits = [hmac.compare_digest(given, key) for key in self.keys]
+        fits = [hmac.compare_digest(given, key) for key in keys]
         if not any(fits):
             self.wrong.wait_s(client)
             text = "the API key is wrong"

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Counted(Protocol):
+    """Describes an engine as the metrics see it."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def num_busy(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
 
 
 class Metrics:
@@ -40,6 +55,24 @@ class Metrics:
         )
         self.busy = Gauge("megalite_slots_busy", "answers that are computed now", registry=registry)
         self.waiting = Gauge("megalite_waiting", "requests that wait for a slot", registry=registry)
+        self.engines: list[Counted] = []
+        """Those that answer now: more than one while a model takes another's place."""
+        # Called whenever Prometheus reads the metrics, in the thread of the event loop.
+        self.slots.set_function(lambda: max((each.num_slots for each in self.engines), default=0))
+        self.busy.set_function(lambda: sum(each.num_busy for each in self.engines))
+        self.waiting.set_function(lambda: sum(each.num_waiting for each in self.engines))
         self.ratings = Counter(
             "megalite_ratings", "answers that were rated", ("rating",), registry=registry
+        )
+        self.model = Gauge(
+            "megalite_model",
+            "1 for the model that is served",
+            ("version", "folder"),
+            registry=registry,
+        )
+        self.reloads = Counter(
+            "megalite_reloads",
+            "times that a model was to be loaded anew",
+            ("outcome",),
+            registry=registry,
         )

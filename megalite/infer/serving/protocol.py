@@ -315,15 +315,20 @@ class Reply:
     """Builds the bodies of one response."""
 
     def __init__(
-        self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Callable[[int], str]
+        self,
+        kind: Literal["cmpl", "chatcmpl"],
+        model: str,
+        name_of: Callable[[int], str],
+        version: str,
     ):
         """Start a response of `kind` by the model named `model`. `name_of` gives the text of a
-        token."""
+        token; `version` tells models apart that are served under one name."""
         self.chat, self.name_of = kind == "chatcmpl", name_of
         self.head = {
             "id": f"{kind}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": version or None,
         }
         self._offsets: Counter[int] = Counter()
         """Characters of the tokens reported so far, by choice."""

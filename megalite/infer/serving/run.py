@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -12,16 +13,10 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from megalite.errors import ConfigError
-from megalite.infer.cache import Row, lay_out
-from megalite.infer.classify import Classifier
-from megalite.infer.encode import Encoder
-from megalite.infer.generate import Generator
-from megalite.infer.seq2seq import TargetGenerator
 from megalite.infer.serving import logs
-from megalite.infer.serving.app import Settings, make_app
+from megalite.infer.serving.app import Settings
 from megalite.infer.serving.connections import (
     ACCEPTED_AT_ONCE,
     IDLE_S,
@@ -30,8 +25,8 @@ from megalite.infer.serving.connections import (
     most_connections,
     tell_of_failed_accept,
 )
-from megalite.infer.serving.encoders import make_encoder_app
-from megalite.infer.serving.targets import make_target_app
+from megalite.infer.serving.front import Host, make_front
+from megalite.infer.serving.loading import Open
 
 LOG = logging.getLogger("megalite.serve")
 LAST_S = 2.0
@@ -89,38 +84,48 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    model: Generator | Encoder | Classifier | TargetGenerator,
+    open_it: Open,
     settings: Settings,
     address: socket.socket,
     grace_s: float,
 ) -> None:
-    """Serve `model` on the socket `address` of `bind` until a signal ends it; answers in progress
-    then get `grace_s` seconds."""
+    """Serve the model that `open_it` opens on the socket `address` of `bind` until a signal ends
+    it; answers in progress then get `grace_s` seconds.
+
+    On SIGHUP it is opened anew. Raise ConfigError, DataError, CheckpointError or NotFinite for a
+    model that cannot be served."""
     logs.set_up()
-    if isinstance(model, Generator):
-        warm_up(model)
-    server = make_server(make_app_of(model, settings), grace_s)
+    host = Host(open_it(False), settings, open_it)
+    server = make_server(make_front(host), grace_s)
     # uvicorn installs the same handler later; but after shutdown it raises the signal again, which
     # must not kill then.
     signal.signal(signal.SIGTERM, server.handle_exit)
+    had_terminal = _has_terminal()
+
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        # A terminal that is closed sends the same signal, and then nobody wants the server.
+        if had_terminal and not _has_terminal():
+            server.handle_exit(number, frame)
+        else:
+            host.reload_soon()
+
+    signal.signal(signal.SIGHUP, hang_up)
     protected = (
         f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
     )
-    host, port = address.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    name, port = address.getsockname()[:2]
+    url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
     LOG.info("%s on %s (%s); ratings go to %s", settings.name, url, protected, settings.ratings)
     server.run([address])
 
 
-def make_app_of(
-    model: Generator | Encoder | Classifier | TargetGenerator, settings: Settings
-) -> FastAPI:
-    """Return the ASGI app that answers with `model`."""
-    if isinstance(model, Generator):
-        return make_app(model, settings)
-    if isinstance(model, TargetGenerator):
-        return make_target_app(model, settings)
-    return make_encoder_app(model, settings)
+def _has_terminal() -> bool:
+    """Return whether a terminal controls this process."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def make_server(app: Any, grace_s: float) -> Server:
@@ -132,10 +137,3 @@ def make_server(app: Any, grace_s: float) -> Server:
         timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=IDLE_S,
     )  # fmt: skip
     return Server(config, app.state.engine, grace_s)
-
-
-def warm_up(generator: Generator) -> None:
-    """Allocate the memory of all slots' longest sequences now, rather than fail for lack of it
-    later."""
-    model = generator.model
-    model.predict(*lay_out([Row(0, model.capacity - 1, [0], model.capacity)], model.device))

@@ -27,13 +27,16 @@ from megalite.infer.serving.app import (
     unless_gone,
 )
 from megalite.infer.serving.encoders import EncoderEngine, make_serial_app, within_time
+from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import CompletionBody, Reply, usage, wrap
 
 
-def make_target_app(generator: TargetGenerator, settings: Settings) -> FastAPI:
+def make_target_app(
+    generator: TargetGenerator, settings: Settings, metrics: Metrics, version: str
+) -> FastAPI:
     """Return the ASGI app that answers sources with `generator`."""
-    app = make_serial_app(settings)
-    service = TargetService(generator, app.state.engine, settings)
+    app = make_serial_app(settings, metrics)
+    service = TargetService(generator, app.state.engine, settings, version)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -58,8 +61,15 @@ class Deadline:
 class TargetService:
     """Turns bodies of completions into sources, and their targets into responses."""
 
-    def __init__(self, generator: TargetGenerator, engine: EncoderEngine, settings: Settings):
+    def __init__(
+        self,
+        generator: TargetGenerator,
+        engine: EncoderEngine,
+        settings: Settings,
+        version: str,
+    ):
         self.generator, self.engine, self.settings = generator, engine, settings
+        self.version = version
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Answer a completion request. Choice n of all draws with the seed and n. A stream has each
@@ -99,7 +109,7 @@ class TargetService:
                 status_code=499
             )  # nginx's status for a client that closed the connection
         num_prompt, targets = ended
-        reply = Reply("cmpl", self.settings.name, str)
+        reply = Reply("cmpl", self.settings.name, str, self.version)
         choices = [self._choice(reply, body, *each) for each in enumerate(targets)]
         counts = usage(num_prompt, sum(map(len, targets)))
         if not body.stream:
