@@ -54,7 +54,21 @@ def add_arguments(parser: VerbParser) -> None:
         help="seconds to end after SIGTERM (default: %(default)s)",
     )
     parser.add_argument(
-        "--log-prompts", action="store_true", help="also log what is asked; it is not otherwise"
+        "--request-log",
+        type=Path,
+        metavar="DIR",
+        help="folder for a line a request, which `megalite monitor` reads; no texts, keys or addresses are in it",
+    )
+    parser.add_argument(
+        "--keep-days",
+        type=int,
+        default=30,
+        help="days after which these lines are deleted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="also log what is asked, and in the request log what is answered; it is not otherwise",
     )
     parser.set_defaults(verb=_serve)
 
@@ -83,6 +97,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         requests_per_minute=arguments.requests_per_minute,
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
+        request_log=arguments.request_log,
+        keep_days=arguments.keep_days,
         host=arguments.host,
         admin_key=os.environ.get(ADMIN_KEY_VARIABLE, "").strip(),
     )

@@ -31,6 +31,8 @@ class Request:
     logprobs."""
     ends: frozenset[int] = frozenset()
     """Token ids that end this answer, in addition to those that end every answer."""
+    scored: bool = False
+    """Add up the log probabilities of the answer's tokens."""
     plain: bool = False
     """The text is meant for people: decode it without control tokens."""
 
@@ -57,6 +59,8 @@ class Answer:
     choices: list[Choice] = field(default_factory=list)
     """One entry per token, if the request asks for logprobs."""
     finish: Finish | None = None
+    logprob: float = 0.0
+    """Sum of its tokens' log probabilities, if the request is scored."""
 
     def take(self, token: int, ends: frozenset[int], room: int) -> None:
         """Append the next `token` and finish the answer if it ends there.

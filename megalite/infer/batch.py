@@ -215,14 +215,16 @@ class Batch:
         # The largest logit is NaN if any is. Tokens and this check share one transfer, since each
         # waits for the device.
         chosen = torch.stack([tokens_B, logits_BV.amax(-1).isfinite().long()], 1).tolist()
-        for logits_V, (token, is_finite), sequence, own_ends in zip(
-            logits_BV, chosen, sequences, ends, strict=True
+        logprobs = _logprobs_of(logits_BV, tokens_B, [request.scored for request in requests])
+        for logits_V, (token, is_finite), logprob, sequence, own_ends in zip(
+            logits_BV, chosen, logprobs, sequences, ends, strict=True
         ):
             answer = sequence.answer
             if not is_finite:
                 answer.end("not_finite")
                 del self._running[sequence.slot]
                 continue
+            answer.logprob += 0.0 if token in own_ends else logprob
             # An end token is not kept, and has no logprob.
             if answer.request.num_logprobs is not None and token not in own_ends:
                 answer.choices.append(_choice(logits_V, token, answer.request.num_logprobs))
@@ -234,6 +236,15 @@ class Batch:
                 # Cached keys were rotated for another encoding of positions: compute the whole
                 # sequence again.
                 sequence.cached = 0
+
+
+def _logprobs_of(logits_BV: Tensor, tokens_B: Tensor, scored: Sequence[bool]) -> list[float]:
+    """Return the log probability of each row's token, from unprocessed logits; 0 for rows that are
+    not scored."""
+    if not any(scored):
+        return [0.0] * len(scored)
+    logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+    return [x if asked else 0.0 for x, asked in zip(logprobs_B.tolist(), scored, strict=True)]
 
 
 def _choice(logits_V: Tensor, token: int, count: int) -> Choice:

@@ -122,14 +122,10 @@ def _make_tokens(model: Model, folder: Path) -> None:
 def _train_and_show(model: Model, folder: Path) -> int:
     """Train, report, sample and export; return 1 where the model has learned too little."""
     # Two CPU ranks, whatever else this machine has.
-    launch = (
-        "launch",
-        "--ranks",
-        "2",
-        str(_shortest(configs_dir() / f"{model.name}.yaml", folder)),
-    )
+    config = _shortest(configs_dir() / f"{model.name}.yaml", folder)
+    launch = ["launch", "--ranks", "2", str(config)]
     if importlib.util.find_spec("wandb") is None:
-        launch += ("observe.wandb.mode=disabled",)
+        launch.append("observe.wandb.mode=disabled")
     _say("4. pretraining: 2 ranks share every matrix (tensor 2) ...")
     _verb(folder, *launch, "parallel.tensor=2", "train.stop_at=200")
     _say("   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)")

@@ -445,6 +445,8 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.wait_for_selector("text=your answer is noted")
         assert page.text_content(".answer .text") == "Hello yourself."
         assert page.inner_text(".pace").startswith("20 tokens, ")
+        noted = json.loads(rows.read_bytes().splitlines()[-1])
+        assert noted["id"].startswith("chatcmpl-"), "the response that was rated"
         asked: list[Any] = []
         page.on(
             "request",

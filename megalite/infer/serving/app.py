@@ -9,7 +9,8 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,13 +28,14 @@ from megalite.infer import answer as answers
 from megalite.infer.batch import NOT_FINITE, NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
-from megalite.infer.serving.guards import Refused
+from megalite.infer.serving.guards import CLIENT, Refused
 from megalite.infer.serving.lanes import BYTES_PER_TOKEN, Lanes
 from megalite.infer.serving.logs import AsJson
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.pages import origin_of, page
 from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, error, usage
 from megalite.infer.serving.ratings import RatingBody, Ratings
+from megalite.infer.serving.request_log import RequestLog, are_noted, language_of, note
 
 T = TypeVar("T")
 LOG = logging.getLogger("megalite.serve")
@@ -72,6 +74,10 @@ class Settings:
     log_prompts: bool = False
     host: str = "127.0.0.1"
     """Address or name that the server was asked to listen on."""
+    request_log: Path | None = None
+    """Folder for a line a request; None: they are not logged."""
+    keep_days: int = 30
+    """Days after which lines of requests are deleted."""
     admin_key: str = ""
     """Key of who may have the model reloaded; empty: nobody may over HTTP."""
 
@@ -80,6 +86,7 @@ class Settings:
         for what, value, least in (
             ("bytes of a request", self.max_bytes, 1),
             ("requests a minute", self.requests_per_minute, 0),
+            ("days that requests are kept", self.keep_days, 1),
             ("seconds of an answer", self.timeout_s, 0.001),
         ):
             if not least <= value < float("inf"):
@@ -198,6 +205,7 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
                 500, "the rating could not be kept; the server's log says why", "server_error"
             ) from None
         service.engine.metrics.ratings.labels(body.kind).inc()
+        note(rating=body.kind, of=body.id)
         return {"object": "rating", "rating": body.kind}
 
 
@@ -343,6 +351,8 @@ class Service:
         number of prompt tokens."""
         if self.settings.log_prompts:
             LOG.info("prompt %s", AsJson(body.model_dump(exclude_none=True)))
+        if are_noted():
+            requests = [replace(each, scored=True) for each in requests]
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
 
         def deliver(told: Told) -> None:
@@ -358,6 +368,9 @@ class Service:
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
         reply = Reply(kind, self.settings.name, self.generator.token_text, self.version)
+        if are_noted():
+            said = partial(_facts_of, tickets, self.settings.log_prompts)
+            note(said, id=reply.head["id"], prompt_tokens=num_prompt, **self._facts_asked(body))
         updates = _updates(queue, len(tickets))
         if body.stream:
             pieces = self._stream(body, reply, tickets, updates, num_prompt)
@@ -379,6 +392,17 @@ class Service:
             )
         num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
         return as_json(reply.whole(choices, usage(num_prompt, num_said)))
+
+    def _facts_asked(self, body: Asked) -> dict[str, Any]:
+        """Return what a request's line tells of the question: its language, and where texts may be
+        logged the last message, or the prompt."""
+        if isinstance(body, ChatBody):
+            text = body.messages[-1].text
+        else:
+            prompts = body.prompts if isinstance(body, CompletionBody) else []
+            text = "\n".join(each for each in prompts if isinstance(each, str))
+        facts = {"language": language_of(text)}
+        return facts | ({"prompt": text} if self.settings.log_prompts else {})
 
     async def _stream(
         self,
@@ -431,6 +455,21 @@ class Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._close()
+
+
+def _facts_of(tickets: Sequence[Ticket], with_texts: bool) -> dict[str, Any]:
+    """Return what a request's line tells of its answers. `score` is the mean log probability of
+    their tokens."""
+    found = [ticket.answer for ticket in tickets]
+    num_tokens = sum(len(answer.tokens) for answer in found)
+    firsts = [ticket.first_token_s for ticket in tickets if ticket.first_token_s is not None]
+    facts = {
+        "completion_tokens": num_tokens,
+        "finish": [answer.finish or "cancelled" for answer in found],
+        "first_token_s": min(firsts, default=None),
+        "score": sum(answer.logprob for answer in found) / num_tokens if num_tokens else None,
+    }
+    return facts | ({"answers": [answer.text for answer in found]} if with_texts else {})
 
 
 def _raise_cut(ticket: Ticket, update: Update) -> None:
@@ -553,14 +592,15 @@ class Noted:
     """ASGI middleware that counts and logs each request when it has ended. It logs no headers,
     bodies or query strings, which may hold secrets."""
 
-    def __init__(self, app: Any, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: Any, metrics: Metrics, log: RequestLog | None = None):
+        self.app, self.metrics, self.log = app, metrics, log
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began, status = time.monotonic(), 0
+        facts = self.log.begin() if self.log and is_logged(scope) else None
 
         async def sending(message: Any) -> None:
             nonlocal status
@@ -588,6 +628,15 @@ class Noted:
             self.metrics.seconds.labels(path).observe(seconds)
             client = (scope.get("client") or ("?",))[0]
             LOG.info("%s %s %s %d %.3f s", client, scope["method"], path, status, seconds)
+            if self.log and facts is not None:
+                key = scope.get(CLIENT) or client.encode()
+                times = {"time": time.time() - seconds, "seconds": seconds}
+                self.log.end(facts, key, **times, path=path, status=status)
+
+
+def is_logged(scope: Any) -> bool:
+    """Return whether a request's line is written: where a model is asked, or rated."""
+    return bool(scope["method"] == "POST" and scope["path"].startswith("/v1/"))
 
 
 def _server_mistake() -> Response:

@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ from megalite.infer.serving.app import (
 from megalite.infer.serving.engine import Overloaded
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import ClassifyBody, EmbeddingsBody, RerankBody, usage
+from megalite.infer.serving.request_log import are_noted, language_of, note
 
 T = TypeVar("T")
 MOST_INPUTS = 2048
@@ -198,6 +199,7 @@ class ClassService:
 
         with told("input"):
             num_tokens, verdicts = await within_time(self.engine, self.settings, work)
+        _note_verdicts(num_tokens, verdicts, questions)
         data = [{"index": index} | self._entry(each) for index, each in enumerate(verdicts)]
         head = {
             "id": f"classify-{secrets.token_hex(12)}",
@@ -217,6 +219,21 @@ class ClassService:
             return entry
         probs = [verdict.scores[name] for name in self.classifier.labels]
         return entry | {"probs": probs, "num_classes": len(probs)}
+
+
+def _note_verdicts(
+    num_tokens: int, verdicts: Sequence[TextVerdict | WordsVerdict], asked: Sequence[Question]
+) -> None:
+    """Note how sure the model is: the mean probability of the classes that it tells."""
+    if not are_noted():
+        return
+    scores = [max(x.scores.values()) for x in verdicts if isinstance(x, TextVerdict) and x.scores]
+    texts = " ".join(each.text or " ".join(each.words) for each in asked)
+    note(
+        prompt_tokens=num_tokens,
+        score=sum(scores) / len(scores) if scores else None,
+        language=language_of(texts),
+    )
 
 
 class EncoderService:
@@ -242,6 +259,7 @@ class EncoderService:
             return rows, self.encoder.embed_rows(rows)
 
         rows, vectors = await within_time(self.engine, self.settings, work)
+        note(prompt_tokens=sum(map(len, rows)))
         if body.dimensions:
             vectors = vectors[:, : body.dimensions]
             if self.encoder.pooling.normalize:
@@ -275,6 +293,7 @@ class EncoderService:
             return np.stack(documents) @ query, sum(map(len, rows))
 
         scores, num_tokens = await within_time(self.engine, self.settings, work)
+        note(prompt_tokens=num_tokens)
         order = np.argsort(-scores, kind="stable")[: body.top_n]
         results = [
             {"index": int(index), "relevance_score": float(scores[index])}

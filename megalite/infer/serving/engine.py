@@ -47,6 +47,8 @@ class Ticket:
     num_counted: int = 0
     """Tokens already counted in the metrics."""
     num_choices_told: int = 0
+    first_token_s: float | None = None
+    """Seconds from the request to its first token."""
 
     def news(self) -> Update | None:
         """Return what is new since the last call, None if there is nothing to report."""
@@ -231,7 +233,8 @@ class Engine:
         """Update the metrics of one answer."""
         answer, metrics = ticket.answer, self.metrics
         if answer.tokens and not ticket.num_counted:
-            metrics.first_token.observe(time.monotonic() - ticket.submitted)
+            ticket.first_token_s = time.monotonic() - ticket.submitted
+            metrics.first_token.observe(ticket.first_token_s)
         metrics.generated.inc(len(answer.tokens) - ticket.num_counted)
         ticket.num_counted = len(answer.tokens)
         if answer.finish:

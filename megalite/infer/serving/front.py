@@ -29,6 +29,7 @@ from megalite.infer.serving.encoders import make_encoder_app
 from megalite.infer.serving.guards import RELOAD, Guards
 from megalite.infer.serving.loading import Model, Open, Opened
 from megalite.infer.serving.metrics import Metrics
+from megalite.infer.serving.request_log import RequestLog, note
 from megalite.infer.serving.targets import make_target_app
 
 LOG = logging.getLogger("megalite.serve")
@@ -56,6 +57,7 @@ class Loaded:
         self._idle.set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        note(version=self.version)
         self._running += 1
         self._idle.clear()
         try:
@@ -86,6 +88,8 @@ class Host:
         """Host the model `opened`. `open_again` opens the one that shall take its place; None: none
         can."""
         self.settings, self.metrics, self._open = settings, Metrics(), open_again
+        folder = settings.request_log
+        self.log = RequestLog(folder, settings.keep_days) if folder else None
         self.current = Loaded(opened, settings, self.metrics)
         self._live = [self.current]
         """The current model and those before it that still answer."""
@@ -109,6 +113,8 @@ class Host:
             task.cancel()
         for loaded in self._live:
             await loaded.end()
+        if self.log:
+            self.log.close()
 
     def close(self, within_s: float) -> None:
         """Accept no more requests. Answers that have not ended after `within_s` seconds are cut
@@ -198,7 +204,7 @@ def make_front(host: Host) -> FastAPI:
         host=settings.host, admin_key=settings.admin_key,
     )  # fmt: skip
     # Starlette runs what is added last first: what Guards refuses is counted and logged, too.
-    app.add_middleware(Noted, metrics=host.metrics)
+    app.add_middleware(Noted, metrics=host.metrics, log=host.log)
     explain_errors(app)
     if settings.admin_key:
 

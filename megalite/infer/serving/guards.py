@@ -28,6 +28,8 @@ from megalite.utils.outside import read_text
 KEY_VARIABLE = "MEGALITE_API_KEY"
 ADMIN_KEY_VARIABLE = "MEGALITE_ADMIN_KEY"
 RELOAD = "/admin/reload"
+CLIENT = "megalite.client"
+"""What a request's scope tells who asks by: the key, or without keys the address."""
 OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")
 MOST_CLIENTS = 10_000
 """Number of clients whose requests are counted; the one idle for longest is forgotten first."""
@@ -110,7 +112,8 @@ class Guards:
             self._check_size(scope)
             self._check_names(scope)
             if scope["path"] not in OPEN_PATHS:
-                self._check_rate(self._check_key(scope), scope)
+                scope[CLIENT] = self._check_key(scope) or _client(scope)
+                self._check_rate(scope[CLIENT])
         except Refused as refused:
             await _refuse(refused, receive, send)
             return
@@ -200,11 +203,11 @@ class Guards:
             self._right.popitem(last=False)
         return given
 
-    def _check_rate(self, key: bytes | None, scope: Any) -> None:
-        """Raise Refused if the client has used up its requests per minute."""
+    def _check_rate(self, client: bytes) -> None:
+        """Raise Refused if the client, a key or an address, has used up its requests per minute."""
         if self.rate is None:
             return
-        if wait := self.rate.wait_s(key or _client(scope)):
+        if wait := self.rate.wait_s(client):
             text = f"more than {self.rate.per_minute} requests a minute: try again in {wait} s"
             headers = {"retry-after": str(wait)}
             raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), headers)

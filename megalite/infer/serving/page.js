@@ -115,6 +115,7 @@ async function receive(version, model, signal, tell) {
   const response = await fetch(path, {method: "POST", headers: headers(), body: JSON.stringify(body), signal});
   if (!response.ok) throw new Error(await problemOf(response));
   for await (const data of pieces(response)) {
+    version.id = data.id;
     const choice = data.choices[0], said = choice?.delta?.content || choice?.text || "", now = performance.now();
     if (said) { first ||= now; counted++; version.said += said; version.tokens = counted; version.first = (first - began) / 1000; }
     // Without pieces to tell the pace by, that of the whole.
@@ -315,7 +316,7 @@ function tools(row, turn, answer, version) {
   const again = button("again", "Answer again", "", () => { if (!running) { dropAfter(turn); ask(turn, [answer]); } });
 
   async function rate(rating, correction) {
-    const body = {...(about.chat ? {messages: version.heard} : {prompt: turn.text}), answer: version.said, rating,
+    const body = {...(about.chat ? {messages: version.heard} : {prompt: turn.text}), answer: version.said, rating, id: version.id,
       ...(correction === undefined ? {} : {correction})};
     const response = await fetch("/v1/ratings", {method: "POST", headers: headers(), body: JSON.stringify(body)}).catch(() => null);
     if (!response) { show(GONE); return; }

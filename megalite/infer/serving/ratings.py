@@ -34,6 +34,9 @@ class RatingBody(Body):
     )
     answer: Text = Field(max_length=LONGEST)
     rating: Literal["up", "down"]
+    id: Text | None = Field(
+        None, max_length=100, description="the id of the response that is rated"
+    )
     correction: Text | None = Field(
         None, max_length=LONGEST, description="what the answer should have been"
     )
@@ -91,9 +94,10 @@ class Ratings:
             raise ConfigError(f"ratings cannot be kept in {folder}: {error.strerror}") from None
 
     def add(self, rating: RatingBody, model: str) -> None:
-        """Store a rating of an answer by `model`, durably when it returns. Raise OSError."""
+        """Store a rating of an answer by the model named `model`, durably when it returns. Raise OSError."""
         asked, answer, good = rating.asked, rating.answer, rating.good
         facts = {"rating": rating.kind, "model": model, "time": int(time.time())}
+        facts |= {"id": rating.id} if rating.id else {}
         if good is None:
             self._append("rejected.jsonl", {"prompt": asked, "rejected": answer} | facts)
             return

@@ -29,6 +29,7 @@ from megalite.infer.serving.app import (
 from megalite.infer.serving.encoders import EncoderEngine, make_serial_app, within_time
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import CompletionBody, Reply, usage, wrap
+from megalite.infer.serving.request_log import note
 
 
 def make_target_app(
@@ -110,8 +111,10 @@ class TargetService:
             )  # nginx's status for a client that closed the connection
         num_prompt, targets = ended
         reply = Reply("cmpl", self.settings.name, str, self.version)
+        num_said = sum(map(len, targets))
+        note(id=reply.head["id"], prompt_tokens=num_prompt, completion_tokens=num_said)
         choices = [self._choice(reply, body, *each) for each in enumerate(targets)]
-        counts = usage(num_prompt, sum(map(len, targets)))
+        counts = usage(num_prompt, num_said)
         if not body.stream:
             return as_json(reply.whole(choices, counts))
         return Events(_stream(reply, body, choices, counts), lambda: None)
