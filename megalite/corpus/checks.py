@@ -41,12 +41,12 @@ from megalite.corpus.config import (
     RepetitionConfig,
     WordsConfig,
 )
+from megalite.corpus.groups import read_groups
 from megalite.corpus.personal import EMAILS, IPS, replaced
 from megalite.corpus.steps import Check, Stage
 from megalite.corpus.tokenizing import Words
 from megalite.errors import ConfigError
 from megalite.runtime.processes import leave_with_parent
-from megalite.utils.resources import configs_dir, read_yaml
 
 LANGUAGE_CHARS = 20_000
 """Number of characters that the language is detected from. The rest of a long text would only take
@@ -324,7 +324,7 @@ class ListedWords:
 
     def __init__(self, config: WordsConfig) -> None:
         self._listed = _word_list(config.file)
-        self._groups = _groups(config.groups or configs_dir() / "corpus" / "groups.yaml")
+        self._groups = read_groups(config.groups)
         self._max_share = config.max_share
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
@@ -353,16 +353,3 @@ def _word_list(path: Path | None) -> frozenset[str]:
         raise ConfigError(f"words.file = {path}: {error}") from None
     # Lines that begin with # are comments.
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-
-
-def _groups(path: Path) -> dict[str, str]:
-    """Read the groups of people: the `axis/group` of each word. Raises ConfigError."""
-    groups: dict[str, str] = {}
-    for axis, members in read_yaml(path).items():
-        if not isinstance(members, dict):
-            members = {"": None}  # refused below, as a group without a list
-        for group, words in members.items():
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise ConfigError(f"words.groups = {path}: {axis}.{group} must be a list of words")
-            groups |= {word.lower(): f"{axis}/{group}" for word in words}
-    return groups
