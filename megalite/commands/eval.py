@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.bias import add_bias_arguments, asks_for_bias, measure_bias
 from megalite.commands.parser import VerbParser, add_layout, add_model
 
 
@@ -26,6 +27,7 @@ def add_arguments(parser: VerbParser) -> None:
         metavar="PREFIX",
         help="token files to measure the loss on (default: the run's own)",
     )
+    add_bias_arguments(parser)
     parser.add_argument(
         "--limit", type=int, help="only so many documents of each task, or samples of a loss"
     )
@@ -62,6 +64,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megalite.comm.mesh import leave
     from megalite.infer.evaluate import Asked, evaluate_model
 
+    if asks_for_bias(arguments):
+        measure_bias(arguments)
+        return
     names = {name: getattr(arguments, name) for name in Asked._fields}
     asked = Asked(
         **names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]}

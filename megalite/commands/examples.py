@@ -83,6 +83,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite eval runs/my --tokens data/other_text_document",
         "megalite eval runs/my --tasks arc_easy,hellaswag --limit 200",
         "megalite eval runs/chat --data rows.jsonl --chat",
+        "megalite eval runs/my --bias crows_pairs.csv BBQ/Age.jsonl --corpus-report data/web/report.json",
     ),
     "serve": (
         "megalite serve runs/chat",

@@ -155,7 +155,7 @@ def evaluate_loss(
             )
         )
         results = {"held_out": found._asdict()}
-        _keep(results, asked, folder.resolve(), run, output, console)
+        keep_results(results, asked._asdict(), folder.resolve(), run, output, console)
         if run and (run.folder / "config.yaml").is_file():
             tell_wandb(run, {f"held_out/{name}": x for name, x in found.numbers.items()}, console)
     return found.numbers
@@ -177,7 +177,8 @@ def report(
     console = Console(soft_wrap=True)
     console.print(table_of(results))
     samples = results.pop("samples", {})
-    file = _keep(results | {"lm_eval": version("lm_eval")}, asked, folder, run, output, console)
+    results = results | {"lm_eval": version("lm_eval")}
+    file = keep_results(results, asked._asdict(), folder, run, output, console)
     if file and asked.samples:
         with file.with_suffix(".samples.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
@@ -185,9 +186,9 @@ def report(
         tell_wandb(run, numbers, console)
 
 
-def _keep(
+def keep_results(
     results: Mapping[str, Any],
-    asked: Asked,
+    asked: Mapping[str, Any],
     folder: Path,
     run: Run | None,
     output: Path | None,
@@ -199,7 +200,7 @@ def _keep(
         _new_file(run.folder / "evaluations", f"{folder.name}-{when}") if run else None
     )
     if file:
-        told: dict[str, Any] = {"model": str(folder), "asked": asked._asdict(), **results}
+        told: dict[str, Any] = {"model": str(folder), "asked": asked, **results}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, json.loads(json.dumps(told, default=_plainly)))
         console.print(f"written to {file}")
