@@ -36,6 +36,7 @@ VERBS = {
     "fill": "have an encoder tell what stands in the gaps of texts",
     "embed": "make a vector of each text with an encoder",
     "classify": "tell classes of texts, a number for them, or labels of their words",
+    "annotate": "write the rows of which a model is least certain for an annotation tool",
     "answer": "find the answers to questions in texts",
     "eval": "measure a trained model: held-out loss, tasks of lm-evaluation-harness, answers",
     "serve": "answer over HTTP as OpenAI's API does, with a page to talk to the model",

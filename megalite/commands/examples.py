@@ -74,6 +74,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite answer runs/squad --question 'Who wrote it?' --context 'It was written by Ada.'",
         "megalite answer runs/squad --input rows.jsonl --may-be-none",
     ),
+    "annotate": (
+        "megalite annotate runs/ham --input texts.jsonl --tool label-studio --output tasks.json --count 200",
+        "megalite annotate runs/chat --chat --input prompts.txt --tool argilla --output records.json",
+    ),
     "embed": (
         "megalite embed runs/bert 'a text' 'another'",
         "megalite embed runs/bert --input texts.jsonl --output vectors.npy",

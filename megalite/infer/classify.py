@@ -149,20 +149,31 @@ class Classifier:
         self, questions: Sequence[Question], rows: Sequence[Row]
     ) -> list[TextVerdict | WordsVerdict]:
         """Return what the model tells of questions, given the `row` of each."""
-        config, found = self.model.config, dict[int, TextVerdict | WordsVerdict]()
+        found = {
+            number: self.verdict(questions[number], rows[number], logits_TC)
+            for number, logits_TC in self.logits(rows)
+        }
+        return [found[number] for number in range(len(rows))]
+
+    def logits(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of each row, in any order, with the logits of the text's classes, [1,C],
+        or of the labels of its tokens and of what the batch is padded with, [T,C]; fp32."""
+        config = self.model.config
         seconds = [row.second for row in rows] if config.has_token_types else None
         for numbers, _, x_BTD in state_batches(self.model, [row.ids for row in rows], seconds):
             if self.task == "classification":
                 at_B = [0 if config.CLASS_AT == "first" else len(rows[n].ids) - 1 for n in numbers]
                 x_BTD = x_BTD[torch.arange(len(numbers)), at_B][:, None]
             logits_BTC = self.model.project(self.model.finish(x_BTD)).float().cpu()
-            for number, logits_TC in zip(numbers, logits_BTC, strict=True):
-                found[number] = (
-                    self._of_text(logits_TC[0])
-                    if self.task == "classification"
-                    else self._of_words(questions[number], rows[number], logits_TC)
-                )
-        return [found[number] for number in range(len(rows))]
+            yield from zip(numbers, logits_BTC, strict=True)
+
+    def verdict(
+        self, question: Question, row: Row, logits_TC: Tensor
+    ) -> TextVerdict | WordsVerdict:
+        """Return what `logits` say of a question."""
+        if self.task == "classification":
+            return self._of_text(logits_TC[0])
+        return self._of_words(question, row, logits_TC)
 
     def _of_text(self, logits_C: Tensor) -> TextVerdict:
         if self.problem == "regression":
