@@ -816,6 +816,7 @@ class KernelsConfig(Section):
     loss: str = Field("auto", description="Implementation: auto, megalite or torch.")
     weight_gradient: str = Field("auto", description="Implementation: auto, megalite or torch.")
     experts: str = Field("auto", description="Implementation: auto, megalite or torch.")
+    fp8: str = Field("auto", description="Implementation: auto, megalite or torch.")
     optimizer: str = Field("auto", description="Implementation: auto, megalite or torch.")
 
     @field_validator("*")

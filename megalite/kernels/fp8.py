@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.kernels.library import own, pick
+
 
 class Format(NamedTuple):
     """A format of 8 bits."""
@@ -104,6 +106,8 @@ def round_to_fp8(x: Tensor, block: Block, format: Format = E4M3) -> Tensor:
     """Return the numbers in `x`'s dtype that `quantise` makes of its rows: [… ,C], of which all but
     the last dimension are rows."""
     rows = x.flatten(0, -2)
+    if pick("fp8", x) == "megalite":
+        return torch.ops.megalite.fp8_round(rows, *block, format is E5M2).view(x.shape)
     return quantise(rows, block, format).dequantise(x.dtype).view(x.shape)
 
 
@@ -141,3 +145,29 @@ class Recipe:
 
 
 RECIPES: dict[Name, Recipe] = {"blockwise": Recipe(128, square=True), "mxfp8": Recipe(32)}
+
+
+def _register() -> None:
+    # Fake kernels give the shapes and dtypes of the results without computing them.
+
+    @torch.library.register_fake("megalite::fp8_round")
+    def _(x: Tensor, block_rows: int, block_columns: int, e5m2: bool) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("megalite::fp8_quantise")
+    def _(
+        x: Tensor, block_rows: int, block_columns: int, e5m2: bool, transposed: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows, columns = x.shape
+        blocks = -(-rows // block_rows), -(-columns // block_columns)
+        (rows, columns), blocks = (
+            ((columns, rows), blocks[::-1]) if transposed else ((rows, columns), blocks)
+        )
+        format = E5M2 if e5m2 else E4M3
+        return x.new_empty(rows, columns, dtype=format.dtype), x.new_empty(
+            *blocks, dtype=torch.float32
+        )
+
+
+if own():
+    _register()

@@ -6,13 +6,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalite.kernels.fp8 import E4M3, E5M2, RECIPES, quantise, round_to_fp8
+from exactness import BUILT, device, needs_kernels  # noqa: F401
+from megalite.kernels.fp8 import E4M3, E5M2, RECIPES, quantise, round_to_fp8, spread
 
 FORMATS = {"e4m3": (E4M3, 3, 7, 0x7E), "e5m2": (E5M2, 2, 15, 0x7B)}
 """Of each the bits of its mantissa, the bias of its exponent, and the code of its largest number."""
@@ -61,88 +64,113 @@ def stated(
     return codes, scales
 
 
-def compare(x: Tensor, block: tuple[int, int], format: str) -> None:
-    found = quantise(x, block, FORMATS[format][0])
-    codes, scales = stated(x.double().tolist(), block, format)
-    is_nan = torch.isnan(found.codes.float())
-    assert torch.equal(is_nan, torch.tensor(codes) == 0x7F)
-    raw = found.codes.view(torch.uint8).int().masked_fill(is_nan, 0x7F)
-    assert raw.tolist() == codes
-    torch.testing.assert_close(found.scales, torch.tensor(scales), rtol=0, atol=0, equal_nan=True)
+Case = tuple[Tensor, tuple[int, int], str]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_code_halfway_points_and_their_neighbours(format: str) -> None:
-    """All codes come back, and what lies between two goes to the nearer; a number of the largest
-    magnitude beside them keeps the scale at 1."""
-    kind, mantissa, bias, last = FORMATS[format]
+def around_every_code(format: str) -> Iterator[Case]:
+    """All codes, the middle between two and its neighbours on both sides. With the largest number
+    beside them the scale is 1."""
+    _, mantissa, bias, last = FORMATS[format]
     numbers = [value_of(code, mantissa, bias) for code in range(last + 1)]
-    ties = [float((a + b) / 2) for a, b in itertools.pairwise(numbers)]
-    up, down = torch.tensor(math.inf), torch.tensor(0.0)
-    middle = torch.tensor(ties)
-    found = torch.cat(
-        [
-            torch.tensor([float(x) for x in numbers]),
-            middle,
-            torch.nextafter(middle, up),
-            torch.nextafter(middle, down),
-        ]
-    )
-    x = torch.cat([found, -found])[None]
-    compare(x, (1, x.shape[1]), format)
-    rounded = quantise(torch.tensor([float(x) for x in numbers])[None], (1, len(numbers)), kind)
-    assert rounded.codes.view(torch.uint8)[0].tolist() == list(range(last + 1))
-    assert rounded.scales.item() == 1
+    middle = torch.tensor([float((a + b) / 2) for a, b in itertools.pairwise(numbers)])
+    up, down = (torch.nextafter(middle, torch.tensor(end)) for end in (math.inf, 0.0))
+    found = torch.cat([torch.tensor([float(x) for x in numbers]), middle, up, down])
+    yield torch.cat([found, -found])[None], (1, 2 * len(found)), format
+    yield torch.cat([found, -found])[:, None], (2 * len(found), 1), format
+
+
+def of_any_range(format: str) -> Iterator[Case]:
+    """All of fp32's exponents, its subnormals and zeros of both signs among them; blocks at the ends
+    are smaller."""
+    numbers = random.Random(format)
+
+    def exponent(row: int) -> int:
+        anywhere = numbers.random() < 0.2
+        return (
+            numbers.randint(-148, 127)
+            if anywhere
+            else numbers.randint(24, 36) + 30 * (row // 4 - 2)
+        )
+
+    rows = [
+        [math.ldexp(numbers.uniform(-1, 1), exponent(row)) for _ in range(39)] for row in range(10)
+    ]
+    rows[3][2], rows[4][7], rows[9] = 0.0, -0.0, [math.ldexp(1.0, i - 149) for i in range(39)]
+    for block in ((1, 8), (8, 1), (4, 4), (5, 40)):
+        yield torch.tensor(rows), block, format
+        yield torch.tensor(rows).bfloat16(), block, format
+
+
+def around_the_largest(format: str) -> Iterator[Case]:
+    """The largest number of a block decides its scale to the last bit."""
+    largest = torch.tensor(448.0 if format == "e4m3" else 57344.0)
+    around = [largest, *(torch.nextafter(largest, torch.tensor(end)) for end in (0.0, math.inf))]
+    powers = 2.0 ** torch.tensor([-119, -9, 0, 7, 110])
+    yield torch.stack(around)[:, None] * powers, (1, 1), format
+    yield torch.full((3, 2), torch.finfo(torch.float32).max), (2, 2), format
+
+
+def not_finite(format: str) -> Iterator[Case]:
+    for bad, dtype in itertools.product(
+        (math.inf, -math.inf, math.nan), (torch.float32, torch.bfloat16)
+    ):
+        x = torch.ones(6, 16, dtype=dtype)
+        x[2, 5] = bad
+        for block in ((2, 8), (1, 16), (6, 1)):
+            yield x, block, format
+
+
+CASES = (around_every_code, of_any_range, around_the_largest, not_finite)
+
+
+@cache
+def cases(make: Callable[[str], Iterator[Case]], format: str) -> list[tuple[Case, Tensor, Tensor]]:
+    """Cases with their codes, int, and scales."""
+    found = [(case, *stated(case[0].double().tolist(), *case[1:])) for case in make(format)]
+    return [(case, torch.tensor(codes), torch.tensor(scales)) for case, codes, scales in found]
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("block", [(1, 8), (8, 1), (4, 4), (5, 24)])
-def test_blocks_of_any_range(block: tuple[int, int], format: str) -> None:
-    """Over all of fp32's exponents, its subnormals and zeros of both signs among them; blocks at
-    the ends are smaller."""
-    numbers = random.Random(repr((block, format)))
-    rows = [
-        [
-            math.ldexp(
-                numbers.uniform(-1, 1),
-                numbers.randint(-148, 127)
-                if numbers.random() < 0.2
-                else numbers.randint(-6, 6) + 30 * (i // 4 - 1),
+@pytest.mark.parametrize("make", CASES)
+def test_codes_and_scales_are_those_of_the_definition(
+    make: Callable[[str], Iterator[Case]],
+    format: str,
+    device: torch.device,  # noqa: F811
+) -> None:
+    """Of the reference and of each kernel, which also writes them transposed, and what they stand
+    for in the dtype of the matrix."""
+    is_e5m2 = format == "e5m2"
+    for (x, block, _), codes, scales in cases(make, format):
+        rounded = quantise(x, block, FORMATS[format][0])
+        found = [(rounded.codes, rounded.scales)]
+        dense = [rounded.dequantise(x.dtype)]
+        if BUILT:
+            ours = torch.ops.megalite
+            found.append(ours.fp8_quantise(x.to(device), *block, is_e5m2, False))
+            turned = ours.fp8_quantise(x.to(device), *block, is_e5m2, True)
+            found.append((turned[0].t(), turned[1].t()))
+            dense.append(ours.fp8_round(x.to(device), *block, is_e5m2))
+        for its_codes, its_scales in found:
+            raw = its_codes.cpu().contiguous().view(torch.uint8).int()
+            is_nan = its_codes.cpu().float().isnan()
+            assert torch.equal(raw.masked_fill(is_nan, 0x7F), codes.int())
+            torch.testing.assert_close(its_scales.cpu(), scales, rtol=0, atol=0, equal_nan=True)
+        values = found[0][0].double() * spread(scales.double(), block, x.shape)
+        for each in dense:
+            assert each.dtype == x.dtype
+            # The least numbers of all are subnormal in bf16, too.
+            torch.testing.assert_close(
+                each.cpu().double(), values.to(x.dtype).double(), rtol=0, atol=0, equal_nan=True
             )
-            for _ in range(19)
-        ]
-        for i in range(10)
-    ]
-    rows[3][2], rows[4][7], rows[9] = 0.0, -0.0, [math.ldexp(1.0, -149 + i) for i in range(19)]
-    compare(torch.tensor(rows), block, format)
-    compare(torch.tensor(rows).bfloat16(), block, format)
-
-
-def test_the_largest_number_of_a_block_decides_its_scale_to_the_bit() -> None:
-    edge = torch.tensor(448.0)
-    for power in (-120, -9, 0, 7, 119):
-        for largest in (
-            torch.nextafter(edge, torch.tensor(0.0)),
-            edge,
-            torch.nextafter(edge, torch.tensor(math.inf)),
-        ):
-            compare((largest * 2.0**power)[None, None], (1, 1), "e4m3")
-    assert quantise(torch.tensor([[3.4028234663852886e38]]), (1, 1)).scales.item() == 2.0**120
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_stays_so(bad: float, dtype: torch.dtype) -> None:
+def test_products_of_what_is_not_finite_are_not(bad: float, dtype: torch.dtype) -> None:
     """A cast alone makes 448 of an infinity, which the guard of bad numbers would not see."""
-    x = torch.ones(6, 16, dtype=dtype)
+    x, weight = torch.ones(6, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype)
     x[2, 5] = bad
-    compare(x, (2, 8), "e4m3")
-    rounded = round_to_fp8(x, (2, 8))
-    assert rounded.dtype == dtype
-    assert rounded[2:4, :8].isnan().all()
-    assert rounded.isfinite().sum() == x.numel() - 16
     for recipe in RECIPES.values():
-        weight = torch.ones(16, 16, dtype=dtype)
         assert recipe.product(x, weight)[2].isnan().all()
         assert recipe.input_gradient(x, weight)[2].isnan().all()
         grad, rows = recipe.wgrad_operands(x, x)
@@ -201,3 +229,29 @@ def test_blocks_lie_along_the_sum_of_each_product(name: str) -> None:
     rounded_grad, rounded_x = recipe.wgrad_operands(grad, x)
     assert torch.equal(rounded_grad, by_hand(grad.t(), 1).t())
     assert torch.equal(rounded_x, by_hand(x.t(), 1).t())
+
+
+@needs_kernels
+def test_bad_input_is_named() -> None:
+    quantise = torch.ops.megalite.fp8_quantise
+    with pytest.raises(
+        ValueError, match=r"fp8_quantise: x has shape \[4\], but must have two dimensions"
+    ):
+        quantise(torch.zeros(4), 1, 4, False, False)
+    with pytest.raises(
+        ValueError, match=r"fp8_quantise: blocks of 0 x 4 numbers, which must be positive"
+    ):
+        quantise(torch.zeros(4, 4), 0, 4, False, False)
+    with pytest.raises(TypeError, match=r"fp8_round: x is Half, but must be float32 or bfloat16"):
+        torch.ops.megalite.fp8_round(torch.zeros(4, 4, dtype=torch.float16), 1, 4, False)
+
+
+@needs_kernels
+def test_any_number_of_threads_gives_the_same() -> None:
+    x = torch.randn(700, 300, generator=torch.Generator().manual_seed(3))
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        found.append([round_to_fp8(x, block) for block in ((1, 128), (128, 1), (128, 128))])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
