@@ -133,7 +133,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         (["trian", "c.yaml"], "there is no verb 'trian'; did you mean 'train'?"),
-        (["jobs"], "there is no verb 'jobs'; known: config, corpus"),
+        (["jobs"], "there is no verb 'jobs'; known: quickstart, config"),
         (["tokenizer", "trian"], "there is no verb 'trian'; did you mean 'train'?"),
         (["train", "c.yaml", "--set"], "argument --set: expected one argument"),
         (["plan", "c.yaml", "--gpus", "0"], "argument --gpus: 0 is not between 1"),

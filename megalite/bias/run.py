@@ -44,8 +44,7 @@ def evaluate_bias(
     asked: Asked,
     output: Path | None = None,
     num_slots: int = 8,
-    tensor: int = 1,
-    pipeline: int = 1,
+    **layout: int,
 ) -> dict[str, float]:
     """Measure the bias of the model in `path`: a run, a checkpoint or a Hugging Face folder. All
     ranks call it; rank 0 prints a table and writes JSON and a page, to `output` or to the run's
@@ -62,7 +61,7 @@ def evaluate_bias(
     counts = read_mentions(asked.corpus_report) if asked.corpus_report else None
     folder = find_model(path)
     run = Run.of(folder)
-    scorer = open_scorer(folder, launch, tensor, pipeline, num_slots)
+    scorer = open_scorer(folder, launch, num_slots, **layout)
     outcomes = [(test, ask(test, scorer)) for test in tests]
     compared = [each for _, outcome in outcomes for each in outcome.compared]
     mentions = None if counts is None else relate(preferences(compared, group_of), counts)

@@ -45,7 +45,7 @@ class Scorer(Protocol):
         """Return the sum of the log-probabilities of each row's scored tokens, in nats."""
 
 
-def open_scorer(path: Path, launch: Launch, tensor: int, pipeline: int, num_slots: int) -> Scorer:
+def open_scorer(path: Path, launch: Launch, num_slots: int, **layout: int) -> Scorer:
     """Load the model in `path`, a run, a checkpoint or a Hugging Face folder, over the ranks of
     `launch`. Raise ConfigError for one that tells no likelihood of texts."""
     folder = find_model(path)
@@ -53,9 +53,7 @@ def open_scorer(path: Path, launch: Launch, tensor: int, pipeline: int, num_slot
         if launch.world_size > 1:
             raise ConfigError(f"{folder} holds an encoder, whose bias one process measures")
         return MaskedScorer(Encoder.open(folder, fills=True))
-    return CausalScorer(
-        Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
-    )
+    return CausalScorer(Generator.open(folder, num_slots=num_slots, launch=launch, **layout))
 
 
 class CausalScorer:

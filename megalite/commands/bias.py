@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.parser import layout_of
 from megalite.errors import ConfigError
 
 
@@ -50,6 +51,5 @@ def measure_bias(arguments: argparse.Namespace) -> None:
     from megalite.comm.mesh import leave
 
     asked = Asked(**{name: getattr(arguments, name) for name in Asked._fields})
-    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
-    evaluate_bias(arguments.model, asked, arguments.output, arguments.slots, **layout)
+    evaluate_bias(arguments.model, asked, arguments.output, arguments.slots, **layout_of(arguments))
     leave()

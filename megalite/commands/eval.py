@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from megalite.commands.bias import add_bias_arguments, asks_for_bias, measure_bias
-from megalite.commands.parser import VerbParser, add_layout, add_model
+from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -71,6 +71,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     asked = Asked(
         **names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]}
     )
-    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
-    evaluate_model(arguments.model, asked, arguments.output, arguments.slots, **layout)
+    evaluate_model(
+        arguments.model, asked, arguments.output, arguments.slots, None, **layout_of(arguments)
+    )
     leave()

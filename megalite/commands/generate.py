@@ -6,7 +6,7 @@ import argparse
 import itertools
 import sys
 
-from megalite.commands.parser import VerbParser, add_layout, add_model
+from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
 from megalite.runtime.exit_codes import at_least
 
 
@@ -54,7 +54,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megalite.models import model_config
 
     launch = Launch.from_environment()
-    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     folder = find_model(arguments.model)
     if folder != arguments.model and launch.rank == 0:
         print(f"{arguments.model}: {folder}", file=sys.stderr)  # beside the answer, not in it
@@ -65,7 +64,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.chat:
         # Fails before the weights are read, which takes long.
         ChatTemplate.of(folder, load_tokenizer(folder))
-    generator = Generator.open(folder, num_slots=1, launch=launch, **layout)
+    generator = Generator.open(folder, num_slots=1, launch=launch, **layout_of(arguments))
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     said = arguments.prompt

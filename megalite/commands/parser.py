@@ -170,6 +170,17 @@ def add_layout(parser: VerbParser) -> None:
     parser.add_argument(
         "--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun"
     )
+    parser.add_argument(
+        "--expert",
+        type=at_least(1),
+        default=1,
+        help="of the tensor ranks, that each hold some experts",
+    )
+
+
+def layout_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return what `add_layout` has added, by name."""
+    return {name: getattr(arguments, name) for name in ("tensor", "pipeline", "expert")}
 
 
 def add_cluster(parser: VerbParser) -> None:

@@ -86,23 +86,22 @@ def evaluate_model(
     output: Path | None = None,
     num_slots: int = 8,
     launch: Launch | None = None,
-    tensor: int = 1,
-    pipeline: int = 1,
+    **layout: int,
 ) -> dict[str, float]:
     """Evaluate the model in `path`: a run, a checkpoint or a Hugging Face folder. All ranks of
     `launch` call it.
 
     Rank 0 prints the results, writes them as JSON to `output` or to the run's folder `evaluations`,
     and sends them to the run's W&B. `asked` says what to evaluate, `num_slots` how many sequences
-    are computed at a time, and `tensor` and `pipeline` how the model is sharded. Return the metrics
-    as `numbers_of` names them. Raise ConfigError, DataError or CheckpointError."""
+    are computed at a time, and `layout` how the model is sharded (`tensor`, `pipeline`, `expert`).
+    Return the metrics as `numbers_of` names them. Raise ConfigError, DataError or CheckpointError."""
     launch = launch or Launch.from_environment()
     if sum(map(bool, (asked.tasks, asked.data, asked.tokens))) > 1:
         raise ConfigError("give one of --tasks NAME,NAME, --data FILE and --tokens PREFIX")
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
     if not asked.tasks and not asked.data:
-        return evaluate_loss(path, asked, output, launch, tensor, pipeline)
+        return evaluate_loss(path, asked, output, launch, **layout)
     if asked.data and output:
         for written in (output, output.with_suffix(".samples.jsonl")):
             check_apart(written, [asked.data], ConfigError)
@@ -118,9 +117,7 @@ def evaluate_model(
 
         specs = [references_task(asked.data, contents, asked.max_tokens, asked.stop)]
     tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
-    generator = Generator.open(
-        folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline
-    )
+    generator = Generator.open(folder, num_slots=num_slots, launch=launch, **layout)
     if contents is not None:
         generator.contents = contents  # whose marks the prompts have
         generator.answer_as_chat()
@@ -136,14 +133,14 @@ def evaluate_model(
 
 
 def evaluate_loss(
-    path: Path, asked: Asked, output: Path | None, launch: Launch, tensor: int, pipeline: int
+    path: Path, asked: Asked, output: Path | None, launch: Launch, **layout: int
 ) -> dict[str, float]:
     """Measure the held-out loss of the model in `path`, and report it as `evaluate_model` does."""
     from megalite.infer.held_out import measure
 
     folder = find_model(path)
     run = Run.of(folder)
-    found = measure(folder, asked.tokens, asked.limit, launch, tensor, pipeline)
+    found = measure(folder, asked.tokens, asked.limit, launch, **layout)
     if launch.rank == 0:
         console = Console(soft_wrap=True, highlight=False)
         console.print(

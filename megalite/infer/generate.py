@@ -202,13 +202,15 @@ class Generator:
         launch: Launch | None = None,
         tensor: int = 1,
         pipeline: int = 1,
+        expert: int = 1,
     ) -> Generator:
         """Load a run, a checkpoint or a Hugging Face folder, on one device or over ranks that all
         call this.
 
         `num_slots` sequences are computed at a time, each of at most `max_length` tokens (default:
         the model's `max_positions`). `tensor` and `pipeline` are the sizes of the model-parallel
-        groups over the ranks of `launch`. Raise ConfigError, DataError or CheckpointError."""
+        groups over the ranks of `launch`; `expert` of the tensor ranks hold different experts. Raise
+        ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(Path(path)), launch or Launch.from_environment()
         if num_slots < 1 or (max_length is not None and max_length < 2):
             raise ConfigError(
@@ -221,12 +223,12 @@ class Generator:
         if habits.warning and launch.rank == 0:
             print(habits.warning, file=sys.stderr, flush=True)
         model: Predictor
-        if launch.world_size == tensor == pipeline == 1:
+        if launch.world_size == tensor == pipeline == expert == 1:
             whole = load_model(folder)
             keep_integers(whole, folder)
             model = CachedModel(whole, num_slots, max_length)
         else:
-            model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
+            model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length, expert)
         return cls(model, tokenizer, habits.ends, habits.sampling, folder, habits)
 
     def request(

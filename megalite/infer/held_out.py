@@ -21,10 +21,10 @@ from megalite.data.mixture import IGNORE, Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine
 from megalite.errors import ConfigError, DataError
-from megalite.infer.ranks import load_stage
+from megalite.infer.ranks import load_stage, parallel_section, plan_of_inference
 from megalite.kernels import library
-from megalite.models import model_config, read_hf_config, weight_table
-from megalite.plan import Plan, make_plan
+from megalite.models import model_config, read_hf_config
+from megalite.plan import Plan
 from megalite.registry import objectives
 from megalite.training.parts import RankModel, connected, validate
 
@@ -55,6 +55,7 @@ def measure(
     launch: Launch,
     tensor: int = 1,
     pipeline: int = 1,
+    expert: int = 1,
 ) -> HeldOut:
     """Measure the model in `folder`, a checkpoint or a Hugging Face folder, on the validation data of
     its run, or on the token files `tokens`. All ranks of `launch` call it.
@@ -62,12 +63,12 @@ def measure(
     `limit` is the number of samples: by default as many as a validation of the run, or all of
     `tokens`. Ranks beyond `tensor` × `pipeline` share the samples. Raises ConfigError, DataError or
     CheckpointError."""
-    config = held_out_config(folder, tokens, launch, tensor, pipeline)
+    config = held_out_config(folder, tokens, launch, tensor, pipeline, expert)
     tokenizer = load_tokenizer(folder) if config.data.tokenizer else None
     mixture = build_mixtures(config, tokenizer)["valid"]
     assert mixture is not None
     check_vocabulary(config, tokenizer)
-    plan = make_plan(config, weight_table(config.model), launch.world_size)
+    plan = plan_of_inference(config, launch.world_size)
     launch.join()
     mesh = make_mesh(plan, launch.device)
     parts = load_parts(folder, config, plan, mesh)
@@ -90,7 +91,7 @@ def measure(
 
 
 def held_out_config(
-    folder: Path, tokens: str | None, launch: Launch, tensor: int, pipeline: int
+    folder: Path, tokens: str | None, launch: Launch, tensor: int, pipeline: int, expert: int
 ) -> Config:
     """Return a config whose valid split is the data to measure on. Raises ConfigError where there is
     none."""
@@ -113,7 +114,7 @@ def held_out_config(
             "model": {"hf": str(folder)},
             "data": _data(folder, stored, tokens, model),
             "objective": _objective(folder, stored, tokens, model),
-            "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": False},
+            "parallel": parallel_section(tensor, pipeline, expert),
             # Full micro-batches on all ranks; what a plan of training needs beside them, any value does.
             "train": {
                 "steps": 1,

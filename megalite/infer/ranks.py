@@ -3,7 +3,9 @@ pipeline, it answers as an unsharded one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch import Tensor
 from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.comm.collectives import all_gather
 from megalite.comm.mesh import Launch, Mesh, make_mesh
-from megalite.config import ModelConfig, TrainConfig
+from megalite.config import Config, ModelConfig, TrainConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.infer.cache import CachedSequenceInfo, add_cache
@@ -87,6 +89,23 @@ class RanksModel:
         return logits
 
 
+def parallel_section(tensor: int, pipeline: int, expert: int) -> dict[str, Any]:
+    """Return the section `parallel` of a config for inference. Raise ConfigError where `expert` of
+    the `tensor` ranks cannot hold different experts."""
+    if tensor % expert:
+        raise ConfigError(f"--expert {expert} must divide --tensor {tensor}, whose ranks it shares")
+    return {
+        "tensor": tensor, "pipeline": pipeline, "expert": expert, "expert_tensor": tensor // expert,
+        "sequence": expert > 1,
+    }  # fmt: skip
+
+
+def plan_of_inference(config: Config, world_size: int) -> Plan:
+    """Return the plan of ranks of which all tensor ranks have all tokens. Those that hold different
+    experts have different tokens in training; a plan of that says the rest."""
+    return replace(make_plan(config, weight_table(config.model), world_size), sequence=False)
+
+
 def load_on_ranks(
     folder: Path,
     launch: Launch,
@@ -94,10 +113,12 @@ def load_on_ranks(
     pipeline: int,
     num_slots: int,
     max_length: int | None = None,
+    expert: int = 1,
 ) -> RanksModel:
     """Load this rank's part of the Hugging Face model in `folder`, in the stored precision, over
-    `tensor` × `pipeline` ranks of `launch`. `num_slots` and `max_length` are those of `RanksModel`.
-    Raise ConfigError or CheckpointError."""
+    `tensor` × `pipeline` ranks of `launch`. Of a mixture of experts, `expert` of the tensor ranks
+    hold different experts. `num_slots` and `max_length` are those of `RanksModel`. Raise ConfigError
+    or CheckpointError."""
     if launch.world_size != tensor * pipeline:
         raise ConfigError(
             f"tensor {tensor} × pipeline {pipeline} needs {tensor * pipeline} ranks, not {launch.world_size}; "
@@ -108,15 +129,14 @@ def load_on_ranks(
             "run": {"name": "generate"},
             "model": {"hf": str(folder)},
             # What a plan of training needs and inference has not: any value does.
-            "data": {"train": [{"path": "-"}], "seq_length": 1},
-            "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": False},
+            "data": {"train": [{"path": "-"}], "seq_length": tensor},
+            "parallel": parallel_section(tensor, pipeline, expert),
             "train": {"steps": 1, "global_batch_size": pipeline},
             "optimizer": {"lr": 1.0},
         }
     )
     config = config.model_copy(update={"model": config.model.without_predictors()})
-    table = weight_table(config.model)
-    plan = make_plan(config, table, launch.world_size)
+    plan = plan_of_inference(config, launch.world_size)
     launch.join()
     mesh = make_mesh(plan, launch.device)
     (span,) = plan.stages_of(mesh.pipeline.rank)

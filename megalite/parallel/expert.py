@@ -11,7 +11,8 @@ tokens and where they go, then the results by reduce-scatter). Either gives the 
 expert rank computes is no partial sum, and its gradients are whole.
 
 Each rank routes the tokens that it has between blocks (its slice of the sequence under sequence
-parallelism)."""
+parallelism). Ranks that all have the same tokens, as in inference, send none: each computes the
+rows of its own experts, and the results are summed."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -37,6 +39,7 @@ from megalite.kernels.experts import (
     RowCounts,
     add_biases,
     count_rows,
+    group_by_expert,
     grouped_linear,
     permute,
     sort_by_expert,
@@ -92,12 +95,13 @@ class ParallelGroupedLinear(GroupedLinear):
 class ParallelExperts(Experts):
     """Hold some of the experts, or some inner features of each, or both."""
 
-    def __init__(self, experts: Experts, fold: Fold, own_tokens: bool):
+    def __init__(self, experts: Experts, fold: Fold, own_tokens: bool, all_tokens: bool = False):
         """Take the place of `experts`, shared as `fold` says. `own_tokens`: each rank has tokens of
-        its own between blocks, and not those of its tensor ranks."""
+        its own between blocks, and not those of its tensor ranks. `all_tokens`: every rank that
+        shares the experts has the same tokens."""
         nn.Module.__init__(self)
         self.gate_up, self.down, self.gate = experts.gate_up, experts.down, experts.gate
-        self.fold, self.own_tokens = fold, own_tokens
+        self.fold, self.own_tokens, self.all_tokens = fold, own_tokens, all_tokens
 
     def forward(
         self,
@@ -107,6 +111,9 @@ class ParallelExperts(Experts):
         beside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         tensor, own_tokens = self.fold.tensor, self.own_tokens
+        if self.all_tokens:
+            out_BTD = self._visit_those_here(x_BTD, weight_BTK, index_BTK)
+            return out_BTD if beside is None else out_BTD + beside()
         # Expert-tensor ranks each hold a slice of every expert's inner features, so all of them
         # need all tokens: `enter` gathers hidden states and weights, and the choice of experts must
         # come along.
@@ -121,6 +128,23 @@ class ParallelExperts(Experts):
             out_BTD, found = self._dispatch(x_BTD, weight_BTK, index_BTK, beside)
         out_BTD = leave(out_BTD, tensor, own_tokens)
         return out_BTD if found is None else out_BTD + found
+
+    def _visit_those_here(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
+        """Return each token's weighted sum of its experts on all ranks: each rank computes the rows
+        of its own experts, and nothing travels but the sum."""
+        axis, here = self.fold.expert, len(self.down.weight)
+        x_BTD, weight_BTK = (enter(part, self.fold.holders, False) for part in (x_BTD, weight_BTK))
+        groups = group_by_expert(index_BTK, axis.size * here)
+        counts, first = groups.counts.on_host, axis.rank * here
+        own = slice(first, first + here)
+        # Sorted by expert, the rows of experts here lie together.
+        before, after = sum(counts[:first]), sum(counts[first + here :])
+        by_expert = groups._replace(counts=RowCounts(groups.counts.on_device[own], counts[own]))
+        rows_ND = permute(x_BTD, groups)[before : index_BTK.numel() - after]
+        out_ND = self.activation_and_down_proj(self.gate_up(rows_ND, by_expert), by_expert)
+        # Zeros stand for the rows of other ranks' experts.
+        out_BTD = unpermute(F.pad(out_ND, (0, 0, before, after)), weight_BTK, groups)
+        return leave(out_BTD, self.fold.holders, False)
 
     def _dispatch(
         self,

@@ -214,8 +214,11 @@ def _(experts: Experts, layout: Layout) -> nn.Module | None:
     # Only tensor ranks can have the same tokens. All others have their own, as slices of a sequence
     # are. Then the ranks that share each expert's features are the tensor ranks, and all of these
     # hold the whole sequence.
-    same_tokens = layout.experts.tensor.size == layout.tensor.size and not layout.sequence
-    return ParallelExperts(experts, layout.experts, own_tokens=not same_tokens)
+    fold = layout.experts
+    same_tokens = fold.tensor.size == layout.tensor.size and not layout.sequence
+    # Expert ranks within the tensor ranks.
+    all_tokens = fold.holders.size == layout.tensor.size and not (layout.sequence or same_tokens)
+    return ParallelExperts(experts, fold, not same_tokens, all_tokens)
 
 
 @rule(LatentAttention)

@@ -110,7 +110,7 @@ def test_a_decoder_scores_texts_as_transformers_does(models: Models) -> None:
     folder = models("decoder", True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    scorer = open_scorer(folder, Launch.from_environment(), 1, 1, 8)
+    scorer = open_scorer(folder, Launch.from_environment(), 8)
 
     def logprobs(text: str) -> Tensor:
         ids = torch.tensor([[2, *tokenizer(text, add_special_tokens=False).input_ids]])
@@ -135,7 +135,7 @@ def test_an_encoder_scores_the_tokens_that_a_pair_shares(models: Models) -> None
     folder = models("encoder", True)
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    scorer = open_scorer(folder, Launch.from_environment(), 1, 1, 8)
+    scorer = open_scorer(folder, Launch.from_environment(), 8)
 
     def score(text: str, words: Sequence[str]) -> float:
         """The sum of the log-probabilities of these words, each masked by itself."""
@@ -420,7 +420,7 @@ def test_a_text_that_is_too_long_is_refused(models: Models, tmp_path: Path) -> N
     path.write_text(
         f"sent_more,sent_less,stereo_antistereo,bias_type\n{'she works ' * 30},he,stereo,x\n"
     )
-    scorer = open_scorer(models("decoder", False), Launch.from_environment(), 1, 1, 8)
+    scorer = open_scorer(models("decoder", False), Launch.from_environment(), 8)
     with pytest.raises(DataError, match="has 61 tokens, and the model takes 41"):
         ask(read_tests([path])[0], scorer)
 

@@ -204,9 +204,11 @@ def test_texts_are_scored_as_the_whole_model_sees_them(models: tuple[Any, Path])
 
 
 def continue_on_ranks(
-    rank: int, world_size: int, folder: Path, tensor: int, pipeline: int
+    rank: int, world_size: int, folder: Path, tensor: int, pipeline: int, expert: int = 1
 ) -> list[list[int]]:
-    model = load_on_ranks(folder, Launch.from_environment(), tensor, pipeline, num_slots=2)
+    model = load_on_ranks(
+        folder, Launch.from_environment(), tensor, pipeline, num_slots=2, expert=expert
+    )
     return answers(Generator(model, Bytes()), SAMPLINGS, prompt_tokens=9)
 
 
@@ -216,6 +218,17 @@ def test_ranks_say_what_one_process_says(small: Path, tensor: int, pipeline: int
     wanted = answers(generator(small), SAMPLINGS)
     found = run_ranks(tensor * pipeline, continue_on_ranks, small, tensor, pipeline)
     assert found == [wanted] * (tensor * pipeline)
+
+
+def test_ranks_that_hold_different_experts_say_what_one_process_says(tmp_path: Path) -> None:
+    """Two halves of the experts, each on two ranks that share its matrices."""
+    config = make_config(tmp_path, "experts", "train.steps=2", "observe.eval_every=0")
+    train(config)
+    folder = find_model(config.run.folder)
+    wanted = answers(generator(folder), SAMPLINGS)
+    assert run_ranks(4, continue_on_ranks, folder, 4, 1, 2) == [wanted] * 4
+    with pytest.raises(ConfigError, match="--expert 3 must divide --tensor 4"):
+        load_on_ranks(folder, Launch(0, 4, 0), 4, 1, num_slots=1, expert=3)
 
 
 def test_too_few_ranks_are_named(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_other_tasks_are_measured_by_their_own_objective(make: type, tmp_path: P
 
 
 def measure_on_rank(
-    rank: int, world_size: int, folder: Path, layouts: list[tuple[int, int]]
+    rank: int, world_size: int, folder: Path, layouts: list[tuple[int, ...]]
 ) -> list[tuple[float, int]]:
     """The loss and the labels of 12 samples, which all of the layouts divide."""
     launch = Launch.from_environment()
@@ -86,6 +86,15 @@ def test_every_layout_measures_the_same(run: Config) -> None:
         # fp32 sums in another order.
         assert [loss for loss, _ in found] == pytest.approx([validated(run)] * 3, rel=1e-6)
         assert [labels for _, labels in found] == [192] * 3
+
+
+def test_ranks_that_hold_different_experts_measure_the_same(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "experts", "train.steps=3")
+    train(config)
+    folder = find_model(config.run.folder)
+    alone = measure(folder, None, 12, Launch(0, 1, 0)).numbers["loss"]
+    for ((loss, _),) in run_ranks(2, measure_on_rank, folder, [(2, 1, 2)]):
+        assert loss == pytest.approx(alone, rel=1e-6)  # fp32 sums in another order
 
 
 def test_a_text_is_measured_by_the_byte(tmp_path: Path) -> None:
