@@ -254,6 +254,7 @@ def _decides_samples(key: str, config: Config) -> bool:
         "temperature",
         "phases",
         "fim",
+        "augment",
     )
     for name in names:
         if key == f"data.{name}" or key.startswith((f"data.{name}.", f"data.{name}[")):

@@ -292,6 +292,37 @@ class FillInTheMiddleConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Augmentation: change words of labelled texts, in other ways in every epoch (Wei and Zou
+    2019). Only in training; labels stay as they are."""
+
+    share: float = Field(0.5, gt=0, le=1, description="Share of the texts that are changed.")
+    swap: float = Field(
+        0.0, ge=0, le=1, description="Share of the words that change places with another."
+    )
+    delete: float = Field(0.0, ge=0, lt=1, description="Share of the words that are left out.")
+    synonyms: float = Field(
+        0.0, ge=0, le=1, description="Share of the words in synonym_file that another replaces."
+    )
+    synonym_file: Path | None = Field(
+        None, description="Text file: words of a line, parted by commas, stand for one another."
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the words that are misspelt: letters exchanged, left out, doubled or replaced.",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> AugmentConfig:
+        if (self.synonyms > 0) != (self.synonym_file is not None):
+            raise ValueError("`synonyms`, a share above 0, and `synonym_file` go together")
+        if not (self.swap or self.delete or self.synonyms or self.noise):
+            raise ValueError("give `swap`, `delete`, `synonyms` or `noise` a share above 0")
+        return self
+
+
 class Lengths(NamedTuple):
     """Holds how many tokens belong to a sample."""
 
@@ -423,6 +454,7 @@ class DataConfig(Section):
         True, description="Also predict a document's first token, from the document before it."
     )
     fim: FillInTheMiddleConfig | None = None
+    augment: AugmentConfig | None = None
     tokenizer: Path | None = Field(
         None, description="Folder of the tokenizer, which is copied into every checkpoint."
     )
@@ -458,6 +490,8 @@ class DataConfig(Section):
                     )
         if self.fim and not self.tokenizer:
             raise ValueError("fim needs `tokenizer`, which knows the ids of its tokens")
+        if self.augment and not self.tokenizer:
+            raise ValueError("augment needs `tokenizer`, which makes words of tokens and back")
         return self
 
     @model_validator(mode="after")
@@ -1156,6 +1190,12 @@ class Config(Section):
             raise ValueError(
                 f"objective.name: {self.objective.name} needs train.loss_chunk: null, not {self.train.loss_chunk}; it "
                 f"takes the {self.objective.NEEDS.replace('_', ' ')} of all tokens at a time"
+            )
+        keeps_labels = self.model.task == "classification" or objective.DATA in ("pairs", "seq2seq")
+        if self.data.augment and not keeps_labels:
+            raise ValueError(
+                f"data.augment changes texts whose labels stay true: of model.task: classification, or objective.name: "
+                f"contrastive or seq2seq, not of model.task: {task} with objective.name: {objective.name}"
             )
         self.objective.check(self)
         for hook in self.hooks:

@@ -262,7 +262,7 @@ class RowSource:
             raise DataError(
                 f"rows [{first}, {last}) are none of the {dataset.num_documents} there are"
             )
-        self.dataset, self.seq_length = dataset, seq_length
+        self.dataset, self.seq_length, self._first = dataset, seq_length, first
         self._identity = f"rows[{first}:{last}]/{seq_length}/{capacity}/{together}/{long_rows}"
         self._starts, self.together = dataset.starts_of_documents(first, last), together
         self._lengths = np.diff(self._starts)
@@ -338,17 +338,20 @@ class RowSource:
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
         """Return the pieces of `samples`, one per row of data (`by_document` or not). See
         `SampleSource`."""
+        row, document = self.rows_of(samples)
+        document = document - self._first
+        return Pieces(row, self._starts[document], self._lengths[document].astype(np.int64))
+
+    def rows_of(self, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """Return the documents of `samples` [n] in their order: the sample that each belongs to, 0 …
+        n - 1, and its number in the token file, both [documents]."""
         first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
         piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
         # What was packed are groups among those kept: back to their numbers, then to their rows.
         group = self._kept[self._packing.document[piece]]
         document = (group[:, None] * self.together + np.arange(self.together)).ravel()
-        return Pieces(
-            np.repeat(row, self.together),
-            self._starts[document],
-            self._lengths[document].astype(np.int64),
-        )
+        return np.repeat(row, self.together), document + self._first
 
     def samples_with(self, start: int, stop: int) -> Int64s:
         begin = self._starts[:-1]

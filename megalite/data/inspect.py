@@ -171,6 +171,16 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
 
 
 def _legend(config: Config, mixture: Mixture) -> str:
+    """Return what the marks in samples mean, and what was done to their words."""
+    legend = _marks(config, mixture)
+    return (
+        f"{legend}\ndata.augment has changed words; other ones in each epoch."
+        if mixture.view.augment
+        else legend
+    )
+
+
+def _marks(config: Config, mixture: Mixture) -> str:
     """Return what the marks in samples mean."""
     if mixture.view.stacks:
         return "The encoder sees the source, and the decoder the target up to each token that it is to predict."

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megalite.config import Config, names_of
 from megalite.config import Source as SourceConfig
+from megalite.data.augment import Augmentation, Room
 from megalite.data.dataset import (
     SPLITS,
     MegatronSource,
@@ -90,6 +91,8 @@ class View(NamedTuple):
     are not told."""
     stacks: Views | None = None
     """Makes what an encoder and a decoder see instead."""
+    augment: Augmentation | None = None
+    """Changes the words of rows before all else."""
 
 
 PLAIN = View()
@@ -137,7 +140,23 @@ class Mixture:
         """Return what the model sees of the global sample `indices`, [n]. Raise ValueError for an
         index outside the run."""
         index = np.asarray(indices, np.int64)
-        return self._view(self.windows(index), index)
+        return self._view(self.augmented(index)[0], index)
+
+    def augmented(self, index: Int64s) -> tuple[Windows, Int64s | None]:
+        """Read the windows of the samples `index` [n], with their words changed as the view says.
+        Return also the column that each token was in before, [n, L + 1]; None: nothing is changed."""
+        windows = self.windows(index)
+        if self.view.augment is None:
+            return windows, None
+        source, sample = self.order.locate(index)
+        epochs = self.order.epochs(index)
+        assert epochs is not None  # of labelled data each is gone through by itself
+        rows = []
+        for number, one in zip(source.tolist(), sample, strict=True):
+            of_rows = self.sources[number]
+            assert isinstance(of_rows, RowSource)
+            rows.append(of_rows.rows_of(one[None])[1])
+        return self.view.augment.apply(windows, rows, epochs)
 
     def types(self, samples: Samples) -> Int64s | None:
         """Return the type of each token, [n, L]: 1 in the second text of a document, else 0. None:
@@ -263,7 +282,9 @@ class Mixture:
         if not self._fingerprint:
             parts = [source.fingerprint() for source in self.sources]
             fim = list(self.view.fim) if self.view.fim else None
-            made = [part.identity() for part in (self.view.corruption, self.view.stacks) if part]
+            view = self.view
+            parts_of_view = (view.corruption, view.stacks, view.augment)
+            made = [part.identity() for part in parts_of_view if part]
             identity = json.dumps([_SCHEME, parts, self.order.identity(), fim, *made])
             self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         return self._fingerprint
@@ -429,6 +450,13 @@ def _view_of(config: Config, which: Split, tokenizer: Tokenizer | None) -> View:
         tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
     )
     stacks = config.objective.stacks(config, tokenizer, which) if model.task == "seq2seq" else None
+    augment = None
+    if data.augment and which == "train":
+        assert tokenizer is not None
+        room = Room(_capacity(config))
+        if model.task == "seq2seq":
+            room = Room(config.lengths.read, config.lengths.source)
+        augment = Augmentation(data.augment, tokenizer, room, config.train.seed)
     return View(
         data.document_mask,
         data.border_loss,
@@ -438,6 +466,7 @@ def _view_of(config: Config, which: Split, tokenizer: Tokenizer | None) -> View:
         corruption,
         separator,
         stacks,
+        augment,
     )
 
 

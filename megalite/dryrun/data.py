@@ -45,6 +45,7 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
         "split": None,
         "tokenizer": tokenizer,
         "fim": None,
+        "augment": None,
     }
     return _updated(
         config,

@@ -145,7 +145,7 @@ def _data(
         source = [{"path": tokens}]
         return length | kept | {"train": source, "valid": source, "tokenizer": tokenizer}
     # What orders training samples does not matter here.
-    for name in ("fim", "phases", "seq_length_warmup", "order", "test"):
+    for name in ("fim", "augment", "phases", "seq_length_warmup", "order", "test"):
         own.pop(name, None)
     if own.get("valid"):
         own["train"] = own["valid"]  # training files need not be at hand

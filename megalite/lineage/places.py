@@ -41,8 +41,11 @@ def places_of(mixture: Mixture, indices: npt.ArrayLike) -> Places:
         rows = np.flatnonzero(number == each)
         places[rows] = places_in_file(mixture.sources[each], sample[rows])
     samples, view = mixture.read(index), mixture.view
+    windows, columns = mixture.augmented(index)
+    if columns is not None:
+        # Of a changed row the first tokens stand for those that were there.
+        places = np.where(columns >= 0, np.take_along_axis(places, np.maximum(columns, 0), 1), NONE)
     if view.stacks:
-        windows = mixture.windows(index)
         found = view.stacks.apply(windows._replace(tokens=np.maximum(places, 0) + FROM), index)
         tokens, labels, source = (
             np.where(x >= FROM, x - FROM, NONE) for x in (found.tokens, found.labels, found.source)
@@ -51,7 +54,7 @@ def places_of(mixture: Mixture, indices: npt.ArrayLike) -> Places:
         return Places(samples, number, tokens, labels, source)
     is_next = view.labels == "next" and not view.corruption
     if is_next and view.fim:
-        _turn(places, view, mixture.windows(index), index)
+        _turn(places, view, windows, index)
     labels = np.where(samples.labels != IGNORE, places[:, 1:] if is_next else places[:, :-1], NONE)
     return Places(samples, number, places[:, :-1], labels, None)
 

@@ -229,6 +229,10 @@ def _token(tracer: Tracer, traced: Traced, token: int) -> Iterator[str]:
     at, of_label = int(places.tokens[0, token]), int(places.labels[0, token])
     yield f"  token {token} is {seen} {_excerpt(tracer, [seen])}"
     yield from _about(tracer, traced, at)
+    if tracer.mixture.view.augment and at != NONE:
+        dataset = tracer.documents.datasets[int(places.of_source[0])]
+        if int(dataset.read(at, at + 1)[0]) != seen:
+            yield "    data.augment has changed the words of the text that stands there"
     kind = tracer.mixture.view.labels
     if label < 0 and kind != "document":
         yield "  nothing is predicted there"
