@@ -40,6 +40,7 @@ VERBS = {
     "answer": "find the answers to questions in texts",
     "eval": "measure a trained model: held-out loss, tasks of lm-evaluation-harness, answers",
     "serve": "answer over HTTP as OpenAI's API does, with a page to talk to the model",
+    "monitor": "watch a model in service by the log of its requests: drift, latencies, ratings, alarms",
     "chat": "talk to a model in the terminal",
     "average": "average the weights of checkpoints or models, or merge them by another method",
     "quantize": "write a model with the matrices of its layers in fewer bits",

@@ -93,6 +93,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite serve runs/chat",
         "megalite serve runs/chat --host 0.0.0.0 --port 8080 --api-key-file keys.txt",
     ),
+    "monitor": (
+        "megalite monitor requests",
+        "megalite monitor requests --window 1h --reference last-month --max-p95 5",
+    ),
     "average": (
         "megalite average runs/my/checkpoints/step-00000800 runs/my/checkpoints/step-00001000 -o averaged",
     ),

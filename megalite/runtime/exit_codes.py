@@ -29,6 +29,7 @@ class Exit(IntEnum):
     UNFIT = 77
     BAD_NUMBERS = 78
     CORRUPTED = 79
+    ALARM = 80
 
     @property
     def meaning(self) -> str:
@@ -46,6 +47,7 @@ _MEANINGS = {
     Exit.BAD_NUMBERS: "bad numbers in the loss or the gradients (saved), or in a model's logits: would be met again",
     Exit.CORRUPTED: "ranks that must hold the same weights do not: the lines before name them; not saved; goes on from "
     "the newest checkpoint when started again",
+    Exit.ALARM: "megalite monitor: an alarm stands",
 }
 
 

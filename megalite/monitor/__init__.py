@@ -1,0 +1,1 @@
+"""Watching a model in service, from the server's log of requests."""
