@@ -67,7 +67,7 @@ class Gated(Scripted):
 @dataclass
 class Local:
     server: Server
-    host: Host
+    host: Any
     app: Any
     url: str
 
@@ -132,7 +132,14 @@ def serving(
     **settings: Any,
 ) -> Iterator[Local]:
     """Ratings go to the folder."""
-    host = Host(opened(model), Settings("tiny", folder, **settings), open_again)
+    asked = Settings("tiny", folder, **settings)
+    with running(Host(opened(model), asked, open_again), grace_s) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running(host: Any, grace_s: float = 1.0) -> Iterator[Local]:
+    """A host, or a split between two."""
     app = make_front(host)
     listening = socket.create_server(("127.0.0.1", 0))
     server = make_server(app, grace_s)
@@ -143,7 +150,9 @@ def serving(
     finally:
         server.should_exit = True
         host.close(0.0)
-        if isinstance(model, Gated):
-            model.run()
+        for each in (getattr(host, "champion", host), getattr(host, "challenger", host)):
+            model = getattr(getattr(each.current.engine, "generator", None), "model", None)
+            if isinstance(model, Gated):
+                model.run()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()

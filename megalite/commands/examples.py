@@ -91,10 +91,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "serve": (
         "megalite serve runs/chat",
+        "megalite serve runs/chat --challenger runs/chat-2 --share 0.1 --request-log requests",
         "megalite serve runs/chat --host 0.0.0.0 --port 8080 --api-key-file keys.txt",
     ),
     "monitor": (
         "megalite monitor requests",
+        "megalite monitor requests --compare --window 7d",
         "megalite monitor requests --window 1h --reference last-month --max-p95 5",
     ),
     "average": (

@@ -65,14 +65,27 @@ def add_arguments(parser: VerbParser) -> None:
         default=0.1,
         help="loss of good ratings, as a share of all, that is an alarm (default: %(default)s)",
     )
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="arm",
+        choices=("arm", "version"),
+        help="compare the two models of `megalite serve --challenger` instead, or two versions one after the other",
+    )
     parser.set_defaults(verb=_monitor)
 
 
 def _monitor(arguments: argparse.Namespace) -> int:
+    from megalite.monitor.arms import compare
     from megalite.monitor.report import Limits
     from megalite.monitor.run import monitor, told
     from megalite.runtime.exit_codes import Exit
+    from megalite.utils.pages import aligned
 
+    if arguments.compare:
+        table = compare(arguments.log, arguments.compare, arguments.window, arguments.output)
+        print(*aligned(table), f"{arguments.output / 'compare.html'}: the same", sep="\n")
+        return Exit.DONE
     limits = Limits(arguments.psi, arguments.max_errors, arguments.max_p95, arguments.max_drop)
     webhook = arguments.webhook or os.environ.get(WEBHOOK_VARIABLE)
     report, lines = monitor(

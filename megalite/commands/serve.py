@@ -40,6 +40,24 @@ def add_arguments(parser: VerbParser) -> None:
         default=Path("ratings"),
         help="folder for them (default: %(default)s)",
     )
+    parser.add_argument(
+        "--challenger",
+        type=Path,
+        metavar="MODEL",
+        help="another model behind the same address, for an A/B test or as a shadow (docs/monitoring.md)",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.1,
+        help="share of clients that the challenger answers, or of requests that a shadow is asked as well (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--shadow",
+        action="store_true",
+        help="the challenger answers nobody: what it would have said is only measured in the request log",
+    )
     parser.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument(
         "--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit"
@@ -87,6 +105,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.infer.serving.guards import ADMIN_KEY_VARIABLE, read_keys
     from megalite.infer.serving.loading import open_model
     from megalite.infer.serving.run import bind, serve
+    from megalite.infer.serving.split import make_hosting
 
     settings = Settings(
         # That of a link, not of what it leads to: clients ask for the same name after a swap.
@@ -104,4 +123,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     address = bind(arguments.host, arguments.port)
     size = arguments.slots, arguments.max_length
-    serve(partial(open_model, arguments.model, *size), settings, address, arguments.grace)
+    first, other = partial(open_model, arguments.model, *size), arguments.challenger
+    second = partial(open_model, other, *size) if other else None
+    make = partial(make_hosting, settings, first, second, arguments.share, arguments.shadow)
+    serve(make, address, arguments.grace)

@@ -18,6 +18,8 @@ from megalite.errors import DataError
 Row = dict[str, Any]
 """A line of the log; see `megalite.infer.serving.request_log`."""
 Array = npt.NDArray[np.float64]
+SHADOW = "shadow"
+"""Arm of requests that were sent to a model whose answers nobody got."""
 UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 NO_ANSWER = {"failed", "not_finite", "time"}
 """Ends of answers that are the server's fault."""
@@ -82,8 +84,9 @@ def read_window(log: Path, reference: Path | None, seconds: float) -> Window:
 
 
 def asked(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows in which a model was asked, shadows included, and not rated."""
-    return [row for row in rows if row["path"] != "/v1/ratings"]
+    """Return the rows in which a model was asked, and not rated; what a shadow was asked nobody
+    did."""
+    return [row for row in rows if row["path"] != "/v1/ratings" and row.get("arm") != SHADOW]
 
 
 def answered(rows: Sequence[Row]) -> list[Row]:

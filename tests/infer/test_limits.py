@@ -27,6 +27,7 @@ from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.serving.app import Settings
+from megalite.infer.serving.front import Host
 from megalite.infer.serving.guards import WRONG_KEYS_PER_MINUTE, _client, check_parts
 from megalite.infer.serving.lanes import LARGE_AT_ONCE
 from megalite.infer.serving.names import is_own_name
@@ -421,9 +422,8 @@ def test_asked_to_end_just_before_it_listens_to_signals(
     monkeypatch.setattr(Server, "run", asked)
     generator = Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0))
     try:
-        serve(
-            lambda _: opened(generator), Settings("tiny", tmp_path), bind("127.0.0.1", 0), grace_s=1
-        )
+        host = Host(opened(generator), Settings("tiny", tmp_path))
+        serve(lambda: host, bind("127.0.0.1", 0), grace_s=1)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not in_vain.is_set()

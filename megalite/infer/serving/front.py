@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -84,10 +84,16 @@ class Loaded:
 class Host:
     """ASGI app that passes requests on to the model that is loaded now."""
 
-    def __init__(self, opened: Opened, settings: Settings, open_again: Open | None = None):
+    def __init__(
+        self,
+        opened: Opened,
+        settings: Settings,
+        open_again: Open | None = None,
+        metrics: Metrics | None = None,
+    ):
         """Host the model `opened`. `open_again` opens the one that shall take its place; None: none
-        can."""
-        self.settings, self.metrics, self._open = settings, Metrics(), open_again
+        can. It reports to `metrics`, by default to ones of its own."""
+        self.settings, self.metrics, self._open = settings, metrics or Metrics(), open_again
         folder = settings.request_log
         self.log = RequestLog(folder, settings.keep_days) if folder else None
         self.current = Loaded(opened, settings, self.metrics)
@@ -106,7 +112,7 @@ class Host:
         """Run the engines while the server runs."""
         self._loop = asyncio.get_running_loop()
         await self.current.start()
-        self._name_current()
+        self._name(self.current)
         yield
         self._is_closed = True
         for task in self._leaving:
@@ -157,7 +163,8 @@ class Host:
                 raise Trouble(409, text, "invalid_request_error", code="reload_refused") from None
             old, self.current = self.current, fresh
             self.metrics.reloads.labels("done").inc()
-            self._name_current()
+            self._forget(old)
+            self._name(fresh)
             task = asyncio.ensure_future(self._retire(old))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
@@ -187,12 +194,33 @@ class Host:
         self._live.remove(old)
         LOG.info("version %s has answered its last request", old.version)
 
-    def _name_current(self) -> None:
-        self.metrics.model.clear()
-        self.metrics.model.labels(self.current.version, self.current.folder.name).set(1)
+    def _name(self, loaded: Loaded) -> None:
+        self.metrics.model.labels(loaded.version, loaded.folder.name).set(1)
+
+    def _forget(self, loaded: Loaded) -> None:
+        with contextlib.suppress(KeyError):  # another arm may have had the same model
+            self.metrics.model.remove(loaded.version, loaded.folder.name)
 
 
-def make_front(host: Host) -> FastAPI:
+class Hosting(Protocol):
+    """Describes what stands behind the guards: a `Host`, or what stands in its place."""
+
+    settings: Settings
+    metrics: Metrics
+    log: RequestLog | None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
+
+    def lifespan(self, app: FastAPI) -> contextlib.AbstractAsyncContextManager[None]: ...
+
+    def close(self, within_s: float) -> None: ...
+
+    def reload_soon(self) -> None: ...
+
+    async def reload(self) -> Loaded: ...
+
+
+def make_front(host: Hosting) -> FastAPI:
     """Return the app at the server's address, which guards, counts and logs what goes to `host`."""
     settings = host.settings
     app = FastAPI(

@@ -58,7 +58,7 @@ class Metrics:
         self.engines: list[Counted] = []
         """Those that answer now: more than one while a model takes another's place."""
         # Called whenever Prometheus reads the metrics, in the thread of the event loop.
-        self.slots.set_function(lambda: max((each.num_slots for each in self.engines), default=0))
+        self.slots.set_function(lambda: sum(each.num_slots for each in self.engines))
         self.busy.set_function(lambda: sum(each.num_busy for each in self.engines))
         self.waiting.set_function(lambda: sum(each.num_waiting for each in self.engines))
         self.ratings = Counter(

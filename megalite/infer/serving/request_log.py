@@ -44,6 +44,11 @@ def note(end: Callable[[], dict[str, Any]] | None = None, **facts: Any) -> None:
             found["end"] = end
 
 
+def noted(name: str) -> Any:
+    """Return a fact of the request that is answered now; None where there is none."""
+    return (_FACTS.get() or {}).get(name)
+
+
 def are_noted() -> bool:
     """Return whether the request that is answered now is logged."""
     return _FACTS.get() is not None

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,6 @@ import uvicorn
 
 from megalite.errors import ConfigError
 from megalite.infer.serving import logs
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.connections import (
     ACCEPTED_AT_ONCE,
     IDLE_S,
@@ -25,8 +25,7 @@ from megalite.infer.serving.connections import (
     most_connections,
     tell_of_failed_accept,
 )
-from megalite.infer.serving.front import Host, make_front
-from megalite.infer.serving.loading import Open
+from megalite.infer.serving.front import Hosting, make_front
 
 LOG = logging.getLogger("megalite.serve")
 LAST_S = 2.0
@@ -83,19 +82,12 @@ def bind(host: str, port: int) -> socket.socket:
     return address
 
 
-def serve(
-    open_it: Open,
-    settings: Settings,
-    address: socket.socket,
-    grace_s: float,
-) -> None:
-    """Serve the model that `open_it` opens on the socket `address` of `bind` until a signal ends
-    it; answers in progress then get `grace_s` seconds.
-
-    On SIGHUP it is opened anew. Raise ConfigError, DataError, CheckpointError or NotFinite for a
-    model that cannot be served."""
+def serve(make_host: Callable[[], Hosting], address: socket.socket, grace_s: float) -> None:
+    """Serve what `make_host` returns on the socket `address` of `bind` until a signal ends it;
+    answers in progress then get `grace_s` seconds. On SIGHUP its model is opened anew."""
     logs.set_up()
-    host = Host(open_it(False), settings, open_it)
+    host = make_host()
+    settings = host.settings
     server = make_server(make_front(host), grace_s)
     # uvicorn installs the same handler later; but after shutdown it raises the signal again, which
     # must not kill then.
