@@ -28,7 +28,7 @@ from megalite.infer import answer as answers
 from megalite.infer.batch import NOT_FINITE, NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
-from megalite.infer.serving.guards import CLIENT, Refused
+from megalite.infer.serving.guards import CLIENT, QUEUE, Refused
 from megalite.infer.serving.lanes import BYTES_PER_TOKEN, Lanes
 from megalite.infer.serving.logs import AsJson
 from megalite.infer.serving.metrics import Metrics
@@ -401,8 +401,13 @@ class Service:
         else:
             prompts = body.prompts if isinstance(body, CompletionBody) else []
             text = "\n".join(each for each in prompts if isinstance(each, str))
-        facts = {"language": language_of(text)}
-        return facts | ({"prompt": text} if self.settings.log_prompts else {})
+        facts: dict[str, Any] = {"language": language_of(text)}
+        if not self.settings.log_prompts:
+            return facts
+        # Whoever reviews the answer must see all that it answers.
+        if isinstance(body, ChatBody) and len(body.messages) > 1:
+            facts["messages"] = [{"role": x.role, "content": x.text} for x in body.messages]
+        return facts | {"prompt": text}
 
     async def _stream(
         self,
@@ -636,7 +641,7 @@ class Noted:
 
 def is_logged(scope: Any) -> bool:
     """Return whether a request's line is written: where a model is asked, or rated."""
-    return bool(scope["method"] == "POST" and scope["path"].startswith("/v1/"))
+    return bool(scope["method"] == "POST" and scope["path"].startswith(("/v1/", QUEUE)))
 
 
 def _server_mistake() -> Response:

@@ -30,6 +30,7 @@ from megalite.infer.serving.guards import RELOAD, Guards
 from megalite.infer.serving.loading import Model, Open, Opened
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.request_log import RequestLog, note
+from megalite.infer.serving.review import add_review
 from megalite.infer.serving.targets import make_target_app
 
 LOG = logging.getLogger("megalite.serve")
@@ -241,6 +242,8 @@ def make_front(host: Hosting) -> FastAPI:
             fresh = await host.reload()
             return as_json({"version": fresh.version, "folder": str(fresh.folder)})
 
+        if settings.request_log and settings.log_prompts and host.current.kind is Generator:
+            add_review(app, settings.request_log, host)
     app.mount("", host)
     return app
 

@@ -27,10 +27,10 @@ from megalite.utils.outside import read_text
 
 KEY_VARIABLE = "MEGALITE_API_KEY"
 ADMIN_KEY_VARIABLE = "MEGALITE_ADMIN_KEY"
-RELOAD = "/admin/reload"
+ADMIN, RELOAD, QUEUE = "/admin/", "/admin/reload", "/admin/review"
 CLIENT = "megalite.client"
 """What a request's scope tells who asks by: the key, or without keys the address."""
-OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")
+OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about", "/review")
 MOST_CLIENTS = 10_000
 """Number of clients whose requests are counted; the one idle for longest is forgotten first."""
 WRONG_KEYS_PER_MINUTE = 10
@@ -92,8 +92,8 @@ class Guards:
     ):
         """Wrap `app`. A request needs one of `keys`, if there are any, and a body of at most
         `max_bytes`. `requests_per_minute` applies per key, or per address without keys; 0 is no
-        limit. `host` is what the server was asked to listen on. RELOAD opens to `admin_key`
-        alone."""
+        limit. `host` is what the server was asked to listen on. Paths below ADMIN open to
+        `admin_key` alone, which opens nothing else."""
         self.app, self.max_bytes, self.host = app, max_bytes, host
         self.keys = [key.encode() for key in keys]
         self.admin_keys = [admin_key.encode()] if admin_key else []
@@ -170,7 +170,7 @@ class Guards:
 
     def _check_key(self, scope: Any) -> bytes | None:
         """Return the request's key, None if none is needed. Raise Refused."""
-        keys = self.admin_keys if scope["path"] == RELOAD else self.keys
+        keys = self.admin_keys if scope["path"].startswith(ADMIN) else self.keys
         if not keys:
             return None
         scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
