@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,65 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
-from megalite.cli import main
-from megalite.utils.resources import configs_dir
+from user_folder import make, typed
 
 MISTAKES = yaml.safe_load(Path(__file__).with_suffix("").with_name("mistakes.yaml").read_text())
-CONFIG = """
-run: {name: my}
-model: {preset: llama-1m, vocab_size: 300, num_layers: 2}
-data: {train: [{path: data_text_document}], split: [90, 10, 0], seq_length: 32, tokenizer: tokenizer}
-train: {steps: 2, global_batch_size: 4, precision: fp32}
-optimizer: {lr: 1.0e-3}
-"""
-ROWS = {
-    "chats": lambda i: {
-        "messages": [
-            {"role": "user", "content": f"Number {i}?"},
-            {"role": "assistant", "content": f"The first words {i}."},
-        ]
-    },
-    "pairs": lambda i: {"prompt": f"Number {i}?", "chosen": f"words {i}", "rejected": "no"},
-    "texts": lambda i: {"text": f"number {i}", "label": "odd" if i % 2 else "even"},
-}
-FORMATS = {"chats": "chat", "pairs": "preference", "texts": "classification"}
 WRITTEN_BY_STARTS = {"environment.json", "lock", "health"}
 """What a start writes into the folder of its run before it can know that it is a mistake."""
 
 
-def typed(words: str) -> int:
-    """Run one command of megalite; return its exit status."""
-    try:
-        return main(shlex.split(words))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a user who has trained a model."""
-    folder = tmp_path_factory.mktemp("user")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        text = "The first words of a text are the first that a model learns: number"
-        lines = (json.dumps({"text": f"{text} {i}."}) + "\n" for i in range(400))
-        Path("corpus.jsonl").write_text("".join(lines))
-        Path("my.yaml").write_text(CONFIG)
-        for command in (
-            "tokenizer train --input corpus.jsonl --output tokenizer --vocab-size 300",
-            "preprocess --input corpus.jsonl --output-prefix data --tokenizer tokenizer",
-            "train my.yaml",
-            "convert runs/my model",
-        ):
-            assert typed(command) == 0
-        shutil.copytree("model", "chatty")
-        shutil.copy(configs_dir() / "chat_template.jinja", "chatty")
-        for name, row in ROWS.items():
-            rows = (json.dumps(row(i)) + "\n" for i in range(40))
-            Path(f"{name}.jsonl").write_text("".join(rows))
-            preprocess = f"preprocess --format {FORMATS[name]} --input {name}.jsonl --workers 1"
-            assert typed(f"{preprocess} --tokenizer chatty --output-prefix {name}") == 0
-    return folder
+    return make(tmp_path_factory.mktemp("user"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

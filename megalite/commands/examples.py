@@ -44,7 +44,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite launch --hosts node1,node2 my.yaml",
         "megalite launch --hosts hosts.txt --ranks 8 my.yaml --dry-run",
     ),
-    "quickstart": ("megalite quickstart", "megalite quickstart bert --dir /tmp/first"),
+    "quickstart": ("megalite quickstart", "megalite quickstart finetune --dir /tmp/first"),
+    "finetune": (
+        "megalite finetune MODEL --data chats.jsonl run.name=first",
+        "megalite finetune MODEL --data chats.jsonl --method lora optimizer.lr=1e-4 train.epochs=2",
+        "megalite finetune runs/first --data preferences.jsonl --output dpo.yaml",
+    ),
     "sweep": (
         "megalite sweep lr.yaml",
         "megalite sweep lr.yaml trials=40",

@@ -546,11 +546,16 @@ SIGNS: Mapping[str, Format] = {
 """Fields by which rows of a format are known."""
 
 
+def format_of(fields: Iterable[str]) -> Format | None:
+    """Return the format that fields of a row are those of; None where it is not known."""
+    return next((SIGNS[field] for field in fields if field in SIGNS), None)
+
+
 def hint_of_format(fields: Iterable[str]) -> str:
     """Return the end of a message about a row that lacks a field: the format that its fields are
     those of, or nothing."""
-    known = [SIGNS[field] for field in fields if field in SIGNS]
-    return f"; --format {known[0]} takes such rows" if known else ""
+    known = format_of(fields)
+    return f"; --format {known} takes such rows" if known else ""
 
 
 def _first(row: Values, *names: str) -> str:
