@@ -68,9 +68,10 @@ def dry_run(config: Config, num_gpus: int, hardware: Hardware, ranks: str, steps
 
 def check_possible(config: Config) -> None:
     """Raise ConfigError where a dry run cannot be made here, or of this config."""
-    if importlib.util.find_spec("megalite._dryrun") is None:
-        import torch
+    import torch
 
+    # A wheel for CPUs has the module, and may be installed beside another build of torch.
+    if torch.version.cuda or importlib.util.find_spec("megalite._dryrun") is None:
         why = (
             f"this torch is a build with CUDA {torch.version.cuda}; a dry run needs torch's CPU build, in an "
             "environment of its own"

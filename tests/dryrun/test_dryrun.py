@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dry_runs import built
@@ -90,3 +91,13 @@ def test_what_cannot_be_run_dry_is_refused(
     status, found = dryrun(config, capsys, *options)
     assert status == 2
     assert said in found
+
+
+def test_beside_a_torch_for_cuda_there_is_no_dry_run(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the module may be there: a wheel for CPUs brings it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    status, said = dryrun(config, capsys)
+    assert status == 2
+    assert "this torch is a build with CUDA 13.0; a dry run needs torch's CPU build" in said
