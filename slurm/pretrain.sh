@@ -51,7 +51,7 @@ cd "$root"
 source slurm/within.sh
 
 # Has the ranks save and leave, of which any one signal is enough; others than USR1 srun would not pass on.
-asked= child=
+asked="" child=""
 stop() { # TO: `requeue` or `leave`
   asked=$1
   tell
@@ -164,7 +164,7 @@ if [[ -n $job ]]; then
   if ((nodes < given)); then echo "== $nodes of the job's $given nodes are used: no more fit CONFIG"; fi
 fi
 for (( ; ; restart++)); do
-  before=$(newest) status=0 unfit= ready=1 trained=
+  before=$(newest) status=0 unfit="" ready=1 trained=""
   if [[ -n $job ]]; then echo "$failures $restart" >"$run/logs/$job.starts"; fi
   if [[ -n $job && -z $dry_run && -z $asked && ${PREFLIGHT:-yes} != no ]]; then
     attempt preflight

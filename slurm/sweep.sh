@@ -43,7 +43,7 @@ if ((${#srun[@]} > 1)); then command=("${srun[@]}" --ntasks=1 "${command[@]}"); 
 printf '%q ' "${command[@]}"; echo
 if [[ -n $dry_run ]]; then exit; fi
 
-asked= child=
+asked="" child=""
 stop() { # TO: `requeue` or `leave`
   asked=$1
   if [[ -n $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Sourced by the launchers, in the repository's root: what Python is called with here, in $python, and srun, in $srun.
 # WITHIN says what surrounds it, one of
 #

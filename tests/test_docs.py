@@ -22,7 +22,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # Of the repository; what commands make, such as runs/, is not there yet.
-FOLDERS = "megalite|csrc|tools|tests|configs|slurm|docs"
+FOLDERS = "megalite|csrc|tools|tests|configs|containers|slurm|docs"
 
 
 @pytest.fixture(scope="module")

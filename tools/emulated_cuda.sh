@@ -12,7 +12,7 @@ if [[ ! -f $libasan ]] || ! echo 'int main() {}' |
     echo "emulated_cuda.sh: needs a g++ 12 or newer with libasan; $compiler is none" >&2
     exit 77
 fi
-library=$(python tests/emulated_cuda/build_library.py)
+python tests/emulated_cuda/build_library.py >/dev/null # once, before the runs
 
 (($#)) || set -- tests/emulated_cuda/faults.py tests/kernels
 export PYTHONPATH=$PWD:$PWD/tests/emulated_cuda OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=

@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: puts all the project needs into .venv. Takes a moment when nothing has changed.
 # Works on a bare machine with Python 3.11 or newer; torch's CUDA build comes where pip's index offers it.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+cd "$root" || return
 
 setup_environment() {
     local wanted python=${PYTHON:-python3}
