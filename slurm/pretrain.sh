@@ -19,6 +19,8 @@
 #
 #   RANKS=n        ranks per machine; otherwise one per GPU, or without GPUs as many as CONFIG needs
 #   WITHIN=...     container or modules to run in; see within.sh
+#   HOOK=file      script that sets NCCL's variables and the like for your cluster; see within.sh
+#   LOGS=folder    for what the nodes say; otherwise RUN/logs
 #   TRIES=n        attempts in a row that may fail without a new checkpoint (3; without Slurm 1)
 #   RESTARTS=n     how often a job may start again in all (100)
 #   PREFLIGHT=no   do not look first whether the job's nodes are fit
@@ -31,6 +33,9 @@
 # the data stay the same. Where the cluster does not let jobs requeue themselves, submit the same line as often as
 # needed, with --dependency=singleton --job-name=NAME: each job goes on where the one before it stopped.
 # `scancel --batch --signal=USR1 JOB` brings the requeue on early, --signal=TERM saves and ends the job for good.
+#
+# sbatch itself takes SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS and SBATCH_EXCLUSIVE=exclusive from the environment: set
+# once in your profile, they need not be given each time. The job's own log goes where --output says.
 #
 # The job's log shows rank 0 and a summary; all that a node says is in RUN/logs/JOB.RESTART-NODE.log. The exit status
 # is that of megalite (megalite/runtime/exit_codes.py).
@@ -78,6 +83,7 @@ ask=("${python[@]}" -m megalite job "$@" "--nodes=$given" "--ranks-per-node=${RA
 if ((${#srun[@]} > 1)); then ask=("${srun[@]}" --nodes=1 --ntasks=1 "${ask[@]}"); fi
 told=$("${ask[@]}") # also finds a mistake in the config once, before every rank would
 read -r ranks nodes run <<<"$told"
+logs=${LOGS:-$run/logs}
 
 # Every rank gets its share of the cores; torchrun alone would give each of several ranks one thread.
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
@@ -93,7 +99,7 @@ compose() { # VERB
   else
     # Ranks are numbered by their nodes' names: rank 0 is on the first.
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort | head -n "$nodes")
-    log=$run/logs/$job.$restart
+    log=$logs/$job.$restart
     if [[ $1 != train ]]; then log+=-$1; fi
     launch=("${srun[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # not inherited
       "--nodelist=$(IFS=,; echo "${hosts[*]}")"
@@ -149,7 +155,7 @@ requeue() {
   local excluded
   excluded=$(scontrol show job "$job" | grep -oE 'ExcNodeList=[^( ]+' | cut -d = -f 2 || true)
   echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeueing${unfit:+ without $unfit}"
-  echo "$failures $restart" >"$run/logs/$job.starts"
+  echo "$failures $restart" >"$logs/$job.starts"
   trap '' TERM # which requeueing sends this script; Slurm takes a new list only of a job that does not run any more
   if ! scontrol requeue "$job"; then finish "Slurm does not requeue jobs here; submitted again, the run goes on"; fi
   if [[ -n $unfit ]]; then scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$unfit"; fi
@@ -158,14 +164,14 @@ requeue() {
 
 arguments=("$@") restart=${SLURM_RESTART_COUNT:-0} failures=0 tries=${TRIES:-1}
 if [[ -n $job ]]; then
-  mkdir -p "$run/logs"
-  if read -r failures last 2>/dev/null <"$run/logs/$job.starts" && ((last >= restart)); then restart=$((last + 1)); fi
+  mkdir -p "$logs"
+  if read -r failures last 2>/dev/null <"$logs/$job.starts" && ((last >= restart)); then restart=$((last + 1)); fi
   tries=${TRIES:-3}
   if ((nodes < given)); then echo "== $nodes of the job's $given nodes are used: no more fit CONFIG"; fi
 fi
 for (( ; ; restart++)); do
   before=$(newest) status=0 unfit="" ready=1 trained=""
-  if [[ -n $job ]]; then echo "$failures $restart" >"$run/logs/$job.starts"; fi
+  if [[ -n $job ]]; then echo "$failures $restart" >"$logs/$job.starts"; fi
   if [[ -n $job && -z $dry_run && -z $asked && ${PREFLIGHT:-yes} != no ]]; then
     attempt preflight
     if ((status)); then ready=; fi

@@ -7,7 +7,17 @@
 #   WITHIN='--container-image=megalite.sqsh --container-mounts=/data'        options for srun: pyxis with enroot
 #
 # Without it, Python is that of .venv, or else the PATH's.
+#
+# HOOK=FILE is a script of your cluster's that is sourced before; the variables it sets, NCCL_SOCKET_IFNAME=ib0 and the
+# like, are those of all ranks.
 
+if [[ -n ${HOOK:-} ]]; then
+  [[ -f $HOOK ]] || fail "HOOK=$HOOK: there is no such file in $PWD"
+  set -a +u
+  # shellcheck source=/dev/null
+  source "$HOOK"
+  set +a -u
+fi
 python=(python) srun=(srun)
 if [[ -x $PWD/.venv/bin/python ]]; then python=("$PWD/.venv/bin/python"); fi
 case ${WITHIN:-} in

@@ -120,7 +120,11 @@ while :; do sleep 0.05; done
 
 
 def test_a_lost_connection_asks_the_ranks_to_save(ssh: Path, tmp_path: Path) -> None:
-    script = "trap 'echo saved > saved; exit 75' TERM; touch here; while :; do sleep 0.05; done"
+    script = """
+trap 'echo saved > saved; exit 75' TERM
+touch here
+for i in $(seq 400); do sleep 0.05; done
+"""
     command = over_ssh("a", ["sh", "-c", script], tmp_path, ranks=1)
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None

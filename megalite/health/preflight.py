@@ -161,11 +161,13 @@ class _Leader:
         """Tell all ranks to time their links and over which backend. Calls it off (None) if a rank
         is missing, because the others would wait for it."""
         backend = None
+        self._numel = 0
         if self._complete:
             # A GPU for each rank: NCCL refuses two on one. Their identities are the same on no two
             # nodes.
             have_gpus = gpus_of([fact.gpu for fact in self._facts]) == len(self._facts)
             backend = "nccl" if have_gpus else "gloo"
+            self._numel = MESSAGE_NUMBERS[backend]
         self._board.tell("meeting", {"backend": backend, "nodes": self._nodes})
 
     def conclude(self, checkpoint_gb: float, plan: Plan, network: Interconnect | None) -> Exit:
@@ -187,7 +189,32 @@ class _Leader:
                 links[low, high] = max(links.get((low, high), 0.0), seconds)
         expected = expected_times(self._facts, links, plan, network) if network else {}
         problems += judge(self._facts, clocks, links, checkpoint_gb, expected)
-        return say(self._facts, clocks, links, problems)
+        speeds = bandwidths(self._facts, links, expected, 4 * self._numel)
+        return say(self._facts, clocks, links, problems, speeds)
+
+
+def bandwidths(
+    facts: Sequence[Facts], links: Mapping[Link, float], expected: Mapping[Link, float], size: int
+) -> dict[str, str]:
+    """Return, for each node, the GB/s of the better of its links to neighbours, or within it where
+    there are none, and beside it what is expected of that link, as far as that is known.
+
+    It is bus bandwidth, as nccl-tests has it: of an all-reduce of `size` bytes over n ranks each
+    link carries 2(n - 1)/n. `links` and `expected` are in seconds."""
+    ranks = Counter(fact.node for fact in facts)
+    found = {}
+    for node in ranks:
+        mine = [link for link in links if node in link]
+        mine = [link for link in mine if link[0] != link[1]] or mine
+        if not mine or not size:
+            continue
+        best = min(mine, key=links.__getitem__)
+        count = sum(ranks[each] for each in set(best))
+        carried = 2 * (count - 1) / count * size / 1e9
+        found[node] = f"{carried / links[best]:.1f}"
+        if best in expected:
+            found[node] += f" of {carried / expected[best]:.1f}"
+    return found
 
 
 def expected_times(
@@ -216,12 +243,13 @@ def say(
     clocks: Mapping[int, float],
     links: Mapping[Link, float],
     problems: Sequence[Problem],
+    speeds: Mapping[str, str],
 ) -> Exit:
     """Print a table of the nodes, a line for each of the `problems` and what to do. Returns the
     exit status.
 
-    `facts` are the answers that came, `clocks` the seconds since 1970 of each rank and `links` the
-    seconds of each all-reduce."""
+    `facts` are the answers that came, `clocks` the seconds since 1970 of each rank, `links` the
+    seconds of each all-reduce and `speeds` what `bandwidths` says of the nodes."""
     # Silent ones have no facts.
     nodes = sorted({fact.node for fact in facts} | {problem.node for problem in problems})
     bad = {problem.node for problem in problems}
@@ -230,7 +258,7 @@ def say(
     console = rich.console.Console(highlight=False, width=width)
     if shown:
         rows = [fact for fact in facts if fact.node in shown]
-        console.print(_table(rows, clocks, links, bad))
+        console.print(_table(rows, clocks, links, bad, speeds))
     for problem in problems:
         console.print(f"{problem.node}: {problem.text}", soft_wrap=True, markup=False)
     for fact in facts:
@@ -255,6 +283,7 @@ def _table(
     clocks: Mapping[int, float],
     links: Mapping[Link, float],
     bad: Container[str],
+    speeds: Mapping[str, str],
 ) -> Table:
     """Build a table with one row a node. Of a node's ranks the worst value is shown, of its two
     links the better."""
@@ -267,6 +296,7 @@ def _table(
         "disk GB",
         "product ms",
         "all-reduce ms",
+        "GB/s",
         "clock s",
         "",
     ):
@@ -289,6 +319,7 @@ def _table(
             f"{min(free):.1f}" if free else "-",
             f"{product * 1e3:.2f}",
             f"{min(of_links) * 1e3:.1f}" if of_links else "-",
+            speeds.get(node, "-"),
             f"{max(skews, key=abs):+.2f}" if skews else "-",
             "[bold red]not fit[/]" if node in bad else "[green]fit[/]",
         )

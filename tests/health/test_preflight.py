@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from megalite.comm.mesh import Launch
 from megalite.config import Config
 from megalite.health import node
 from megalite.health.node import Facts, gpu_remarks, gpu_troubles, usable_gb, within
-from megalite.health.preflight import expected_times, links_of, preflight
+from megalite.health.preflight import bandwidths, expected_times, links_of, preflight
 from megalite.health.verdict import Problem, blames_nodes, judge
 from megalite.plan import make_plan
 from megalite.planner.hardware import find_interconnect
@@ -99,7 +100,10 @@ def test_each_bad_node_is_named_with_what_is_wrong(tmp_path: Path) -> None:
 def test_well_nodes_are_let_through(tmp_path: Path) -> None:
     with nodes(2, tmp_path, leave_alone) as ranks:
         assert ranks.exit_codes() == [Exit.DONE] * 2, ranks.said(0)
-        assert ranks.said(0).splitlines()[-1] == "2 nodes are fit"
+        lines = ranks.said(0).splitlines()
+        assert lines[-1] == "2 nodes are fit"
+        assert re.search(r"all-reduce ms +GB/s ", lines[1])
+        assert re.search(r" \d+\.\d +\d+\.\d +[+-]", lines[3])  # on CPUs nothing is expected
 
 
 def never_answer(rank: int, config: Config) -> Config:
@@ -231,6 +235,21 @@ def test_gpus_whose_links_are_far_below_what_they_should_give_are_named(tmp_path
     assert expected.keys() == links.keys()
     # 256 MiB over rings of 360 GB/s, each byte of which is sent nearly twice.
     assert expected["n0", "n1"] == pytest.approx(2 * 2**28 * 15 / 16 / 360e9, rel=0.1)
+
+    # What nccl-tests would show, beside what it should: the better of two links; or the one within.
+    size = 2**28
+    said = bandwidths(
+        everyone, {**expected, ("n0", "n1"): expected["n0", "n1"] * 4}, expected, size
+    )
+    should = 2 * 15 / 16 * size / expected["n1", "n2"] / 1e9
+    assert said["n1"] == f"{should:.1f} of {should:.1f}"
+    within = {("n0", "n0"): 2 * expected["n0", "n0"]}
+    should = 2 * 7 / 8 * size / expected["n0", "n0"] / 1e9
+    assert bandwidths(everyone, within, expected, size) == {
+        "n0": f"{should / 2:.1f} of {should:.1f}"
+    }
+    assert bandwidths(everyone, within, {}, size) == {"n0": f"{should / 2:.1f}"}
+    assert bandwidths(everyone, {}, {}, 0) == {}
 
     slow = {pair: seconds * (3.0 if "n2" in pair else 1.1) for pair, seconds in expected.items()}
     found = judge(everyone, {}, slow, 0.0, expected)

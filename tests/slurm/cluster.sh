@@ -69,6 +69,7 @@ EOF
             'CPUs=64 RealMemory=100000 State=UNKNOWN'
     done >>"$SLURM_CONF"
     echo "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE" >>"$SLURM_CONF"
+    echo "PartitionName=other Nodes=ALL MaxTime=INFINITE" >>"$SLURM_CONF"
 }
 
 # A daemon holds nothing of the caller's: neither environment, nor terminal, nor descriptors. PART is what `with` finds.
@@ -102,7 +103,7 @@ wait_for() { # SECONDS COMMAND...
     done
 }
 
-all_up() { [[ $(sinfo -h -N -o '%N %t' 2>/dev/null | grep -cE ' (idle|mix|alloc)$') == "$nodes" ]]; }
+all_up() { [[ $(sinfo -h -N -p all -o '%N %t' 2>/dev/null | grep -cE ' (idle|mix|alloc)$') == "$nodes" ]]; }
 
 # /etc/hosts may be a mount: it can be written, not replaced; and another cluster may be about to.
 change_hosts() { # COMMAND

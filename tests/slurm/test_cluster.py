@@ -165,8 +165,11 @@ def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(
         f"if [[ $SLURMD_NODENAME == test1 ]]; then {python} train.seed=99; fi\n{python}"
     )
     log = tmp_path / "job.log"
-    job = cluster.submit(config, tmp_path, nodes="1-2", WITHIN=f"bash {sick}")
+    once = {"SBATCH_PARTITION": "other", "SBATCH_EXCLUSIVE": "exclusive"}  # as in a profile
+    job = cluster.submit(config, tmp_path, nodes="1-2", WITHIN=f"bash {sick}", **once)
     with told_by(log):
+        show = ("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%P %h")
+        assert cluster.run(*show) == "other NO"  # its nodes are shared with nobody
         until(lambda: steps_done(config) > 40, "40 steps, on the nodes that are fit")
         with on_this_machine(alone, tmp_path, ranks=1):
             cluster.lose("test2")

@@ -210,6 +210,29 @@ def test_within_a_container(
     assert words[split - len(before_python) : split] == before_python
 
 
+def test_the_clusters_own_script_sets_variables_for_all_ranks(machine: Machine) -> None:
+    hook = machine.root / "hook.sh"
+    hook.write_text("NCCL_SOCKET_IFNAME=ib0\nexport OMP_NUM_THREADS=5\n[[ $NOT_SET ]] || true\n")
+    show = 'echo "network $NCCL_SOCKET_IFNAME"'
+    for job in ({}, JOB):
+        done = machine.run("configs/x.yaml", HOOK="hook.sh", TRAINING=f"{show} >> $CALLED", **job)
+        assert done.returncode == 0
+        assert "network ib0" in machine.words
+        assert "OMP_NUM_THREADS=5" in done.stdout
+        Path(f"{machine.called}.starts").unlink()
+    done = machine.run("configs/x.yaml", HOOK="nowhere.sh")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"pretrain.sh: HOOK=nowhere.sh: there is no such file in {machine.root}\n",
+    )
+
+
+def test_what_nodes_say_goes_to_the_folder_of_logs(machine: Machine, tmp_path: Path) -> None:
+    machine.run("configs/x.yaml", LOGS=f"{tmp_path}/logs", **JOB)
+    assert f"{tmp_path}/logs/45678.0" in machine.words
+    assert (tmp_path / "logs" / "45678.starts").exists()
+
+
 def test_slurm_without_gpus_spreads_the_ranks_over_the_nodes(machine: Machine) -> None:
     env = {
         **JOB,
