@@ -300,7 +300,7 @@ function fillAnswer(made, turn, answer) {
 
 function pace(version) {
   const tokens = version.tokens + (version.tokens === 1 ? " token" : " tokens");
-  const made = element("span", "pace", tokens + (version.pace ? ", " + version.pace.toLocaleString("en", {maximumSignificantDigits: 3}) + " tokens/s" : "")
+  const made = element("span", "pace", tokens + (version.pace && isFinite(version.pace) ? ", " + version.pace.toLocaleString("en", {maximumSignificantDigits: 3}) + " tokens/s" : "")
     + (version.finish === "length" ? ", cut off there" : ""));
   if (version.first !== undefined) made.title = "the first after " + version.first.toFixed(2) + " s";
   return made;
