@@ -13,6 +13,7 @@ It differs from torchrun in five ways:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -21,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -31,6 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megalite.comm.meeting import step_port
+from megalite.errors import ConfigError, DataError
 from megalite.health.signals import SIGNALS
 from megalite.runtime import error_file
 from megalite.runtime.exit_codes import Exit, describe, end_process, killed_by
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     # Only inside the step is its number known.
     if asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint:
         asked.rdzv_endpoint += f":{step_port()}"
+    os.environ[error_file.LAUNCHER] = "1"
     for number in SIGNALS:
         signal.signal(number, _leave_or_pass_on)
     # Silence torchrun's own report of a failed rank: the last line printed here says the same,
@@ -85,7 +89,32 @@ def main(arguments: Sequence[str]) -> int:
     # Hosts over ssh have the names they were given, by which a person knows them.
     here = name or (not asked.standalone and asked.local_addr) or os.uname().nodename
     print(f"== {time.strftime('%F %T')} {here}: {who}: {ended}", flush=True)
+    if status not in (Exit.DONE, Exit.STOPPED):  # of these the first rank tells
+        _tell_webhook(asked, f"failed on {here}: {who}: {ended}")
     return status
+
+
+def _tell_webhook(asked: argparse.Namespace, text: str) -> None:
+    """Tell the webhook of a run that it has died, once for all nodes. `asked` are torchrun's options,
+    with the arguments of `megalite train`. Nothing that goes wrong here matters more than the exit
+    status."""
+    if asked.training_script_args[:1] != ["train"]:
+        return
+    from megalite.cli import make_parser
+    from megalite.config_file import load_config
+    from megalite.observe.webhook import NotTold, address_of, claim, tell
+
+    try:
+        told = make_parser().parse_args(asked.training_script_args)
+        config = load_config(told.config, told.overrides)
+        # A start without an id of its own is that of one node.
+        start = uuid.uuid4().hex if asked.rdzv_id == "none" else asked.rdzv_id
+        if config.observe.webhook and claim(config.run.folder, start):
+            tell(address_of(config.observe.webhook), f"{config.run.name} {text}")
+    except NotTold as error:
+        print(f"warning: webhook: {error}", file=sys.stderr, flush=True)
+    except (ConfigError, DataError, OSError, SystemExit):  # the ranks have said so
+        return
 
 
 def _close(

@@ -13,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+from listening import Heard, listening
+from megalite.config import Config
 from megalite.launch import _children
 from small_runs import make_config
 
@@ -37,9 +39,16 @@ sys.exit(main(sys.argv[1:]))
 
 def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -> None:
     """The other rank's, that it lost the connection, comes within the same second."""
-    config = make_config(
-        tmp_path, "llama", "train.steps=100000", "observe.eval_every=0", "checkpoint.every=0"
-    )
+    with listening() as heard:
+        config = make_config(
+            tmp_path, "llama", "train.steps=100000", "observe.eval_every=0", "checkpoint.every=0",
+            f"observe.webhook={heard.url}/run",
+        )  # fmt: skip
+        done = _fails(tmp_path, config)
+    _judge(done, heard, config.run.name)
+
+
+def _fails(tmp_path: Path, config: Config) -> subprocess.CompletedProcess[str]:
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
     launcher = [
@@ -56,10 +65,19 @@ def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -
         "train",
         str(tmp_path / "config.yaml"),
     ]
-    done = subprocess.run(
+    return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
     )
+
+
+def _judge(done: subprocess.CompletedProcess[str], heard: Heard, name: str) -> None:
     assert done.returncode == 1
+    [(path, body)] = heard.said
+    assert path == "/run"
+    assert re.fullmatch(
+        rf"{name} failed on \S+: rank 1: exit status 1 \(.*\): ValueError: the planted error",
+        body["text"],
+    ), "the webhook is told once, by the launcher"
     # It left by itself, and at once.
     assert re.search(r"\[rank0\]: RuntimeError: .*(closed|reset) by peer", done.stdout)
     *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)

@@ -80,6 +80,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     right spelling."""
     path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
+    told = "not shown" if path and names_a_secret(str(path[-1])) else shown(value)
     if item["type"] == "extra_forbidden":
         meant = _key_meant(path, root)
         hint = (
@@ -88,7 +89,6 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
             else (root is Config and FOLLOWS.get(str(path[-1]).lower()))
             or did_you_mean(path[-1], known, f"known keys: {', '.join(sorted(known))}")
         )
-        told = "not shown" if names_a_secret(str(path[-1])) else shown(value)
         return f"unknown key {key} (value {told}); {hint}"
     if item["type"] == "missing":
         last = path[-1]
@@ -117,7 +117,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
             message += f"; did you mean {close!r}?"
     if isinstance(value, bool) and item["type"] in ("literal_error", "string_type"):
         message += "; YAML reads a bare yes, no, on or off as true or false"
-    return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
+    return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {told}: {message}"
 
 
 def _key_meant(path: Sequence[str | int], root: type[BaseModel]) -> str | None:

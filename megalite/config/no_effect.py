@@ -19,6 +19,10 @@ IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda c: c.observe.wandb.mode != "disabled",
     ),
     (
+        "observe.mlflow", ("experiment",), "observe.mlflow.tracking_uri",
+        lambda c: bool(c.observe.mlflow.tracking_uri),
+    ),
+    (
         "observe.tasks", ("every", "include_path", "limit"), "observe.tasks.names",
         lambda c: bool(c.observe.tasks.names),
     ),

@@ -28,7 +28,7 @@ from megalite.config.section import Choice, Section, at_home
 from megalite.errors import ConfigError
 from megalite.registry import Registry
 from megalite.utils.counts import parse_count
-from megalite.utils.urls import check_no_secret
+from megalite.utils.urls import check_no_secret, check_webhook
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
@@ -916,6 +916,45 @@ class WandbConfig(Section):
     tags: tuple[str, ...] = Field((), description="Labels of the run.")
 
 
+class MlflowConfig(Section):
+    """Logging to an MLflow tracking server."""
+
+    tracking_uri: str = Field(
+        "",
+        description="The server, such as http://mlflow:5000. Empty disables. Credentials come from the environment.",
+    )
+    experiment: str = Field("megalite", description="Experiment that the run is shown in.")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _server(cls, uri: str) -> str:
+        check_no_secret(uri)
+        if uri and not uri.startswith(("http://", "https://")):
+            raise ValueError(
+                "must be the http:// or https:// URL of a tracking server, which `mlflow server` starts"
+            )
+        return uri
+
+
+class PrometheusConfig(Section):
+    """Metrics of training for Prometheus, from the first rank."""
+
+    port: int | None = Field(
+        None, ge=1, le=65535, description="Port that answers to Prometheus. null: none."
+    )
+    textfile: Path | None = Field(
+        None,
+        description="File for node-exporter's textfile collector, ending in .prom. null: none.",
+    )
+
+    @field_validator("textfile")
+    @classmethod
+    def _as_collected(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix != ".prom":
+            raise ValueError("must end in .prom: node-exporter reads no other file")
+        return path
+
+
 class TasksConfig(Section):
     """Tasks of lm-evaluation-harness, evaluated by the model in training on its ranks."""
 
@@ -969,7 +1008,20 @@ class ObserveConfig(Section):
         "tokens, to be compared by BLEU, chrF and ROUGE. 0 disables.",
     )
     wandb: WandbConfig = WandbConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+    prometheus: PrometheusConfig = PrometheusConfig()
+    webhook: str = Field(
+        "",
+        description="Address that is told when the run ends or dies, as Slack and Mattermost take it; $NAME takes it "
+        "from that environment variable. Empty disables.",
+    )
     tensorboard: bool = Field(False, description="Write the metrics for TensorBoard, too.")
+
+    @field_validator("webhook")
+    @classmethod
+    def _keeps_secrets(cls, address: str) -> str:
+        check_webhook(address)
+        return address
 
 
 Policy = Literal["report", "skip", "rewind", "stop"]

@@ -1,5 +1,5 @@
 """Hands the records of a run to its sinks: console, environment.json, metrics.jsonl, samples.jsonl, TensorBoard, W&B,
-loss.png. Rank 0 only.
+MLflow, Prometheus, a webhook, loss.png. Rank 0 only.
 
 A sink that fails is dropped with one warning: training never ends because something could not be
 recorded.
@@ -16,9 +16,12 @@ from megalite.config import Config
 from megalite.observe.console import Console
 from megalite.observe.environment import EnvironmentSink
 from megalite.observe.jsonl import JsonlSink, SamplesSink
+from megalite.observe.mlflow import MlflowSink
 from megalite.observe.plot import PlotSink
+from megalite.observe.prometheus import PrometheusSink
 from megalite.observe.tensorboard import TensorboardSink
 from megalite.observe.wandb import WandbSink
+from megalite.observe.webhook import WebhookSink
 from megalite.utils.secrecy import hide_secrets
 
 
@@ -94,6 +97,15 @@ class Recorder:
                 lambda: WandbSink(config, folder, wandb_id, self.message), WandbSink.name
             )
             self.wandb_id = wandb.id if wandb else wandb_id
+        if config.observe.mlflow.tracking_uri:
+            self._add(lambda: MlflowSink(config, folder, self.message), MlflowSink.name)
+        asked = config.observe.prometheus
+        if asked.port or asked.textfile:
+            self._add(
+                lambda: PrometheusSink(config, num_params, start_step, shown), PrometheusSink.name
+            )
+        if config.observe.webhook:
+            self._add(lambda: WebhookSink(config, start_step), WebhookSink.name)
         # Last: it reads what jsonl wrote.
         self._add(lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name)
 

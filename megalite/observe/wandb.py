@@ -1,36 +1,28 @@
-"""Sends records to Weights & Biases. The only module that imports wandb, and only when asked to.
-
-All calls to wandb happen on a thread of their own, fed through a queue: a slow import, a server
-that does not answer, an upload that hangs or an exception costs the training loop nothing.
-"""
+"""Sends records to Weights & Biases. The only module that imports wandb, and only when asked to."""
 
 from __future__ import annotations
 
 import netrc
 import os
-import queue
 import secrets
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from megalite.config import Config
-from megalite.utils.secrecy import hide_secrets
+from megalite.observe.queued import FINISH_SECONDS, QueuedSink
 
 INIT_SECONDS = 30
-FINISH_SECONDS = 30  # for the last upload; what is left then stays on disk for `wandb sync`
-CLOSE_SECONDS = FINISH_SECONDS + 5
-QUEUED_RECORDS = 10_000
 
 
-class WandbSink:
+class WandbSink(QueuedSink):
     """Sink for one W&B run, under the same id (`self.id`) in every resume.
 
     Without a key or a server an online run is recorded offline, for `wandb sync`. Never prompts."""
 
     name = "W&B"
+    later = "; `wandb sync` can upload what is on disk later"
 
     def __init__(
         self,
@@ -46,60 +38,21 @@ class WandbSink:
         self.id = wandb_id or secrets.token_hex(4)
         self._config = config
         self._folder = folder
-        self._say = say
-        # Records, and at the end the exit code.
-        self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUED_RECORDS)
-        # A daemon, so that an upload that hangs does not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def step(self, record: dict[str, float]) -> None:
-        named = {f"train/{key}": value for key, value in record.items() if key != "step"}
-        self._put({"step": record["step"]} | named)
-
-    def evaluation(self, record: dict[str, float]) -> None:
-        self._put({key.replace("valid_", "valid/"): value for key, value in record.items()})
-
-    def tasks(self, record: dict[str, float]) -> None:
-        """Record the results of tasks. Without a `step` they come after what the run has recorded
-        so far."""
-        self._put(record)
+        super().__init__(say)
 
     def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
-        self._put({"step": step, "samples": list(map(list, zip(prompts, answers, strict=True)))})
+        self.put({"step": step, "samples": list(map(list, zip(prompts, answers, strict=True)))})
 
-    def close(self, status: str) -> None:
-        """Finish the run and wait for the upload, CLOSE_SECONDS at most. Raises TimeoutError."""
-        self._put(1 if status == "failed" else 0)
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            raise TimeoutError(
-                f"no answer in {CLOSE_SECONDS} s; `wandb sync` can upload what is on disk later"
-            )
-
-    def _put(self, item: dict[str, Any] | int) -> None:
-        """Queue a record or the exit code. Raises TimeoutError if the thread has fallen too far
-        behind."""
-        if not self._thread.is_alive():
-            return  # turned off; _work has said why
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            raise TimeoutError(f"no answer for {QUEUED_RECORDS} records") from None
-
-    def _work(self) -> None:
-        """Run the thread: start the run, log records until the exit code comes, and finish."""
-        try:
-            run = self._start()
-            while isinstance(item := self._queue.get(), dict):
-                record = dict(item)
-                step = record.pop("step", None)
-                if "samples" in record:
-                    record["samples"] = _table(record["samples"])
-                run.log(record, step=None if step is None else int(step))
-            run.finish(exit_code=item)
-        except Exception as error:  # no error of wandb may end the training
-            self._warn("turned off, training goes on", error)
+    def work(self) -> None:
+        """Start the run, log records until the exit code comes, and finish."""
+        run = self._start()
+        while isinstance(item := self.get(), dict):
+            record = dict(item)
+            step = record.pop("step", None)
+            if "samples" in record:
+                record["samples"] = _table(record["samples"])
+            run.log(record, step=None if step is None else int(step))
+        run.finish(exit_code=item)
 
     def _start(self) -> Any:
         """Start the W&B run, offline if it cannot be started online."""
@@ -116,7 +69,7 @@ class WandbSink:
         except Exception as error:
             if mode == "offline":
                 raise
-            self._warn("recording offline", error)
+            self.warn("recording offline", error)
             wandb.teardown()  # or the id would still be in use by the run that failed to start
             mode, run = "offline", self._init(wandb, "offline")
         if mode == "offline":
@@ -150,10 +103,6 @@ class WandbSink:
             config=self._config.model_dump(mode="json"),
             settings=wandb.Settings(**settings),
         )
-
-    def _warn(self, what: str, error: Exception) -> None:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        self._say(f"warning: W&B {what}: {hide_secrets(reason)}")
 
 
 def _table(rows: list[list[str]]) -> Any:

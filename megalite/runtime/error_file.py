@@ -11,6 +11,10 @@ from typing import Any
 
 from megalite.utils.secrecy import hide_secrets
 
+LAUNCHER = "MEGALITE_LAUNCHER"
+"""Environment variable that `megalite.launch` sets for its ranks: it tells of their failures
+itself."""
+
 
 def leave(message: str, traceback: str = "") -> None:
     """Write torchrun's error file. Does nothing without torchrun."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 _NAME = re.compile(
-    r"(?i)(^|[_.-])(api_?key|\w*key|key_id|token|secret|password|passwd|credentials?|connection_string)$"
+    r"(?i)(^|[_.-])(api_?key|\w*key|key_id|token|secret|password|passwd|credentials?|connection_string|webhook(_url)?)$"
 )
 _SHORTEST = 6
 """Least characters of a secret. Shorter ones are found in innocent words."""
@@ -23,6 +23,7 @@ _TOKEN = re.compile(
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # Amazon
     r"|(?:sk|rk|pk)[-_](?:[A-Za-z0-9]+[-_])*[A-Za-z0-9]{16,}(?:[-_][A-Za-z0-9]*)*"  # OpenAI, Anthropic, Stripe
     r"|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/_-]+"
     r"|xox[a-z]-[A-Za-z0-9-]{8,}|xapp-[A-Za-z0-9-]{8,}"  # Slack
     r"|AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}"  # Google
     r"|nvapi-[A-Za-z0-9_-]{20,}|gsk_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{40,}"

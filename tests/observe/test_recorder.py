@@ -15,8 +15,7 @@ import pytest
 
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.observe import plot
-from megalite.observe import wandb as wandb_sink
+from megalite.observe import plot, queued
 from megalite.observe.console import clock
 from megalite.observe.jsonl import JsonlSink, read_metrics
 from megalite.observe.plot import plot_loss
@@ -434,7 +433,7 @@ def test_wandb_online_without_a_key_or_a_server_records_offline(
 def test_wandb_that_hangs_costs_the_steps_nothing_and_the_end_little(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_sink, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(queued, "CLOSE_SECONDS", 0.2)
     answers = threading.Event()
     use_wandb(monkeypatch, lambda **settings: FakeRun(answers=answers))
     recorder = open_recorder(tmp_path, "observe.wandb.mode=offline")
