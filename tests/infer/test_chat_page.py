@@ -58,11 +58,16 @@ class Canned:
     def answer(self, model: str) -> str:
         text = self.scripts[model].pop(0)
         events: list[Any] = [
-            {"choices": [{"delta": {"content": text[at : at + 5]}, "finish_reason": None}]}
+            {
+                "id": f"chatcmpl-{text}",
+                "system_fingerprint": f"v{self.about['step']}",
+                "choices": [{"delta": {"content": text[at : at + 5]}, "finish_reason": None}],
+            }
             for at in range(0, len(text), 5)
         ]
-        events.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-        events.append({"choices": [], "usage": {"completion_tokens": 7}})
+        last = {"id": f"chatcmpl-{text}", "system_fingerprint": f"v{self.about['step']}"}
+        events.append(last | {"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        events.append(last | {"choices": [], "usage": {"completion_tokens": 7}})
         lines = [f"data: {json.dumps(event)}\n\n" for event in events]
         return "".join([*lines, "data: [DONE]\n\n"])
 
@@ -233,6 +238,7 @@ def test_a_talk_is_edited_answered_again_and_kept_over_a_reload(
     window.wait_for_selector("text=Thank you, noted")
     rated = canned.asked[-1]
     assert (rated["answer"], rated["rating"], len(rated["messages"])) == ("Second.", "up", 4)
+    assert rated["id"] == "chatcmpl-Second."
 
     window.reload()
     window.wait_for_selector("text=1/2")
@@ -240,12 +246,14 @@ def test_a_talk_is_edited_answered_again_and_kept_over_a_reload(
     assert window.inner_text(".turn:last-child .user .text") == "Two?"
     assert window.locator(".turn:last-child .chosen.up").count() == 1, "rated once"
 
+    canned.about["step"] = 67890  # the server has loaded another
     window.click("[aria-label='Edit your message'] >> nth=0")
     assert "what came after it goes" in window.inner_text(".editor")
     window.fill("[aria-label='Your message']", "One, really?")
     window.click(".editor >> text=Send")
     window.wait_for_selector("text=Edited.")
     window.wait_for_selector(READY)
+    window.wait_for_selector("header >> text=step 67,890")
     assert window.locator(".turn").count() == 1
     heard = [(message["role"], message["content"]) for message in canned.asked[-1]["messages"]]
     assert heard == [("system", "Be brief."), ("user", "One, really?")]

@@ -105,6 +105,10 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 
+    @property
+    def kind(self) -> type[Model]:
+        return self.current.kind
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self.current(scope, receive, send)
 
@@ -177,10 +181,10 @@ class Host:
         if self._open is None:
             raise ConfigError("this server was started with a model, not with a path to one")
         opened = await run_in_threadpool(self._open, True)
-        if type(opened.model) is not self.current.kind:
+        if type(opened.model) is not self.kind:
             raise ConfigError(
                 f"{opened.folder} holds another kind of model ({type(opened.model).__name__}) than is served "
-                f"({self.current.kind.__name__}), which answers at other addresses; start a server for it"
+                f"({self.kind.__name__}), which answers at other addresses; start a server for it"
             )
         if self._is_closed:
             raise ConfigError("the server is about to end")
@@ -209,6 +213,10 @@ class Hosting(Protocol):
     settings: Settings
     metrics: Metrics
     log: RequestLog | None
+
+    @property
+    def kind(self) -> type[Model]:
+        """What answers: a generator, an encoder, a classifier."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
@@ -242,7 +250,7 @@ def make_front(host: Hosting) -> FastAPI:
             fresh = await host.reload()
             return as_json({"version": fresh.version, "folder": str(fresh.folder)})
 
-        if settings.request_log and settings.log_prompts and host.current.kind is Generator:
+        if settings.request_log and settings.log_prompts and host.kind is Generator:
             add_review(app, settings.request_log, host)
     app.mount("", host)
     return app

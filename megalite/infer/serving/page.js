@@ -26,6 +26,7 @@ const EMPTY = {
 const GONE = "The server cannot be reached. Is it still running?";
 const KEPT = ["temperature", "top_p", "max_tokens", "seed", "system"];
 let about = {model: "", chat: true}, models = [], chosen = [], talk = [], running = null;
+let served; // the fingerprint of the model that answered last: the server may have loaded another
 const kind = () => (about.chat ? "chat" : about.sources ? "sources" : "text");
 const place = () => "megalite talk with " + about.model;
 
@@ -116,6 +117,7 @@ async function receive(version, model, signal, tell) {
   if (!response.ok) throw new Error(await problemOf(response));
   for await (const data of pieces(response)) {
     version.id = data.id;
+    if (data.system_fingerprint !== served) { served = data.system_fingerprint; findStep(); }
     const choice = data.choices[0], said = choice?.delta?.content || choice?.text || "", now = performance.now();
     if (said) { first ||= now; counted++; version.said += said; version.tokens = counted; version.first = (first - began) / 1000; }
     // Without pieces to tell the pace by, that of the whole.
@@ -424,6 +426,12 @@ function drawModels() {
     };
     return made;
   }));
+}
+
+async function findStep() {
+  const response = await fetch("/v1/about").catch(() => null);
+  if (response?.ok) about.step = (await response.json()).step;
+  drawModels();
 }
 
 async function findModels() {

@@ -58,10 +58,10 @@ class Split:
         requests beside `champion`, whose answers count alone. Raise ConfigError."""
         if not 0 < share <= 1:
             raise ConfigError(f"--share {share:g}: give a number above 0, of at most 1")
-        if champion.current.kind is not challenger.current.kind:
+        if champion.kind is not challenger.kind:
             raise ConfigError(
                 f"--challenger {challenger.current.folder} holds another kind of model "
-                f"({challenger.current.kind.__name__}) than is served ({champion.current.kind.__name__})"
+                f"({challenger.kind.__name__}) than is served ({champion.kind.__name__})"
             )
         if shadow and champion.log is None:
             raise ConfigError(
@@ -73,6 +73,7 @@ class Split:
             share,
             shadow,
         )
+        self.kind = champion.kind
         self.settings, self.metrics, self.log = champion.settings, champion.metrics, champion.log
         self._shadows: set[asyncio.Task[None]] = set()
 
