@@ -47,6 +47,7 @@ VERBS = {
     "quantize": "write a model with the matrices of its layers in fewer bits",
     "prune": "write a model of which single weights, or whole parts, are left out",
     "convert": "write a model as a Hugging Face folder",
+    "push": "upload a model to the Hugging Face hub",
     "inspect": "show what is in token files, or what a config makes of them",
     "trace": "say which text a step was trained on, or at which steps a text was",
     "forget": "take documents out of a run's data, and go back to before it was trained on them",

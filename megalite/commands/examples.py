@@ -147,4 +147,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite convert runs/my my-model --dtype bf16 --ema",
         "megalite convert DENSE OUT --experts 8",
     ),
+    "push": (
+        "megalite push runs/my my-team/my-model",
+        "megalite push my-int8 my-team/my-int8 --public",
+    ),
 }

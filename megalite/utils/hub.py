@@ -37,6 +37,11 @@ def local(path: Path) -> Path:
     return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else path
 
 
+def is_name(text: str) -> bool:
+    """Return whether a text is `owner/name`, as repositories of the hub are called."""
+    return _NAME.fullmatch(text) is not None
+
+
 def name_of(folder: Path) -> str:
     """Return the name on the hub of a folder in its cache; of others the last part of their path."""
     snapshots, stored = folder.parent.name, folder.parent.parent.name
