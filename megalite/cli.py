@@ -63,7 +63,17 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb with the arguments `argv` (default: those of the process). Return the exit
-    status, one of `exit_codes.py`. A user's mistake is explained without a traceback."""
+    status, one of `exit_codes.py`. A user's mistake is explained without a traceback, and Ctrl-C is
+    one line, also while libraries are imported."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            _complain("interrupted\n")
+        return _failed(killed_by(signal.SIGINT))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     from megalite.checkpoint.tensors import CheckpointError, NotSaved
@@ -79,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
         mistake = Exit.BAD_NUMBERS if isinstance(error, NotFinite) else mistake
         return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else mistake)
-    except KeyboardInterrupt:
-        return _failed(killed_by(signal.SIGINT))
     except Exception as error:
         # Printed here, not by Python, to hide passwords in messages of libraries. The rank comes
         # first, as in torch's.

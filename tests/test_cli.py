@@ -323,3 +323,20 @@ def test_a_store_that_does_not_answer_is_no_mistake(
         monkeypatch.setattr(store.Store, "_info", fail)
         config = write(tmp_path, data={"train": [{"path": "memory://bucket/a"}], "seq_length": 32})
         assert main(["train", config]) == status
+
+
+@pytest.mark.parametrize("module", ["difflib", "torch"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path, module: str) -> None:
+    """Among the command line's own imports, and among those of a verb."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "megalite", "preflight", "configs/quickstart.yaml"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
