@@ -22,19 +22,53 @@ MASKED, RANDOM = 0.8, 0.1
 are."""
 
 
+class Words:
+    """Tells where words begin, by the marks that a tokenizer's pieces carry. Raises DataError for a
+    tokenizer without such marks."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        pieces = tokenizer.vocabulary()
+        self._begins = np.zeros(max(pieces.values()) + 1, np.bool_)
+        self._ends_blank = np.zeros_like(self._begins)
+        marks = [mark for mark in ("##", "▁", "Ġ") if any(p.startswith(mark) for p in pieces)]
+        if not marks:
+            raise DataError(
+                "objective.whole_words: true needs a data.tokenizer that marks where words begin or go on (## of "
+                "WordPiece, ▁ of sentencepiece, Ġ of byte-level BPE)"
+            )
+        for piece, number in pieces.items():
+            if marks[0] == "##":
+                self._begins[number] = not piece.startswith("##")
+            else:
+                # Ċ and ĉ: a line's end and a tab, as byte-level BPE writes them.
+                self._begins[number] = piece[:1] in ("▁", "Ġ", "Ċ", "ĉ")
+                self._ends_blank[number] = piece[-1:] in ("▁", "Ġ", "Ċ", "ĉ")
+
+    def first_places(self, tokens: Int64s, is_special: npt.NDArray[np.bool_]) -> Int64s:
+        """Return for each token the place of the first token of its word, [n, L]. No word goes over
+        a special token."""
+        begins = self._begins[tokens] | is_special
+        begins[:, 1:] |= self._ends_blank[tokens[:, :-1]]
+        begins[:, 0] = True  # the rest of a word that a sample's border has cut
+        places = np.where(begins, np.arange(tokens.shape[1]), 0)
+        return np.maximum.accumulate(places, axis=1)
+
+
 class Masking:
     """Chooses a `share` of the tokens, special ones excepted, to be predicted, and hides most of
     them."""
 
-    def __init__(self, share: float, tokenizer: Tokenizer, key: int):
+    def __init__(self, share: float, tokenizer: Tokenizer, key: int, whole_words: bool = False):
         """Take the mask token and the special tokens of `tokenizer`; `key` is of the run and the
-        split. Raise DataError for a tokenizer without a mask token."""
+        split. With `whole_words` all tokens of a word are chosen, or none. Raise DataError for a
+        tokenizer without a mask token, or without marks of words where they are needed."""
         if tokenizer.mask_id is None:
             raise DataError(
                 "objective.name: masked_lm needs a data.tokenizer with a mask token: give tokenizer_config.json a "
                 "mask_token, or train one with `megalite tokenizer train --type wordpiece`"
             )
         self.share, self.key, self.mask_id = share, key, tokenizer.mask_id
+        self.words = Words(tokenizer) if whole_words else None
         ids = {*tokenizer.vocabulary().values()}
         self._special = np.array(sorted(tokenizer.special_ids), np.int64)
         self._ordinary = np.array(sorted(ids - tokenizer.special_ids), np.int64)
@@ -49,7 +83,12 @@ class Masking:
         chosen, fate = (
             uniform(key_of(self.key, what), places).numpy() for what in ("chosen", "fate")
         )
-        is_chosen = (chosen < self.share) & learned & ~np.isin(tokens, self._special)
+        is_special = np.isin(tokens, self._special)
+        if self.words:
+            # One draw decides for a word: that of its first token.
+            first = self.words.first_places(tokens, is_special)
+            chosen = np.take_along_axis(chosen, first, axis=1)
+        is_chosen = (chosen < self.share) & learned & ~is_special
         labels = np.where(is_chosen, tokens, IGNORE)
         # The low bits alone are taken, as a modulus of negative numbers would be none.
         drawn = (random_bits(key_of(self.key, "random"), places) & (2**62 - 1)).numpy() % len(
@@ -70,4 +109,5 @@ class Masking:
             self.mask_id,
             len(self._special),
             len(self._ordinary),
+            *(["whole words"] if self.words else []),
         ]

@@ -35,6 +35,10 @@ class MaskedLMConfig(ObjectiveConfig):
         lt=1,
         description="Share of the tokens to predict. Of these, 80% become the mask token, 10% a random one.",
     )
+    whole_words: bool = Field(
+        False,
+        description="Choose all tokens of a word, or none of them, as BERT's whole word masking does.",
+    )
 
     def check(self, config: Config) -> None:
         if config.model.task != "masked":
@@ -59,7 +63,8 @@ class MaskedLMConfig(ObjectiveConfig):
     ) -> Corruption | None:
         assert tokenizer is not None
         # Keyed by the seed and the split, not by ranks: every layout masks the same tokens.
-        return Masking(self.share, tokenizer, key_of(config.train.seed, "masked", split))
+        key = key_of(config.train.seed, "masked", split)
+        return Masking(self.share, tokenizer, key, self.whole_words)
 
     def predicted(self) -> float:
         return self.share

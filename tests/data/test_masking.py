@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from megalite.data.checks import open_data
 from megalite.data.inspect import inspect_samples
 from megalite.data.masking import Masking
 from megalite.data.mixture import IGNORE, Mixture
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import DataError
 from small_runs import VOCAB
 
@@ -65,6 +66,48 @@ def test_special_tokens_and_those_not_learned_are_left_alone(masking: Masking) -
     labels[:, 3] = IGNORE
     assert (labels == IGNORE).all()
     assert np.array_equal(np.delete(inputs, 3, 1), np.delete(tokens, 3, 1))
+
+
+PIECES = {
+    # Pieces, and which of them are one word.
+    # It begins within a word, whose beginning another sample has.
+    "wordpiece": (["##s", "un", "##mask", "##ing", "it", "."], [0, 1, 1, 1, 4, 5]),
+    "byte-level": (
+        ["un", "masked", "Ġit", "'s", "Ċ", "ĠĠ", "def", "Ġun"],
+        [0, 0, 2, 2, 4, 5, 6, 7],
+    ),
+    "two texts": (["▁un", "mask", "[CLS]", "ing"], [0, 0, 2, 3]),
+    "sentencepiece": (["▁un", "mask", "ed", "▁it", ".", "▁"], [0, 0, 0, 3, 3, 5]),
+}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_all_tokens_of_a_word_are_masked_or_none(kind: str) -> None:
+    pieces, words = PIECES[kind]
+    names = [*dict.fromkeys(["[CLS]", "[MASK]", *pieces])]
+
+    class Named:
+        mask_id, special_ids = 1, frozenset((0, 1))
+
+        def vocabulary(self) -> dict[str, int]:
+            return {name: number for number, name in enumerate(names)}
+
+    masking = Masking(0.4, cast(Tokenizer, Named()), 7, whole_words=True)
+    tokens = np.tile([0, *(names.index(piece) for piece in pieces)], (2000, 1))
+    _, labels = masking.apply(tokens, np.ones(tokens.shape, bool), np.arange(2000))
+    assert (labels[:, 0] == IGNORE).all(), "a special token, which no word goes on from"
+    chosen = labels[:, 1:] != IGNORE
+    assert np.array_equal(chosen, chosen[:, words]), "as the first token of its word"
+    # Words are chosen by themselves: four standard deviations √(p·q/n) of each pair.
+    spoken = {word for word, piece in zip(words, pieces, strict=True) if piece != "[CLS]"}
+    for first, second in itertools.combinations(sorted(spoken), 2):
+        both = (chosen[:, first] & chosen[:, second]).mean()
+        assert both == pytest.approx(0.16, abs=4 * (0.16 * 0.84 / 2000) ** 0.5)
+
+
+def test_a_tokenizer_that_marks_no_words_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"whole_words: true needs a data\.tokenizer that marks"):
+        Masking(0.15, load_tokenizer(write_words(tmp_path)), 7, whole_words=True)
 
 
 def test_a_sample_is_masked_alike_beside_any_others(masking: Masking) -> None:
