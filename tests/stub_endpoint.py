@@ -9,7 +9,6 @@ import hashlib
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -46,8 +45,8 @@ class Stub:
     def __init__(self, answer: Callable[[Body], str], delay_s: float, url: str) -> None:
         self.answer, self.delay_s, self.url = answer, delay_s, url
         self.bodies: list[Body] = []
+        self.tells_usage = True
         self.under_way = self.most_under_way = 0
-        self.answered: Counter[str] = Counter()
         self.authorization: list[str | None] = []
         self.lock = threading.Lock()
 
@@ -57,12 +56,13 @@ class Stub:
         except Failing as failing:
             return failing.status, {"error": {"message": str(failing)}}, failing.headers
         time.sleep(self.delay_s * (draw(body, "delay") % 8))
-        prompt, completion = (len(x.split()) for x in (body["messages"][0]["content"], text))
+        asked = " ".join(message["content"] for message in body["messages"])
+        prompt, completion = (len(x.split()) for x in (asked, text))
         finish, text = ("length", text[:-1]) if text.endswith("\0") else ("stop", text)
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": finish}
         usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-        return 200, {"choices": [choice], "usage": usage}, {}
+        return 200, {"choices": [choice], **({"usage": usage} if self.tells_usage else {})}, {}
 
 
 @contextlib.contextmanager

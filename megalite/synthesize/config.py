@@ -15,9 +15,10 @@ from megalite.registry import Registry
 from megalite.utils.resources import read_yaml, with_overrides
 from megalite.utils.urls import check_no_secret, is_url
 
-MOST_CONCURRENT = 64
-"""Limit on the slots that are under way at a time. A slot may depend on the rows of those that are
-further back than this, and on no others: the order in which answers arrive changes nothing."""
+MOST_CONCURRENT = 512
+LOOK_BACK = 64
+"""A slot whose examples are earlier rows sees those of slots that are further back than this, and of
+no others: the order in which answers arrive changes nothing."""
 OF_A_REQUEST = (
     "messages",
     "model",
@@ -46,6 +47,7 @@ class EndpointConfig(Section):
     key_from: str | None = Field(
         None, description="Environment variable that holds the API key. null: none is sent."
     )
+    system: str | None = Field(None, min_length=1, description="System prompt of each request.")
     temperature: float = Field(0.8, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int = Field(512, gt=0, description="Most tokens of an answer.")
@@ -54,7 +56,9 @@ class EndpointConfig(Section):
     options: dict[str, Any] = Field(
         {}, description="More fields of each request, such as {top_k: 50}."
     )
-    concurrency: int = Field(8, gt=0, le=MOST_CONCURRENT, description="Rows under way at a time.")
+    concurrency: int = Field(
+        8, gt=0, le=MOST_CONCURRENT, description="Requests under way at a time."
+    )
     timeout_s: float = Field(120.0, gt=0, description="Seconds to wait for an answer.")
     retries: int = Field(
         6, ge=0, description="Further tries of a request, each after twice the time of the last."
@@ -159,6 +163,8 @@ class TaskConfig(Choice):
             "preferences": "megalite.synthesize.tasks:Preferences",
         },
     )
+    LOOKS_BACK: ClassVar[bool] = False
+    """Whether slots see earlier rows. The inputs are examples then, which no row may repeat."""
 
 
 class RecipeConfig(Section):
@@ -178,11 +184,17 @@ class RecipeConfig(Section):
     budget: BudgetConfig = BudgetConfig()
 
     @model_validator(mode="after")
-    def _costs_are_known(self) -> RecipeConfig:
+    def _parts_fit(self) -> RecipeConfig:
         if self.budget.cost is not None:
             for name, each in (("endpoint", self.endpoint), ("judge", self.judge)):
                 if each is not None and each.price is None:
                     raise ValueError(f"budget.cost = {self.budget.cost} needs {name}.price")
+        most = self.endpoint.concurrency
+        if self.task.LOOKS_BACK and most > LOOK_BACK:
+            raise ValueError(
+                f"endpoint.concurrency = {most}: task {self.task.name} takes {LOOK_BACK} at most: its prompts show "
+                "what earlier rows have added"
+            )
         return self
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ REFUSING = (400, 413, 422)
 """Statuses that are about one request, such as one that is too long."""
 PASSING = (408, 409, 425, 429)
 """Statuses, beside those from 500 on, after which another try may help."""
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+"""What models that reason put before their answer, where the server does not take it out."""
 OF_A_MESSAGE = 64
 """Tokens that a chat template adds to a message, at most."""
 
@@ -60,7 +63,8 @@ class Endpoint:
             if not secret:
                 raise ConfigError(f"{key}.key_from = {config.key_from!r}: the variable is not set")
             headers["Authorization"] = f"Bearer {secret}"
-        limits = httpx.Limits(max_connections=config.concurrency)
+        self._free = asyncio.Semaphore(config.concurrency)
+        limits = httpx.Limits(max_keepalive_connections=config.concurrency)
         self._client = httpx.AsyncClient(headers=headers, timeout=config.timeout_s, limits=limits)
 
     async def close(self) -> None:
@@ -77,7 +81,8 @@ class Endpoint:
         key = key_of_request(body, slot, call)
         answer = self._answers.get(key)
         if answer is None:
-            answer = await self._answer(body)
+            async with self._free:
+                answer = await self._answer(body)
             self._answers.add(key, answer)
         spent.add(self.price(answer))
         return answer
@@ -95,11 +100,16 @@ class Endpoint:
     def most(self, num_bytes: int, carried: int) -> Spent:
         """Return the most that a request costs whose prompt has `num_bytes` and `carried` earlier
         answers in it. No tokenizer makes more tokens than there are bytes."""
-        prompt = num_bytes + OF_A_MESSAGE + carried * self.config.max_tokens
+        system = self.config.system or ""
+        prompt = (
+            num_bytes + len(system.encode()) + 2 * OF_A_MESSAGE + carried * self.config.max_tokens
+        )
         return self.price(Answer("", "", prompt, self.config.max_tokens))
 
     def _body(self, messages: Messages, seed: int) -> dict[str, Any]:
         config = self.config
+        if config.system is not None:
+            messages = [{"role": "system", "content": config.system}, *messages]
         body: dict[str, Any] = {
             "model": config.model, "messages": messages, "max_tokens": config.max_tokens,
             "temperature": config.temperature, **config.options,
@@ -156,9 +166,9 @@ class Endpoint:
         is_metered = len(counts) == len(USAGE)
         if not is_metered:
             num_bytes = sum(len(message["content"].encode()) for message in body["messages"])
-            counts = [num_bytes + OF_A_MESSAGE, self.config.max_tokens]
+            counts = [num_bytes + 2 * OF_A_MESSAGE, self.config.max_tokens]
         # JSON can spell half of a surrogate pair, which no row may hold.
-        text = text.encode(errors="replace").decode()
+        text = _THOUGHTS.sub("", text.encode(errors="replace").decode())
         return Answer(text, finish, counts[0], counts[1], is_metered, tries)
 
 

@@ -22,14 +22,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from megalite.errors import DataError
 from megalite.synthesize.answers import Answers
 from megalite.synthesize.checks import Checks
-from megalite.synthesize.config import MOST_CONCURRENT, RecipeConfig, decisive
-from megalite.synthesize.endpoint import Endpoint, Messages, Spent, seed_of
+from megalite.synthesize.config import LOOK_BACK, RecipeConfig, decisive
+from megalite.synthesize.endpoint import Endpoint, Spent, seed_of
 from megalite.synthesize.report import report_of
 from megalite.synthesize.tasks import Input, Made, Rejected, Slot, Task
 from megalite.utils.changes import changes
 from megalite.utils.files import replacing
 from megalite.utils.progress import ProgressMeter
 
+ENDS = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+"""What servers call the end of an answer that is whole."""
 NAMED = 5
 """Number of changed settings that a message names."""
 REFUSED = 8
@@ -74,7 +76,7 @@ def synthesize(recipe: RecipeConfig, console: Console | None = None) -> dict[str
         for left in output.glob(".*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
         inputs, checks = task.read(), Checks(recipe.checks)
-        for each in inputs if not task.REPEATS else ():
+        for each in inputs if task.LOOKS_BACK else ():
             checks.keep(each.text, f"seeds {each.source}")
         _begin(recipe, output, inputs, checks)
         with (
@@ -121,11 +123,13 @@ class Maker:
         if self._task.JUDGED:
             self._judge = Endpoint(self._recipe.judging, "judge", self._answers)
         wanted, tally = self._recipe.rows, self._tally
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+        columns = (
+            BarColumn(), MofNCompleteColumn(), TextColumn("rows, {task.fields[told]}"), TimeElapsedColumn()
+        )  # fmt: skip
         pending: deque[tuple[asyncio.Task[Asked], Spent]] = deque()
         number = 0
         try:
-            with ProgressMeter(self._task.name, wanted, columns, console) as meter:
+            with ProgressMeter(self._task.name, wanted, columns, console, told="") as meter:
                 while tally.rows < wanted:
                     # No more at a time than rows are missing: what is asked for beyond is wasted.
                     most = min(self._recipe.endpoint.concurrency, wanted - tally.rows)
@@ -146,7 +150,11 @@ class Maker:
                     asked, _ = pending[0]
                     self._take(await asked)
                     pending.popleft()
-                    meter.show(tally.rows, self._line(), due=tally.rows == wanted)
+                    told, line = (
+                        self._told(),
+                        f"{self._task.name}: {tally.rows:,} of {wanted:,} rows",
+                    )
+                    meter.show(tally.rows, f"{line}, {told}", due=tally.rows == wanted, told=told)
         finally:
             for asked, _ in pending:
                 asked.cancel()
@@ -155,22 +163,18 @@ class Maker:
             await self._judge.close()
         return tally
 
-    def _line(self) -> str:
-        tally = self._tally
-        cost = (
-            f", cost {tally.spent.cost + tally.judged.cost:.4g}"
-            if self._recipe.endpoint.price
-            else ""
-        )
-        return (
-            f"{self._task.name}: {tally.rows:,} of {self._recipe.rows:,} rows, {tally.rejected.total():,} rejected, "
-            f"{tally.spent.requests + tally.judged.requests:,} requests{cost}"
-        )
+    def _told(self) -> str:
+        """Return the counts beside that of the rows."""
+        spent = Spent()
+        for each in (self._tally.spent, self._tally.judged):
+            spent.add(each)
+        cost = f", cost {spent.cost:.4g}" if spent.cost else ""
+        return f"{self._tally.rejected.total():,} rejected, {spent.requests:,} requests{cost}"
 
     def _slot(self, number: int) -> Slot:
-        """Return a slot. It sees the rows of slots that are further back than any that may be
-        under way: the same, however fast answers come."""
-        count = bisect_right(self._slots_of_texts, number - MOST_CONCURRENT)
+        """Return a slot. One that looks back sees the rows of slots that are further back than any
+        that may be under way: the same, however fast answers come."""
+        count = bisect_right(self._slots_of_texts, number - LOOK_BACK)
         return self._task.slot(number, self._inputs, self._texts[:count], self._recipe.seed)
 
     def _most(self, slot: Slot) -> Spent:
@@ -201,14 +205,14 @@ class Maker:
         async def ask(text: str, judging: bool = False) -> str:
             nonlocal call
             endpoint, cost = (self._judge, judged) if judging else (self._endpoint, spent)
-            messages: Messages = [{"role": "user", "content": text}]
+            messages = [{"role": "user", "content": text}]
             seed = seed_of(self._recipe.seed, slot.number, call)
             answer = await endpoint.ask(messages, seed, slot.number, call, cost)
             call += 1
             if answer.finish == "refused":
                 raise Rejected("refused by the endpoint", answer.text)
             # A verdict stands at the beginning.
-            if answer.finish != "stop" and not judging:
+            if answer.finish not in ENDS and not judging:
                 why = {"length": "cut off at max_tokens"}.get(answer.finish)
                 raise Rejected(why or f"ended by {answer.finish}", answer.text)
             return answer.text

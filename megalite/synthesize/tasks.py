@@ -89,8 +89,6 @@ class Task(TaskConfig):
     """Earlier answers that one of its prompts holds, at most."""
     JUDGED: ClassVar[int] = 0
     """Requests of these that the judge answers."""
-    REPEATS: ClassVar[bool] = True
-    """Whether rows may repeat texts of the inputs, which they are made from. Seeds are examples."""
 
     @abstractmethod
     def read(self) -> list[Input]:
@@ -153,7 +151,7 @@ class Instructions(Task):
 
     CALLS: ClassVar[int] = 2
     CARRIED: ClassVar[int] = 1
-    REPEATS: ClassVar[bool] = False
+    LOOKS_BACK: ClassVar[bool] = True
 
     @field_validator("prompt")
     @classmethod

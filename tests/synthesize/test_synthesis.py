@@ -37,7 +37,7 @@ PATIENCE_S = 60.0
 
 
 def asked(body: Body) -> str:
-    return body["messages"][0]["content"]
+    return body["messages"][-1]["content"]
 
 
 def sentence(number: int, count: int = 20) -> str:
@@ -120,7 +120,7 @@ def test_killed_twice_it_comes_to_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Instructions depend on the rows before them, of which some are refused."""
-    monkeypatch.setattr(run, "MOST_CONCURRENT", 8)
+    monkeypatch.setattr(run, "LOOK_BACK", 8)
     seeds = write_rows(tmp_path / "seeds.jsonl", [{"instruction": sentence(n)} for n in range(9)])
     task = {"name": "instructions", "seeds": [str(seeds)], "examples": 4}
 
@@ -362,6 +362,7 @@ def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
             "base_url": judge.url,
             "model": "judge",
             "temperature": 0.5,
+            "concurrency": 1,
             "price": {"input": 1, "output": 1},
         }
         made = recipe(tmp_path, stub.url, task, rows=12, judge=of_judge)
@@ -372,6 +373,7 @@ def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
         assert row["metadata"]["judge"] == "judge"
     assert {body["temperature"] for body in stub.bodies} == {0.8}
     assert {body["temperature"] for body in judge.bodies} == {0.5}
+    assert (judge.most_under_way, stub.most_under_way > 1) == (1, True)
     spent = report["spent"]
     assert (spent["endpoint"]["requests"], spent["judge"]["requests"]) == (24, 20)
     tokens = spent["judge"]["prompt_tokens"] + spent["judge"]["completion_tokens"]
@@ -392,18 +394,23 @@ def test_what_fails_for_a_while_is_tried_again(
             raise Failing(503)
         if tried == 2:
             raise Failing(429, "slowly", Retry_After="0.01")
-        return words(body, 9)
+        return f"<think>\nwell, {words(body, 30)}</think>\n\n{words(body, 9)}"
 
     data = write_rows(tmp_path / "rows.jsonl", [{"text": sentence(n)} for n in range(4)])
     task = {"name": "paraphrases", "data": [str(data)]}
     with stub_endpoint(answer) as stub:
         made = recipe(
-            tmp_path, stub.url, task, rows=4, endpoint={"key_from": "MY_KEY", "top_p": 0.9}
-        )
+            tmp_path, stub.url, task, rows=4,
+            endpoint={"key_from": "MY_KEY", "top_p": 0.9, "stop": ["###"], "system": "Be brief."},
+        )  # fmt: skip
         report = synthesize(made)
     assert (report["rows"], report["spent"]["endpoint"]["tries"]) == (4, 12)
     assert set(stub.authorization) == {"Bearer sk-very-secret-0123456789"}
-    assert all(body["top_p"] == 0.9 for body in stub.bodies)
+    for body in stub.bodies:
+        assert (body["top_p"], body["stop"], body["model"]) == (0.9, ["###"], "m")
+        assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    # What it thought is no part of its answer.
+    assert all(len(row["text"].split()) == 9 for row in lines_of(made.output / "rows.jsonl"))
     for path in made.output.iterdir():
         assert b"very-secret" not in path.read_bytes()
 
@@ -510,6 +517,8 @@ def test_another_recipe_has_another_folder(tmp_path: Path) -> None:
     with stub_endpoint(speaking) as stub:
         made = recipe(tmp_path, stub.url, task, rows=3)
         synthesize(made)
+        with run._alone_in(made.output), pytest.raises(DataError, match="by another process"):
+            synthesize(made)
         with pytest.raises(DataError, match=r"begun with another recipe; .*\(seed 0 → 5\)"):
             synthesize(recipe(tmp_path, stub.url, task, rows=3, seed=5))
         with pytest.raises(DataError, match=r"\(endpoint.temperature 0.8 → 0.1\)"):
@@ -549,6 +558,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": (paraphrases(prompt="Say it."), "a prompt must have {text} in it"),
     "option": (endpoint(options={"seed": 1}), "seed is no option"),
     "price": ({"budget": {"cost": 1.0}}, "budget.cost = 1.0 needs endpoint.price"),
+    "many": (
+        {"task": {"name": "instructions", "seeds": ["a"]}, **endpoint(concurrency=65)},
+        "endpoint.concurrency = 65: task instructions takes 64 at most",
+    ),
     "secret": (
         endpoint(key_from="NO_SUCH"),
         "endpoint.key_from = 'NO_SUCH': the variable is not set",
@@ -599,3 +612,56 @@ def test_the_command_tells_what_it_came_to(
 )
 def test_examples_are_recipes(path: Path) -> None:
     assert load_recipe(path).task.name in path.read_text()
+
+
+def test_what_is_no_answer_of_the_api_and_what_tells_no_tokens(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": sentence(n)} for n in range(4)])
+    task = {"name": "paraphrases", "data": [str(data)]}
+
+    def page(body: Body) -> str:
+        raise Failing(200, "a page")
+
+    told = r"does not answer as OpenAI's chat completions do: .*a page"
+    with stub_endpoint(page) as stub, pytest.raises(ConfigError, match=told):
+        synthesize(recipe(tmp_path, stub.url, task, 1))
+    with stub_endpoint(speaking) as stub:
+        stub.tells_usage = False
+        more = {"endpoint": {"max_tokens": 50}, "budget": {"tokens": 1500}}
+        report = synthesize(recipe(tmp_path, stub.url, task, 4, output=str(tmp_path / "2"), **more))
+    spent = report["spent"]["endpoint"]
+    # They count as the most that they can be.
+    assert 1 < spent["requests"] == spent["unmetered"] == report["rows"] < 4
+    assert spent["completion_tokens"] == 50 * spent["requests"]
+    assert spent["prompt_tokens"] + spent["completion_tokens"] <= 1500
+    assert report["stopped"] == "the budget is spent"
+
+
+def test_evaluation_tasks_are_those_of_the_harness(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--whole"):
+        pytest.skip("it takes seconds to import the harness; --whole")
+    from local_tasks import write_tasks
+
+    texts = {
+        "story": "Once more: " + "the hen met a owl! " * 4,
+        "sounds": f"{sentence(3)}. What does the cat say on day 0? Wuff and wuff.",
+        "": f"{sentence(4)}. What does the cat say on day 1? Wuff and wuff.",
+    }
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"<{name}>"} for name in texts])
+    checks = {
+        "contamination": {
+            "tasks": ["story", "sounds"],
+            "include_path": str(write_tasks(tmp_path / "tasks")),
+        }
+    }
+
+    def answer(body: Body) -> str:
+        return texts[re.findall("<(.*)>", asked(body))[0]]
+
+    with stub_endpoint(answer) as stub:
+        task = {"name": "paraphrases", "data": [str(rows)]}
+        made = recipe(tmp_path, stub.url, task, 3, checks=checks)
+        assert synthesize(made)["rejected"] == {"contaminated by an evaluation text": 2}
+    found = {line["detail"] for line in lines_of(made.output / "rejected.jsonl")}
+    assert found == {"story 2", "sounds 0"}
