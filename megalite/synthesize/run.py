@@ -115,6 +115,10 @@ class Maker:
         self._texts: list[str] = []
         self._slots_of_texts: list[int] = []
         self._template = _digest("\0".join(task.prompts()))
+        self._pending: deque[tuple[asyncio.Task[Asked], Spent]] = deque()
+        """Slots under way in their order, each with the most that it costs."""
+        self._next = 0
+        """Number of the slot that is started next."""
 
     async def run(self, console: Console | None) -> Tally:
         """Ask and judge until there are enough rows, no more slots, or no more budget."""
@@ -123,47 +127,47 @@ class Maker:
         if self._task.JUDGED:
             self._judge = Endpoint(self._recipe.judging, "judge", self._answers)
         wanted, tally = self._recipe.rows, self._tally
-        columns = (
-            BarColumn(), MofNCompleteColumn(), TextColumn("rows, {task.fields[told]}"), TimeElapsedColumn()
-        )  # fmt: skip
-        pending: deque[tuple[asyncio.Task[Asked], Spent]] = deque()
-        number = 0
+        told = TextColumn("rows, {task.fields[told]}")
+        columns = (BarColumn(), MofNCompleteColumn(), told, TimeElapsedColumn())
         try:
             with ProgressMeter(self._task.name, wanted, columns, console, told="") as meter:
-                while tally.rows < wanted:
-                    # No more at a time than rows are missing: what is asked for beyond is wasted.
-                    most = min(self._recipe.endpoint.concurrency, wanted - tally.rows)
-                    while len(pending) < most and number < self._num_slots:
-                        slot = self._slot(number)
-                        reserved = self._most(slot)
-                        if not self._fits([reserved, *(own for _, own in pending)]):
-                            break
-                        pending.append((asyncio.create_task(self._ask_for(slot)), reserved))
-                        number += 1
-                    if not pending:
-                        tally.stopped = (
-                            "all inputs are used up"
-                            if number >= self._num_slots
-                            else "the budget is spent"
-                        )
-                        break
-                    asked, _ = pending[0]
+                while tally.rows < wanted and self._start_more():
+                    asked, _ = self._pending[0]
                     self._take(await asked)
-                    pending.popleft()
-                    told, line = (
-                        self._told(),
-                        f"{self._task.name}: {tally.rows:,} of {wanted:,} rows",
-                    )
-                    meter.show(tally.rows, f"{line}, {told}", due=tally.rows == wanted, told=told)
+                    self._pending.popleft()
+                    counts = self._counts()
+                    line = f"{self._task.name}: {tally.rows:,} of {wanted:,} rows, {counts}"
+                    meter.show(tally.rows, line, due=tally.rows == wanted, told=counts)
         finally:
-            for asked, _ in pending:
+            for asked, _ in self._pending:
                 asked.cancel()
-            await asyncio.gather(*(asked for asked, _ in pending), return_exceptions=True)
+            await asyncio.gather(*(asked for asked, _ in self._pending), return_exceptions=True)
             await self._endpoint.close()
             await self._judge.close()
         return tally
 
-    def _told(self) -> str:
+    def _start_more(self) -> bool:
+        """Begin to ask for the next slots. Return whether any is under way; if none is, it is noted
+        why."""
+        # No more at a time than rows are missing: what is asked for beyond is wasted.
+        missing = self._recipe.rows - self._tally.rows
+        most = min(self._recipe.endpoint.concurrency, missing)
+        while len(self._pending) < most and self._next < self._num_slots:
+            slot = self._slot(self._next)
+            reserved = self._most(slot)
+            # What is under way may still come to its most, and so decides nothing yet: with nothing
+            # under way, the same slot is the last whatever was quick or slow.
+            if not self._fits([reserved, *(own for _, own in self._pending)]):
+                break
+            self._pending.append((asyncio.create_task(self._ask_for(slot)), reserved))
+            self._next += 1
+        if self._pending:
+            return True
+        is_at_end = self._next >= self._num_slots
+        self._tally.stopped = "all inputs are used up" if is_at_end else "the budget is spent"
+        return False
+
+    def _counts(self) -> str:
         """Return the counts beside that of the rows."""
         spent = Spent()
         for each in (self._tally.spent, self._tally.judged):

@@ -614,6 +614,12 @@ def test_examples_are_recipes(path: Path) -> None:
     assert load_recipe(path).task.name in path.read_text()
 
 
+def test_the_recipe_on_the_page_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "synthetic.md").read_text()
+    (tmp_path / "recipe.yaml").write_text(re.findall("```yaml\n(.*?)```", page, re.DOTALL)[0])
+    assert load_recipe(tmp_path / "recipe.yaml").task.name == "questions"
+
+
 def test_what_is_no_answer_of_the_api_and_what_tells_no_tokens(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"text": sentence(n)} for n in range(4)])
     task = {"name": "paraphrases", "data": [str(data)]}
