@@ -313,13 +313,27 @@ class AugmentConfig(Section):
         le=1,
         description="Share of the words that are misspelt: letters exchanged, left out, doubled or replaced.",
     )
+    counterfactual: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the rows, whatever `share` is, in which each word of pair_file becomes its counterpart.",
+    )
+    pair_file: Path | None = Field(
+        None,
+        description="Text file: the two words of a line, parted by a comma, become each other.",
+    )
 
     @model_validator(mode="after")
     def _does_something(self) -> AugmentConfig:
         if (self.synonyms > 0) != (self.synonym_file is not None):
             raise ValueError("`synonyms`, a share above 0, and `synonym_file` go together")
-        if not (self.swap or self.delete or self.synonyms or self.noise):
-            raise ValueError("give `swap`, `delete`, `synonyms` or `noise` a share above 0")
+        if (self.counterfactual > 0) != (self.pair_file is not None):
+            raise ValueError("`counterfactual`, a share above 0, and `pair_file` go together")
+        if not (self.swap or self.delete or self.synonyms or self.noise or self.counterfactual):
+            raise ValueError(
+                "give `swap`, `delete`, `synonyms`, `noise` or `counterfactual` a share above 0"
+            )
         return self
 
 

@@ -1,6 +1,7 @@
 """Augmentation of labelled texts (EDA, Wei and Zou 2019): words change places, are left out, are
-replaced by synonyms, or misspelt. What is done to a row is a function of the seed, the row and the
-epoch: the same on every layout and after every resume, and other in every epoch.
+replaced by synonyms, or misspelt; or words of a group of people become those of another. What is
+done to a row is a function of the seed, the row and the epoch: the same on every layout and after
+every resume, and other in every epoch.
 
 Legend: n = samples, W = tokens of a window."""
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.config import AugmentConfig
+from megalite.data.counterfactual import counterfactual, drawn_for, read_word_pairs
 from megalite.data.dataset import Windows
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer
@@ -44,12 +46,13 @@ class Room(NamedTuple):
 
 
 class Augmentation:
-    """Changes the texts of rows in samples. Raises DataError for a list of synonyms that cannot be
-    read."""
+    """Changes the texts of rows in samples. Raises DataError for a list of synonyms or pairs
+    that cannot be read."""
 
     def __init__(self, config: AugmentConfig, tokenizer: Tokenizer, room: Room, seed: int) -> None:
         self._config, self._tokenizer, self._room, self._seed = config, tokenizer, room, seed
         self._synonyms = read_synonyms(config.synonym_file) if config.synonym_file else {}
+        self._counterparts = read_word_pairs(config.pair_file) if config.pair_file else {}
         named = (tokenizer.eod_id, tokenizer.begin_id, tokenizer.mask_id)
         ids = {*tokenizer.special_ids, *(each for each in named if each is not None)}
         self._special = np.array(sorted(ids), np.int64)
@@ -112,7 +115,7 @@ class Augmentation:
             room = min(room, self._room.source - int((mask == 0).sum()))
         room //= max(sum(may), 1)
         randoms: dict[int, np.random.Generator] = {}
-        pieces = []
+        config, pieces = self._config, []
         for (start, stop), may_change in zip(parts, may, strict=True):
             was = columns = np.arange(start, stop)
             new = tokens[start:stop]
@@ -121,7 +124,8 @@ class Augmentation:
                 if row not in randoms:
                     key = key_of(self._seed, "augment", row, epoch)
                     randoms[row] = np.random.Generator(np.random.Philox(key))
-                changed = self._changed(new, randoms[row])
+                swap = drawn_for(config.counterfactual, self._seed, row, epoch)
+                changed = self._changed(new, randoms[row], swap)
                 if changed is not None:
                     new = changed[: len(columns) + room]
                     was = np.full(len(new), -1)
@@ -131,12 +135,15 @@ class Augmentation:
             pieces.append((new, was, columns))
         return pieces
 
-    def _changed(self, tokens: Int64s, random: np.random.Generator) -> Int64s | None:
-        """Return the tokens of a text after changes, None if there are none."""
+    def _changed(
+        self, tokens: Int64s, random: np.random.Generator, swap: int | None
+    ) -> Int64s | None:
+        """Return the tokens of a text after changes, None if there are none. `swap` is the seed of
+        the row's counterfactual, None where it is not to be one."""
         text = self._tokenizer.decode(tokens.tolist())
-        if random.random() >= self._config.share:
-            return None
-        changed = self.change(text, random)
+        changed = text if swap is None else counterfactual(text, self._counterparts, swap)
+        if random.random() < self._config.share:
+            changed = self.change(changed, random)
         if changed == text:
             return None
         return np.array(self._tokenizer.encode(changed), np.int64) if changed.strip() else None
@@ -180,8 +187,9 @@ class Augmentation:
 
     def identity(self) -> list[Any]:
         """Return what decides what it does, for a fingerprint."""
-        settings = self._config.model_dump(mode="json", exclude={"synonym_file"})
-        listed = json.dumps(sorted(self._synonyms.items()))
+        settings = self._config.model_dump(mode="json", exclude={"synonym_file", "pair_file"})
+        lists = (self._synonyms, self._counterparts)
+        listed = json.dumps([sorted(each.items()) for each in lists])
         digest = hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
         return ["augment", settings, digest, *self._room, self._seed]
 

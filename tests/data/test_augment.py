@@ -364,7 +364,11 @@ def test_inspect_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "nothing": ({}, {}, "give `swap`, `delete`, `synonyms` or `noise` a share above 0"),
+    "nothing": (
+        {},
+        {},
+        "give `swap`, `delete`, `synonyms`, `noise` or `counterfactual` a share above 0",
+    ),
     "no file": (
         {"synonyms": 0.5},
         {},
