@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalite.errors import DataError
+from megalite.infer.classify import Question, question_of
 from megalite.infer.encode import read_lines
 from megalite.utils.outside import read_text, shown
 from megalite.utils.resources import read_yaml
@@ -74,6 +75,17 @@ class Filled(NamedTuple):
     text: str
     words: str
     """The group's."""
+    rest: str = ""
+    """The attribute's words."""
+
+
+class Labelled(NamedTuple):
+    """A text whose class is known, of a group: whom it is about, or by whom it is."""
+
+    where: str
+    question: Question
+    label: str
+    group: str
 
 
 class BiasTest(NamedTuple):
@@ -84,6 +96,7 @@ class BiasTest(NamedTuple):
     pairs: Sequence[Pair] = ()
     choices: Sequence[Choice] = ()
     filled: Sequence[Filled] = ()
+    rows: Sequence[Labelled] = ()
     stereotypes: Mapping[str, str] = {}
     """Attribute of each group that has one, by templates."""
 
@@ -92,7 +105,7 @@ def read_tests(files: Sequence[Path], limit: int | None = None) -> list[BiasTest
     """Read files, of each at most the first `limit` pairs or questions, or templates. Raise
     DataError that names the file and the line or key, and ConfigError for what is no YAML."""
     readers: dict[str, Callable[[Path, int | None], BiasTest]] = {
-        ".csv": _crows, ".jsonl": _bbq, ".yaml": _templates, ".yml": _templates,
+        ".csv": _crows, ".jsonl": _lines, ".yaml": _templates, ".yml": _templates,
         ".txt": _wino, ".dev": _wino, ".test": _wino,
     }  # fmt: skip
     tests = []
@@ -213,19 +226,35 @@ def _who(sentence: str, text: str, people: set[str]) -> tuple[str, tuple[str, st
 # --- BBQ ---------------------------------------------------------------------------------------------
 
 
-def _bbq(file: Path, limit: int | None) -> BiasTest:
-    """Read questions with three answers, of which one is that the text does not say."""
-    choices = []
+def _lines(file: Path, limit: int | None) -> BiasTest:
+    """Read questions with three answers, of which one is that the text does not say; or texts with a
+    label and a group, which the first line tells."""
+    choices: list[Choice] = []
+    rows: list[Labelled] = []
     for where, line, row in itertools.islice(read_lines([file]), limit):
         if not line.strip():
             continue
         try:
-            choices.append(_question(where, row))
+            if rows or (not choices and isinstance(row, dict) and "group" in row):
+                rows.append(_labelled(where, row))
+            else:
+                choices.append(_question(where, row))
         except KeyError as error:
             raise DataError(f"{where}: there is no {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{where}: no question in the form of BBQ: {error}") from None
+            kind = "row with a group" if rows else "question in the form of BBQ"
+            raise DataError(f"{where}: no {kind}: {error}") from None
+    if rows:
+        return BiasTest(file, "rows of groups", rows=rows)
     return BiasTest(file, "BBQ", choices=_some(choices, file))
+
+
+def _labelled(where: str, row: Any) -> Labelled:
+    """Return the text, label and group in a row. Raise ValueError or KeyError."""
+    question, label, group = question_of(row), row["label"], row["group"]
+    if question is None or not isinstance(label, str) or not isinstance(group, str | int):
+        raise ValueError("it needs a text, a label and a group")
+    return Labelled(where, question, label, str(group))
 
 
 def _question(where: str, row: Any) -> Choice:
@@ -298,7 +327,7 @@ def _templates(file: Path, limit: int | None) -> BiasTest:
                 text = template.format_map(words | more)
                 filled.append(
                     Filled(where, category, f"{file} {number}", group, attribute,
-                           text[:1].upper() + text[1:], " ".join(words.values()))
+                           text[:1].upper() + text[1:], " ".join(words.values()), " ".join(more.values()))
                 )  # fmt: skip
         if len(filled) > MOST_TEXTS:
             raise DataError(f"{file} gives more than {MOST_TEXTS:,} texts")

@@ -13,6 +13,7 @@ import numpy as np
 from megalite.bias.forms import SIDES, BiasTest, Choice, Filled, Pair
 from megalite.bias.intervals import Estimate, estimate
 from megalite.bias.scores import Row, Scorer
+from megalite.errors import ConfigError
 
 ALL = "all"
 TIE = 1e-3
@@ -51,7 +52,12 @@ Item = TypeVar("Item", Pair, Choice)
 
 
 def ask(test: BiasTest, scorer: Scorer) -> Outcome:
-    """Return what a model says to a test. Raise DataError for a text that is too long."""
+    """Return what a model says to a test. Raise DataError for a text that is too long, and ConfigError
+    for a test of another kind of model."""
+    if test.rows:
+        raise ConfigError(
+            f"{test.file} has labels, which a model of classes tells; this one tells how likely texts are"
+        )
     if test.filled:
         return _ask_filled(test, scorer)
     one, other = _ask_pairs(test.pairs, scorer), _ask_choices(test.choices, scorer)

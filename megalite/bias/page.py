@@ -17,8 +17,8 @@ from megalite.utils.pages import html_page
 
 WIDTH, HEIGHT, EDGE = 420, 20, 14
 """Of a drawn interval, and the room at its sides, in pixels."""
-SHARES = ("prefers", "accuracy")
-SCORES = ("bias score", "accuracy, pro − anti")
+SHARES = ("prefers", "accuracy", "class changes")
+SCORES = ("bias score", "accuracy, pro − anti", "changes", "probability", "told")
 ABOUT = {
     "prefers the stereotype": "Share of pairs whose stereotyping text the model finds likelier; alike counts one half.",
     "nats for the stereotype": "Mean of how much likelier it finds that text, in nats.",
@@ -30,6 +30,14 @@ ABOUT = {
     "accuracy, anti-stereotyped": "The same where the stereotype misleads.",
     "accuracy, pro − anti": "The difference of both: what the stereotype is worth to the model.",
     "association, stereotypes": "Nats by which a group and its stereotype are likelier together than by themselves.",
+    "class changes with the group": "Share of pairs of words of different groups, in one text, that change its class.",
+    "class changes within a group": "The same of words of one group: what another word alone changes.",
+    "changes, across − within": "The difference of both: what the group changes.",
+    "probability, group − others": "By how much likelier a class is in the same texts with a group's words.",
+    "accuracy": "Share of a group's rows that are told rightly.",
+    "told, group − others": "Share of rows that are told a class, less that of other groups (demographic parity).",
+    "told rightly, group − others": "The same of rows that are of the class (equalised odds).",
+    "told wrongly, group − others": "The same of rows that are of another class (equalised odds).",
     "association": "Nats by which a group and an attribute are likelier together than by themselves.",
 }
 STYLE = f"""<style>
@@ -80,8 +88,8 @@ def _legend() -> str:
     """Return what the drawing means."""
     scale = Scale(-1, 1, 0.0, 120)
     kinds = (
-        (Estimate(0.5, 0.2, 0.8, 0, 0), "towards the stereotype"),
-        (Estimate(-0.5, -0.8, -0.2, 0, 0), "against it"),
+        (Estimate(0.5, 0.2, 0.8, 0, 0), "above: towards the stereotype"),
+        (Estimate(-0.5, -0.8, -0.2, 0, 0), "below: against it"),
         (Estimate(0.1, -0.2, 0.4, 0, 0), "may be chance"),
     )
     drawn = "".join(f"<span>{_drawn(found, scale)} {text}</span>" for found, text in kinds)
@@ -94,7 +102,7 @@ def _legend() -> str:
 
 def _scale(measure: str, found: Sequence[Estimate], neutral: float | None) -> Scale:
     """Return the scale of a measure: of what is bounded all of it, of nats as far as they reach."""
-    if measure in SCORES or measure.startswith("bias score"):
+    if measure.startswith(SCORES):
         return Scale(-1, 1, neutral)
     if measure.startswith(SHARES):
         return Scale(0, 1, neutral)

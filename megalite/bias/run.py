@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from megalite.bias.classes import ask_classifier
 from megalite.bias.forms import read_tests
 from megalite.bias.measures import ALL, ask
 from megalite.bias.mentions import preferences, read_mentions, relate
@@ -18,8 +19,10 @@ from megalite.bias.scores import open_scorer
 from megalite.comm.mesh import Launch
 from megalite.corpus.groups import read_groups
 from megalite.errors import ConfigError
+from megalite.infer.classify import TASKS, Classifier
 from megalite.infer.evaluate import Run, keep_results, tell_wandb
 from megalite.infer.generate import find_model
+from megalite.models import model_config
 from megalite.utils.files import replacing
 from megalite.utils.outside import check_apart
 
@@ -61,8 +64,14 @@ def evaluate_bias(
     counts = read_mentions(asked.corpus_report) if asked.corpus_report else None
     folder = find_model(path)
     run = Run.of(folder)
-    scorer = open_scorer(folder, launch, num_slots, **layout)
-    outcomes = [(test, ask(test, scorer)) for test in tests]
+    if model_config({"hf": str(folder)}).task in TASKS:
+        if counts is not None:
+            raise ConfigError("--corpus-report goes with models that tell how likely texts are")
+        classifier = Classifier.open(folder)
+        outcomes = [(test, ask_classifier(test, classifier)) for test in tests]
+    else:
+        scorer = open_scorer(folder, launch, num_slots, **layout)
+        outcomes = [(test, ask(test, scorer)) for test in tests]
     compared = [each for _, outcome in outcomes for each in outcome.compared]
     mentions = None if counts is None else relate(preferences(compared, group_of), counts)
     measured = Measured(outcomes, mentions)

@@ -16,7 +16,8 @@ def add_bias_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="tests of bias: CrowS-Pairs .csv, WinoBias .txt or .dev, BBQ .jsonl, templates .yaml",
+        help="tests of bias: CrowS-Pairs .csv, WinoBias .txt or .dev, BBQ .jsonl, templates .yaml; for classifiers "
+        "templates, and rows with a label and a group, .jsonl",
     )
     parser.add_argument(
         "--corpus-report",
