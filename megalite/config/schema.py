@@ -676,10 +676,10 @@ class Fp8Config(Section):
     """Compute the products of the layers' linear modules in fp8: x · Wᵀ and both gradients. Weights,
     gradients, optimizer states and checkpoints stay as they are without it."""
 
-    recipe: Literal["blockwise", "mxfp8"] = Field(
+    recipe: Literal["current", "rowwise", "blockwise", "mxfp8"] = Field(
         "blockwise",
         description="Numbers that share a scale. blockwise: 128 of activations and gradients, 128 × 128 of weights; "
-        "mxfp8: 32.",
+        "mxfp8: 32; rowwise: a row; current: a whole matrix.",
     )
     first_last_bf16: tuple[int, int] = Field(
         (1, 1), description="How many of the first and of the last layers stay as they are."

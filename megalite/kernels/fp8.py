@@ -5,18 +5,21 @@ bits (three in e5m2) and is exact in bf16 and fp32, and a product of rounded ope
 these is the product of the codes, with its sums in fp32. That is what is computed here wherever no
 chip takes the codes themselves.
 
-    recipe      activations, gradients       weights      formats
-    blockwise   1 × 128                      128 × 128    e4m3 (DeepSeek-V3, section 3.3)
-    mxfp8       1 × 32                       1 × 32       e4m3 (OCP microscaling, e8m0 scales)
+    recipe      activations, gradients    weights           formats
+    blockwise   1 × 128                   128 × 128         e4m3 (DeepSeek-V3, section 3.3)
+    mxfp8       1 × 32                    1 × 32            e4m3 (OCP microscaling, e8m0 scales)
+    rowwise     one row                   one row           e4m3 (torchao)
+    current     the whole matrix          the whole matrix  e4m3, gradients e5m2 (TransformerEngine)
 
-1 × 128 is along the sum of the product at hand: along features for x · Wᵀ and grad · W, along tokens
-for gradᵀ · x, so that each operand of the last is rounded once more.
+A row is along the sum of the product at hand, as 1 × 128 is: along features for x · Wᵀ and grad · W,
+along tokens for gradᵀ · x, so that each operand of the last is rounded once more.
 
 Letters in shapes: T tokens, K input features, N output features; R, C rows and columns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,6 +47,9 @@ MANTISSA = 0x7FFFFF
 
 Block = tuple[int, int]
 """Rows and columns that share a scale."""
+
+Agree = Callable[[Tensor], Tensor]
+"""Returns the largest over the ranks that hold parts of the same blocks, of integers on each."""
 
 
 class Rounded(NamedTuple):
@@ -77,7 +83,7 @@ def scale_exponents(largest: Tensor, format: Format) -> Tensor:
     return torch.where(largest < INFINITY, exponent.clamp(min=LOWEST), 128)
 
 
-def quantise(x: Tensor, block: Block, format: Format = E4M3) -> Rounded:
+def quantise(x: Tensor, block: Block, format: Format = E4M3, agree: Agree | None = None) -> Rounded:
     """Round a matrix [R,C] to `format`, to the nearest number and, of two as near, the one with the
     even code. Blocks begin at the first row and column; the last ones may be smaller.
 
@@ -88,7 +94,7 @@ def quantise(x: Tensor, block: Block, format: Format = E4M3) -> Rounded:
     blocks = F.pad(x.float(), padding).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
     # As integers, bits without the sign are in the order of absolute values, NaN above infinity.
     largest = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax((1, 3))
-    exponent = scale_exponents(largest, format)
+    exponent = scale_exponents(agree(largest) if agree else largest, format)
     finite = exponent < 128
     inverse = power_of_two(torch.where(finite, -exponent, 0)).masked_fill(~finite, torch.nan)
     scales = power_of_two(torch.where(finite, exponent, 0)).masked_fill(~finite, torch.nan)
@@ -102,49 +108,91 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def round_to_fp8(x: Tensor, block: Block, format: Format = E4M3) -> Tensor:
+def round_to_fp8(
+    x: Tensor, block: Block, format: Format = E4M3, agree: Agree | None = None
+) -> Tensor:
     """Return the numbers in `x`'s dtype that `quantise` makes of its rows: [… ,C], of which all but
     the last dimension are rows."""
     rows = x.flatten(0, -2)
-    if pick("fp8", x) == "megalite":
+    # Kernels find the largest number and round in one pass, between which ranks cannot agree.
+    if agree is None and pick("fp8", x) == "megalite":
         return torch.ops.megalite.fp8_round(rows, *block, format is E5M2).view(x.shape)
-    return quantise(rows, block, format).dequantise(x.dtype).view(x.shape)
+    return quantise(rows, block, format, agree).dequantise(x.dtype).view(x.shape)
 
 
-Name = Literal["blockwise", "mxfp8"]
+Name = Literal["current", "rowwise", "blockwise", "mxfp8"]
+Operand = Literal["x", "weight", "grad"]
+Sum = Literal["input", "output", "tokens"]
+"""What a product sums over: input features in x · Wᵀ, output features in grad · W, tokens in gradᵀ · x."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the operands of a linear module's products are rounded."""
 
-    block: int
-    """Numbers along a product's sum that share a scale, in activations and gradients."""
-    square: bool = False
-    """Blocks of weights are squares, and so the same for both of the weight's products."""
+    length: int | None
+    """Numbers along a product's sum that share a scale. None: all of them."""
+    rows: int | None = 1
+    """Rows of activations and gradients that do, side by side. None: all of them."""
+    weight_rows: int | None = 1
+    """The same of weights."""
+    gradients: Format = E4M3
+    multiple: int = 16
+    """Of which the features must be multiples, on each rank: blocks, and what chips multiply."""
+    cut: str | None = None
+    """How tensor ranks share the weight: "column", by output features, or "row", by input features.
+    None: they do not, or it is no matter."""
+    agree: Agree | None = None
+    """Finds the largest number over them."""
 
-    def _weight_block(self, along: Literal["input", "output"]) -> Block:
-        if self.square:
-            return self.block, self.block
-        return (1, self.block) if along == "input" else (self.block, 1)
+    @property
+    def spans_ranks(self) -> bool:
+        """Return whether a block may have numbers of several tensor ranks, and of any tokens of a
+        micro-batch."""
+        return self.length is None
+
+    def on(self, cut: str | None, agree: Agree | None) -> Recipe:
+        """Return the recipe of a linear module whose weight tensor ranks share by `cut`."""
+        return replace(self, cut=cut, agree=agree) if self.spans_ranks else self
+
+    def _round(self, x: Tensor, operand: Operand, over: Sum) -> Tensor:
+        rows, columns = x.flatten(0, -2).shape
+        by_row = over == "input" or (over == "output" and operand == "grad")
+        along, beside = (columns, rows) if by_row else (rows, columns)
+        share = self.weight_rows if operand == "weight" else self.rows
+        # An empty matrix has no block; 1 stands for its size.
+        sizes = self.length or max(along, 1), share or max(beside, 1)
+        block = sizes[::-1] if by_row else sizes
+        format = self.gradients if operand == "grad" else E4M3
+        return round_to_fp8(x, block, format, self.agree if self._is_cut(operand, over) else None)
+
+    def _is_cut(self, operand: Operand, over: Sum) -> bool:
+        """Return whether other tensor ranks have parts of this operand's blocks."""
+        if self.rows is None and over != "tokens" and operand == "weight":
+            return self.cut is not None
+        features = {"x": "row", "grad": "column", "weight": "row" if over == "input" else "column"}
+        return self.cut == features[operand] and (self.rows is None or over != "tokens")
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x · Wᵀ + bias: [… ,K] and [N,K] → [… ,N]."""
-        rounded = round_to_fp8(x, (1, self.block))
-        return F.linear(rounded, round_to_fp8(weight, self._weight_block("input")), bias)
+        return F.linear(self._round(x, "x", "input"), self._round(weight, "weight", "input"), bias)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]."""
-        rounded = round_to_fp8(grad, (1, self.block))
-        return rounded @ round_to_fp8(weight, self._weight_block("output"))
+        return self._round(grad, "grad", "output") @ self._round(weight, "weight", "output")
 
     def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the operands of the weight's gradient gradᵀ · x, [T,N] and [T,K], rounded in
-        blocks of tokens."""
-        return round_to_fp8(grad, (self.block, 1)), round_to_fp8(x, (self.block, 1))
+        """Return the operands of the weight's gradient gradᵀ · x, [T,N] and [T,K], rounded along
+        tokens."""
+        return self._round(grad, "grad", "tokens"), self._round(x, "x", "tokens")
 
 
-RECIPES: dict[Name, Recipe] = {"blockwise": Recipe(128, square=True), "mxfp8": Recipe(32)}
+RECIPES: dict[Name, Recipe] = {
+    "current": Recipe(None, rows=None, weight_rows=None, gradients=E5M2),
+    "rowwise": Recipe(None),
+    "blockwise": Recipe(128, weight_rows=128, multiple=128),
+    "mxfp8": Recipe(32, multiple=32),
+}
 
 
 def _register() -> None:

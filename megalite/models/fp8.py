@@ -63,33 +63,44 @@ def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
         if value != only:
             needs = "null" if only is None else str(only).lower()
             raise ConfigError(f"train.fp8 needs {key}: {needs}")
-    block = RECIPES[fp8.recipe].block
+    recipe = RECIPES[fp8.recipe]
     found = fp8_weights(weights, fp8, config.model.num_layers)
     if not found:
         raise ConfigError(
             f"train.fp8: no product is left for it beside first_last_bf16 = {list(fp8.first_last_bf16)} of "
             f"{config.model.num_layers} layers, and exclude"
         )
-    # Zigzag: a context rank has one piece from the front and one from the back.
-    pieces = 2 * parallel.context if parallel.context > 1 else 1
-    _, source, target = config.lengths
-    lengths = (source, target) if source else (*config.data.seq_lengths, target)
-    for length in dict.fromkeys(lengths):
-        if length % (block * pieces):
-            over = f", over 2 × parallel.context = {pieces} pieces" if pieces > 1 else ""
-            raise ConfigError(
-                f"train.fp8.recipe: {fp8.recipe} rounds tokens in blocks of {block}, into which sequences of "
-                f"{length} tokens do not divide{over}; take a multiple of {block * pieces}"
-            )
+    if recipe.spans_ranks and parallel.context > 1:
+        raise ConfigError(
+            f"train.fp8.recipe: {fp8.recipe} needs parallel.context: 1, not {parallel.context}: its scales are of all "
+            "tokens of a micro-batch; blockwise and mxfp8 have smaller blocks"
+        )
+    _check_lengths(config, fp8, recipe.multiple)
     for weight in found:
         for what, size, ranks in _sizes(weight, parallel.tensor):
-            if size % (block * ranks):
+            if size % (recipe.multiple * ranks):
                 over = f" over parallel.tensor = {ranks}" if ranks > 1 else ""
                 modules = ", ".join(name.removesuffix(".weight") for name in weight.hf)
                 raise ConfigError(
-                    f"train.fp8.recipe: {fp8.recipe} has blocks of {block}, into which the {size} {what} of {modules} "
-                    f"do not divide{over}; name it under train.fp8.exclude"
+                    f"train.fp8.recipe: {fp8.recipe} takes multiples of {recipe.multiple}, into which the {size} "
+                    f"{what} of {modules} do not divide{over}; name it under train.fp8.exclude"
                 )
+
+
+def _check_lengths(config: Config, fp8: Fp8Config, multiple: int) -> None:
+    """Raise ConfigError for sequences that are no multiple of a block's tokens, or whose pieces on
+    context ranks are not."""
+    # Zigzag: a context rank has one piece from the front and one from the back.
+    pieces = 2 * config.parallel.context if config.parallel.context > 1 else 1
+    _, source, target = config.lengths
+    lengths = (source, target) if source else (*config.data.seq_lengths, target)
+    for length in dict.fromkeys(lengths):
+        if length % (multiple * pieces):
+            over = f" over 2 × parallel.context = {pieces} pieces" if pieces > 1 else ""
+            raise ConfigError(
+                f"train.fp8.recipe: {fp8.recipe} takes multiples of {multiple} tokens, into which sequences of "
+                f"{length} do not divide{over}"
+            )
 
 
 def _sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:

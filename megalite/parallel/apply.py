@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Fp8Config, TrainConfig
 from megalite.kernels import library
@@ -89,11 +91,14 @@ def compile_layers(model: Decoder) -> None:
 def apply_fp8(model: Decoder, weights: Sequence[Weight], fp8: Fp8Config) -> None:
     """Have the linear modules that `fp8` chooses compute their products in fp8, in place.
     `weights` is the whole table."""
-    chosen = {weight.name for weight in fp8_weights(weights, fp8, model.config.num_layers)}
+    rows = fp8_weights(weights, fp8, model.config.num_layers)
+    chosen = {weight.name: weight for weight in rows}
     for name, module in model.named_modules():
         if f"{name}.weight" in chosen:
             assert isinstance(module, ParallelLinear), name
-            module.recipe = RECIPES[fp8.recipe]
+            axis = module.axis
+            agree = partial(all_reduce, axis=axis, op=dist.ReduceOp.MAX) if axis.size > 1 else None
+            module.recipe = RECIPES[fp8.recipe].on(chosen[f"{name}.weight"].shard, agree)
 
 
 def apply_chunked_loss(

@@ -196,39 +196,41 @@ def test_rounded_numbers_are_exact_in_the_dtype_of_products(dtype: torch.dtype) 
 def test_blocks_lie_along_the_sum_of_each_product(name: str) -> None:
     """The products of a linear module by matrices that are rounded block by block, in loops."""
     recipe, generator = RECIPES[name], torch.Generator().manual_seed(2)
-    block, square = {"blockwise": (128, 128), "mxfp8": (32, 1)}[name]
-    size = 2 * block
+    size = 2 * 128
+    block, rows, weight_rows = {
+        "blockwise": (128, 1, 128), "mxfp8": (32, 1, 1), "rowwise": (size, 1, 1), "current": (size, size, size),
+    }[name]  # fmt: skip
     x, grad, weight = (
         torch.randn(size, size, generator=generator)
         * 4.0 ** torch.randint(-6, 6, (size, 1), generator=generator)
         for _ in range(3)
     )
 
-    def by_hand(matrix: Tensor, rows: int) -> Tensor:
+    def by_hand(matrix: Tensor, rows: int, gradient: bool = False) -> Tensor:
         """Rounded with blocks along the second dimension."""
         out = torch.empty_like(matrix)
+        is_e5m2 = gradient and name == "current"
+        kind, top = (torch.float8_e5m2, 57344) if is_e5m2 else (torch.float8_e4m3fn, 448)
         for i in range(0, size, rows):
             for j in range(0, size, block):
                 part = matrix[i : i + rows, j : j + block]
-                scale = 2.0 ** math.ceil(math.log2(part.abs().max().item() / 448))
-                out[i : i + rows, j : j + block] = (part / scale).to(
-                    torch.float8_e4m3fn
-                ).float() * scale
+                scale = 2.0 ** math.ceil(math.log2(part.abs().max().item() / top))
+                out[i : i + rows, j : j + block] = (part / scale).to(kind).float() * scale
         return out
 
     def same(found: Tensor, a: Tensor, b: Tensor) -> None:
-        torch.testing.assert_close(
-            found.double(),
-            a.double() @ b.double(),
-            rtol=1e-5,
-            atol=1e-5 * float((a.abs() @ b.abs()).max()),
-        )
+        atol = 1e-5 * float((a.abs() @ b.abs()).max())
+        torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=atol)
 
-    same(recipe.product(x, weight), by_hand(x, 1), by_hand(weight, square).t())
-    same(recipe.input_gradient(grad, weight), by_hand(grad, 1), by_hand(weight.t(), square).t())
+    same(recipe.product(x, weight), by_hand(x, rows), by_hand(weight, weight_rows).t())
+    same(
+        recipe.input_gradient(grad, weight),
+        by_hand(grad, rows, True),
+        by_hand(weight.t(), weight_rows).t(),
+    )
     rounded_grad, rounded_x = recipe.wgrad_operands(grad, x)
-    assert torch.equal(rounded_grad, by_hand(grad.t(), 1).t())
-    assert torch.equal(rounded_x, by_hand(x.t(), 1).t())
+    assert torch.equal(rounded_grad, by_hand(grad.t(), rows, True).t())
+    assert torch.equal(rounded_x, by_hand(x.t(), rows).t())
 
 
 @needs_kernels
