@@ -23,6 +23,8 @@ from torch.autograd import Function
 
 from megalite.kernels.library import own, pick
 from megalite.kernels.linear import (
+    AS_GIVEN,
+    Recipe,
     WeightGradStore,
     accumulate_weight_gradient,
     input_gradient,
@@ -156,13 +158,15 @@ def grouped_linear(
     gather: bool = False,
     wgrad_callback: GroupedWgradCallback | None = None,
     later: WeightGradStore | None = None,
+    recipe: Recipe = AS_GIVEN,
 ) -> Tensor:
     """Return each expert's product of its rows: [N,I] and [E,O,I] → [N,O]. With `gather`, `x` has
     tokens [… ,I], whose rows are gathered (permuted) here, and once more in the backward pass: they
     are K times as many.
 
-    `wgrad_callback` and `later` do what they do in `kernels.linear.linear`."""
-    return _GroupedLinear.apply(x, weight, groups, gather, wgrad_callback, later)
+    `wgrad_callback` and `later` do what they do in `kernels.linear.linear`; `recipe` rounds the
+    operands of the product and of the input's gradient."""
+    return _GroupedLinear.apply(x, weight, groups, gather, wgrad_callback, later, recipe)
 
 
 class _GroupedLinear(Function):
@@ -177,12 +181,16 @@ class _GroupedLinear(Function):
         gather: bool,
         wgrad_callback: GroupedWgradCallback | None,
         later: WeightGradStore | None,
+        recipe: Recipe,
     ) -> Tensor:
         of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         # With `gather` the tokens are kept and not their rows, which are K times as many.
         ctx.groups, ctx.gather, ctx.shape = groups, gather, x.shape
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
+        ctx.recipe = recipe
+        # Each token once, and not each of its rows.
+        x, weight = recipe.grouped_operands(x, weight, "input")
         # One GEMM an expert, over a contiguous run of rows: that is why rows are sorted by
         # expert.
         return grouped_product(_rows(x, groups, gather), weight, groups.counts)
@@ -209,13 +217,15 @@ class _GroupedLinear(Function):
         elif x is not None:
             grad_weight = grouped_weight_gradient(grad, _rows(x, groups, gather), groups.counts)
         if weight is None:
-            return None, grad_weight, None, None, None, None
+            return None, grad_weight, None, None, None, None, None
         # Every row is written below, as each belongs to an expert that has rows.
-        grad_x = grouped_input_gradient(grad, weight, groups.counts)
+        # Under other names: what is put off has `grad` as it is.
+        rounded, operand = ctx.recipe.grouped_operands(grad, weight, "output")
+        grad_x = grouped_input_gradient(rounded, operand, groups.counts)
         if gather:
             # A token that was copied to K rows gets the sum of their gradients.
             grad_x = _sum_rows(grad_x, groups.row_TK, None, ctx.shape[:-1])
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def grouped_product(rows_NI: Tensor, weight_EOI: Tensor, counts: RowCounts) -> Tensor:

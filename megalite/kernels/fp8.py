@@ -186,6 +186,14 @@ class Recipe:
         tokens."""
         return self._round(grad, "grad", "tokens"), self._round(x, "x", "tokens")
 
+    def grouped_operands(
+        self, rows: Tensor, weight: Tensor, over: Literal["input", "output"]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the operands of experts' products, whose stack of matrices [E,O,I] is rounded as
+        one [E·O,I]: no block has rows of two, as O is a multiple of it."""
+        operand: Operand = "x" if over == "input" else "grad"
+        return self._round(rows, operand, over), self._round(weight, "weight", over)
+
 
 RECIPES: dict[Name, Recipe] = {
     "current": Recipe(None, rows=None, weight_rows=None, gradients=E5M2),

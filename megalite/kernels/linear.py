@@ -13,7 +13,7 @@ Letters in shapes: T tokens, K input features, N output features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,12 @@ class Recipe(Protocol):
     def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what takes the place of `grad` [T,N] and `x` [T,K] in the weight-gradient GEMM."""
 
+    def grouped_operands(
+        self, rows: Tensor, weight: Tensor, over: Literal["input", "output"]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what takes the place of `rows` [… ,I] or [… ,O] and `weight` [E,O,I] in experts'
+        products, which sum over input or output features."""
+
 
 class AsGiven:
     """Take the operands as they are."""
@@ -135,6 +141,11 @@ class AsGiven:
 
     def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return grad, x
+
+    def grouped_operands(
+        self, rows: Tensor, weight: Tensor, over: Literal["input", "output"]
+    ) -> tuple[Tensor, Tensor]:
+        return rows, weight
 
 
 AS_GIVEN = AsGiven()

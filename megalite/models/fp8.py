@@ -1,8 +1,8 @@
 """Which weights of a model `train.fp8` takes products of in fp8, and whether their blocks fit a
 layout.
 
-Linear modules inside of layers are: those that LoRA could adapt. Embeddings, head, routers, norms
-and attention's own products are not, nor are the first and last layers."""
+Linear modules inside of layers are, those that LoRA could adapt, and experts. Embeddings, head,
+routers, norms and attention's own products are not, nor are the first and last layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megalite.errors import ConfigError
 from megalite.kernels.fp8 import RECIPES
 from megalite.models.lora import is_called
 from megalite.models.weights import Weight
+from megalite.plan import expert_cut
 from megalite.utils.spelling import did_you_mean
 
 
@@ -20,7 +21,7 @@ def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> l
     """Return the rows whose products `fp8` asks for, of a model of `num_layers` layers. Raises
     ConfigError for what it excludes and the model has not, or has in one product with others."""
     linear = [weight for weight in weights if _is_linear(weight)]
-    modules = [name.removesuffix(".weight") for weight in linear for name in weight.hf]
+    modules = [module for weight in linear for module in _modules(weight)]
     for target in fp8.exclude:
         if not any(is_called(module, target) for module in modules):
             known = sorted({module.rpartition(".")[2] for module in modules})
@@ -28,24 +29,38 @@ def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> l
             raise ConfigError(f"train.fp8.exclude: no linear module is called {target!r}; {hint}")
     first, last = fp8.first_last_bf16
     inside = range(first, num_layers - last)
-    return [weight for weight in linear if weight.place in inside and not _is_excluded(weight, fp8)]
+    # Scales of several ranks would be of experts that these do not share.
+    experts = not RECIPES[fp8.recipe].spans_ranks
+    return [
+        weight
+        for weight in linear
+        if weight.place in inside
+        and not _is_excluded(weight, fp8)
+        and (experts or not weight.is_expert)
+    ]
 
 
 def _is_linear(weight: Weight) -> bool:
-    """Return whether a weight is a linear module's inside of a layer, or several ones' together."""
-    inside = isinstance(weight.place, int) and len(weight.shape) == 2
-    return inside and weight.shard in ("column", "row")
+    """Return whether a weight is a linear module's inside of a layer, or several ones' together, or
+    a stack of them."""
+    return weight.is_matrix and (weight.is_expert or weight.shard in ("column", "row"))
+
+
+def _modules(weight: Weight) -> list[str]:
+    """Return what Hugging Face calls the modules that a weight is of."""
+    return [name.removesuffix(".weight") for name in weight.hf]
 
 
 def _is_excluded(weight: Weight, fp8: Fp8Config) -> bool:
-    modules = [name.removesuffix(".weight") for name in weight.hf]
+    modules = _modules(weight)
     named = [
         module for module in modules if any(is_called(module, target) for target in fp8.exclude)
     ]
     if named and len(named) < len(modules):
-        others = [module.rpartition(".")[2] for module in modules if module not in named]
+        others = [module for module in modules if module not in named]
+        more = f" and {len(others) - 2} more" if len(others) > 2 else ""
         raise ConfigError(
-            f"train.fp8.exclude: {named[0]} is one product with {' and '.join(others)}; name all of them or none"
+            f"train.fp8.exclude: {named[0]} is one product with {', '.join(others[:2])}{more}; name all of them or none"
         )
     return bool(named)
 
@@ -77,10 +92,12 @@ def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
         )
     _check_lengths(config, fp8, recipe.multiple)
     for weight in found:
-        for what, size, ranks in _sizes(weight, parallel.tensor):
+        ranks_of = expert_cut(parallel).tensor if weight.is_expert else parallel.tensor
+        for what, size, ranks in _sizes(weight, ranks_of):
             if size % (recipe.multiple * ranks):
-                over = f" over parallel.tensor = {ranks}" if ranks > 1 else ""
-                modules = ", ".join(name.removesuffix(".weight") for name in weight.hf)
+                key = "expert_tensor" if weight.is_expert else "tensor"
+                over = f" over parallel.{key} = {ranks}" if ranks > 1 else ""
+                modules = ", ".join(_modules(weight)[:3])
                 raise ConfigError(
                     f"train.fp8.recipe: {fp8.recipe} takes multiples of {recipe.multiple}, into which the {size} "
                     f"{what} of {modules} do not divide{over}; name it under train.fp8.exclude"
@@ -105,7 +122,9 @@ def _check_lengths(config: Config, fp8: Fp8Config, multiple: int) -> None:
 
 def _sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:
     """Yield what each dimension of a weight counts, its size, and the ranks that it is cut over."""
-    rows, columns = (tensor, 1) if weight.shard == "column" else (1, tensor)
-    for size in weight.parts or weight.shape[:1]:
+    rows = tensor if weight.shard == "column" else 1
+    columns = tensor if weight.shard == "row" else 1
+    outputs, inputs = weight.shape[weight.stack :]
+    for size in weight.parts or (outputs,):
         yield "output features", size, rows
-    yield "input features", weight.shape[1], columns
+    yield "input features", inputs, columns

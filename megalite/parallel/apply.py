@@ -22,6 +22,7 @@ from megalite.models.fp8 import fp8_weights
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, Decoder, Dropout
 from megalite.models.weights import Weight
+from megalite.parallel.expert import ParallelGroupedLinear
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
 from megalite.parallel.stage import cut
 from megalite.parallel.tensor import ChunkedHead, ParallelLinear
@@ -95,7 +96,10 @@ def apply_fp8(model: Decoder, weights: Sequence[Weight], fp8: Fp8Config) -> None
     chosen = {weight.name: weight for weight in rows}
     for name, module in model.named_modules():
         if f"{name}.weight" in chosen:
-            assert isinstance(module, ParallelLinear), name
+            assert isinstance(module, ParallelLinear | ParallelGroupedLinear), name
+            if isinstance(module, ParallelGroupedLinear):
+                module.recipe = RECIPES[fp8.recipe]
+                continue
             axis = module.axis
             agree = partial(all_reduce, axis=axis, op=dist.ReduceOp.MAX) if axis.size > 1 else None
             module.recipe = RECIPES[fp8.recipe].on(chosen[f"{name}.weight"].shard, agree)

@@ -45,7 +45,7 @@ from megalite.kernels.experts import (
     sort_by_expert,
     unpermute,
 )
-from megalite.kernels.linear import WeightGradStore
+from megalite.kernels.linear import AS_GIVEN, Recipe, WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.parallel.tensor import SEQUENCE, enter, leave
 
@@ -66,8 +66,8 @@ def goes_to_all(num_rows: int, row_bytes: int, num_ranks: int) -> bool:
 class ParallelGroupedLinear(GroupedLinear):
     """Hold this rank's part of a stack of matrices.
 
-    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; `later` defers them (see
-    `ParallelLinear`)."""
+    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; `later` defers them; `apply_fp8`
+    sets `recipe` (see `ParallelLinear`)."""
 
     def __init__(
         self,
@@ -81,9 +81,12 @@ class ParallelGroupedLinear(GroupedLinear):
         nn.Module.__init__(self)
         self.weight, self.bias, self.tensor, self.later = weight, bias, tensor, later
         self.wgrad_callback: GroupedWgradCallback | None = None
+        self.recipe: Recipe = AS_GIVEN
 
     def forward(self, x: Tensor, groups: Groups, gather: bool = False) -> Tensor:
-        out_NO = grouped_linear(x, self.weight, groups, gather, self.wgrad_callback, self.later)
+        out_NO = grouped_linear(
+            x, self.weight, groups, gather, self.wgrad_callback, self.later, self.recipe
+        )
         if self.bias is None:
             return out_NO
         first = (

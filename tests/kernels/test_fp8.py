@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from exactness import BUILT, device, needs_kernels  # noqa: F401
+from megalite.kernels.experts import group_by_expert, grouped_linear
 from megalite.kernels.fp8 import E4M3, E5M2, RECIPES, quantise, round_to_fp8, spread
+from megalite.kernels.linear import WeightGradStore
 
 FORMATS = {"e4m3": (E4M3, 3, 7, 0x7E), "e5m2": (E5M2, 2, 15, 0x7B)}
 """Of each the bits of its mantissa, the bias of its exponent, and the code of its largest number."""
@@ -231,6 +233,42 @@ def test_blocks_lie_along_the_sum_of_each_product(name: str) -> None:
     rounded_grad, rounded_x = recipe.wgrad_operands(grad, x)
     assert torch.equal(rounded_grad, by_hand(grad.t(), rows, True).t())
     assert torch.equal(rounded_x, by_hand(x.t(), rows).t())
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("gather", [False, True])
+def test_experts_products_are_those_of_each(gather: bool, deferred: bool) -> None:
+    """A product and the input's gradient take rounded operands, the weight's gradient those that
+    were given, also where it is put off."""
+    generator, recipe = torch.Generator().manual_seed(4), RECIPES["blockwise"]
+    weight = torch.randn(3, 128, 256, generator=generator, requires_grad=True)
+    index = torch.tensor([[0, 2], [0, 1], [0, 2], [0, 2], [0, 2]])
+    groups = group_by_expert(index, 3)
+    tokens = torch.randn(len(index), 256, generator=generator)
+    x = (tokens if gather else tokens[groups.token_N]).requires_grad_()
+    rows, grad = tokens[groups.token_N], torch.randn(10, 128, generator=generator)
+    store, found = WeightGradStore() if deferred else None, []
+    callback = None if not deferred else lambda *operands: found.append(operands)
+    out = grouped_linear(x, weight, groups, gather, callback, store, recipe)
+    out.backward(grad)
+    if store:
+        store.take()()
+        ((_, given, its_rows, _),) = found
+        assert torch.equal(given, grad)
+        assert torch.equal(its_rows, rows)
+    wanted, grad_rows = torch.empty(10, 128), torch.empty(10, 256)
+    stops = [0, *itertools.accumulate(groups.counts.on_host)]
+    for expert, (start, stop) in enumerate(itertools.pairwise(stops)):
+        matrix, part = weight.detach()[expert], slice(start, stop)
+        wanted[part] = recipe.product(rows[part], matrix)
+        grad_rows[part] = recipe.input_gradient(grad[part], matrix)
+        if weight.grad is not None:
+            torch.testing.assert_close(weight.grad[expert], grad[part].t() @ rows[part])
+    torch.testing.assert_close(out.detach(), wanted)
+    wanted_x = torch.zeros(5, 256).index_add_(0, groups.token_N, grad_rows) if gather else grad_rows
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, wanted_x)
+    assert (weight.grad is None) == deferred
 
 
 @needs_kernels

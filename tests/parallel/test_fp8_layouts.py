@@ -283,6 +283,46 @@ def test_what_is_rounded_is_equal_to_the_bit(case: Case, results: Results) -> No
     assert other <= (0 if case in SAME_SUMS else 1e-4 * total), f"{other} of {total}"
 
 
+EXPERTS = {
+    "family": "qwen3_moe", "intermediate_size": 256, "moe_intermediate_size": 128, "num_experts": 4,
+    "experts_per_token": 2, "num_layers": 3, "num_kv_heads": 2,
+}  # fmt: skip
+
+
+def train_experts(rank: int, world_size: int, layout: Layout) -> tuple[float, dict[str, Tensor]]:
+    config = config_of(
+        layout, {"recipe": "blockwise", "exclude": ["q_proj", "k_proj", "v_proj"]}, **EXPERTS
+    )
+    weights = weight_table(config.model)
+    plan = make_plan(config, weights, world_size)
+    mesh = make_mesh(plan, torch.device("cpu"))
+    parts = build(config, plan, mesh)
+    recipes = {
+        name for stage in parts.stages for name, module in stage.model.named_modules()
+        if isinstance(getattr(module, "recipe", None), Recipe)
+    }  # fmt: skip
+    inside = {"layers.1.attention.out", "layers.1.mlp.experts.gate_up", "layers.1.mlp.experts.down"}
+    assert recipes == (inside if any(1 in stage.span.layers for stage in parts.stages) else set())
+    parts.engine.load(from_seed(SEED, mesh))
+    micro = [batch(slice(row, row + 1)) for row in range(mesh.data.rank, BATCH, mesh.data.size)]
+    loss = forward_backward(parts, micro, mesh, SEED)["loss"].item()
+    owners = {
+        w.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(w.place)), 0, 0)
+        for w in weights
+    }
+    return loss, parts.engine.gather("grad", owners)
+
+
+def test_experts_are_the_same_on_expert_and_pipeline_ranks() -> None:
+    ((loss, grads),) = run_ranks(1, train_experts, {})
+    for layout in ({"expert": 2}, {"pipeline": 2, "schedule": "zero_bubble"}):
+        found = run_ranks(2, train_experts, layout)
+        assert [each[0] for each in found] == pytest.approx([loss] * 2, rel=1e-5)
+        merged = {name: grad for _, each in found for name, grad in each.items()}
+        for name, wanted in grads.items():
+            assert float((merged[name] - wanted).norm() / wanted.norm()) <= 1e-5, name
+
+
 NOT_ATTENTION = FP8 | {"exclude": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 REFUSED: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
     "the 256 output features of model.layers.1.self_attn.q_proj, model.layers.1.self_attn.k_proj, "
@@ -295,8 +335,15 @@ REFUSED: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
     "rowwise needs parallel.context: 1, not 2": ({"context": 2}, FP8 | {"recipe": "rowwise"}, {}),
     "rowwise takes multiples of 16 tokens": ({}, FP8 | {"recipe": "rowwise"}, {"length": 72}),
     "no linear module is called 'down'; did you mean 'down_proj'": ({}, FP8 | {"exclude": ["down"]}, {}),
-    "k_proj is one product with q_proj and v_proj": ({}, FP8 | {"exclude": ["k_proj"]}, {}),
+    "self_attn.k_proj is one product with model.layers.1.self_attn.q_proj, "
+    "model.layers.1.self_attn.v_proj; name": ({}, FP8 | {"exclude": ["k_proj"]}, {}),
     "no product is left": ({}, FP8 | {"first_last_bf16": [2, 2]}, {}),
+    "the 192 output features of model.layers.1.mlp.experts.0.gate_proj": (
+        {}, {"exclude": ["q_proj", "k_proj", "v_proj"]}, EXPERTS | {"moe_intermediate_size": 192},
+    ),
+    "experts.1.gate_proj and 5 more; name all of them": (
+        {}, {"exclude": ["experts.0.gate_proj"]}, EXPERTS,
+    ),
     "train.fp8 needs parallel.engine: native": ({"engine": "deepspeed"}, FP8, {}),
 }  # fmt: skip
 
