@@ -996,7 +996,10 @@ class ObserveConfig(Section):
     """What is logged and evaluated in training."""
 
     log_every: int = Field(
-        1, gt=0, description="Steps between lines of a log file; metrics.jsonl has every step."
+        1,
+        gt=0,
+        description="Steps between lines of a log file, each with the mean loss of the steps since the one before; "
+        "metrics.jsonl has every step.",
     )
     eval_every: int = Field(
         100, ge=0, description="Steps between validations. 0 validates at the end only."

@@ -44,6 +44,8 @@ class Console:
         self._folder = folder
         self._first_step = start_step + 1
         self._loss: float | None = None
+        # Of the steps since the last line of a log file.
+        self._losses: list[float] = []
         # A resumed run goes on comparing with the validation losses from before.
         found = list(_valid_losses(folder / "metrics.jsonl", start_step)) if start_step else []
         self._valid: float | None = found[-1] if found else None
@@ -117,12 +119,14 @@ class Console:
             )
 
     def step(self, record: dict[str, float]) -> None:
-        """Redraw the live line, or print a line if one is due."""
+        """Redraw the live line, or print a line if one is due, with the mean loss of the steps since
+        the one before."""
         step = int(record["step"])
         now = time.perf_counter()
         # For the line that closes the run.
         self._loss = record["loss"]
         self._pace.append((now, step))
+        self._losses.append(record["loss"])
         if self._progress:
             # Short steps would spend their time drawing.
             due = now - self._drawn >= REDRAW_SECONDS or step == self._total
@@ -130,7 +134,8 @@ class Console:
             if due:
                 self._drawn = time.perf_counter()
         elif step % self._log_every == 0 or step in (self._first_step, self._total):
-            self._print(self._plain(record))
+            self._print(self._plain(record | {"loss": _mean(self._losses)}))
+            self._losses.clear()
 
     def _live(self, record: dict[str, float]) -> str:
         # Only what fits into one line, since wrapping would break the live display; the record has
@@ -263,6 +268,13 @@ class Console:
         except OSError as error:  # the log's disk may have room again later
             self._lost += 1
             self._why = error.strerror or str(error)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Return the mean of those losses that are finite, as a step without labels has none; NaN where
+    there is none."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _valid_losses(metrics: Path, until: int) -> Iterator[float]:

@@ -113,6 +113,9 @@ def test_a_log_file_gets_a_plain_line_every_log_every_steps(
     assert lines[1] == "tensor 2  data 1"
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split("/")[0].split()[-1] for line in steps] == ["1", "4", "8", "12", "16", "20"]
+    # The mean of the steps since the line before.
+    losses = [float(line.split("loss")[1].split()[0]) for line in steps]
+    assert losses[1] == pytest.approx(sum(5.0 / step for step in (2, 3, 4)) / 3, abs=1e-4)
     # Aligned.
     assert (
         len({line.index("  loss ") for line in steps} | {line.index("tokens/s") for line in steps})
