@@ -271,7 +271,7 @@ def train_from(
     finally:
         NOW.begin("ending", NOW.step)
         loader.close()
-        saver.wait(abandon=not done)
+        saver.wait(abandon=not done, in_a_hurry=requests.came_too_late)
         run.say(*saver.news())
     if ended.status == Exit.BAD_NUMBERS and run.recorder:
         run.say(*way_back(folder / "checkpoints", config.health.bad_steps_limit))

@@ -3,6 +3,7 @@ process at once."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 
 import megalite.train
 import megalite.training.loop
+from megalite.checkpoint import writing
 from megalite.checkpoint.folder import complete_steps
+from megalite.checkpoint.tensors import NotSaved
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.health.signals import SIGNALS, StopRequests
@@ -90,6 +93,26 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path, "llama", f"train.steps={SIGNALLED}")
     assert train_with_a_signal(config, signal.SIGTERM) == (Exit.DONE, [SIGNALLED])
     assert metrics_of(config)[-1]["valid_loss"]
+
+
+def test_a_signal_ends_the_attempts_of_a_last_save_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: dict[int, Any]
+) -> None:
+    """It comes when no step compares signals any more."""
+    attempts: list[writing.Writing] = []
+
+    def full(self: writing.Writing) -> None:
+        attempts.append(self)
+        if len(attempts) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.Writing, "_make_folder", full)
+    monkeypatch.setattr(writing, "PAUSES_S", (5.0,))
+    config = make_config(tmp_path, "llama", "train.steps=2", "checkpoint.every=0")
+    with pytest.raises(NotSaved, match="No space left"):
+        train(config)
+    assert len(attempts) == 1
 
 
 # The main thread hangs as if it waited for a rank which is gone: in C, where no handler of Python's

@@ -130,15 +130,19 @@ class Saver:
                 return ranks
             time.sleep(0.1)
 
-    def wait(self, abandon: bool = False) -> None:
+    def wait(self, abandon: bool = False, in_a_hurry: Callable[[], bool] = lambda: False) -> None:
         """Wait until the last save has ended on all ranks. With `abandon`, other ranks, which may
-        be gone, are not waited for."""
+        be gone, are not waited for. Once `in_a_hurry` says so, a save that fails is not tried
+        again."""
         if abandon:
             self._abandoned.set()
             self._hurry.set()
         if self._thread is not None:
             NOW.do("waiting for the checkpoint to be written")
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(0.1)
+                if in_a_hurry():
+                    self._hurry.set()
 
     def news(self) -> list[str]:
         """Return the messages since the last call, for the console."""

@@ -161,13 +161,14 @@ class Writing:
         (self.temporary / "optimizer").mkdir(parents=True)
 
     def _pause(self, seconds: float) -> None:
-        """Wait before the next attempt. Raises TimeoutError once the next save is due."""
+        """Wait before the next attempt. Raises TimeoutError once there shall be none: the next save
+        is due, or the run was asked to end."""
         # There may be more than asked for by now, and a full disk needs the room.
         self.target.prune(self.worth)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.hurry.wait(0.1):
-                raise TimeoutError("the next save is due")
+                raise TimeoutError("there shall be no other attempt")
             NOW.beats += 1  # progress for the watchdog: the loop may be waiting for this thread
 
     def _write_part(self) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class StopRequests:
         self._asked = 0
         self._agreed = False
 
+    def came_too_late(self) -> bool:
+        """Return whether this rank was asked to stop when the ranks compared no more, as after the
+        last step."""
+        return self._asked > 0 and not self._agreed
+
     def compare(self) -> Callable[[], signal.Signals | None]:
         """Start telling the other ranks whether this one was asked to stop. Every rank calls it at
         the same place of every step. Returns a function to call later in that step, which returns
