@@ -30,6 +30,7 @@ from megalite.utils.outside import read_text
 Random = npt.NDArray[np.float64]
 Synonyms = Mapping[str, tuple[str, ...]]
 _WORD = re.compile(r"\s*\S+")
+_LETTER = re.compile(r"[^\W_]")
 _CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 """A word, with the signs around it."""
 LEAST_LETTERS = 3
@@ -151,23 +152,26 @@ class Augmentation:
     def change(self, text: str, random: np.random.Generator) -> str:
         """Return a text after changes. At least one word stays."""
         config, parts = self._config, _WORD.findall(text)
-        if not parts:
-            return text
         words = [part.lstrip() for part in parts]
         gaps = [part[: len(part) - len(word)] for part, word in zip(parts, words, strict=True)]
+        # Some tokenizers put spaces around signs, which are no words for that.
+        places = [n for n, word in enumerate(words) if _LETTER.search(word)]
+        if not places:
+            return text
         # All numbers at once, so that one kind of change does not alter what another draws.
-        drawn = random.random((9, len(words)))
-        for n, word in enumerate(words):
+        drawn = random.random((9, len(places)))
+        for n, place in enumerate(places):
             if drawn[0, n] < config.synonyms:
-                words[n] = word = self._synonym(word, drawn[1, n])
+                words[place] = self._synonym(words[place], drawn[1, n])
             if drawn[2, n] < config.noise:
-                words[n] = misspelt(word, drawn[3:6, n])
+                words[place] = misspelt(words[place], drawn[3:6, n])
         for n in np.flatnonzero(drawn[6] < config.swap).tolist():
-            other = int(drawn[7, n] * len(words))
-            words[n], words[other] = words[other], words[n]
-        stays = drawn[8] >= config.delete
-        stays[int(np.argmax(drawn[8]))] = True
-        kept = [n for n in range(len(words)) if stays[n]]
+            one, other = places[n], places[int(drawn[7, n] * len(places))]
+            words[one], words[other] = words[other], words[one]
+        leaves = drawn[8] < config.delete
+        leaves[int(np.argmax(drawn[8]))] = False
+        left_out = {places[n] for n in np.flatnonzero(leaves).tolist()}
+        kept = [n for n in range(len(words)) if n not in left_out]
         # The first word begins as the text did, whichever it is.
         begin = [gaps[0] + words[kept[0]], *(gaps[n] + words[n] for n in kept[1:])]
         return "".join(begin) + text[sum(map(len, parts)) :]

@@ -263,6 +263,15 @@ def test_each_kind_of_change(tmp_path: Path) -> None:
             assert re.sub(r"\w", "", word) == re.sub(r"\w", "", before)
 
 
+def test_signs_by_themselves_stay(tmp_path: Path) -> None:
+    text = '" a b c , d . e f ! ( g h ) - i j'
+    for made in changes(tmp_path, text, swap=0.5, noise=0.5):
+        assert re.sub(r"\w", "x", made) == re.sub(r"\w", "x", text)
+    for made in changes(tmp_path, text, delete=0.7):
+        assert re.findall(r"[^\w\s]", made) == re.findall(r"[^\w\s]", text)
+    assert {*changes(tmp_path, " — , .", swap=0.9, delete=0.9, noise=0.9)} == {" — , ."}
+
+
 def test_ways_to_misspell() -> None:
     letters = (0.0, 0.99)
     found = {
