@@ -30,6 +30,7 @@ MISTAKES = {
     "check_hf.py nowhere": "nowhere is neither a run with a checkpoint nor",
     "check_hf.py empty": "empty: Error no file named",
     "prepare_corpus.py nowhere.yaml": "nowhere.yaml: No such file or directory",
+    "synthesize.py nowhere.yaml": "nowhere.yaml: No such file or directory",
 }
 
 
