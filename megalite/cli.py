@@ -42,6 +42,7 @@ VERBS = {
     "eval": "measure a trained model: held-out loss, tasks of lm-evaluation-harness, answers",
     "serve": "answer over HTTP as OpenAI's API does, with a page to talk to the model",
     "monitor": "watch a model in service by the log of its requests: drift, latencies, ratings, alarms",
+    "retrain": "finetune the served model on new ratings, and serve the result if it is better",
     "chat": "talk to a model in the terminal",
     "average": "average the weights of checkpoints or models, or merge them by another method",
     "quantize": "write a model with the matrices of its layers in fewer bits",

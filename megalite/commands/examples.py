@@ -104,6 +104,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite monitor requests --compare --window 7d",
         "megalite monitor requests --window 1h --reference last-month --max-p95 5",
     ),
+    "retrain": (
+        "megalite retrain configs/retrain/chat.yaml",
+        "megalite retrain my.yaml margin=0.01",
+    ),
     "average": (
         "megalite average runs/my/checkpoints/step-00000800 runs/my/checkpoints/step-00001000 -o averaged",
     ),

@@ -1,0 +1,273 @@
+"""`megalite retrain`: a round, from new rows to a swapped model or a reason why not. Each phase writes
+what it came to before the next begins: after a kill a round goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalite.checkpoint.folder import remove, write_json
+from megalite.data.formats import Settings
+from megalite.data.preprocess_rows import preprocess_rows
+from megalite.errors import DataError
+from megalite.infer.serving.loading import version_of
+from megalite.monitor.intervals import Interval
+from megalite.retrain import rows
+from megalite.retrain.config import RetrainConfig
+from megalite.retrain.judge import Verdict, judge, told
+from megalite.retrain.page import page_of
+from megalite.retrain.swap import Refused, reload, target_of, turn
+from megalite.runtime.exit_codes import Exit, describe
+from megalite.utils.files import replacing
+from megalite.utils.outside import read_object
+from megalite.utils.resources import read_yaml
+
+MOST_HELD_OUT = 2000
+"""Held-out rows that judge, the newest."""
+DECIDED = ("swapped", "kept")
+"""Outcomes of a round that is over."""
+Say = Callable[[str], object]
+
+
+class Round:
+    """Holds a round's folder and its state."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._file = folder, folder / "round.json"
+        self.state: dict[str, Any] = (
+            read_object(self._file, DataError) if self._file.exists() else {}
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether it has been decided."""
+        return self.state.get("outcome") in DECIDED
+
+    def note(self, **facts: Any) -> None:
+        """Write facts to the state, durably."""
+        self.state |= facts
+        write_json(self._file, self.state)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return its rows "train" or "held-out"."""
+        return rows.read_back(self.folder / f"{name}.jsonl")
+
+
+class Unfinished(Exception):
+    """Raised where a round's training has stopped or failed. It goes on when started again."""
+
+    def __init__(self, status: int, console: Path):
+        super().__init__(f"training ended with {describe(status)}; {console} says more")
+        self.status = status
+
+
+def retrain(config: RetrainConfig, say: Say) -> int:
+    """Go on with the round that is under way, or begin one if there are enough new rows. Return the
+    exit status; `say` gets lines on what happens. Raises ConfigError, DataError or
+    CheckpointError."""
+    served = target_of(config.served)
+    config.dir.mkdir(parents=True, exist_ok=True)
+    with locked(config.dir) as is_mine:
+        if not is_mine:
+            say(f"another retraining is under way in {config.dir}")
+            return Exit.DONE
+        rounds = [Round(folder) for folder in sorted(config.dir.glob("round-[0-9]*"))]
+        for unborn in [each for each in rounds if not each.state]:
+            # Killed before it had begun: its rows are still new.
+            remove(unborn.folder)
+            rounds.remove(unborn)
+        current = next((each for each in rounds if not each.is_over), None)
+        before = [each for each in rounds if each.is_over]
+        if current is None:
+            current = begin(config, before, served, say)
+            if current is None:
+                return Exit.DONE
+        try:
+            _go_on(config, current, before, say)
+        except Unfinished as problem:
+            say(str(problem))
+            return problem.status
+        _remove_old(config, [*before, current])
+    return Exit.DONE
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Give whether this process alone works in `folder` until the block ends."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def begin(config: RetrainConfig, before: list[Round], served: Path, say: Say) -> Round | None:
+    """Begin a round with the rows that none before has used; None where there are too few."""
+    used = {
+        rows.key_of(row)
+        for each in before
+        for name in ("train", "held-out")
+        for row in each.rows(name)
+    }
+    found = rows.collect(config.rows, used, config.held_out_share)
+    if found.num_bad:
+        say(f"{found.num_bad} rows have no prompt with a completion, and are left out")
+    if len(found.train) < config.min_rows:
+        say(
+            f"{len(found.train)} new rows to train on, fewer than min_rows = {config.min_rows}: nothing to do"
+        )
+        return None
+    number = len(before) + 1
+    folder = config.dir / f"round-{number:04d}"
+    folder.mkdir(exist_ok=True)
+    rows.write(folder / "train.jsonl", found.train)
+    rows.write(folder / "held-out.jsonl", found.held_out)
+    fresh = Round(folder)
+    fresh.note(
+        number=number, began=time.time(), served=str(served), version=version_of(served),
+        num_train=len(found.train), num_held_out=len(found.held_out),
+    )  # fmt: skip
+    say(f"{folder}: {len(found.train)} new rows to train on, {len(found.held_out)} held out")
+    return fresh
+
+
+def _go_on(config: RetrainConfig, current: Round, before: list[Round], say: Say) -> None:
+    """Do what of a round is not done yet."""
+    folder, state = current.folder, current.state
+    served = Path(state["served"])
+    if not (folder / "config.yaml").exists():
+        _tokenize(config, current, before, served)
+    if not (folder / "model").exists():
+        _train(folder, say)
+    if "verdict" not in state:
+        say("comparing it with the served model")
+        verdict = judge(config, served, folder / "model", folder / "held-out", folder)
+        current.note(verdict=verdict._asdict())
+    verdict = _verdict_of(state)
+    for line in told(verdict):
+        say(line)
+    outcome, text = _decide(config, current, verdict)
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(page_of(state, verdict, outcome, text), encoding="utf-8")
+    current.note(outcome=outcome, text=text, ended=time.time())
+    say(f"{outcome}: {text}; {folder / 'report.html'} says why")
+
+
+def _tokenize(config: RetrainConfig, current: Round, before: list[Round], served: Path) -> None:
+    """Write token files of the round's rows, and the config of its run."""
+    folder = current.folder
+    held_out = [row for each in [*before, current] for row in each.rows("held-out")][
+        -MOST_HELD_OUT:
+    ]
+    rows.check_some(held_out, "held-out rows")
+    rows.write(folder / "judging.jsonl", held_out)
+    settings = Settings("completion", str(served))
+    for source, prefix in (("train", "new"), ("judging", "held-out")):
+        preprocess_rows([str(folder / f"{source}.jsonl")], folder / prefix, settings)
+    values = run_config(config, folder, served)
+    with replacing(folder / "config.yaml", durable=True) as temporary:
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def run_config(config: RetrainConfig, folder: Path, served: Path) -> dict[str, Any]:
+    """Return the values of a round's run: the config's own, beginning at the served model, with the
+    new rows and what is replayed as its data."""
+    values = read_yaml(config.config)
+    parts = values.setdefault("data", {})
+    share = config.replay_share if config.replay else 0.0
+    new = {"path": str(folder / "new"), "weight": 1 - share}
+    old = [{"path": path, "weight": share / len(config.replay)} for path in config.replay]
+    parts |= {
+        "train": [new, *old],
+        "valid": [{"path": str(folder / "held-out")}],
+        "tokenizer": str(served),
+    }
+    parts.pop("split", None)  # the validation data are files of their own
+    values["run"] = values.get("run", {}) | {"name": "run", "dir": str(folder)}
+    values["model"] = values.get("model", {}) | {"hf": str(served)}
+    return values
+
+
+def _train(folder: Path, say: Say) -> None:
+    """Train, or go on training, and write the model as a folder of its own. Raise Unfinished."""
+    say(f"training: {folder / 'run'}")
+    megalite = [sys.executable, "-m", "megalite"]
+    with open(folder / "console.log", "ab") as console:
+        unfinished = folder / "model.unfinished"
+        remove(unfinished)
+        for words in (
+            ["launch", str(folder / "config.yaml")],
+            ["convert", str(folder / "run"), str(unfinished)],
+        ):
+            if (status := _run([*megalite, *words], console)) != Exit.DONE:
+                raise Unfinished(status, folder / "console.log")
+    unfinished.rename(folder / "model")
+
+
+def _run(command: list[str], console: Any) -> int:
+    """Run a command, and pass on the signal that asks it to save and stop."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+    before = {
+        number: signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _verdict_of(state: dict[str, Any]) -> Verdict:
+    """Return the verdict as it was noted."""
+    values = dict(state["verdict"])
+    values["tasks"] = {name: (pair[0], pair[1]) for name, pair in values["tasks"].items()}
+    return Verdict(**values | {"gain": Interval(*values["gain"])})
+
+
+def _decide(config: RetrainConfig, current: Round, verdict: Verdict) -> tuple[str, str]:
+    """Swap the model if it is better; return the outcome and why."""
+    served, model = Path(current.state["served"]), current.folder / "model"
+    if not verdict.is_better:
+        return "kept", f"{served} goes on being served: {verdict.reasons[0]}"
+    # A kill between turning the link and noting it does this once more.
+    now = target_of(config.served)
+    if now not in (served, model.resolve()):
+        return (
+            "kept",
+            f"{config.served} was turned to {now} meanwhile, which this model was not compared with",
+        )
+    turn(config.served, model)
+    if not config.reload:
+        return "swapped", f"{config.served} leads to {model}; send the server SIGHUP"
+    try:
+        return (
+            "swapped",
+            f"{config.served} leads to {model}, and is served as version {reload(config.reload)}",
+        )
+    except Refused as refused:
+        turn(config.served, served)
+        return "kept", f"the server refused {model}: {refused}"
+
+
+def _remove_old(config: RetrainConfig, rounds: list[Round]) -> None:
+    """Remove the models of old rounds, and of those that were not better; never what is served, or
+    was served before it."""
+    current = target_of(config.served)
+    swapped = [each for each in rounds if each.state["outcome"] == "swapped"]
+    kept = {current, *((each.folder / "model").resolve() for each in swapped[-config.keep - 1 :])}
+    for each in rounds:
+        if (each.folder / "model").resolve() not in kept:
+            remove(each.folder / "model")
+            remove(each.folder / "run" / "checkpoints")

@@ -1,0 +1,67 @@
+"""Turning the link to the served model, and having the server read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from megalite.errors import ConfigError
+
+ADMIN_KEY_VARIABLE = "MEGALITE_ADMIN_KEY"
+PATIENCE_S = 900.0
+"""Time for the server to load a model."""
+
+
+class Refused(Exception):
+    """Raised where the server goes on with the model that it has."""
+
+
+def target_of(link: Path) -> Path:
+    """Return what the link to the served model leads to. Raise ConfigError where it is none."""
+    if not link.is_symlink():
+        raise ConfigError(
+            f"served = {link}: must be a link to a model, which is turned when there is a better one: "
+            f"ln -s MODEL {link}"
+        )
+    folder = link.resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"served = {link} leads to {folder}, which is no folder")
+    return folder
+
+
+def turn(link: Path, folder: Path) -> None:
+    """Let a link lead to a folder, from one moment to the next."""
+    fresh = link.with_name(f".{link.name}.{secrets.token_hex(6)}")
+    fresh.symlink_to(folder.resolve())
+    try:
+        os.replace(fresh, link)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def reload(url: str) -> str:
+    """Have the server at `url` read its model anew; return its version. Raise Refused where it says
+    that it cannot, and ConfigError where nothing can be said of it: without a key, or an answer."""
+    key = os.environ.get(ADMIN_KEY_VARIABLE, "").strip()
+    if not key:
+        raise ConfigError(
+            f"reload = {url} needs the variable {ADMIN_KEY_VARIABLE}, as the server has it"
+        )
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/admin/reload", b"", {"authorization": f"Bearer {key}"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+            return str(json.load(response)["version"])
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")[:500]
+        if error.code == 409:
+            raise Refused(text) from None
+        raise ConfigError(f"reload = {url}: status {error.code}: {text}") from None
+    except (OSError, ValueError, KeyError) as error:
+        why = getattr(error, "reason", None) or error
+        raise ConfigError(f"reload = {url}: {why}") from None
