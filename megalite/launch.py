@@ -1,7 +1,7 @@
 """torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite
 train CONFIG`.
 
-It differs from torchrun in five ways:
+It differs from torchrun in six ways:
 
 - Its exit status is that of the rank that failed first; torchrun's is always 1.
 - A signal that asks for a stop is passed on to the ranks, and their end awaited however long the
@@ -9,7 +9,8 @@ It differs from torchrun in five ways:
 - Once a rank has failed, the others have 5 s to end, not 30.
 - It ends with the error of the rank that failed first, which otherwise stands above those of the
   ranks that lost it, and with one line that says what became of this node's ranks.
-- If `--rdzv-endpoint` names no port, nodes meet at a port derived from their Slurm step."""
+- If `--rdzv-endpoint` names no port, nodes meet at a port derived from their Slurm step.
+- If MEGALITE_NODES names the nodes, ranks are numbered in that order."""
 
 from __future__ import annotations
 
@@ -38,6 +39,9 @@ from megalite.health.signals import SIGNALS
 from megalite.runtime import error_file
 from megalite.runtime.exit_codes import Exit, describe, end_process, killed_by
 
+NODES = "MEGALITE_NODES"
+"""Variable with Slurm's names of a job's nodes, in the order of their ranks."""
+
 LINGER_S = 1.0
 
 FAREWELL_S = 5
@@ -47,8 +51,7 @@ FAREWELL_S = 5
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks of this node with torchrun's `arguments`. Return the exit status when all
     have ended."""
-    # Use Slurm's name of this node: it resolves to the node, which the node's own hostname may not,
-    # and ranks are numbered in the order of these names.
+    # Use Slurm's name of this node: it resolves to the node, which the node's own hostname may not.
     name = os.environ.get("SLURMD_NODENAME")
     message = trace = ""
     options = [f"--local-addr={name}"] if name else []
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     if asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint:
         asked.rdzv_endpoint += f":{step_port()}"
     os.environ[error_file.LAUNCHER] = "1"
+    if name and (nodes := os.environ.get(NODES)):
+        asked.node_rank = nodes.split().index(name)
     for number in SIGNALS:
         signal.signal(number, _leave_or_pass_on)
     # Silence torchrun's own report of a failed rank: the last line printed here says the same,

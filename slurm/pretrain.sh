@@ -90,6 +90,19 @@ cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
 threads=$((cores / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
+# The job's nodes, those of a switch side by side where Slurm knows the switches: neighbouring ranks say most to each
+# other. Of a switch, and where there are none, by name.
+in_order() {
+  local names switches
+  names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort)
+  switches=$(scontrol show topology 2>/dev/null | grep -E '^(SwitchName=\S+ Level=0|BlockName=)' |
+    grep -oP '\sNodes=\K\S+' || true)
+  {
+    for list in $switches; do scontrol show hostnames "$list" | LC_ALL=C sort; done | grep -xF "$names" || true
+    echo "$names"
+  } | awk '!seen[$0]++'
+}
+
 # Puts into $launch what starts `megalite VERB` on all nodes.
 compose() { # VERB
   local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks")
@@ -97,15 +110,15 @@ compose() { # VERB
   if [[ -z $job ]]; then
     launch=("${launcher[@]}" --standalone --local-addr=127.0.0.1 "${task[@]}")
   else
-    # Ranks are numbered by their nodes' names: rank 0 is on the first.
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort | head -n "$nodes")
+    mapfile -t hosts < <(in_order | head -n "$nodes")
+    export MEGALITE_NODES="${hosts[*]}" # the order of the ranks; rank 0 is on the first
     log=$logs/$job.$restart
     if [[ $1 != train ]]; then log+=-$1; fi
     launch=("${srun[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # not inherited
       "--nodelist=$(IFS=,; echo "${hosts[*]}")"
       --kill-on-bad-exit=0 --wait=20 # when one node has ended, the others have so long to do so and say why
       bash -c 'exec "$@" >"$0-$SLURMD_NODENAME.log" 2>&1' "$log" "${launcher[@]}"
-      "--nnodes=$nodes" "--rdzv-id=$job.$restart-$1" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}" # at a port of the step
+      "--nnodes=$nodes" "--rdzv-id=$job.$restart-$1" "--rdzv-endpoint=${hosts[0]}" # at a port of the step
       "${task[@]}")
   fi
 }

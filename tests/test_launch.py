@@ -13,7 +13,10 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from listening import Heard, listening
+from megalite import launch
 from megalite.config import Config
 from megalite.launch import _children
 from small_runs import make_config
@@ -125,6 +128,19 @@ def test_two_steps_of_a_job_meet_apart(tmp_path: Path) -> None:
     ]
     said = [process.communicate(timeout=60)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
+
+
+def test_nodes_have_the_ranks_of_the_order_they_are_given_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(launch.run, "run", asked.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which stay those of the tests
+    monkeypatch.setenv(launch.NODES, "node9 node10 node7")
+    for name in ("node10", "node9"):
+        monkeypatch.setenv("SLURMD_NODENAME", name)
+        assert launch.main(["--nnodes=3", "--rdzv-endpoint=node9:1234", "task"]) == 0
+    assert [(one.node_rank, one.local_addr) for one in asked] == [(1, "node10"), (0, "node9")]
 
 
 def test_a_signal_ends_a_launcher_that_waits_for_another_host() -> None:

@@ -58,6 +58,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 MailProg=/bin/true
+TopologyPlugin=topology/tree
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
@@ -68,6 +69,12 @@ EOF
         echo "NodeName=test$i NodeHostname=$(hostname -s) NodeAddr=$address Port=$((ports + 1 + i))" \
             'CPUs=64 RealMemory=100000 State=UNKNOWN'
     done >>"$SLURM_CONF"
+    # The last node has a switch of its own, which is named first.
+    {
+        ((nodes < 3)) || echo "SwitchName=s0 Nodes=test$((nodes - 1))"
+        echo "SwitchName=s1 Nodes=test[0-$((nodes < 3 ? nodes - 1 : nodes - 2))]"
+        echo "SwitchName=top Switches=s[$((nodes < 3))-1]"
+    } >"$dir/topology.conf"
     echo "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE" >>"$SLURM_CONF"
     echo "PartitionName=other Nodes=ALL MaxTime=INFINITE" >>"$SLURM_CONF"
 }

@@ -146,6 +146,11 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
     assert f"job {job}, start 0: exit status 75; requeueing" in text
     assert re.search(rf"job {job}, start [23]: exit status 0; done", text)
     assert text.count("test1: rank 1: exit status 75") == 1
+    # In the order of the switches: at first the two of one, then that of another comes first.
+    assert re.findall(r"--rdzv-endpoint=(\w+)", text) == [
+        *["test0"] * (text.count("-m megalite train") - 1),
+        "test2",
+    ]
     assert curve_of(config) == curve_of(unbroken)
     logs = {path.name for path in (config.run.folder / "logs").glob("*.log")}
     assert {f"{job}.{start}-test{node}.log" for start in range(2) for node in range(2)} < logs

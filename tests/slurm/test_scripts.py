@@ -33,6 +33,7 @@ STAND_INS = {
     "python": f"{ANSWER}\n{RECORD}\n{TRAIN}",
     "srun": f'{LOOK}\n{RECORD}\necho "OMP_NUM_THREADS=$OMP_NUM_THREADS" >> "$CALLED"\npwd >> "$CALLED"\n{TRAIN}',
     "scontrol": 'case "$*" in\n"show hostnames node[9-10]") eval "${MEANWHILE:-}"; printf "node9\\nnode10\\n" ;;\n'
+    '"show hostnames "*) tr , "\\n" <<< "${*: -1}" ;;\n"show topology") echo "${TOPOLOGY:-}" ;;\n'
     '"show job "*) echo "  ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)}" ;;\n'
     '*) echo "$*" >> "$CALLED"; exit ${REFUSED:-0} ;;\nesac',
     "squeue": "echo ${STATE:-RUNNING}",
@@ -46,7 +47,10 @@ JOB = {
 }
 SAVE = "mkdir -p runs/x/checkpoints/step-0000000{0} && touch runs/x/checkpoints/step-0000000{0}/manifest.json"
 ASKED = "trap '' USR1; kill -{0} $PPID; sleep 0.1; "  # the launcher is told to stop
-ASKED_BY_A_PIPE = "kill -USR1 $(cut -d ' ' -f 4 /proc/$PPID/stat)"
+# From within what the launcher has forked: it is the last of those above with its command line.
+ASKED_BY_A_PIPE = """pid=$PPID
+while parent=$(cut -d ' ' -f 4 /proc/$pid/stat) && grep -q pretrain.sh /proc/$parent/cmdline; do pid=$parent; done
+kill -USR1 $pid"""
 
 
 class Machine:
@@ -178,11 +182,7 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(
     assert words[split + 1 :] == [
         *("-m", "megalite.launch", "--nproc-per-node=8", "--nnodes=2"),
         # First in the order of names.
-        *(
-            "--rdzv-id=45678.2-train",
-            "--rdzv-backend=c10d",
-            "--rdzv-endpoint=node10",
-        ),
+        *("--rdzv-id=45678.2-train", "--rdzv-endpoint=node10"),
         *("-m", "megalite", "train", "configs/x.yaml", "run.name=big"),
     ]
     assert threads == "OMP_NUM_THREADS=8"
@@ -208,6 +208,26 @@ def test_within_a_container(
     assert words[1 : 1 + len(before_srun)] == before_srun
     split = words.index("python")
     assert words[split - len(before_python) : split] == before_python
+
+
+@pytest.mark.parametrize(
+    ("topology", "order"),
+    [
+        ("", "node10 node9"),
+        ("No topology information available", "node10 node9"),
+        # The switch of a switch has all of them, in no order that counts.
+        ("SwitchName=s1 Level=0 LinkSpeed=1 Nodes=node9,node8\n"
+         "SwitchName=s2 Level=0 LinkSpeed=1 Nodes=node7,node10\n"
+         "SwitchName=top Level=1 LinkSpeed=1 Nodes=node7,node8,node9,node10 Switches=s1,s2", "node9 node10"),
+        ("BlockName=b0 BlockIndex=0 Nodes=node9 BlockSize=1", "node9 node10"),
+    ],
+)  # fmt: skip
+def test_nodes_of_a_switch_stand_side_by_side(machine: Machine, topology: str, order: str) -> None:
+    training = 'echo "order $MEGALITE_NODES" >> "$CALLED"'
+    done = machine.run("configs/x.yaml", TOPOLOGY=topology, TRAINING=training, **JOB)
+    assert done.returncode == 0, done.stderr
+    assert f"order {order}" in machine.words
+    assert f"--rdzv-endpoint={order.split()[0]}" in machine.words
 
 
 def test_the_clusters_own_script_sets_variables_for_all_ranks(machine: Machine) -> None:
