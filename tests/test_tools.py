@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +81,49 @@ def test_what_may_pass_is_no_mistake(error: BaseException, status: int) -> None:
         raise error
 
     assert explained(tool) == status
+
+
+FAKE_PYTHON = """#!/bin/bash
+echo "$@" >>"$LOG"
+if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
+if [[ $1 == --version ]]; then echo "Python 3.11.7"; fi
+"""
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_the_setup_names_its_stages_and_offers_a_torch_without_cuda(
+    tmp_path: Path, cpu: bool
+) -> None:
+    """With a python that only writes down what it is asked."""
+    for folder in ("tools", "csrc", "megalite"):
+        (tmp_path / folder).mkdir()
+    for name in ("setup.sh", "constraints.txt"):
+        shutil.copy(TOOLS / name, tmp_path / "tools")
+    shutil.copy(TOOLS.parent / "pyproject.toml", tmp_path)
+    (tmp_path / "csrc" / "a.cpp").touch()
+    script = tmp_path / "tools" / "some.sh"
+    script.write_text(
+        'set -euo pipefail\nsource "$(dirname "$0")/setup.sh"\necho "arguments: $*"\n'
+    )
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    command = ["bash", str(script), *["--cpu"] * cpu, "bert"]
+    environment = os.environ | {"PYTHON": str(python), "LOG": str(log)}
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert [line[:11] for line in first.splitlines() if " of 3: " in line] == [
+        "  1 of 3: t", "  2 of 3: w", "  3 of 3: m",
+    ]  # fmt: skip
+    [torch] = [line for line in log.read_text().splitlines() if " torch==" in line]
+    assert (
+        ("+cpu " in torch)
+        == ("--extra-index-url https://download.pytorch.org/whl/cpu" in torch)
+        == cpu
+    )
+    if not Path("/proc/driver/nvidia").exists():
+        assert (f"bash {script} --cpu 'bert' takes a torch without them" in first) == (not cpu)
+    assert first.endswith("arguments: bert\n")
+    assert second == "arguments: bert\n", "once"

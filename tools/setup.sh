@@ -1,9 +1,21 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: puts all the project needs into .venv. Takes a moment when nothing has changed.
-# Works on a bare machine with Python 3.11 or newer; torch's CUDA build comes where pip's index offers it.
+# Works on a bare machine with Python 3.11 or newer. torch comes with CUDA where pip's index offers that, which is gigabytes;
+# with `--cpu` as the first argument of either script it comes without, which is a tenth.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || return
+cpu=
+if [[ ${1:-} == --cpu ]]; then cpu=1; shift; fi # of the script that sources this one, too
+
+# Says what is being done, which of how many, and how long it took.
+stage() { # WHAT COMMAND...
+    local began=$SECONDS
+    stages=$((stages + 1))
+    echo "  $stages of 3: $1"
+    "${@:2}"
+    echo "     took $((SECONDS - began)) s"
+}
 
 setup_environment() {
     local wanted python=${PYTHON:-python3}
@@ -15,20 +27,25 @@ setup_environment() {
     wanted=$({ "$python" --version; cat pyproject.toml tools/constraints.txt; find megalite -name '*.py' | sort
         find csrc -type f | sort | xargs cat; } | sha256sum)
     if [[ $(cat .venv/.megalite 2>/dev/null) != "$wanted" ]]; then
-        echo "setting up .venv (once; torch with its CUDA libraries is gigabytes to download)"
+        echo "setting up .venv (once)"
+        if [[ -z $cpu && ! -x .venv/bin/python && ! -d /proc/driver/nvidia ]]; then
+            echo "  torch with its CUDA libraries is gigabytes to download, and this machine shows no NVIDIA GPU:"
+            echo "  bash $0 --cpu${*:+ ${*@Q}} takes a torch without them"
+        fi
         [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-        local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint tools/constraints.txt)
-        echo "  torch"
+        local stages=0 torch pip=(.venv/bin/python -m pip install --disable-pip-version-check --constraint tools/constraints.txt)
+        # A person sees what is downloaded, and how much of it; a log has the stages.
+        [[ -t 1 ]] || pip+=(--quiet)
         # torch first and by exact version: another package would pull in whichever is newest.
-        "${pip[@]}" "$(grep '^torch==' tools/constraints.txt)" numpy
-        echo "  what builds megalite"
-        "${pip[@]}" scikit-build-core pybind11 cmake ninja
-        echo "  megalite, whose kernels are compiled, and what it uses"
+        torch=$(grep '^torch==' tools/constraints.txt)
+        stage torch "${pip[@]}" ${cpu:+--extra-index-url https://download.pytorch.org/whl/cpu} "$torch${cpu:++cpu}" numpy
+        stage "what builds megalite" "${pip[@]}" scikit-build-core pybind11 cmake ninja
         # Built against the torch that is installed, not a second one in a build environment of its own.
-        "${pip[@]}" --no-build-isolation --editable '.[all,dev]'
+        stage "megalite, whose kernels are compiled (some minutes), and what it uses" \
+            "${pip[@]}" --no-build-isolation --editable '.[all,dev]'
         echo "$wanted" >.venv/.megalite
     fi
     export PATH="$root/.venv/bin:$PATH"
 }
 
-setup_environment
+setup_environment "$@"
