@@ -91,18 +91,20 @@ class Documents:
     def _recorded(self, names: dict[str, _Name]) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield the documents whose lines were made of the lines `names`, as prepare_corpus has
         noted there."""
-        numbers = {name.number for name in names.values()}
+        # By their number first: corpora have many lines, and thousands of names may be asked for.
+        by_number: dict[int, list[str]] = {}
+        for each, name in names.items():
+            by_number.setdefault(name.number, []).append(each)
         for file in range(len(self.datasets)):
             origins = self.origins(file)
-            paths = dict.fromkeys(path for path, *_ in origins.parts) if origins else {}
-            for path in paths:
+            if origins is None:
+                continue
+            for path in dict.fromkeys(path for path, *_ in origins.parts):
                 for line, (source, number) in _sources_in(path):
-                    if number in numbers:
-                        for each, name in names.items():
-                            if name.is_of(source, number):
-                                assert origins is not None
-                                for document in origins.documents_of(path, line):
-                                    yield each, (file, document)
+                    for each in by_number.get(number, ()):
+                        if names[each].is_of(source, number):
+                            for document in origins.documents_of(path, line):
+                                yield each, (file, document)
 
 
 def _parsed(wanted: str) -> _Name:

@@ -26,7 +26,7 @@ from megalite.data.origins import Origins, open_origins
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import ConfigError, DataError
-from megalite.lineage.documents import Documents
+from megalite.lineage.documents import Documents, _Name
 from megalite.lineage.places import NONE, places_of
 from megalite.lineage.run import TracedRun
 from megalite.lineage.texts import SourceText
@@ -268,7 +268,7 @@ def test_a_run_whose_batches_changed_is_traced_by_what_it_noted(
 
 
 def test_lines_that_a_cleaned_corpus_was_made_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = [
         {"text": f"text {n}", "id": str(n), "source": "web", "path": f"raw/{n % 2}.warc.gz", "line": 7 * n + 1}
@@ -285,6 +285,14 @@ def test_lines_that_a_cleaned_corpus_was_made_of(
     for other in ("raw/1.warc.gz:29", "warc.gz:29"):
         with pytest.raises(DataError, match=f"{other}: no document"):
             documents.find([other])
+    # Many names cost no more than a few: each line is held against those of its number alone.
+    asked: list[int] = []
+    is_of = _Name.is_of
+    monkeypatch.setattr(
+        _Name, "is_of", lambda self, path, line: asked.append(line) or is_of(self, path, line)
+    )
+    documents.find([f"raw/{n % 2}.warc.gz:{7 * n + 1}" for n in range(40)])
+    assert len(asked) == 40
     # What was noted of a document is told beside it.
     config = config_of(tmp_path)
     (tmp_path / "planned.yaml").write_text(config.to_yaml())
