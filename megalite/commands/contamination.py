@@ -35,9 +35,11 @@ def _contamination(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megalite.errors import ConfigError
-    from megalite.lineage.contamination import print_contamination
+    from megalite.lineage.contamination import check_output, print_contamination
     from megalite.lineage.ngrams import Asked, texts_of_rows
 
+    if arguments.output:
+        check_output(arguments.output, arguments.data or ())
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names and not arguments.data:
         raise ConfigError("say what to look for: --tasks NAME,NAME or --data FILE")

@@ -144,9 +144,18 @@ def test_tasks_of_the_harness(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_mistakes_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "rows.jsonl").write_text('{"text": "fine"}\n{"question": "?"}')
+    (folder / "fine.jsonl").write_text('{"text": "fine"}')
     for arguments, told in (
         ([], "say what to look for"),
         (["--data", str(folder / "rows.jsonl")], "rows.jsonl:2: no text, or prompt and completion"),
+        (
+            ["--data", str(folder / "fine.jsonl"), "--output", str(folder / "nowhere" / "x.jsonl")],
+            "create it first",
+        ),
+        (
+            ["--data", str(folder / "fine.jsonl"), "--output", str(folder / "fine.jsonl")],
+            "name another output",
+        ),
     ):
         assert main(["contamination", str(folder / "planned.yaml"), *arguments]) == 2
         assert told in capsys.readouterr().err
