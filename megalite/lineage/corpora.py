@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from megalite.data.kinds import is_packed
 from megalite.data.origins import Origin, Origins
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
-from megalite.lineage.texts import read_record, spelled_from
+from megalite.lineage.texts import json_lines_at, parse_record, spelled_from
 from megalite.utils.files import replacing
 from megalite.utils.urls import is_url
 
-Lines = dict[str, list[Origin]]
-"""Lines to blank, by their file."""
+Lines = dict[str, set[Origin]]
+"""Lines to blank, by their file. A line may be several documents, of one token file or of two."""
 
 
 def add_lines(
@@ -34,25 +34,29 @@ def add_lines(
     """Add to `lines` those that `documents` of a token file were made of. Raise DataError for one
     that is not known, not of JSON lines, or not there any more: nothing else must be blanked in its
     place."""
+    if not documents:
+        return
+    if origins is None:
+        raise DataError(f"there is no {dataset.prefix}.src, which says what to blank")
+    by_path: dict[str, dict[Origin, list[int]]] = {}
     for document in documents:
-        if origins is None:
-            raise DataError(f"there is no {dataset.prefix}.src, which says what to blank")
         origin = origins.of(document)
-        if why := _why_not(dataset, document, origin, origins, tokenizer):
-            raise DataError(f"{origin.path}:{origin.line} cannot be blanked: {why}")
-        # A line may be several documents, of one token file or of two.
-        if origin not in lines.setdefault(origin.path, []):
-            lines[origin.path].append(origin)
+        if why := _why_not(origin, origins, tokenizer):
+            raise _refusal(origin, why)
+        by_path.setdefault(origin.path, {}).setdefault(origin, []).append(document)
+    for path, own in by_path.items():
+        if origins.key is not None and tokenizer is not None:
+            _check_texts(dataset, own, path, origins.key, tokenizer)
+        lines.setdefault(path, set()).update(own)
 
 
-def _why_not(
-    dataset: IndexedDataset,
-    document: int,
-    origin: Origin,
-    origins: Origins,
-    tokenizer: Tokenizer | None,
-) -> str:
-    """Return why the line of a document must not be blanked; empty if it may be."""
+def _refusal(origin: Origin, why: str) -> DataError:
+    return DataError(f"{origin.path}:{origin.line} cannot be blanked: {why}")
+
+
+def _why_not(origin: Origin, origins: Origins, tokenizer: Tokenizer | None) -> str:
+    """Return why a line must not be blanked, as far as that is known without reading it; empty if
+    nothing speaks against it."""
     if is_url(origin.path) or not os.path.isfile(origin.path):
         return "its file is not on this machine"
     if origin.start < 0 or not is_json_lines(origin.path):
@@ -64,16 +68,34 @@ def _why_not(
         return "its file was changed since it was preprocessed" if changed else ""
     if tokenizer is None:
         return "without data.tokenizer it cannot be told whether it is still what was preprocessed"
+    return ""
+
+
+def _check_texts(
+    dataset: IndexedDataset,
+    own: Mapping[Origin, Sequence[int]],
+    path: str,
+    key: str,
+    tokenizer: Tokenizer,
+) -> None:
+    """Raise DataError where the text of a line in the file `path`, under `key`, is not that of the
+    documents which `own` says were made of it: tokenized again, it must give their tokens."""
+    # For the errors below that are not of a single line, such as a file that cannot be opened.
+    origin = next(iter(own))
     try:
-        text = read_record(origins.key, origin)[origins.key]
+        for origin, line in json_lines_at(path, own):
+            text = parse_record(key, origin, line)[key]
+            found = tokenizer.encode_documents([text])[0]
+            for document in own[origin]:
+                bounds = (dataset.document_start(d) for d in (document, document + 1))
+                ids = dataset.read(*bounds).tolist()
+                if spelled_from(ids, found) is None:
+                    raise ValueError("another text stands there now")
     except (OSError, DataError, ValueError) as error:
-        return str(error)
-    ids = dataset.read(*(dataset.document_start(d) for d in (document, document + 1)))
-    found = tokenizer.encode_documents([text])[0]
-    return "" if spelled_from(ids.tolist(), found) is not None else "another text stands there now"
+        raise _refusal(origin, str(error)) from None
 
 
-def blank(lines: Mapping[str, Sequence[Origin]]) -> None:
+def blank(lines: Mapping[str, Collection[Origin]]) -> None:
     """Blank lines in their files. A packed file is packed again, and takes the place of the old one
     when it is complete. Raise OSError, and DataError for a packed file that is damaged."""
     for path, origins in lines.items():
@@ -81,6 +103,8 @@ def blank(lines: Mapping[str, Sequence[Origin]]) -> None:
             _pack_again(path, origins)
             continue
         with open(path, "r+b") as file:
+            # In place: the same number of bytes, so that no other line moves. What is done again
+            # after a crash is the same.
             for origin in origins:
                 file.seek(origin.start)
                 file.write(b" " * origin.length)
@@ -88,12 +112,13 @@ def blank(lines: Mapping[str, Sequence[Origin]]) -> None:
             os.fsync(file.fileno())
 
 
-def _pack_again(path: str, origins: Sequence[Origin]) -> None:
+def _pack_again(path: str, origins: Collection[Origin]) -> None:
     """Write a packed file anew, with blanks in place of lines."""
     with replacing(Path(path), durable=True) as temporary, ExitStack() as files:
         file = files.enter_context(open(temporary, "wb"))
         packed: Any
         if path.lower().endswith(".gz"):
+            # Without a name and a time, the same bytes are the same file.
             packed = gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)
         else:
             import zstandard
@@ -104,15 +129,20 @@ def _pack_again(path: str, origins: Sequence[Origin]) -> None:
                 packed.write(chunk)
 
 
-def _blanked(chunks: Iterator[bytes], origins: Sequence[Origin]) -> Iterator[bytes]:
+def _blanked(chunks: Iterator[bytes], origins: Collection[Origin]) -> Iterator[bytes]:
     """Yield the chunks of a file, with spaces for the bytes of lines."""
-    first = 0
+    # Lines do not overlap: those before `number` have ended before the chunk begins.
+    spans = sorted((origin.start, origin.start + origin.length) for origin in origins)
+    first, number = 0, 0
     for chunk in chunks:
         changed = bytearray(chunk)
-        for origin in origins:
-            low = max(origin.start - first, 0)
-            high = min(origin.start + origin.length - first, len(chunk))
-            if low < high:
-                changed[low:high] = b" " * (high - low)
+        end = first + len(chunk)
+        while number < len(spans) and spans[number][0] < end:
+            start, stop = spans[number]
+            low, high = max(start, first) - first, min(stop, end) - first
+            changed[low:high] = b" " * (high - low)
+            if stop > end:
+                break  # its rest is in the next chunk
+            number += 1
         first += len(chunk)
         yield bytes(changed)

@@ -3,8 +3,8 @@ tokens."""
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,10 +77,8 @@ def _in_bytes(text: str, places: Any, begin: int) -> dict[int, tuple[int, int]]:
 def read_record(key: str, origin: Origin) -> dict[str, Any]:
     """Return the record at an origin. Raise OSError, DataError or ValueError."""
     if is_json_lines(origin.path):
-        record = json.loads(_line(origin))
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise ValueError(f"line {origin.line} has no {key!r}")
-        return record
+        [(_, line)] = json_lines_at(origin.path, [origin])
+        return parse_record(key, origin, line)
     reading = Reading(json_key=key, metadata=True)
     for document in read_files([origin.path], reading, Report()):
         if document.line == origin.line:
@@ -88,11 +86,32 @@ def read_record(key: str, origin: Origin) -> dict[str, Any]:
     raise ValueError(f"it has no line {origin.line}")
 
 
-def _line(origin: Origin) -> bytes:
-    """Return a line of JSON lines."""
-    if origin.start >= 0 and not is_url(origin.path) and not is_packed(origin.path):
-        with open(origin.path, "rb") as file:
-            file.seek(origin.start)
-            return file.read(origin.length).removeprefix(b"\xef\xbb\xbf")
-    lines = lines_of(read_bytes(origin.path, Report()))
-    return next(itertools.islice(lines, origin.line - 1, None), b"")
+def parse_record(key: str, origin: Origin, line: bytes) -> dict[str, Any]:
+    """Return the record in a `line` of JSON, whose text stands under `key`. Raise ValueError."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        raise ValueError(f"line {origin.line} has no {key!r}")
+    return record
+
+
+def json_lines_at(path: str, origins: Collection[Origin]) -> Iterator[tuple[Origin, bytes]]:
+    """Yield each of `origins`, which are all of the file `path`, with its line; an empty one where
+    the file has no such line any more. Raise OSError, and DataError for a packed file that is
+    damaged."""
+    can_seek = not is_url(path) and not is_packed(path)
+    if can_seek and all(origin.start >= 0 for origin in origins):
+        with open(path, "rb") as file:
+            for origin in origins:
+                file.seek(origin.start)
+                # A byte order mark is part of the first line, but not of its JSON.
+                yield origin, file.read(origin.length).removeprefix(b"\xef\xbb\xbf")
+        return
+    # One pass for all of them: a packed file can only be read from its beginning.
+    wanted = {origin.line: origin for origin in origins}
+    for number, line in enumerate(lines_of(read_bytes(path, Report())), 1):
+        if number in wanted:
+            yield wanted.pop(number), line
+        if not wanted:
+            return
+    for origin in wanted.values():
+        yield origin, b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megalite.cli import main
 from megalite.config import Config
 from megalite.config_file import load_config, parse_config
 from megalite.data.checks import open_data
+from megalite.data.documents import Report, read_bytes
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.mixture import IGNORE
@@ -253,6 +255,13 @@ def test_lines_of_the_corpora_are_blanked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megalite.data.documents.CHUNK_BYTES", 300)  # a line in several
+    passes: list[str] = []
+
+    def read_and_count(path: str, report: Report) -> Iterator[bytes]:
+        passes.append(path)
+        return read_bytes(path, report)
+
+    monkeypatch.setattr("megalite.lineage.texts.read_bytes", read_and_count)
     config = config_of(tmp_path)
     config.run.folder.mkdir(parents=True)
     (config.run.folder / "config.yaml").write_text(config.to_yaml())
@@ -269,8 +278,10 @@ def test_lines_of_the_corpora_are_blanked(
     )
     assert not list(tmp_path.glob("*forgot*"))
     plain.write_bytes(before[0])
+    passes.clear()
     assert main(arguments) == 0
     assert "3 lines of 2 files of text are blanked" in capsys.readouterr().out
+    assert passes == [str(packed)], "one pass over a packed file, for all of its lines"
     after = [plain.read_bytes(), gzip.decompress(packed.read_bytes())]
     for was, now, gone in zip(before, after, ((10,), (3, 60)), strict=True):
         assert [len(line) for line in was.split(b"\n")] == [len(line) for line in now.split(b"\n")]
