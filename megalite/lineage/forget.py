@@ -339,6 +339,8 @@ def _copy_checkpoint(removal: Removal, config: Config, mixture: Mixture) -> None
             os.link(was / name, temporary / name)
         except OSError:
             shutil.copyfile(was / name, temporary / name)
+            # A link is of a file that is on the disk already; a copy must get there first.
+            fsync(temporary / name)
     state = read_object(was / "train_state.json", CheckpointError)
     state["data"] |= {"fingerprint": mixture.fingerprint(), "sources": mixture.contents()}
     state["wandb_id"] = None
@@ -355,8 +357,11 @@ def _copy_checkpoint(removal: Removal, config: Config, mixture: Mixture) -> None
 
 def _copy_metrics(was: Path, new: Path, last: int) -> None:
     """Give the new run the record of the steps up to `last`, which are its own as well."""
+    metrics = was / "metrics.jsonl"
+    if not metrics.is_file():  # a run is traced without one, too: by what its config says
+        return
     with replacing(new / "metrics.jsonl") as temporary, open(temporary, "w") as file:
-        for record in read_metrics(was / "metrics.jsonl") if was.exists() else ():
+        for record in read_metrics(metrics):
             if record["step"] <= last:
                 file.write(json.dumps(record) + "\n")
 

@@ -310,8 +310,12 @@ def test_damaged_lists_of_what_is_gone_are_refused(tmp_path: Path) -> None:
             IndexedDataset(prefix)
 
 
+def refuse_to_link(*paths: Path) -> None:
+    raise OSError("another disk")
+
+
 def test_what_was_never_seen_costs_nothing_and_what_was_seen_first_costs_all(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tmp_path, "train.steps=4", "checkpoint.every=2")
     train(config)
@@ -323,7 +327,14 @@ def test_what_was_never_seen_costs_nothing_and_what_was_seen_first_costs_all(
     every = {n: plan_removal(folder, [f"plain_text_document#{n}"]) for n in range(0, 60, 5)}
     unseen = next(removal for removal in every.values() if removal.first_step is None)
     assert (unseen.checkpoint, unseen.steps) == (4, 0)
+    # On another disk files are copied, and must be there before their folder has its name. A
+    # record of the steps may be gone.
+    synced: list[Path] = []
+    (folder / "metrics.jsonl").unlink()
+    monkeypatch.setattr("megalite.lineage.forget.os.link", refuse_to_link)
+    monkeypatch.setattr("megalite.lineage.forget.fsync", synced.append)
     new = forget(unseen, tmp_path / "register.jsonl", Console(quiet=True))
+    assert any(path.suffix == ".safetensors" for path in synced)
     assert (new / "checkpoints" / "step-00000004").is_dir()
     assert json.loads((tmp_path / "register.jsonl").read_text())["first_step"] is None
     # A second request goes by what the first has left.
