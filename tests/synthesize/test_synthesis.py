@@ -9,9 +9,6 @@ import os
 import re
 import signal
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import ConfigError, DataError, Unreachable
 from megalite.synthesize import endpoint as requests
 from megalite.synthesize import run
+from megalite.synthesize.answers import Answers
 from megalite.synthesize.config import RecipeConfig, load_recipe
 from megalite.synthesize.run import synthesize
 from megalite.utils.resources import configs_dir
@@ -64,28 +62,25 @@ def lines_of(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@contextmanager
-def working(made: RecipeConfig) -> Iterator[Any]:
-    """A process that makes the rows."""
-    process = multiprocessing.get_context("fork").Process(target=synthesize, args=(made,))
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
-
-
 def killed(made: RecipeConfig, num_answers: int) -> None:
-    """A process that makes the rows is killed once there are so many answers."""
-    path, ends = made.output / "answers.jsonl", time.monotonic() + PATIENCE_S
-    with working(made) as process:
-        while not path.exists() or path.read_bytes().count(b"\n") < num_answers:
-            assert process.is_alive()
-            assert time.monotonic() < ends
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    """A process that makes the rows is killed once there are so many answers, while others are
+    under way."""
+
+    def work() -> None:
+        before = Answers.add
+
+        def add(self: Answers, key: str, answer: Any) -> None:
+            before(self, key, answer)
+            if (made.output / "answers.jsonl").read_bytes().count(b"\n") == num_answers:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Answers.add = add  # type: ignore[method-assign]  # in this process alone
+        synthesize(made)
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    process.join(PATIENCE_S)
+    assert process.exitcode == -signal.SIGKILL
     assert not (made.output / "rows.jsonl").exists()
 
 
