@@ -139,7 +139,7 @@ def serving(
 
 @contextlib.contextmanager
 def running(host: Any, grace_s: float = 1.0) -> Iterator[Local]:
-    """A host, or a split between two."""
+    """A host, a split between two, or several by name."""
     app = make_front(host)
     listening = socket.create_server(("127.0.0.1", 0))
     server = make_server(app, grace_s)
@@ -150,7 +150,8 @@ def running(host: Any, grace_s: float = 1.0) -> Iterator[Local]:
     finally:
         server.should_exit = True
         host.close(0.0)
-        for each in (getattr(host, "champion", host), getattr(host, "challenger", host)):
+        named = getattr(host, "hosts", {}).values()
+        for each in named or (getattr(host, "champion", host), getattr(host, "challenger", host)):
             model = getattr(getattr(each.current.engine, "generator", None), "model", None)
             if isinstance(model, Gated):
                 model.run()

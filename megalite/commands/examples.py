@@ -96,6 +96,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "serve": (
         "megalite serve runs/chat",
+        "megalite serve runs/base --also runs/chat",
         "megalite serve runs/chat --challenger runs/chat-2 --share 0.1 --request-log requests",
         "megalite serve runs/chat --host 0.0.0.0 --port 8080 --api-key-file keys.txt",
     ),

@@ -41,6 +41,14 @@ def add_arguments(parser: VerbParser) -> None:
         help="folder for them (default: %(default)s)",
     )
     parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model at the same address, asked by the name of its folder; may be repeated",
+    )
+    parser.add_argument(
         "--challenger",
         type=Path,
         metavar="MODEL",
@@ -93,23 +101,23 @@ def add_arguments(parser: VerbParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serve a model. The address is bound before the weights are read."""
+    from megalite.errors import ConfigError
+
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        from megalite.errors import ConfigError
-
         raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
     from megalite.infer.serving.app import Settings
+    from megalite.infer.serving.by_name import make_by_name
     from megalite.infer.serving.guards import ADMIN_KEY_VARIABLE, read_keys
     from megalite.infer.serving.loading import open_model
     from megalite.infer.serving.run import bind, serve
     from megalite.infer.serving.split import make_hosting
 
     settings = Settings(
-        # That of a link, not of what it leads to: clients ask for the same name after a swap.
-        name=arguments.name or Path(os.path.abspath(arguments.model)).name,
+        name=arguments.name or _name_of(arguments.model),
         ratings=arguments.ratings,
         keys=read_keys(arguments.api_key_file),
         max_bytes=int(arguments.max_request_mb * 1e6),
@@ -121,9 +129,21 @@ def _serve(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         admin_key=os.environ.get(ADMIN_KEY_VARIABLE, "").strip(),
     )
+    if arguments.also and arguments.challenger:
+        raise ConfigError("--also and --challenger do not go together: one server does either")
     address = bind(arguments.host, arguments.port)
     size = arguments.slots, arguments.max_length
     first, other = partial(open_model, arguments.model, *size), arguments.challenger
     second = partial(open_model, other, *size) if other else None
     make = partial(make_hosting, settings, first, second, arguments.share, arguments.shadow)
-    serve(make, address, arguments.grace)
+    if arguments.also:
+        others = [(_name_of(path), partial(open_model, path, *size)) for path in arguments.also]
+        serve(partial(make_by_name, settings, first, others), address, arguments.grace)
+    else:
+        serve(make, address, arguments.grace)
+
+
+def _name_of(path: Path) -> str:
+    """Return a model's name for clients: that of a link, not of what it leads to, so that it is the
+    same after a swap."""
+    return Path(os.path.abspath(path)).name

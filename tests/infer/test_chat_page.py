@@ -238,7 +238,7 @@ def test_a_talk_is_edited_answered_again_and_kept_over_a_reload(
     window.wait_for_selector("text=Thank you, noted")
     rated = canned.asked[-1]
     assert (rated["answer"], rated["rating"], len(rated["messages"])) == ("Second.", "up", 4)
-    assert rated["id"] == "chatcmpl-Second."
+    assert (rated["id"], rated["model"]) == ("chatcmpl-Second.", "tiny")
 
     window.reload()
     window.wait_for_selector("text=1/2")

@@ -66,6 +66,9 @@ def test_no_request_is_answered_by_500(
         for mode in (kinds.POSITIVE, kinds.NEGATIVE) if verb == "POST" else (kinds.POSITIVE,):
 
             def check(case: Any) -> None:
+                # By another name there is none, and no more of the request would be looked at.
+                if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                    case.body["model"] = "tiny"
                 response = case.call(base_url=local.url, timeout=60)
                 statuses.add(response.status_code)
                 case.validate_response(response, checks=[not_a_server_error])

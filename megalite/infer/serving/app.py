@@ -80,6 +80,8 @@ class Settings:
     """Days after which lines of requests are deleted."""
     admin_key: str = ""
     """Key of who may have the model reloaded; empty: nobody may over HTTP."""
+    beside: tuple[str, ...] = ()
+    """Names of other models at the same address, which are asked for elsewhere."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of range."""
@@ -145,28 +147,29 @@ def bare_app(engine: Any, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
 
 def add_models(app: FastAPI, settings: Settings) -> None:
     """Add what tells clients the model's name."""
+    created = int(time.time())
     told = {
-        "id": settings.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "megalite",
+        name: {"id": name, "object": "model", "created": created, "owned_by": "megalite"}
+        for name in (settings.name, *settings.beside)
     }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [told]}
+        return {"object": "list", "data": list(told.values())}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        check_model(name, settings)
-        return told
+        if name not in settings.beside:
+            check_model(name, settings)
+        return told[name or settings.name]
 
 
 def check_model(name: str, settings: Settings) -> None:
     """Raise Trouble for the name of a model that this server does not have. An empty name is
     accepted."""
     if name not in ("", settings.name):
-        text = f"the model {name!r} does not exist; this server has {settings.name!r}"
+        names = ", ".join(map(repr, (settings.name, *settings.beside)))
+        text = f"the model {name!r} does not exist; this server has {names}"
         raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
 
 
@@ -196,6 +199,7 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
 
     @app.post("/v1/ratings", status_code=201)
     async def rate(body: RatingBody) -> dict[str, str]:
+        check_model(body.model, service.settings)
         await service.check_rating(body)
         try:
             await run_in_threadpool(ratings.add, body, service.settings.name)

@@ -318,7 +318,7 @@ function tools(row, turn, answer, version) {
   const again = button("again", "Answer again", "", () => { if (!running) { dropAfter(turn); ask(turn, [answer]); } });
 
   async function rate(rating, correction) {
-    const body = {...(about.chat ? {messages: version.heard} : {prompt: turn.text}), answer: version.said, rating, id: version.id,
+    const body = {...(about.chat ? {messages: version.heard} : {prompt: turn.text}), answer: version.said, rating, id: version.id, model: answer.model,
       ...(correction === undefined ? {} : {correction})};
     const response = await fetch("/v1/ratings", {method: "POST", headers: headers(), body: JSON.stringify(body)}).catch(() => null);
     if (!response) { show(GONE); return; }

@@ -34,6 +34,7 @@ class RatingBody(Body):
     )
     answer: Text = Field(max_length=LONGEST)
     rating: Literal["up", "down"]
+    model: Text = Field("", description="whose answer it is, where the server has several")
     id: Text | None = Field(
         None, max_length=100, description="the id of the response that is rated"
     )
