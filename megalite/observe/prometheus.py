@@ -7,6 +7,7 @@ of its own, as sources, layers and tasks do, has it as a label. `docs/operations
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,10 @@ FLAGS = ("not_finite", "loss_spike", "grad_norm_spike", "no_labels", "skipped")
 """Flags of a step. They are counted, since a flag of one step falls between two scrapes."""
 PASSING = ("straggler", "straggler_slowness")
 """What is shown while it is reported, and gone afterwards."""
+
+FILE_SECONDS = 5.0
+"""Seconds between writes of the file, which collectors read every 15 s or less often: steps may be
+much shorter."""
 
 
 class PrometheusSink:
@@ -41,6 +46,7 @@ class PrometheusSink:
         self._gauges: dict[str, Gauge] = {}
         self._run = config.run.name
         self._file: Path | None = config.observe.prometheus.textfile
+        self._written = -FILE_SECONDS
         shown = " ".join(f"{name}={size}" for name, size in layout.items())
         about = {
             "version": __version__,
@@ -103,7 +109,8 @@ class PrometheusSink:
                 self._set("train_step", value)
             else:
                 self._set(name, value)
-        self._write()
+        if time.monotonic() - self._written >= FILE_SECONDS:
+            self._write()
 
     def _set(self, name: str, value: float, about: str = "") -> None:
         """Set a metric by a tracker's name, such as `valid/loss/web`."""
@@ -122,6 +129,7 @@ class PrometheusSink:
             with replacing(self._file) as temporary:
                 temporary.write_bytes(generate_latest(self._registry))
                 temporary.chmod(0o644)
+            self._written = time.monotonic()
 
 
 def metric_of(name: str) -> tuple[str, dict[str, str]]:

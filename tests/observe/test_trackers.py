@@ -16,7 +16,7 @@ from listening import listening
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
-from megalite.observe import mlflow, webhook
+from megalite.observe import mlflow, prometheus, webhook
 from megalite.observe.prometheus import metric_of
 from megalite.observe.recorder import Recorder
 from megalite.runtime.error_file import LAUNCHER
@@ -142,6 +142,7 @@ def test_metrics_are_named_as_trackers_name_them(
     assert metric_of(name) == (metric, labels)
 
 
+@pytest.mark.usefixtures("written_at_once")
 def test_prometheus_reads_a_port_and_a_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +176,22 @@ def test_prometheus_reads_a_port_and_a_file(
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
 
 
+@pytest.fixture
+def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "FILE_SECONDS", 0.0)
+
+
+def test_the_file_is_not_written_at_every_step(tmp_path: Path) -> None:
+    file = tmp_path / "megalite.prom"
+    recorder = open_recorder(tmp_path / "run", f"observe.prometheus.textfile={file}")
+    first = file.read_text()
+    recorder.step(record(1))
+    assert file.read_text() == first
+    recorder.close("finished")
+    assert 'megalite_train_step{run="demo"} 1.0' in file.read_text(), "the last is there at the end"
+
+
+@pytest.mark.usefixtures("written_at_once")
 def test_a_flag_of_one_step_is_counted_and_a_straggler_leaves(tmp_path: Path) -> None:
     file = tmp_path / "megalite.prom"
     recorder = open_recorder(tmp_path / "run", f"observe.prometheus.textfile={file}")
@@ -186,6 +203,7 @@ def test_a_flag_of_one_step_is_counted_and_a_straggler_leaves(tmp_path: Path) ->
     recorder.close("finished")
 
 
+@pytest.mark.usefixtures("written_at_once")
 def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
     """Those of a run that records all that can be recorded."""
     file = tmp_path / "megalite.prom"
