@@ -5,9 +5,11 @@ Rank 0 writes it, for its own machine; Slurm's variables name the other nodes of
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -41,6 +43,10 @@ VARIABLES = (
 """How the names of environment variables begin that are recorded."""
 GPUS = Path("/proc/driver/nvidia/gpus")
 """Has a folder for each GPU that NVIDIA's driver knows."""
+DRIVER = Path("/proc/driver/nvidia/version")
+CHANGES, LONGEST_CHANGES = "changes", 2_000_000
+"""Folder of the run's with what was changed and not committed, as `git apply` takes it, and the bytes
+of a change above which it is left out."""
 
 
 class EnvironmentSink:
@@ -52,7 +58,11 @@ class EnvironmentSink:
         """Write the record of a start after `start_step`. `folder` is the run's."""
         self._path, self._step = folder / NAME, start_step
         start = {"time": _now(), "after_step": start_step, "hardware": hardware}
-        self._starts = [*read_starts(folder), start | {"layout": dict(layout)} | environment()]
+        self._changes = folder / CHANGES
+        found = environment()
+        for git in found.get("git", {}).values():
+            self._keep_changes(git)
+        self._starts = [*read_starts(folder), start | {"layout": dict(layout)} | found]
         self._write()
 
     def step(self, record: dict[str, float]) -> None:
@@ -71,6 +81,18 @@ class EnvironmentSink:
         """Write how the run ended: `status` is that of `Recorder.close`."""
         self._starts[-1]["ended"] = {"time": _now(), "status": status, "step": self._step}
         self._write()
+
+    def _keep_changes(self, git: dict[str, Any]) -> None:
+        """Write what was changed since a commit to a file named by its content, so that starts with
+        the same changes share it; the record has the name in place of the text."""
+        text = hide_secrets(git.pop("patch", ""))
+        if not text or len(text) > LONGEST_CHANGES:
+            return
+        name = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.patch"
+        self._changes.mkdir(exist_ok=True)
+        with replacing(self._changes / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        git["patch"] = f"{CHANGES}/{name}"
 
     def _write(self) -> None:
         text = json.dumps({"starts": self._starts[-KEPT:]}, indent=1, ensure_ascii=False)
@@ -100,6 +122,7 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
+        "driver": _driver(),
         "packages": {"megalite": __version__} | _packages(),
     }
     # Of the code, and of what is being worked on, where that is another repository.
@@ -112,6 +135,14 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver; None where there is none."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", DRIVER.read_text()):
+            return found[1]
+    return None
+
+
 def _packages() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
@@ -121,8 +152,8 @@ def _packages() -> dict[str, str]:
 
 
 def commit_of(folder: Path) -> dict[str, Any] | None:
-    """Return the commit that is checked out in `folder`, and the files changed since; None where
-    there is none."""
+    """Return the commit that is checked out in `folder`, the files changed since, and the changes as
+    a patch, where there are any; None where there is no commit."""
 
     def git(*arguments: str) -> str:
         # A repository's own settings could name programs to run.
@@ -140,7 +171,12 @@ def commit_of(folder: Path) -> dict[str, Any] | None:
         changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": [line[3:] for line in changed[:100]]}
+    found = {"commit": commit, "changed": [line[3:] for line in changed[:100]]}
+    # What takes too long, or is no text, is worth less than the rest.
+    with contextlib.suppress(OSError, UnicodeDecodeError, subprocess.SubprocessError):
+        if changed and (patch := git("diff", "--no-ext-diff", "--no-textconv", "HEAD")):
+            found["patch"] = patch
+    return found
 
 
 def hardware_of(device_type: str, world_size: int) -> str:

@@ -72,7 +72,34 @@ def test_the_commit_and_what_has_changed_since(tmp_path: Path) -> None:
     assert len(found["commit"]) == 40
     assert found["changed"] == []
     (tmp_path / "a.py").write_text("2")
-    assert commit_of(tmp_path) == found | {"changed": ["a.py"]}
+    changed = commit_of(tmp_path)
+    assert changed is not None
+    patch = changed.pop("patch")
+    assert changed == found | {"changed": ["a.py"]}
+    # It leads from the commit to what was run.
+    (tmp_path / "a.py").write_text("1")
+    subprocess.run(["git", "apply"], cwd=tmp_path, input=patch, text=True, check=True)
+    assert (tmp_path / "a.py").read_text() == "2"
+
+
+def test_changes_are_kept_once_without_secrets_and_the_driver_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu\n")
+    monkeypatch.setattr(environment, "DRIVER", version)
+    patch = "+key = hf_aaaaaaaaaaaaaaaaaaaa\n"
+    monkeypatch.setattr(environment, "commit_of", lambda _: {"commit": "c", "patch": patch})
+    for step in (0, 3):
+        EnvironmentSink(tmp_path, step, {}, "1 × CPU")
+    [file] = (tmp_path / "changes").iterdir()
+    assert file.read_text() == "+key = <token>\n"
+    for start in read_starts(tmp_path):
+        assert start["driver"] == "570.86.15"
+        assert start["git"]["folder"] == {"commit": "c", "patch": f"changes/{file.name}"}
+    monkeypatch.setattr(environment, "LONGEST_CHANGES", 5)
+    EnvironmentSink(tmp_path, 6, {}, "1 × CPU")
+    assert read_starts(tmp_path)[-1]["git"]["folder"] == {"commit": "c"}
 
 
 def test_hardware_is_named_and_gpus_that_are_not_seen_are_told(
