@@ -33,6 +33,7 @@ GENDERED = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
 NUMBERED = re.compile(r"\s*\d+\s+(.+)")
 BRACKETS = re.compile(r"\[([^\[\]]+)\]")
 UNKNOWN = "unknown"
+PRONOUNS = ("he", "him", "his", "himself", "she", "her", "hers", "herself")
 
 
 class Pair(NamedTuple):
@@ -185,7 +186,8 @@ def _sentences(file: Path, limit: int | None) -> list[str]:
     found = []
     for number, line in enumerate(itertools.islice(filter(str.strip, lines), limit), 1):
         numbered = NUMBERED.fullmatch(line)
-        if not numbered or len(BRACKETS.findall(line)) != 2:
+        marked = [text.strip().lower() in PRONOUNS for text in BRACKETS.findall(line)]
+        if not numbered or sorted(marked) != [False, True]:
             raise DataError(
                 f"{file}, line {number}: {shown(line)} is not a number and a sentence with the pronoun and who is "
                 "meant in brackets"
@@ -197,8 +199,7 @@ def _sentences(file: Path, limit: int | None) -> list[str]:
 def _parts(sentence: str) -> tuple[str, str]:
     """Return who is meant, and the pronoun."""
     one, other = (text.strip() for text in BRACKETS.findall(sentence))
-    # Who is meant has an article, and so two words at least; the pronoun is one.
-    return (one, other) if " " in one else (other, one)
+    return (other, one) if one.lower() in PRONOUNS else (one, other)
 
 
 def _bare(person: str) -> str:

@@ -390,6 +390,7 @@ BAD = {
     "e.jsonl": ("[]\n", "line 1: no question in the form of BBQ"),
     "f.txt": ("1 [She] met [the man].\n", "pro_stereotyped or anti_stereotyped"),
     "pro_stereotyped.txt": ("1 no brackets\n", "line 1: '1 no brackets' is not a number and a sentence"),
+    "anti_stereotyped_x.txt": ("1 [The man] met [someone].\n", "is not a number and a sentence"),
     "g.yaml": ("groups: {a: [x]}\n", "groups must name at least two"),
     "h.yaml": (
         "groups: {a: [x], b: [y]}\nattributes: {c: [z], d: [w]}\ntemplates: ['{group} {other} {attribute}']\n",
@@ -409,9 +410,10 @@ def test_what_is_no_test_is_refused_by_line_or_key(tmp_path: Path, name: str) ->
     text, why = BAD[name]
     (tmp_path / name).write_text(text)
     (tmp_path / "anti_stereotyped.txt").write_text("1 [the man] met [her]\n")
+    (tmp_path / "pro_stereotyped_x.txt").write_text("1 [The man] met [someone].\n")
     with pytest.raises(DataError) as found:
         read_tests([tmp_path / name])
-    assert name in str(found.value)
+    assert name.removeprefix("anti_") in str(found.value)
     assert why in str(found.value)
 
 
