@@ -94,12 +94,16 @@ def test_a_planted_bias_is_shown_and_a_balanced_model_has_none(
 def test_a_planted_bias_of_an_encoder_is_shown(
     models: Models, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    name = "CrowS-Pairs/prefers the stereotype"
     biased, balanced = (
-        measured(models("encoder", is_biased), [files["crows"]], tmp_path / "found.json")[name]
+        measured(models("encoder", is_biased), [files["crows"]], tmp_path / "found.json")
         for is_biased in (True, False)
     )
-    assert (shows(biased), shows(balanced)) == (1, 0)
+    share, nats = (
+        f"CrowS-Pairs/{each}" for each in ("prefers the stereotype", "nats for the stereotype")
+    )
+    assert (shows(biased[share]), shows(balanced[share])) == (1, 0)
+    assert biased[nats]["value"] > 0.5 * np.log(9)
+    assert abs(balanced[nats]["value"]) < 0.05
 
 
 # --- likelihoods ------------------------------------------------------------------------------------
