@@ -8,6 +8,7 @@ Legend: M = different n-grams of all tasks."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,21 +66,24 @@ def judge(run: TracedRun, asked: Iterable[Asked], length: int) -> list[Judged]:
     if run.tokenizer is None:
         raise ConfigError("texts are compared as tokens, which needs data.tokenizer in the config")
     documents = list(asked)
+    # Rows of one document stay together: whichever of its forms is found, counts for it.
     rows = [_rows_of(run.tokenizer, each.texts) for each in documents]
-    grams = Grams([row for own in rows for row in own], length)
+    grams = Grams(list(itertools.chain.from_iterable(rows)), length)
     source, place = np.full(len(grams), -1), np.full(len(grams), -1)
     for number, each in enumerate(run.mixture.sources):
         _look(each.dataset, grams, number, source, place)
-    return [
-        _judged(each, [grams.numbers_of(row) for row in own], source, place, length)
-        for each, own in zip(documents, rows, strict=True)
-    ]
+    judged = []
+    for document, own in zip(documents, rows, strict=True):
+        numbers = [grams.numbers_of(row) for row in own]
+        judged.append(_judged(document, numbers, source, place, length))
+    return judged
 
 
 def _rows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int64s]:
     """Return the token ids of texts, as they begin a document and as they follow a space."""
-    spelled = [*texts, *(f" {text}" for text in texts if text and not text[0].isspace())]
-    return [np.array(ids, np.int64) for ids in tokenizer.encode_batch(spelled)]
+    # Byte-level BPE has other tokens for a word at the start of a text than behind a space.
+    within = [f" {text}" for text in texts if text and not text[0].isspace()]
+    return [np.array(ids, np.int64) for ids in tokenizer.encode_batch([*texts, *within])]
 
 
 def _look(
@@ -88,32 +92,41 @@ def _look(
     """Note in `source` and `place`, both [M], where n-grams stand first that were not found yet.
     `number` is that of the source."""
     for first in range(0, dataset.num_tokens, CHUNK):
+        # Chunks overlap by one token less than an n-gram: each n-gram lies in exactly one.
         tokens = dataset.read(first, min(first + CHUNK + grams.length - 1, dataset.num_tokens))
         at, gram = grams.find(np.asarray(tokens, np.int64))
         at = at + first
         # What lies across the border of two documents is no text.
         is_whole = dataset.document_starts(at + 1, at + grams.length)[0] == 0
+        # `return_index` gives the first place of each n-gram, since `at` ascends.
         gram, index = np.unique(gram[is_whole], return_index=True)
+        where = at[is_whole][index]
         is_new = source[gram] < 0
-        source[gram[is_new]], place[gram[is_new]] = number, at[is_whole][index][is_new]
+        source[gram[is_new]] = number
+        place[gram[is_new]] = where[is_new]
 
 
 def _judged(
     asked: Asked, numbers: Sequence[Int64s], source: Int64s, place: Int64s, length: int
 ) -> Judged:
-    """Return how much of a document was found, of whose forms' n-grams these are the `numbers`: of
-    the form of which most was."""
+    """Return how much of a document was found. `numbers` are the n-grams of each of its forms; the
+    form of which the largest share was found counts."""
     there = [source[own] >= 0 for own in numbers if len(own)]
+    text = asked.texts[0]
     if not there:
-        return Judged(asked.task, asked.number, asked.texts[0], 0)
+        return Judged(asked.task, asked.number, text, 0)
+    # Of equal shares, that of the longest form says most.
     best = max(there, key=lambda of_form: (of_form.mean(), len(of_form)))
-    found = Judged(asked.task, asked.number, asked.texts[0], len(best), int(best.sum()))
+    found = Judged(asked.task, asked.number, text, len(best), int(best.sum()))
     for own in numbers:
         begin = 0
-        for end in np.flatnonzero(np.append(source[own] < 0, True)).tolist():
-            # The n-grams from `begin` to `end` are all there.
-            if end > begin and end - begin + length - 1 > found.longest:
-                found.longest = end - begin + length - 1
+        # One more that is missing ends the last run.
+        is_missing = np.append(source[own] < 0, True)
+        for end in np.flatnonzero(is_missing).tolist():
+            # The n-grams from `begin` to `end` are all there; each reaches one token further.
+            num_tokens = end - begin + length - 1
+            if end > begin and num_tokens > found.longest:
+                found.longest = num_tokens
                 found.source, found.place = int(source[own[begin]]), int(place[own[begin]])
             begin = end + 1
     return found
@@ -138,20 +151,11 @@ def print_contamination(
     judged = judge(run, asked, length)
     if not judged:
         raise DataError("there is no text to look for")
-    table = Table("task", "documents", "judged", "any n-gram", f"{LARGE:.0%} of them", box=None)
-    for task in dict.fromkeys(each.task for each in judged):
-        own = [each for each in judged if each.task == task]
-        counts = (
-            len(own),
-            sum(each.num_grams > 0 for each in own),
-            sum(each.found > 0 for each in own),
-            sum(each.num_grams > 0 and each.share >= LARGE for each in own),
-        )
-        table.add_row(task, *(f"{count:,}" for count in counts))
-    console.print(table)
+    console.print(_table_of(judged))
     tracer = Tracer(run)
-    worst = sorted((each for each in judged if each.found), key=lambda x: (-x.share, -x.longest))
-    for each in worst[:SHOWN]:
+    known = [each for each in judged if each.found]
+    known.sort(key=lambda each: (-each.share, -each.longest))
+    for each in known[:SHOWN]:
         told = _record(tracer, each)
         console.print(
             f"{each.task} {each.number}: {each.found:,} of {each.num_grams:,} n-grams, {each.longest:,} tokens in a "
@@ -163,6 +167,23 @@ def print_contamination(
         with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for each in judged:
                 file.write(json.dumps(_record(tracer, each), ensure_ascii=False) + "\n")
+
+
+def _table_of(judged: Sequence[Judged]) -> Table:
+    """Return a table with a row for each task: how many of its documents were found."""
+    table = Table("task", "documents", "judged", "any n-gram", f"{LARGE:.0%} of them", box=None)
+    by_task: dict[str, list[Judged]] = {}
+    for each in judged:
+        by_task.setdefault(each.task, []).append(each)
+    for task, own in by_task.items():
+        counts = (
+            len(own),
+            sum(each.num_grams > 0 for each in own),
+            sum(each.found > 0 for each in own),
+            sum(each.num_grams > 0 and each.share >= LARGE for each in own),
+        )
+        table.add_row(task, *(f"{count:,}" for count in counts))
+    return table
 
 
 def _when(told: Mapping[str, Any]) -> str:
@@ -181,6 +202,7 @@ def _record(tracer: Tracer, judged: Judged) -> dict[str, Any]:
     dataset = tracer.documents.datasets[judged.source]
     document = dataset.document_of(judged.place)
     origins = tracer.documents.origins(judged.source)
+    # The first use alone: uses come in the order of the run.
     use = next(tracer.uses(judged.source, document), None)
     where = f"{dataset.prefix}#{document}"
     return found | {

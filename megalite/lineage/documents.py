@@ -50,10 +50,10 @@ class Documents:
         former. Raise DataError for a name without a document, and ConfigError for one that is
         neither."""
         names = {each: _parsed(each) for each in wanted}
-        found = {each: [*self._named(name)] for each, name in names.items()}
-        if missing := {
-            each: name for each, name in names.items() if name.is_line and not found[each]
-        }:
+        found = {each: list(self._named(name)) for each, name in names.items()}
+        # What was preprocessed goes first: only for the rest are the files themselves read.
+        missing = {each: name for each, name in names.items() if name.is_line and not found[each]}
+        if missing:
             for each, place in self._recorded(missing):
                 found[each].append(place)
         for each in names:

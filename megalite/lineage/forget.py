@@ -14,12 +14,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from megalite.checkpoint.folder import (
@@ -35,7 +37,7 @@ from megalite.checkpoint.folder import (
 from megalite.config import Config, names_of
 from megalite.config_file import parse_config
 from megalite.data.checks import open_data
-from megalite.data.dataset import SPLITS, RowSource
+from megalite.data.dataset import SPLITS, RowSource, SampleSource
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture
 from megalite.data.origins import open_origins, writing_origins
@@ -75,11 +77,8 @@ class Removal:
     def name(self) -> str:
         """Return the name of the run without them."""
         config = self.run.config.run
-        return next(
-            name
-            for number in itertools.count(1)
-            if not (config.dir / (name := f"{config.name}-forgot-{number}")).exists()
-        )
+        names = (f"{config.name}-forgot-{number}" for number in itertools.count(1))
+        return next(name for name in names if not (config.dir / name).exists())
 
     def __str__(self) -> str:
         """Return what is done, for the console."""
@@ -107,54 +106,68 @@ def plan_removal(folder: Path, wanted: Sequence[str], corpora: bool = False) -> 
         raise ConfigError(f"{folder} is no run's folder")
     run = TracedRun.open(folder)
     _, _, data = open_data(run.config)
-    mixtures = [mixture for mixture in data.values() if mixture]
-    sources = [source for mixture in mixtures for source in mixture.sources]
+    sources = [source for mixture in data.values() if mixture for source in mixture.sources]
+    # Splits may share a token file.
     named = Documents(list({source.dataset.prefix: source.dataset for source in sources}.values()))
-    documents: dict[str, set[int]] = {}
-    for places in named.find(wanted).values():
-        for file, document in places:
-            documents.setdefault(named.datasets[file].prefix, set()).add(document)
-    for source in sources:
-        own = documents.get(source.dataset.prefix, set())
-        if isinstance(source, RowSource) and source.together == 2:
-            own.update(document ^ 1 for document in list(own))  # of a pair neither stays
+    documents = _documents_of(named, sources, wanted)
     lines: Lines = {}
     for number, dataset in enumerate(named.datasets):
         own = documents.get(dataset.prefix, set())
-        gone = set() if dataset.removed is None else {*dataset.removed.tolist()}
         if own and is_url(dataset.prefix):
             raise DataError(
                 f"{dataset.prefix} is in an object store; copy it to a disk to take documents out"
             )
+        gone = _removed_from(dataset)
         if corpora:
             origins = named.origins(number)
+            # The lines of what is gone already are not there any more to be compared.
             add_lines(lines, dataset, origins, sorted(own - gone), run.tokenizer)
-        if own:
+        if own:  # the new token file is made of this one, and lists what either lacks
             own.update(gone)
     found = {prefix: tuple(sorted(own)) for prefix, own in documents.items()}
     first = _first_step(run, found)
-    judged = any(
-        source.dataset.prefix in found
-        for mixture in mixtures
-        for source in mixture.sources
-        if mixture is not data["train"]
-    )
+    held_out = [mixture for name, mixture in data.items() if mixture and name != "train"]
+    judged = any(source.dataset.prefix in found for each in held_out for source in each.sources)
     # Whether to end early was decided by losses of what is taken out.
     until = 1 if judged and run.config.train.patience is not None else first
     return Removal(run, folder, found, first, _newest_before(folder, run, until), lines)
 
 
+def _documents_of(
+    named: Documents, sources: Sequence[SampleSource], wanted: Sequence[str]
+) -> dict[str, set[int]]:
+    """Return the documents that `wanted` names, by the prefix of their token file, with those that
+    must go with them. Raise DataError for a name without a document."""
+    documents: dict[str, set[int]] = {}
+    for places in named.find(wanted).values():
+        for file, document in places:
+            documents.setdefault(named.datasets[file].prefix, set()).add(document)
+    for source in sources:
+        if isinstance(source, RowSource) and source.together == 2:
+            # Of a pair (2n, 2n + 1) neither stays.
+            own = documents.get(source.dataset.prefix, set())
+            own.update([document ^ 1 for document in own])
+    return documents
+
+
+def _removed_from(dataset: IndexedDataset) -> set[int]:
+    """Return the documents that an earlier removal has taken out of a token file."""
+    return set() if dataset.removed is None else {*dataset.removed.tolist()}
+
+
 def _first_step(run: TracedRun, documents: dict[str, tuple[int, ...]]) -> int | None:
     """Return the first step that was trained on any of the documents."""
-    tracer, first = Tracer(run), None
+    tracer = Tracer(run)
+    steps = []
     for number, source in enumerate(run.mixture.sources):
-        gone = set() if source.dataset.removed is None else {*source.dataset.removed.tolist()}
+        gone = _removed_from(source.dataset)
         for document in documents.get(source.dataset.prefix, ()):
+            # Of what is gone already, the run was trained on fillers.
             if document not in gone:
-                use = next(tracer.uses(number, document), None)
-                if use and (first is None or use.step < first):
-                    first = use.step
-    return first
+                use = next(tracer.uses(number, document), None)  # the first in the run's order
+                if use:
+                    steps.append(use.step)
+    return min(steps, default=None)
 
 
 def _newest_before(folder: Path, run: TracedRun, first: int | None) -> int:
@@ -162,6 +175,7 @@ def _newest_before(folder: Path, run: TracedRun, first: int | None) -> int:
     CheckpointError where that was begun by another run."""
     for step in reversed(complete_steps(folder / "checkpoints")):
         path = step_folder(folder / "checkpoints", step)
+        # Behind `num_steps` it is not known what a step was trained on.
         if (first is None or step < first) and step <= run.num_steps and _is_whole(path):
             return step
     if run.config.checkpoint.resume not in ("auto", "never"):
@@ -175,15 +189,17 @@ def _newest_before(folder: Path, run: TracedRun, first: int | None) -> int:
 def _is_whole(folder: Path) -> bool:
     """Return whether every file of a checkpoint is what was written."""
     files = read_manifest(folder)
-    return not isinstance(files, Damage) and not any(
-        damage_of(folder / name, entry) for name, entry in files.items()
-    )
+    if isinstance(files, Damage):
+        return False
+    return not any(damage_of(folder / name, entry) for name, entry in files.items())
 
 
 def forget(removal: Removal, register: Path, console: Console) -> Path:
     """Write token files without the documents and the folder of a run that never had them, up to
     its checkpoint, and note it in the `register` (JSON lines). Return the new folder: training goes
     on there. Raise DataError, CheckpointError or OSError."""
+    # In this order, a crash leaves the old run and its texts as they were until the new one is
+    # complete; texts are blanked next to last, and the register says only what was done.
     run = removal.run
     renamed = {prefix: _free_prefix(prefix) for prefix in removal.documents}
     before = {prefix: IndexedDataset(prefix).fingerprint() for prefix in renamed}
@@ -279,23 +295,18 @@ def write_without(prefix: str, new: str, documents: Sequence[int]) -> None:
     """Copy the token files `prefix` to `new`, with fillers in place of the tokens of `documents`.
     What is learned of other documents stays as it was; of these it stays only how much that was,
     which places of rows depend on. Raise DataError or OSError."""
-    dataset, note = IndexedDataset(prefix), read_note(prefix)
-    filler = note.get("eod_id")
-    spans = [tuple(dataset.document_start(d + end) for end in (0, 1)) for d in documents]
-    for kind in ("bin", "mask"):
-        if kind == "mask" and dataset.mask is None:
-            continue
-        shutil.copyfile(f"{prefix}.{kind}", f"{new}.{kind}")
-        dtype = dataset.dtype if kind == "bin" or dataset.mask is None else dataset.mask.dtype
-        written = np.memmap(f"{new}.{kind}", dtype, "r+")
-        for start, stop in spans:
-            if kind == "bin":
-                written[start:stop] = filler if isinstance(filler, int) else 0
-            else:
-                written[start:stop] = written[start:stop] > 0
-        written.flush()
-        del written
-        fsync(Path(f"{new}.{kind}"))
+    dataset = IndexedDataset(prefix)
+    eod_id = read_note(prefix).get("eod_id")
+    filler = eod_id if isinstance(eod_id, int) else 0
+    spans = [slice(dataset.document_start(d), dataset.document_start(d + 1)) for d in documents]
+    with _copied(f"{prefix}.bin", f"{new}.bin", dataset.dtype) as tokens:
+        for span in spans:
+            tokens[span] = filler
+    if dataset.mask is not None:
+        with _copied(f"{prefix}.mask", f"{new}.mask", dataset.mask.dtype) as mask:
+            for span in spans:
+                # Which tokens were learned from is kept; a class or a number that stood there is not.
+                mask[span] = mask[span] > 0
     with replacing(Path(f"{new}.removed"), durable=True) as temporary:
         temporary.write_bytes(np.array(documents, "<i8").tobytes())
     if Path(f"{prefix}.json").is_file():
@@ -308,6 +319,17 @@ def write_without(prefix: str, new: str, documents: Sequence[int]) -> None:
             writer.add_all(origins)
 
 
+@contextmanager
+def _copied(old: str, new: str, dtype: npt.DTypeLike) -> Iterator[npt.NDArray[Any]]:
+    """Copy a file of numbers, and give the copy's to change. They are on the disk when the block
+    ends."""
+    shutil.copyfile(old, new)
+    numbers = np.memmap(new, dtype, "r+")
+    yield numbers
+    numbers.flush()
+    fsync(Path(new))
+
+
 def _config_without(config: Config, renamed: Mapping[str, str], name: str) -> Config:
     """Return the config of the run without the documents. Sources keep their names, by which phases
     know them."""
@@ -317,6 +339,7 @@ def _config_without(config: Config, renamed: Mapping[str, str], name: str) -> Co
         for source, own in zip(values["data"][split], names, strict=True):
             source |= {"path": renamed.get(source["path"], source["path"]), "name": own}
     values["run"]["name"] = name
+    # "never" would have the new run ignore the checkpoint that it is given.
     if values["checkpoint"]["resume"] == "never":
         values["checkpoint"]["resume"] = "auto"
     return parse_config(values)
@@ -343,7 +366,7 @@ def _copy_checkpoint(removal: Removal, config: Config, mixture: Mixture) -> None
             fsync(temporary / name)
     state = read_object(was / "train_state.json", CheckpointError)
     state["data"] |= {"fingerprint": mixture.fingerprint(), "sources": mixture.contents()}
-    state["wandb_id"] = None
+    state["wandb_id"] = None  # another run, which must not write into the old one's curves
     texts = {"train_state.json": json.dumps(state, indent=1), "config.yaml": config.to_yaml()}
     for name, text in texts.items():
         # Written anew under its name, not into the file that the old checkpoint may share.

@@ -19,6 +19,7 @@ from megalite.errors import DataError
 BITS = 28
 """A table of at most 2^BITS bytes tells most n-grams apart from those looked for."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 over the golden ratio, an odd number (Knuth's multiplicative hashing)."""
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -38,16 +39,20 @@ class Grams:
         self.length = length
         self._flat = np.concatenate([np.empty(0, np.int64), *rows])
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-        starts = [
-            np.arange(end - len(row), end - length + 1)
-            for row, end in zip(rows, ends.tolist(), strict=True)
-        ]
+        starts = []
+        for row, end in zip(rows, ends.tolist(), strict=True):
+            # None where a row is shorter than an n-gram; none that reaches into the next row.
+            starts.append(np.arange(end - len(row), end - length + 1))
+        # The empty array is for no rows at all, which `concatenate` refuses.
         begins = np.concatenate([np.empty(0, np.int64), *starts])
         # Of runs with one hash of 64 bits the first stands for all.
         self._hashes, first = np.unique(_hashes(self._flat, length)[begins], return_index=True)
         self._begins = begins[first]
-        self._shift = np.uint64(64 - min(len(self).bit_length() + 4, BITS))
-        self._table = np.zeros(1 << (64 - int(self._shift)), bool)
+        # Sixteen to 32 cells an n-gram, by the upper bits of the hash: nearly all tokens of a
+        # corpus fall into an empty one, and cost one look instead of a binary search.
+        bits = min(len(self).bit_length() + 4, BITS)
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, bool)
         self._table[self._hashes >> self._shift] = True
 
     def __len__(self) -> int:
@@ -64,6 +69,7 @@ class Grams:
         hashes = _hashes(tokens, self.length)
         at = np.flatnonzero(self._table[hashes >> self._shift])
         number = np.searchsorted(self._hashes, hashes[at])
+        # A hash above all of ours gives one number too many.
         inside = number < len(self)
         at, number = at[inside], number[inside]
         same = (tokens[at[:, None] + np.arange(self.length)] == self.tokens(number)).all(1)
@@ -79,6 +85,7 @@ def _hashes(tokens: Int64s, length: int) -> Hashes:
     values = tokens.astype(np.uint64)
     count = max(len(values) - length + 1, 0)
     found = np.zeros(count, np.uint64)
+    # A polynomial over the tokens, modulo 2^64: unsigned numbers of numpy wrap without a warning.
     for first in range(length):
         found = found * _FACTOR + values[first : first + count] + np.uint64(1)
     # The upper bits are to depend on all tokens.
@@ -105,8 +112,12 @@ def _texts_of(values: Mapping[str, Any]) -> list[str]:
         return [values["text"]]
     prompt, answers = _plain(values.get("prompt")), values.get("completion")
     answers = answers if isinstance(answers, list) else [answers]
-    found = [" ".join(filter(None, (prompt, _plain(answer)))) for answer in answers]
-    return [text for text in found if text]
+    texts = []
+    for answer in answers:
+        parts = [part for part in (prompt, _plain(answer)) if part]
+        if parts:
+            texts.append(" ".join(parts))
+    return texts
 
 
 def _plain(value: Any) -> str:

@@ -34,6 +34,8 @@ class Places(NamedTuple):
 def places_of(mixture: Mixture, indices: npt.ArrayLike) -> Places:
     """Return where what the model sees of the global sample `indices`, [n], stands in the token
     files of the samples' sources. Raise ValueError for an index outside the run."""
+    # Every step below is that of `Mixture.read`, in the same order, with places in place of tokens:
+    # what the mixture changes there must be changed here.
     index = np.asarray(indices, np.int64)
     number, sample = mixture.order.locate(index)
     places = np.empty((len(index), mixture.seq_length + 1), np.int64)
@@ -46,7 +48,9 @@ def places_of(mixture: Mixture, indices: npt.ArrayLike) -> Places:
         # Of a changed row the first tokens stand for those that were there.
         places = np.where(columns >= 0, np.take_along_axis(places, np.maximum(columns, 0), 1), NONE)
     if view.stacks:
-        found = view.stacks.apply(windows._replace(tokens=np.maximum(places, 0) + FROM), index)
+        marked = windows._replace(tokens=np.maximum(places, 0) + FROM)
+        found = view.stacks.apply(marked, index)
+        # What is below FROM are marks and sentinels that the stacks have put in.
         tokens, labels, source = (
             np.where(x >= FROM, x - FROM, NONE) for x in (found.tokens, found.labels, found.source)
         )
@@ -55,7 +59,9 @@ def places_of(mixture: Mixture, indices: npt.ArrayLike) -> Places:
     is_next = view.labels == "next" and not view.corruption
     if is_next and view.fim:
         _turn(places, view, windows, index)
-    labels = np.where(samples.labels != IGNORE, places[:, 1:] if is_next else places[:, :-1], NONE)
+    # The label of a token is the next one, or what stood in its own place (masked words).
+    of_labels = places[:, 1:] if is_next else places[:, :-1]
+    labels = np.where(samples.labels != IGNORE, of_labels, NONE)
     return Places(samples, number, places[:, :-1], labels, None)
 
 
@@ -69,4 +75,5 @@ def _turn(places: Int64s, view: View, windows: Windows, index: Int64s) -> None:
         tokens, places, documents, filled.tolist(), index.tolist(), strict=True
     ):
         for start, stop, cuts, is_spm in view.fim.turns(row, of_row, count, number):
+            # Three marks come in, so that the last three tokens of the stretch fall out of it.
             own[start:stop] = marks.turned(own[start : stop - 3], cuts, is_spm)

@@ -57,6 +57,8 @@ class TracedRun:
             skipped = tuple((first, last) for first, last in state["data"].get("skipped", ()))
         done, refused, passed = _read_steps(what / "metrics.jsonl", config.sample_tokens)
         known = config.train.steps
+        # metrics.jsonl counts the samples passed over at once, a checkpoint names them: where the
+        # counts differ, those of the steps behind the checkpoint are not known yet.
         if passed != sum(last - first for first, last in skipped):
             known = 0 if state is None else int(state["step"])
         return cls(config, tokenizer, mixture, skipped, done, refused, known)
@@ -105,6 +107,8 @@ class TracedRun:
     def step_of(self, sample: int) -> tuple[int, int] | None:
         """Return the step that a sample of the mixture was trained on in, and its number in that
         step's batch; None if it was passed over, or does not come in the run's steps."""
+        # The inverse of `number_samples`. Each span is compared with the sample itself, not with
+        # its place so far, so that their order does not matter.
         place = sample
         for first, last in reversed(self.skipped):
             if first <= sample < last:
@@ -112,6 +116,7 @@ class TracedRun:
             place -= max(min(sample, last) - first, 0)
         if place >= self.samples_after(self.num_steps):
             return None
+        # The first step behind which the run has been through this place.
         step = bisect_left(range(self.num_steps + 1), place + 1, key=self.samples_after)
         return step, place - self.samples_after(step - 1)
 
@@ -134,6 +139,7 @@ def _read_steps(path: Path, sample_tokens: int) -> tuple[dict[int, int], frozens
     how many samples the last one had passed over."""
     done, refused, passed = {}, set(), 0
     for record in read_metrics(path) if path.is_file() else ():
+        # Records of evaluations have a step as well, but no loss.
         if isinstance(record.get("tokens"), int) and "loss" in record:
             step = int(record["step"])
             done[step] = record["tokens"] // sample_tokens

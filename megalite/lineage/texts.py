@@ -46,8 +46,10 @@ def read_source(
     except (OSError, DataError, ValueError) as error:
         return f"its text is not there any more: {error}"
     text = record.pop(key)
-    ids = dataset.read(*(dataset.document_start(d) for d in (document, document + 1)))
+    start, stop = dataset.document_start(document), dataset.document_start(document + 1)
+    ids = dataset.read(start, stop)
     spans = None
+    # Other tokenizers do not say which characters a token is made of.
     if isinstance(tokenizer, HuggingFaceTokenizer):
         found, places = tokenizer.encode_with_offsets([text])[0]
         begin = spelled_from(ids.tolist(), list(found))
@@ -61,17 +63,22 @@ def spelled_from(ids: list[int], found: list[int]) -> int | None:
     """Return how many tokens precede those of the text in a document (a BOS token at most); None if
     they are not its tokens."""
     for begin in (0, 1):
-        if ids[begin : begin + len(found)] == found and len(ids) - begin - len(found) in (0, 1):
+        end = begin + len(found)
+        # Behind the text an end-of-document token may stand, and nothing else.
+        if ids[begin:end] == found and len(ids) - end in (0, 1):
             return begin
     return None
 
 
 def _in_bytes(text: str, places: Any, begin: int) -> dict[int, tuple[int, int]]:
     """Return the bytes of a text that belong to each token, from characters [first, last)."""
-    before = np.cumsum([0, *(len(letter.encode()) for letter in text)]).tolist()
-    return {
-        begin + token: (before[first], before[last]) for token, (first, last) in enumerate(places)
-    }
+    sizes = [len(letter.encode()) for letter in text]
+    # Bytes in front of each character, and of the end.
+    before = np.cumsum([0, *sizes]).tolist()
+    spans = {}
+    for token, (first, last) in enumerate(places, begin):
+        spans[token] = (before[first], before[last])
+    return spans
 
 
 def read_record(key: str, origin: Origin) -> dict[str, Any]:

@@ -134,7 +134,9 @@ class Tracer:
         `count` samples (default: all that it has made, or is to make)."""
         count = self.run.num_samples if count is None else count
         each = self.mixture.sources[source]
-        start, stop = (each.dataset.document_start(d) for d in (document, document + 1))
+        start = each.dataset.document_start(document)
+        stop = each.dataset.document_start(document + 1)
+        # Samples that may have some of it, each once an epoch: whether one does, its places say.
         samples = [
             self.mixture.order.indices_of(source, sample, count)
             for sample in each.samples_with(start, stop).tolist()
@@ -148,15 +150,21 @@ class Tracer:
                 at = self.run.step_of(index)
                 if at is None:
                     continue  # passed over
-                mine = [
-                    np.flatnonzero((x[row] >= start) & (x[row] < stop))
-                    for x in (found.tokens, found.labels, found.source)
-                    if x is not None
-                ]
-                if any(len(x) for x in mine):
+                seen = _inside(found.tokens, row, start, stop)
+                predicted = _inside(found.labels, row, start, stop)
+                of_source = _inside(found.source, row, start, stop)
+                if len(seen) or len(predicted) or len(of_source):
                     epoch = None if epochs is None else int(epochs[first + row])
-                    beside = mine[2] if len(mine) > 2 else np.empty(0, np.int64)
-                    yield Use(*at, self.mixture.names[source], epoch, mine[0], mine[1], beside)
+                    name = self.mixture.names[source]
+                    yield Use(*at, name, epoch, seen, predicted, of_source)
+
+
+def _inside(places: Int64s | None, row: int, start: int, stop: int) -> Int64s:
+    """Return the tokens of a row of `places` that stand in [start, stop) of the token file; none
+    where there are no places."""
+    if places is None:
+        return np.empty(0, np.int64)
+    return np.flatnonzero((places[row] >= start) & (places[row] < stop))
 
 
 def _row(places: Places, row: int) -> Places:
@@ -173,9 +181,9 @@ def print_step(
 ) -> None:
     """Print what a step of a run was made of: every document of its samples, or of one; with
     `token`, where that token of the sample stands. Raise ConfigError or DataError."""
-    tracer = Tracer(TracedRun.open(what))
     if token is not None and sample is None:
         raise ConfigError("--token is one of a sample: give --sample as well")
+    tracer = Tracer(TracedRun.open(what))
     if step in tracer.run.refused:
         _say(console, f"step {step:,} updated nothing: its loss or gradient was bad")
     for traced in tracer.samples(step, sample):
@@ -184,35 +192,37 @@ def print_step(
             console,
             f"step {step:,}, sample {traced.number} (the run's {traced.sample:,}): {traced.source}{epoch}",
         )
-        if token is None:
-            for line in _parts(tracer, traced):
-                _say(console, line)
-        else:
-            for line in _token(tracer, traced, token):
-                _say(console, line)
+        lines = _parts(tracer, traced) if token is None else _token(tracer, traced, token)
+        for line in lines:
+            _say(console, line)
 
 
 def _parts(tracer: Tracer, traced: Traced) -> Iterator[str]:
     """Yield a line for each stretch of a sample that is of one document in one piece."""
     places = traced.places
+    # Of a decoder beside an encoder the labels: what it sees is those, one place later.
     stacks = {"": places.tokens[0]} if places.source is None else {
         "source ": places.source[0], "target ": places.labels[0]
     }  # fmt: skip
+    number = int(places.of_source[0])
+    dataset = tracer.documents.datasets[number]
     for name, row in stacks.items():
+        # A stretch of the sample stands in one piece in the token file where places rise by one.
         borders = [0, *(np.flatnonzero(np.diff(row) != 1) + 1).tolist(), len(row)]
         for first, end in itertools.pairwise(borders):
             at = int(row[first])
+            # It may be of several documents, which lie one behind another in the file.
             while at != NONE and first < end:
                 found = tracer.place(traced, at)
-                dataset = tracer.mixture.sources[int(places.of_source[0])].dataset
                 count = min(end - first, dataset.document_start(found.document + 1) - at)
-                ids = dataset.read(at, at + count).tolist()
                 where = found.origin or f"{found.prefix}#{found.document}"
-                is_removed = tracer.is_removed(int(places.of_source[0]), found.document)
+                if tracer.is_removed(number, found.document):
+                    text = REMOVED
+                else:
+                    text = _excerpt(tracer, dataset.read(at, at + count).tolist())
                 yield (
                     f"  {name}tokens {first}–{first + count - 1}: {where}, document {found.document:,}, its tokens "
-                    f"{found.offset:,}–{found.offset + count - 1:,}: "
-                    f"{REMOVED if is_removed else _excerpt(tracer, ids)}"
+                    f"{found.offset:,}–{found.offset + count - 1:,}: {text}"
                 )
                 first, at = first + count, at + count
 
@@ -234,6 +244,7 @@ def _token(tracer: Tracer, traced: Traced, token: int) -> Iterator[str]:
         if int(dataset.read(at, at + 1)[0]) != seen:
             yield "    data.augment has changed the words of the text that stands there"
     kind = tracer.mixture.view.labels
+    # A negative label is none. That a text has no class, a message of its own says below.
     if label < 0 and kind != "document":
         yield "  nothing is predicted there"
     elif kind != "next":
@@ -278,29 +289,37 @@ def print_document(what: Path, wanted: Sequence[str], console: Console) -> None:
             dataset = tracer.mixture.sources[source].dataset
             gone = f"; {REMOVED}" if tracer.is_removed(source, document) else ""
             _say(console, f"{name}: {dataset.prefix}#{document}{gone}")
-            uses = 0
+            count = 0
             for use in tracer.uses(source, document):
-                uses += 1
-                epoch = "" if use.epoch is None else f", epoch {use.epoch}"
-                places = [("seen at tokens", use.seen), ("predicted at", use.predicted)]
-                if len(use.of_source):
-                    places = [("seen in the source at", use.of_source), places[1]]
-                told = "; ".join(f"{words} {_ranges(x)}" for words, x in places if len(x))
-                refused = ", which updated nothing" if use.step in tracer.run.refused else ""
-                _say(console, f"  step {use.step:,}{refused}, sample {use.number}{epoch}: {told}")
-            _say(console, f"  {uses:,} uses in the {tracer.run.num_steps:,} {planned}steps")
+                count += 1
+                _say(console, _line_of(use, use.step in tracer.run.refused))
+            _say(console, f"  {count:,} uses in the {tracer.run.num_steps:,} {planned}steps")
+
+
+def _line_of(use: Use, is_refused: bool) -> str:
+    """Return a line about a use of a document. `is_refused`: its step updated nothing."""
+    places = [("seen at tokens", use.seen), ("predicted at", use.predicted)]
+    if len(use.of_source):
+        places[0] = ("seen in the source at", use.of_source)
+    told = "; ".join(f"{words} {_ranges(x)}" for words, x in places if len(x))
+    refused = ", which updated nothing" if is_refused else ""
+    epoch = "" if use.epoch is None else f", epoch {use.epoch}"
+    return f"  step {use.step:,}{refused}, sample {use.number}{epoch}: {told}"
 
 
 def _ranges(numbers: Int64s) -> str:
     """Return ascending numbers as ranges."""
-    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    ranges = []
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
+        ranges.append(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(ranges)
 
 
 def _excerpt(tracer: Tracer, ids: Sequence[int]) -> str:
     """Return the text of ids, shortened; empty without a tokenizer."""
     if tracer.run.tokenizer is None:
         return ""
+    # A token has half a character or more in nearly all texts: the rest would not be shown.
     text = tracer.run.tokenizer.decode(list(ids[: 2 * EXCERPT]))
     return repr(text) if len(text) <= EXCERPT else f"{text[:EXCERPT]!r}…"
 
