@@ -59,7 +59,12 @@ class LadderConfig(Section):
     def _enough_runs(self) -> LadderConfig:
         if any(not ratio > 0 for ratio in self.tokens_per_parameter):
             raise ValueError("tokens_per_parameter must be above 0")
-        if (count := len(self.sizes) * len(self.tokens_per_parameter)) < 6:
+        # By these names two runs would be one folder, in which both were trained at once.
+        names = [ratio_name(ratio) for ratio in self.tokens_per_parameter]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"tokens_per_parameter has {twice[0]} twice; give each once")
+        count = len(self.sizes) * len(self.tokens_per_parameter)
+        if count < 6:
             raise ValueError(f"the law has five numbers, and {count} runs give too few losses")
         return self
 
@@ -72,7 +77,7 @@ class LadderConfig(Section):
         rungs = []
         for number, size in enumerate(self.sizes):
             for ratio in self.tokens_per_parameter:
-                rungs.append(self._rung(f"size-{number}-x{ratio:g}", size, ratio))
+                rungs.append(self._rung(f"size-{number}-{ratio_name(ratio)}", size, ratio))
         for rung in rungs:
             validated = rung.config.data.valid or (
                 rung.config.data.split and rung.config.data.split[1]
@@ -100,6 +105,11 @@ class LadderConfig(Section):
 
     def _values(self, settings: dict[str, Any]) -> dict[str, Any]:
         return with_overrides(read_yaml(self.config), spelled_out(self.settings | settings))
+
+
+def ratio_name(ratio: float) -> str:
+    """Return how the names of runs spell their tokens for each parameter."""
+    return f"x{ratio:g}"
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ def test_a_ladder_tells_its_law(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         ({"tokens_per_parameter": [1, 2]}, "five numbers, and 4 runs"),
         ({"tokens_per_parameter": [1, 2, 0]}, "must be above 0"),
+        ({"tokens_per_parameter": [1, 20, 20.000001]}, "has x20 twice"),
         ({"sizes": [{"model.hidden": 3}, {}]}, "model.hidden"),
         ({"predict": [{"parameters": "many", "tokens": 1}]}, "a number such as"),
         ({"settings": {"data.valid": []}}, "data.valid or data.split"),
