@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import yaml
@@ -18,6 +18,7 @@ from megalite.ladder.report import write_report
 from megalite.plan import smallest_world
 from megalite.runtime.exit_codes import Exit
 from megalite.sweep.config import Metric
+from megalite.sweep.machine import gpus_for, share
 from megalite.sweep.trial import TrialRun
 from megalite.utils.files import replacing
 
@@ -34,14 +35,12 @@ def run_ladder(path: Path, overrides: Sequence[str] = ()) -> Exit:
     rungs = list(ladder.rungs())
     for rung in rungs:
         _check_same(ladder.folder / rung.name, rung)
-    with ThreadPoolExecutor(ladder.parallel) as pool:
-        pending = [pool.submit(loss_of, ladder, rung) for rung in rungs]
-        try:
-            losses = [each.result() for each in pending]
-        finally:  # after a failure nothing new is begun
-            pool.shutdown(wait=False, cancel_futures=True)
-    numbers = ([rung.parameters for rung in rungs], [rung.tokens for rung in rungs], losses)
-    runs = Runs(*(np.array(each, float) for each in numbers))
+    losses = Training(ladder, rungs).losses()
+    runs = Runs(
+        np.array([rung.parameters for rung in rungs], float),
+        np.array([rung.tokens for rung in rungs], float),
+        np.array(losses, float),
+    )
     for line in write_report(ladder, rungs, runs):
         print(line, flush=True)
     return Exit.DONE
@@ -59,28 +58,69 @@ def _check_same(folder: Path, rung: Rung) -> None:
         )
 
 
-def loss_of(ladder: LadderConfig, rung: Rung) -> float:
-    """Return the last validation loss of a run, which is trained, or gone on with, where it has
-    not come to its end. Raises ConfigError where it fails."""
-    folder = ladder.folder / rung.name
-    done = folder / DONE
-    if done.exists():
-        return float(json.loads(done.read_text(encoding="utf-8")))
-    ranks = ladder.ranks or smallest_world(rung.config)
-    cores = len(os.sched_getaffinity(0)) // (ladder.parallel * ranks)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores)))
-    run = TrialRun(folder, rung.values, ranks, {"OMP_NUM_THREADS": threads})
-    run.start()
-    status = run.wait(None)
-    if status != Exit.DONE:
-        raise ConfigError(f"{folder}: {run.why(int(status or 0))[0]}; see console.log there")
-    found = run.value(LOSS)
-    if isinstance(found, str):
-        raise ConfigError(f"{folder}: {found}")
-    with replacing(done) as temporary:
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-    print(
-        f"{rung.name}: {rung.parameters:,.0f} parameters, {rung.tokens:,} tokens: {found:.4f}",
-        flush=True,
-    )
-    return found
+class Training:
+    """Trains the runs of a ladder, `ladder.parallel` at a time on this machine."""
+
+    def __init__(self, ladder: LadderConfig, rungs: Sequence[Rung]):
+        """Raises ConfigError where the machine has too few GPUs."""
+        self._ladder, self._rungs = ladder, rungs
+        # A place must do for the largest of them.
+        self._ranks = max(self._ranks_of(rung) for rung in rungs)
+        self._gpus = gpus_for(ladder.parallel, self._ranks)
+        self._free: SimpleQueue[int] = SimpleQueue()
+        """Places on the machine, of which a run takes one."""
+        for place in range(ladder.parallel):
+            self._free.put(place)
+        self._started: list[TrialRun] = []
+        self._interrupted = False
+
+    def _ranks_of(self, rung: Rung) -> int:
+        return self._ladder.ranks or smallest_world(rung.config)
+
+    def losses(self) -> list[float]:
+        """Return the last validation loss of each run. Raises ConfigError where one of them fails;
+        those that run by then go on to their end, so that the next start has them."""
+        with ThreadPoolExecutor(self._ladder.parallel) as pool:
+            pending = [pool.submit(self._loss_of, rung) for rung in self._rungs]
+            try:
+                return [each.result() for each in pending]
+            except KeyboardInterrupt:
+                # Runs are sessions of their own, which Ctrl-C does not reach; the pool would wait
+                # for them, perhaps for hours.
+                self._interrupted = True
+                for run in self._started:
+                    run.stop()
+                raise
+            finally:  # after a failure nothing new is begun
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _loss_of(self, rung: Rung) -> float:
+        """Return the last validation loss of a run, which is trained, or gone on with, where it has
+        not come to its end. Raises ConfigError where it fails."""
+        folder = self._ladder.folder / rung.name
+        done = folder / DONE
+        if done.exists():
+            return float(json.loads(done.read_text(encoding="utf-8")))
+        place = self._free.get()
+        try:
+            own = share(place, self._ladder.parallel, self._ranks, self._gpus)
+            run = TrialRun(folder, rung.values, self._ranks_of(rung), own)
+            run.start()
+            self._started.append(run)
+            if self._interrupted:  # while it was started
+                run.stop()
+            status = run.wait(None)
+        finally:
+            self._free.put(place)
+        if status != Exit.DONE:
+            raise ConfigError(f"{folder}: {run.why(int(status or 0))[0]}; see console.log there")
+        found = run.value(LOSS)
+        if isinstance(found, str):
+            raise ConfigError(f"{folder}: {found}")
+        with replacing(done) as temporary:
+            temporary.write_text(json.dumps(found), encoding="utf-8")
+        print(
+            f"{rung.name}: {rung.parameters:,.0f} parameters, {rung.tokens:,} tokens: {found:.4f}",
+            flush=True,
+        )
+        return found

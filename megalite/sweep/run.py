@@ -3,10 +3,7 @@ report is written."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -14,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megalite.errors import ConfigError
 from megalite.plan import smallest_world
 from megalite.runtime.exit_codes import Exit
 from megalite.sweep.config import SweepConfig, load_sweep_config
+from megalite.sweep.machine import gpus_for, share
 from megalite.sweep.report import write_report
 from megalite.sweep.study import RUN, Journal
 from megalite.sweep.trial import GOES_ON, TrialRun
@@ -43,7 +40,7 @@ def run_sweep(path: Path, overrides: Sequence[str] = ()) -> Exit:
     sweep = load_sweep_config(path, overrides)
     config = sweep.check()
     ranks = sweep.ranks or smallest_world(config)
-    devices = _devices(sweep, ranks)
+    devices = gpus_for(sweep.parallel, ranks)
     journal = Journal(sweep, config)
     workers = Workers(sweep, journal, ranks, devices)
     try:
@@ -54,28 +51,6 @@ def run_sweep(path: Path, overrides: Sequence[str] = ()) -> Exit:
     finally:
         journal.close()
     return Exit.STOPPED if stopped else Exit.DONE
-
-
-def _devices(sweep: SweepConfig, ranks: int) -> list[str]:
-    """Return this machine's GPUs by the names that CUDA_VISIBLE_DEVICES gives them; none without
-    any. Raises ConfigError where they are too few for the trials at a time."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None and shutil.which("nvidia-smi"):
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
-        ).stdout
-        visible = ",".join(
-            str(number)
-            for number, line in enumerate(listed.splitlines())
-            if line.startswith("GPU ")
-        )
-    found = [name for name in (visible or "").split(",") if name]
-    if found and len(found) < sweep.parallel * ranks:
-        raise ConfigError(
-            f"parallel: {sweep.parallel} trials of {ranks} ranks each need {sweep.parallel * ranks} GPUs, and this "
-            f"machine has {len(found)}"
-        )
-    return found
 
 
 class Workers:
@@ -138,7 +113,8 @@ class Workers:
             flush=True,
         )
         values = self._sweep.trial_values(chosen, folder)
-        run = TrialRun(folder, values, self._ranks, self._environment(number))
+        own = share(number, self._sweep.parallel, self._ranks, self._devices)
+        run = TrialRun(folder, values, self._ranks, own)
         status, pruned = None, False
         for _ in range(TRIES):
             run.start()
@@ -206,17 +182,6 @@ class Workers:
             trial.report(value, step)
             behind = behind or trial.should_prune()
         return behind
-
-    def _environment(self, number: int) -> dict[str, str]:
-        """Return the variables that give a trial its share of the machine."""
-        ranks = self._ranks
-        cores = len(os.sched_getaffinity(0)) // (self._sweep.parallel * ranks)
-        found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores))}
-        if self._devices:
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(
-                self._devices[number * ranks : (number + 1) * ranks]
-            )
-        return found
 
 
 def shown(value: object) -> str:

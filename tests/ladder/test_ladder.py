@@ -4,6 +4,10 @@ missing are trained, those of other settings are not taken."""
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,9 @@ from megalite.cli import main
 from megalite.ladder import fit
 from megalite.ladder.config import LadderConfig, load_ladder_config
 from megalite.ladder.fit import Fit, Law, Runs
+from megalite.ladder.run import run_ladder
+from megalite.runtime.exit_codes import Exit
+from megalite.sweep.trial import TrialRun
 from small_runs import make_config
 
 pytest.importorskip("scipy")
@@ -114,6 +121,54 @@ def test_what_is_missing_is_trained(
     # Another setting: the runs that are there are not of this ladder.
     assert main(["ladder", str(path), "settings={optimizer.lr: 0.5}"]) == 2
     assert "has a run of other settings" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import pathlib, signal, sys, time; stopped = pathlib.Path(sys.argv[1]).touch; "
+        "signal.signal(15, lambda *_: (stopped(), sys.exit(75))); print('on', flush=True); time.sleep(5)"
+    )
+    start, main_thread = TrialRun.start, threading.main_thread()
+
+    def start_another(self: TrialRun) -> None:
+        self._command = [sys.executable, "-c", code, str(tmp_path / "stopped")]
+        start(self)
+        while "on" not in (self.folder / "console.log").read_text():
+            time.sleep(0.01)
+        assert main_thread.ident is not None
+        threading.Timer(0.1, signal.pthread_kill, (main_thread.ident, signal.SIGINT)).start()
+
+    monkeypatch.setattr(TrialRun, "start", start_another)
+    with pytest.raises(KeyboardInterrupt):
+        run_ladder(make_ladder(tmp_path))
+    assert (tmp_path / "stopped").exists()
+
+
+def test_runs_beside_each_other_have_gpus_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[str] = []
+    two_run = threading.Barrier(2)
+
+    class Pretended(TrialRun):
+        def start(self) -> None:
+            given.append(self._environment["CUDA_VISIBLE_DEVICES"])
+
+        def wait(self, seconds: float | None) -> int:
+            two_run.wait(20)
+            return Exit.DONE
+
+        def value(self, metric: object) -> float:
+            return 2.0
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("megalite.ladder.run.TrialRun", Pretended)
+    monkeypatch.setattr("megalite.ladder.run.write_report", lambda *_: [])
+    path = make_ladder(tmp_path, parallel=2)
+    assert run_ladder(path) == Exit.DONE
+    assert sorted(given) == ["4"] * 3 + ["6"] * 3
+    assert main(["ladder", str(path), "parallel=3", "name=another"]) == 2
+    assert "need 3 GPUs, and this machine has 2; lower parallel" in capsys.readouterr().err
 
 
 def test_a_ladder_tells_its_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
