@@ -84,10 +84,11 @@ def best_trials(study: Study) -> list[FrozenTrial]:
 def best_config(sweep: SweepConfig, trial: FrozenTrial) -> str:
     """Return the config of a trial as YAML, for a run of its own."""
     values = read_yaml(sweep.folder / trial.user_attrs[RUN] / "trial.yaml")
-    values["run"] = read_yaml(sweep.config).get("run", {}) | {"name": f"{sweep.name}-best"}
-    found = ", ".join(
-        f"{m.metric} {v:.6g}" for m, v in zip(sweep.objective, trial.values, strict=True)
-    )
+    # `run:` with nothing below it is None.
+    values["run"] = (read_yaml(sweep.config).get("run") or {}) | {"name": f"{sweep.name}-best"}
+    metrics = [each.metric for each in sweep.objective]
+    pairs = zip(metrics, trial.values, strict=True)
+    found = ", ".join(f"{metric} {value:.6g}" for metric, value in pairs)
     return f"# {trial.user_attrs[RUN]} of {sweep.folder}: {found}\n{yaml.safe_dump(values, sort_keys=False)}"
 
 

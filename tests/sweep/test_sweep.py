@@ -345,6 +345,8 @@ def test_a_trial_that_is_asked_to_stop_is_given_to_the_next_start(
 def test_a_report_shows_all_trials(tmp_path: Path, base: Config) -> None:
     sweep = sweep_of(tmp_path, sampler="random", trials=6)
     journal = Journal(sweep, base)
+    values = yaml.safe_load(sweep.config.read_text())
+    sweep.config.write_text(yaml.safe_dump(values | {"run": None}))  # each trial has its own
     for number in range(5):
         trial, chosen = asked(journal)
         folder = sweep.folder / trial.user_attrs["run"]
