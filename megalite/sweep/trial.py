@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from megalite.observe.jsonl import read_metrics
 from megalite.runtime.exit_codes import Exit, describe, killed_by
 from megalite.sweep.config import Metric
+from megalite.utils.files import replacing
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
@@ -42,23 +44,21 @@ class TrialRun:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._config = folder / "trial.yaml"
-        self._config.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        # Whole or not at all: a ladder tells by it whether the run that is there is the same.
+        with replacing(self._config) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         launcher = ["megalite"]
         if ranks > 1:
             launcher = [
-                "megalite.launch",
-                "--standalone",
-                "--local-addr=127.0.0.1",
-                f"--nproc-per-node={ranks}",
-            ]
-            launcher += ["-m", "megalite"]
+                "megalite.launch", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}",
+                "-m", "megalite",
+            ]  # fmt: skip
         self._command = [sys.executable, "-m", *launcher, "train", str(self._config)]
-        inherited = {
-            key: x
-            for key, x in os.environ.items()
-            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
-        self._environment = inherited | environment
+        self._environment = dict(os.environ)
+        # A sweep may itself be started by torchrun: a trial is no rank of it.
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            self._environment.pop(key, None)
+        self._environment |= environment
         self._reported: set[int] = set()
 
     def start(self) -> None:
@@ -85,7 +85,8 @@ class TrialRun:
 
     def kill(self) -> None:
         """End the run and all of its ranks at once."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def reports(self, metric: str) -> Iterator[tuple[int, float]]:
         """Yield what validations have found since the last call: (step, value)."""

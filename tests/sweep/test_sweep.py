@@ -294,6 +294,17 @@ def test_a_trial_behind_others_is_ended(tmp_path: Path, base: Config) -> None:
     journal.close()
 
 
+def test_a_trial_s_files_and_its_end(tmp_path: Path) -> None:
+    TrialRun(tmp_path / "trial", {"seed": 1}, 1, {})
+    os.link(tmp_path / "trial" / "trial.yaml", tmp_path / "before.yaml")
+    run = TrialRun(tmp_path / "trial", {"seed": 2}, 1, {})
+    assert yaml.safe_load((tmp_path / "before.yaml").read_text()) == {"seed": 1}, "not torn"
+    run._command = [sys.executable, "-c", ""]
+    run.start()
+    assert run.wait(None) == 0
+    run.kill()  # as a second signal does that comes just then
+
+
 def test_values_of_a_run(tmp_path: Path) -> None:
     run = TrialRun(tmp_path / "trial", {}, 1, {})
     steps = [{"step": n, "loss": 1.0, "tokens_per_s": [1, 9, 10, 11][n]} for n in range(4)]
