@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,10 +76,12 @@ class Dimension(Section):
         step = self.step or (1 if self.is_whole and not self.log else None)
         if step is None:
             raise ValueError("a grid needs `values`, or a `step`")
+        # 0.3 / 0.1 is a little below 3: the last value counts all the same.
         count = int((high - low) / step + 1e-9) + 1
-        return tuple(
-            low + number * (int(step) if self.is_whole else step) for number in range(count)
-        )
+        if self.is_whole:
+            return tuple(low + number * int(step) for number in range(count))
+        # And 3 x 0.1 a little above 0.3, which lies outside of the space.
+        return tuple(min(low + number * step, high) for number in range(count))
 
     @property
     def ends(self) -> tuple[Any, ...]:
@@ -222,8 +225,15 @@ class SweepConfig(Section):
     @property
     def budget(self) -> int:
         """Return the number of trials."""
-        points = len(list(self.grid())) if self.sampler == "grid" else None
-        return min(filter(None, (self.trials, points)))
+        limits = [] if self.trials is None else [self.trials]
+        if self.sampler == "grid":
+            limits.append(len(self.grid_points))
+        return min(limits)
+
+    @cached_property
+    def grid_points(self) -> tuple[dict[str, Any], ...]:
+        """Return all points of the grid, made once: workers ask for them with every trial."""
+        return tuple(self.grid())
 
     def choose(self, choose: Callable[[str, Dimension], Any]) -> dict[str, Any]:
         """Return a value for each setting of the space whose conditions are met, each by

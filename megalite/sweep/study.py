@@ -157,7 +157,7 @@ class Journal:
             if not waiting and asked >= self.sweep.budget:
                 return None
             if not waiting and self.sweep.sampler == "grid":
-                point = list(self.sweep.grid())[asked]
+                point = self.sweep.grid_points[asked]
                 self.study.enqueue_trial({key: encoded(value) for key, value in point.items()})
             self.study.sampler = self._sampler(len(trials))
             trial = self.study.ask()

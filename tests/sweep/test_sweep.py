@@ -21,7 +21,7 @@ from megalite.config import Config
 from megalite.config_file import load_config
 from megalite.errors import ConfigError
 from megalite.runtime.exit_codes import Exit
-from megalite.sweep.config import SweepConfig, load_sweep_config
+from megalite.sweep.config import Dimension, SweepConfig, load_sweep_config
 from megalite.sweep.report import write_report
 from megalite.sweep.run import Workers
 from megalite.sweep.study import Journal, own_trials
@@ -134,6 +134,8 @@ def test_a_grid_has_each_point_once(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, space=space, sampler="grid", trials=None)
     points = list(sweep.grid())
     assert sweep.budget == len(points) == 6
+    assert sweep.grid_points is sweep.grid_points, "made once, not for every trial"
+    assert Dimension(between=(0.0, 0.3), step=0.1).points[-1] == 0.3, "no further than its end"
     assert {json.dumps(point) for point in points if point["optimizer.name"] == "sgd"} == {
         '{"optimizer.name": "sgd", "train.global_batch_size": 4}',
         '{"optimizer.name": "sgd", "train.global_batch_size": 8}',
