@@ -50,18 +50,29 @@ class FileLock:
         file = FileIO(self._path, "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             return False
+        except OSError as error:
+            # Not held, but not to be had: who asked again would ask forever.
+            file.close()
+            raise ConfigError(
+                f"{self._path} cannot be locked ({error.strerror}), which the workers of a sweep need; give a dir on "
+                "a file system with locks (Lustre: mounted with -o flock)"
+            ) from None
         self._file = file
         return True
 
     def acquire(self) -> bool:
         self._threads.acquire()
-        # Not by waiting in the system, which sees a dead-lock where threads of two processes wait
-        # for two files.
-        while not self.try_once():
-            time.sleep(PAUSE_S)
+        try:
+            # Not by waiting in the system, which sees a dead-lock where threads of two processes
+            # wait for two files.
+            while not self.try_once():
+                time.sleep(PAUSE_S)
+        except BaseException:  # also Ctrl-C: other threads must not wait for who gave up
+            self._threads.release()
+            raise
         return True
 
     def let_go(self) -> None:
@@ -94,23 +105,31 @@ class Journal:
         self.worker = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._alive = FileLock(self._path_of(self.worker))
         self._alive.acquire()  # as long as this process lives
-        directions = ["maximize" if each.grows else "minimize" for each in sweep.objective]
-        with self._asking, _told(sweep.storage):
-            self.study: Study = optuna.create_study(
-                storage=self._storage(), study_name=sweep.name, directions=directions, load_if_exists=True,
-                pruner=self._pruner(),
-            )  # fmt: skip
-            names = [each.metric for each in sweep.objective]
-            known = self.study.user_attrs.get("objective", names)
-            if (
-                known != names
-                or [each.name.lower() for each in self.study.directions] != directions
-            ):
-                raise ConfigError(
-                    f"objective: {', '.join(names)}, but {self.folder} is a sweep for {', '.join(known)}; take another "
-                    "name for this one"
-                )
-            self.study.set_user_attr("objective", names)
+        try:
+            with self._asking, _told(sweep.storage):
+                self.study: Study = self._open(optuna)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, optuna: Any) -> Study:
+        """Return the study, a new one where there is none. Raises ConfigError where it is of
+        another objective."""
+        directions = ["maximize" if each.grows else "minimize" for each in self.sweep.objective]
+        study = optuna.create_study(
+            storage=self._storage(), study_name=self.sweep.name, directions=directions, load_if_exists=True,
+            pruner=self._pruner(),
+        )  # fmt: skip
+        names = [each.metric for each in self.sweep.objective]
+        known = study.user_attrs.get("objective", names)
+        stored = [each.name.lower() for each in study.directions]
+        if known != names or stored != directions:
+            raise ConfigError(
+                f"objective: {', '.join(names)}, but {self.folder} is a sweep for {', '.join(known)}; take another "
+                "name for this one"
+            )
+        study.set_user_attr("objective", names)
+        return study
 
     def _storage(self) -> Any:
         if self.sweep.storage != "journal":

@@ -3,6 +3,8 @@ that is killed."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -21,10 +23,11 @@ from megalite.config import Config
 from megalite.config_file import load_config
 from megalite.errors import ConfigError
 from megalite.runtime.exit_codes import Exit
+from megalite.sweep import study
 from megalite.sweep.config import Dimension, SweepConfig, load_sweep_config
 from megalite.sweep.report import write_report
 from megalite.sweep.run import Workers
-from megalite.sweep.study import Journal, own_trials
+from megalite.sweep.study import FileLock, Journal, own_trials
 from megalite.sweep.trial import TrialRun
 from small_runs import make_config
 
@@ -236,6 +239,20 @@ def test_another_objective_is_refused(tmp_path: Path, base: Config) -> None:
         ConfigError, match=r"objective: tokens_per_s, but .*sweep is a sweep for valid_loss"
     ):
         Journal(sweep_of(tmp_path, objective="tokens_per_s"), base)
+    left = {path.name for path in (sweep_of(tmp_path).folder / "workers").iterdir()}
+    assert left == {"asking", "journal"}, "no worker is left behind"
+
+
+def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    lock = FileLock(tmp_path / "lock")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(study, "PAUSE_S", 1e9)  # who asks again never comes to an end
+    for _ in range(2):  # the first leaves nothing for the second to wait for
+        with pytest.raises(ConfigError, match=r"lock cannot be locked .*mounted with -o flock"):
+            lock.acquire()
 
 
 def test_tpe_is_better_than_chance(
