@@ -45,7 +45,7 @@ class Sparsity:
             raise ConfigError(f"--sparsity {text!r} is no share such as 0.5, and no 2:4") from None
         if not 0 < found.share < 1:
             raise ConfigError(f"--sparsity {text}: the share that is set to 0 is between 0 and 1")
-        if found.of and BLOCK % found.of:
+        if found.of is not None and (found.of < 2 or BLOCK % found.of):
             raise ConfigError(f"--sparsity {text}: the neighbours must divide {BLOCK}")
         return found
 

@@ -159,6 +159,7 @@ def test_each_expert_is_pruned_by_its_own_tokens(tokens: str, tmp_path: Path) ->
         (LLAMA, ["--sparsity", "1.5"], "between 0 and 1"),
         (LLAMA, ["--sparsity", "half"], "is no share such as 0.5"),
         (LLAMA, ["--sparsity", "2:3"], "must divide 128"),
+        (LLAMA, ["--sparsity=-2:-4"], "must divide 128"),
         (LLAMA | {"intermediate_size": 54}, ["--sparsity", "2:4"], "has 54 columns"),
         (LLAMA, ["--sparsity", "0.5", "--method", "wanda"], "give --data"),
         (LLAMA, ["--method", "wanda"], "give --sparsity"),
