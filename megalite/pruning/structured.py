@@ -77,10 +77,13 @@ class StructuredPruner:
         self.words = field_names(self.config)
         self.new = self._new_numbers(target)
         self.following = following(self.config, tuple(self.words.values()))
+        # What no config allows is refused before the measuring, which takes long. By then it is
+        # known how many layers stay, and only later which.
+        self.layers = list(range(self.new["num_layers"]))
+        model_config(from_hf_config(self._config_json()))
         self.importance = self._measure(runs)
-        self.layers: list[int] = most(
-            torch.tensor(self.importance.layers), self.new["num_layers"]
-        ).tolist()
+        influences = torch.tensor(self.importance.layers)
+        self.layers = most(influences, self.new["num_layers"]).tolist()
         self.kept = self._choose()
 
     def _new_numbers(self, target: Target) -> dict[str, int]:

@@ -248,8 +248,10 @@ def outputs(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
 )
 def test_what_cannot_be_left_out(
     values: dict[str, Any], given: list[str], words: str, tokens: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """All of it before the model is run, which takes long."""
+    monkeypatch.setattr("megalite.pruning.structured.measure", lambda *_: pytest.fail("too late"))
     source = save_model(tmp_path / "source", values)
     data = ["--data", tokens, "--rows", "4", "--length", "8"]
     assert main(["prune", str(source), str(tmp_path / "out"), *given, *data]) == 2
