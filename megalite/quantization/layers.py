@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megalite.comm.mesh import Mesh
 from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedDataset
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, NotFinite
 from megalite.infer.ranks import load_stage
 from megalite.kernels.experts import Groups
 from megalite.models import weight_table
@@ -170,6 +170,13 @@ class LayerRuns:
             pass
         for handle in handles:
             handle.remove()
+        for name, stats in found.items():
+            # A factorization of these would fail without saying why.
+            if not stats.products.isfinite().all():
+                raise NotFinite(
+                    f"{self.folder}: what goes into {name} is not finite (NaN or infinite): the weights are damaged, "
+                    "or too large for their precision; take an earlier checkpoint"
+                )
         return found
 
 

@@ -109,9 +109,14 @@ class MatrixChanges:
 def relative_error(weight: Tensor, rounded: Tensor, inputs: Tensor | None) -> float:
     """Return Σ|(Q−W)x|² / Σ|Wx|² from `inputs`, the sum of x xᵀ; without it as if these were alike
     in all directions."""
-    lost, whole = (
-        (x.double() if inputs is None else x.double() @ inputs) for x in (rounded - weight, weight)
-    )
-    if inputs is None:
-        return float(lost.square().sum() / whole.square().sum())
-    return float((lost * (rounded - weight)).sum() / (whole * weight).sum())
+    off = rounded - weight
+    lost, whole = _squared_outputs(off, inputs), _squared_outputs(weight, inputs)
+    # A matrix of zeros, as some are at initialization, loses nothing: not 0 / 0.
+    return lost / whole if whole else 0.0
+
+
+def _squared_outputs(matrix: Tensor, inputs: Tensor | None) -> float:
+    """Return Σ|Mx|² over inputs x: the trace of M (Σ x xᵀ) Mᵀ, as the sum of an elementwise product."""
+    wide = matrix.double()
+    products = wide if inputs is None else wide @ inputs
+    return float((products * wide).sum())

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.convert import open_source
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.cli import main
+from megalite.quantization.matrices import relative_error
+from megalite.runtime.exit_codes import Exit
 from quantized_folders import SMALL, weights_of
 from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3, save_model
 
@@ -186,6 +188,26 @@ def test_refused(
     assert main(["quantize", str(source), str(tmp_path / "out"), *given]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_not_finite_are_refused(
+    tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_model(tmp_path / "source", LLAMA | SMALL)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][0] = torch.inf
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    data = ["--data", tokens, "--rows", "4", "--length", "8", "--method", "gptq"]
+    assert main(["quantize", str(source), str(tmp_path / "out"), *data]) == Exit.BAD_NUMBERS
+    assert "goes into layers.1.attention.qkv.weight is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_matrix_of_zeros_loses_nothing() -> None:
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    for inputs in (None, torch.eye(3, dtype=torch.float64)):
+        assert relative_error(zeros, zeros, inputs) == 0
+        assert relative_error(ones, zeros, inputs) == 1
 
 
 @pytest.mark.parametrize(
