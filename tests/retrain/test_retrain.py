@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -34,6 +35,7 @@ from megalite.infer.serving.front import Host
 from megalite.infer.serving.loading import open_model
 from megalite.infer.serving.ratings import RatingBody, Ratings
 from megalite.monitor.intervals import Interval
+from megalite.retrain import judge as judging
 from megalite.retrain import rows, run
 from megalite.retrain.config import RetrainConfig
 from megalite.retrain.judge import scores_of, worse_bias
@@ -225,6 +227,21 @@ def test_what_is_not_better_by_the_margin_is_not_served(
         folder = root / "retrain" / f"round-000{number}"
         assert "Why it is not better" in (folder / "report.html").read_text()
         assert not (folder / "model").exists(), "nobody will serve it"
+
+
+def test_the_interval_decides_and_not_its_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean gain of 0.1 with a standard error of 0.02."""
+    drawn = np.random.default_rng(0).normal(size=100)
+    gains = 0.1 + 0.2 * (drawn - drawn.mean()) / drawn.std()
+    scores = {tmp_path / "served": gains * 0, tmp_path / "candidate": gains}
+    monkeypatch.setattr(judging, "scores_of", lambda folder, _: scores[folder])
+    for margin, is_better in ((0.0, True), (0.05, True), (0.08, False), (0.12, False)):
+        config = config_in(tmp_path, margin=margin)
+        verdict = judging.judge(config, *scores, tmp_path, tmp_path)
+        assert verdict.is_better == is_better
+        assert verdict.gain.value == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("place", ["collect", "write", "_tokenize", "judge", "turn", "page_of"])
