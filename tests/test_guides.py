@@ -17,7 +17,7 @@ from megalite.runtime.exit_codes import Exit
 ROOT = Path(__file__).parents[1]
 TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 COMING = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
-MESSAGES = re.findall(r"^\| `(.+?)` \|", TROUBLE, re.M)
+MESSAGES = re.findall(r"^\| ``?(.+?)``? \|", TROUBLE, re.M)
 # Which mean other things in different trainers, or are a section here.
 VAGUE = {"batch_size", "path", "optimizer", "run"}
 

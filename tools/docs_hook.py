@@ -1,0 +1,27 @@
+"""Called by mkdocs for each page: what links to a file of the repository, which is no page of the site,
+becomes its path."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LINK = re.compile(r"\[([^\]]*)\]\(((?!https?://|#)[^)\s#]*)(#[^)\s]*)?\)")
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Return the page's text with links that leave docs/ as the path of what they name. Links to
+    what is not there are left to mkdocs, which refuses them."""
+    folder = (ROOT / "docs" / page.file.src_path).parent
+
+    def plain(link: re.Match[str]) -> str:
+        target = (folder / link[2]).resolve()
+        if target.is_relative_to(ROOT / "docs") or not target.exists():
+            return link[0]
+        path = str(target.relative_to(ROOT))
+        text = link[1].strip("`")
+        return f"`{path}`" if path.endswith(text) else f"{link[1]} (`{path}`)"
+
+    return LINK.sub(plain, markdown)
