@@ -165,7 +165,7 @@ def _leaving_while_waiting() -> Iterator[None]:
 
     def watch() -> None:
         while byte := os.read(read, 1):
-            if select.select([read], [], [], LINGER_S)[0]:
+            if select.select([read], [], [], FAREWELL_S)[0]:
                 continue  # another signal, or the main thread has left by itself
             # From the moment ranks are started, their end is what counts.
             waiting = byte[0] in SIGNALS and signal.getsignal(byte[0]) is _leave_or_pass_on
