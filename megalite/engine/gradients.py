@@ -22,7 +22,7 @@ from megalite.config import BY_COUNTS
 from megalite.engine.buckets import BucketState, BucketWeights, await_weights_of
 from megalite.engine.layout import Slot
 from megalite.kernels.experts import RowCounts, accumulate_grouped_weight_gradient
-from megalite.kernels.linear import accumulate_weight_gradient
+from megalite.kernels.linear import Operand, accumulate_weight_gradient
 from megalite.kernels.optimizer import sum_of_squares
 from megalite.models import set_parameters
 from megalite.models.layers import Decoder
@@ -138,7 +138,7 @@ class Gradients:
             parameter.grad = None
         self._count_event(bucket)
 
-    def _add_product(self, parameter: Tensor, grad: Tensor, x: Tensor, last: bool) -> None:
+    def _add_product(self, parameter: Tensor, grad: Operand, x: Operand, last: bool) -> None:
         """Add the weight-gradient GEMM gradᵀ x to the parameter's slot, in fp32. The
         `wgrad_callback` of linear layers; `last` marks the last GEMM of this weight in a
         micro-batch."""

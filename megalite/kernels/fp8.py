@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.kernels.library import own, pick
+from megalite.kernels.scaled_product import scaled_product, takes
 
 
 class Format(NamedTuple):
@@ -45,6 +46,7 @@ INFINITY = 0x7F800000
 """Bits of fp32's infinity. Without the sign, those of a NaN are larger, all others smaller."""
 MANTISSA = 0x7FFFFF
 
+Name = Literal["current", "rowwise", "blockwise", "mxfp8"]
 Block = tuple[int, int]
 """Rows and columns that share a scale."""
 
@@ -60,6 +62,8 @@ class Rounded(NamedTuple):
     scales: Tensor
     """What a code of 1 stands for in each block, fp32 [R/r,C/c], rounded up."""
     block: Block
+    recipe: Name = "blockwise"
+    """Which it was made by."""
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Return the numbers that it stands for, [R,C]."""
@@ -120,7 +124,6 @@ def round_to_fp8(
     return quantise(rows, block, format, agree).dequantise(x.dtype).view(x.shape)
 
 
-Name = Literal["current", "rowwise", "blockwise", "mxfp8"]
 Operand = Literal["x", "weight", "grad"]
 Sum = Literal["input", "output", "tokens"]
 """What a product sums over: input features in x · Wᵀ, output features in grad · W, tokens in gradᵀ · x."""
@@ -130,6 +133,7 @@ Sum = Literal["input", "output", "tokens"]
 class Recipe:
     """How the operands of a linear module's products are rounded."""
 
+    name: Name
     length: int | None
     """Numbers along a product's sum that share a scale. None: all of them."""
     rows: int | None = 1
@@ -155,16 +159,44 @@ class Recipe:
         """Return the recipe of a linear module whose weight tensor ranks share by `cut`."""
         return replace(self, cut=cut, agree=agree) if self.spans_ranks else self
 
-    def _round(self, x: Tensor, operand: Operand, over: Sum) -> Tensor:
-        rows, columns = x.flatten(0, -2).shape
+    def _block(self, shape: torch.Size, operand: Operand, over: Sum) -> tuple[Block, bool]:
+        """Return the rows and columns of an operand that share a scale, and whether a product's sum
+        is along its rows, and not its columns."""
+        rows, columns = shape
         by_row = over == "input" or (over == "output" and operand == "grad")
         along, beside = (columns, rows) if by_row else (rows, columns)
         share = self.weight_rows if operand == "weight" else self.rows
         # An empty matrix has no block; 1 stands for its size.
-        sizes = self.length or max(along, 1), share or max(beside, 1)
-        block = sizes[::-1] if by_row else sizes
-        format = self.gradients if operand == "grad" else E4M3
-        return round_to_fp8(x, block, format, self.agree if self._is_cut(operand, over) else None)
+        length, side = self.length or max(along, 1), share or max(beside, 1)
+        return ((side, length) if by_row else (length, side)), by_row
+
+    def _round(self, x: Tensor, operand: Operand, over: Sum) -> Tensor:
+        """Return the numbers that an operand stands for once it is rounded."""
+        block, _ = self._block(x.flatten(0, -2).shape, operand, over)
+        return round_to_fp8(x, block, self._format(operand), self._agree(operand, over))
+
+    def _codes(self, x: Tensor, operand: Operand, over: Sum) -> Rounded:
+        """Return an operand's codes and scales, transposed where that is what lays the product's
+        sum along rows."""
+        rows = x.flatten(0, -2)
+        if operand != "weight" and over != "tokens":
+            # Chips take whole groups of tokens; what is more is cut off from the product.
+            rows = F.pad(rows, (0, 0, 0, -len(rows) % 16))
+        block, by_row = self._block(rows.shape, operand, over)
+        format, agree = self._format(operand), self._agree(operand, over)
+        if agree is None and pick("fp8", x) == "megalite":
+            quantised = torch.ops.megalite.fp8_quantise
+            codes, scales = quantised(rows, *block, format is E5M2, not by_row)
+        else:
+            turned = rows if by_row else rows.t()
+            codes, scales, *_ = quantise(turned, block if by_row else block[::-1], format, agree)
+        return Rounded(codes.contiguous(), scales, block if by_row else block[::-1], self.name)
+
+    def _format(self, operand: Operand) -> Format:
+        return self.gradients if operand == "grad" else E4M3
+
+    def _agree(self, operand: Operand, over: Sum) -> Agree | None:
+        return self.agree if self._is_cut(operand, over) else None
 
     def _is_cut(self, operand: Operand, over: Sum) -> bool:
         """Return whether other tensor ranks have parts of this operand's blocks."""
@@ -175,15 +207,30 @@ class Recipe:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x · Wᵀ + bias: [… ,K] and [N,K] → [… ,N]."""
-        return F.linear(self._round(x, "x", "input"), self._round(weight, "weight", "input"), bias)
+        if takes(self.name, x):
+            return self._multiply(x, "x", weight, "input", bias)
+        rounded = self._round(x, "x", "input")
+        return F.linear(rounded, self._round(weight, "weight", "input"), bias)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]."""
+        if takes(self.name, grad):
+            return self._multiply(grad, "grad", weight, "output")
         return self._round(grad, "grad", "output") @ self._round(weight, "weight", "output")
 
-    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _multiply(
+        self, x: Tensor, operand: Operand, weight: Tensor, over: Sum, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return one of these products, of codes."""
+        a, b = self._codes(x, operand, over), self._codes(weight, "weight", over)
+        out = scaled_product(a, b, x.dtype, bias)
+        return out[: x.numel() // x.shape[-1]].view(*x.shape[:-1], out.shape[1])
+
+    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor | Rounded, Tensor | Rounded]:
         """Return the operands of the weight's gradient gradᵀ · x, [T,N] and [T,K], rounded along
-        tokens."""
+        tokens; where the chip multiplies codes these, transposed."""
+        if takes(self.name, x):
+            return self._codes(grad, "grad", "tokens"), self._codes(x, "x", "tokens")
         return self._round(grad, "grad", "tokens"), self._round(x, "x", "tokens")
 
     def grouped_operands(
@@ -196,10 +243,10 @@ class Recipe:
 
 
 RECIPES: dict[Name, Recipe] = {
-    "current": Recipe(None, rows=None, weight_rows=None, gradients=E5M2),
-    "rowwise": Recipe(None),
-    "blockwise": Recipe(128, weight_rows=128, multiple=128),
-    "mxfp8": Recipe(32, multiple=32),
+    "current": Recipe("current", None, rows=None, weight_rows=None, gradients=E5M2),
+    "rowwise": Recipe("rowwise", None),
+    "blockwise": Recipe("blockwise", 128, weight_rows=128, multiple=128),
+    "mxfp8": Recipe("mxfp8", 32, multiple=32),
 }
 
 

@@ -20,13 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megalite.kernels.fp8 import Rounded
 from megalite.kernels.library import added, pick
 from megalite.kernels.quantised import QuantisedWeight
+from megalite.kernels.scaled_product import scaled_product
 
 Result = Callable[[], Tensor]
 """Waits for a collective and returns its result."""
 
-WgradCallback = Callable[[Tensor, Tensor, Tensor, bool], None]
+Operand = Tensor | Rounded
+"""Of a weight-gradient GEMM: [T,N] or [T,K], or in codes, which lie transposed."""
+
+WgradCallback = Callable[[Tensor, Operand, Operand, bool], None]
 """Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ
 x to the parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a
 micro-batch."""
@@ -49,16 +54,28 @@ def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.dequantise(dtype) if isinstance(weight, QuantisedWeight) else weight
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(grad: Operand, x: Operand) -> Tensor:
     """Return the gradient of the weight, gradᵀ · x, in their dtype: [T,N] and [T,K] → [N,K]."""
-    return grad.t() @ x
+    if isinstance(grad, Tensor) and isinstance(x, Tensor):
+        return grad.t() @ x
+    return _product_of_codes(grad, x, torch.bfloat16)
 
 
-def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool) -> None:
+def _product_of_codes(grad: Operand, x: Operand, dtype: torch.dtype) -> Tensor:
+    assert isinstance(grad, Rounded)
+    assert isinstance(x, Rounded)
+    return scaled_product(grad, x, dtype)
+
+
+def accumulate_weight_gradient(into: Tensor, grad: Operand, x: Operand, add: bool) -> None:
     """Write gradᵀ x to `into`, or accumulate it there with `add`.
 
     `into` is the fp32 gradient [N,K] of a weight, `grad` [T,N] that of the layer's output and `x`
     [T,K] the layer's input, both of one dtype."""
+    if isinstance(grad, Rounded) or isinstance(x, Rounded):
+        found = _product_of_codes(grad, x, torch.float32)
+        into.add_(found) if add else into.copy_(found)
+        return
     if function := added("weight_gradient", "accumulate_weight_gradient"):
         function(into, grad, x, add)
     elif x.is_cuda and x.dtype == torch.bfloat16:
@@ -123,7 +140,7 @@ class Recipe(Protocol):
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Stand for `input_gradient`."""
 
-    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Operand, Operand]:
         """Return what takes the place of `grad` [T,N] and `x` [T,K] in the weight-gradient GEMM."""
 
     def grouped_operands(
@@ -139,7 +156,7 @@ class AsGiven:
     product = staticmethod(product)
     input_gradient = staticmethod(input_gradient)
 
-    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def wgrad_operands(self, grad: Tensor, x: Tensor) -> tuple[Operand, Operand]:
         return grad, x
 
     def grouped_operands(

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 
 from megalite.kernels.library import added, own, pick
 from megalite.kernels.linear import (
+    Operand,
     WgradCallback,
     accumulate_weight_gradient,
     input_gradient,
@@ -271,7 +272,7 @@ def chunked_gradients(
 def _accumulate_into(total: Tensor) -> WgradCallback:
     """Return a callback that adds each chunk's weight-gradient GEMM to `total`, fp32."""
 
-    def add(parameter: Tensor, grad: Tensor, x: Tensor, last: bool) -> None:
+    def add(parameter: Tensor, grad: Operand, x: Operand, last: bool) -> None:
         accumulate_weight_gradient(total, grad, x, add=True)
 
     return add
