@@ -1011,7 +1011,7 @@ class ObserveConfig(Section):
         0,
         ge=0,
         description="Steps between measurements of each layer: the norm of its gradients, the root mean square of its "
-        "output, its largest attention logit. 0 disables.",
+        "output, its largest attention logit, what fp8 makes zero. 0 disables.",
     )
     noise_scale_every: int = Field(
         0, ge=0, description="Steps between measurements of the gradient noise scale. 0 disables."

@@ -175,6 +175,11 @@ class Recipe:
         block, _ = self._block(x.flatten(0, -2).shape, operand, over)
         return round_to_fp8(x, block, self._format(operand), self._agree(operand, over))
 
+    def rounded(self, x: Tensor, operand: Literal["x", "grad"]) -> Tensor:
+        """Return what an input, or the gradient of an output, is rounded to in the product that
+        sums over its features."""
+        return self._round(x, operand, "input" if operand == "x" else "output")
+
     def _codes(self, x: Tensor, operand: Operand, over: Sum) -> Rounded:
         """Return an operand's codes and scales, transposed where that is what lays the product's
         sum along rows."""

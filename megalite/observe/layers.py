@@ -1,5 +1,6 @@
 """Measures of each layer in one step, over the whole global batch and so the same on every layout:
-the norm of its gradients, the root mean square of its output, and its largest attention logit."""
+the norm of its gradients, the root mean square of its output, its largest attention logit, and what
+fp8 loses of its numbers."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from megalite.config import Config
 from megalite.engine.native import NativeEngine
 from megalite.kernels.optimizer import sum_of_squares
 from megalite.models import weight_table
+from megalite.models.fp8 import fp8_weights
 from megalite.models.layers import CoreAttention
 from megalite.models.weights import Weight
 from megalite.observe.steps import Record
+from megalite.observe.underflow import Underflow
 from megalite.parallel.stage import Stage
 
 ENDS = {"first": "embeddings", "both": "embeddings", "last": "head"}
@@ -63,6 +66,11 @@ class LayerMeasures:
             number: [module for module in layer.modules() if isinstance(module, CoreAttention)]
             for number, layer in self._layers.items()
         }
+        numbers: list[int] = []
+        if config.train.fp8:
+            chosen = fp8_weights(trained, config.train.fp8, config.model.num_layers)
+            numbers = sorted({int(w.place) for w in chosen if not w.is_expert})
+        self._underflow = Underflow(self._layers, numbers, mesh) if numbers else None
         # Without sequence parallelism all tensor ranks have the same output.
         self._counts = sequence or mesh.tensor.rank == 0
         self._handles: list[RemovableHandle] = []
@@ -76,6 +84,8 @@ class LayerMeasures:
         self._outputs = torch.zeros(
             2, self._num_layers, dtype=torch.float64, device=self._mesh.device
         )
+        if self._underflow:
+            self._underflow.begin()
         for number, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._note(number)))
             for core in self._cores[number]:
@@ -113,6 +123,8 @@ class LayerMeasures:
         for number in range(self._num_layers):
             record[f"activation_rms/{number}"] = (squares[number] / numbers[number]).sqrt()
             record[f"attention_logit/{number}"] = logits[number]
+        if self._underflow:
+            record |= self._underflow.end()
         return {
             name: value.float() if isinstance(value, Tensor) else value
             for name, value in record.items()

@@ -115,8 +115,8 @@ class Recorder:
         `record` has step, loss, lr, grad_norm, tokens (so far), tokens_per_s and step_time_s; where
         known tflops, mfu and memory_gb; tokens/NAME (so far) of each of several sources; straggler
         (a rank) and straggler_slowness (multiple of its peers' median) while one is reported;
-        skipped_samples (so far) after a rewind; grad_norm/N, activation_rms/N and attention_logit/N
-        of layers, and noise_scale, in steps that measure them; attention_logit under QK-clip. Flags
+        skipped_samples (so far) after a rewind; grad_norm/N, activation_rms/N, attention_logit/N and
+        fp8_underflow/N of layers, and noise_scale, in steps that measure them; attention_logit under QK-clip. Flags
         are 1 or absent: not_finite, loss_spike, grad_norm_spike, no_labels (its loss is NaN),
         skipped (no update)."""
         self._each(lambda sink: sink.step(record))
