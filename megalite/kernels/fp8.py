@@ -112,14 +112,21 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
+def _in_one_pass(x: Tensor, block: Block, agree: Agree | None) -> bool:
+    """Return whether megalite's kernels round `x`, which find the largest number and round in one
+    pass."""
+    # Ranks cannot agree in between, nor can thread blocks of a GPU, which have a block each.
+    fits = agree is None and (x.device.type == "cpu" or min(block) <= 128)
+    return fits and pick("fp8", x) == "megalite"
+
+
 def round_to_fp8(
     x: Tensor, block: Block, format: Format = E4M3, agree: Agree | None = None
 ) -> Tensor:
     """Return the numbers in `x`'s dtype that `quantise` makes of its rows: [… ,C], of which all but
     the last dimension are rows."""
     rows = x.flatten(0, -2)
-    # Kernels find the largest number and round in one pass, between which ranks cannot agree.
-    if agree is None and pick("fp8", x) == "megalite":
+    if _in_one_pass(x, block, agree):
         return torch.ops.megalite.fp8_round(rows, *block, format is E5M2).view(x.shape)
     return quantise(rows, block, format, agree).dequantise(x.dtype).view(x.shape)
 
@@ -189,7 +196,7 @@ class Recipe:
             rows = F.pad(rows, (0, 0, 0, -len(rows) % 16))
         block, by_row = self._block(rows.shape, operand, over)
         format, agree = self._format(operand), self._agree(operand, over)
-        if agree is None and pick("fp8", x) == "megalite":
+        if _in_one_pass(x, block, agree):
             quantised = torch.ops.megalite.fp8_quantise
             codes, scales = quantised(rows, *block, format is E5M2, not by_row)
         else:

@@ -9,12 +9,14 @@ import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from exactness import BUILT, device, needs_kernels  # noqa: F401
+from megalite.kernels import fp8
 from megalite.kernels.experts import group_by_expert, grouped_linear
 from megalite.kernels.fp8 import E4M3, E5M2, RECIPES, quantise, round_to_fp8, spread
 from megalite.kernels.linear import WeightGradStore
@@ -295,3 +297,18 @@ def test_any_number_of_threads_gives_the_same() -> None:
         found.append([round_to_fp8(x, block) for block in ((1, 128), (128, 1), (128, 128))])
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_gpu_does_not_get_a_whole_matrix_as_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of threads would round all of it."""
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(fp8, "pick", lambda operation, x: "megalite")
+    on_gpu: Any = OnGpu()
+    assert fp8._in_one_pass(on_gpu, (128, 128), None)
+    assert fp8._in_one_pass(on_gpu, (1, 8192), None)
+    assert not fp8._in_one_pass(on_gpu, (4096, 4096), None)
+    assert fp8._in_one_pass(torch.ones(2, 2), (4096, 4096), None)
+    assert not fp8._in_one_pass(torch.ones(2, 2), (1, 128), lambda x: x)

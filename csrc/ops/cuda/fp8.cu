@@ -55,10 +55,12 @@ __global__ void rows_kernel(Fp8 a) {
 }
 
 // Blocks of several rows: a tile of one block, or of WIDTH blocks of one column each. Threads are WIDTH columns by
-// THREADS / WIDTH rows of it, so that a warp reads neighbours.
+// THREADS / WIDTH rows of it, so that a warp reads neighbours; where codes are written transposed they are WIDTH rows by
+// THREADS / WIDTH columns then, so that it writes neighbours, of numbers that it finds in L1.
 template <class T, int M, bool by_column>
 __global__ void tiles_kernel(Fp8 a) {
   __shared__ uint32_t found[THREADS];
+  __shared__ Scale scales[WIDTH];
   const int column = threadIdx.x % WIDTH, part = threadIdx.x / WIDTH;
   const int64_t width = by_column ? WIDTH : a.block_columns, tiles = (a.columns + width - 1) / width;
   const int64_t strip = blockIdx.x / tiles, left = blockIdx.x % tiles * width;
@@ -75,6 +77,15 @@ __global__ void tiles_kernel(Fp8 a) {
   const Scale by = fp8::scale_of<M>(largest);
   if (by_column ? part == 0 && left + column < right : threadIdx.x == 0)
     write_scale(a, strip, by_column ? left + column : left / width, by);
+  if (a.transposed) {
+    if (by_column && part == 0) scales[column] = by;
+    __syncthreads();
+    for (int64_t i = left + part; i < right; i += THREADS / WIDTH) {
+      const Scale own = by_column ? scales[i - left] : by;
+      for (int64_t row = first + column; row < last; row += WIDTH) write<T, M>(a, row, i, own);
+    }
+    return;
+  }
   for (int64_t row = first + part; row < last; row += THREADS / WIDTH)
     for (int64_t i = left + column; i < right; i += WIDTH) write<T, M>(a, row, i, by);
 }
