@@ -97,10 +97,10 @@ def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
             if size % (recipe.multiple * ranks):
                 key = "expert_tensor" if weight.is_expert else "tensor"
                 over = f" over parallel.{key} = {ranks}" if ranks > 1 else ""
-                modules = ", ".join(_modules(weight)[:3])
+                names = dict.fromkeys(module.rpartition(".")[2] for module in _modules(weight))
                 raise ConfigError(
                     f"train.fp8.recipe: {fp8.recipe} takes multiples of {recipe.multiple}, into which the {size} "
-                    f"{what} of {modules} do not divide{over}; name it under train.fp8.exclude"
+                    f"{what} do not divide{over}; train.fp8.exclude: [{', '.join(names)}] leaves them out"
                 )
 
 
@@ -121,10 +121,14 @@ def _check_lengths(config: Config, fp8: Fp8Config, multiple: int) -> None:
 
 
 def _sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:
-    """Yield what each dimension of a weight counts, its size, and the ranks that it is cut over."""
+    """Yield what each dimension of a weight counts, its size, and the ranks that it is cut over. Rows
+    are counted in each of its parts."""
     rows = tensor if weight.shard == "column" else 1
     columns = tensor if weight.shard == "row" else 1
     outputs, inputs = weight.shape[weight.stack :]
-    for size in weight.parts or (outputs,):
-        yield "output features", size, rows
-    yield "input features", inputs, columns
+    modules, parts = _modules(weight), weight.parts or (outputs,)
+    for number, size in enumerate(parts):
+        # One tensor may have all parts.
+        module = modules[number] if len(modules) >= len(parts) else modules[0]
+        yield f"output features of {module}", size, rows
+    yield f"input features of {modules[0]}", inputs, columns

@@ -325,10 +325,10 @@ def test_experts_are_the_same_on_expert_and_pipeline_ranks() -> None:
 
 NOT_ATTENTION = FP8 | {"exclude": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 REFUSED: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
-    "the 256 output features of model.layers.1.self_attn.q_proj, model.layers.1.self_attn.k_proj, "
-    "model.layers.1.self_attn.v_proj do not divide over parallel.tensor = 4": ({"tensor": 4}, FP8, {}),
-    "the 256 output features of model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj do not divide "
-    "over parallel.tensor = 4": ({"tensor": 4}, NOT_ATTENTION, {}),
+    "the 128 output features of model.layers.1.self_attn.k_proj do not divide over parallel.tensor = 2; "
+    "train.fp8.exclude: [q_proj, k_proj, v_proj] leaves": ({"tensor": 2}, FP8, {"num_kv_heads": 2}),
+    "the 256 output features of model.layers.1.mlp.gate_proj do not divide over parallel.tensor = 4; "
+    "train.fp8.exclude: [gate_proj, up_proj] leaves": ({"tensor": 4}, NOT_ATTENTION, {}),
     "the 192 input features of model.layers.1.mlp.gate_proj": ({}, NOT_ATTENTION, {"hidden_size": 192}),
     "takes multiples of 128 tokens, into which sequences of 96 do not divide": ({}, FP8, {"length": 96}),
     "sequences of 512 do not divide over 2 × parallel.context = 8 pieces": ({"context": 4}, FP8, {}),
