@@ -38,6 +38,8 @@ KEYS = {
     "train.tokens": ("train_tokens", "max_tokens", "num_tokens"),
     "train.epochs": ("num_epochs", "num_train_epochs", "max_epochs", "n_epochs", "epoch"),
     "train.precision": ("dtype", "bf16", "fp16", "fp32", "mixed_precision", "torch_dtype"),
+    "train.fp8.recipe": ("fp8_recipe", "fp8_format", "float8_recipe_name"),
+    "train.fp8.first_last_bf16": ("first_last_layers_bf16",),
     "train.recompute": (
         "recompute_layer", "activation_checkpointing", "gradient_checkpointing",
         "recompute_granularity", "checkpoint_activations", "enable_activation_checkpointing",
