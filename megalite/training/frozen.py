@@ -83,9 +83,8 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
         )
     # There is no backward pass to save memory for, and hidden states are asked for instead of
     # losses.
-    # What is compared with the model in training rounds as that does; a teacher is as it is.
-    fp8 = config.train.fp8 if config.objective.HAS_REFERENCE else None
-    train = config.train.model_copy(update={"recompute": "none", "compile": False, "fp8": fp8})
+    # Nor is it what fp8 is to train.
+    train = config.train.model_copy(update={"recompute": "none", "compile": False, "fp8": None})
     config = config.model_copy(update={"model": model, "lora": None, "train": train})
     table = weight_table(model)
     try:

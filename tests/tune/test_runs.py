@@ -133,14 +133,23 @@ def test_dpo_raises_the_margin_and_resumes_bitwise(root: Path, tmp_path: Path) -
 
 
 def test_a_quantised_model_is_its_own_reference(root: Path, tmp_path: Path) -> None:
-    """And not the model as it is stored, whose log-probabilities an earlier start has kept."""
-    plain, few = (
-        config_of(
-            root, tmp_path, "few", "preference", "train.stop_at=1", **DPO, lora={"rank": 4} | more
+    """And not the model as it is stored, whose log-probabilities an earlier start has kept; likewise
+    one whose products are in fp8."""
+    few, fp8 = {"lora": {"rank": 4, "quantize_base": "int8"}}, {"recipe": "rowwise"}
+    shorter = {
+        "steps": 8,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "stop_at": 1,
+    }
+    configs = [
+        config_of(root, tmp_path, "few", "preference", **DPO, **more, train=shorter | train_more)
+        for more, train_more in (
+            ({"lora": {"rank": 4}}, {}), (few, {}), ({}, {}), ({}, {"fp8": fp8 | {"first_last_bf16": [0, 0]}}),
         )
-        for more in ({}, {"quantize_base": "int8"})
-    )
-    for config in (plain, few):
+    ]  # fmt: skip
+    for config in configs:
         train(config)
         shutil.rmtree(config.run.folder / "checkpoints")
         first = next(line for line in metrics_of(config) if "loss" in line)
