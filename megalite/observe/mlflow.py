@@ -4,6 +4,7 @@ the client library brings a dozen packages for what is JSON over HTTP."""
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import math
 import os
@@ -30,6 +31,10 @@ SECONDS, PAUSES = 20.0, (1.0, 3.0, 9.0)
 """Time limit of a request, and the pauses before it is sent again."""
 
 
+class NotMlflow(Exception):
+    """Raised where something answers, but not as an MLflow server does: another try is of no use."""
+
+
 class Server:
     """An MLflow tracking server. Credentials come from the environment, as MLflow names them:
     MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
@@ -51,19 +56,33 @@ class Server:
         for pause in (*PAUSES, None):
             try:
                 with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                    found = json.loads(answer.read())
-                    return found if isinstance(found, dict) else {}
+                    return self._parsed(path, answer.read())
             except urllib.error.HTTPError as error:
                 text = error.read(2000).decode(errors="replace")
                 if "RESOURCE_DOES_NOT_EXIST" in text:
                     return None
                 if pause is None or (error.code < 500 and error.code != 429):
                     raise OSError(f"{path}: {error.code} {text[:200]}") from None
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:  # the latter: a torn answer
                 if pause is None:
-                    raise OSError(f"{path}: {getattr(error, 'reason', error)}") from None
+                    reason = getattr(error, "reason", error)
+                    raise OSError(f"{path}: {reason or type(error).__name__}") from None
             time.sleep(pause)
         raise AssertionError("not reached")
+
+    def _parsed(self, path: str, answer: bytes) -> dict[str, Any]:
+        """Return an answer's object. Raise NotMlflow for anything else, such as the page of a proxy
+        that asks for a login."""
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise NotMlflow(
+                f"{path}: the answer is no JSON object; observe.mlflow.tracking_uri may not be that of an MLflow "
+                "server, or a proxy in front of it asks for a login"
+            )
+        return found
 
 
 class MlflowSink(QueuedSink):

@@ -126,6 +126,16 @@ def test_mlflow_that_fails_is_one_warning_without_the_token(
     assert "hush-hush" not in out
 
 
+def test_a_login_page_in_place_of_mlflow_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with listening(lambda path, body: (200, "<html>who are you?</html>")) as heard:
+        recorder = open_recorder(tmp_path, f"observe.mlflow.tracking_uri={heard.url}")
+        recorder.close("finished")
+    assert len(heard.said) == 1
+    assert "a proxy in front of it asks for a login" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "metric", "labels"),
     [
