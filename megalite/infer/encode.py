@@ -20,6 +20,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.infer.generate import find_model, load_model
 from megalite.models import model_config, read_hf_config
 from megalite.models.layers import Decoder, SequenceInfo
+from megalite.utils.files import replacing
 from megalite.utils.outside import read_json, read_object, shown
 
 BATCH_TOKENS = 8192
@@ -96,18 +97,14 @@ class Encoder:
         for numbers, tokens_BT, x_BTD in state_batches(self.model, rows):
             # [B, T] bool; indexing by it lists the gaps row by row, in the order of `nonzero`.
             at = tokens_BT == mask
-            probabilities, ids = (
-                self.model.project(self.model.finish(x_BTD))[at].float().softmax(-1).topk(top_k)
-            )
-            gaps = zip(
-                at.nonzero()[:, 0].tolist(), ids.tolist(), probabilities.tolist(), strict=True
-            )
-            for row, tokens, shares in gaps:
-                guesses = [
-                    Filling(self.tokenizer.decode([token]), p)
-                    for token, p in zip(tokens, shares, strict=True)
-                ]
-                found[numbers[row]].append(guesses)
+            logits = self.model.project(self.model.finish(x_BTD))[at].float()
+            best = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
+            gaps = at.nonzero()[:, 0].tolist()
+            for row, tokens, shares in zip(
+                gaps, best.indices.tolist(), best.values.tolist(), strict=True
+            ):
+                texts = [self.tokenizer.decode([token]) for token in tokens]
+                found[numbers[row]].append(list(map(Filling, texts, shares)))
         return found
 
     def embed(
@@ -281,7 +278,7 @@ def read_lines(files: Sequence[Path]) -> Iterator[tuple[str, str, Any]]:
             if is_json:
                 try:
                     found = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):  # the latter: lists in lists without an end
                     found = None
             is_known = isinstance(found, dict) or not is_json
             yield f"{file}, line {number}", line, found if is_known else None
@@ -305,10 +302,8 @@ def write_vectors(
     if output is None:
         print(data.decode(), end="")
         return
-    # Written beside it and renamed, so that a run that is killed leaves no half file of this name.
-    part = output.with_name(f"{output.name}.part")
     try:
-        part.write_bytes(data)
-        part.replace(output)
+        with replacing(output) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        raise DataError(f"{output}: {error.strerror}") from None
+        raise DataError(f"{output}: {error.strerror or error}") from None

@@ -132,6 +132,8 @@ def test_the_verbs_read_files_and_write_them(
     assert main(["fill", str(folder), "w5 [MASK]", *inputs, "--top-k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[::2] == ["w5 [MASK]", "w7 [MASK]", "w8 w9 [MASK]", "[MASK]"]
+    assert main(["fill", str(folder), "w5 [MASK]", "--top-k", "9999", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["gaps"][0]) < 9999, "as many as there are"
     assert main(["fill", str(folder), *inputs, "--json"]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(each["gaps"][0]) for each in told] == [5, 5, 5]
@@ -171,7 +173,7 @@ def test_mistakes_are_one_line(
 
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
-    for line in ('{"text": 3}', "[]", "{", '{"other": "x"}'):
+    for line in ('{"text": 3}', "[]", "{", '{"other": "x"}', "[" * 100_000):
         (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
         with pytest.raises(
             DataError, match=r"a\.jsonl, line 2: .* is no object with a text under 'text'"
