@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.comm.collectives import all_gather, all_reduce, gather_rows
-from megalite.comm.mesh import ALONE, Mesh
+from megalite.comm.mesh import ALONE, Axis, Mesh
 from megalite.config import Config
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer
@@ -58,11 +58,10 @@ class TasksInTraining:
         """Evaluate the model of `stages` (and `pipeline`) and return the metrics, as `numbers_of`
         names them, on the first data rank; empty elsewhere. All ranks of `mesh` call it."""
         generator = _generator(TrainingModel(stages, pipeline, mesh, self._config), self._tokenizer)
-        # Under ZeRO-3, data ranks gather each other's weights in every layer; where they share
-        # experts, they send each other tokens. Then they must run the same forward passes.
-        together = self._config.parallel.zero_stage == 3 or mesh.data_shares_experts
-        apart = not together and self._fewest >= mesh.data.size
-        model = self._harness.HarnessModel(generator, mesh.data if apart else ALONE)
+        sharing = _ranks_that_share(self._config, mesh)
+        # The harness wants a document for every rank.
+        sharing = sharing if self._fewest >= sharing.size else ALONE
+        model = self._harness.HarnessModel(generator, sharing)
         # Bootstrap errors take minutes, and curves over steps show the noise anyway.
         results = self._tasks.run(model, uncertainty=0)
         return self._harness.numbers_of(results) if results else {}
@@ -143,25 +142,22 @@ class TargetsInTraining:
         from megalite.infer.references import corpus_scores
 
         model = TrainingModel(stages, pipeline, mesh, self._config)
-        # Data ranks take turns; none of them waits for another in a forward pass.
-        own, size = range(mesh.data.rank, len(self.sources), mesh.data.size), model.num_slots
+        # Data ranks take turns, unless they must do the same.
+        sharing, count = _ranks_that_share(self._config, mesh), len(self.sources)
+        own, size = range(sharing.rank, count, sharing.size), model.num_slots
         found = [
             self._targets(model, [self.sources[number] for number in own[start : start + size]])
             for start in range(0, len(own), size)
         ]
         room = self._config.lengths.target
         mine = torch.cat([torch.zeros(0, room, dtype=torch.int64, device=mesh.device), *found])
-        rows, _ = gather_rows(mine, mesh.data)
-        order = [
-            n
-            for rank in range(mesh.data.size)
-            for n in range(rank, len(self.sources), mesh.data.size)
-        ]
-        said = [""] * len(order)
+        rows, _ = gather_rows(mine, sharing)
+        # Rank by rank, each with its own sources.
+        order = [n for rank in range(sharing.size) for n in range(rank, count, sharing.size)]
+        said = [""] * count
         for number, ids in zip(order, rows.tolist(), strict=True):
-            said[number] = self._tokenizer.decode_plain(
-                ids[: ids.index(self._end)] if self._end in ids else ids
-            )
+            until = ids.index(self._end) if self._end in ids else len(ids)
+            said[number] = self._tokenizer.decode_plain(ids[:until])
         return corpus_scores(said, self.wanted)
 
     def _targets(self, model: TrainingModel, sources: Sequence[Sequence[int]]) -> Tensor:
@@ -191,6 +187,14 @@ def _rows_of(mixture: Mixture) -> Iterator[tuple[list[int], list[int]]]:
             source = samples.source[0][samples.source_documents[0] == document]
             if (labels != IGNORE).any():  # what is filled up has none
                 yield source.tolist(), labels[labels != IGNORE].tolist()
+
+
+def _ranks_that_share(config: Config, mesh: Mesh) -> Axis:
+    """Return the axis of the ranks that share what is to be evaluated: the data ranks, or one alone
+    where all of them must run the same forward passes. That is so under ZeRO-3, where they gather
+    each other's weights in every layer, and where they share experts, and send each other tokens."""
+    together = config.parallel.zero_stage == 3 or mesh.data_shares_experts
+    return ALONE if together else mesh.data
 
 
 def _no_model(config: Config) -> Any:

@@ -4,14 +4,21 @@ and losses that know nothing of them."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from encoder_decoders import reversing_rows, rows_config
+from megalite.comm.mesh import Axis
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
+from megalite.infer import in_training
 from megalite.infer.generate import find_model
+from megalite.infer.in_training import TargetsInTraining
 from megalite.infer.sampling import Sampling
 from megalite.infer.seq2seq import TargetGenerator
 from megalite.train import train
@@ -27,6 +34,29 @@ LAYOUTS = {
     "pipeline": ("parallel.pipeline=2", "train.micro_batch_size=2"),
 }  # fmt: skip
 SHORT = ("train.steps=12", "observe.eval_every=12", "optimizer.lr=5e-3")
+
+
+def test_ranks_that_gather_each_other_s_weights_run_the_same_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that was done earlier would leave the others waiting in a gather of ZeRO-3's."""
+    passes: list[int] = []
+
+    def targets_of(self: TargetsInTraining, model: object, sources: list[list[int]]) -> Tensor:
+        passes.extend(number for (number,) in sources)
+        return torch.zeros(len(sources), 2, dtype=torch.int64)
+
+    measured = object.__new__(TargetsInTraining)
+    measured.sources, measured.wanted, measured._end = [[1], [2], [3]], ["a"] * 3, 0
+    measured._tokenizer = SimpleNamespace(decode_plain=lambda ids: "a")  # type: ignore[assignment]
+    measured._config = SimpleNamespace(  # type: ignore[assignment]
+        lengths=SimpleNamespace(target=2), parallel=SimpleNamespace(zero_stage=3)
+    )
+    mesh: Any = SimpleNamespace(data=Axis(2, 1), data_shares_experts=False, device="cpu")
+    monkeypatch.setattr(in_training, "TrainingModel", lambda *_: SimpleNamespace(num_slots=2))
+    monkeypatch.setattr(TargetsInTraining, "_targets", targets_of)
+    measured.measure([], None, mesh)
+    assert passes == [1, 2, 3]
 
 
 def test_targets_are_those_of_the_checkpoint_on_every_layout(tmp_path: Path) -> None:
