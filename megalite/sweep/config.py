@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -91,9 +91,9 @@ class Dimension(Section):
     def holds(self, chosen: Mapping[str, Any]) -> bool:
         """Return whether `when` is met by the values chosen so far."""
         for key, wanted in self.when.items():
-            if key not in chosen or chosen[key] not in (
-                wanted if isinstance(wanted, list) else [wanted]
-            ):
+            allowed = wanted if isinstance(wanted, list) else [wanted]
+            # A setting that was itself left out by its own `when` meets none.
+            if key not in chosen or chosen[key] not in allowed:
                 return False
         return True
 
@@ -119,6 +119,7 @@ class Metric(Section):
 
     @model_validator(mode="after")
     def _direction_is_known(self) -> Metric:
+        # valid_loss/NAME is that of a source: its name says nothing.
         known = self.grows or self.metric.split("/")[0].endswith((*SHRINKING, "_ema"))
         if self.maximize is None and not known:
             raise ValueError(f"say `maximize: true` or `false` beside metric: {self.metric}")
@@ -173,15 +174,19 @@ class SweepConfig(Section):
     def _lists_are_values(cls, space: Any) -> Any:
         if not isinstance(space, dict):
             return space
-        return {
-            key: {"values": each} if isinstance(each, list) else each for key, each in space.items()
-        }
+        dimensions = {}
+        for key, each in space.items():
+            dimensions[key] = {"values": each} if isinstance(each, list) else each
+        return dimensions
 
     @field_validator("objective", mode="before")
     @classmethod
     def _names_are_metrics(cls, objective: Any) -> Any:
         several = objective if isinstance(objective, list | tuple) else [objective]
-        return [{"metric": each} if isinstance(each, str) else each for each in several]
+        metrics = []
+        for each in several:
+            metrics.append({"metric": each} if isinstance(each, str) else each)
+        return metrics
 
     @field_validator("storage")
     @classmethod
@@ -197,23 +202,13 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SweepConfig:
-        seen: list[str] = []
+        seen: set[str] = set()
         for key, dimension in self.space.items():
-            if key.startswith("run.") or key in self.settings:
-                raise ValueError(
-                    f"space.{key}: {'a trial has its own' if key[:4] == 'run.' else 'is in settings, too'}"
-                )
-            for other in dimension.when:
-                if other not in seen:
-                    raise ValueError(
-                        f"space.{key}: when names {other}, which must be in the space above it"
-                    )
-            if self.sampler == "grid":
-                try:
-                    dimension.points  # noqa: B018
-                except ValueError as error:
-                    raise ValueError(f"space.{key}: {error}") from None
-            seen.append(key)
+            try:
+                self._check_dimension(key, dimension, seen)
+            except ValueError as error:
+                raise ValueError(f"space.{key}: {error}") from None
+            seen.add(key)
         if self.sampler != "grid" and self.trials is None:
             raise ValueError("trials is required, unless for sampler: grid")
         if len(self.objective) > 1 and self.pruner != "none":
@@ -221,6 +216,19 @@ class SweepConfig(Section):
                 f"pruner: {self.pruner} compares by one metric; with several give pruner: none"
             )
         return self
+
+    def _check_dimension(self, key: str, dimension: Dimension, above: Set[str]) -> None:
+        """Raise ValueError where a setting cannot be searched. `above` are those that are chosen
+        before it."""
+        if key.startswith("run."):
+            raise ValueError("a trial has its own")
+        if key in self.settings:
+            raise ValueError("is in settings, too")
+        for other in dimension.when:
+            if other not in above:
+                raise ValueError(f"when names {other}, which must be in the space above it")
+        if self.sampler == "grid":
+            dimension.points  # noqa: B018 (raises where they cannot be counted)
 
     @property
     def budget(self) -> int:
@@ -246,6 +254,7 @@ class SweepConfig(Section):
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Yield each point of the grid once, in the order of the space."""
+        # Points that differ only in settings whose `when` is not met are one.
         seen = set()
         for point in itertools.product(*(dimension.points for dimension in self.space.values())):
             by_key = dict(zip(self.space, point, strict=True))
@@ -260,14 +269,16 @@ class SweepConfig(Section):
         settings = self.settings | dict(chosen)
         settings |= {"run.name": folder.name, "run.dir": str(folder.parent)}
         values = with_overrides(read_yaml(self.config), spelled_out(settings))
+        more: dict[str, Any] = {}
         if self.seeds == "different":
+            # By the folder, not by the trial: one that goes on with another's run has its seed.
             seed = (values.get("train") or {}).get("seed", 0)
-            values = with_overrides(
-                values, spelled_out({"train.seed": seed + int(folder.name.rpartition("-")[2])})
-            )
-        if ((values.get("observe") or {}).get("wandb") or {}).get("mode", "disabled") != "disabled":
-            values = with_overrides(values, spelled_out({"observe.wandb.group": self.name}))
-        return values
+            more["train.seed"] = seed + int(folder.name.rpartition("-")[2])
+        # A section with nothing below it is None.
+        wandb = (values.get("observe") or {}).get("wandb") or {}
+        if wandb.get("mode", "disabled") != "disabled":
+            more["observe.wandb.group"] = self.name
+        return with_overrides(values, spelled_out(more))
 
     def check(self) -> Config:
         """Return the config of a trial at an end of the space. Raises ConfigError where a setting
@@ -293,9 +304,9 @@ class SweepConfig(Section):
 
 def encoded(value: Any) -> Value:
     """Return what optuna stores for a value to choose."""
-    return (
-        value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
-    )
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return json.dumps(value)
 
 
 def spelled_out(settings: Mapping[str, Any]) -> list[str]:

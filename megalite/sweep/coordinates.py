@@ -68,8 +68,12 @@ def at_width(path: Path, overrides: Sequence[str], width: int) -> Config:
 def sizes_of(config: Config) -> Sizes:
     """Return what a run has measured."""
     names = [f"activation_rms/{number}" for number in range(config.model.num_layers)]
-    records = read_metrics(config.run.folder / "metrics.jsonl")
-    return [[float(x[name] or 0) for name in names] for x in records if names[0] in x]
+    sizes = []
+    for record in read_metrics(config.run.folder / "metrics.jsonl"):
+        if names[0] in record:
+            # null, of a size that is not finite, has no place on the picture.
+            sizes.append([float(record[name] or 0) for name in names])
+    return sizes
 
 
 def draw(sizes: Mapping[int, Sizes], picture: Path) -> None:
@@ -80,8 +84,8 @@ def draw(sizes: Mapping[int, Sizes], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    widths, steps = list(sizes), len(next(iter(sizes.values())))
-    count = len(next(iter(sizes.values()))[0])
+    first = next(iter(sizes.values()))
+    widths, steps, count = list(sizes), len(first), len(first[0])
     layers = sorted({0, count // 2, count - 1})
     figure, panels = plt.subplots(
         1, len(layers), figsize=(4 * len(layers), 3.6), sharey=True, squeeze=False

@@ -98,26 +98,27 @@ def table(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> tuple[list[str],
     rows = []
     for trial in trials:
         values = trial.values if trial.state.name == "COMPLETE" else [None] * len(sweep.objective)
+        # Reports are by step: the last one is how far the trial came.
         steps = max(trial.intermediate_values, default=None)
-        outcome = trial.user_attrs.get(OUTCOME) or {"RUNNING": "runs", "WAITING": "waits"}.get(
-            trial.state.name, "failed"
-        )
+        # A trial whose worker died has failed without a word of why.
+        without = {"RUNNING": "runs", "WAITING": "waits"}.get(trial.state.name, "failed")
+        outcome = trial.user_attrs.get(OUTCOME) or without
         found = [*values, steps, *(trial.params.get(key, "") for key in sweep.space)]
         rows.append([trial.user_attrs.get(RUN, "-"), *map(_cell, found), outcome])
     return header, rows
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
     """Draw the pictures that there are enough trials for; return them by name, and lines for the
     console."""
-    complete = [
-        trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"
-    ]
-    if len(complete) < 2:
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    if states.count("COMPLETE") < 2:
         return {}, []
     try:
         import matplotlib
@@ -130,13 +131,10 @@ def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
     for name, plot in _plots(sweep, study).items():
         path = sweep.folder / f"{name}.png"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # optuna calls its pictures experimental
             try:
                 plot()
-            except (
-                ValueError,
-                RuntimeError,
-            ):
+            except (ValueError, RuntimeError):
                 # Trials that have too little in common for this picture.
                 pyplot.close("all")
                 continue
@@ -155,13 +153,12 @@ def _plots(sweep: SweepConfig, study: Study) -> dict[str, Callable[[], Any]]:
     from optuna.visualization import matplotlib as plots
 
     names = [each.metric for each in sweep.objective]
+    if len(names) > 3:
+        return {}  # the front has no picture in more than three dimensions
     if len(names) > 1:
-        return (
-            {"pareto": lambda: plots.plot_pareto_front(study, target_names=names)}
-            if len(names) < 4
-            else {}
-        )
+        return {"pareto": lambda: plots.plot_pareto_front(study, target_names=names)}
     (name,) = names
+    # PED-ANOVA, since optuna's default evaluator (fANOVA) needs scikit-learn.
     found: dict[str, Callable[[], Any]] = {
         "history": lambda: plots.plot_optimization_history(study, target_name=name),
         "importance": lambda: plots.plot_param_importances(

@@ -74,9 +74,11 @@ class Workers:
         try:
             for thread in threads:
                 thread.start()
+            # Python handles signals in the main thread alone, between its own steps: it must not
+            # wait for a thread without an end.
             while any(thread.is_alive() for thread in threads):
                 for thread in threads:
-                    thread.join(POLL_S)  # so that signals are handled meanwhile
+                    thread.join(POLL_S)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -100,7 +102,7 @@ class Workers:
         try:
             while not self._stop.is_set() and (found := self._journal.next_trial()):
                 self._try(*found, number)
-        except BaseException as error:
+        except BaseException as error:  # raised by `run`: a thread's own would only be printed
             self._failed = error
             self._stop.set()
 
@@ -123,6 +125,7 @@ class Workers:
             del self._runs[number]
             if status not in GOES_ON or self._stop.is_set():
                 break
+        # A run that ended by itself just then has a result, which is kept.
         if self._stop.is_set() and status != Exit.DONE and not pruned:
             self._journal.give_back([trial])
             return
@@ -169,6 +172,7 @@ class Workers:
                 asked_at = began
             elif asked_at is not None and began - asked_at > GRACE_S:
                 run.kill()
+            # The whole metrics.jsonl is read each time: the longer it is, the rarer.
             pause = max(POLL_S, (time.monotonic() - began) / SHARE_OF_TIME)
         self._is_behind(run, trial)  # what the last validations said is part of the record
         return status, pruned
@@ -178,6 +182,7 @@ class Workers:
         if len(self._sweep.objective) > 1:
             return False
         behind = False
+        # Several may have come since the last call: each is a step for the pruner.
         for step, value in run.reports(self._sweep.objective[0].metric):
             trial.report(value, step)
             behind = behind or trial.should_prune()

@@ -147,6 +147,8 @@ class Journal:
 
         seed = self.sweep.seed + number
         if self.sweep.sampler == "tpe":
+            # `group` for spaces with conditions; `constant_liar` keeps workers that ask at the same
+            # time from trying the same place.
             return samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         if self.sweep.sampler == "gp":
             return samplers.GPSampler(seed=seed)
@@ -158,6 +160,7 @@ class Journal:
         if self.sweep.pruner == "median":
             return pruners.MedianPruner()
         if self.sweep.pruner == "hyperband":
+            # Resources are steps: from the first validation to the last step.
             return pruners.HyperbandPruner(
                 min_resource=max(1, min(self._first_report, self._steps or self._first_report)),
                 max_resource=self._steps or "auto",
@@ -169,6 +172,7 @@ class Journal:
         from optuna.trial import TrialState
 
         with self._asking:
+            # Before anything is counted: what they queue comes before new trials.
             self._give_away(self._dead(), died=True)
             trials = self.study.get_trials(deepcopy=False)
             waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
@@ -178,9 +182,12 @@ class Journal:
             if not waiting and self.sweep.sampler == "grid":
                 point = self.sweep.grid_points[asked]
                 self.study.enqueue_trial({key: encoded(value) for key, value in point.items()})
+            # A sampler anew for each trial, seeded by their number: whichever worker asks, the same
+            # trials so far lead to the same next one.
             self.study.sampler = self._sampler(len(trials))
             trial = self.study.ask()
             trial.set_user_attr(WORKER, self.worker)
+            # One that goes on with another's run has its name already.
             if RUN not in trial.user_attrs:
                 trial.set_user_attr(RUN, f"trial-{trial.number:04d}")
             return trial, self._choose(trial)
@@ -192,7 +199,8 @@ class Journal:
         def suggest(key: str, dimension: Dimension) -> Any:
             if dimension.values is not None:
                 spelled = [encoded(value) for value in dimension.values]
-                return dimension.values[spelled.index(trial.suggest_categorical(key, spelled))]
+                chosen = trial.suggest_categorical(key, spelled)
+                return dimension.values[spelled.index(chosen)]
             assert dimension.between is not None
             low, high = dimension.between
             if dimension.is_whole:
@@ -255,6 +263,7 @@ class Journal:
         if worker is None or not self._path_of(worker).exists():
             return False
         lock = FileLock(self._path_of(worker))
+        # A process's own worker file is locked as well: a second open file does not get the lock.
         if not lock.try_once():
             return True
         lock.let_go()

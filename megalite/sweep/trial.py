@@ -24,6 +24,7 @@ from megalite.utils.files import replacing
 
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
+"""Loaded here: between fork and exec, in a process with threads, nothing may be loaded."""
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|can't allocate memory|MemoryError", re.IGNORECASE
 )
@@ -64,7 +65,7 @@ class TrialRun:
     def start(self) -> None:
         """Start the process. It is asked to save and leave when this one dies."""
         with open(self.folder / "console.log", "ab") as console:
-            self._began = console.tell()
+            self._began = console.tell()  # what earlier starts have said, says nothing of this one
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
                 env=self._environment, start_new_session=True, preexec_fn=partial(_end_with, os.getpid()),
@@ -92,6 +93,7 @@ class TrialRun:
         """Yield what validations have found since the last call: (step, value)."""
         for record in self._records():
             step = int(record["step"])
+            # Evaluations alone: a step's own record has the loss.
             if metric in record and "loss" not in record and step not in self._reported:
                 self._reported.add(step)
                 if (value := _number(record[metric])) is not None:
@@ -104,6 +106,7 @@ class TrialRun:
         if not records:
             known = sorted({key for record in self._records() for key in record} - {"step"})
             return f"the run has no {metric.metric}; it has {', '.join(known)}"
+        # In the first half a run warms up: compilation, caches.
         of_steps = [_number(record[metric.metric]) for record in records if "loss" in record]
         if not of_steps:
             last = _number(records[-1][metric.metric])
@@ -119,10 +122,13 @@ class TrialRun:
             return "diverged", True
         if status == killed_by(signal.SIGKILL):
             return "killed, as for want of memory", True
+        # A mistake's text may quote the words.
         if OUT_OF_MEMORY.search(text) and status != Exit.MISTAKE:
             return "out of memory", True
         errors = re.findall(r"^(?:error.*|\w*Error: .*)$", text, re.MULTILINE)
-        return f"{describe(status)}{f': {errors[-1][:300]}' if errors else ''}", False
+        # The last is what ended the run.
+        last = f": {errors[-1][:300]}" if errors else ""
+        return f"{describe(status)}{last}", False
 
     def _console(self) -> str:
         """Return the end of what this start has printed."""
@@ -143,6 +149,7 @@ def _number(value: Any) -> float | None:
 
 def _end_with(parent: int) -> None:
     """Have the system ask this process to stop when its parent dies. Linux's alone."""
+    # The parent is the thread that has started it: a worker's thread must live as long as its run.
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
         if os.getppid() != parent:  # it has died meanwhile
