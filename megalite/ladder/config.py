@@ -21,7 +21,7 @@ from megalite.utils.resources import read_yaml, with_overrides
 
 
 class Goal(Section):
-    """A run whose loss is to be foretold."""
+    """Names a run whose loss is to be foretold."""
 
     parameters: float = Field(gt=0, description="Its parameters N, such as 7B.")
     tokens: float = Field(gt=0, description="Its tokens D, such as 140B.")
@@ -79,13 +79,12 @@ class LadderConfig(Section):
             for ratio in self.tokens_per_parameter:
                 rungs.append(self._rung(f"size-{number}-{ratio_name(ratio)}", size, ratio))
         for rung in rungs:
-            validated = rung.config.data.valid or (
-                rung.config.data.split and rung.config.data.split[1]
-            )
-            if not validated:
+            data = rung.config.data
+            if not data.valid and not (data.split and data.split[1]):
                 raise ConfigError(
                     f"a ladder fits valid_loss: give data.valid or data.split in {self.config}"
                 )
+        # A mistake that only a run shows costs the least so.
         yield from sorted(rungs, key=lambda rung: rung.parameters * rung.tokens)
 
     def _rung(self, name: str, size: dict[str, Any], ratio: float) -> Rung:
@@ -96,6 +95,7 @@ class LadderConfig(Section):
             "train.epochs": None,
         }
         origin = f"{self.config} with {', '.join(spelled_out(size))}"
+        # Of one step, for its parameters and the tokens of a step.
         one_step = parse_config(self._values(size | own | {"train.steps": 1}), origin=origin)
         parameters = multiplied(one_step)
         steps = math.ceil(ratio * parameters / one_step.num_tokens)
@@ -114,7 +114,7 @@ def ratio_name(ratio: float) -> str:
 
 @dataclass(frozen=True)
 class Rung:
-    """One run of a ladder."""
+    """Holds one run of a ladder: its config, and what it will have spent."""
 
     name: str
     values: dict[str, Any]

@@ -26,7 +26,7 @@ FLOORS = (0.2, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Law:
-    """L = E + A/N^α + B/D^β."""
+    """Holds a law L = E + A/N^α + B/D^β of the loss after training N parameters on D tokens."""
 
     E: float
     A: float
@@ -47,7 +47,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Runs:
-    """What was measured: three arrays of one length."""
+    """Holds what was measured, in three arrays of one length: an element for each run."""
 
     parameters: Array
     tokens: Array
@@ -64,7 +64,7 @@ class Runs:
 
 
 class Fit:
-    """A law that was fitted, and those of losses that might as well have been measured."""
+    """Fits the law to runs, and to losses that might as well have been measured (a bootstrap)."""
 
     def __init__(self, runs: Runs, seed: int = 0):
         self.runs, self._seed = runs, seed
@@ -76,10 +76,11 @@ class Fit:
         self.law = self._law(self._best)
 
     def _starts(self) -> list[Array]:
-        lowest, spread = self.runs.losses.min(), self.runs.losses.mean()
+        lowest, mean = self.runs.losses.min(), self.runs.losses.mean()
         starts = []
         for alpha, beta, floor in itertools.product(EXPONENTS, EXPONENTS, FLOORS):
-            rest = np.log((spread - floor * lowest) / 2)
+            # What E leaves of the mean loss, in halves: at the centre, the other terms are A and B.
+            rest = np.log((mean - floor * lowest) / 2)
             starts.append(np.array([rest, rest, np.log(floor * lowest), alpha, beta]))
         return starts
 
@@ -100,7 +101,8 @@ class Fit:
             off = total - logs
             size = np.abs(off)
             huber = np.where(size <= DELTA, off**2 / 2, DELTA * (size - DELTA / 2))
-            # By each term's share of the loss.
+            # d log(Σ exp) / d term is the term's share of the loss, and the Huber loss has the
+            # derivative of its clipped argument.
             pull = np.clip(off, -DELTA, DELTA) * np.exp(terms - total)
             gradient = [
                 pull[0].sum(),
@@ -112,6 +114,7 @@ class Fit:
             # Of order 1, so that the tolerances of the minimiser mean something.
             return huber.sum() / DELTA**2, np.array(gradient) / DELTA**2
 
+        # Exponents near 0 would be a second E, and A or B then has no end.
         bounds = [(None, None)] * 3 + [(1e-2, 3.0)] * 2
         done = minimize(
             objective, start, jac=True, method="L-BFGS-B", bounds=bounds,
@@ -120,6 +123,7 @@ class Fit:
         return float(done.fun), done.x
 
     def _law(self, values: Array) -> Law:
+        # Back from the centre: a − α·(log N − c) = (a + α·c) − α·log N.
         a, b, e, alpha, beta = (float(x) for x in values)
         middle_n, middle_d = self._centre
         return Law(
@@ -135,10 +139,13 @@ class Fit:
         count = len(expected)
         # A law of five numbers comes nearer to the losses than the true one: errors look smaller.
         off = (np.log(self.runs.losses) - expected) * np.sqrt(count / max(1, count - 5))
-        return [
-            self._law(self._minimise(self._best, expected + generator.choice(off, count))[1])
-            for _ in range(DRAWN)
-        ]
+        laws = []
+        for _ in range(DRAWN):
+            logs = expected + generator.choice(off, count)
+            # From the best fit alone: the true minimum of such losses is near.
+            _, values = self._minimise(self._best, logs)
+            laws.append(self._law(values))
+        return laws
 
     def interval(self, values: Sequence[Array | float]) -> Array:
         """Return from where to where 90% of `values`, one for each law drawn, lie: [2, …]."""

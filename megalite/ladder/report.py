@@ -20,6 +20,7 @@ def write_report(ladder: LadderConfig, rungs: Sequence[Rung], runs: Runs) -> lis
     """Write ladder.json and ladder.png, and return the lines for the console."""
     fit = Fit(runs)
     found = findings(ladder, rungs, fit)
+    # Before the picture, which needs matplotlib: the numbers are what took days.
     with replacing(ladder.folder / "ladder.json") as temporary:
         temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
     draw(fit, ladder, ladder.folder / "ladder.png")
@@ -30,6 +31,21 @@ def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str,
     """Return what ladder.json holds."""
     runs, law = fit.runs, fit.law
     off = runs.losses / law.loss(runs.parameters, runs.tokens) - 1
+    measured = []
+    for rung, loss, error in zip(rungs, runs.losses, off, strict=True):
+        measured.append(
+            {
+                "run": rung.name,
+                "parameters": rung.parameters,
+                "tokens": rung.tokens,
+                "loss": float(loss),
+                "off": float(error),
+            }
+        )
+    intervals = {}
+    for name in NUMBERS:
+        drawn = [getattr(each, name) for each in fit.drawn]
+        intervals[name] = fit.interval(drawn).tolist()
     predictions = []
     for goal in ladder.predict:
         loss, low, high = fit.predict(goal.parameters, goal.tokens)
@@ -38,20 +54,13 @@ def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str,
             goal.model_dump() | {"loss": loss, "interval": [low, high], "best_parameters": best}
         )
     return {
-        "runs": [
-            {
-                "run": rung.name, "parameters": rung.parameters, "tokens": rung.tokens, "loss": float(loss),
-                "off": float(error),
-            }
-            for rung, loss, error in zip(rungs, runs.losses, off, strict=True)
-        ],
+        "runs": measured,
         "law": {name: float(getattr(law, name)) for name in NUMBERS},
-        "intervals": {
-            name: fit.interval([getattr(each, name) for each in fit.drawn]).tolist() for name in NUMBERS
-        },
+        "intervals": intervals,
+        # How far the law may be trusted: the same fit, asked for what is known.
         "held_out": {"run": rungs[runs.largest].name} | held_out(runs),
         "predictions": predictions,
-    }  # fmt: skip
+    }
 
 
 def told(found: dict[str, Any]) -> list[str]:
@@ -62,6 +71,7 @@ def told(found: dict[str, Any]) -> list[str]:
         for x in found["runs"]
     ]
     law, held = found["law"], found["held_out"]
+    wrong_by = held["measured"] / held["foretold"] - 1
     lines.append(
         f"L = {law['E']:.4f} + {law['A']:.4g}/N^{law['alpha']:.4f} + {law['B']:.4g}/D^{law['beta']:.4f}"
     )
@@ -69,7 +79,7 @@ def told(found: dict[str, Any]) -> list[str]:
     lines.append(f"90% of {DRAWN} draws: {', '.join(ranges)}")
     lines.append(
         f"without its largest run, {held['run']}, the law foretells {held['foretold']:.4f} for it; it has "
-        f"{held['measured']:.4f} ({held['measured'] / held['foretold'] - 1:+.2%})"
+        f"{held['measured']:.4f} ({wrong_by:+.2%})"
     )
     lines += [
         f"{x['parameters']:.4g} parameters, {x['tokens']:.4g} tokens: {x['loss']:.4f} "
@@ -101,6 +111,7 @@ def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
     furthest = max([runs.tokens.max(), *(goal.tokens for goal in ladder.predict)])
     tokens = np.geomspace(runs.tokens.min() / 2, furthest * 2, 100)
     for number, size in enumerate(sizes):
+        # The yellow end of the map is too light for lines on white.
         color = plt.get_cmap("viridis")(number / max(1, len(sizes) - 1) * 0.85)
         here = runs.parameters == size
         left.plot(runs.tokens[here], runs.losses[here], "o", color=color, label=f"{size:.3g}")
@@ -110,16 +121,17 @@ def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
     most = max([spent.max(), *(6 * goal.parameters * goal.tokens for goal in ladder.predict)])
     flops = np.geomspace(spent.min() / 2, most * 2, 100)
     best = law.best_parameters(flops)
-    right.plot(
-        flops, law.loss(best, flops / 6 / best), "k-", linewidth=1, label="best size for the FLOPs"
-    )
+    lowest = law.loss(best, flops / 6 / best)
+    right.plot(flops, lowest, "k-", linewidth=1, label="best size for the FLOPs")
     for goal in ladder.predict:
         loss, low, high = fit.predict(goal.parameters, goal.tokens)
+        # An interval of few draws may lie beside the law itself; matplotlib refuses such bars.
+        bars = [[max(0.0, loss - low)], [max(0.0, high - loss)]]
+        label = f"foretold: {goal.parameters:.3g}"
         for axes, x in ((left, goal.tokens), (right, 6 * goal.parameters * goal.tokens)):
             axes.errorbar(
-                x, loss, [[max(0.0, loss - low)], [max(0.0, high - loss)]], fmt="*", color="#d9661f", markersize=11,
-                capsize=3, label=f"foretold: {goal.parameters:.3g}",
-            )  # fmt: skip
+                x, loss, bars, fmt="*", color="#d9661f", markersize=11, capsize=3, label=label
+            )
     for axes, what in ((left, "tokens"), (right, "FLOPs, 6·N·D")):
         axes.set(xscale="log", xlabel=what)
         axes.grid(alpha=0.3)
