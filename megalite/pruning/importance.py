@@ -50,6 +50,7 @@ def measure(runs: LayerRuns, readers: Mapping[str, Sequence[Weight]], heads: int
 
     @contextmanager
     def watching(layer: int, model: nn.Module) -> Iterator[None]:
+        # Of the squares of what each row gives: `watch` sends one row at a time.
         sums: dict[str, Tensor] = {}
 
         def add(what: str, value: Tensor) -> None:
@@ -59,26 +60,26 @@ def measure(runs: LayerRuns, readers: Mapping[str, Sequence[Weight]], heads: int
             add(what, measures[what](*inputs))
 
         def behind_router(module: Router, inputs: Any, out: tuple[Tensor, ...]) -> None:
-            add("experts", _visits(len(module.weight), *out[1:]))
+            add("experts", _visits(len(module.weight), *out[1:]))  # weights, and which experts
 
         def behind_layer(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
             cosine = torch.cosine_similarity(inputs[0].double(), out.double(), dim=-1)
             add("layer", 1 - cosine.mean())
 
-        handles = [
-            model.get_submodule(weight.name.removesuffix(".weight")).register_forward_pre_hook(
-                partial(before, what)
-            )
-            for what, weights in readers.items()
-            for weight in weights
-            if weight.place == layer
-        ]
+        handles = []
+        for what, weights in readers.items():
+            for weight in weights:
+                if weight.place == layer:
+                    module = model.get_submodule(weight.name.removesuffix(".weight"))
+                    hook = partial(before, what)
+                    handles.append(module.register_forward_pre_hook(hook))
         routers = [module for module in model.modules() if isinstance(module, Router)]
         handles += [module.register_forward_hook(behind_router) for module in routers]
         handles.append(model.get_submodule(f"layers.{layer}").register_forward_hook(behind_layer))
         yield
         for handle in handles:
             handle.remove()
+        # Layers come in order, so that an element's place is its layer.
         found.heads.append(sums["heads"].sqrt())
         found.inner.append(sums["inner"].sqrt() if "inner" in sums else None)
         found.experts.append(sums["experts"].sqrt() if routers else None)
@@ -90,20 +91,26 @@ def measure(runs: LayerRuns, readers: Mapping[str, Sequence[Weight]], heads: int
 
 
 def _sizes(x_BTD: Tensor, *_: Any) -> Tensor:
+    """Return the mean size of each channel, [D]."""
     return x_BTD.float().abs().mean((0, 1))
 
 
 def _of_heads(heads: int, x_BTD: Tensor) -> Tensor:
-    return x_BTD.float().unflatten(-1, (heads, -1)).norm(dim=-1).mean((0, 1))
+    """Return the mean length of what each head gives, [H]."""
+    x_BTHK = x_BTD.float().unflatten(-1, (heads, -1))
+    return x_BTHK.norm(dim=-1).mean((0, 1))
 
 
 def _of_inner(x: Tensor, *groups: Any) -> Tensor:
     """Return the sizes of inner features [I]; given the groups of an expert's rows, [E,I]."""
     if not groups:
         return _sizes(x)
-    return torch.stack([rows.float().abs().sum(0) for rows in x.split(groups[0].counts.on_host)])
+    # Rows are sorted by their expert. An expert that was not visited has none, and the sum 0.
+    by_expert = x.split(groups[0].counts.on_host)
+    return torch.stack([rows.float().abs().sum(0) for rows in by_expert])
 
 
 def _visits(num_experts: int, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
+    """Return the sum of the weights with which tokens visit each expert, [E]."""
     visits_E = torch.zeros(num_experts, dtype=torch.float64)
     return visits_E.index_add_(0, index_BTK.flatten(), weight_BTK.flatten().double())

@@ -52,12 +52,18 @@ class Sparsity:
     def mask(self, scores: Tensor) -> Tensor:
         """Return where the lowest of `scores` [N,K] are, of the whole or of the neighbours: bool
         [N,K]."""
-        groups = scores.flatten()[None] if self.of is None else scores.unflatten(1, (-1, self.of))
-        return lowest(groups, round(self.share * groups.shape[-1])).view(scores.shape)
+        if self.of is None:
+            groups = scores.flatten()[None]
+        else:
+            groups = scores.unflatten(1, (-1, self.of))
+        # Rounded once for a group, so that each has the same number of zeros, as 2:4 must have.
+        count = round(self.share * groups.shape[-1])
+        return lowest(groups, count).view(scores.shape)
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
     """Return where the `count` lowest of the last dimension are, the first of equal ones; bool."""
+    # Stable, and no threshold: of many equal scores exactly `count` are taken.
     order = scores.argsort(dim=-1, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
@@ -71,6 +77,7 @@ def magnitude(weight: Tensor, sparsity: Sparsity) -> Tensor:
 def wanda(weight: Tensor, inputs: Tensor, sparsity: Sparsity) -> Tensor:
     """Return `weight` [N,K] without the elements of the lowest |W|·‖x‖₂, of their row or of their
     neighbours. `inputs` [K,K] is the sum of x xᵀ over the inputs."""
+    # (Σ x xᵀ)ₖₖ is the square of the length of input feature k over all tokens.
     lengths = inputs.diagonal().sqrt().float()
     # Without any input, as of an expert that no token has visited, the size alone decides.
     scores = weight.abs() * (lengths if lengths.any() else 1.0)
@@ -88,8 +95,10 @@ def sparsegpt(weight: Tensor, inputs: Tensor, sparsity: Sparsity) -> Tensor:
     width = sparsity.of or BLOCK
 
     def settle(column: int) -> Tensor:
+        # At the first of a group all before it are settled, and `rest` has what makes up for them.
         if column % width == 0:
             here = slice(column, column + width)
+            # The factor's diagonal squared is [H⁻¹]ₖₖ without the columns before k.
             costs = rest[:, here].square() / factor.diagonal()[here].square()
             removed[:, here] = sparsity.mask(costs)
         kept = rest[:, column].masked_fill(removed[:, column], 0.0)
@@ -113,6 +122,7 @@ class SparsePruner(MatrixChanges):
         super().__init__(model, runs)
         self.sparsity, self.method = sparsity, method
         for weight in self.matrices:
+            # A row must be what one output takes from its inputs, and a tensor one matrix.
             if weight.transpose or (weight.stack and len(weight.hf) != len(weight.row_groups)):
                 raise ConfigError(
                     f"{weight.name}: single weights of matrices stored as [in, out], or of all experts in one tensor, "

@@ -95,9 +95,11 @@ class StructuredPruner:
             if number is not None and not 0 < number <= has:
                 raise ConfigError(f"--{word.replace('_', '-')} {number}: the model has {has}")
             new[field] = has if number is None else number
+        # What is left is of no word of this family's.
         if asked.get("experts"):
             raise ConfigError(f"--experts: a {self.config.family} model has none")
         groups, each = new["num_kv_heads"], self.config.num_attention_heads // self.config.kv_heads
+        # Heads of queries belong to the group whose keys they read: all groups keep as many.
         if target.heads is None:
             new["num_attention_heads"] = groups * each
         if new["num_attention_heads"] % groups or new["num_attention_heads"] > groups * each:
@@ -123,15 +125,18 @@ class StructuredPruner:
         chosen = [
             choose_heads(scores, self.config.kv_heads, heads, groups) for scores in found.heads
         ]
+        # One choice of channels for all layers: the residual stream runs through them.
+        channels = most(found.hidden, new["hidden_size"])
         kept = {
-            "num_attention_heads": [pair[0] for pair in chosen],
-            "num_kv_heads": [pair[1] for pair in chosen],
-            "hidden_size": [most(found.hidden, new["hidden_size"]) for _ in per_layer],
+            "num_attention_heads": [queries for queries, _ in chosen],
+            "num_kv_heads": [kv_heads for _, kv_heads in chosen],
+            "hidden_size": [channels for _ in per_layer],
         }
         # Dense layers among those with experts have neither these, nor their inner features.
         none = torch.arange(0)
         for word, scores in (("inner", found.inner), ("experts", found.experts)):
-            if field := self.words.get(word):
+            field = self.words.get(word)
+            if field:
                 kept[field] = [none if x is None else most(x, new[field]) for x in scores]
         return kept
 
@@ -141,6 +146,7 @@ class StructuredPruner:
         made = model_config(from_hf_config(values))
         old = {weight.name: weight for weight in self.source.weights}
 
+        # The smaller model's layers are numbered anew: its layer n is the large one's layers[n].
         def old_of(weight: Weight) -> Weight:
             if not isinstance(weight.place, int):
                 return old[weight.name]
@@ -165,13 +171,11 @@ class StructuredPruner:
     def summary(self) -> str:
         """Return what stays, in words."""
         gone = sorted(set(range(self.config.num_layers)) - set(self.layers))
-        pairs = (
-            (word, self.new[field], getattr(self.config, field))
-            for word, field in self.words.items()
-        )
-        said = [
-            f"{new} of {old} {word.replace('_', ' ')}" for word, new, old in pairs if new != old
-        ]
+        said = []
+        for word, field in self.words.items():
+            new, old = self.new[field], getattr(self.config, field)
+            if new != old:
+                said.append(f"{new} of {old} {word.replace('_', ' ')}")
         if gone:
             said.append(f"without layer{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}")
         return ", ".join(said)
@@ -179,6 +183,7 @@ class StructuredPruner:
     def cut(self, weight: Weight, value: Tensor) -> Tensor:
         """Return the parts that stay of a weight of the large model."""
         how = self.following[weight.name]
+        # Outside of layers only channels are left out, which are the same in all of them.
         layer = weight.place if isinstance(weight.place, int) else 0
         if weight.stack:
             experts = self._places(how.stack, len(value), layer).tolist()
@@ -198,6 +203,7 @@ class StructuredPruner:
     def _matrix(
         self, weight: Weight, how: Following, value: Tensor, layer: int, expert: int = 0
     ) -> Tensor:
+        # Fused matrices (queries, keys and values) have parts of their own kinds, one behind another.
         start, rows = 0, []
         for field, size in zip(how.rows, _parts(weight), strict=True):
             rows.append(start + self._places(field, size, layer, expert))
@@ -213,6 +219,7 @@ class StructuredPruner:
             return torch.arange(size)
         kept = self.kept[field][layer]
         kept = kept[expert] if kept.dim() == 2 else kept
+        # A part may be several features, as a head is of its dimensions.
         each = size // getattr(self.config, field)
         return (kept[:, None] * each + torch.arange(each)).flatten()
 
@@ -227,12 +234,12 @@ class StructuredPruner:
         # The mean square again: with as many times eps, the norm is the same to the last digit.
         update["norm_eps"] = config.norm_eps * self._channels
         before, after = to_hf_config(config), to_hf_config(config.model_copy(update=update))
-        values = {
-            key: x
-            for key, x in self.source.config.items()
-            if key in after or key not in (*before, *ALIASES)
-        }
-        values |= {key: x for key, x in after.items() if before.get(key) != x or key not in values}
+        # The source's own keys stay as they are written, unless what they say has changed or gone.
+        gone = {*before, *ALIASES} - after.keys()
+        values = {key: x for key, x in self.source.config.items() if key not in gone}
+        for key, x in after.items():
+            if before.get(key) != x or key not in values:
+                values[key] = x
         if types := self.source.config.get("layer_types"):
             values["layer_types"] = [types[layer] for layer in layers]
         return values
@@ -259,7 +266,7 @@ def following(config: LlamaLike, counted: tuple[str, ...]) -> dict[str, Followin
         weight.name: Following(None, (None,) * len(_parts(weight)), None) for weight in table
     }
     for field in counted:
-        if field == "num_layers":
+        if field == "num_layers":  # says how many weights there are, and not how large they are
             continue
         other = config.model_copy(update={field: 2 * getattr(config, field)})
         for weight, larger in zip(table, weight_table(other), strict=True):
@@ -284,7 +291,7 @@ def most(scores: Tensor, count: int) -> Tensor:
 def choose_heads(scores: Tensor, had: int, heads: int, groups: int) -> tuple[Tensor, Tensor]:
     """Return which heads of queries, and which groups of keys and values, stay of `had` groups:
     the `groups` whose heads do most, and in each as many of these that do most."""
-    by_group = scores.view(had, -1)
+    by_group = scores.view(had, -1)  # heads of one group are neighbours
     kept = most(by_group.sum(1), groups)
     within = most(by_group[kept], heads // groups)
     return (kept[:, None] * by_group.shape[1] + within).flatten(), kept
