@@ -23,11 +23,13 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, scheme: Scheme) -> Ten
     """Return the numbers of `weight` [N, K] under `scheme` with `scales`.
 
     `hessian` [K, K], fp64, is the sum of x xᵀ over the inputs x; its scale does not matter."""
+    # Columns of large inputs first, while many are left to make up for their errors. One without
+    # any input counts as 1, as `inverse_factor` has it.
     diagonal = hessian.diagonal()
     order = torch.where(diagonal == 0, 1.0, diagonal).argsort(descending=True, stable=True)
     rest = weight.float()[:, order].clone()
     scale = scheme.spread(scales, tuple(weight.shape))[:, order]
-    numbers = scheme.encode(rest, scale)
+    numbers = scheme.encode(rest, scale)  # for its shape and dtype: each column is written anew
 
     def round_column(column: int) -> Tensor:
         # The same numbers as slices of one column: a scheme encodes element by element.
@@ -49,6 +51,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     # An input that was always 0 says nothing: its column moves no other.
     diagonal[diagonal == 0] = 1.0
     diagonal.add_(DAMPING * diagonal.mean())
+    # In fp64: the inverse of a nearly singular matrix has no correct digit in fp32.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -64,6 +67,7 @@ def column_by_column(rest: Tensor, factor: Tensor, settle: Callable[[int], Tenso
         errors = torch.empty(len(rest), stop - start)
         for column in range(start, stop):
             error = (rest[:, column : column + 1] - settle(column)) / factor[column, column]
+            # At once within the block; behind it all errors together, below.
             rest[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         rest[:, stop:] -= errors @ factor[start:stop, stop:]

@@ -38,6 +38,7 @@ def read_rows(prefix: str, count: int, length: int) -> Tensor:
             f"{prefix} has {dataset.num_tokens:,} tokens, too few for {count} rows of {length + 1:,}: "
             "lower --rows or --length, or give more data"
         )
+    # Evenly from the first token to the last: a file may be sorted by its sources.
     starts = torch.arange(count) * (dataset.num_tokens - length - 1) // max(1, count - 1)
     rows = [
         torch.from_numpy(dataset.tokens[start : start + length + 1].astype("int64"))
@@ -54,6 +55,7 @@ class LayerRuns:
         """Take `count` rows of a token file, of which every fourth measures, and is not calibrated
         with."""
         rows = read_rows(prefix, count, length)
+        # Of fewer than four rows the last one.
         measures = torch.arange(count) % 4 == min(3, count - 1)
         return cls(folder, rows[~measures], rows[measures])
 
@@ -94,6 +96,7 @@ class LayerRuns:
 
         Returns the other weights that were scaled, by name."""
         stage = self._load(layer)
+        # Before anything is changed: these rows go through the model as it was.
         self._held_out[0].through(stage)
         weights = {
             weight.name: weight
@@ -104,9 +107,10 @@ class LayerRuns:
         if scaling:
             calibration = self._calibration
             exact = scaling.apply(stage.model, layer, inputs, lambda: calibration.some(stage))
-            inputs = self._collect(stage, weights)
+            inputs = self._collect(stage, weights)  # scaling has changed what goes in
         for name, weight in weights.items():
             parameter = stage.model.get_parameter(name)
+            # What was scaled, in fp32 and not rounded to the parameter's dtype in between.
             value = exact.pop(name, parameter)
             parameter.copy_(change(weight, value, parameter.dtype, inputs[name].products))
         self._held_out[1].through(stage)
@@ -145,13 +149,12 @@ class LayerRuns:
         ) -> None:
             x = inputs[0].flatten(0, -2).float()
             sizes = x.abs()
-            by_matrix = _by_matrix(*inputs, **how) if weights[name].stack else (x,)
-            products = torch.stack([rows.double().T @ rows.double() for rows in by_matrix])
-            new = InputStats(
-                products if weights[name].stack else products[0],
-                sizes.sum(0) / count,
-                sizes.amax(0),
-            )
+            if weights[name].stack:
+                by_expert = _by_matrix(*inputs, **how)
+                products = torch.stack([_products(rows) for rows in by_expert])
+            else:
+                products = _products(x)
+            new = InputStats(products, sizes.sum(0) / count, sizes.amax(0))
             if old := found.get(name):
                 new = InputStats(
                     old.products + new.products,
@@ -178,6 +181,12 @@ class LayerRuns:
                     "or too large for their precision; take an earlier checkpoint"
                 )
         return found
+
+
+def _products(rows: Tensor) -> Tensor:
+    """Return the sum of x xᵀ over rows [R, K], fp64 [K, K]."""
+    wide = rows.double()
+    return wide.T @ wide
 
 
 def _by_matrix(x: Tensor, groups: Groups, gather: bool = False) -> tuple[Tensor, ...]:

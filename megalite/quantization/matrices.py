@@ -78,7 +78,11 @@ class MatrixChanges:
         if self.runs is None:
             for name, tensor in tensors.items():
                 self._change(name, tensor, tensor.dtype, None)
-        return {name: part for tensor in tensors for name, part in self._ready.pop(tensor).items()}
+        written: dict[str, Tensor] = {}
+        for hf_name in tensors:
+            # Taken out, so that no more than a layer is held.
+            written |= self._ready.pop(hf_name)
+        return written
 
     def _in_layer(
         self, weight: Weight, value: Tensor, dtype: torch.dtype, inputs: Tensor
@@ -90,10 +94,10 @@ class MatrixChanges:
         # must not reach over two. Those of a stack come expert by expert.
         parts = weight.to_hf(value)
         each = len(parts) // len(inputs) if weight.stack else 0
-        changed = {
-            name: self._change(name, part, dtype, inputs[number // each] if each else inputs)
-            for number, (name, part) in enumerate(parts.items())
-        }
+        changed = {}
+        for number, (name, part) in enumerate(parts.items()):
+            own = inputs[number // each] if each else inputs
+            changed[name] = self._change(name, part, dtype, own)
         return weight.from_hf(changed).to(dtype)
 
     def _change(

@@ -47,19 +47,15 @@ class Quantiser(MatrixChanges):
 
     def config(self) -> dict[str, object]:
         """Return config.json's `quantization_config`."""
-        names = [name for weight in self.matrices for name in weight.hf]
-        every = [
-            name
-            for weight in self.model.weights
-            for name in weight.hf
-            if len(weight.row_shape) == 1
-        ]
+        quantised = {name for weight in self.matrices for name in weight.hf}
         # Modules that transformers has as torch.nn.Linear, and that stay: the head, a router.
-        ignore = [
-            name.removesuffix(".weight")
-            for name in every
-            if name not in names and "embed" not in name
-        ]
+        ignore = []
+        for weight in self.model.weights:
+            for name in weight.hf:
+                is_linear = len(weight.row_shape) == 1 and "embed" not in name
+                if is_linear and name not in quantised:
+                    ignore.append(name.removesuffix(".weight"))
+        # A head that is tied to the embedding has no tensor of its own, but is a Linear there.
         return self.scheme.config(ignore or ["lm_head"])
 
     def scaling(self, dtype: torch.dtype) -> Scaling | None:
@@ -71,6 +67,7 @@ class Quantiser(MatrixChanges):
         self, name: str, value: Tensor, dtype: torch.dtype, inputs: Tensor | None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         scheme = self.scheme
+        # Found before columns are moved (GPTQ's static groups).
         scales = scheme.scales(value, dtype)
         scale = scheme.spread(scales, tuple(value.shape))
         if self.method == "gptq":

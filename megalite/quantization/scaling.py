@@ -43,6 +43,7 @@ def awq(weight: Tensor, inputs: InputStats, scheme: Scheme, dtype: torch.dtype) 
     best, least = torch.ones_like(inputs.mean), float("inf")
     for step in range(STEPS):
         factors = inputs.mean.pow(step / STEPS).clamp(min=1e-4)
+        # Around 1, as AWQ's own code has it: only their ratios matter, within the range of a dtype.
         factors = factors / (factors.max() * factors.min()).sqrt()
         scaled = weight * factors
         spread = scheme.spread(scheme.scales(scaled, dtype), tuple(weight.shape))
@@ -83,14 +84,15 @@ def sites(layer: str, shapes: Mapping[str, tuple[int, ...]], norms_only: bool) -
         found.insert(1, Site("attention.qkv", "attention.out"))
         # The linear part of a gated MLP multiplies what the activation lets through.
         found.append(Site("mlp.gate_up", "mlp.down"))
+    # How many times as many outputs the producer has: queries, keys and values; gate and linear part.
+    # Fewer are shared by several heads, and cannot be scaled for each.
     times = {"attention.out": 3, "mlp.down": 2}
-    return [
-        site
-        for site in found
-        if (made := shape(site.producer))
-        and (taken := shape(site.consumer))
-        and made[0] == taken[1] * times.get(site.consumer, 1)
-    ]
+    fitting = []
+    for site in found:
+        made, taken = shape(site.producer), shape(site.consumer)
+        if made and taken and made[0] == taken[1] * times.get(site.consumer, 1):
+            fitting.append(site)
+    return fitting
 
 
 class Scaling:
@@ -114,17 +116,18 @@ class Scaling:
         prefix = f"layers.{layer}"
         parameters = {n: p for n, p in model.named_parameters() if n.startswith(f"{prefix}.")}
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        found = [
-            site
-            for site in sites(prefix, shapes, self.norms_only)
-            if _keeps(partial(_fold, model, prefix, site, parameters), parameters, run)
-        ]
+        found = []
+        for site in sites(prefix, shapes, self.norms_only):
+            fold = partial(_fold, model, prefix, site, parameters)
+            if _keeps(fold, parameters, run):
+                found.append(site)
         if not found:
             raise ConfigError(
                 f"layer {layer} has no norm in front of a matrix alone, whose inputs could be scaled; quantise this "
                 "model by --method rtn or gptq"
             )
         exact = {name: parameter.float().clone() for name, parameter in parameters.items()}
+        # From first to last: the factors of one are of weights that those before it have changed.
         for site in found:
             name = f"{prefix}.{site.consumer}.weight"
             _fold(model, prefix, site, exact, self.scales(exact[name], inputs[name]))
@@ -140,7 +143,7 @@ def _keeps(
     """Return whether scaling changes nothing: a norm may feed other modules as well, or stand
     behind the matrix. Parameters are as before."""
     before, kept = run(), {name: x.clone() for name, x in parameters.items()}
-    fold(torch.tensor(2.0))
+    fold(torch.tensor(2.0))  # a power of two, by which nothing is rounded
     after = run()
     for name, parameter in parameters.items():
         parameter.copy_(kept[name])
@@ -155,6 +158,7 @@ def _fold(
     taken = parameters[f"{layer}.{site.consumer}.weight"]
     taken.mul_(factors)
     producer = f"{layer}.{site.producer}"
+    # Gemma's norms multiply by 1 + weight.
     unit = getattr(model.get_submodule(producer), "UNIT", 0.0)
     # The last of them: values behind queries and keys, the linear part behind the gate.
     weight = parameters[f"{producer}.weight"][-taken.shape[1] :]

@@ -110,6 +110,8 @@ class Integers(Scheme):
 
     @property
     def step(self) -> float:
+        # As compressed-tensors has it: the range of all 2^bits numbers, half a step beyond the
+        # largest one, which `encode` cuts off.
         return 2 / (2**self.bits - 1)
 
     def encode(self, weight: Tensor, scale: Tensor) -> Tensor:
@@ -120,6 +122,7 @@ class Integers(Scheme):
         if self.bits == 8:
             return super().pack(numbers, scales, dtype)
         per_word = 32 // self.bits
+        # Unsigned, so that no sign reaches over the bits of the numbers beside it.
         unsigned = numbers.int() + 2 ** (self.bits - 1)
         words = torch.zeros(numbers.shape[0], numbers.shape[1] // per_word, dtype=torch.int32)
         for place in range(per_word):
