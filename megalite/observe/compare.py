@@ -3,6 +3,7 @@ which settings they differ. One picture, and one HTML page that holds it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -95,8 +96,9 @@ def table_of_results(
     rows = [["run", "state", "steps", "tokens", "time", "loss", "best valid", "tokens/s", "MFU"]]
     for name, run in runs.items():
         train = _train(records[name])
-        valid = column([r for r in records[name] if "valid_loss" in r], "valid_loss")
+        valid = column(_validations(records[name]), "valid_loss")
         valid = valid[np.isfinite(valid)]
+        # Of all steps the median: a few are slow, by a compilation or another job on the machine.
         speed, mfu = (_median(column(train, key)) for key in ("tokens_per_s", "mfu"))
         rows.append(
             [
@@ -138,6 +140,7 @@ def draw(records: Mapping[str, Records], out_path: Path) -> None:
     figure = new_figure(15, 5.6)
     panels = figure.subplots(1, 3, sharey=True)
     longest = max(seconds_of(_train(found))[-1] for found in records.values())
+    # The largest unit of which the longest run has two or more.
     unit = next((name for name, size in UNITS.items() if longest >= 2 * size), "seconds")
     labels = {"step": "steps", "tokens": "tokens", "time": f"{unit} of steps"}
     for axes, key in zip(panels, AXES, strict=True):
@@ -145,7 +148,7 @@ def draw(records: Mapping[str, Records], out_path: Path) -> None:
             _draw_run(axes, found, key, UNITS[unit], name, color)
             for (name, found), color in zip(records.items(), COLORS, strict=False)
         ]
-        limit_to(axes, [values for pair in shown for values in pair])
+        limit_to(axes, itertools.chain.from_iterable(shown))
         style(axes)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -176,10 +179,10 @@ def _draw_run(
     """Draw the losses of one run over `key`, one of AXES; time in units of `unit_s` seconds. Return
     the smoothed and the validation losses."""
     train = _train(records)
-    valid = [record for record in records if "valid_loss" in record]
+    valid = _validations(records)
     x = seconds_of(train) / unit_s if key == "time" else column(train, key)
     loss, reach, some = column(train, "loss"), window(train), thin(train)
-    line = smooth(smooth(loss, reach), reach)
+    line = smooth(smooth(loss, reach), reach)  # twice, as in loss.png
     axes.plot(x[some], line[some], color=color, linewidth=1.8, label=name)
     losses = column(valid, "valid_loss")
     # Validations have steps only: where a step is on another axis, its own record says.
@@ -192,6 +195,10 @@ def _draw_run(
 
 def _train(records: Records) -> Records:
     return [record for record in records if "loss" in record]
+
+
+def _validations(records: Records) -> Records:
+    return [record for record in records if "valid_loss" in record]
 
 
 def seconds_of(train: Records) -> np.ndarray:

@@ -99,8 +99,8 @@ class Console:
             counted += f", {compact(trained)} of them trained"
         self._print(f"{config.run.name}  {model}, {counted}, {train.precision}", "bold")
         if layout:
-            axes = [hardware] * bool(hardware) + [f"{key} {value}" for key, value in layout.items()]
-            self._print("  ".join(axes), "dim")
+            axes = [f"{key} {value}" for key, value in layout.items()]
+            self._print("  ".join([hardware, *axes] if hardware else axes), "dim")
         in_all = compact(config.num_tokens)
         first = f"{train.batch_size(0) * config.sample_tokens:,} to " if train.batch_ramp else ""
         self._print(f"{self._total:,} steps of {first}{tokens:,} tokens, {in_all} in all", "dim")

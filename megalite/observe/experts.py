@@ -86,9 +86,9 @@ class ExpertLoads:
             share = visits[row, :count] / visits[row].sum().clamp(min=1.0)
             self.loads[row, :count] = share * count
             record[f"expert_load/{number}"] = (share.max() * count).float()
-            record[f"expert_entropy/{number}"] = (
-                -torch.xlogy(share, share).sum() / math.log(count)
-            ).float()
+            # `xlogy` is 0 at 0, where a share times its logarithm would be NaN.
+            entropy = -torch.xlogy(share, share).sum()
+            record[f"expert_entropy/{number}"] = (entropy / math.log(count)).float()
             record[f"dead_experts/{number}"] = (share == 0).sum().float()
         return record
 

@@ -148,14 +148,15 @@ class MlflowSink(QueuedSink):
         name = self._config.observe.mlflow.experiment
         query = urllib.parse.urlencode({"experiment_name": name})
         found = server.call(f"experiments/get-by-name?{query}")
-        number = (
-            found["experiment"]["experiment_id"]
-            if found
-            else (server.call("experiments/create", {"name": name}) or {})["experiment_id"]
-        )
+        if found:
+            number = found["experiment"]["experiment_id"]
+        else:
+            made = server.call("experiments/create", {"name": name}) or {}
+            number = made["experiment_id"]
         body = {"experiment_id": number, "run_name": self._config.run.name, "start_time": _now()}
-        made = server.call("runs/create", body) or {}
-        run_id = str(made["run"]["info"]["run_id"])
+        started = server.call("runs/create", body) or {}
+        run_id = str(started["run"]["info"]["run_id"])
+        # Noted before anything is sent: a crash from here on is resumed under this id.
         with replacing(self._path) as temporary:
             temporary.write_text(json.dumps({"run_id": run_id}))
         return run_id

@@ -30,7 +30,8 @@ class Difference:
     """The part that differs, where it is a part."""
 
     def __str__(self) -> str:
-        return f"{self.name} {list(self.shape)}: off by {self.error:.1e}{f', {self.where}' if self.where else ''}"
+        part = f", {self.where}" if self.where else ""
+        return f"{self.name} {list(self.shape)}: off by {self.error:.1e}{part}"
 
 
 def compare_runs(
@@ -43,9 +44,8 @@ def compare_runs(
     ours, theirs = read_steps(a), read_steps(b)
     common = [step for step in ours if step in theirs and (not steps or step in steps)]
     if not common:
-        raise DataError(
-            f"no step was recorded by both: {a} has {', '.join(map(str, ours))}, {b} has {', '.join(map(str, theirs))}"
-        )
+        has = [f"{run} has {', '.join(map(str, found))}" for run, found in ((a, ours), (b, theirs))]
+        raise DataError(f"no step was recorded by both: {has[0]}, {has[1]}")
     lines: list[str] = []
     agree = True
     for step in common:
@@ -70,16 +70,19 @@ def _compare_step(
     if ours.grad_norm is not None and theirs.grad_norm is not None:
         off = abs(ours.grad_norm - theirs.grad_norm) / max(abs(ours.grad_norm), 1e-12)
         numbers.append(("norm", ours.grad_norm, theirs.grad_norm, off))
+    # In the order in which a step computes them, so that the first difference is the cause: the
+    # gradients of the last layer come first.
     for kind, title, names in (
         ("weight", "weights before", ours.names), ("grad", "gradients", tuple(reversed(ours.names))),
     ):  # fmt: skip
         said, equal = _compare_tensors(kind, names, ours, theirs, tolerance)
-        lines += [f"{title:<16}{said[0]}", *(f"{'':16}{line}" for line in said[1:])]
+        lines.append(f"{title:<16}{said[0]}")
+        lines += [f"{'':16}{line}" for line in said[1:]]
         agree &= equal
         if kind == "weight":
             for name, mine, other, error in numbers:
                 lines.append(f"{name:<16}{mine:.7g} and {other:.7g}: off by {error:.1e}")
-                agree &= error <= tolerance
+                agree &= error <= tolerance  # NaN is above any
     return lines, agree
 
 
@@ -91,7 +94,7 @@ def _compare_tensors(
     found = list(
         _differences(kind, [name for name in names if name in mine & others], ours, theirs)
     )
-    beyond = [each for each in found if not each.error <= tolerance]
+    beyond = [each for each in found if not each.error <= tolerance]  # NaN as well
     worst = max(found, key=lambda each: each.error, default=None)
     if worst is None:
         lines = ["no tensor of one name"]
@@ -131,9 +134,12 @@ def _where(off: Tensor) -> str:
     """Say in which part of a tensor nearly all of a difference is, if it is one range of an
     axis."""
     total = off.square().sum()
-    for axis in range(off.dim() if off.numel() > 1 and total > 0 and total.isfinite() else 0):
+    if off.numel() < 2 or not total > 0 or not total.isfinite():
+        return ""
+    for axis in range(off.dim()):
         # How much of the difference each index along the axis has: a tensor rank's part stands out.
-        squares = off.movedim(axis, 0).flatten(1).square().sum(1) if off.dim() > 1 else off.square()
+        by_index = off.movedim(axis, 0).reshape(off.shape[axis], -1)
+        squares = by_index.square().sum(1)
         # An even share of the rest would be rounding.
         high = (squares > 1e-4 * total / len(squares)).nonzero().flatten()
         first, last = int(high[0]), int(high[-1])

@@ -79,6 +79,7 @@ class PrometheusSink:
     def step(self, record: dict[str, float]) -> None:
         for flag, counter in self._flags.items():
             counter.labels(self._run).inc(record.get(flag, 0.0))
+        # A gauge keeps its last value: that of a straggler which has caught up must go.
         for name in PASSING:
             if name not in record and (gauge := self._gauges.get(f"megalite_train_{name}")):
                 gauge.clear()
@@ -128,7 +129,7 @@ class PrometheusSink:
 
             with replacing(self._file) as temporary:
                 temporary.write_bytes(generate_latest(self._registry))
-                temporary.chmod(0o644)
+                temporary.chmod(0o644)  # node-exporter runs as another user
             self._written = time.monotonic()
 
 

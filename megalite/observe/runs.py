@@ -33,11 +33,11 @@ AXES = {
 def run_folders(root: Path) -> Iterator[Path]:
     """Yield the folders of runs in and below `root`, in the order of their names."""
     for folder, inner, files in os.walk(root):
-        if "config.yaml" in files and (
-            {"lock", "metrics.jsonl"} & {*files} or "checkpoints" in inner
-        ):
+        # A config alone may be one that somebody has written for runs to come.
+        is_written = {"lock", "metrics.jsonl"} & {*files} or "checkpoints" in inner
+        if "config.yaml" in files and is_written:
             yield Path(folder)
-            inner.clear()
+            inner.clear()  # `os.walk` goes no deeper: checkpoints have a config.yaml as well
         inner.sort()
 
 
@@ -64,7 +64,8 @@ class RunRecord:
         """Return the preset, the Hugging Face folder or the family of the model."""
         model = self.section("model")
         hf = model.get("hf")
-        return str(model.get("preset") or (hf and Path(str(hf)).name) or model.get("family") or "-")
+        name = Path(str(hf)).name if hf else ""
+        return str(model.get("preset") or name or model.get("family") or "-")
 
     @property
     def layout(self) -> str:
@@ -79,7 +80,9 @@ class RunRecord:
         many = [f"{name} {axes[name]}" for name in names if _above_one(axes.get(name))]
         if not many:
             return "one rank"
-        return ", ".join([*many, *([f"ZeRO-{axes['zero']}"] if axes.get("zero") else [])])
+        if axes.get("zero"):
+            many.append(f"ZeRO-{axes['zero']}")
+        return ", ".join(many)
 
     @property
     def steps(self) -> int:

@@ -32,11 +32,11 @@ def folder_of(root: Path, step: int) -> Path:
 def write_tensors(folder: Path, rank: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write the tensors that a rank owns, by kind and Hugging Face name."""
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {
-        f"{kind}/{name}": x.detach().cpu().contiguous()
-        for kind in tensors
-        for name, x in tensors[kind].items()
-    }
+    flat = {}
+    for kind, named in tensors.items():
+        for name, tensor in named.items():
+            # A file of safetensors holds no strides: what is a view must be laid out anew.
+            flat[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
     save_file(flat, folder / f"rank-{rank:05d}.safetensors")
 
 
@@ -85,6 +85,7 @@ def read_steps(root: Path) -> dict[int, RecordedStep]:
     for folder in sorted((root / "tensors").glob("step-*")):
         try:
             numbers = read_json(folder / "step.json", DataError)
+            # The headers alone: tensors are read when they are compared.
             files: dict[str, Path] = {}
             for file in sorted(folder.glob("rank-*.safetensors")):
                 with safe_open(file, framework="pt") as opened:
