@@ -100,17 +100,24 @@ def _tasks_of_classes(folder: Path, asked: Asked) -> tuple[list[Task], Kind, Seq
         classifier, questions, asked.num_rows, asked.by or "entropy", asked.diverse
     )
     kind: Kind = "classes" if classifier.problem == "multi_label" else "classification"
-    labels = dict.fromkeys(classifier.labels)
+    labels: Sequence[str] = classifier.labels
     if classifier.task == "labels":
-        kind = "labels"
-        # BIO labels of one name are one label of spans.
-        names = (label.partition("-") for label in classifier.labels if label != OUTSIDE)
-        labels = dict.fromkeys(
-            name if dash and part in ("B", "I") else part + dash + name
-            for part, dash, name in names
-        )
-    tasks = [_task(questions[x.number], x, kind, found[questions[x.number]]) for x in chosen]
-    return tasks, kind, [*labels], len(questions)
+        kind, labels = "labels", _names_of_spans(classifier.labels)
+    tasks = []
+    for each in chosen:
+        question = questions[each.number]
+        tasks.append(_task(question, each, kind, found[question]))
+    return tasks, kind, list(dict.fromkeys(labels)), len(questions)
+
+
+def _names_of_spans(labels: Sequence[str]) -> list[str]:
+    """Return the labels of spans, given those of their words: B-NAME and I-NAME are both NAME."""
+    names = []
+    for label in labels:
+        part, dash, name = label.partition("-")
+        if label != OUTSIDE:
+            names.append(name if dash and part in ("B", "I") else label)
+    return names
 
 
 def _task(question: Question, chosen: Uncertain, kind: Kind, origin: str) -> Task:

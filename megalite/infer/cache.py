@@ -69,9 +69,9 @@ class CachedSequenceInfo(SequenceInfo):
         """Return the first and the last cell that the single token of each row attends to, both
         [B]. `window`: of sliding-window attention, None without one."""
         last_B = self.position_BT[:, 0]
-        return torch.zeros_like(last_B) if window is None else (last_B + 1 - window).clamp(
-            min=0
-        ), last_B
+        if window is None:
+            return torch.zeros_like(last_B), last_B
+        return (last_B + 1 - window).clamp(min=0), last_B
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Return the causal attention bias for scores, [B,1,T,C]: 0, or -inf for hidden cells. It
@@ -84,10 +84,8 @@ class CachedSequenceInfo(SequenceInfo):
             hidden = cell_C > last_BT1
             if window is not None:
                 hidden |= cell_C <= last_BT1 - window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-                hidden, -torch.inf
-            )
-            self.biases[window, dtype] = bias[:, None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.biases[window, dtype] = bias.masked_fill_(hidden, -torch.inf)[:, None]
         return self.biases[window, dtype]
 
 
@@ -206,11 +204,9 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)
     else:
         # PyTorch's fused attention has no soft cap on scores (Gemma 2), and no sinks (gpt-oss).
-        sinks = (
-            None
-            if sinks_H is None
-            else sinks_H.repeat_interleave(length).view(1, groups, shared * length, 1)
-        )
+        sinks = None
+        if sinks_H is not None:  # one for each query, in the order of `q`
+            sinks = sinks_H.repeat_interleave(length).view(1, groups, shared * length, 1)
         out = eager_heads(q, k, v, bias, kind, sinks=sinks)
     return out.unflatten(2, (shared, length)).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
 

@@ -128,12 +128,13 @@ class Classifier:
             ids = [*ids[:most], *end]
             return Row(ids, len(ids))
         first = [*ids, *tokenizer.between_ids][:most]
-        return Row([*[*first, *tokenizer.encode(question.pair)][:most], *end], len(first))
+        both = [*first, *tokenizer.encode(question.pair)][:most]
+        return Row([*both, *end], len(first))
 
     def _row_of_words(self, question: Question) -> Row:
         if question.pair:
             raise ConfigError(f"{shown(question.pair)}: words of a second text have no labels")
-        # As rows of words are put together for training.
+        # As rows of words are put together for training. Words count from 1: 0 is no word's.
         text, parts, place = " ".join(question.tokens), [], 0
         for number, word in enumerate(question.tokens, 1):
             parts.append(Part(place, place + len(word), number))
@@ -149,10 +150,10 @@ class Classifier:
         self, questions: Sequence[Question], rows: Sequence[Row]
     ) -> list[TextVerdict | WordsVerdict]:
         """Return what the model tells of questions, given the `row` of each."""
-        found = {
-            number: self.verdict(questions[number], rows[number], logits_TC)
-            for number, logits_TC in self.logits(rows)
-        }
+        # Batches come by length, not in the order of the rows.
+        found = {}
+        for number, logits_TC in self.logits(rows):
+            found[number] = self.verdict(questions[number], rows[number], logits_TC)
         return [found[number] for number in range(len(rows))]
 
     def logits(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
@@ -206,12 +207,12 @@ class Classifier:
         """Return lines that show a verdict, with the scores of at most so many classes, or a row of
         JSON as `preprocess_data.py` takes it, with the scores beside what is told."""
         if isinstance(verdict, WordsVerdict):
-            told = zip(verdict.tokens, verdict.labels, strict=True)
-            return (
-                json.dumps(verdict._asdict())
-                if as_json
-                else "  ".join(word if label is None else f"{word}/{label}" for word, label in told)
-            )
+            if as_json:
+                return json.dumps(verdict._asdict())
+            told = []
+            for word, label in zip(verdict.tokens, verdict.labels, strict=True):
+                told.append(word if label is None else f"{word}/{label}")
+            return "  ".join(told)
         scores = dict([*verdict.scores.items()][:most])
         if as_json:
             texts = {"text": question.text, "text_pair": question.pair or None}
@@ -238,14 +239,18 @@ def question_of(row: Any) -> Question | None:
     """Return the question in a row of labelled data; None if there is none."""
     if not isinstance(row, Mapping):
         return None
-    words = next((row[name] for name in WORDS if row.get(name) is not None), None)
+    words = _first_of(row, WORDS)
     if words is not None:
         is_list = isinstance(words, list) and bool(words)
         sound = is_list and all(isinstance(word, str) and word for word in words)
         return Question(" ".join(words), words=tuple(words)) if sound else None
-    text, pair = (
-        next((row[name] for name in names if row.get(name) is not None), "")
-        for names in (FIRST_TEXTS, SECOND_TEXTS)
-    )
+    text, pair = _first_of(row, FIRST_TEXTS), _first_of(row, SECOND_TEXTS)
+    if pair is None:
+        pair = ""
     sound = isinstance(text, str) and isinstance(pair, str) and bool(text)
     return Question(text, pair) if sound else None
+
+
+def _first_of(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Return the first of these fields of a row that it has; None where it has none of them."""
+    return next((row[name] for name in names if row.get(name) is not None), None)

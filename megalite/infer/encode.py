@@ -129,6 +129,7 @@ class Encoder:
     def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
         """Return the tokens of texts, between the two that an encoder's texts have around them; cut
         at `longest`."""
+        # Room for the two tokens that `_row` puts around a text.
         ends = None if longest is None else longest - 2
         return [self._row(ids[:ends]) for ids in self.tokenizer.encode_batch(texts)]
 
@@ -140,11 +141,8 @@ class Encoder:
     ) -> npt.NDArray[np.float32]:
         """Return what `embed` does, of rows of tokens."""
         usual = self.pooling
-        pooling, normalize = (
-            pooling or usual.pooling,
-            usual.normalize if normalize is None else normalize,
-        )
-        # Room for the two tokens that `_row` puts around a text.
+        pooling = pooling or usual.pooling
+        normalize = usual.normalize if normalize is None else normalize
         vectors = np.zeros((len(rows), self.model.config.hidden_size), np.float32)
         for numbers, tokens_BT, x_BTD in state_batches(self.model, rows):
             x_BTD = self.model.final_states(x_BTD).float()
@@ -200,7 +198,7 @@ def state_batches(
         width = len(rows[left[0]])
         count = max(1, BATCH_TOKENS // width)
         numbers, left = left[:count], left[count:]
-        padded = [rows[n] + rows[n][-1:] * (width - len(rows[n])) for n in numbers]
+        padded = [row + row[-1:] * (width - len(row)) for row in (rows[n] for n in numbers)]
         tokens_BT, index_T = torch.tensor(padded, device=device), torch.arange(width, device=device)
         lengths_B1 = torch.tensor([len(rows[n]) for n in numbers], device=device)[:, None]
         places = SequenceInfo(index_T, index_T[None])
@@ -239,9 +237,12 @@ def read_pooling(folder: Path) -> PoolingConfig:
     file = folder / kinds.get("Pooling", "1_Pooling") / "config.json"
     values = read_object(file, ConfigError)
     # Before version 6 each way had a key of its own.
-    old = [key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-           for key, value in values.items() if key.startswith("pooling_mode_") and value is True]  # fmt: skip
-    ways = [values["pooling_mode"]] if "pooling_mode" in values else old
+    if "pooling_mode" in values:
+        ways = [values["pooling_mode"]]
+    else:
+        keys = [key for key, value in values.items() if value is True]
+        old = [key.removeprefix("pooling_mode_") for key in keys if key.startswith("pooling_mode_")]
+        ways = [way.removesuffix("_tokens").removesuffix("_token") for way in old]
     if ways not in (["mean"], ["cls"]):
         raise ConfigError(
             f"{file} pools by {', '.join(map(str, ways)) or 'nothing'}; known are mean and cls"

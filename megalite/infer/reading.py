@@ -137,38 +137,38 @@ class Reader:
         step = max(room // 2, 1)
         # As many as reach the end of the text.
         starts = range(0, max(len(ids) - room, 0) + step, step)
-        return [
-            Window(
-                number,
-                [*before, *ids[start : start + room], *tokenizer.end_ids],
-                len(before),
-                places[start : start + room],
-            )
-            for start in starts
-        ]
+        windows = []
+        for start in starts:
+            here = slice(start, start + room)
+            row = [*before, *ids[here], *tokenizer.end_ids]
+            windows.append(Window(number, row, len(before), places[here]))
+        return windows
 
 
 def _candidates(window: Window, logits_T2: Tensor) -> list[Candidate]:
     """Return the likeliest answers in a window, given the logits of both ends."""
     logits = logits_T2[window.first : window.first + len(window.places)]
     count = min(NUM_ENDS, len(logits))
-    firsts, lasts = (logits[:, end].topk(count).indices for end in (0, 1))
-    pairs = torch.cartesian_prod(firsts, lasts)
-    pairs = pairs[(pairs[:, 0] <= pairs[:, 1]) & (pairs[:, 1] - pairs[:, 0] < LONGEST)]
-    scores = logits[pairs[:, 0], 0] + logits[pairs[:, 1], 1]
+    likeliest_starts, likeliest_ends = (logits[:, end].topk(count).indices for end in (0, 1))
+    starts, ends = torch.cartesian_prod(likeliest_starts, likeliest_ends).unbind(1)
+    # Ends are tokens of the answer themselves.
+    is_answer = (starts <= ends) & (ends - starts < LONGEST)
+    starts, ends = starts[is_answer], ends[is_answer]
+    # Log-probabilities of start and end, but for what all pairs of the window share.
+    scores = logits[starts, 0] + logits[ends, 1]
     best = scores.topk(min(NUM_ENDS, len(scores)))
-    return [
-        Candidate(score, window.places[first][0], window.places[last][1])
-        for score, (first, last) in zip(
-            best.values.tolist(), pairs[best.indices].tolist(), strict=True
-        )
-    ]
+    candidates = []
+    for at, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        first, last = int(starts[at]), int(ends[at])
+        candidates.append(Candidate(score, window.places[first][0], window.places[last][1]))
+    return candidates
 
 
 def _best(context: str, candidates: Sequence[Candidate], none: float | None) -> Found:
     """Return the answer of the highest score. `none` is that of no answer, where there may be
     none."""
     # Windows overlap: a part of the text that is in two counts once.
+    # In ascending order of scores, so that the highest one stays.
     unique = {(x.start, x.stop): x for x in sorted(candidates)}
     kept = sorted(unique.values(), reverse=True)[:NUM_ENDS]
     if none is not None:
@@ -176,9 +176,10 @@ def _best(context: str, candidates: Sequence[Candidate], none: float | None) -> 
     if not kept:
         return Found("", -1, 1.0)
     shares = torch.tensor([x.score for x in kept]).softmax(0)
-    text = context[kept[0].start : kept[0].stop] if kept[0].start >= 0 else ""
+    best = kept[0]
+    text = context[best.start : best.stop] if best.start >= 0 else ""
     # Tokens of a byte-level tokenizer begin with the space before them.
-    start = kept[0].start + len(text) - len(text.lstrip())
+    start = best.start + len(text) - len(text.lstrip())
     return Found(text.strip(), start, shares[0].item())
 
 
@@ -190,11 +191,14 @@ def scores(asked: Sequence[Asked], said: Sequence[str]) -> str:
         for x, text in zip(asked, said, strict=True)
         if x.wanted is not None
     ]
-    exact = sum(exact_match(text, wanted) for wanted, text in known)
-    shared = sum(max(f1(text, each) for each in wanted) for wanted, text in known)
+    exact = shared = 0.0
+    for wanted, text in known:
+        exact += exact_match(text, wanted)
+        shared += max(f1(text, each) for each in wanted)
+    # In percent, as SQuAD's leaderboard has them.
+    exact, shared = 100 * exact / len(known), 100 * shared / len(known)
     return (
-        f"exact match {100 * exact / len(known):.2f}, F1 {100 * shared / len(known):.2f}, of {len(known):,} "
-        "questions with known answers"
+        f"exact match {exact:.2f}, F1 {shared:.2f}, of {len(known):,} questions with known answers"
     )
 
 

@@ -68,11 +68,8 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
             row = _without_answer(json.loads(line))
             prompt, wanted = row["prompt"], row["completion"]
             wanted = [wanted] if isinstance(wanted, str) else wanted
-            if (
-                not isinstance(wanted, list)
-                or not wanted
-                or not all(isinstance(text, str) for text in wanted)
-            ):
+            is_list = isinstance(wanted, list) and bool(wanted)
+            if not is_list or not all(isinstance(text, str) for text in wanted):
                 raise ValueError("`completion` must be a text, or a list of texts")
             if isinstance(prompt, str) and contents:
                 prompt = [{"role": "user", "content": prompt}]

@@ -101,6 +101,7 @@ class Decoding:
         [B,V]."""
         self._check()
         model, config, at = self.model, self.model.config, self.length
+        # Of the new token's position alone, to all before it and itself.
         index_C = torch.arange(at + 1, device=tokens_B.device)
         found_1C = buckets(
             index_C[-1:], index_C, False, config.relative_buckets, config.relative_distance
@@ -110,11 +111,8 @@ class Decoding:
         x = model.embedding(tokens_B[:, None])
         for layer, cache in zip(self.layers, self.caches, strict=True):
             mixer, cross = layer.attention, layer.cross
-            q, k, v = (
-                mixer.qkv(layer.attention_norm(x))
-                .unflatten(-1, (-1, mixer.head_size))
-                .chunk(3, dim=2)
-            )
+            heads = mixer.qkv(layer.attention_norm(x)).unflatten(-1, (-1, mixer.head_size))
+            q, k, v = heads.chunk(3, dim=2)
             cache.keys[:, at], cache.values[:, at] = k[:, 0], v[:, 0]
             attended = attention(
                 q, cache.keys[:, : at + 1], cache.values[:, : at + 1], kind=ALL, bias=bias
@@ -243,6 +241,7 @@ def _one_by_one(
             [ends] * len(running),
         ).tolist()
         going = []
+        # A row's place in the batch changes as others end; its number in `targets` stays.
         for place, (row, token) in enumerate(zip(running, chosen, strict=True)):
             if token not in ends:
                 targets[row].append(token)
@@ -276,9 +275,9 @@ def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int])
     may_improve_B1 = torch.ones_like(rows_B1, dtype=torch.bool)
     tokens = torch.full((num_rows * count,), decoding.model.config.START_TOKEN, device=device)
     for length in range(room):
-        logprobs = (
-            decoding.step(tokens).log_softmax(-1).view(num_rows, count, -1) + scores_BW[..., None]
-        )
+        logprobs = decoding.step(tokens).log_softmax(-1).view(num_rows, count, -1)
+        logprobs = logprobs + scores_BW[..., None]  # of the whole beam
+        # Over all beams of a source at once: several may go on from the same one.
         found, places = logprobs.flatten(1).topk(num_kept)
         beam, token = places // vocab_size, places % vocab_size
         candidates = running_BWC.take_along_dim(beam[..., None], 1)
@@ -295,14 +294,13 @@ def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int])
         of_ended_BW = best.values
         ended_BWC = torch.cat((ended_BWC, candidates), 1).take_along_dim(best.indices[..., None], 1)
         has_ended_BW = torch.cat((has_ended_BW, is_counted), 1).gather(1, best.indices)
-        running_BWC, scores_BW = (
-            candidates.take_along_dim(next_BW[..., None], 1),
-            going.gather(1, next_BW),
-        )
+        running_BWC = candidates.take_along_dim(next_BW[..., None], 1)
+        scores_BW = going.gather(1, next_BW)
+        # A source is done once its best running beam, as long as it is now, is no better than the
+        # worst that has ended.
         worst_B1 = of_ended_BW.amin(1, keepdim=True)
-        hope = scores_BW[:, :1] / (length + 1) ** penalty > torch.where(
-            has_ended_BW, worst_B1, WORST
-        )
+        to_beat_BW = torch.where(has_ended_BW, worst_B1, WORST)
+        hope = scores_BW[:, :1] / (length + 1) ** penalty > to_beat_BW
         may_improve_B1 &= hope.any(1, keepdim=True)
         if ends_here.all() or not may_improve_B1.any():
             break

@@ -47,11 +47,13 @@ def uncertainty_of(probabilities_KC: Tensor, measure: Measure, is_one: bool) -> 
     confidence: 1 less the likeliest, over what that is of equal probabilities. Unless one of the
     classes is true (`is_one`), each is a question of its own, and the mean over them is taken."""
     if not is_one:
+        # [K, C] becomes [K·C, 2]: yes or no of each class.
         probabilities_KC = torch.stack((probabilities_KC, 1 - probabilities_KC), -1).flatten(0, -2)
     count = probabilities_KC.shape[-1]
     if not len(probabilities_KC) or count < 2:
         return 0.0
     if measure == "entropy":
+        # `entr` is −p·log p, and 0 at 0.
         found_K = torch.special.entr(probabilities_KC).sum(-1) / torch.tensor(count).log()
     else:
         best_K2 = probabilities_KC.topk(2).values
@@ -86,6 +88,7 @@ def least_certain_texts(
             found.append(Uncertain(start + at, uncertainty, *_told(said)))
     found.sort(key=lambda each: (-each.uncertainty, each.number))
     if diverse and len(found) > count:
+        # Among the least certain ones only: what is farthest of all may be known well.
         found = found[: CANDIDATES * count]
         vectors_nD = _vectors(classifier, [questions[each.number] for each in found])
         chosen = farthest_first(vectors_nD, count)
@@ -105,6 +108,7 @@ def _probabilities(classifier: Classifier, row: Row, logits_TC: Tensor) -> Tenso
 def _told(verdict: TextVerdict | WordsVerdict) -> tuple[Any, float | None]:
     """Return what a verdict says, and its probability."""
     if isinstance(verdict, WordsVerdict):
+        # Of the word that is told least surely; a word without a token has no label.
         known = [x for x, label in zip(verdict.scores, verdict.labels, strict=True) if label]
         return verdict.labels, min(known, default=None)
     if isinstance(verdict.label, str):
