@@ -25,6 +25,10 @@ class Interval(NamedTuple):
         """Return it as text, each number by the format `spec`."""
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
+    def as_json(self) -> dict[str, float | None]:
+        """Return it as JSON can hold it, where nothing is known as null."""
+        return {name: None if np.isnan(x) else x for name, x in self._asdict().items()}
+
 
 NOTHING = Interval(float("nan"), float("nan"), float("nan"))
 

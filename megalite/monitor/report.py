@@ -80,10 +80,10 @@ class Report(NamedTuple):
                 each.feature: each._asdict() | {"judged": each.is_judged} for each in self.drifts
             },
             "seconds": {each.name: each._asdict() for each in self.speeds},
-            "errors": self.errors._asdict(),
-            "refused": self.refused._asdict(),
-            "ratings": self.ratings[0]._asdict(),
-            "reference_ratings": self.ratings[1]._asdict(),
+            "errors": self.errors.as_json(),
+            "refused": self.refused.as_json(),
+            "ratings": self.ratings[0].as_json(),
+            "reference_ratings": self.ratings[1].as_json(),
             "alarms": self.alarms,
         }
 

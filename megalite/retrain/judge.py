@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megalite.data.indexed import IndexedDataset
+from megalite.errors import NotFinite
 from megalite.infer.generate import Generator
-from megalite.monitor.intervals import Interval, bootstrap
+from megalite.monitor.intervals import NOTHING, Interval, bootstrap
 from megalite.retrain.config import RetrainConfig
 
 SHRINKING = ("perplexity", "bits_per_byte", "loss")
@@ -48,7 +49,11 @@ def judge(
 ) -> Verdict:
     """Compare the models in two folders on the token files `held_out` and on what the config names.
     `work` is a folder for results. Raises ConfigError, DataError or CheckpointError."""
-    one, other = (scores_of(folder, held_out) for folder in (served, candidate))
+    one = scores_of(served, held_out)
+    try:
+        other = scores_of(candidate, held_out)
+    except NotFinite as problem:
+        return worthless(str(problem))
     gain = bootstrap(
         [other - one], [[str(row) for row in range(len(one))]], lambda x: float(x.mean())
     )
@@ -72,6 +77,11 @@ def judge(
             *(bias_of(config, folder, work / f"bias-{name}.json") for name, folder in sides.items())
         )
     return Verdict(gain, len(one), int((other > one).sum()), tasks, bias, [*reasons, *bias])
+
+
+def worthless(reason: str) -> Verdict:
+    """Return the verdict on a candidate that nothing can be measured of."""
+    return Verdict(NOTHING, 0, 0, {}, [], [reason])
 
 
 def scores_of(folder: Path, tokens: Path) -> np.ndarray:
@@ -138,6 +148,7 @@ def worse_bias(served: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[
 def told(verdict: Verdict) -> Sequence[str]:
     """Return a verdict as lines."""
     gain = f"held-out answers: {verdict.gain.shown('+.4f')} nats per token"
-    lines = [f"{gain}, {verdict.num_better} of {verdict.num_rows} rows likelier"]
+    better = f"{gain}, {verdict.num_better} of {verdict.num_rows} rows likelier"
+    lines = [better] if verdict.num_rows else []
     lines += [f"{name}: {a:.4f} → {b:.4f}" for name, (a, b) in verdict.tasks.items()]
     return [*lines, *(f"not better: {reason}" for reason in verdict.reasons)]

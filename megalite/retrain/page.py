@@ -17,11 +17,12 @@ def page_of(state: Mapping[str, Any], verdict: Verdict, outcome: str, text: str)
     """Return the page of a round with this `state`; `text` says why it came to `outcome`."""
     began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(state["began"]))
     rows = [
-        ["rows to train on", f"{state['num_train']:,}"],
-        ["rows held out of these", f"{state['num_held_out']:,}"],
+        ["new rows to train on", f"{state['num_train']:,}"],
+        ["new rows held out", f"{state['num_held_out']:,}"],
         ["held-out rows that judge", f"{verdict.num_rows:,}"],
         ["of these the new model finds likelier", f"{verdict.num_better:,}"],
-        ["gain in nats per token [95%]", verdict.gain.shown("+.4f")],
+        ["gain in nats per token [95%]", verdict.gain.shown("+.4f") if verdict.num_rows else "-"],
+        ["margin that must surely be exceeded", f"{state['margin']:g}"],
         ["served before", f"{state['served']} ({state['version']})"],
     ]
     tasks = [
@@ -33,7 +34,7 @@ def page_of(state: Mapping[str, Any], verdict: Verdict, outcome: str, text: str)
     return html_page(
         f"Round {state['number']}: {outcome}",
         f'<p style="color:{COLORS[outcome]}"><b>{escape(text)}</b></p><p>Begun {began} (UTC).</p>'
-        f"{html_table(['', ''], rows)}{scale(verdict)}{compared}{why}"
+        f"{html_table(['', ''], rows)}{scale(verdict) if verdict.num_rows else ''}{compared}{why}"
         "<p>The gain is the mean over held-out questions of how much likelier the new model finds the answer that "
         "people want, per token; its interval is a bootstrap's. No round trains on these questions.</p>",
     )

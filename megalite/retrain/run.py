@@ -20,10 +20,10 @@ from megalite.data.formats import Settings
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import DataError
 from megalite.infer.serving.loading import version_of
-from megalite.monitor.intervals import Interval
+from megalite.monitor.intervals import NOTHING, Interval
 from megalite.retrain import rows
 from megalite.retrain.config import RetrainConfig
-from megalite.retrain.judge import Verdict, judge, told
+from megalite.retrain.judge import Verdict, judge, told, worthless
 from megalite.retrain.page import page_of
 from megalite.retrain.swap import Refused, reload, target_of, turn
 from megalite.runtime.exit_codes import Exit, describe
@@ -136,7 +136,7 @@ def begin(config: RetrainConfig, before: list[Round], served: Path, say: Say) ->
     fresh = Round(folder)
     fresh.note(
         number=number, began=time.time(), served=str(served), version=version_of(served),
-        num_train=len(found.train), num_held_out=len(found.held_out),
+        num_train=len(found.train), num_held_out=len(found.held_out), margin=config.margin,
     )  # fmt: skip
     say(f"{folder}: {len(found.train)} new rows to train on, {len(found.held_out)} held out")
     return fresh
@@ -148,12 +148,18 @@ def _go_on(config: RetrainConfig, current: Round, before: list[Round], say: Say)
     served = Path(state["served"])
     if not (folder / "config.yaml").exists():
         _tokenize(config, current, before, served)
-    if not (folder / "model").exists():
-        _train(folder, say)
+    if "verdict" not in state and not (folder / "model").exists():
+        try:
+            _train(folder, say)
+        except Unfinished as problem:
+            # Starting again would meet the same numbers.
+            if problem.status != Exit.BAD_NUMBERS:
+                raise
+            current.note(verdict=_noted(worthless(str(problem))))
     if "verdict" not in state:
         say("comparing it with the served model")
         verdict = judge(config, served, folder / "model", folder / "held-out", folder)
-        current.note(verdict=verdict._asdict())
+        current.note(verdict=_noted(verdict))
     verdict = _verdict_of(state)
     for line in told(verdict):
         say(line)
@@ -229,11 +235,17 @@ def _run(command: list[str], console: Any) -> int:
             signal.signal(number, handler)
 
 
+def _noted(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as JSON can hold it."""
+    return verdict._asdict() | {"gain": list(verdict.gain) if verdict.num_rows else None}
+
+
 def _verdict_of(state: dict[str, Any]) -> Verdict:
     """Return the verdict as it was noted."""
     values = dict(state["verdict"])
     values["tasks"] = {name: (pair[0], pair[1]) for name, pair in values["tasks"].items()}
-    return Verdict(**values | {"gain": Interval(*values["gain"])})
+    gain = Interval(*values["gain"]) if values["gain"] else NOTHING
+    return Verdict(**values | {"gain": gain})
 
 
 def _decide(config: RetrainConfig, current: Round, verdict: Verdict) -> tuple[str, str]:

@@ -276,6 +276,42 @@ def test_a_kill_at_any_time_changes_nothing(
     assert target_of(root / "served") == root / "retrain" / "round-0001" / "model"
 
 
+def test_a_model_of_bad_numbers_is_refused_once_and_for_all(
+    root: Path,
+    trained: dict[str, Any],
+    comes_to: Callable[[Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In its logits, or already in training, which starting again would come to as well."""
+    shutil.copytree(trained["model"], root / "bad")
+    tensors = load_file(root / "bad" / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, root / "bad" / "model.safetensors", {"format": "pt"})
+    comes_to(root / "bad")
+    said: list[str] = []
+    assert retrain(config_in(root), said.append) == Exit.DONE
+    assert "kept: " in said[-1]
+    assert "logits are not finite" in said[-1]
+
+    statuses = [Exit.FAILED, Exit.STOPPED, Exit.BAD_NUMBERS]
+    calls: list[Path] = []
+
+    def fail(folder: Path, _: Any) -> None:
+        calls.append(folder)
+        raise run.Unfinished(statuses[len(calls) - 1], folder)
+
+    monkeypatch.setattr(run, "_train", fail)
+    rate(root / "ratings", 1000, NUM_RATED)
+    wanted = [*statuses[:2], Exit.DONE]
+    assert [retrain(config_in(root), said.append) for _ in range(3)] == wanted
+    assert "kept: " in said[-1]
+    state = json.loads(
+        (root / "retrain" / "round-0002" / "round.json").read_text(), parse_constant=pytest.fail
+    )
+    assert state["verdict"]["gain"] is None
+    assert target_of(root / "served") == trained["model"]
+
+
 def test_a_link_that_somebody_else_turned_is_left_alone(
     root: Path,
     trained: dict[str, Any],
