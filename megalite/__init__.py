@@ -3,7 +3,7 @@ text to a Hugging Face checkpoint. Start reading at `train.py`.
 
 The public interface is what `__all__` names; every other name may move between versions.
 
-    from megalite import Config, Generator, load_config, plan, train
+    from megalite import Config, Generator, finetune_config, load_config, plan, train
 
     config = load_config("configs/my.yaml", ["train.steps=100"])
     print(plan(config, 8).describe())
@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from megalite.commands.finetune import finetune_config
     from megalite.config import Config
     from megalite.config_file import load_config
     from megalite.infer.generate import Generator
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from megalite.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Generator", "load_config", "plan", "train"]
+__all__ = ["Config", "Generator", "finetune_config", "load_config", "plan", "train"]
 
 _MODULES = {
     "Config": "megalite.config",
     "Generator": "megalite.infer.generate",
+    "finetune_config": "megalite.commands.finetune",
     "load_config": "megalite.config_file",
 }
 

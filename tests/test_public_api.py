@@ -95,7 +95,8 @@ def test_its_names() -> None:
     assert set(megalite.__all__) <= set(dir(megalite))
     assert all(getattr(megalite, name) for name in megalite.__all__)
     with pytest.raises(
-        AttributeError, match=r"no attribute 'Trainer'; it has Config, Generator, load_config, plan"
+        AttributeError,
+        match=r"no attribute 'Trainer'; it has Config, Generator, finetune_config, load_config",
     ):
         megalite.Trainer  # noqa: B018
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from megalite.commands.parser import VerbParser, add_overrides
 from megalite.runtime.exit_codes import Exit
 
 if TYPE_CHECKING:
+    from megalite.config import Config
     from megalite.data.formats import Format
     from megalite.data.indexed import IndexedDataset
 
@@ -75,9 +77,10 @@ def _finetune(arguments: argparse.Namespace) -> Exit:
         )
     if arguments.output and arguments.output.exists():
         raise ConfigError(f"--output {arguments.output} exists; name a new file")
-    values = _config_values(arguments)
-    config = parse_config(values, arguments.overrides, origin="finetune")
-    text = yaml.safe_dump(with_overrides(values, arguments.overrides), sort_keys=False)
+    model, data, overrides = arguments.model, arguments.data, arguments.overrides
+    values = _config_values(model, data, arguments.method, overrides)
+    config = parse_config(values, overrides, origin="finetune")
+    text = yaml.safe_dump(with_overrides(values, overrides), sort_keys=False)
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
         print(f"{arguments.output}: megalite train {arguments.output}")
@@ -88,7 +91,27 @@ def _finetune(arguments: argparse.Namespace) -> Exit:
     return ended
 
 
-def _config_values(arguments: argparse.Namespace) -> dict[str, Any]:
+def finetune_config(
+    model: str | Path,
+    data: Sequence[str],
+    method: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Return the config by which `megalite finetune` trains `model` on the rows in `data` (files,
+    folders, globs), and make their token files in the run's folder.
+
+    `method` is one of METHODS (default: what the fields of the rows are for), `overrides` are
+    settings such as `optimizer.lr=2e-5`. Raise ConfigError, or DataError for rows that cannot be
+    used."""
+    from megalite.config_file import parse_config
+
+    values = _config_values(Path(model), data, method, overrides)
+    return parse_config(values, overrides, origin="finetune")
+
+
+def _config_values(
+    model: Path, data: Sequence[str], method: str | None, overrides: Sequence[str]
+) -> dict[str, Any]:
     """Return the config's values before the overrides; the token files are there then."""
     import torch
 
@@ -97,8 +120,8 @@ def _config_values(arguments: argparse.Namespace) -> dict[str, Any]:
     from megalite.models import model_config
     from megalite.utils.resources import configs_dir, read_yaml, with_overrides
 
-    model, format = _model(arguments.model), _format(arguments.data)
-    name, _ = METHODS[_method(arguments.method, format)]
+    model, format = _model(model), _format(data)
+    name, _ = METHODS[_method(method, format)]
     values = read_yaml(configs_dir() / f"{name}.yaml")
     most = model_config({"hf": str(model)}).max_positions
     values["model"] |= {"hf": str(model)}
@@ -115,10 +138,10 @@ def _config_values(arguments: argparse.Namespace) -> dict[str, Any]:
     if format == "labels":
         values["model"]["task"] = "labels"
     # Before any work: the data changes nothing about what is wrong with a setting.
-    parse_config(values, arguments.overrides, origin=f"configs/{name}.yaml")
-    given = with_overrides(values, arguments.overrides)
+    parse_config(values, overrides, origin=f"configs/{name}.yaml")
+    given = with_overrides(values, overrides)
     prefix = Path(given["run"]["dir"], given["run"]["name"], "rows")
-    _tokenize(arguments.data, prefix, format, str(given["data"]["tokenizer"]))
+    _tokenize(data, prefix, format, str(given["data"]["tokenizer"]))
     values["data"]["train"] = [{"path": str(prefix)}]
     if names := read_note(str(prefix)).get("labels"):
         values["model"]["labels"] = names
@@ -141,7 +164,7 @@ def _model(path: Path) -> Path:
     return folder
 
 
-def _format(inputs: list[str]) -> Format:
+def _format(inputs: Sequence[str]) -> Format:
     """Return the format of rows by the fields of the first. Raise DataError where none has them."""
     from megalite.data.documents import Report
     from megalite.data.formats import FORMATS, format_of
@@ -177,7 +200,7 @@ def _method(wished: str | None, format: Format) -> str:
     return wished
 
 
-def _tokenize(inputs: list[str], prefix: Path, format: Format, tokenizer: str) -> None:
+def _tokenize(inputs: Sequence[str], prefix: Path, format: Format, tokenizer: str) -> None:
     """Make the token files, unless they are there from the same rows. Raise ConfigError where they
     are there from others."""
     from rich.console import Console
@@ -190,7 +213,7 @@ def _tokenize(inputs: list[str], prefix: Path, format: Format, tokenizer: str) -
     note = Path(f"{prefix}.json")
     if note.is_file():
         newest = max(os.path.getmtime(path) for path in inputs if os.path.exists(path))
-        if read_note(str(prefix)).get("inputs") == inputs and newest <= note.stat().st_mtime:
+        if read_note(str(prefix)).get("inputs") == [*inputs] and newest <= note.stat().st_mtime:
             return
         raise ConfigError(
             f"{prefix.parent} was made of other rows, or they have changed since: choose another run.name"
