@@ -1,0 +1,56 @@
+"""Serve a model for a moment, and ask it a question by OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+QUESTION = "What is this line?\ndef close(self):"
+WAIT_S = 60.0
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ask(url: str) -> str:
+    """Return the answer to the question; wait until the server is there. Raise URLError where it
+    never is."""
+    body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    until = time.monotonic() + WAIT_S
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"]
+        except urllib.error.URLError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+
+def serve_and_ask(model: Path) -> int:
+    """Print the question and the served model's answer; return 1 where there is none."""
+    port = free_port()
+    command = [sys.executable, "-m", "megalite", "serve", str(model), "--port", str(port)]
+    server = subprocess.Popen([*command, "--grace", "0"])
+    try:
+        answer = ask(f"http://127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        server.wait(WAIT_S)
+    print(f"{QUESTION}\n→ {answer}")
+    return 0 if answer else 1
