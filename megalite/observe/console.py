@@ -191,11 +191,15 @@ class Console:
             self._print(text, "bold green")
             return
         if self._valid is not None:
-            direction = "down" if loss <= self._valid else "up"
-            text += f"  {direction} {abs(loss - self._valid):.4f}"
+            change = loss - self._valid
+            if math.isfinite(change):
+                text += f"  {'down' if change <= 0 else 'up'} {abs(change):.4f}"
             if loss < self._best:
                 text += ", best so far"
-        self._valid, self._best = loss, min(loss, self._best)
+        self._valid = loss
+        # In this order: of two numbers that do not compare, `min` gives the first, and a loss that
+        # is NaN must not be the best for good.
+        self._best = min(self._best, loss)
         # In a log file, the mark makes evaluations stand out among the steps.
         self._print(text if self._progress else f"{text}  <<<", "bold green")
 

@@ -138,13 +138,17 @@ def test_a_resumed_run_knows_how_good_it_was(
     after = open_recorder(tmp_path, start_step=8)  # the evaluation of step 12 is done again
     after.evaluation(valid(12, 2.0))
     after.evaluation(valid(16, 0.75))
+    after.evaluation(valid(18, math.nan))
+    after.evaluation(valid(20, 0.5))
     after.close("stopped")
-    better, best = (
+    better, best, bad, behind = (
         line for line in capfd.readouterr().out.splitlines() if line.startswith("valid")
     )
     assert "down 1.0000" in better
     assert "best" not in better
     assert "down 1.2500, best so far" in best
+    assert "up" not in bad + behind, "nothing is above or below NaN"
+    assert "best so far" in behind, "a loss that is NaN is not the best one"
 
 
 def test_the_end_of_a_run_that_had_more_steps_before(
