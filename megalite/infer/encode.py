@@ -228,6 +228,8 @@ def read_pooling(folder: Path) -> PoolingConfig:
     if not (folder / "modules.json").is_file():
         return PoolingConfig()
     modules = read_json(folder / "modules.json", ConfigError)
+    if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
+        raise ConfigError(f"{folder / 'modules.json'} is no list of modules")
     # A type is a class with its modules, as in "sentence_transformers.models.Pooling".
     kinds = {str(each.get("type")).rpartition(".")[2]: str(each.get("path")) for each in modules}
     if others := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
@@ -249,6 +251,9 @@ def read_pooling(folder: Path) -> PoolingConfig:
         )
     length = folder / "sentence_bert_config.json"
     longest = read_object(length, ConfigError).get("max_seq_length") if length.is_file() else None
+    # The two tokens around a text count, and something must be left of it.
+    if longest is not None and (not isinstance(longest, int) or longest < 3):
+        raise ConfigError(f"{length}: max_seq_length = {shown(longest)} is no number of at least 3")
     return PoolingConfig("mean" if ways == ["mean"] else "cls", "Normalize" in kinds, longest)
 
 

@@ -72,7 +72,7 @@ def test_vectors_are_those_of_transformers(
         np.testing.assert_allclose(of_one, wanted / np.linalg.norm(wanted), rtol=0, atol=1e-5)
 
 
-def write_pooling(folder: Path, pooling: dict[str, Any], *more: str, longest: int = 6) -> None:
+def write_pooling(folder: Path, pooling: dict[str, Any], *more: str, longest: Any = 6) -> None:
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *(("2", name) for name in more)]
     where = [
         {"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules
@@ -101,6 +101,13 @@ def test_a_folder_says_how_its_vectors_are_made(folder: Path) -> None:
         write_pooling(folder, pooling, *more)
         with pytest.raises(ConfigError, match=words):
             encoder.embed(TEXTS)
+    for longest in (2, "512"):
+        write_pooling(folder, {"pooling_mode": "cls"}, longest=longest)
+        with pytest.raises(ConfigError, match=r"max_seq_length = .* is no number of at least 3"):
+            encoder.embed(TEXTS)
+    (folder / "modules.json").write_text('{"Pooling": "mean"}')
+    with pytest.raises(ConfigError, match=r"modules\.json is no list of modules"):
+        encoder.embed(TEXTS)
     (folder / "modules.json").unlink()
 
 
