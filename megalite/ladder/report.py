@@ -17,7 +17,8 @@ NUMBERS = ("E", "A", "B", "alpha", "beta")
 
 
 def write_report(ladder: LadderConfig, rungs: Sequence[Rung], runs: Runs) -> list[str]:
-    """Write ladder.json and ladder.png, and return the lines for the console."""
+    """Write ladder.json and ladder.png to the folder of `ladder`, and return the lines for the
+    console. `runs` holds what was measured of the `rungs`, in their order."""
     fit = Fit(runs)
     found = findings(ladder, rungs, fit)
     # Before the picture, which needs matplotlib: the numbers are what took days.
@@ -28,7 +29,8 @@ def write_report(ladder: LadderConfig, rungs: Sequence[Rung], runs: Runs) -> lis
 
 
 def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str, Any]:
-    """Return what ladder.json holds."""
+    """Return what ladder.json holds: the runs of the `rungs`, the law of `fit` with its intervals,
+    and what it foretells of the goals of `ladder`."""
     runs, law = fit.runs, fit.law
     off = runs.losses / law.loss(runs.parameters, runs.tokens) - 1
     measured = []
@@ -99,7 +101,8 @@ def held_out(runs: Runs) -> dict[str, float]:
 
 
 def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
-    """Draw the losses by tokens and by FLOPs, the law, and what it foretells with its interval."""
+    """Draw the losses by tokens and by FLOPs, the law of `fit`, and what it foretells of the goals
+    of `ladder`, with intervals, to the PNG `picture`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -62,7 +62,8 @@ class Training:
     """Trains the runs of a ladder, `ladder.parallel` at a time on this machine."""
 
     def __init__(self, ladder: LadderConfig, rungs: Sequence[Rung]):
-        """Raises ConfigError where the machine has too few GPUs."""
+        """Take a place on the machine for each run at a time. Raises ConfigError where it has too few
+        GPUs for them."""
         self._ladder, self._rungs = ladder, rungs
         # A place must do for the largest of them.
         self._ranks = max(self._ranks_of(rung) for rung in rungs)

@@ -81,6 +81,7 @@ class Documents:
                 origins = self.origins(file)
                 lines = origins.documents_of(name.file, name.number) if origins else ()
                 yield from ((file, document) for document in lines)
+            # The end of a path is enough, but whole parts of it: "a/b" does not name "aa/b".
             elif dataset.prefix == name.file or dataset.prefix.endswith(f"/{name.file}"):
                 if name.number >= dataset.num_documents:
                     raise DataError(
@@ -124,6 +125,7 @@ def _sources_in(path: str) -> Iterator[tuple[int, tuple[str, int]]]:
         if not is_json_lines(path):
             return
         for number, line in enumerate(lines_of(read_bytes(path, Report())), 1):
+            # Most corpora have no such record: a line without one is no error.
             with suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 record = orjson.loads(line)
                 if isinstance(record["path"], str) and isinstance(record["line"], int):

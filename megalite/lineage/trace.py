@@ -96,14 +96,10 @@ class Tracer:
             some = numbers[first : first + AT_ONCE]
             found = places_of(self.mixture, samples[some])
             for row, number in enumerate(some.tolist()):
-                yield Traced(
-                    step,
-                    number,
-                    int(samples[number]),
-                    self.mixture.names[int(found.of_source[row])],
-                    None if epochs is None else int(epochs[number]),
-                    _row(found, row),
-                )
+                source = self.mixture.names[int(found.of_source[row])]
+                epoch = None if epochs is None else int(epochs[number])
+                places = _row(found, row)
+                yield Traced(step, number, int(samples[number]), source, epoch, places)
 
     def place(self, traced: Traced, place: int) -> Place:
         """Return where a token of the sample's token file stands."""
@@ -170,6 +166,8 @@ def _inside(places: Int64s | None, row: int, start: int, stop: int) -> Int64s:
 def _row(places: Places, row: int) -> Places:
     """Return the places of one of several samples."""
 
+    # Every field has samples first, and stays an array of one: what is asked of a step's samples
+    # can be asked of this.
     def only(x: Any) -> Any:
         return None if x is None else x[row : row + 1]
 
@@ -239,6 +237,7 @@ def _token(tracer: Tracer, traced: Traced, token: int) -> Iterator[str]:
     at, of_label = int(places.tokens[0, token]), int(places.labels[0, token])
     yield f"  token {token} is {seen} {_excerpt(tracer, [seen])}"
     yield from _about(tracer, traced, at)
+    # Augmentation changes words in the samples, and not in the token file.
     if tracer.mixture.view.augment and at != NONE:
         dataset = tracer.documents.datasets[int(places.of_source[0])]
         if int(dataset.read(at, at + 1)[0]) != seen:
@@ -251,7 +250,7 @@ def _token(tracer: Tracer, traced: Traced, token: int) -> Iterator[str]:
         yield f"  its class is {label}" if label >= 0 else "  it has no class"
     else:
         yield f"  to be predicted there: {label} {_excerpt(tracer, [label])}"
-        if of_label != at:
+        if of_label != at:  # a masked word is predicted where it stands
             yield from _about(tracer, traced, of_label)
 
 
