@@ -75,7 +75,7 @@ def write_tasks(path: Path, asked: Asked) -> list[str]:
                 temporary.write_text(label_studio_config(names, kind, labels), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {asked.output}: {error.strerror or error}") from None
-    most, least = (tasks[at].uncertainty for at in (0, -1))
+    most, least = (tasks[at].uncertainty for at in (0, -1))  # the least certain come first
     lines = [
         f"{asked.output}: {len(tasks):,} of {count:,} rows, uncertain by {most:.3f} to {least:.3f}"
     ]
@@ -146,6 +146,7 @@ def _tasks_of_answers(folder: Path, asked: Asked) -> tuple[list[Task], Kind, Seq
     requests = []
     for prompt in prompts:
         ids = generator.chat_ids([{"role": "user", "content": prompt}]) if asked.chat else prompt
+        # Greedy: the answer to be corrected is the one that the model would give.
         request = generator.request(ids, asked.max_tokens, sampling)
         requests.append(generator.as_chat(request) if asked.chat else request)
     chosen = least_certain_answers(generator, requests, asked.num_rows)

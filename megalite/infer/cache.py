@@ -216,7 +216,8 @@ class LatentKVCache:
     number of heads."""
 
     def __init__(self, num_slots: int, up: Tensor):
-        """As in `KVCache`; `up` is the weight that makes keys and values of latents."""
+        """Create it for `num_slots` sequences, as `KVCache` does. `up` is the weight that makes keys
+        and values of latents."""
         self._keys, self.up = KVCache(num_slots), up
 
     @property

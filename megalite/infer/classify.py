@@ -138,7 +138,7 @@ class Classifier:
         text, parts, place = " ".join(question.tokens), [], 0
         for number, word in enumerate(question.tokens, 1):
             parts.append(Part(place, place + len(word), number))
-            place += len(word) + 1
+            place += len(word) + 1  # and the space behind it
         ids, values = token_values(self.tokenizer, Text(text, parts, first_only=True))
         begin, end = self.tokenizer.begin_ids, self.tokenizer.end_ids
         count = len(begin) + len(ids) + len(end)
@@ -181,6 +181,7 @@ class Classifier:
             return TextVerdict(logits_C[0].item(), {})
         is_one = self.problem == "single_label"
         shares = (logits_C.softmax(0) if is_one else logits_C.sigmoid()).tolist()
+        # Stable: of equal ones the first.
         order = sorted(range(len(shares)), key=lambda number: -shares[number])
         scores = {self.labels[number]: shares[number] for number in order}
         # A class that is as likely as not is not told, as in validation: logits above 0.
@@ -195,6 +196,7 @@ class Classifier:
         labels: list[str | None] = [None] * len(tokens)
         scores = [0.0] * len(tokens)
         best = logits_TC[: len(row.ids)].softmax(-1).max(-1)
+        # A word's label is that of its first token; the others were not learned from.
         for place in row.words.nonzero()[:, 0].tolist():
             word = int(row.words[place]) - 1
             labels[word] = self.labels[int(best.indices[place])]

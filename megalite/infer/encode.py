@@ -178,7 +178,9 @@ class Encoder:
             logits[numbers] = (
                 self.model.project(self.model.finish(x_BTD[:, :1]))[:, 0, 0].float().cpu().numpy()
             )
-        return np.asarray(1 / (1 + np.exp(-logits)), np.float32), sum(map(len, rows))
+        # As sentence-transformers has it for models of one label: a logistic function.
+        shares = np.asarray(1 / (1 + np.exp(-logits)), np.float32)
+        return shares, sum(map(len, rows))
 
     def _row(self, ids: Sequence[int]) -> list[int]:
         return [self._begin, *ids, self._end]

@@ -105,6 +105,7 @@ def evaluate_model(
     if asked.data and output:
         for written in (output, output.with_suffix(".samples.jsonl")):
             check_apart(written, [asked.data], ConfigError)
+    # What may be missing or wrong comes before the weights are read, which takes long.
     harness, folder = load_harness(), find_model(path)
     run = Run.of(folder)  # read it now: training that goes on may remove this checkpoint
     contents = None
@@ -199,6 +200,7 @@ def keep_results(
     if file:
         told: dict[str, Any] = {"model": str(folder), "asked": asked, **results}
         file.parent.mkdir(parents=True, exist_ok=True)
+        # Through a text: what JSON cannot hold becomes what it can.
         write_json(file, json.loads(json.dumps(told, default=_plainly)))
         console.print(f"written to {file}")
     return file

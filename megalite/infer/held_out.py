@@ -77,6 +77,7 @@ def measure(
         count = samples_of_run(stored_config(folder) or {}, mixture)
     else:
         count = min(mixture.num_samples, mixture.num_samples if limit is None else limit)
+    # Whole batches alone, the same on every layout; of too few samples one, which begins again.
     batches = max(1, count // size)
     labels = Labels(tokenizer if _tells_bytes(config) else None)
     with _loader(mixture, config, mesh, plan) as loader:
@@ -84,6 +85,7 @@ def measure(
         numbers = validate(parts, watched, batches, "valid", mesh)
     found = torch.tensor([labels.count, labels.num_bytes], dtype=torch.float64, device=mesh.device)
     num_labels, num_bytes = all_reduce(found, mesh.data).tolist()
+    # Nats of a label to bits of a byte, by which models of other tokenizers compare.
     if num_bytes:
         numbers["bits_per_byte"] = numbers["loss"] * num_labels / num_bytes / math.log(2)
     where = tokens or "the validation data of its run"
@@ -186,7 +188,7 @@ def load_parts(folder: Path, config: Config, plan: Plan, mesh: Mesh) -> RankMode
     (span,) = plan.stages_of(mesh.pipeline.rank)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     stage, _ = load_stage(folder, config.model, plan, span, mesh, config.train, dtype)
-    nothing_trains = cast(Engine, None)
+    nothing_trains = cast(Engine, None)  # a validation asks an engine for nothing
     return connected(config, plan, mesh, [stage], nothing_trains, [None], Counter())
 
 
@@ -217,7 +219,7 @@ class Labels:
     """Counts the labels of batches that pass, and the bytes of their text."""
 
     def __init__(self, tokenizer: Tokenizer | None):
-        """Without a `tokenizer` no bytes are counted."""
+        """Count with a `tokenizer` the bytes of the text as well; without one there are none."""
         self._tokenizer = tokenizer
         self.count = self.num_bytes = 0
 

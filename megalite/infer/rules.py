@@ -31,8 +31,12 @@ class Rules:
         if num_new < self.min_new_tokens or len(ids) < self.min_length:
             found |= ends
         for *before, last in self.bad_words_ids:
-            # transformers ignores a bad word that consists of an end token alone.
-            if list(ids[-len(before) :]) == before if before else last not in ends:
+            if before:
+                is_next = list(ids[-len(before) :]) == before
+            else:
+                # transformers ignores a bad word that consists of an end token alone.
+                is_next = last not in ends
+            if is_next:
                 found.add(last)
         return found | self._repeating(ids)
 
@@ -41,6 +45,8 @@ class Rules:
         before = self.no_repeat_ngram_size - 1
         if before < 0:
             return set()
+        # Wherever the latest n - 1 tokens stood before, what followed them must not follow again. Of
+        # single tokens (n = 1) these are none, and all of `ids` have followed them.
         latest = list(ids[len(ids) - before :])
         return {
             ids[place]

@@ -118,6 +118,7 @@ def table_of_results(
 
 def _last_losses(train: Records) -> float:
     """Return the mean loss of the last twentieth of the steps, for a single one is noisy."""
+    # A single step's loss is that of its batch.
     losses = column(train, "loss")[-max(1, len(train) // 20) :]
     losses = losses[np.isfinite(losses)]
     return float(losses.mean()) if len(losses) else float("nan")
@@ -129,6 +130,7 @@ def table_of_settings(runs: Mapping[str, RunRecord]) -> list[list[str]]:
     rows = [["setting", *runs]]
     for key in dict.fromkeys(key for config in configs for key in config):
         values: list[Any] = [config.get(key) for config in configs]
+        # A setting that one config lacks is null there, as it is where it says nothing.
         if key not in NAMES_APART and any(value != values[0] for value in values):
             rows.append([key, *map(spelled, values)])
     return rows

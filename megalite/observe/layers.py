@@ -71,7 +71,7 @@ class LayerMeasures:
             chosen = fp8_weights(trained, config.train.fp8, config.model.num_layers)
             numbers = sorted({int(w.place) for w in chosen if not w.is_expert})
         self._underflow = Underflow(self._layers, numbers, mesh) if numbers else None
-        # Without sequence parallelism all tensor ranks have the same output.
+        # Without sequence parallelism all tensor ranks have the same output: one of them counts.
         self._counts = sequence or mesh.tensor.rank == 0
         self._handles: list[RemovableHandle] = []
         self._lent: list[CoreAttention] = []
@@ -134,6 +134,7 @@ class LayerMeasures:
         """Return the gradient norm of each layer, of embeddings and of the head, as far as they are
         trained."""
         sums = torch.zeros(len(self._places), dtype=torch.float64, device=self._mesh.device)
+        # Of this rank's shards of gradients, each of which one rank has: their sum is the whole.
         for weight, square in self._engine.gradients.squares():
             sums[self._places.index(_name_of(weight))] += square
         return dict(

@@ -42,6 +42,7 @@ class TensorboardSink:
 
     def _write(self, group: str, record: dict[str, float]) -> None:
         for key, value in record.items():
+            # Of `valid_loss` the group says the first half already.
             if key != "step":
                 name = f"{group}/{key.removeprefix('valid_')}"
                 self._writer.add_scalar(name, value, int(record["step"]))
