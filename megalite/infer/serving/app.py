@@ -127,6 +127,7 @@ def make_app(generator: Generator, settings: Settings, metrics: Metrics, version
         await run_in_threadpool(engine.join, 10.0)
 
     app = bare_app(engine, lifespan)
+    app.state.holders.append(service)
     _add_api(app, service, ratings)
     add_pages(app, settings, generator.folder, service.chats)
     add_models(app, settings)
@@ -141,6 +142,8 @@ def bare_app(engine: Any, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
         title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.engine = engine
+    app.state.holders = [engine]
+    """What refers to the model, for `front.Loaded` to empty."""
     explain_errors(app)
     return app
 
@@ -248,7 +251,8 @@ class Service:
             self.chats = bool(self.generator.chat_template)
             _ = self.generator.turn_end  # computed and cached now, not while clients wait
         except DataError as problem:
-            LOG.warning("no chats, only completions: %s", problem)
+            # Only its text: the error itself would keep the generator, as far as handlers keep it.
+            LOG.warning("no chats, only completions: %s", str(problem))
             self.chats = False
 
     def _check_chats(self) -> None:

@@ -149,11 +149,14 @@ def make_encoder_app(model: Encoder | Classifier, settings: Settings, metrics: M
     """Return the ASGI app that answers with an encoder, or with a decoder that has classes."""
     app = make_serial_app(settings, metrics)
     if isinstance(model, Encoder):
-        _add_vectors(app, EncoderService(model, app.state.engine, settings))
+        vectors = EncoderService(model, app.state.engine, settings)
+        app.state.holders.append(vectors)
+        _add_vectors(app, vectors)
         if model.model.config.task in TASKS:
             model = Classifier(model.model, text_tokenizer(str(model.folder)))
     if isinstance(model, Classifier):
         classes = ClassService(model, app.state.engine, settings)
+        app.state.holders.append(classes)
 
         @app.post("/v1/classify")
         async def classify(body: ClassifyBody) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -73,9 +74,13 @@ class Loaded:
         await self._lifespan.__aenter__()
 
     async def retire(self) -> None:
-        """Wait until the last request has ended, then end the engine."""
+        """Wait until the last request has ended, then end the engine and let go of the model."""
         await self._idle.wait()
         await self.end()
+        # FastAPI keeps the functions of its routes for as long as the process lives, and these what
+        # they refer to: without this each reload would leave a model behind.
+        for holder in self.app.state.holders:
+            vars(holder).clear()
 
     async def end(self) -> None:
         """End the engine, with all that it still answers."""
@@ -195,9 +200,13 @@ class Host:
 
     async def _retire(self, old: Loaded) -> None:
         """End a model that gets no more requests when its last answer has ended."""
+        version = old.version
         await old.retire()
         self._live.remove(old)
-        LOG.info("version %s has answered its last request", old.version)
+        # Its app and engine refer to each other: the memory is free when they have been looked for.
+        del old
+        gc.collect()
+        LOG.info("version %s has answered its last request", version)
 
     def _name(self, loaded: Loaded) -> None:
         self.metrics.model.labels(loaded.version, loaded.folder.name).set(1)

@@ -38,6 +38,7 @@ def make_target_app(
     """Return the ASGI app that answers sources with `generator`."""
     app = make_serial_app(settings, metrics)
     service = TargetService(generator, app.state.engine, settings, version)
+    app.state.holders.append(service)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
