@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megalite.bias.intervals import wilson as wilson_of_share
 from megalite.monitor.records import Array
 
-Z = 1.959963984540054
-"""Of a normal distribution, between whose negative and itself 95% lie."""
 NUM_RESAMPLES = 1000
 
 
@@ -38,10 +37,7 @@ def wilson(count: int, total: int) -> Interval:
     extreme counts, too."""
     if not total:
         return NOTHING
-    share, z = count / total, Z * Z / total
-    center = (share + z / 2) / (1 + z)
-    reach = np.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
-    return Interval(share, max(0.0, float(center - reach)), min(1.0, float(center + reach)))
+    return Interval(count / total, *wilson_of_share(count / total, total))
 
 
 def newcombe(one: Interval, other: Interval) -> Interval:
