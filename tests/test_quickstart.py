@@ -35,7 +35,7 @@ def verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ..
         if words[0] == "convert":
             (folder / words[2]).mkdir(parents=True)
 
-    monkeypatch.setattr(run, "_verb", call)
+    monkeypatch.setattr(run, "run_verb", call)
     monkeypatch.setattr(report, "report", lambda run, base: 0)
     find = importlib.util.find_spec
     absent = {"transformers", "wandb"}
@@ -106,7 +106,7 @@ from megalite.quickstart import run
 sys.executable = "/bin/sh"
 run.subprocess.Popen = lambda command, made=run.subprocess.Popen, **how: made(["sh", "-c", {step!r}], **how)
 try:
-    run._verb(Path({str(tmp_path)!r}), "train")
+    run.run_verb(Path({str(tmp_path)!r}), "train")
 except run.Stopped as stopped:
     sys.exit(stopped.status)
 """

@@ -26,8 +26,8 @@ def test_steps_are_verbs_that_can_be_typed_and_what_is_made_is_kept(
         if words[0] in made:
             (folder / made[words[0]]).mkdir(parents=True)
 
-    monkeypatch.setattr(finetune, "_verb", call)
-    monkeypatch.setattr(finetune, "_make_tokens", lambda model, folder: None)
+    monkeypatch.setattr(finetune, "run_verb", call)
+    monkeypatch.setattr(finetune, "make_tokens", lambda model, folder: None)
     monkeypatch.setattr(ask, "serve_and_ask", lambda model: 0)
     assert main(["quickstart", "finetune", "--dir", str(tmp_path)]) == 0
     learned = ["finetune", "finetune", "convert", "finetune", "classify"]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megalite.errors import ConfigError
-from megalite.quickstart.run import MODELS, Stopped, _make_tokens, _say, _shortest, _verb
+from megalite.quickstart.run import MODELS, Stopped, make_tokens, run_verb, say, shortest_of
 from megalite.utils.resources import configs_dir
 
 BASE_STEPS = 200
@@ -28,7 +28,7 @@ def finetune(folder: Path) -> int:
     except OSError as error:
         raise ConfigError(f"--dir {folder}: {error.strerror}") from None
     try:
-        _make_tokens(MODELS["decoder"], folder)
+        make_tokens(MODELS["decoder"], folder)
         _make_base(folder)
         _train(folder)
         return _measure_and_serve(folder)
@@ -38,14 +38,14 @@ def finetune(folder: Path) -> int:
 
 def _make_base(folder: Path) -> None:
     """Pretrain a base model, unless the quickstart has, and give it a chat template."""
-    _say(f"4. a base model: the quickstart's run, or its first {BASE_STEPS} steps")
+    say(f"4. a base model: the quickstart's run, or its first {BASE_STEPS} steps")
     run = Path("runs", "quickstart")
     if not [*(folder / run / "checkpoints").glob("step-*")]:
-        config = str(_shortest(configs_dir() / "quickstart.yaml", folder))
+        config = str(shortest_of(configs_dir() / "quickstart.yaml", folder))
         settings = ("parallel.tensor=1", "train.micro_batch_size=4", f"train.stop_at={BASE_STEPS}")
-        _verb(folder, "launch", "--ranks", "2", config, "observe.wandb.mode=disabled", *settings)
+        run_verb(folder, "launch", "--ranks", "2", config, "observe.wandb.mode=disabled", *settings)
     if not (folder / BASE).exists():
-        _verb(folder, "convert", str(run), str(BASE))
+        run_verb(folder, "convert", str(run), str(BASE))
     # A model that was only pretrained has none.
     shutil.copy(configs_dir() / "chat_template.jinja", folder / BASE)
 
@@ -54,31 +54,33 @@ def _train(folder: Path) -> None:
     """Finetune on chats, on preferences and on classes; merge the adapter."""
     from megalite.quickstart.rows import write_rows
 
-    _say("5. rows: chats, preferences and classes of lines of Python")
+    say("5. rows: chats, preferences and classes of lines of Python")
     print(write_rows(folder / ROWS))
-    _say("6. supervised finetuning on chats")
+    say("6. supervised finetuning on chats")
     rows = {name: str(ROWS / f"{name}.jsonl") for name in ("chats", "preferences", "classes")}
     lr = ("optimizer.lr=2e-3", "optimizer.schedule.min_lr=0", "train.epochs=4")
     name = "run.name=quickstart-"
-    _verb(folder, "finetune", str(BASE), "--data", rows["chats"], f"{name}sft", *SMALL, *lr)
-    _say("7. an adapter comes to prefer short answers (DPO with LoRA), and is merged")
+    run_verb(folder, "finetune", str(BASE), "--data", rows["chats"], f"{name}sft", *SMALL, *lr)
+    say("7. an adapter comes to prefer short answers (DPO with LoRA), and is merged")
     given = (f"{name}dpo", *ADAPTER, *SMALL, "optimizer.lr=2e-4", "train.epochs=1")
-    _verb(folder, "finetune", "runs/quickstart-sft", "--data", rows["preferences"], *given)
+    run_verb(folder, "finetune", "runs/quickstart-sft", "--data", rows["preferences"], *given)
     if not (folder / MERGED).exists():
-        _verb(folder, "convert", "runs/quickstart-dpo", str(MERGED))
-    _say("8. a model that tells classes")
-    _verb(folder, "finetune", str(BASE), "--data", rows["classes"], f"{name}classes", *SMALL, *lr)
-    _verb(folder, "classify", "runs/quickstart-classes", *LINES)
+        run_verb(folder, "convert", "runs/quickstart-dpo", str(MERGED))
+    say("8. a model that tells classes")
+    run_verb(
+        folder, "finetune", str(BASE), "--data", rows["classes"], f"{name}classes", *SMALL, *lr
+    )
+    run_verb(folder, "classify", "runs/quickstart-classes", *LINES)
 
 
 def _measure_and_serve(folder: Path) -> int:
     """Ask held-out questions, and serve the model; return the exit status."""
     from megalite.quickstart.ask import serve_and_ask
 
-    _say("9. held-out questions, before and after the preferences")
+    say("9. held-out questions, before and after the preferences")
     for model in ("runs/quickstart-sft", str(MERGED)):
-        _verb(folder, "eval", model, "--data", str(ROWS / "held-out.jsonl"), "--chat")
+        run_verb(folder, "eval", model, "--data", str(ROWS / "held-out.jsonl"), "--chat")
     asked = ("--chat", "--prompt", "What is this line?\nimport os", "--temperature", "0")
-    _verb(folder, "generate", str(MERGED), *asked)
-    _say("10. served: OpenAI's API answers")
+    run_verb(folder, "generate", str(MERGED), *asked)
+    say("10. served: OpenAI's API answers")
     return serve_and_ask(folder / MERGED)

@@ -83,37 +83,37 @@ def quickstart(model: Model, folder: Path) -> int:
     except OSError as error:
         raise ConfigError(f"--dir {folder}: {error.strerror}") from None
     try:
-        _make_tokens(model, folder)
+        make_tokens(model, folder)
         return _train_and_show(model, folder)
     except Stopped as stopped:
         return stopped.status
 
 
-def _make_tokens(model: Model, folder: Path) -> None:
+def make_tokens(model: Model, folder: Path) -> None:
     """Write text, tokenizer and token files. What is made gets its name when it is whole: a start
     that was interrupted must not leave a part for the next."""
     from megalite.quickstart.corpus import write_corpus
 
     data = Path("data", model.name)
-    _say("1. text: the Python standard library's own source files")
+    say("1. text: the Python standard library's own source files")
     if not (folder / data / "valid.jsonl").exists():
         part = folder / data / "text.part"
         print(write_corpus(part))
         for split in ("train", "valid"):
             (part / f"{split}.jsonl").replace(folder / data / f"{split}.jsonl")
         part.rmdir()
-    _say("2. tokenizer")
+    say("2. tokenizer")
     if not (folder / data / "tokenizer").exists():
         part = data / "tokenizer.part"
         shutil.rmtree(folder / part, ignore_errors=True)
         options = ("--vocab-size", "4096", "--type", model.tokenizer)
         text = str(data / "train.jsonl")
-        _verb(folder, "tokenizer", "train", "--input", text, "--output", str(part), *options)
+        run_verb(folder, "tokenizer", "train", "--input", text, "--output", str(part), *options)
         (folder / part).replace(folder / data / "tokenizer")
-    _say("3. tokens")
+    say("3. tokens")
     for split in ("train", "valid"):
         if not (folder / data / f"{split}_text_document.idx").exists():
-            _verb(
+            run_verb(
                 *(folder, "preprocess", "--append-eod", "--input", str(data / f"{split}.jsonl")),
                 *("--output-prefix", str(data / split), "--tokenizer", str(data / "tokenizer")),
             )
@@ -122,25 +122,25 @@ def _make_tokens(model: Model, folder: Path) -> None:
 def _train_and_show(model: Model, folder: Path) -> int:
     """Train, report, sample and export; return 1 where the model has learned too little."""
     # Two CPU ranks, whatever else this machine has.
-    config = _shortest(configs_dir() / f"{model.name}.yaml", folder)
+    config = shortest_of(configs_dir() / f"{model.name}.yaml", folder)
     launch = ["launch", "--ranks", "2", str(config)]
     if importlib.util.find_spec("wandb") is None:
         launch.append("observe.wandb.mode=disabled")
-    _say("4. pretraining: 2 ranks share every matrix (tensor 2) ...")
-    _verb(folder, *launch, "parallel.tensor=2", "train.stop_at=200")
-    _say("   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)")
-    _verb(folder, *launch, "parallel.tensor=1", "train.micro_batch_size=4")
+    say("4. pretraining: 2 ranks share every matrix (tensor 2) ...")
+    run_verb(folder, *launch, "parallel.tensor=2", "train.stop_at=200")
+    say("   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)")
+    run_verb(folder, *launch, "parallel.tensor=1", "train.micro_batch_size=4")
     from megalite.quickstart.report import report
 
     run = Path("runs", model.name)
     if status := report(folder / run, folder):
         return status
-    _say("5. a sample")
-    _verb(folder, *(str(run) if word == "RUN" else word for word in model.sample))
-    _say("6. the model as a Hugging Face folder")
+    say("5. a sample")
+    run_verb(folder, *(str(run) if word == "RUN" else word for word in model.sample))
+    say("6. the model as a Hugging Face folder")
     exported = run / "exported"
     if not (folder / exported).exists():
-        _verb(folder, "convert", str(run), str(exported))
+        run_verb(folder, "convert", str(run), str(exported))
     if importlib.util.find_spec("transformers") is None:
         print("not opened with transformers: pip install 'megalite[hf]' brings it")
         return Exit.DONE
@@ -149,17 +149,18 @@ def _train_and_show(model: Model, folder: Path) -> int:
     return compare(folder / exported)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print the heading of a step."""
     print(f"\n== {text}", flush=True)
 
 
-def _shortest(path: Path, folder: Path) -> Path:
-    """Return a path relative to the folder where it is below it."""
+def shortest_of(path: Path, folder: Path) -> Path:
+    """Return `path` relative to `folder` where it lies below it."""
     folder = folder.resolve()
     return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
-def _verb(folder: Path, *words: str) -> None:
+def run_verb(folder: Path, *words: str) -> None:
     """Run a verb in a folder, with signals passed on to it. Raises Stopped where it fails."""
     print(f"$ megalite {shlex.join(words)}", flush=True)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
