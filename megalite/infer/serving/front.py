@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 from collections.abc import AsyncIterator
@@ -206,6 +207,9 @@ class Host:
         # Its app and engine refer to each other: the memory is free when they have been looked for.
         del old
         gc.collect()
+        # glibc keeps what threads have freed, up to several models of matrices below 32 MiB.
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
         LOG.info("version %s has answered its last request", version)
 
     def _name(self, loaded: Loaded) -> None:
