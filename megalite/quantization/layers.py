@@ -40,10 +40,11 @@ def read_rows(prefix: str, count: int, length: int) -> Tensor:
         )
     # Evenly from the first token to the last: a file may be sorted by its sources.
     starts = torch.arange(count) * (dataset.num_tokens - length - 1) // max(1, count - 1)
-    rows = [
-        torch.from_numpy(dataset.tokens[start : start + length + 1].astype("int64"))
-        for start in starts.tolist()
-    ]
+    rows = []
+    for start in starts.tolist():
+        # By `read`, which fetches from an object store: what is not fetched reads as zeros.
+        tokens = dataset.read(start, start + length + 1)
+        rows.append(torch.from_numpy(tokens.astype("int64")))
     return torch.stack(rows)
 
 

@@ -26,6 +26,7 @@ from megalite.data.remote import (
     local_copy,
 )
 from megalite.errors import ConfigError, DataError
+from megalite.quantization.layers import read_rows
 from object_store import ObjectStore
 from ranks import run_ranks
 from small_runs import curve_of, make_config, train_on_rank, write_corpus
@@ -68,6 +69,16 @@ def held(file):
 def fetch(file, *ranges):
     starts, ends = np.array(ranges, np.int64).reshape(-1, 2).T
     file.fetch(starts, ends - starts)
+
+
+def test_rows_to_calibrate_with_are_those_of_the_store(server, tmp_path):
+    with IndexedWriter(tmp_path / "x", np.uint16) as writer:
+        writer.add_document(np.arange(1, 200))
+    for kind in ("bin", "idx"):
+        server.objects[f"b/x.{kind}"] = (tmp_path / f"x.{kind}").read_bytes()
+    rows = read_rows("s3://b/x", 4, 8)
+    assert rows.all(), "what is not fetched reads as zeros"
+    assert rows.equal(read_rows(str(tmp_path / "x"), 4, 8))
 
 
 def test_only_the_blocks_asked_for_are_fetched_and_once(server):
