@@ -61,6 +61,10 @@ def _why_not(origin: Origin, origins: Origins, tokenizer: Tokenizer | None) -> s
         return "its file is not on this machine"
     if origin.start < 0 or not is_json_lines(origin.path):
         return "only JSON lines can be"
+    # A packed file is replaced by another one, which is written beside it.
+    written = os.path.dirname(origin.path) if is_packed(origin.path) else origin.path
+    if not os.access(written, os.W_OK):
+        return f"this user may not write to {written}"
     if origins.key is None:
         # The tokens of a row are not those of its text alone: go by what the whole file was.
         size = next(size for path, size, *_ in origins.parts if path == origin.path)

@@ -276,8 +276,18 @@ def test_lines_of_the_corpora_are_blanked(
     assert (
         "plain.jsonl:10 cannot be blanked: another text stands there now" in capsys.readouterr().err
     )
-    assert not list(tmp_path.glob("*forgot*"))
     plain.write_bytes(before[0])
+    for kept, names_it in ((plain, str(plain)), (tmp_path, str(tmp_path))):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "megalite.lineage.corpora.os.access",
+                lambda path, mode, kept=kept: path != str(kept),
+            )
+            assert main(arguments) == 2
+        assert (
+            f"cannot be blanked: this user may not write to {names_it}" in capsys.readouterr().err
+        )
+    assert not list(tmp_path.glob("*forgot*"))
     passes.clear()
     assert main(arguments) == 0
     assert "3 lines of 2 files of text are blanked" in capsys.readouterr().out
