@@ -106,7 +106,9 @@ def tell(address: str, text: str) -> None:
             found.append(f"it answered {error.code}")
         except Exception as error:
             reason = getattr(error, "reason", error)
-            found.append(getattr(reason, "strerror", None) or type(reason).__name__)
+            # A socket's time ends with ours: whichever is first, there was no answer.
+            if not isinstance(reason, TimeoutError):
+                found.append(getattr(reason, "strerror", None) or type(reason).__name__)
 
     # On a thread: looking up a name has no time limit.
     thread = threading.Thread(target=send, name="webhook", daemon=True)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,17 @@ def test_a_webhook_hears_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.Mon
         "demo stopped at step 4 of 20 after T, loss 1.2500, valid 2.0000; it goes on when started again",
         "demo failed at step 4 of 20 after T, loss 1.2500, valid 2.0000",
     ]
+
+
+def test_a_webhook_s_time_limits_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the socket may be over a little before that of the thread."""
+
+    def time_out(*_: object, **__: object) -> None:
+        raise urllib.error.URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", time_out)
+    with pytest.raises(webhook.NotTold, match="no answer in 10 s"):
+        webhook.tell("http://127.0.0.1:9", "a text")
 
 
 def test_one_launcher_of_several_tells_of_a_start(tmp_path: Path) -> None:
