@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa.h"
+#include "fp8_format.h"
 #include "types.h"
 
 namespace megalite {
@@ -17,8 +18,8 @@ struct Fp8 {
   float* scales;                      // a number a block, likewise
   bool transposed;
 
-  int64_t strips() const { return (rows + block_rows - 1) / block_rows; }
-  int64_t blocks() const { return (columns + block_columns - 1) / block_columns; }
+  MEGALITE_BOTH int64_t strips() const { return (rows + block_rows - 1) / block_rows; }
+  MEGALITE_BOTH int64_t blocks() const { return (columns + block_columns - 1) / block_columns; }
 };
 
 }  // namespace megalite

@@ -75,7 +75,9 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     centre = share + Z**2 / (2 * count)
     half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     whole = 1 + Z**2 / count
-    return max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)
+    # At shares of 0 and 1 an end is the share itself, which rounding could leave outside.
+    low, high = min(share, (centre - half) / whole), max(share, (centre + half) / whole)
+    return max(0.0, low), min(1.0, high)
 
 
 def _bounded(

@@ -129,6 +129,7 @@ def test_ctrl_c_ends_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "signal.signal(15, lambda *_: (stopped(), sys.exit(75))); print('on', flush=True); time.sleep(5)"
     )
     start, main_thread = TrialRun.start, threading.main_thread()
+    interrupt = [0.1]  # once: a second Ctrl-C would come when the test is over
 
     def start_another(self: TrialRun) -> None:
         self._command = [sys.executable, "-c", code, str(tmp_path / "stopped")]
@@ -136,7 +137,9 @@ def test_ctrl_c_ends_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyP
         while "on" not in (self.folder / "console.log").read_text():
             time.sleep(0.01)
         assert main_thread.ident is not None
-        threading.Timer(0.1, signal.pthread_kill, (main_thread.ident, signal.SIGINT)).start()
+        if interrupt:
+            kill = signal.pthread_kill, (main_thread.ident, signal.SIGINT)
+            threading.Timer(interrupt.pop(), *kill).start()
 
     monkeypatch.setattr(TrialRun, "start", start_another)
     with pytest.raises(KeyboardInterrupt):
