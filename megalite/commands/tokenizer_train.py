@@ -40,19 +40,22 @@ def add_arguments(parser: VerbParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     """Train a tokenizer as the command line says; return the exit status."""
+    start = time.monotonic()
     # The training libraries ignore Ctrl-C until they are done, and nothing is written before: end
     # at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    start = time.monotonic()
-    tokenizer, report = train_tokenizer(
-        args.input,
-        args.output,
-        args.vocab_size,
-        args.type,
-        args.json_key,
-        args.max_bytes,
-        args.special_tokens,
-    )
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        tokenizer, report = train_tokenizer(
+            args.input,
+            args.output,
+            args.vocab_size,
+            args.type,
+            args.json_key,
+            args.max_bytes,
+            args.special_tokens,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     if str(report):
         print(report, file=sys.stderr)
     if tokenizer.vocab_size < args.vocab_size:

@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -668,6 +669,7 @@ def test_special_tokens_that_cannot_be_are_refused(tmp_path, kind, asked, told):
 
 def test_a_tokenizer_is_not_written_over_and_a_small_one_is_told(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abcabc\n")
+    ctrl_c = signal.getsignal(signal.SIGINT)
     command = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "4000"]
     command += ["--output", str(tmp_path / "x")]
     assert main(command) == 0
@@ -680,6 +682,7 @@ def test_a_tokenizer_is_not_written_over_and_a_small_one_is_told(tmp_path, capsy
     assert main(command) == 2
     assert "x holds a tokenizer already (tokenizer.json)" in capsys.readouterr().err
     assert (tmp_path / "x" / "tokenizer.json").read_bytes() == before
+    assert signal.getsignal(signal.SIGINT) is ctrl_c, "Ctrl-C is for what follows in the process"
 
 
 def test_max_bytes_takes_the_beginning(tmp_path):
