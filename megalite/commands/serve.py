@@ -40,6 +40,14 @@ def add_arguments(parser: VerbParser) -> None:
         default=Path("ratings"),
         help="folder for them (default: %(default)s)",
     )
+    _add_other_models(parser)
+    _add_limits(parser)
+    _add_logs(parser)
+    parser.set_defaults(verb=_serve)
+
+
+def _add_other_models(parser: VerbParser) -> None:
+    """Add the options of models beside the first."""
     parser.add_argument(
         "--also",
         type=Path,
@@ -66,6 +74,10 @@ def add_arguments(parser: VerbParser) -> None:
         action="store_true",
         help="the challenger answers nobody: what it would have said is only measured in the request log",
     )
+
+
+def _add_limits(parser: VerbParser) -> None:
+    """Add what bounds requests and the server's end."""
     parser.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument(
         "--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit"
@@ -79,6 +91,10 @@ def add_arguments(parser: VerbParser) -> None:
         default=20.0,
         help="seconds to end after SIGTERM (default: %(default)s)",
     )
+
+
+def _add_logs(parser: VerbParser) -> None:
+    """Add what is written of requests."""
     parser.add_argument(
         "--request-log",
         type=Path,
@@ -96,7 +112,6 @@ def add_arguments(parser: VerbParser) -> None:
         action="store_true",
         help="also log what is asked, and in the request log what is answered; it is not otherwise",
     )
-    parser.set_defaults(verb=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
