@@ -12,6 +12,7 @@ from typing import get_args
 from megalite.commands.parser import VerbParser
 from megalite.data.tokenizer_training import Kind, train_tokenizer
 from megalite.runtime.exit_codes import at_least, explained
+from megalite.runtime.processes import handling
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -43,8 +44,7 @@ def _train(args: argparse.Namespace) -> int:
     start = time.monotonic()
     # The training libraries ignore Ctrl-C until they are done, and nothing is written before: end
     # at once.
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
+    with handling([signal.SIGINT], signal.SIG_DFL):
         tokenizer, report = train_tokenizer(
             args.input,
             args.output,
@@ -54,8 +54,6 @@ def _train(args: argparse.Namespace) -> int:
             args.max_bytes,
             args.special_tokens,
         )
-    finally:
-        signal.signal(signal.SIGINT, before)
     if str(report):
         print(report, file=sys.stderr)
     if tokenizer.vocab_size < args.vocab_size:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from megalite.errors import ConfigError
 from megalite.runtime.exit_codes import Exit
+from megalite.runtime.processes import handling
 from megalite.utils.resources import configs_dir
 
 
@@ -173,11 +174,7 @@ def run_verb(folder: Path, *words: str) -> None:
         if process.poll() is None:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling((signal.SIGINT, signal.SIGTERM), pass_on):
         status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if status:
         raise Stopped(status if status > 0 else 128 - status)

@@ -27,6 +27,7 @@ from megalite.retrain.judge import Verdict, judge, told, worthless
 from megalite.retrain.page import page_of
 from megalite.retrain.swap import Refused, reload, target_of, turn
 from megalite.runtime.exit_codes import Exit, describe
+from megalite.runtime.processes import handling
 from megalite.utils.files import replacing
 from megalite.utils.outside import read_object
 from megalite.utils.resources import read_yaml
@@ -224,15 +225,9 @@ def _train(folder: Path, say: Say) -> None:
 def _run(command: list[str], console: Any) -> int:
     """Run a command, and pass on the signal that asks it to save and stop."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
-    before = {
-        number: signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
-    try:
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    with handling(asked, lambda *_: process.send_signal(signal.SIGTERM)):
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _noted(verdict: Verdict) -> dict[str, Any]:

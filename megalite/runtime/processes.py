@@ -1,4 +1,4 @@
-"""Worker processes: what those that work for another process have in common."""
+"""Processes that work for another one: workers, and signals while a process waits for another."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.connection import wait
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 def worker_pool(
@@ -32,6 +35,18 @@ def start_worker() -> None:
     # Ctrl-C reaches the whole group; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent()
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Let `handler` answer the signals `numbers` until the block ends; then what answered them
+    before does. For the main thread alone, as signals are."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def leave_with_parent() -> None:
