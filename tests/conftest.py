@@ -1,7 +1,9 @@
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -62,6 +64,27 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # As Ctrl-C does: tests end what they have started.
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def constants_stay() -> Iterator[None]:
+    """A constant that one file sets and leaves would be met by whatever file a lane takes next."""
+    before = _constants()
+    yield
+    now = _constants()
+    changed = [name for name, value in before.items() if now.get(name, value) is not value]
+    assert not changed, f"this file's tests leave other values in {', '.join(changed)}"
+
+
+def _constants() -> dict[str, Any]:
+    """Of each module of megalite that is imported, by their full names."""
+    return {
+        f"{module.__name__}.{name}": value
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").partition(".")[0] == "megalite"
+        for name, value in vars(module).items()
+        if name.isupper()
+    }
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -629,12 +630,18 @@ def train_layouts(rank: int, world_size: int, cases: list[Case]) -> list[Result]
 
 
 def train_layout(model_name: str, layout: Layout) -> Result:
+    """`two_steps` whose experts' rows travel as the layout says: by their size all would be
+    gathered."""
+    with patch.object(expert, "GATHERED_BYTES", 2**40 if layout.gathers else -1):
+        return two_steps(model_name, layout)
+
+
+def two_steps(model_name: str, layout: Layout) -> Result:
     """Two steps on this rank. What a rank returns in logical terms is its stage's part."""
     config = config_of(model_name, layout)
     weights = weight_table(config.model)
     plan = make_plan(config, weights, layout.ranks)
     mesh = mesh_of(plan)
-    expert.GATHERED_BYTES = 2**40 if layout.gathers else -1  # by size, all would be gathered
     parts = build(config, plan, mesh)
     engine = parts.engine
     engine.load(from_seed(SEED, mesh))
