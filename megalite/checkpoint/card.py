@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalite.config import Config, ModelConfig
-from megalite.config.schema import names_of
+from megalite.config import Config, ModelConfig, names_of
 from megalite.models import weight_table
 from megalite.utils.counts import compact
 from megalite.utils.hub import name_of

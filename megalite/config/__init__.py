@@ -1,5 +1,22 @@
 """The schema of a config, and the error messages for one that cannot be used."""
 
+from megalite.config.data import AugmentConfig, DataConfig, FillInTheMiddleConfig, Source, names_of
+from megalite.config.kernels import KernelsConfig, implementations
+from megalite.config.model import (
+    ANSWER_LABELS,
+    MOST_LAYERS,
+    NUM_LABELS,
+    LoraConfig,
+    ModelConfig,
+)
+from megalite.config.objective import DataKind, Lengths, ObjectiveConfig
+from megalite.config.observe import (
+    HookConfig,
+    ObserveConfig,
+    ProfileConfig,
+    TasksConfig,
+    WandbConfig,
+)
 from megalite.config.optimizer import (
     BY_COUNTS,
     EMA,
@@ -10,39 +27,11 @@ from megalite.config.optimizer import (
     ScheduleConfig,
     Treatment,
 )
-from megalite.config.schema import (
-    ANSWER_LABELS,
-    MOST_LAYERS,
-    NUM_LABELS,
-    AugmentConfig,
-    BatchRampConfig,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DataKind,
-    FillInTheMiddleConfig,
-    Fp8Config,
-    HealthConfig,
-    HookConfig,
-    KernelsConfig,
-    Lengths,
-    LoraConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ObserveConfig,
-    OffloadConfig,
-    ParallelConfig,
-    Policy,
-    ProfileConfig,
-    RunConfig,
-    Source,
-    TasksConfig,
-    TrainConfig,
-    WandbConfig,
-    implementations,
-    names_of,
-)
+from megalite.config.parallel import OffloadConfig, ParallelConfig
+from megalite.config.run import CheckpointConfig, HealthConfig, Policy, RunConfig
+from megalite.config.schema import Config
 from megalite.config.section import Choice, Section
+from megalite.config.train import BatchRampConfig, Fp8Config, TrainConfig
 
 __all__ = [
     "ANSWER_LABELS",
