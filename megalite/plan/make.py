@@ -1,0 +1,120 @@
+"""Make the plan of a config on a number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.plan.checks import check_layout, check_stages
+from megalite.plan.layout import Plan, Sized, expert_cut, smallest_world
+from megalite.plan.memory import fullest_rank, resident_bytes
+from megalite.plan.stages import make_stages
+
+
+def plan(config: Config, ranks: int) -> Plan:
+    """Return the plan of `config` on `ranks` ranks: mesh, stages, batch arithmetic and memory.
+
+    Raise ConfigError with the setting to change if the layout does not fit the ranks, the model or
+    the batch."""
+    # Imports torch, which the arithmetic of a plan does without.
+    from megalite.models import weight_table
+
+    return make_plan(config, weight_table(config.model, config.lora), ranks)
+
+
+def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:
+    """Return the plan of `config` for a table of `weights` on `world_size` ranks. Raise ConfigError
+    with the setting to change if the layout does not fit the ranks, the model or the batch."""
+    parallel, train = config.parallel, config.train
+    tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
+    unit = smallest_world(config)
+    if world_size % unit:
+        experts = {"expert": parallel.expert, "expert_tensor": parallel.expert_tensor or 1}
+        asked = {"tensor": tensor, "pipeline": pipeline, "context": context} | experts
+        name = " × ".join(f"parallel.{name} = {size}" for name, size in asked.items() if size > 1)
+        raise ConfigError(
+            f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks"
+            + (f", as `RANKS={unit} bash slurm/pretrain.sh CONFIG` does" if world_size == 1 else "")
+        )
+    # What is left of the world: data parallelism is never asked for, but follows from the ranks.
+    data = world_size // (tensor * pipeline * context)
+    micro_batch_size = _micro_batch_size(config, data)
+    micro_batches = train.global_batch_size // (micro_batch_size * data)
+    sequence = parallel.sequence and tensor > 1
+    check_layout(config, weights, data, micro_batch_size, sequence)
+    # After all checks that need no stages, so that the first mistake reported is the simplest.
+    stages = make_stages(config, weights)
+    check_stages(config, weights, stages)
+    fullest = fullest_rank(config, weights, stages, world_size // pipeline)
+    return Plan(
+        world_size=world_size,
+        pipeline=pipeline,
+        data=data,
+        context=context,
+        context_method=parallel.context_method,
+        tensor=tensor,
+        experts=expert_cut(parallel),
+        sequence=sequence,
+        tensor_overlap=parallel.tensor_overlap and sequence,
+        engine=parallel.engine,
+        zero_stage=parallel.zero_stage,
+        schedule=parallel.schedule,
+        virtual=parallel.virtual,
+        stages=stages,
+        micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches,
+        tokens_per_step=train.global_batch_size * config.sample_tokens,
+        steps=train.steps,
+        tokens=config.num_tokens,
+        num_params=sum(weight.numel for weight in weights),
+        params_per_rank=sum(held.params for held in fullest),
+        num_trained=sum(weight.numel for weight in weights if not weight.frozen),
+        memory_bytes=resident_bytes(config, fullest, parallel.zero_stage),
+    )
+
+
+def nodes_that_fit(
+    config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int
+) -> int:
+    """Return how many of `nodes` nodes with `ranks_per_node` ranks each the layout can use: all, or
+    with `parallel.elastic` as many as possible.
+
+    Tensor, pipeline and context parallelism and the global batch stay as in `config`; `weights` is
+    the model's table. Raise ConfigError if no number fits."""
+    refused: dict[int, ConfigError] = {}
+    for count in range(nodes, 0 if config.parallel.elastic else nodes - 1, -1):
+        try:
+            make_plan(config, weights, count * ranks_per_node)
+        except ConfigError as error:
+            refused[count] = error
+        else:
+            return count
+    if len(refused) == 1:
+        raise refused[nodes]
+    raise ConfigError(
+        f"no number of nodes up to {nodes} fits; of {nodes}: {refused[nodes]}; of 1: {refused[1]}"
+    )
+
+
+def _micro_batch_size(config: Config, data: int) -> int:
+    """Return the micro-batch size: the config's, or with `parallel.elastic` the largest smaller one
+    that divides the global batch. Raise ConfigError."""
+    size, sizes = config.train.micro_batch_size, [size for size, _ in config.train.batch_sizes]
+    # Every batch size of a ramp must come out even.
+    fitting = [
+        fewer for fewer in range(1, size + 1) if all(whole % (fewer * data) == 0 for whole in sizes)
+    ]
+    if size in fitting or (fitting and config.parallel.elastic):
+        return fitting[-1]
+    advice = (
+        f"micro_batch_size = {fitting[-1]} would fit"
+        if fitting
+        else "choose another global_batch_size"
+    )
+    whole = next(whole for whole in reversed(sizes) if whole % (size * data))
+    key = "global_batch_size" if whole == sizes[-1] else "batch_ramp: a batch"
+    raise ConfigError(
+        f"train.{key} = {whole} must be a multiple of micro_batch_size × data ranks = {size} × {data} = {size * data}; "
+        f"{advice}"
+    )

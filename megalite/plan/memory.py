@@ -1,0 +1,98 @@
+"""Bytes that a rank holds through the whole step: weights, gradients, optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.plan.layout import Cut, Sized, StageSpan, expert_cut
+
+
+class Held(NamedTuple):
+    """Numbers of elements that a rank holds of weights with the same number of replicas."""
+
+    params: int
+    trained: int
+    """Of these, not frozen."""
+    states: float
+    """Of the optimizer's states beside the trained ones, by what they would be in fp32."""
+    replicas: int
+    """Ranks that share what the ZeRO stage shards."""
+    quantised: int = 0
+    """Of the elements of weights, those that are held in few bits."""
+    quantised_bytes: int = 0
+
+
+def fullest_rank(
+    config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan], ranks: int
+) -> tuple[Held, ...]:
+    """Return what the rank holds that holds most, which decides whether a layout fits: of dense
+    weights, and of experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight
+    cannot be cut."""
+    pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
+    dense = Cut(config.parallel.tensor)
+    local: dict[str, int] = {}
+    quantised: dict[str, int] = {}
+    for weight in weights:
+        cut = experts if weight.is_expert else dense
+        try:
+            local[weight.name] = prod(weight.local_shape(*cut))
+            quantised[weight.name] = weight.quantised_bytes(*cut)
+        except ValueError as error:
+            names = (
+                {"expert": "expert", "tensor": "expert_tensor"}
+                if cut != dense
+                else {"tensor": "tensor"}
+            )
+            asked = ", ".join(
+                f"parallel.{name} = {getattr(cut, axis)}" for axis, name in names.items()
+            )
+            raise ConfigError(f"{asked}: {error}") from None
+    kept = {
+        weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights
+    }
+    per_rank = []
+    for rank in range(pipeline):
+        rows = [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)]
+        # Apart for dense weights and experts: a ZeRO stage shards each over other numbers of ranks.
+        held = []
+        for cut in dict.fromkeys((dense, experts)):
+            own = [weight for weight in rows if (experts if weight.is_expert else dense) == cut]
+            trained = [weight.name for weight in own if not weight.frozen]
+            held.append(
+                Held(
+                    sum(local[weight.name] for weight in own),
+                    sum(local[name] for name in trained),
+                    sum(kept[name] for name in trained),
+                    ranks // cut.holders,
+                    sum(local[weight.name] for weight in own if quantised[weight.name]),
+                    sum(quantised[weight.name] for weight in own),
+                )
+            )
+        per_rank.append(tuple(held))
+    # By parameters first; a list compares trained ones and states only between equals.
+    return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
+
+
+def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:
+    """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and
+    optimizer state, of all that is `held`."""
+    is_bf16 = config.train.precision == "bf16"
+    weights = gradients = in_few_bits = 0
+    optimizer = 0.0
+    for params, trained, states, replicas, quantised, quantised_bytes in held:
+        whole = params - quantised
+        weights += -(-whole // replicas) if zero_stage == 3 else whole
+        in_few_bits += quantised_bytes
+        gradients += -(-trained // replicas) if zero_stage >= 2 else trained
+        # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
+        kept = states + trained * is_bf16
+        optimizer += -(-kept // replicas) if zero_stage >= 1 else kept
+    return {
+        "weights": weights * (2 if is_bf16 else 4) + in_few_bits,
+        "gradients": gradients * 4,
+        "optimizer": round(optimizer * 4),
+    }
