@@ -24,7 +24,7 @@ from megalite.models.gemma2 import (
 from megalite.models.hf import REQUIRED, Keys, disagree
 from megalite.models.llama import HeadNormAttention, attention_rows, head_norm_rows, table
 from megalite.models.weights import Weight
-from megalite.models.windows import LayerType, TwoRopes, TwoRopesDecoder, local_theta_from_hf
+from megalite.models.windows import LayerType, TwoRopes, local_theta_from_hf
 from megalite.utils.outside import shown
 
 
@@ -57,7 +57,7 @@ class Gemma3TextConfig(TwoRopes, GemmaLike):
         return "sliding_attention" if (layer + 1) % 6 else "full_attention"
 
 
-class Gemma3Text(TwoRopesDecoder, Gemma2):
+class Gemma3Text(Gemma2):
     config: Gemma3TextConfig
 
     def layer(self, number: int) -> nn.Module:

@@ -136,6 +136,12 @@ class LlamaLike(ModelConfig):
         return self.head_size
 
     @property
+    def ropes(self) -> tuple[rope.Rope, ...]:
+        """Return the ways to encode positions that layers choose from, by `turn`."""
+        scaling, longest = self.rope_scaling, self.max_positions
+        return (rope.Rope(self.rotary_size, self.rope_theta, scaling, longest),)
+
+    @property
     def biases(self) -> Biases:
         return Biases()
 
@@ -148,8 +154,7 @@ class LlamaLike(ModelConfig):
         return AttentionKind(window=self.window(layer))
 
     def turn(self, layer: int) -> int | None:
-        """Return which of the model's cos/sin tables a layer takes; None where it encodes no
-        positions."""
+        """Return which of the `ropes` a layer takes; None where it encodes no positions."""
         return 0
 
     def mixer(self, layer: int) -> MixerSpec:
@@ -305,7 +310,7 @@ class Layer(nn.Module):
 
 
 class Llama(Decoder):
-    """Decoder of Llama and kin; families override `layer` and `rope_cos_sin`."""
+    """Decoder of Llama and kin; families override `layer`."""
 
     INPUT: tuple[str, ...] = ("embedding",)
     OUTPUT: tuple[str, ...] = ("norm", "head", "loss")
@@ -321,6 +326,7 @@ class Llama(Decoder):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.loss = CrossEntropy()
+        self.ropes = config.ropes
 
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, Attention(self.config, number))
@@ -329,13 +335,9 @@ class Llama(Decoder):
         return self.embedding(tokens_BT)
 
     def shared(self, places: SequenceInfo, dtype: torch.dtype) -> Shared:
-        return Shared(self.rope_cos_sin(places), places)
-
-    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
-        """Return the cos/sin tables that layers choose from; see `LlamaLike.turn`."""
-        c = self.config
-        arguments = c.rotary_size, c.rope_theta, c.rope_scaling, places.length, c.max_positions
-        return (rope.rope_cos_sin(places.position_BT, *arguments),)
+        # Of documents that stand beside others, `length` is that of each document.
+        tables = (each.cos_sin(places.position_BT, places.length) for each in self.ropes)
+        return Shared(tuple(tables), places)
 
 
 def weights(config: LlamaLike) -> Iterator[Weight]:

@@ -31,9 +31,9 @@ from megalite.models.layers import (
     SequenceInfo,
     UnshiftedLayerNorm,
 )
-from megalite.models.llama import Attention, Layer, layer_table, norm_row
+from megalite.models.llama import Attention, Layer, Llama, layer_table, norm_row
 from megalite.models.weights import Weight, layer_rows
-from megalite.models.windows import LAYER_TYPES, LayerType, TwoRopes, TwoRopesDecoder
+from megalite.models.windows import LAYER_TYPES, LayerType, TwoRopes
 
 
 class ModernBertConfig(TwoRopes):
@@ -93,7 +93,7 @@ def _geglu(gate_up: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
-class ModernBert(TwoRopesDecoder):
+class ModernBert(Llama):
     INPUT = ("embedding", "embedding_norm")
     OUTPUT = ("norm", "transform", "head_norm", "head", "loss")
     config: ModernBertConfig

@@ -11,7 +11,7 @@ from megalite.models import olmo2, rope
 from megalite.models.llama import fields_from_hf, fields_to_hf
 from megalite.models.olmo2 import Olmo2
 from megalite.models.olmo2 import weights as weights
-from megalite.models.windows import LayerType, TwoRopes, TwoRopesDecoder, local_theta_from_hf
+from megalite.models.windows import LayerType, TwoRopes, local_theta_from_hf
 
 THETA = 500_000.0
 
@@ -35,10 +35,6 @@ class Olmo3Config(TwoRopes):
 
     def usual_type(self, layer: int) -> LayerType:
         return "sliding_attention" if (layer + 1) % 4 else "full_attention"
-
-
-class Olmo3(TwoRopesDecoder, Olmo2):
-    config: Olmo3Config
 
 
 KEYS = olmo2.KEYS.but(
@@ -73,4 +69,4 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MODEL, CONFIG = Olmo3, Olmo3Config
+MODEL, CONFIG = Olmo2, Olmo3Config

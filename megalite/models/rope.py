@@ -238,30 +238,32 @@ Scaling = Annotated[
 HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 
 
-def rope_cos_sin(
-    position_BT: Tensor,
-    size: int,
-    theta: float,
-    scaling: Scaling | None,
-    length: int | Tensor,
-    max_positions: int,
-) -> CosSin:
-    """Return the cos/sin tables for positions [B,T] and heads whose first `size` numbers are
-    rotated with base `theta`.
+@dataclass(frozen=True)
+class Rope:
+    """One way in which a model encodes positions: rotates the first `size` numbers of heads with
+    base `theta`."""
 
-    `scaling` depends on `length`, that of the whole sequence ([B,1,1] where rows differ, [B,T,1]
-    where documents do), and on `max_positions`, the longest that the model is meant for."""
-    exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
-    # Pair i turns by theta^(-2i / size) radians per position.
-    frequency_R = theta**-exponent
-    if scaling is None:
-        # fp32 in every precision: a bf16 position beyond 256 would be rounded.
+    size: int
+    theta: float
+    scaling: Scaling | None
+    max_positions: int
+    """Longest sequence that the model is meant for."""
+
+    def cos_sin(self, position_BT: Tensor, length: int | Tensor) -> CosSin:
+        """Return the cos/sin tables for positions [B,T] in sequences of `length`, on which the
+        scaling depends: [B,1,1] where rows differ, [B,T,1] where documents do."""
+        exponent = torch.arange(0, self.size, 2, device=position_BT.device).float() / self.size
+        # Pair i turns by theta^(-2i / size) radians per position.
+        frequency_R = self.theta**-exponent
+        if self.scaling is None:
+            # fp32 in every precision: a bf16 position beyond 256 would be rounded.
+            angle_BTR = position_BT[..., None] * frequency_R
+            return angle_BTR.cos(), angle_BTR.sin()
+        frequency_R = self.scaling.stretch(frequency_R, length, self.theta)
         angle_BTR = position_BT[..., None] * frequency_R
-        return angle_BTR.cos(), angle_BTR.sin()
-    angle_BTR = position_BT[..., None] * scaling.stretch(frequency_R, length, theta)
-    magnitude = scaling.magnitude(max_positions)
-    # Tables carry YaRN's and LongRoPE's temperature: q and k are each multiplied by it.
-    return angle_BTR.cos() * magnitude, angle_BTR.sin() * magnitude
+        magnitude = self.scaling.magnitude(self.max_positions)
+        # Tables carry YaRN's and LongRoPE's temperature: q and k are each multiplied by it.
+        return angle_BTR.cos() * magnitude, angle_BTR.sin() * magnitude
 
 
 def turning_points(scaling: Scaling | None, max_positions: int) -> range:

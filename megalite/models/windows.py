@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -9,8 +10,7 @@ from pydantic import Field, model_validator
 from megalite.errors import ConfigError
 from megalite.models import rope
 from megalite.models.hf import agreed, at, disagree, refuse_others
-from megalite.models.layers import SequenceInfo
-from megalite.models.llama import LIKE_LLAMA, Llama, LlamaLike
+from megalite.models.llama import LIKE_LLAMA, LlamaLike
 
 LayerType = Literal["sliding_attention", "full_attention"]
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -73,27 +73,15 @@ class TwoRopes(WindowedByLayer):
     )
 
     def turn(self, layer: int) -> int | None:
-        """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
+        """Return 1, the RoPE of local layers, for a sliding-window layer; else 0."""
         return 1 if self.type_of(layer) == "sliding_attention" else 0
 
-
-class TwoRopesDecoder(Llama):
-    config: TwoRopes
-
-    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
-        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window
-        layers."""
-        c = self.config
+    @property
+    def ropes(self) -> tuple[rope.Rope, ...]:
+        """Return the RoPE of layers of full attention, then that of sliding-window layers."""
+        (full,) = super().ropes
         # Local layers have no scaling: a window never reaches further than was trained.
-        local = rope.rope_cos_sin(
-            places.position_BT,
-            c.rotary_size,
-            c.local_rope_theta,
-            None,
-            places.length,
-            c.max_positions,
-        )
-        return *super().rope_cos_sin(places), local
+        return full, replace(full, theta=self.local_rope_theta, scaling=None)
 
 
 def local_theta_from_hf(hf: dict[str, Any], family: str, default: float, *older: str) -> float:
