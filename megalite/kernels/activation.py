@@ -21,7 +21,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) · up, computed in fp32: […,2I] → […,I].
 
     `gate_up` holds the gate in the first half of its last dimension and up in the second."""
-    if function := added("activation", "swiglu"):
+    if function := added.get("swiglu"):
         return function(gate_up)
     if pick("activation", gate_up) == "megalite":
         return torch.ops.megalite.swiglu(gate_up)
@@ -33,7 +33,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return GELU of `x` + `bias`, computed in fp32. `x` is […,D] and `bias` [D], of one dtype."""
-    if function := added("activation", "gelu"):
+    if function := added.get("gelu"):
         return function(x, bias)
     if pick("activation", x) == "megalite":
         return torch.ops.megalite.gelu(x, bias)

@@ -75,7 +75,7 @@ def self_attention(
     only; `attention` computes the others."""
     kind = kind.within(qkv_BTNK.shape[1])
     # An added function comes first and gets every kind; it must refuse those it does not compute.
-    if function := added("attention", "self_attention"):
+    if function := added.get("self_attention"):
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
     if kind == PLAIN and pick("attention", qkv_BTNK) == "megalite":
         # The operator also returns the log-sum-exp of the scores, which its backward pass reads.
@@ -107,7 +107,7 @@ def attention(
     Raises ValueError for tensors and a kind that do not go together."""
     kind = kind.within(q_BTHK.shape[1])
     _check(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS)
-    if function := added("attention", "attention"):
+    if function := added.get("attention"):
         return function(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
     # flash_attn knows neither a bias nor heads of two sizes; torch's kernels take what is left.
     ours = (

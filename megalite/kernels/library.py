@@ -41,8 +41,9 @@ CPU_ONLY = ("attention", "weight_gradient")
 
 # Of the process, not of a model: kernels are called from deep inside modules that hold no config.
 _wishes = KernelsConfig()
-_added: dict[str, object] = {}
-"""What plugins compute, by operation."""
+added: dict[str, Callable[..., Any]] = {}
+"""Functions of plugins that `use` has chosen, by the name of the one here that each stands for, and
+whose signature it has."""
 
 
 def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
@@ -50,7 +51,7 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
 
     Raises ConfigError for kernels that are not built, for a library that is not installed, and for
     a plugin's that has no function of its operation."""
-    global _wishes, _added
+    global _wishes
     for operation in OPERATIONS:
         wish = getattr(wishes, operation)
         if wish == "megalite" and own() is None:
@@ -65,16 +66,17 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
         _warn_once()
     # What is none of an operation's built-in names must be a plugin's.
     chosen = {operation: getattr(wishes, operation) for operation in OPERATIONS}
-    found = {
-        op: kernels.get(f"{op}.{name}")
-        for op, name in chosen.items()
-        if name not in implementations(op)
-    }
-    for operation, part in found.items():
-        functions = FUNCTIONS.get(operation, ())
-        if not any(hasattr(part, function) for function in functions):
+    found: dict[str, Callable[..., Any]] = {}
+    for operation, wish in chosen.items():
+        if wish in implementations(operation):
+            continue
+        part, functions = kernels.get(f"{operation}.{wish}"), FUNCTIONS.get(operation, ())
+        # It need not have all functions of an operation: megalite computes the others.
+        there = {name: getattr(part, name) for name in functions if hasattr(part, name)}
+        found |= there
+        if not there:
             raise ConfigError(
-                f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
+                f"kernels.{operation} is {wish}, but what its plugin registers has none of the functions "
                 f"that it could stand for: {', '.join(functions) or 'there are none'}"
             )
     # Asked first, since it imports the compiler.
@@ -82,7 +84,9 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Only now, when nothing can fail any more: a refused section leaves the old choice.
-    _wishes, _added = wishes, found
+    _wishes = wishes
+    added.clear()
+    added.update(found)
 
 
 def pick(operation: str, x: Tensor) -> str:
@@ -102,13 +106,6 @@ def pick(operation: str, x: Tensor) -> str:
     ):
         return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
-
-
-def added(operation: str, function: str) -> Callable[..., Any] | None:
-    """Return a function of the plugin that computes `operation`, which stands for that of the same
-    name and signature here; None where megalite computes it."""
-    # A plugin need not have all functions of an operation: None, and megalite's own computes.
-    return getattr(_added.get(operation), function, None) if _added else None
 
 
 def explain(operation: str, device: str) -> tuple[str, str]:

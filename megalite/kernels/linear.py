@@ -76,7 +76,7 @@ def accumulate_weight_gradient(into: Tensor, grad: Operand, x: Operand, add: boo
         found = _product_of_codes(grad, x, torch.float32)
         into.add_(found) if add else into.copy_(found)
         return
-    if function := added("weight_gradient", "accumulate_weight_gradient"):
+    if function := added.get("accumulate_weight_gradient"):
         function(into, grad, x, add)
     elif x.is_cuda and x.dtype == torch.bfloat16:
         # cuBLAS adds its fp32 accumulators to `into` directly; a bf16 product would be rounded

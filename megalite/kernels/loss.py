@@ -56,7 +56,7 @@ def cross_entropy_forward(
 
     lse is the log-sum-exp over the columns; target is the logit of `labels_N`, 0 where the label is
     not among the `num_valid` real columns from `first`."""
-    if function := added("loss", "cross_entropy_forward"):
+    if function := added.get("cross_entropy_forward"):
         return function(logits_NV, labels_N, first, num_valid)
     if pick("loss", logits_NV) == "megalite":
         return torch.ops.megalite.cross_entropy_forward(logits_NV, labels_N, first, num_valid)
@@ -82,7 +82,7 @@ def cross_entropy_backward_(
     `lse_N` is the log-sum-exp over the whole vocabulary and `grad_N` the gradient of the losses.
     Where `grad_N` is 0 the result is 0, even for logits that are not finite. `labels_N`, `first`
     and `num_valid` are those of `cross_entropy_forward`."""
-    if function := added("loss", "cross_entropy_backward_"):
+    if function := added.get("cross_entropy_backward_"):
         function(logits_NV, labels_N, lse_N, grad_N, first, num_valid)
     elif pick("loss", logits_NV) == "megalite":
         torch.ops.megalite.cross_entropy_backward_(

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit: float = 0.0) -> Tensor
 
     `x` is […,D] and `weight` [D], of one dtype. `unit` is 1 for models that store the weight's
     difference from 1 (Gemma), else 0."""
-    if function := added("norm", "rms_norm"):
+    if function := added.get("rms_norm"):
         return function(x, weight, eps, unit)
     match pick("norm", x):
         case "megalite":
@@ -60,7 +60,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return (x - mean(x)) / √(var(x) + `eps`) · weight + bias, computed in fp32.
 
     `x` is […,D], `weight` and `bias` [D], all of one dtype."""
-    if function := added("norm", "layer_norm"):
+    if function := added.get("layer_norm"):
         return function(x, weight, bias, eps)
     match pick("norm", x):
         case "megalite":

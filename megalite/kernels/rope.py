@@ -26,7 +26,7 @@ def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR
 
     The result shares the memory of `qkv`: a region under activation checkpointing may begin where
     `qkv` is computed, but not after it. A hook that keeps the result's gradient must clone it."""
-    if function := added("rope", "rotate"):
+    if function := added.get("rotate"):
         return function(qkv, head_size, num_heads, cos_BTR, sin_BTR)
     # contiguous() copies only where it must: the kernel rotates in place.
     if pick("rope", qkv) == "megalite":
