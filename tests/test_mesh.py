@@ -18,7 +18,9 @@ from megalite.plan import make_plan
 from ranks import run_ranks
 from small_runs import MODELS, make_config
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -47,6 +49,23 @@ def test_torchrun(bare: pytest.MonkeyPatch) -> None:
 def test_srun_with_a_task_a_rank(bare: pytest.MonkeyPatch) -> None:
     set_all(bare, SLURM_PROCID=5, SLURM_STEP_NUM_TASKS=8, SLURM_LOCALID=1)
     assert Launch.from_environment() == Launch(5, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": 4, "SLURM_STEP_TASKS_PER_NODE": 1}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2"}, 2),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4"}, 1),
+    ],
+)
+def test_ranks_on_a_host_are_counted_by_who_started_them(
+    variables: dict[str, object], wanted: int, bare: pytest.MonkeyPatch
+) -> None:
+    set_all(bare, **variables)
+    assert mesh.ranks_on_host.__wrapped__() == wanted
 
 
 @pytest.mark.parametrize(("visible", "wanted"), [(8, 5), (1, 0)])

@@ -19,6 +19,7 @@ passed to whoever needs it; no module holds process groups."""
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import subprocess
 from collections.abc import Mapping
@@ -220,6 +221,17 @@ def node_name() -> str:
     """Return Slurm's name of this machine, by which Slurm can exclude it; without Slurm its own
     name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+@functools.cache
+def ranks_on_host() -> int:
+    """Return how many ranks run on this host, as torchrun says, or srun where all its hosts have as
+    many; otherwise 1."""
+    if (told := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
+        return int(told)
+    # Such as "8(x4)", 8 on each of 4 hosts; or "8(x3),4".
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    return 1 if "," in tasks else int(tasks.partition("(")[0])
 
 
 @dataclass(frozen=True)

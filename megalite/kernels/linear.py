@@ -31,10 +31,10 @@ Result = Callable[[], Tensor]
 Operand = Tensor | Rounded
 """Of a weight-gradient GEMM: [T,N] or [T,K], or in codes, which lie transposed."""
 
-WgradCallback = Callable[[Tensor, Operand, Operand, bool], None]
+WgradCallback = Callable[[Tensor, Operand, Operand, bool], Tensor | None]
 """Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ
-x to the parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a
-micro-batch."""
+x to the parameter's gradient, or returns it for autograd to add. `last` is true for the last, most
+often only, GEMM of the weight in a micro-batch."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,6 +59,11 @@ def weight_gradient(grad: Operand, x: Operand) -> Tensor:
     if isinstance(grad, Tensor) and isinstance(x, Tensor):
         return grad.t() @ x
     return _product_of_codes(grad, x, torch.bfloat16)
+
+
+def to_autograd(parameter: Tensor, grad: Operand, x: Operand, last: bool) -> Tensor:
+    """Return the weight's gradient: the callback of linears whose weight no engine sums."""
+    return weight_gradient(grad, x)
 
 
 def _product_of_codes(grad: Operand, x: Operand, dtype: torch.dtype) -> Tensor:
@@ -99,16 +104,13 @@ class InputCollectives(Protocol):
     """Communicate the input of a linear layer, and its gradient, with the ranks that hold the rest
     of the weight."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Return the whole input from this rank's part of it."""
+    def start_gather(self, x: Tensor) -> Result:
+        """Start to make the whole input from this rank's part of it."""
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
         """Return the recipe's product of the whole input. Who can begin it before the whole input
         is there replaces this."""
-        return recipe.product(self.gather(x), weight, bias)
-
-    def start_gather(self, x: Tensor) -> Result:
-        """Start the same for the backward pass, which needs the whole input once more."""
+        return recipe.product(self.start_gather(x)(), weight, bias)
 
     def start_reduce(self, grad_x: Tensor) -> Result:
         """Start summing the gradient of the whole input over the ranks; the result is this rank's
@@ -117,9 +119,6 @@ class InputCollectives(Protocol):
 
 class NoCollectives(InputCollectives):
     """Leave an input alone that is whole on this rank and whose gradient is, too."""
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
 
     def start_gather(self, x: Tensor) -> Result:
         return lambda: x
@@ -176,9 +175,9 @@ class WeightGradStore:
     was put since."""
 
     def __init__(self) -> None:
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], object]] = []
 
-    def put(self, gemm: Callable[[], None]) -> None:
+    def put(self, gemm: Callable[[], object]) -> None:
         """Defer `gemm`, which computes and delivers one weight-gradient GEMM."""
         self._waiting.append(gemm)
 
@@ -241,7 +240,7 @@ class _Linear(Function):
         ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
         ctx.collectives, ctx.of_bias = collectives, bias is not None and of_bias
         # `parameter` even where `weight` is not saved: the engine finds the bucket by it.
-        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
+        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback or to_autograd, later, weight
         ctx.recipe = recipe
         out = collectives.multiply(x, weight, bias, recipe)
         # With a bias, F.linear returns a view, on which autograd forbids in-place operations such
@@ -251,40 +250,32 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        collectives, wgrad_callback, parameter = ctx.collectives, ctx.wgrad_callback, ctx.parameter
-        recipe: Recipe = ctx.recipe
+        collectives, recipe = ctx.collectives, ctx.recipe
+        wgrad_callback, parameter = ctx.wgrad_callback, ctx.parameter
         # [B, T, N] → [B · T, N]: to a weight, all tokens are alike.
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.of_bias else None
-        if x is not None and not ctx.later:
-            # Two collectives, each behind a GEMM: x is gathered while the input's gradient is
-            # computed, whose reduction runs while the weight-gradient GEMM is.
-            whole_x = collectives.start_gather(x)
-            grad_x = None
-            if weight is not None:
-                grad_x = collectives.start_reduce(recipe.input_gradient(grad, weight))
+        # Two collectives, each behind a GEMM: x is gathered while the input's gradient is computed,
+        # whose reduction runs while the weight-gradient GEMM is. A frozen weight, as under LoRA,
+        # has no such GEMM.
+        whole_x = None if x is None or ctx.later else collectives.start_gather(x)
+        grad_x, grad_weight = None, None
+        if weight is not None:
+            grad_x = collectives.start_reduce(recipe.input_gradient(grad, weight))
+        if whole_x is not None:
             operands = recipe.wgrad_operands(grad_rows, whole_x().flatten(0, -2))
-            if wgrad_callback:
-                # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd
-                # makes no .grad in the weight's dtype.
-                grad_weight = wgrad_callback(parameter, *operands, True)
-            else:
-                grad_weight = weight_gradient(*operands)
-            # grad_x() waits for the reduction: not before this line, or nothing would have run
-            # beside it.
-            return grad_x and grad_x(), grad_weight, grad_bias, None, None, None, None
-        if x is not None:
+            # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd makes
+            # no .grad in the weight's dtype.
+            grad_weight = wgrad_callback(parameter, *operands, True)
+        elif x is not None:
             # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is
             # put off. Until then it holds grad_rows and this rank's slice of x; the whole x is
             # gathered again only when the GEMM runs.
             def deferred() -> None:
-                rows = collectives.gather(x).flatten(0, -2)
+                rows = collectives.start_gather(x)().flatten(0, -2)
                 wgrad_callback(parameter, *recipe.wgrad_operands(grad_rows, rows), True)
 
             ctx.later.put(deferred)
-        # Without a GEMM to hide the communication behind: it is deferred, or the weight is frozen,
-        # as under LoRA.
-        grad_x = None
-        if weight is not None:
-            grad_x = collectives.start_reduce(recipe.input_gradient(grad, weight))
-        return grad_x and grad_x(), None, grad_bias, None, None, None, None
+        # grad_x() waits for the reduction: not before this line, or nothing would have run beside
+        # it.
+        return grad_x and grad_x(), grad_weight, grad_bias, None, None, None, None

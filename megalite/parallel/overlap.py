@@ -19,7 +19,7 @@ without overlap, and give the same bits.
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megalite.comm.collectives import all_gather, reduce_scatter
-from megalite.comm.mesh import Axis
-from megalite.kernels.linear import Recipe, WeightGradStore, WgradCallback, weight_gradient
+from megalite.comm.mesh import Axis, ranks_on_host
+from megalite.kernels.linear import Recipe, WeightGradStore, WgradCallback, to_autograd
 from megalite.parallel.tensor import (
     SEQUENCE,
     ColumnParallelLinear,
@@ -40,7 +40,7 @@ from megalite.parallel.tensor import (
 def has_symmetric_memory(x: Tensor, axis: Axis) -> bool:
     """Return whether the ranks of `axis` can read `x` from each other's memory: they are GPUs of one
     host. Tensor ranks follow each other, so they share a host where its ranks are a multiple."""
-    return x.is_cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % axis.size == 0
+    return x.is_cuda and ranks_on_host() % axis.size == 0
 
 
 def gather_product(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,8 @@ class _ProductScatter(Function):
     ) -> Tensor:
         of_input, of_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
-        ctx.axis, ctx.wgrad_callback, ctx.later, ctx.parameter = axis, wgrad_callback, later, weight
+        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback or to_autograd, later, weight
+        ctx.axis = axis
         return product_scatter(x, weight.t(), axis)
 
     @staticmethod
@@ -100,17 +101,11 @@ class _ProductScatter(Function):
             whole, grad_x = gather_product(grad, weight, ctx.axis)
         if x is None:
             return grad_x, None, None, None, None
-        grad_rows, rows = whole.flatten(0, -2), x.flatten(0, -2)
-        callback, parameter = ctx.wgrad_callback, ctx.parameter
+        gemm = partial(ctx.wgrad_callback, ctx.parameter, whole.flatten(0, -2), x.flatten(0, -2))
         if ctx.later:
-            ctx.later.put(lambda: callback(parameter, grad_rows, rows, True))
+            ctx.later.put(partial(gemm, True))
             return grad_x, None, None, None, None
-        grad_weight = (
-            callback(parameter, grad_rows, rows, True)
-            if callback
-            else weight_gradient(grad_rows, rows)
-        )
-        return grad_x, grad_weight, None, None, None
+        return grad_x, gemm(True), None, None, None
 
 
 class OverlappedColumnLinear(ColumnParallelLinear):

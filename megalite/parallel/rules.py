@@ -184,7 +184,7 @@ def _(linear: nn.Linear, layout: Layout) -> nn.Module | None:
     weight = layout.locals[linear.weight]
     # How a weight is cut in the table decides which linear it becomes; no family says it twice.
     linears = LINEAR | OVERLAPPED if layout.tensor_overlap else LINEAR
-    kind = linears[layout.rows[linear.weight].shard]
+    kind = linears[layout.rows[linear.weight].shard if layout.tensor.size > 1 else None]
     found = kind(weight, layout.local(linear.bias), layout.tensor, layout.sequence, layout.later)
     if isinstance(linear, LoraLinear):
         found.adapt(

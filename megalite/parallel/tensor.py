@@ -84,9 +84,6 @@ class RegionInput(InputCollectives):
     axis: Axis
     sequence: bool
 
-    def gather(self, x: Tensor) -> Tensor:
-        return self.start_gather(x)()
-
     def start_gather(self, x: Tensor) -> Result:
         return start_gather_along(x, self.axis, SEQUENCE) if self.sequence else lambda: x
 
@@ -106,7 +103,7 @@ class _Enter(Function):
     def forward(ctx: Any, x: Tensor, region: RegionInput) -> Tensor:
         ctx.region = region
         # Without `sequence` every rank has all of x already: a new tensor on the same memory.
-        return region.gather(x) if region.sequence else x.view_as(x)
+        return region.start_gather(x)() if region.sequence else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -204,13 +201,12 @@ class RowParallelLinear(ParallelLinear):
     ranks, with what adapters add to them; then the whole bias is added once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        alone = self.axis.size == 1
         # Added on each rank, the bias would be in the sum as many times as there are ranks.
-        partial_out = self.multiply(x, self.bias if alone else None)
+        partial_out = self.multiply(x, None)
         if self.updates:
             partial_out = self.updates.add(self, x, partial_out)
         out = leave(partial_out, self.axis, self.sequence)
-        return out if alone or self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         super().adapt(linear, parameters)
@@ -222,11 +218,13 @@ class RowParallelLinear(ParallelLinear):
 
 class ReplicatedLinear(ParallelLinear):
     """Hold the whole weight and take whole features, of this rank's slice of the sequence or of all
-    of it. Nothing is communicated; the row of the weight says whether its gradient is summed over
-    the tensor ranks (a router of experts)."""
+    of it: each linear on one tensor rank, and on several those that are not cut (a router of
+    experts). Nothing is communicated; the row of the weight says whether its gradient is summed
+    over the tensor ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.bias)
+        out = self.multiply(x, self.bias)
+        return self.updates.add(self, x, out) if self.updates else out
 
 
 class VocabParallelEmbedding(_Parallel):
