@@ -186,9 +186,9 @@ class DeepseekV3(Llama):
         return kind(self.config, attention)
 
     def predict_ahead(
-        self, x_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
+        self, states_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
     ) -> tuple[Tensor, ...]:
-        return predict_ahead(self, x_BTD, tokens_ABT, places)
+        return predict_ahead(self, states_BTD, tokens_ABT, places)
 
 
 def weights(config: DeepseekV3Config) -> Iterator[Weight]:

@@ -143,23 +143,19 @@ class Decoder(nn.Module):
         """Return logits [B,T,V] of hidden states that are finished."""
         return self.head(x_BTD)
 
-    def losses(self, x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
-        """Return the loss of every token, fp32 [B,T]; with `terms` [B,T,2], as `cross_entropy`
-        does. 0 where the label is `IGNORE`."""
-        return self.losses_of(self.finish(x_BTD), labels_BT, terms)
-
     def losses_of(
         self, states_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None
     ) -> Tensor:
-        """Return the losses as `losses` does, of hidden states that are finished."""
+        """Return the loss of every token, fp32 [B,T], from hidden states that are finished; with
+        `terms` [B,T,2], as `cross_entropy` does. 0 where the label is `IGNORE`."""
         return self.loss(self.project(states_BTD), labels_BT, terms)
 
     def predict_ahead(
-        self, x_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
+        self, states_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
     ) -> tuple[Tensor, ...]:
-        """Return finished hidden states [B,T,D] for the next token, and for each of A tokens behind
-        it; `tokens_ABT` are the tokens that each of these comes after. Models with predictors of
-        further tokens have it."""
+        """Return the finished hidden states for the next token, `states_BTD`, and those for each of
+        A tokens behind it; `tokens_ABT` are the tokens that each of these comes after. Models with
+        predictors of further tokens have it."""
         raise NotImplementedError
 
     def run_layers(self, x: Any, places: SequenceInfo) -> Any:
@@ -397,7 +393,9 @@ class CoreAttention(nn.Module):
         soft cap and scale, and whether each of `num_heads` heads of queries has a sink. `biased`:
         `attend` is given a bias of the scores that is trained."""
         super().__init__()
-        self.dropout, self.kind, self.biased = dropout, kind, biased
+        # Whether anything is ever dropped is known here, and not asked in every pass.
+        self.dropout = dropout if dropout and dropout.p else None
+        self.kind, self.biased = kind, biased
         self.sinks = nn.Parameter(torch.empty(num_heads)) if kind.sinks else None
         self.strategy: AttentionStrategy | None = None
         self.logits_of: Callable[..., Tensor] = _largest_logits
@@ -411,7 +409,7 @@ class CoreAttention(nn.Module):
     @property
     def writes_scores(self) -> bool:
         """Return whether it may materialise the scores [B,H,T,S]."""
-        return self.kind.softcap is not None or self.biased or bool(self.dropout and self.dropout.p)
+        return self.kind.softcap is not None or self.biased or self.dropout is not None
 
     def forward(
         self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo
@@ -423,7 +421,7 @@ class CoreAttention(nn.Module):
             self.note_logits(*split_heads(qkv_BTNK, num_heads, num_kv_heads)[:2], places)
         # Split only here: the fused path takes the projection as it is, and returns its gradient
         # whole.
-        if self.strategy is not None or self._drops(places):
+        if self.strategy is not None or self.dropout is not None:
             out = self._by_strategy_or_eager(
                 *split_heads(qkv_BTNK, num_heads, num_kv_heads), places
             )
@@ -508,14 +506,9 @@ class CoreAttention(nn.Module):
             )
             if out is not None:
                 return out
-        if not self._drops(places):
+        if self.dropout is None or not self.training or places.key_B is None:
             return None
-        assert self.dropout is not None
         # The random numbers of fused kernels would depend on the layout.
         drop = partial(self.dropout, places=places)
         source_BS = None if source is None else source.document_BT
         return eager_attention(q, k, v, places.document_BT, self.kind, source_BS, bias, drop)
-
-    def _drops(self, places: SequenceInfo) -> bool:
-        """Return whether some of the probabilities are dropped."""
-        return bool(self.training and self.dropout and self.dropout.p) and places.key_B is not None

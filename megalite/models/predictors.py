@@ -41,12 +41,12 @@ class Predictor(RoutedLayer):
 
 
 def predict_ahead(
-    model: Llama, x_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
+    model: Llama, states_BTD: Tensor, tokens_ABT: Tensor, places: SequenceInfo
 ) -> tuple[Tensor, ...]:
     """Return what `Decoder.predict_ahead` does, of a model whose layers behind the last are
     predictors."""
     # Tokens keep their positions: a predictor sees those before them, as every layer does.
-    shared, found = model.shared(places, x_BTD.dtype), [model.finish(x_BTD)]
+    shared, found = model.shared(places, states_BTD.dtype), [states_BTD]
     for number, tokens_BT in enumerate(tokens_ABT, model.config.num_layers):
         layer = model.layers[str(number)]
         found.append(layer(found[-1], shared, model.embed(tokens_BT, places)))

@@ -198,17 +198,18 @@ class Stage(nn.Module):
             x_BTD = picked.take(x_BTD)
         if inputs.output == "final_states":
             return model.final_states(x_BTD)
+        states_BTD = model.finish(x_BTD)
         if inputs.output == "hidden_states":
-            return model.finish(x_BTD)
+            return states_BTD
         if inputs.output == "logits":
-            return model.predict(x_BTD)
+            return model.project(states_BTD)
         if picked is not None:
-            return picked.spread(model.losses(x_BTD, picked.labels_1M))
+            return picked.spread(model.losses_of(states_BTD, picked.labels_1M))
         assert inputs.labels_BT is not None
         if inputs.ahead is None:
-            return model.losses(x_BTD, inputs.labels_BT, inputs.terms)
+            return model.losses_of(states_BTD, inputs.labels_BT, inputs.terms)
         # One call of the head for all predictions: engines count on one weight-gradient GEMM of it.
-        states = model.predict_ahead(x_BTD, inputs.ahead.tokens_ABT, inputs.places)
+        states = model.predict_ahead(states_BTD, inputs.ahead.tokens_ABT, inputs.places)
         labels = torch.cat((inputs.labels_BT, *inputs.ahead.labels_ABT))
         return model.losses_of(torch.cat(states), labels, inputs.terms)
 

@@ -104,7 +104,9 @@ def test_predictors_are_those_of_transformers(
     with torch.no_grad():
         places = SequenceInfo.whole(LENGTH, tokens.device)
         x = ours.run_layers(ours.embed(tokens, places), places)
-        found = [ours.project(states) for states in ours.predict_ahead(x, ahead, places)]
+        found = [
+            ours.project(states) for states in ours.predict_ahead(ours.finish(x), ahead, places)
+        ]
         h = theirs.model(tokens).last_hidden_state
         wanted = [theirs.lm_head(h)]
         for depth, further in enumerate(ahead):
