@@ -76,6 +76,8 @@ class BucketState(BucketWeights):
         # since the step began.
         self.num_events, self.events = len(layout.slots), 0
         self.filled: set[int] = set()  # starts of the slots that hold a gradient in `grads`
+        # Whether an update leaves weights to be gathered from other replicas.
+        self.is_gathered = zero_stage > 0 and self.fold.replicas.size > 1
         self.gathered: Wait | None = (
             None  # set while the new weights travel from the other replicas
         )

@@ -99,8 +99,10 @@ class Gradients:
                     for p in unit.parameters()
                     if p in self._home
                     for b, _ in [self._home[p]]
+                    if b.is_gathered
                 }
-                unit.register_forward_pre_hook(await_weights_of(list(buckets.values())))
+                if buckets:
+                    unit.register_forward_pre_hook(await_weights_of(list(buckets.values())))
             # Linears bring their weight gradient as a GEMM into the bucket, so autograd gives them
             # none, but still fires their hook. Both are counted: `num_events` grows by one for each
             # such module.

@@ -212,7 +212,7 @@ class NativeEngine:
 
     def _send(self, bucket: BucketState) -> None:
         """Start to gather a bucket's new weights from all replicas."""
-        if self.zero_stage:
+        if bucket.is_gathered:
             bucket.gathered = start_all_gather(bucket.weights, bucket.fold.replicas)
 
     def wait_for_params(self) -> None:

@@ -152,7 +152,8 @@ def forward_backward(
     inputs = objective.look_ahead(_outputs(parts, inputs, parts.needs), inputs)
     # Known before the first backward pass: each micro-batch's loss is divided by the count of the
     # whole global batch.
-    num_labels = all_reduce(count_labels(inputs), mesh.replicas)
+    counts = torch.stack([micro.count_B.sum() for micro in inputs])
+    num_labels = all_reduce(counts.sum(), mesh.replicas)
     count = num_labels.clamp(min=1)
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
 
@@ -277,11 +278,6 @@ def _source_of(micro: MicroBatch, tokens_BS: Tensor, keys: Tensor | None) -> Sou
     index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
     position = index[None] if document is None else positions_of(document)
     return Source(tokens_BS, SequenceInfo(index, position, document, keys))
-
-
-def count_labels(inputs: list[Inputs]) -> Tensor:
-    """Count what the losses of these micro-batches are divided by: their labels, or pairs."""
-    return torch.stack([micro.count_B.sum() for micro in inputs]).sum()
 
 
 @torch.no_grad()
