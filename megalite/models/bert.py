@@ -3,23 +3,19 @@ dropout, and a head that tells what stands behind a [MASK]. RoBERTa shares its m
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
-from megalite.kernels.attention import AttentionKind
-from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
+from megalite.models.gpt2 import MLP, Attention, GPT2Like, linear_rows, norm_rows
 from megalite.models.hf import REQUIRED, Keys, check_padding
 from megalite.models.layers import (
-    CoreAttention,
     CrossEntropy,
     Decoder,
     Dropout,
@@ -28,6 +24,7 @@ from megalite.models.layers import (
     make_embedding,
     numbered,
 )
+from megalite.models.llama import residual_std
 from megalite.models.ungated import TANH, is_tanh
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
@@ -43,9 +40,8 @@ class HeadNames(NamedTuple):
     pooler: str
 
 
-class BertConfig(ModelConfig):
+class BertConfig(GPT2Like):
     family: Literal["bert"] = "bert"
-    intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
     token_types: int = Field(
         2,
         gt=0,
@@ -54,10 +50,6 @@ class BertConfig(ModelConfig):
     norm_eps: float = Field(1e-12, gt=0)
     tie_embeddings: Literal[True] = True
     tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention's weights.")
-    hidden_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout of what attention and the MLP give."
-    )
     task: Literal["masked", "classification", "labels", "answers"] = "masked"
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"
@@ -84,76 +76,13 @@ class BertConfig(ModelConfig):
     OFFSET: ClassVar[int] = 0
     """Rows of the embedding of positions before that of the first position."""
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> BertConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        return self
-
     @property
     def has_token_types(self) -> bool:
         return self.token_types > 1
 
     @property
-    def inner_size(self) -> int:
-        return self.intermediate_size or 4 * self.hidden_size
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    def describe(self) -> Architecture:
-        attention = AttentionSpec(
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_attention_heads,
-            head_size=self.head_size,
-            value_size=self.head_size,
-            causal=False,
-            dropout=self.attention_dropout,
-            rope=False,
-        )
-        layer = LayerSpec(
-            attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu")
-        )
-        layers = (layer,) * self.num_layers
-        return Architecture(layers=layers, norm="layer", hidden_dropout=self.hidden_dropout)
-
-
-class Attention(nn.Module):
-    """Attention to all tokens of a document, on one fused projection of queries, keys and
-    values."""
-
-    def __init__(self, config: BertConfig, site: str):
-        super().__init__()
-        self.head_size = config.head_size
-        # One product for queries, keys and values, all of H heads: N = 3H.
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        dropout = Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
-        self.core = CoreAttention(dropout, AttentionKind(causal=False))
-
-    def forward(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
-        qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
-        heads = qkv_BTNK.shape[2] // 3  # all, or the share of a tensor rank
-        return self.out(self.core(qkv_BTNK, heads, heads, places))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.inner_size)
-        self.down = nn.Linear(config.inner_size, config.hidden_size)
-        self.activation = gelu if config.tanh_gelu else F.gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation_and_down_proj(self.up(x))
-
-    def activation_and_down_proj(self, up: Tensor) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute:
-        selective`."""
-        return self.down(self.activation(up))
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        return gelu if self.tanh_gelu else F.gelu
 
 
 class Layer(nn.Module):
@@ -199,7 +128,7 @@ class Bert(Decoder):
             self.head = nn.Linear(hidden, config.vocab_size)
             # Tied: one parameter in two modules, which the table has as one row with place "both".
             self.head.weight = self.embedding.weight
-        self.activation = gelu if config.tanh_gelu and config.HEAD_ACTS_ALIKE else F.gelu
+        self.activation = config.activation if config.HEAD_ACTS_ALIKE else F.gelu
         self.loss = CrossEntropy()
 
     def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
@@ -231,27 +160,26 @@ def weights(config: BertConfig) -> Iterator[Weight]:
         config.init_std,
         config.PREFIX,
     )
-    # Two projections a layer add to the residual stream: scaled like this, as in Megatron-LM, they
-    # keep its variance.
-    residual_std = std / math.sqrt(2 * config.num_layers)
+    # As in Megatron-LM, also where the stream is normalized between.
+    out_std = residual_std(config)
     thirds, head = (hidden, hidden, hidden), config.head_size
     # Three Hugging Face tensors make up the one fused weight, in this order.
     qkv = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
     layer = (
-        *_linear("attention.qkv", qkv, (3 * hidden, hidden), "column", std, thirds, head),
+        *linear_rows("attention.qkv", qkv, (3 * hidden, hidden), "column", std, thirds, head),
         # `unit`: columns that stay together, as they are the outputs of one head.
-        *_linear(
+        *linear_rows(
             "attention.out",
             ("attention.output.dense",),
             (hidden, hidden),
             "row",
-            residual_std,
+            out_std,
             unit=head,
         ),
-        *_norm("attention_norm", "attention.output.LayerNorm", hidden, 0),
-        *_linear("mlp.up", ("intermediate.dense",), (inner, hidden), "column", std),
-        *_linear("mlp.down", ("output.dense",), (hidden, inner), "row", residual_std),
-        *_norm("mlp_norm", "output.LayerNorm", hidden, 0),
+        *norm_rows("attention_norm", "attention.output.LayerNorm", hidden, 0),
+        *linear_rows("mlp.up", ("intermediate.dense",), (inner, hidden), "column", std),
+        *linear_rows("mlp.down", ("output.dense",), (hidden, inner), "row", out_std),
+        *norm_rows("mlp_norm", "output.LayerNorm", hidden, 0),
     )
     table = (config.vocab_size, hidden)
     ends: Place = "both" if config.tie_embeddings else "first"
@@ -265,15 +193,15 @@ def weights(config: BertConfig) -> Iterator[Weight]:
             f"{name}.weight", (rows[name], hidden), (f"{prefix}.embeddings.{hf}_embeddings.weight",),
             used=0.0, init=std, partial_grad="sequence",
         )  # fmt: skip
-    yield from _norm("embedding_norm", f"{prefix}.embeddings.LayerNorm", hidden, "first")
+    yield from norm_rows("embedding_norm", f"{prefix}.embeddings.LayerNorm", hidden, "first")
     for i in range(config.num_layers):
         yield from layer_rows(i, f"{prefix}.encoder.layer", layer)
     names = config.HEAD
     if config.task in ("masked", "classification"):
         hf = names.transform if config.task == "masked" else names.pooler
-        yield from _linear("transform", (hf,), (hidden, hidden), None, std, place="last")
+        yield from linear_rows("transform", (hf,), (hidden, hidden), None, std, place="last")
     if config.task == "masked":
-        yield from _norm("norm", names.norm, hidden, "last")
+        yield from norm_rows("norm", names.norm, hidden, "last")
         if not config.tie_embeddings:
             yield Weight(
                 "head.weight", table, (f"{names.decoder}.weight",), "vocab", init=std, place="last"
@@ -281,48 +209,6 @@ def weights(config: BertConfig) -> Iterator[Weight]:
         yield Weight(
             "head.bias", table[:1], (names.bias,), "vocab", init="zeros", decay=False, place="last"
         )
-
-
-def _norm(name: str, hf: str, size: int, place: Place) -> Iterator[Weight]:
-    """Yield the rows of a LayerNorm: scale and shift."""
-    for part, init in (("weight", "ones"), ("bias", "zeros")):
-        yield Weight(
-            f"{name}.{part}", (size,), (f"{hf}.{part}",), init=init, decay=False,  # type: ignore[arg-type]
-            partial_grad="sequence", place=place,
-        )  # fmt: skip
-
-
-def _linear(
-    name: str,
-    hf: tuple[str, ...],
-    shape: tuple[int, int],
-    shard: Literal["column", "row"] | None,
-    std: float,
-    parts: tuple[int, ...] = (),
-    unit: int = 1,
-    place: Place = 0,
-) -> Iterator[Weight]:
-    """Yield the rows of a linear module: matrix and bias. What is not cut by output features sees a
-    cut sequence under sequence parallelism: there its gradient is partial."""
-    # Only a column-parallel bias is cut; a row-parallel one is added once, behind the reduction.
-    cut = shard == "column"
-    matrix, bias = (tuple(f"{module}.{part}" for module in hf) for part in ("weight", "bias"))
-    partial: Literal["sequence"] | None = None if shard else "sequence"
-    yield Weight(
-        f"{name}.weight",
-        shape,
-        matrix,
-        shard,
-        parts,
-        unit,
-        init=std,
-        place=place,
-        partial_grad=partial,
-    )
-    yield Weight(
-        f"{name}.bias", shape[:1], bias, "column" if cut else None, parts, unit if cut else 1,
-        init="zeros", decay=False, place=place, partial_grad=None if cut else "sequence",
-    )  # fmt: skip
 
 
 _POOLER = "of a pooler in Google's own code, which transformers does not read"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
+from megalite.kernels.attention import AttentionKind
 from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
 from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layers import (
@@ -26,22 +26,22 @@ from megalite.models.layers import (
     make_embedding,
     numbered,
 )
+from megalite.models.llama import residual_std
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
 
-class GPT2Config(ModelConfig):
-    family: Literal["gpt2"] = "gpt2"
+class GPT2Like(ModelConfig):
+    """Fields that GPT-2 and BERT share."""
+
     intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
-    tie_embeddings: bool = True
-    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embeddings.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention's weights.")
     hidden_dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout of what attention and the MLP give."
     )
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> GPT2Config:
+    def _heads_divide(self) -> GPT2Like:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
@@ -56,12 +56,23 @@ class GPT2Config(ModelConfig):
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def is_causal(self) -> bool:
+        """Return whether tokens attend to none behind them."""
+        return self.PREDICTS == "causal"
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """Return the activation between the matrices of the MLP."""
+        return gelu
+
     def describe(self) -> Architecture:
         attention = AttentionSpec(
             num_heads=self.num_attention_heads,
             num_kv_heads=self.num_attention_heads,
             head_size=self.head_size,
             value_size=self.head_size,
+            causal=self.is_causal,
             dropout=self.attention_dropout,
             rope=False,
         )
@@ -72,17 +83,24 @@ class GPT2Config(ModelConfig):
         return Architecture(layers=layers, norm="layer", hidden_dropout=self.hidden_dropout)
 
 
-class Attention(nn.Module):
-    """Multi-head attention on one fused projection of queries, keys and values."""
+class GPT2Config(GPT2Like):
+    family: Literal["gpt2"] = "gpt2"
+    tie_embeddings: bool = True
+    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embeddings.")
 
-    def __init__(self, config: GPT2Config, site: str):
+
+class Attention(nn.Module):
+    """Multi-head attention on one fused projection of queries, keys and values, to earlier tokens
+    or, in an encoder, to all of a document."""
+
+    def __init__(self, config: GPT2Like, site: str):
         super().__init__()
         self.head_size = config.head_size
+        # One product for queries, keys and values, all of H heads: N = 3H.
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        self.core = CoreAttention(
-            Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
-        )
+        dropout = Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
+        self.core = CoreAttention(dropout, AttentionKind(causal=config.is_causal))
 
     def forward(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
         qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
@@ -91,12 +109,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """MLP with GELU in its tanh approximation."""
+    """MLP without a gate."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Like):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.inner_size)
         self.down = nn.Linear(config.inner_size, config.hidden_size)
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation_and_down_proj(self.up(x))
@@ -104,7 +123,7 @@ class MLP(nn.Module):
     def activation_and_down_proj(self, up: Tensor) -> Tensor:
         """Apply the activation and the down projection; recomputed as one under `train.recompute:
         selective`."""
-        return self.down(gelu(up))
+        return self.down(self.activation(up))
 
 
 class Layer(nn.Module):
@@ -153,18 +172,18 @@ class GPT2(Decoder):
 def weights(config: GPT2Config) -> Iterator[Weight]:
     """Yield the table of weights."""
     hidden, inner, std = config.hidden_size, config.inner_size, config.init_std
-    # Two projections a layer add to the residual stream: scaled like this, they keep its variance.
-    residual_std = std / math.sqrt(2 * config.num_layers)
+    # Conv1D stores [in, out], a linear module has [out, in].
+    linear, out_std = partial(linear_rows, transpose=True), residual_std(config)
     # c_attn is stored fused already, [q; k; v]; tensor parallelism cuts each third on its own.
     thirds = (hidden, hidden, hidden)
     qkv, square, head = (3 * hidden, hidden), (hidden, hidden), config.head_size
     layer = (
-        *_norm("attention_norm", "ln_1", hidden),
-        *_linear("attention.qkv", "attn.c_attn", qkv, "column", std, thirds, head),
-        *_linear("attention.out", "attn.c_proj", square, "row", residual_std, (), head),
-        *_norm("mlp_norm", "ln_2", hidden),
-        *_linear("mlp.up", "mlp.c_fc", (inner, hidden), "column", std),
-        *_linear("mlp.down", "mlp.c_proj", (hidden, inner), "row", residual_std),
+        *norm_rows("attention_norm", "ln_1", hidden),
+        *linear("attention.qkv", ("attn.c_attn",), qkv, "column", std, thirds, head),
+        *linear("attention.out", ("attn.c_proj",), square, "row", out_std, unit=head),
+        *norm_rows("mlp_norm", "ln_2", hidden),
+        *linear("mlp.up", ("mlp.c_fc",), (inner, hidden), "column", std),
+        *linear("mlp.down", ("mlp.c_proj",), (hidden, inner), "row", out_std),
     )
     ends: Place = "both" if config.tie_embeddings else "first"
     yield Weight(
@@ -186,7 +205,7 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     )
     for i in range(config.num_layers):
         yield from layer_rows(i, "transformer.h", layer)
-    yield from _norm("norm", "transformer.ln_f", hidden, "last")
+    yield from norm_rows("norm", "transformer.ln_f", hidden, "last")
     if not config.tie_embeddings:
         yield Weight(
             "head.weight",
@@ -198,45 +217,51 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
         )
 
 
-def _norm(name: str, hf: str, size: int, place: Place = 0) -> tuple[Weight, Weight]:
-    """Return the rows of a LayerNorm: scale and shift."""
-    scale = Weight(
-        f"{name}.weight",
-        (size,),
-        (f"{hf}.weight",),
-        init="ones",
-        decay=False,
-        partial_grad="sequence",
-    )
-    shift = Weight(
-        f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence"
-    )
-    return replace(scale, place=place), replace(shift, place=place)
+def norm_rows(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:
+    """Yield the rows of a LayerNorm: scale and shift."""
+    for part, init in (("weight", "ones"), ("bias", "zeros")):
+        yield Weight(
+            f"{name}.{part}", (size,), (f"{hf}.{part}",), init=init, decay=False,  # type: ignore[arg-type]
+            partial_grad="sequence", place=place,
+        )  # fmt: skip
 
 
-def _linear(
+def linear_rows(
     name: str,
-    hf: str,
+    hf: tuple[str, ...],
     shape: tuple[int, int],
-    shard: Literal["column", "row"],
+    shard: Literal["column", "row"] | None,
     std: float,
     parts: tuple[int, ...] = (),
     unit: int = 1,
-) -> tuple[Weight, Weight]:
-    """Return the rows of a Hugging Face Conv1D: matrix and bias. A row-parallel bias is added after
-    the reduction, on the cut sequence, so that its gradient is partial under sequence
-    parallelism."""
+    place: Place = 0,
+    transpose: bool = False,
+) -> Iterator[Weight]:
+    """Yield the rows of a linear module: matrix and bias. `hf` are the Hugging Face modules that it
+    is made of, whose matrices have input features first where `transpose`.
+
+    What is not cut by output features sees a cut sequence under sequence parallelism: there its
+    gradient is partial."""
+    # Only a column-parallel bias is cut; a row-parallel one is added once, behind the reduction.
     cut = shard == "column"
-    bias_shard: Literal["column"] | None = "column" if cut else None
-    # Conv1D stores [in, out], a linear module has [out, in].
-    matrix = Weight(
-        f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std
+    matrix, bias = (tuple(f"{module}.{part}" for module in hf) for part in ("weight", "bias"))
+    partial_grad: Literal["sequence"] | None = None if shard else "sequence"
+    yield Weight(
+        f"{name}.weight",
+        shape,
+        matrix,
+        shard,
+        parts,
+        unit,
+        transpose,
+        init=std,
+        place=place,
+        partial_grad=partial_grad,
     )
-    bias = Weight(
-        f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, unit,
-        init="zeros", decay=False, partial_grad=None if cut else "sequence",
+    yield Weight(
+        f"{name}.bias", shape[:1], bias, "column" if cut else None, parts, unit if cut else 1,
+        init="zeros", decay=False, place=place, partial_grad=None if cut else "sequence",
     )  # fmt: skip
-    return matrix, bias
 
 
 _SUMMARY = "of a head for multiple choice, which is not read"
