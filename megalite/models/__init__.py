@@ -212,7 +212,7 @@ def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[W
     """Return every weight of the model, in the order in which a forward pass uses them. With
     `lora`, those of its adapters are among them, and the others frozen. Raises ConfigError where
     the model does not have what `lora` asks for."""
-    weights = tuple(heads.head_rows(config, family(config.family).weights(config)))
+    weights = tuple(heads.with_head(config, family(config.family).weights(config)))
     if config.mup:
         weights = tuple(by_width(config, weights))
     return with_adapters(weights, lora) if lora else weights

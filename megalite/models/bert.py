@@ -26,8 +26,7 @@ from megalite.models.layers import (
 )
 from megalite.models.llama import residual_std
 from megalite.models.ungated import TANH, is_tanh
-from megalite.models.weights import Weight, layer_rows
-from megalite.plan import Place
+from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
 
 
 class HeadNames(NamedTuple):
@@ -181,12 +180,7 @@ def weights(config: BertConfig) -> Iterator[Weight]:
         *linear_rows("mlp.down", ("output.dense",), (hidden, inner), "row", out_std),
         *norm_rows("mlp_norm", "output.LayerNorm", hidden, 0),
     )
-    table = (config.vocab_size, hidden)
-    ends: Place = "both" if config.tie_embeddings else "first"
-    yield Weight(
-        "embedding.weight", table, (f"{prefix}.embeddings.word_embeddings.weight",), "vocab",
-        used=float(config.tie_embeddings), init=std, place=ends,
-    )  # fmt: skip
+    yield embedding_row(config, f"{prefix}.embeddings.word_embeddings.weight")
     rows = {"positions": config.OFFSET + config.max_positions, "token_types": config.token_types}
     for name, hf in (("positions", "position"), ("token_types", "token_type")):
         yield Weight(
@@ -202,13 +196,8 @@ def weights(config: BertConfig) -> Iterator[Weight]:
         yield from linear_rows("transform", (hf,), (hidden, hidden), None, std, place="last")
     if config.task == "masked":
         yield from norm_rows("norm", names.norm, hidden, "last")
-        if not config.tie_embeddings:
-            yield Weight(
-                "head.weight", table, (f"{names.decoder}.weight",), "vocab", init=std, place="last"
-            )
-        yield Weight(
-            "head.bias", table[:1], (names.bias,), "vocab", init="zeros", decay=False, place="last"
-        )
+        head = None if config.tie_embeddings else f"{names.decoder}.weight"
+        yield from head_rows(config.vocab_size, hidden, std, head, names.bias)
 
 
 _POOLER = "of a pooler in Google's own code, which transformers does not read"

@@ -27,7 +27,7 @@ from megalite.models.layers import (
     numbered,
 )
 from megalite.models.llama import residual_std
-from megalite.models.weights import Weight, layer_rows
+from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
 from megalite.plan import Place
 
 
@@ -185,16 +185,7 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
         *linear("mlp.up", ("mlp.c_fc",), (inner, hidden), "column", std),
         *linear("mlp.down", ("mlp.c_proj",), (hidden, inner), "row", out_std),
     )
-    ends: Place = "both" if config.tie_embeddings else "first"
-    yield Weight(
-        "embedding.weight",
-        (config.vocab_size, hidden),
-        ("transformer.wte.weight",),
-        "vocab",
-        used=float(config.tie_embeddings),
-        init=std,
-        place=ends,
-    )
+    yield embedding_row(config, "transformer.wte.weight")
     yield Weight(
         "positions.weight",
         (config.max_positions, hidden),
@@ -206,15 +197,8 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     for i in range(config.num_layers):
         yield from layer_rows(i, "transformer.h", layer)
     yield from norm_rows("norm", "transformer.ln_f", hidden, "last")
-    if not config.tie_embeddings:
-        yield Weight(
-            "head.weight",
-            (config.vocab_size, hidden),
-            ("lm_head.weight",),
-            "vocab",
-            init=std,
-            place="last",
-        )
+    head = None if config.tie_embeddings else "lm_head.weight"
+    yield from head_rows(config.vocab_size, hidden, std, head)
 
 
 def norm_rows(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:

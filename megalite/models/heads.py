@@ -16,7 +16,7 @@ from megalite.config import ANSWER_LABELS, NUM_LABELS, ModelConfig
 from megalite.errors import ConfigError
 from megalite.models.hf import disagree, require
 from megalite.models.layers import Decoder, SetLoss, SquaredLoss
-from megalite.models.weights import Weight
+from megalite.models.weights import Weight, head_rows
 from megalite.registry import families
 from megalite.utils.outside import shown
 
@@ -103,7 +103,7 @@ def check_head(config: ModelConfig) -> None:
         )
 
 
-def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
+def with_head(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
     """Return the table of a model with its head in place: `rows`, with those of a classification
     head instead of the usual."""
     if not config.has_classes:
@@ -115,26 +115,10 @@ def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]
         # A tied embedding (place "both") loses its second end: the new head has rows of its own.
         if row.name != "head.weight"
     ]
-    count = len(config.labels)
-    shape, name = (count, config.hidden_size), head_name(config)
+    name = head_name(config)
+    weight, bias = f"{name}.weight", f"{name}.bias" if has_bias(config) else None
     # Cut as a vocabulary is, of as many words as there are classes: the loss needs no other code.
-    head = [
-        Weight(
-            "head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last"
-        )
-    ]
-    if has_bias(config):
-        head.append(
-            Weight(
-                "head.bias",
-                shape[:1],
-                (f"{name}.bias",),
-                "vocab",
-                init="zeros",
-                decay=False,
-                place="last",
-            )
-        )
+    head = head_rows(len(config.labels), config.hidden_size, config.init_std, weight, bias)
     return (*body, *head)
 
 

@@ -37,7 +37,7 @@ from megalite.models.layers import (
     make_embedding,
     numbered,
 )
-from megalite.models.weights import Weight, layer_rows
+from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
 from megalite.plan import Place
 
 
@@ -467,6 +467,8 @@ class Names(NamedTuple):
     layers: str = "model.layers"
     norm: str = "model.norm"
     head: str = "lm_head"
+    head_bias: str | None = None
+    """Name of the tensor; None: the head has none."""
 
 
 NAMES = Names()
@@ -479,29 +481,14 @@ def table(
 ) -> Iterator[Weight]:
     """Yield the whole table, from the rows of one layer, or from a function that gives those of
     each."""
-    shape, std = (config.vocab_size, config.hidden_size), config.init_std
-    # "both": the first pipeline stage looks it up, the last multiplies with it, and both keep a
-    # copy.
-    ends: Place = "both" if config.tie_embeddings else "first"
-    # A look-up multiplies nothing; the head, where it is tied, does.
-    used = float(config.tie_embeddings)
-    yield Weight(
-        "embedding.weight",
-        shape,
-        (f"{names.embedding}.weight",),
-        "vocab",
-        used=used,
-        init=std,
-        place=ends,
-    )
+    yield embedding_row(config, f"{names.embedding}.weight")
     # In the order of a forward pass: engines fill their buckets from the end of this table.
     for i in range(config.num_layers):
         yield from layer_rows(i, names.layers, layer(i) if callable(layer) else layer)
     yield from norm_rows(config, "norm", names.norm, "last")
-    if not config.tie_embeddings:
-        yield Weight(
-            "head.weight", shape, (f"{names.head}.weight",), "vocab", init=std, place="last"
-        )
+    head = None if config.tie_embeddings else f"{names.head}.weight"
+    vocabulary, hidden, std = config.vocab_size, config.hidden_size, config.init_std
+    yield from head_rows(vocabulary, hidden, std, head, names.head_bias)
 
 
 def residual_std(config: ModelConfig) -> float:

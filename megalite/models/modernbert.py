@@ -32,7 +32,7 @@ from megalite.models.layers import (
     UnshiftedLayerNorm,
 )
 from megalite.models.llama import Attention, Layer, Llama, layer_table, norm_row
-from megalite.models.weights import Weight, layer_rows
+from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
 from megalite.models.windows import LAYER_TYPES, LayerType, TwoRopes
 
 
@@ -134,16 +134,8 @@ HF_NAMES = {
 
 def weights(config: ModernBertConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
-    hidden, std, shape = (
-        config.hidden_size,
-        config.init_std,
-        (config.vocab_size, config.hidden_size),
-    )
-    tied = config.tie_embeddings
-    yield Weight(
-        "embedding.weight", shape, ("model.embeddings.tok_embeddings.weight",), "vocab", used=float(tied), init=std,
-        place="both" if tied else "first",
-    )  # fmt: skip
+    hidden, std = config.hidden_size, config.init_std
+    yield embedding_row(config, "model.embeddings.tok_embeddings.weight")
     yield norm_row(config, "embedding_norm", "model.embeddings.norm", "first")
     layer = [replace(row, hf=(HF_NAMES[row.name],)) for row in layer_table(config)]
     for i in range(config.num_layers):
@@ -159,17 +151,8 @@ def weights(config: ModernBertConfig) -> Iterator[Weight]:
     )
     yield norm_row(config, "head_norm", "head.norm", "last")
     if config.task == "masked":
-        if not tied:
-            yield Weight("head.weight", shape, ("decoder.weight",), "vocab", init=std, place="last")
-        yield Weight(
-            "head.bias",
-            shape[:1],
-            ("decoder.bias",),
-            "vocab",
-            init="zeros",
-            decay=False,
-            place="last",
-        )
+        head = None if config.tie_embeddings else "decoder.weight"
+        yield from head_rows(config.vocab_size, hidden, std, head, "decoder.bias")
 
 
 _SPARSE = "which logits transformers returns beside the loss"

@@ -94,16 +94,8 @@ def weights(config: PhiConfig) -> Iterator[Weight]:
         *attention_rows(config, hf_out="dense"),
         *mlp_rows(config, "mlp.fc1", "mlp.fc2"),
     )
-    yield from table(config, layer, Names(norm="model.final_layernorm"))
-    yield Weight(
-        "head.bias",
-        (config.vocab_size,),
-        ("lm_head.bias",),
-        "vocab",
-        init="zeros",
-        decay=False,
-        place="last",
-    )
+    names = Names(norm="model.final_layernorm", head_bias="lm_head.bias")
+    yield from table(config, layer, names)
 
 
 KEYS = LIKE_LLAMA.but(

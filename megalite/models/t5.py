@@ -41,7 +41,7 @@ from megalite.models.layers import (
     make_embedding,
     numbered,
 )
-from megalite.models.weights import Weight, layer_rows
+from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
 from megalite.plan import Place
 
 GATED = "gated-gelu"
@@ -411,18 +411,9 @@ def _source_of(places: SequenceInfo) -> Source:
 
 def weights(config: T5Config) -> Iterator[Weight]:
     """Yield the table of weights."""
-    hidden, std, tied = config.hidden_size, config.init_std, config.tie_embeddings
-    table, by_width = (config.vocab_size, hidden), std * hidden**-0.5
-    ends: Place = "both" if tied else "first"
-    yield Weight(
-        "embedding.weight",
-        table,
-        ("shared.weight",),
-        "vocab",
-        used=float(tied),
-        init=std,
-        place=ends,
-    )
+    hidden = config.hidden_size
+    by_width = config.init_std * hidden**-0.5
+    yield embedding_row(config, "shared.weight")
     for name, stack in (("source_bias", "encoder"), ("bias", "decoder")):
         yield Weight(
             f"{name}.weight", (config.relative_buckets, config.num_attention_heads),
@@ -438,8 +429,8 @@ def weights(config: T5Config) -> Iterator[Weight]:
             yield _norm(config, f"layers.{number}.memory_norm", "encoder.final_layer_norm", number)
         yield from layer_rows(number, "decoder.block", decoder, number - split)
     yield _norm(config, "norm", "decoder.final_layer_norm", "last")
-    if not tied:
-        yield Weight("head.weight", table, (HEAD,), "vocab", init=by_width, place="last")
+    head = None if config.tie_embeddings else HEAD
+    yield from head_rows(config.vocab_size, hidden, by_width, head)
 
 
 def _norm(config: T5Config, name: str, hf: str, place: Place = 0) -> Weight:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalite.config import EMA, OptimizerConfig
+from megalite.config import EMA, ModelConfig, OptimizerConfig
 from megalite.kernels.blockwise import DYNAMIC_BLOCK
 from megalite.kernels.quantised import BLOCK, Kind, num_bytes
 from megalite.plan import Place
@@ -523,6 +523,30 @@ class Weight:
 
 RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
 """(weight, first row, last row, column range of a matrix) → those logical elements."""
+
+
+def embedding_row(config: ModelConfig, hf: str) -> Weight:
+    """Return the row of the embedding of tokens, which Hugging Face calls `hf`."""
+    # "both": the first pipeline stage looks it up, the last multiplies with it, and both keep a
+    # copy.
+    ends: Place = "both" if config.tie_embeddings else "first"
+    # A look-up multiplies nothing; the head, where it is tied, does.
+    used, shape = float(config.tie_embeddings), (config.vocab_size, config.hidden_size)
+    std = config.init_std
+    return Weight("embedding.weight", shape, (hf,), "vocab", used=used, init=std, place=ends)
+
+
+def head_rows(
+    size: int, width: int, std: float, hf: str | None, hf_bias: str | None = None
+) -> Iterator[Weight]:
+    """Yield the rows of a head of `size` features, which takes `width`: its matrix, where it is not
+    tied, and its bias, where it has one. Hugging Face calls them `hf` and `hf_bias`."""
+    if hf:
+        yield Weight("head.weight", (size, width), (hf,), "vocab", init=std, place="last")
+    if hf_bias:
+        yield Weight(
+            "head.bias", (size,), (hf_bias,), "vocab", init="zeros", decay=False, place="last"
+        )
 
 
 def layer_rows(
