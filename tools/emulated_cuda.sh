@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles csrc/ops/cuda for the CPU, against the emulated CUDA device of tests/emulated_cuda, and runs the tests of kernels
-# on it, with threads in two orders. No GPU and no CUDA are needed. Arguments go to pytest. Status 77: cannot be built here.
+# on it, with threads in two orders: in turn from launch to launch, or, where arguments name tests, all of them in one and
+# then in the other. No GPU and no CUDA are needed. Arguments go to pytest. Status 77: cannot be built here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
@@ -14,12 +15,14 @@ if [[ ! -f $libasan ]] || ! echo 'int main() {}' |
 fi
 python tests/emulated_cuda/build_library.py >/dev/null # once, before the runs
 
-(($#)) || set -- tests/emulated_cuda/faults.py tests/kernels
 export PYTHONPATH=$PWD:$PWD/tests/emulated_cuda OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 export ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16:allocator_may_return_null=1
-for order in 0 2; do
-    # With the library whose exceptions the sanitizer follows, which Python itself does not load.
-    EMULATED_CUDA_ORDER=$order LD_PRELOAD="$libasan $("$compiler" -print-file-name=libstdc++.so)" \
-        python -m pytest -p emulated_cuda -p no:cacheprovider --maxfail=5 "$@"
-done
+# With the library whose exceptions the sanitizer follows, which Python itself does not load.
+preload="$libasan $("$compiler" -print-file-name=libstdc++.so)"
+run() { LD_PRELOAD=$preload python -m pytest -p emulated_cuda -p no:cacheprovider --maxfail=5 "$@"; }
+if (($#)); then
+    for order in 0 1; do EMULATED_CUDA_ORDER=$order run "$@"; done
+else
+    run tests/emulated_cuda/faults.py tests/kernels
+fi
 echo "emulated_cuda.sh: nothing found"

@@ -28,9 +28,9 @@ namespace {
 
 constexpr size_t STACK = 64 << 10;
 
-// Of EMULATED_CUDA_ORDER. forward: threads one after another, each to its next stop, and blocks too. backward: both from
-// the last. warps: the same, but each warp goes on through its shuffles until it stands at a barrier.
-enum Order { forward, backward, warps };
+// forward: threads one after another, each to its next stop, and blocks too. warps: both from the last, and each warp goes
+// on through its shuffles until it stands at a barrier.
+enum Order { forward, warps };
 
 std::vector<Kernel*>& kernels() {
   static std::vector<Kernel*> known;
@@ -268,8 +268,12 @@ void prepare() {
       nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("emulated CUDA: no memory for stacks");
   stacks = static_cast<char*>(memory);
-  const char* asked = std::getenv("EMULATED_CUDA_ORDER");
-  order = static_cast<Order>(asked ? std::atoi(asked) : 0);
+}
+
+// That of EMULATED_CUDA_ORDER; else the two in turn, by the kernel's own count, so that no kernel sees one of them only.
+Order order_of_launch(const Kernel& kernel) {
+  static const char* asked = std::getenv("EMULATED_CUDA_ORDER");
+  return static_cast<Order>(asked ? std::atoi(asked) : kernel.launches % 2);
 }
 
 bool fits(const Extent& grid, const Extent& block, size_t shared_bytes) {
@@ -294,6 +298,7 @@ void run(
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
+  order = order_of_launch(kernel);
   ++kernel.launches;
   const auto sizes = [](const Extent& x) {
     return dim3(static_cast<unsigned>(x.x), static_cast<unsigned>(x.y), static_cast<unsigned>(x.z));
