@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from megalite.errors import DataError
-from megalite.observe.tensors import RecordedStep, read_steps
+from megalite.observe.tensors import RecordedStep, folder_of, read_steps
 
 SHOWN = 8
 """Number of tensors of a step that are named."""
+TITLES = {"weight": "weights before", "grad": "gradients"}
+"""What the kinds of tensors are called, in the order in which a step has them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def compare_runs(
     """Return what a person is told about two runs, and whether they agree.
 
     `tolerance` bounds the relative difference of losses and of each tensor; `steps` are those to
-    compare, by default all that both have recorded. Raises DataError where there are none."""
+    compare, by default all that both have recorded. Raises DataError where there are none, or where
+    neither has recorded a tensor that a step has."""
     ours, theirs = read_steps(a), read_steps(b)
     common = [step for step in ours if step in theirs and (not steps or step in steps)]
     if not common:
@@ -49,6 +52,12 @@ def compare_runs(
     lines: list[str] = []
     agree = True
     for step in common:
+        for kind, what in TITLES.items():
+            if lacking := _in_neither(kind, ours[step], theirs[step]):
+                raise DataError(
+                    f"step {step}: neither {a} nor {b} has recorded {lacking}: of the {what} nothing can be said; "
+                    f"a step is whole with the files of all ranks in {folder_of(a, step)}"
+                )
         said, equal = _compare_step(ours[step], theirs[step], tolerance)
         lines += [f"step {step}", *(f"  {line}" for line in said)]
         agree &= equal
@@ -58,6 +67,20 @@ def compare_runs(
         else "the runs differ; the first of what is named is the cause"
     )
     return [*lines, f"{verdict} (tolerance {tolerance:g})"], agree
+
+
+def _in_neither(kind: str, ours: RecordedStep, theirs: RecordedStep) -> str:
+    """Name the tensors of a kind that two steps should both have and neither has; empty where there
+    are none. Two that recorded nothing would agree in everything."""
+    recorded = {
+        key.partition("/")[2] for key in (*ours.files, *theirs.files) if key.startswith(f"{kind}/")
+    }
+    if not recorded:
+        return f"any {kind}"
+    # A weight that the loss does not depend on has no gradient; each has a value.
+    missing = [name for name in ours.names if name not in recorded] if kind == "weight" else []
+    more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+    return f"the weight {missing[0]}{more}" if missing else ""
 
 
 def _compare_step(
@@ -72,9 +95,8 @@ def _compare_step(
         numbers.append(("norm", ours.grad_norm, theirs.grad_norm, off))
     # In the order in which a step computes them, so that the first difference is the cause: the
     # gradients of the last layer come first.
-    for kind, title, names in (
-        ("weight", "weights before", ours.names), ("grad", "gradients", tuple(reversed(ours.names))),
-    ):  # fmt: skip
+    for kind, title in TITLES.items():
+        names = ours.names if kind == "weight" else tuple(reversed(ours.names))
         said, equal = _compare_tensors(kind, names, ours, theirs, tolerance)
         lines.append(f"{title:<16}{said[0]}")
         lines += [f"{'':16}{line}" for line in said[1:]]

@@ -3,6 +3,7 @@ stands beside a run."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,31 @@ def test_a_plain_model_beside_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(read_steps(tmp_path / "plain")[1].names) == 21
     assert main(["parity", str(config.run.folder), str(tmp_path / "plain"), "--step", "3"]) == 2
     assert "no step was recorded by both" in capsys.readouterr().err
+
+
+def test_what_neither_has_recorded_is_no_agreement(
+    runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a pipeline whose second rank's file was not copied, of gradients before a backward pass,
+    and of nothing at all."""
+    part = tmp_path / "part"
+    shutil.copytree(runs["pipeline"].run.folder / "tensors", part / "tensors")
+    (folder_of(part, 3) / "rank-00001.safetensors").unlink()
+    record_model(tmp_path / "early", 1, torch.nn.Linear(2, 2), 1.0)
+    shutil.copytree(part / "tensors", tmp_path / "none" / "tensors")
+    for file in tmp_path.glob("none/tensors/*/*.safetensors"):
+        file.unlink()
+    for name, step, lacking in (
+        ("part", "3", "the weight model.layers.1.input_layernorm.weight and 10 more"),
+        ("early", "1", "any grad"),
+        ("none", "1", "any weight"),
+    ):
+        folder = str(tmp_path / name)
+        assert main(["parity", folder, folder, "--step", step]) == 2
+        assert (
+            f"step {step}: neither {folder} nor {folder} has recorded {lacking}"
+            in capsys.readouterr().err
+        )
+    whole = str(runs["alone"].run.folder)
+    assert main(["parity", whole, str(part), "--step", "3"]) == 1
+    assert "lm_head.weight is in the first alone" in capsys.readouterr().out
