@@ -21,7 +21,7 @@ from megalite.corpus.groups import read_groups
 from megalite.errors import ConfigError
 from megalite.infer.classify import TASKS, Classifier
 from megalite.infer.evaluate import Run, keep_results, tell_wandb
-from megalite.infer.generate import find_model
+from megalite.infer.generate import find_model_on_ranks
 from megalite.models import model_config
 from megalite.utils.files import replacing
 from megalite.utils.outside import check_apart
@@ -62,7 +62,7 @@ def evaluate_bias(
     tests = read_tests(asked.bias, asked.limit)
     group_of = read_groups(asked.groups)
     counts = read_mentions(asked.corpus_report) if asked.corpus_report else None
-    folder = find_model(path)
+    folder = find_model_on_ranks(path, launch)
     run = Run.of(folder)
     if model_config({"hf": str(folder)}).task in TASKS:
         if counts is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from pathlib import Path
 
 from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
 from megalite.runtime.exit_codes import at_least
@@ -50,15 +51,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megalite.data.chat import ChatTemplate
     from megalite.data.tokenizer import load_tokenizer
     from megalite.errors import ConfigError
-    from megalite.infer.generate import Generator, find_model
+    from megalite.infer.generate import Generator, find_model_on_ranks
     from megalite.models import model_config
 
     launch = Launch.from_environment()
-    folder = find_model(arguments.model)
+    folder = find_model_on_ranks(arguments.model, launch)
     if folder != arguments.model and launch.rank == 0:
         print(f"{arguments.model}: {folder}", file=sys.stderr)  # beside the answer, not in it
     if model_config({"hf": str(folder)}).task == "seq2seq":
-        return _generate_target(arguments)
+        return _generate_target(arguments, folder)
     if arguments.beams:
         raise ConfigError(f"--beams is for encoder-decoders; {folder} holds a decoder")
     if arguments.chat:
@@ -83,7 +84,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     leave()
 
 
-def _generate_target(arguments: argparse.Namespace) -> None:
+def _generate_target(arguments: argparse.Namespace, folder: Path) -> None:
     """Print an encoder-decoder's target for the prompt, its source."""
     from dataclasses import replace
 
@@ -94,7 +95,7 @@ def _generate_target(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             "an encoder-decoder has no --chat and no --stop, and answers on one device"
         )
-    generator = TargetGenerator.open(arguments.model)
+    generator = TargetGenerator.open(folder)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     sampling = replace(generator.habits.sampling, **asked)

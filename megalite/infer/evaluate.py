@@ -21,7 +21,7 @@ from megalite.data.chat import ChatTemplate
 from megalite.data.contents import ContentEncoder, without_marks
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
-from megalite.infer.generate import Generator, find_model
+from megalite.infer.generate import Generator, find_model_on_ranks
 from megalite.observe.wandb import WandbSink
 from megalite.utils.outside import check_apart
 
@@ -106,7 +106,7 @@ def evaluate_model(
         for written in (output, output.with_suffix(".samples.jsonl")):
             check_apart(written, [asked.data], ConfigError)
     # What may be missing or wrong comes before the weights are read, which takes long.
-    harness, folder = load_harness(), find_model(path)
+    harness, folder = load_harness(), find_model_on_ranks(path, launch)
     run = Run.of(folder)  # read it now: training that goes on may remove this checkpoint
     contents = None
     if asked.chat:
@@ -139,7 +139,7 @@ def evaluate_loss(
     """Measure the held-out loss of the model in `path`, and report it as `evaluate_model` does."""
     from megalite.infer.held_out import measure
 
-    folder = find_model(path)
+    folder = find_model_on_ranks(path, launch)
     run = Run.of(folder)
     found = measure(folder, asked.tokens, asked.limit, launch, **layout)
     if launch.rank == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from megalite.data.contents import ContentEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import tokenizer_file
 from megalite.data.turn_end import TurnEndIds
-from megalite.errors import ConfigError, DataError, NotFinite, TemplateLimit
+from megalite.errors import CheckpointError, ConfigError, DataError, NotFinite, TemplateLimit
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
@@ -97,6 +98,26 @@ def find_model(path: Path) -> Path:
         when = when if worth.refused else "before a step with bad numbers, which ended the run"
         print(f"warning: {newest} was saved {when}; {follows}", file=sys.stderr, flush=True)
     return taken
+
+
+def find_model_on_ranks(path: Path, launch: Launch) -> Path:
+    """Return what `find_model` finds on rank 0, the same on all ranks of `launch`, which all call
+    it. Raise on all of them what it raises there."""
+    if launch.world_size == 1:
+        return find_model(path)
+    launch.join()
+    # A training that goes on saves and removes checkpoints: ranks that looked one after the other
+    # could each hold a part of another step's model, and nothing later would tell.
+    told: list[Path | Exception] = [path]
+    if launch.rank == 0:
+        try:
+            told = [find_model(path)]
+        except (ConfigError, DataError, CheckpointError, OSError) as error:
+            told = [error]
+    dist.broadcast_object_list(told, 0)
+    if isinstance(told[0], Exception):
+        raise told[0]
+    return told[0]
 
 
 def check_speaks(folder: Path) -> None:
@@ -211,7 +232,8 @@ class Generator:
         the model's `max_positions`). `tensor` and `pipeline` are the sizes of the model-parallel
         groups over the ranks of `launch`; `expert` of the tensor ranks hold different experts. Raise
         ConfigError, DataError or CheckpointError."""
-        folder, launch = find_model(Path(path)), launch or Launch.from_environment()
+        launch = launch or Launch.from_environment()
+        folder = find_model_on_ranks(Path(path), launch)
         if num_slots < 1 or (max_length is not None and max_length < 2):
             raise ConfigError(
                 f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more"

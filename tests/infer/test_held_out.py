@@ -20,7 +20,9 @@ from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import ConfigError
-from megalite.infer.generate import find_model, load_model
+from megalite.infer import generate
+from megalite.infer.evaluate import Asked, evaluate_model
+from megalite.infer.generate import Generator, find_model, load_model
 from megalite.infer.held_out import measure
 from megalite.models.layers import SequenceInfo
 from megalite.train import train
@@ -86,6 +88,31 @@ def test_every_layout_measures_the_same(run: Config) -> None:
         # fp32 sums in another order.
         assert [loss for loss, _ in found] == pytest.approx([validated(run)] * 3, rel=1e-6)
         assert [labels for _, labels in found] == [192] * 3
+
+
+def evaluate_on_rank(rank: int, world_size: int, run: Path) -> tuple[dict[str, float], str]:
+    """The numbers of a run whose second checkpoint was saved when rank 0 had looked, and what is
+    said where there was none yet."""
+    steps = generate.complete_steps
+    if rank == 0:
+        generate.complete_steps = lambda root: steps(root)[:1]
+    numbers = evaluate_model(run, Asked(), tensor=2)
+    if rank == 0:
+        generate.complete_steps = lambda root: []
+    try:
+        Generator.open(run, tensor=2)
+    except ConfigError as error:
+        return numbers, str(error)
+    return numbers, ""
+
+
+def test_ranks_beside_a_training_take_the_same_checkpoint(run: Config) -> None:
+    folders = sorted((run.run.folder / "checkpoints").glob("step-*"))
+    first, second = (measure(x, None, None, Launch(0, 1, 0)).numbers["loss"] for x in folders)
+    assert first != pytest.approx(second, rel=1e-3)
+    for numbers, said in run_ranks(2, evaluate_on_rank, run.run.folder):
+        assert numbers["loss"] == pytest.approx(first, rel=1e-6)  # sums in another order
+        assert "has no whole checkpoint" in said
 
 
 def test_ranks_that_hold_different_experts_measure_the_same(tmp_path: Path) -> None:
