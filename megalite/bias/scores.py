@@ -15,8 +15,8 @@ import torch
 
 from megalite.comm.mesh import Launch
 from megalite.errors import ConfigError, DataError
-from megalite.infer.encode import Encoder, state_batches
-from megalite.infer.generate import Generator, find_model
+from megalite.infer.encode import Encoder, logits_of, state_batches
+from megalite.infer.generate import Generator
 from megalite.models import model_config
 from megalite.utils.outside import shown
 
@@ -45,10 +45,9 @@ class Scorer(Protocol):
         """Return the sum of the log-probabilities of each row's scored tokens, in nats."""
 
 
-def open_scorer(path: Path, launch: Launch, num_slots: int, **layout: int) -> Scorer:
-    """Load the model in `path`, a run, a checkpoint or a Hugging Face folder, over the ranks of
+def open_scorer(folder: Path, launch: Launch, num_slots: int, **layout: int) -> Scorer:
+    """Load the model in `folder`, a checkpoint or a Hugging Face folder, over the ranks of
     `launch`. Raise ConfigError for one that tells no likelihood of texts."""
-    folder = find_model(path)
     if model_config({"hf": str(folder)}).task == "masked":
         if launch.world_size > 1:
             raise ConfigError(f"{folder} holds an encoder, whose bias one process measures")
@@ -142,7 +141,7 @@ class MaskedScorer:
         for numbers, _, x_BTD in state_batches(model, masked):
             at_B = [asked[n][1] for n in numbers]
             x_B1D = x_BTD[torch.arange(len(numbers)), at_B][:, None]
-            logprobs_BV = model.project(model.finish(x_B1D))[:, 0].float().log_softmax(-1).cpu()
+            logprobs_BV = logits_of(model, x_B1D)[:, 0].log_softmax(-1).cpu()
             for each, logprobs_V in zip(numbers, logprobs_BV, strict=True):
                 number, place = asked[each]
                 sums[number] += logprobs_V[rows[number].ids[place]].item()

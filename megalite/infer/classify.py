@@ -16,7 +16,7 @@ from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.infer.batch import NoRoom
-from megalite.infer.encode import read_lines, state_batches
+from megalite.infer.encode import logits_of, read_lines, state_batches
 from megalite.infer.generate import find_model, load_model
 from megalite.models import model_config
 from megalite.models.layers import Decoder
@@ -165,7 +165,7 @@ class Classifier:
             if self.task == "classification":
                 at_B = [0 if config.CLASS_AT == "first" else len(rows[n].ids) - 1 for n in numbers]
                 x_BTD = x_BTD[torch.arange(len(numbers)), at_B][:, None]
-            logits_BTC = self.model.project(self.model.finish(x_BTD)).float().cpu()
+            logits_BTC = logits_of(self.model, x_BTD).cpu()
             yield from zip(numbers, logits_BTC, strict=True)
 
     def verdict(

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.errors import ConfigError, DataError
+from megalite.errors import ConfigError, DataError, NotFinite
+from megalite.infer.batch import NOT_FINITE
 from megalite.infer.generate import find_model, load_model
 from megalite.models import model_config, read_hf_config
 from megalite.models.layers import Decoder, SequenceInfo
@@ -97,7 +98,7 @@ class Encoder:
         for numbers, tokens_BT, x_BTD in state_batches(self.model, rows):
             # [B, T] bool; indexing by it lists the gaps row by row, in the order of `nonzero`.
             at = tokens_BT == mask
-            logits = self.model.project(self.model.finish(x_BTD))[at].float()
+            logits = logits_of(self.model, x_BTD)[at]
             best = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
             gaps = at.nonzero()[:, 0].tolist()
             for row, tokens, shares in zip(
@@ -139,7 +140,8 @@ class Encoder:
         pooling: Pooling | None = None,
         normalize: bool | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Return what `embed` does, of rows of tokens."""
+        """Return what `embed` does, of rows of tokens. Raise NotFinite for vectors that are NaN or
+        infinite."""
         usual = self.pooling
         pooling = pooling or usual.pooling
         normalize = usual.normalize if normalize is None else normalize
@@ -157,6 +159,8 @@ class Encoder:
                 else x_BTD[:, 0]
             )
             vectors[numbers] = (F.normalize(found_BD) if normalize else found_BD).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise NotFinite(NOT_FINITE)
         return vectors
 
     @property
@@ -175,9 +179,7 @@ class Encoder:
         logits = np.zeros(len(rows), np.float32)
         seconds = [len(first)] * len(rows) if self.model.config.has_token_types else None
         for numbers, _, x_BTD in state_batches(self.model, rows, seconds):
-            logits[numbers] = (
-                self.model.project(self.model.finish(x_BTD[:, :1]))[:, 0, 0].float().cpu().numpy()
-            )
+            logits[numbers] = logits_of(self.model, x_BTD[:, :1])[:, 0, 0].cpu().numpy()
         # As sentence-transformers has it for models of one label: a logistic function.
         shares = np.asarray(1 / (1 + np.exp(-logits)), np.float32)
         return shares, sum(map(len, rows))
@@ -213,6 +215,16 @@ def state_batches(
             starts_B1 = torch.tensor([seconds[n] for n in numbers], device=device)[:, None]
             places = replace(places, type_BT=(index_T >= starts_B1).long())
         yield numbers, tokens_BT, model.run_layers(model.embed(tokens_BT, places), places)
+
+
+def logits_of(model: Decoder, x_BTD: Tensor) -> Tensor:
+    """Return the logits [B,T,V] in fp32 of states behind the last layer. Raise NotFinite for some
+    that are NaN or infinite: a class, a word and an answer would be told all the same, the first of
+    each."""
+    logits_BTV = model.project(model.finish(x_BTD)).float()
+    if not logits_BTV.isfinite().all():
+        raise NotFinite(NOT_FINITE)
+    return logits_BTV
 
 
 class PoolingConfig(NamedTuple):

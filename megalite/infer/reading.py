@@ -15,7 +15,7 @@ from torch import Tensor
 from megalite.data.formats import read_answers, text_tokenizer
 from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import ConfigError, DataError
-from megalite.infer.encode import read_lines, state_batches
+from megalite.infer.encode import logits_of, read_lines, state_batches
 from megalite.infer.generate import find_model, load_model
 from megalite.infer.references import exact_match, f1
 from megalite.models import model_config
@@ -105,7 +105,7 @@ class Reader:
         found: list[list[Candidate]] = [[] for _ in asked]
         none = [float("inf")] * len(asked)
         for numbers, _, x_BTD in state_batches(self.model, [w.ids for w in windows], seconds):
-            logits_BT2 = self.model.project(self.model.finish(x_BTD)).float().cpu()
+            logits_BT2 = logits_of(self.model, x_BTD).cpu()
             for number, logits_T2 in zip(numbers, logits_BT2, strict=True):
                 window = windows[number]
                 found[window.number] += _candidates(window, logits_T2)

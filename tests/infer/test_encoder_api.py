@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -15,13 +16,17 @@ import openai
 import pytest
 import torch
 from local_server import PATIENCE_S, Local, serving
+from safetensors.torch import load_file, save_file
 
 from encoders import write_words
+from megalite.errors import NotFinite
 from megalite.infer.encode import Encoder, is_encoder
+from megalite.infer.serving.loading import open_model
 from tiny_models import CASES, auto_class, randomize
 
 transformers = pytest.importorskip("transformers")
 
+BROKEN_WEIGHTS = {"head": "cls.predictions.bias", "layer": "layer.0.output.dense.bias"}
 TEXTS = ["w7 w8 w9", "w20", "w7 w8 w10 w11 w12 w13"]
 
 
@@ -190,6 +195,30 @@ def test_guards_models_and_health(folder: Path, tmp_path: Path) -> None:
         local.client("secret").embeddings.create(model="tiny", input="w7")
         metrics = httpx.get(f"{local.url}/metrics", verify=False).text
         assert 'megalite_requests_total{path="/v1/embeddings",status="200"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("where", ["head", "layer"])
+def test_what_is_no_number_is_an_error(where: str, folder: Path, tmp_path: Path) -> None:
+    """A model that is damaged is not opened to be served; of one that is, a request is told."""
+    broken = shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(broken / "model.safetensors")
+    [name] = [x for x in tensors if x.endswith(BROKEN_WEIGHTS[where])]
+    tensors[name][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    encoder = Encoder.open(broken)
+    with pytest.raises(NotFinite):
+        encoder.fill(["w7 [MASK]"], 1)
+    if where == "head":
+        return  # of which a vector does not depend
+    with pytest.raises(NotFinite):
+        open_model(broken, 1, 64, check=False)
+    with serving(encoder, tmp_path / "ratings") as local:
+        for path, body in (
+            ("embeddings", {"input": "w7"}),
+            ("rerank", {"query": "w7", "documents": ["w8"]}),
+        ):
+            answer = post(local, path, **body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "not_finite")
 
 
 def test_more_than_may_wait_is_refused_and_a_long_one_ends(folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from megalite.data.formats import text_tokenizer
+from megalite.errors import NotFinite
+from megalite.infer.batch import NOT_FINITE
 from megalite.infer.classify import (
     LABEL_NAMES,
     TASKS,
@@ -126,6 +128,8 @@ async def within_time(engine: EncoderEngine, settings: Settings, work: Callable[
     except TimeoutError:
         text = f"it took more than the {settings.timeout_s:g} s that this server gives a request"
         raise Trouble(504, text, "server_error", code="timeout") from None
+    except NotFinite:
+        raise Trouble(500, NOT_FINITE, "server_error", code="not_finite") from None
 
 
 def make_serial_app(settings: Settings, metrics: Metrics) -> FastAPI:

@@ -14,6 +14,7 @@ from megalite.errors import CheckpointError, NotFinite
 from megalite.infer.batch import NOT_FINITE
 from megalite.infer.cache import Row, lay_out
 from megalite.infer.classify import Classifier
+from megalite.infer.classify import Row as TextRow
 from megalite.infer.encode import Encoder
 from megalite.infer.generate import Generator, find_model
 from megalite.infer.seq2seq import TargetGenerator
@@ -62,17 +63,26 @@ def open_model(path: Path, num_slots: int, max_length: int, check: bool) -> Open
         model = TargetGenerator.open(folder)
     else:
         model = Generator.open(folder, num_slots=num_slots, max_length=max_length)
-        warm_up(model)
+    warm_up(model)
     return Opened(model, folder, version)
 
 
-def warm_up(generator: Generator) -> None:
-    """Allocate the memory of all slots' longest sequences now, rather than fail for lack of it
-    later. Raise NotFinite for logits that are NaN or infinite."""
-    model = generator.model
-    row = Row(0, model.capacity - 1, [0], model.capacity)
-    if not model.predict(*lay_out([row], model.device)).isfinite().all():
-        raise NotFinite(NOT_FINITE)
+def warm_up(model: Model) -> None:
+    """Ask the model once, of a decoder the last token of a longest sequence: that allocates the
+    memory of all slots now, rather than fail for lack of it later. Raise NotFinite for what is NaN
+    or infinite."""
+    # The token 0, for each model has it; a text need not have any token.
+    if isinstance(model, Encoder):
+        model.embed_rows([[0]])
+    elif isinstance(model, Classifier):
+        list(model.logits([TextRow([0], 1)]))
+    elif isinstance(model, TargetGenerator):
+        model.generate([[0]], max_tokens=1)
+    else:
+        predictor = model.model
+        row = Row(0, predictor.capacity - 1, [0], predictor.capacity)
+        if not predictor.predict(*lay_out([row], predictor.device)).isfinite().all():
+            raise NotFinite(NOT_FINITE)
 
 
 def check_whole(folder: Path) -> None:
