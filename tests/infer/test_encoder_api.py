@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -195,6 +196,35 @@ def test_guards_models_and_health(folder: Path, tmp_path: Path) -> None:
         local.client("secret").embeddings.create(model="tiny", input="w7")
         metrics = httpx.get(f"{local.url}/metrics", verify=False).text
         assert 'megalite_requests_total{path="/v1/embeddings",status="200"} 1.0' in metrics
+
+
+def test_no_text_of_a_client_that_is_gone_is_computed(folder: Path, tmp_path: Path) -> None:
+    encoder, gate, begun = Encoder.open(folder), threading.Event(), []
+    embed = encoder.embed_rows
+
+    def slow(rows: Any, **settings: Any) -> Any:
+        begun.append(rows)
+        gate.wait(PATIENCE_S)
+        return embed(rows, **settings)
+
+    encoder.embed_rows = slow  # type: ignore[method-assign]
+    body = b'{"input": "w7"}'
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with serving(encoder, tmp_path) as local:
+        address = local.url.removeprefix("http://").split(":")
+        clients = []
+        for waiting in ("megalite_waiting 0.0", "megalite_waiting 1.0"):
+            clients.append(socket.create_connection((address[0], int(address[1]))))
+            clients[-1].sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            local.until("megalite_slots_busy 1.0", waiting)
+        clients[1].close()
+        local.until(
+            "megalite_waiting 0.0",
+            'megalite_requests_total{path="/v1/embeddings",status="499"} 1.0',
+        )
+        gate.set()
+        local.until_idle()
+        assert len(begun) == 1
 
 
 @pytest.mark.parametrize("where", ["head", "layer"])

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -388,9 +388,6 @@ class Service:
             ended = await unless_gone(request, _ends_of(updates))
         finally:
             self.engine.cancel(tickets)
-        if ended is None:
-            # nginx's status for a client that closed the connection.
-            return Response(status_code=499)  # nobody is there to read it
         choices = []
         for ticket in tickets:
             _raise_cut(ticket, ended[ticket])
@@ -518,21 +515,25 @@ async def _ends_of(updates: AsyncIterator[tuple[Ticket, Update]]) -> dict[Ticket
     return {ticket: update async for ticket, update in updates}
 
 
-async def unless_gone(request: Request, work: Any) -> Any:
-    """Return the result of `work`, or None if the client disconnects first."""
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Return the result of `work`. Raise Trouble, which nobody is there to read, and cancel the work
+    if the client disconnects first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
     # Whichever ends first: an answer that nobody waits for must not keep its slot.
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
     finally:
-        for task in tasks:
-            task.cancel()
+        working.cancel()
+        leaving.cancel()
+    # nginx's status for a client that closed the connection.
+    raise Trouble(499, "the client is gone", "invalid_request_error")
 
 
 @contextlib.contextmanager

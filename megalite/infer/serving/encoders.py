@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from megalite.data.formats import text_tokenizer
@@ -39,6 +39,7 @@ from megalite.infer.serving.app import (
     bare_app,
     check_model,
     told,
+    unless_gone,
 )
 from megalite.infer.serving.engine import Overloaded
 from megalite.infer.serving.metrics import Metrics
@@ -117,12 +118,14 @@ class EncoderEngine:
         self._pool.shutdown(wait=False, cancel_futures=within_s <= 0)
 
 
-async def within_time(engine: EncoderEngine, settings: Settings, work: Callable[[], T]) -> T:
+async def within_time(
+    request: Request, engine: EncoderEngine, settings: Settings, work: Callable[[], T]
+) -> T:
     """Run `work` in the engine and return its result. Raise Trouble where it must wait, or takes,
-    too long."""
+    too long, or where the client is gone before it has begun."""
     try:
         async with asyncio.timeout(settings.timeout_s):
-            return await engine.run(work)
+            return await unless_gone(request, engine.run(work))
     except Overloaded as full:
         raise Trouble(503, str(full), "server_error", code="overloaded") from None
     except TimeoutError:
@@ -163,8 +166,8 @@ def make_encoder_app(model: Encoder | Classifier, settings: Settings, metrics: M
         app.state.holders.append(classes)
 
         @app.post("/v1/classify")
-        async def classify(body: ClassifyBody) -> Response:
-            return await classes.classify(body)
+        async def classify(body: ClassifyBody, request: Request) -> Response:
+            return await classes.classify(body, request)
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
@@ -177,12 +180,12 @@ def _add_vectors(app: FastAPI, service: EncoderService) -> None:
     """Add what every encoder answers."""
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingsBody) -> Response:
-        return await service.embeddings(body)
+    async def embeddings(body: EmbeddingsBody, request: Request) -> Response:
+        return await service.embeddings(body, request)
 
     @app.post("/v1/rerank")
-    async def rerank(body: RerankBody) -> Response:
-        return await service.rerank(body)
+    async def rerank(body: RerankBody, request: Request) -> Response:
+        return await service.rerank(body, request)
 
 
 class ClassService:
@@ -191,7 +194,7 @@ class ClassService:
     def __init__(self, classifier: Classifier, engine: EncoderEngine, settings: Settings):
         self.classifier, self.engine, self.settings = classifier, engine, settings
 
-    async def classify(self, body: ClassifyBody) -> Response:
+    async def classify(self, body: ClassifyBody, request: Request) -> Response:
         """Return what the model tells of each input, in their order, in vLLM's form where it tells
         one class."""
         check_model(body.model, self.settings)
@@ -205,7 +208,7 @@ class ClassService:
             return sum(len(row.ids) for row in rows), self.classifier.classify_rows(questions, rows)
 
         with told("input"):
-            num_tokens, verdicts = await within_time(self.engine, self.settings, work)
+            num_tokens, verdicts = await within_time(request, self.engine, self.settings, work)
         _note_verdicts(num_tokens, verdicts, questions)
         data = [{"index": index} | self._entry(each) for index, each in enumerate(verdicts)]
         head = {
@@ -252,7 +255,7 @@ class EncoderService:
         # A folder that pools in an unknown way is refused now, not when a client asks.
         _ = encoder.pooling
 
-    async def embeddings(self, body: EmbeddingsBody) -> Response:
+    async def embeddings(self, body: EmbeddingsBody, request: Request) -> Response:
         """Return a vector for each input, in their order."""
         check_model(body.model, self.settings)
         if (body.dimensions or 0) > self.size:
@@ -265,7 +268,7 @@ class EncoderService:
             rows = self._rows(body)
             return rows, self.encoder.embed_rows(rows)
 
-        rows, vectors = await within_time(self.engine, self.settings, work)
+        rows, vectors = await within_time(request, self.engine, self.settings, work)
         note(prompt_tokens=sum(map(len, rows)))
         if body.dimensions:
             vectors = vectors[:, : body.dimensions]
@@ -285,7 +288,7 @@ class EncoderService:
             {"object": "list", "data": data, "model": self.settings.name, "usage": counts}
         )
 
-    async def rerank(self, body: RerankBody) -> Response:
+    async def rerank(self, body: RerankBody, request: Request) -> Response:
         """Return the documents by how well they go with the query: what a cross-encoder tells of
         both, or the cosine of their vectors."""
         check_model(body.model, self.settings)
@@ -299,7 +302,7 @@ class EncoderService:
             query, *documents = self.encoder.embed_rows(rows, normalize=True)
             return np.stack(documents) @ query, sum(map(len, rows))
 
-        scores, num_tokens = await within_time(self.engine, self.settings, work)
+        scores, num_tokens = await within_time(request, self.engine, self.settings, work)
         note(prompt_tokens=num_tokens)
         order = np.argsort(-scores, kind="stable")[: body.top_n]
         results = [

@@ -11,8 +11,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from megalite.errors import NotFinite
-from megalite.infer.batch import NOT_FINITE
 from megalite.infer.sampling import Sampling
 from megalite.infer.seq2seq import TargetGenerator
 from megalite.infer.serving.app import (
@@ -24,7 +22,6 @@ from megalite.infer.serving.app import (
     as_json,
     check_model,
     told,
-    unless_gone,
 )
 from megalite.infer.serving.encoders import EncoderEngine, make_serial_app, within_time
 from megalite.infer.serving.metrics import Metrics
@@ -101,16 +98,9 @@ class TargetService:
 
         try:
             with told("prompt"):
-                ended = await unless_gone(request, within_time(self.engine, self.settings, work))
-        except NotFinite:
-            raise Trouble(500, NOT_FINITE, "server_error", code="not_finite") from None
+                num_prompt, targets = await within_time(request, self.engine, self.settings, work)
         finally:
             deadline.ends = 0.0
-        if ended is None:
-            return Response(
-                status_code=499
-            )  # nginx's status for a client that closed the connection
-        num_prompt, targets = ended
         reply = Reply("cmpl", self.settings.name, str, self.version)
         num_said = sum(map(len, targets))
         note(id=reply.head["id"], prompt_tokens=num_prompt, completion_tokens=num_said)
