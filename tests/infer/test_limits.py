@@ -256,6 +256,7 @@ def test_large_requests_are_bounded_and_hold_up_no_small_ones(
                 break
         assert {one.status_code for one in early} == {503}
         assert early[0].json()["error"]["code"] == "overloaded"
+        assert early[0].headers["retry-after"] == "1"
         assert ask(local).choices[0].text == "0123", "while the large ones wait"
         assert len(under_way) == 1
         gate.set()

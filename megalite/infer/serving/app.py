@@ -552,7 +552,9 @@ def explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Trouble)
     async def trouble(request: Request, problem: Trouble) -> Response:
-        return as_json(problem.body, problem.status)
+        # As `Guards` and a full server say it: clients that try again by themselves wait so long.
+        headers = {"retry-after": "1"} if problem.body["error"]["code"] == "overloaded" else None
+        return as_json(problem.body, problem.status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
@@ -584,7 +586,8 @@ def explain_errors(app: FastAPI) -> None:
     async def http(request: Request, problem: HTTPException) -> Response:
         kind = KINDS.get(problem.status_code, "server_error")
         body = problem.body if isinstance(problem, Refused) else error(str(problem.detail), kind)
-        return as_json(body, problem.status_code)
+        # Such as Allow of 405, which HTTP asks for, and Retry-After.
+        return as_json(body, problem.status_code, problem.headers)
 
 
 def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[str]:
@@ -657,8 +660,8 @@ def _server_mistake() -> Response:
     return as_json(error("the server made a mistake; its log says which", "server_error"), 500)
 
 
-def as_json(body: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(body), status, media_type="application/json")
+def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
 def as_event(body: Any) -> bytes:
