@@ -212,6 +212,7 @@ class Generator:
             folder,
         )
         self.habits = habits or Habits(ends, sampling)
+        self._token_texts: dict[int, str] = {}
 
     @classmethod
     def open(
@@ -278,9 +279,12 @@ class Generator:
     def token_text(self, token: int) -> str:
         """Return a token's text as it reads within a text, with the space that it may begin
         with."""
-        return self.tokenizer.decode([*self._before_a_token, token])[
-            len(self.tokenizer.decode(self._before_a_token)) :
-        ]
+        # Kept: an answer with logprobs asks for twenty and one a token, all in a server's one loop.
+        if token not in self._token_texts:
+            before = self._before_a_token
+            text = self.tokenizer.decode([*before, token])
+            self._token_texts[token] = text[len(self.tokenizer.decode(before)) :]
+        return self._token_texts[token]
 
     @cached_property
     def _before_a_token(self) -> list[int]:
@@ -325,16 +329,20 @@ class Generator:
         """Return `request` as that of an answer in a conversation: it ends where the chat template
         ends a turn, and is decoded without control tokens. Raise DataError without a chat
         template."""
-        controls = (
-            self.tokenizer.control_tokens()
-            if isinstance(self.tokenizer, HuggingFaceTokenizer)
-            else []
-        )
         # A stop string that is a control token never appears in decoded text: stop at its id
         # instead.
-        named = [self.tokenizer.vocabulary()[text] for text in request.stop if text in controls]
+        named = [self._controls[text] for text in request.stop if text in self._controls]
         ends = request.ends | {*self.turn_end.tokens, *named}
         return replace(request, ends=ends, stop=(*request.stop, *self.turn_end.texts), plain=True)
+
+    @cached_property
+    def _controls(self) -> dict[str, int]:
+        """Return the ids of the control tokens by their texts."""
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return {}
+        # Once: the vocabulary is a new dictionary of all tokens at every call.
+        vocabulary = self.tokenizer.vocabulary()
+        return {text: vocabulary[text] for text in self.tokenizer.control_tokens()}
 
     def answer_as_chat(self) -> None:
         """Make every answer end where the chat template ends a turn. Raise DataError without a chat
