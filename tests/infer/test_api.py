@@ -125,6 +125,30 @@ def test_part_of_a_character_has_no_bytes() -> None:
     assert found[0]["top_logprobs"][0]["bytes"] is None
 
 
+def test_an_answer_that_says_nothing_has_no_log_probabilities_but_their_list() -> None:
+    reply = Reply("chatcmpl", "tiny", str, "")
+    for tokens, streamed, wanted in (
+        ([], False, {"content": []}),
+        ([], True, None),
+        (None, False, None),
+    ):
+        assert reply.choice(0, "", tokens, "stop", streamed)["logprobs"] == wanted
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_usage_is_in_every_piece_of_a_stream_that_tells_it(local: Local, asked: bool) -> None:
+    body = {
+        "prompt": "x",
+        "max_tokens": 3,
+        "stream": True,
+        "stream_options": {"include_usage": asked},
+    }
+    events = post(local, "completions", body).text.split("data: ")[1:-1]
+    told = [json.loads(event).get("usage", "no") for event in events]
+    counts = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert told == ([None] * (len(told) - 1) + [counts] if asked else ["no"] * len(told))
+
+
 @pytest.mark.parametrize(
     "odd",
     [

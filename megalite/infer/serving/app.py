@@ -375,7 +375,9 @@ class Service:
                 )
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
-        reply = Reply(kind, self.settings.name, self.generator.token_text, self.version)
+        reply = Reply(
+            kind, self.settings.name, self.generator.token_text, self.version, body.tells_usage
+        )
         if are_noted():
             said = partial(_facts_of, tickets, self.settings.log_prompts)
             note(said, id=reply.head["id"], prompt_tokens=num_prompt, **self._facts_asked(body))
@@ -391,9 +393,10 @@ class Service:
         choices = []
         for ticket in tickets:
             _raise_cut(ticket, ended[ticket])
-            last, text = ended[ticket], ticket.answer.text
+            last, answer = ended[ticket], ticket.answer
+            tokens = None if answer.request.num_logprobs is None else last.choices
             choices.append(
-                reply.choice(ticket.number, text, last.choices, last.finish, streamed=False)
+                reply.choice(ticket.number, answer.text, tokens, last.finish, streamed=False)
             )
         num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
         return as_json(reply.whole(choices, usage(num_prompt, num_said)))
@@ -434,7 +437,7 @@ class Service:
                     ticket.number, update.text, update.choices, update.finish, streamed=True
                 )
                 yield as_event(reply.piece([choice]))
-            if body.stream_options and body.stream_options.include_usage:
+            if body.tells_usage:
                 num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
                 # As OpenAI's: the last piece has the counts and no choices.
                 yield as_event(reply.piece([], usage(num_prompt, num_said)))

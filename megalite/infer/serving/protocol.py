@@ -130,6 +130,11 @@ class Asked(Body):
             raise ValueError("stream_options need stream: true")
         return self
 
+    @property
+    def tells_usage(self) -> bool:
+        """Return whether a stream ends with the counts of its tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def requests(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, num_logprobs: int | None
     ) -> list[Request]:
@@ -320,10 +325,12 @@ class Reply:
         model: str,
         name_of: Callable[[int], str],
         version: str,
+        tells_usage: bool = False,
     ):
         """Start a response of `kind` by the model named `model`. `name_of` gives the text of a
-        token; `version` tells models apart that are served under one name."""
-        self.chat, self.name_of = kind == "chatcmpl", name_of
+        token; `version` tells models apart that are served under one name. A stream that
+        `tells_usage` has its counts in the last piece."""
+        self.chat, self.name_of, self.tells_usage = kind == "chatcmpl", name_of, tells_usage
         self.head = {
             "id": f"{kind}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -347,16 +354,24 @@ class Reply:
             **self.head,
             "object": kind,
             "choices": choices,
-            **({"usage": usage} if usage else {}),
+            # As OpenAI's: null in the pieces before the last one.
+            **({"usage": usage} if self.tells_usage else {}),
         }
 
     def choice(
-        self, index: int, text: str, tokens: Sequence[Choice], finish: str | None, streamed: bool
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[Choice] | None,
+        finish: str | None,
+        streamed: bool,
     ) -> dict[str, Any]:
         """Return the entry of choice `index`: a whole answer, or what is new of it if `streamed`.
-        `text` and `tokens` are what it adds, `finish` why it ended."""
+        `text` and `tokens` are what it adds, `finish` why it ended. Without logprobs `tokens` are
+        None; an answer that says nothing has none of them."""
         reason = REASONS.get(finish) if finish else None
-        logprobs = self._logprobs(index, tokens) if tokens else None
+        is_told = tokens is not None and (tokens or not streamed)
+        logprobs = self._logprobs(index, tokens or ()) if is_told else None
         if not self.chat:
             return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         if streamed:

@@ -101,7 +101,7 @@ class TargetService:
                 num_prompt, targets = await within_time(request, self.engine, self.settings, work)
         finally:
             deadline.ends = 0.0
-        reply = Reply("cmpl", self.settings.name, str, self.version)
+        reply = Reply("cmpl", self.settings.name, str, self.version, body.tells_usage)
         num_said = sum(map(len, targets))
         note(id=reply.head["id"], prompt_tokens=num_prompt, completion_tokens=num_said)
         choices = [self._choice(reply, body, *each) for each in enumerate(targets)]
@@ -126,7 +126,7 @@ class TargetService:
         is_cut = len(ids) == min(body.max_tokens, self.generator.max_positions) and not ends
         finish = "length" if is_cut else "stop"
         return reply.choice(
-            index, text[: min(ends, default=None)], [], finish, streamed=body.stream
+            index, text[: min(ends, default=None)], None, finish, streamed=body.stream
         )
 
     def _wrong(self, text: str, param: str) -> Trouble:
@@ -139,6 +139,6 @@ async def _stream(
     """Yield the server-sent events of a response."""
     for choice in choices:
         yield as_event(reply.piece([choice]))
-    if body.stream_options and body.stream_options.include_usage:
+    if body.tells_usage:
         yield as_event(reply.piece([], counts))
     yield b"data: [DONE]\n\n"
