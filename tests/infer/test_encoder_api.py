@@ -167,6 +167,12 @@ def test_a_cross_encoder_ranks_by_what_it_tells_of_both_texts(case: str, tmp_pat
             "does not exist; this server has 'tiny'",
         ),
         ("embeddings", {"input": "w7", "encoding_format": "int8"}, 400, "encoding_format"),
+        (
+            "embeddings",
+            {"input": "w7 " * 63, "truncate_prompt_tokens": 0},
+            400,
+            "truncate_prompt_tokens: must be at least 1, or -1",
+        ),
         ("embeddings", {"input": 5}, 400, "input: must be a text, a list of texts"),
         ("rerank", {"query": "w7", "documents": []}, 400, "documents"),
         (

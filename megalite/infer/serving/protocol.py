@@ -196,6 +196,16 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
     )
 
 
+def _some_tokens(value: int) -> int:
+    """Refuse a text cut to nothing; -1 is as many tokens as fit, as vLLM has it."""
+    if value == 0:
+        raise ValueError("must be at least 1, or -1")
+    return value
+
+
+Truncation = Annotated[int, Field(ge=-1), AfterValidator(_some_tokens)]
+
+
 class EmbeddingsBody(Body):
     """Holds the body of /v1/embeddings."""
 
@@ -203,7 +213,7 @@ class EmbeddingsBody(Body):
     input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncate_prompt_tokens: Truncation | None = None
     user: Text | None = None
 
     @property
@@ -260,7 +270,7 @@ class ClassifyBody(Body):
         Text | Annotated[list[Text | ClassifiedText], Field(fail_fast=True, min_length=1)],
         _one_of("a text, or a list of texts or objects with a text, a text_pair or tokens"),
     ]
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncate_prompt_tokens: Truncation | None = None
     user: Text | None = None
 
     @property
