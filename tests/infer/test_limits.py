@@ -354,6 +354,28 @@ def test_a_step_that_hangs_is_seen_from_outside(tmp_path: Path, clock: Clock, mo
         )
 
 
+class Panic(BaseException):
+    """As what a tokenizer in Rust raises."""
+
+
+@pytest.mark.parametrize("problem", [RuntimeError, Panic])
+def test_a_step_that_fails_ends_its_answers_alone(
+    tmp_path: Path, model: Gated, problem: type[BaseException]
+) -> None:
+    predict = model.predict
+
+    def fails(*_: Any) -> Any:
+        model.predict = predict  # type: ignore[method-assign]
+        raise problem("of this step")
+
+    model.predict = fails  # type: ignore[method-assign]
+    model.run()
+    with serving(model, tmp_path) as local:
+        assert "the model failed" in str(refused(lambda: ask(local)))
+        assert ask(local).choices[0].text == "0123"
+        assert httpx.get(f"{local.url}/health").status_code == 200
+
+
 def test_a_stream_that_takes_too_long(tmp_path: Path, clock: Clock, model: Gated) -> None:
     with serving(model, tmp_path, timeout_s=10) as local:
         pieces = stream(local)

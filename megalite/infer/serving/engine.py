@@ -168,7 +168,7 @@ class Engine:
             self._step_began = time.monotonic()
             try:
                 answers = self._batch.step()
-            except Exception:
+            except BaseException:  # a panic of a tokenizer in Rust is no Exception
                 LOG.exception("a step of the model failed: the answers under way are given up")
                 # All that the batch has, those that wait for a slot included; only `_arrived` ones
                 # stay.
