@@ -197,9 +197,11 @@ class TargetGenerator:
                     f"a source has {len(source):,} tokens; it must have at least one, and at most the model's "
                     f"max_positions = {self.max_positions:,}"
                 )
-            if not 0 <= min(source) <= max(source) < self.model.config.vocab_size:
+            last = self.model.config.vocab_size - 1
+            unknown = next((token for token in source if not 0 <= token <= last), None)
+            if unknown is not None:
                 raise ConfigError(
-                    f"a source has the token {max(source)}, which the model does not know"
+                    f"a source has the token {unknown}, but the model knows those from 0 to {last}"
                 )
         room = min(max_tokens, self.max_positions)
         found: dict[int, list[int]] = {}

@@ -82,7 +82,8 @@ def test_a_stream_and_stop_strings(local: Local) -> None:
 def test_wrong_requests_are_refused(local: Local) -> None:
     for body, words in (
         ({"prompt": "w7 " * 600}, "at most the model's max_positions"),
-        ({"prompt": [[99]]}, "has the token 99, which the model does not know"),
+        ({"prompt": [[99]]}, "has the token 99, but the model knows those from 0 to"),
+        ({"prompt": [[7, -1]]}, "has the token -1, but the model knows those from 0 to"),
         ({"prompt": "w7", "logprobs": 1}, "have no logprobs"),
         ({"prompt": ["w7"] * 9}, "9 answers are asked for at once"),
     ):
