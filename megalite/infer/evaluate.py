@@ -101,6 +101,7 @@ def evaluate_model(
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
     if not asked.tasks and not asked.data:
+        _check_of_loss(asked)
         return evaluate_loss(path, asked, output, launch, **layout)
     if asked.data and output:
         for written in (output, output.with_suffix(".samples.jsonl")):
@@ -131,6 +132,21 @@ def evaluate_model(
     if launch.rank == 0:
         report(results, numbers, folder.resolve(), run, asked, output)
     return numbers
+
+
+def _check_of_loss(asked: Asked) -> None:
+    """Raise ConfigError for options that a loss does not know, rather than measure without them."""
+    of_answers = {
+        "include_path": asked.include_path is not None,
+        "shots": asked.shots is not None,
+        "chat": asked.chat,
+        "stop": bool(asked.stop),
+        "samples": asked.samples,
+    }
+    if given := [name for name, is_given in of_answers.items() if is_given]:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} goes with --tasks NAME,NAME or --data FILE; without both the loss is told"
+        )
 
 
 def evaluate_loss(

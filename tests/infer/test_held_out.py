@@ -172,6 +172,8 @@ def test_what_cannot_be_measured_is_said(
         ([alone, "--tokens", corpus, "--tasks", "x"], "give one of --tasks"),
         ([alone, "--tokens", corpus, "--tensor", "2"], "no multiple of --tensor 2"),
         ([alone, "--tokens", corpus, "--limit", "0"], "leaves nothing to measure"),
+        ([alone, "--tokens", corpus, "--shots", "0"], "--shots goes with --tasks NAME,NAME or"),
+        ([alone, "--tokens", corpus, "--chat"], "--chat goes with --tasks NAME,NAME or --data"),
     ):
         assert main(["eval", *map(str, words)]) == 2
         assert told in capsys.readouterr().err
