@@ -312,17 +312,21 @@ def _templates(file: Path, limit: int | None) -> BiasTest:
     if unknown := values.keys() - {"groups", "attributes", "templates", "stereotypes"}:
         raise DataError(f"{file}: {', '.join(map(str, sorted(unknown, key=str)))}: no such key")
     groups, attributes = (_slots(file, values, key) for key in ("groups", "attributes"))
-    stereotypes = values.get("stereotypes") or {}
-    if not isinstance(stereotypes, dict) or not (
-        stereotypes.keys() <= groups.keys() and {*stereotypes.values()} <= attributes.keys()
-    ):
-        raise DataError(f"{file}: stereotypes = {shown(stereotypes)} must be group: attribute")
+    told = values.get("stereotypes") or {}
+    # As texts, as the names of both are: YAML has numbers and lists, too.
+    stereotypes = {str(k): str(v) for k, v in told.items()} if isinstance(told, dict) else {"": ""}
+    if not (stereotypes.keys() <= groups.keys() and {*stereotypes.values()} <= attributes.keys()):
+        raise DataError(f"{file}: stereotypes = {shown(told)} must be group: attribute")
     filled: list[Filled] = []
+    num_each = sum(map(len, groups.values())) * sum(map(len, attributes.values()))
     for number, (category, template) in enumerate(
         itertools.islice(_each_template(file, values.get("templates")), limit), 1
     ):
         where = f"{file}: templates, {shown(template)}"
         _check_slots(where, template, groups, attributes)
+        # Before they are made: two long lists of words are more texts than memory holds.
+        if len(filled) + num_each > MOST_TEXTS:
+            raise DataError(f"{file} gives more than {MOST_TEXTS:,} texts")
         for group, attribute in itertools.product(groups, attributes):
             for words, more in itertools.product(groups[group], attributes[attribute]):
                 text = template.format_map(words | more)
@@ -330,8 +334,6 @@ def _templates(file: Path, limit: int | None) -> BiasTest:
                     Filled(where, category, f"{file} {number}", group, attribute,
                            text[:1].upper() + text[1:], " ".join(words.values()), " ".join(more.values()))
                 )  # fmt: skip
-        if len(filled) > MOST_TEXTS:
-            raise DataError(f"{file} gives more than {MOST_TEXTS:,} texts")
     return BiasTest(file, "templates", filled=_some(filled, file), stereotypes=stereotypes)
 
 
@@ -371,9 +373,14 @@ def _check_slots(where: str, template: str, *parts: Mapping[str, list[dict[str, 
     """Raise DataError for a template with a slot that some words do not fill, or without one of the
     groups' or attributes'."""
     try:
-        slots = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
+    for name, form, conversion in parsed:
+        # Python's formats: {group:d} fails on a text, and {group:>999999999} fills the memory.
+        if form or conversion:
+            raise DataError(f"{where}: {{{name}}} takes a word as it is, without a format")
+    slots = {str(name) for name, _, _ in parsed}
     of_parts = [
         {slot for words in part.values() for each in words for slot in each} for part in parts
     ]

@@ -405,6 +405,20 @@ BAD = {
         "a word of a does not fill {group}",
     ),
     "j.yaml": ("group: 1\n", "group: no such key"),
+    "l.yaml": (
+        "groups: {a: [x], b: [y]}\nattributes: {c: [z], d: [w]}\ntemplates: ['{group} {attribute}']\n"
+        "stereotypes: {a: [c]}\n",
+        "stereotypes = {'a': ['c']} must be group: attribute",
+    ),
+    "m.yaml": (
+        "groups: {a: [x], b: [y]}\nattributes: {c: [z], d: [w]}\ntemplates: ['{group:>999999999} {attribute}']\n",
+        "{group} takes a word as it is, without a format",
+    ),
+    "n.yaml": (
+        f"groups: {{a: {['x'] * 3000}, b: [y]}}\nattributes: {{c: {['z'] * 3000}, d: [w]}}\n"
+        "templates: ['{group} {attribute}']\n",
+        "gives more than 1,000,000 texts",
+    ),
     "k.parquet": ("", "tests of bias are .csv"),
 }  # fmt: skip
 
