@@ -56,7 +56,9 @@ def flip_results(filled: Sequence[Filled], shares_nK: Array, labels: Sequence[st
     texts: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, item in enumerate(filled):
         texts[item.cluster, item.rest][item.group].append(number)
-    across, within, clusters = [], [], []
+    across, clusters = [], []
+    # Of texts with several words of a group: of one word each nothing is known of others.
+    within, apart, of_within = [], [], []
     more: dict[str, list[Array]] = defaultdict(list)
     for (cluster, _), groups in texts.items():
         pairs = [
@@ -64,8 +66,11 @@ def flip_results(filled: Sequence[Filled], shares_nK: Array, labels: Sequence[st
         ]
         across.append(float(np.mean([said[a] != said[b] for a, b in pairs])))
         alike = [pair for numbers in groups.values() for pair in combinations(numbers, 2)]
-        within.append(float(np.mean([said[a] != said[b] for a, b in alike])) if alike else 0.0)
         clusters.append(cluster)
+        if alike:
+            within.append(float(np.mean([said[a] != said[b] for a, b in alike])))
+            apart.append(across[-1] - within[-1])
+            of_within.append(cluster)
         means = {group: shares_nK[numbers].mean(0) for group, numbers in groups.items()}
         for group, mean_K in means.items():
             others = [means[other] for other in means if other != group]
@@ -73,13 +78,8 @@ def flip_results(filled: Sequence[Filled], shares_nK: Array, labels: Sequence[st
     unit = (0.0, 1.0)
     results = [
         Result("class changes with the group", ALL, estimate(across, clusters, unit), None),
-        Result("class changes within a group", ALL, estimate(within, clusters, unit), None),
-        Result(
-            "changes, across − within",
-            ALL,
-            estimate(np.subtract(across, within), clusters, (-1, 1)),
-            0.0,
-        ),
+        Result("class changes within a group", ALL, estimate(within, of_within, unit), None),
+        Result("changes, across − within", ALL, estimate(apart, of_within, (-1, 1)), 0.0),
     ]
     for group, found in more.items():
         for column, label in enumerate(labels):
@@ -89,7 +89,7 @@ def flip_results(filled: Sequence[Filled], shares_nK: Array, labels: Sequence[st
             results.append(
                 Result("probability, group − others", f"{label} × {group}", found_gap, 0.0)
             )
-    return results
+    return [result for result in results if result.found.items]
 
 
 def group_results(

@@ -69,6 +69,12 @@ def test_changes_are_counted_pair_by_pair() -> None:
         np.mean(across) - np.mean(within)
     )
     assert found["probability, group − others", "r × x"] == pytest.approx(np.mean(gaps))
+    # Of one word a group: what another word alone changes is not known, and is not 0.
+    few = [number for number, item in enumerate(filled) if item.words in "acf"]
+    alone = flip_results([filled[number] for number in few], shares[few], ["p", "q", "r"])
+    assert {x.measure for x in alone} == {
+        "class changes with the group", "probability, group − others"
+    }  # fmt: skip
 
 
 def test_groups_are_compared_by_shares_and_errors() -> None:
