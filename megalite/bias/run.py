@@ -57,7 +57,10 @@ def evaluate_bias(
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
     if output:
-        check_apart(output, asked.bias, ConfigError)
+        if output.suffix == ".html":
+            raise ConfigError(f"--output {output}: name the JSON file; the page is put beside it")
+        for written in (output, output.with_suffix(".samples.jsonl")):
+            check_apart(written, asked.bias, ConfigError)
     # Files are read first: loading the model takes long.
     tests = read_tests(asked.bias, asked.limit)
     group_of = read_groups(asked.groups)

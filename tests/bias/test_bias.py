@@ -451,6 +451,7 @@ def test_a_text_that_is_too_long_is_refused(models: Models, tmp_path: Path) -> N
         (["--tasks", "x"], "--bias goes with none of"),
         (["--groups", "x.yaml"], "--groups goes with --corpus-report"),
         (["--limit", "0"], "--limit 0 leaves nothing"),
+        (["--output", "x.html"], "--output x.html: name the JSON file"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
