@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,34 @@ def test_an_answer_that_says_nothing_has_no_log_probabilities_but_their_list() -
         (None, False, None),
     ):
         assert reply.choice(0, "", tokens, "stop", streamed)["logprobs"] == wanted
+
+
+def test_a_body_is_written_beside_the_loop(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with logprobs may have a million parts."""
+    threads = []
+    for name in ("opening", "piece", "whole"):
+        method = getattr(Reply, name)
+
+        def noted(*arguments: Any, method: Any = method, **named: Any) -> Any:
+            threads.append(threading.current_thread())
+            return method(*arguments, **named)
+
+        monkeypatch.setattr(Reply, name, noted)
+    for stream in (True, False):
+        post(local, "completions", {"prompt": "x", "max_tokens": 1, "stream": stream})
+    assert len(set(threads)) == 2
+
+
+def test_controls_among_stop_strings_are_looked_up_once(
+    chats: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary of a real model is a new dictionary of 100,000 tokens at every call."""
+    tokenizer, calls = chats.host.current.engine.generator.tokenizer, []
+    vocabulary = tokenizer.vocabulary
+    monkeypatch.setattr(tokenizer, "vocabulary", lambda: calls.append(1) or vocabulary())
+    body = {"messages": [{"role": "user", "content": "hello"}], "stop": ["<|user|>"] * 16, "n": 16}
+    assert post(chats, "chat/completions", body).status_code == 200
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("asked", [True, False])

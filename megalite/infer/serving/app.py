@@ -390,16 +390,8 @@ class Service:
             ended = await unless_gone(request, _ends_of(updates))
         finally:
             self.engine.cancel(tickets)
-        choices = []
-        for ticket in tickets:
-            _raise_cut(ticket, ended[ticket])
-            last, answer = ended[ticket], ticket.answer
-            tokens = None if answer.request.num_logprobs is None else last.choices
-            choices.append(
-                reply.choice(ticket.number, answer.text, tokens, last.finish, streamed=False)
-            )
-        num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
-        return as_json(reply.whole(choices, usage(num_prompt, num_said)))
+        # In another thread: with logprobs a body may have a million parts, and the loop answers all.
+        return await run_in_threadpool(_whole_of, reply, ended, num_prompt)
 
     def _facts_asked(self, body: Asked) -> dict[str, Any]:
         """Return what a request's line tells of the question: its language, and where texts may be
@@ -445,6 +437,21 @@ class Service:
             # Status 200 has been sent by now, so that an error can only be one more event.
             yield as_event(trouble.body)
         yield b"data: [DONE]\n\n"
+
+
+def _whole_of(reply: Reply, ended: Mapping[Ticket, Update], num_prompt: int) -> Response:
+    """Return the response that is not streamed, given each ticket's last update. Raise Trouble for
+    an answer that is not complete."""
+    choices, num_said = [], 0
+    for ticket in sorted(ended, key=lambda each: each.number):
+        last, answer = ended[ticket], ticket.answer
+        _raise_cut(ticket, last)
+        tokens = None if answer.request.num_logprobs is None else last.choices
+        choices.append(
+            reply.choice(ticket.number, answer.text, tokens, last.finish, streamed=False)
+        )
+        num_said += len(answer.tokens)
+    return as_json(reply.whole(choices, usage(num_prompt, num_said)))
 
 
 def _size_of(messages: Sequence[Mapping[str, str]]) -> int:

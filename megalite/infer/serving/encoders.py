@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from megalite.data.formats import text_tokenizer
 from megalite.errors import NotFinite
@@ -270,6 +271,13 @@ class EncoderService:
 
         rows, vectors = await within_time(request, self.engine, self.settings, work)
         note(prompt_tokens=sum(map(len, rows)))
+        # In another thread: thousands of vectors are millions of numbers to write.
+        return await run_in_threadpool(self._told, body, rows, vectors)
+
+    def _told(
+        self, body: EmbeddingsBody, rows: list[list[int]], vectors: npt.NDArray[np.float32]
+    ) -> Response:
+        """Return the response with the vectors [n, D] of rows of tokens."""
         if body.dimensions:
             vectors = vectors[:, : body.dimensions]
             if self.encoder.pooling.normalize:
