@@ -27,11 +27,11 @@ from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.serving.app import Settings
-from megalite.infer.serving.front import Host
+from megalite.infer.serving.front import Host, make_front
 from megalite.infer.serving.guards import WRONG_KEYS_PER_MINUTE, _client, check_parts
 from megalite.infer.serving.lanes import LARGE_AT_ONCE
 from megalite.infer.serving.names import is_own_name
-from megalite.infer.serving.run import Server, bind, serve
+from megalite.infer.serving.run import Server, bind, make_server, serve
 from scripted import Bytes
 
 ANSWER = b"0123456789"
@@ -450,6 +450,17 @@ def test_asked_to_end_just_before_it_listens_to_signals(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not in_vain.is_set()
+
+
+def test_an_address_that_another_server_took_meanwhile(tmp_path: Path, model: Gated) -> None:
+    """Both bind it before they read their models; one of them listens first."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, bind("127.0.0.1", port) as second:
+        first.listen()
+        app = make_front(Host(opened(model), Settings("tiny", tmp_path)))
+        with pytest.raises(ConfigError, match=f"--port {port} cannot be listened on: Address alr"):
+            make_server(app, 1.0).run([second])
 
 
 def test_answers_that_do_not_end_in_time_are_cut_off(

@@ -47,7 +47,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(tell_of_failed_accept)
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            if not sockets:
+                raise
+            # Two that start at once both bind the address; the second to listen on it finds out.
+            raise cannot_listen(*sockets[0].getsockname()[:2], error) from None
         for listening in sockets or []:
             # Set again: asyncio has one number for this and for how many it accepts at once.
             listening.listen(BACKLOG)
@@ -77,9 +83,14 @@ def bind(host: str, port: int) -> socket.socket:
         address.bind((host, port))
     except (OSError, OverflowError) as error:
         address.close()
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {why}") from None
+        raise cannot_listen(host, port, error) from None
     return address
+
+
+def cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    """Return the error for an address that `error` keeps the server from."""
+    why = getattr(error, "strerror", None) or error
+    return ConfigError(f"--host {host} --port {port} cannot be listened on: {why}")
 
 
 def serve(make_host: Callable[[], Hosting], address: socket.socket, grace_s: float) -> None:
