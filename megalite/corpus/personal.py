@@ -32,7 +32,9 @@ VERSION_WORDS = (
 HOST_WORDS = "ip|host|server|addr|address|client|node|tcp|udp"
 BEFORE_A_VERSION = re.compile(
     rf"""(?:(?<![\w@])(?:{VERSION_WORDS})[\s.:=#("'`]*   # version 1.2.3.4
-           (?:\d+(?:\.\d+)+[\s,/&–-]*(?:and|or|to|through|until)?\s+)*   # versions 1.2.3.4, 1.2.3.5 and 1.2.4.0
+           # versions 1.2.3.4, 1.2.3.5 and 1.2.4.0. Possessive, or each gap of n spaces would be
+           # cut in n ways, and ten gaps in n^10.
+           (?:\d+(?:\.\d+)+[\s,/&–-]*+(?:(?:and|or|to|through|until)\s++|(?<=\s)))*+
          | (?:[=<>~^!]=|~>|[<>^~])\s*["']?               # package>=1.2.3.4
          | (?<![\w/.:@-])(?!(?:{HOST_WORDS})[-/_])       # name-1.2.3.4, Agent/1.2.3.4
            [A-Za-z][\w+]{{0,30}}(?:-[A-Za-z][\w+]{{0,30}}){{0,4}}[-/_]

@@ -14,9 +14,12 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 # Letters and digits, with "don't" and "3.14" as one word; or a run of signs.
 WORD = re.compile(r"\w+(?:['’]\w+|(?<=\d)[.,]\d+)*|[^\w\s]+")
-# Up to signs that end a sentence, with closing quotes, or to the end of a line.
+_SIGNS = re.escape("".join(sorted(TERMINAL_PUNCTUATION)))
+_CLOSING = r"[\"'”’)\]]*"
+# Up to signs that end a sentence, with closing quotes, or to the end of a line. Possessive: a run of
+# signs that ends nothing is passed over once, not from each of its signs again.
 SENTENCE = re.compile(
-    rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATION)))}]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*"
+    rf"[^\n](?:[^\n{_SIGNS}]++|[{_SIGNS}]++(?!{_CLOSING}+(?:\s|$)))*+(?:[{_SIGNS}]+{_CLOSING}|\n|$)\s*"
 )
 
 

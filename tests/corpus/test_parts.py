@@ -15,6 +15,7 @@ from megalite.corpus.personal import EMAILS, IPS, replaced
 from megalite.corpus.steps import Stage
 from megalite.corpus.tally import Tally
 from megalite.corpus.tokenizing import Words
+from megalite.corpus.warc import LOOKS_LIKE_HTML
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,16 @@ def test_addresses_are_found_in_linear_time(run):
     for kind in (EMAILS, IPS):
         replaced(run * 200_000 + " @", kind)
     assert time.process_time() - start < 10  # seconds where quadratic time takes hours
+
+
+def test_no_page_makes_a_pattern_try_without_end():
+    """Comments before a page, versions parted by spaces, a run of signs that ends no sentence: the
+    time for them grew exponentially or with the square of their number."""
+    start = time.process_time()
+    assert not LOOKS_LIKE_HTML.match(b"<!-- a -->" * 40 + b"<div>")
+    assert replaced("v" + " 1.1" + "      1.1" * 7 + " x 8.8.8.8", IPS)[1] == 1
+    assert len(Words().span_tokenize("a" + "." * 200_000 + "x")) == 1
+    assert time.process_time() - start < 1
 
 
 def test_words_and_sentences():
