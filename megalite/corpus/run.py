@@ -31,7 +31,7 @@ from megalite.corpus.execute import Phase, run_here, submit
 from megalite.corpus.files import ReadShard, WriteShard, write_json
 from megalite.corpus.report import WriteReport
 from megalite.corpus.sources import ReadInputs, list_inputs, shards_of
-from megalite.corpus.split import WriteSplits
+from megalite.corpus.split import SPLITS, WriteSplits
 from megalite.corpus.steps import Without
 from megalite.data.documents import Report
 from megalite.errors import DataError
@@ -60,8 +60,7 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
         if config.slurm is not None:
             submit(phases, work / "logs", config.slurm, config.workers)
             return None
-        for left in output.rglob(".*.tmp"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+        _remove_leftovers(output)
         run_here(phases, work / "logs", config.workers, console)
     return json.loads((output / "report.json").read_text(encoding="utf-8"))
 
@@ -149,6 +148,16 @@ def _begin(config: CorpusConfig, work: Path) -> int:
     return len(shards)
 
 
+def _remove_leftovers(output: Path) -> None:
+    """Remove the unfinished files of a process that was killed."""
+    # Only in folders of our own: `output` may be one that other programs write in as well.
+    for folder in (output / name for name in ("work", *SPLITS)):
+        for left in folder.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+    for left in output.glob(".report.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def _sizes(shards: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return the size of each file, by path."""
     sizes = {}
@@ -164,6 +173,8 @@ def _alone_in(work: Path) -> Iterator[None]:
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise DataError(f"{work.parent} is being written by another process") from None
+        except OSError:  # some file systems of clusters have no locks
+            pass
         yield

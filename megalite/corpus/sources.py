@@ -6,7 +6,6 @@ Which files are in which shard follows from the files alone, never from the numb
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +41,10 @@ def list_inputs(sources: Sequence[Source], report: Report) -> list[InputFile]:
     Raises DataError for a source without files and for a file in two sources."""
     inputs: dict[str, InputFile] = {}
     for source in sources:
-        for path in list_documents([source.path], report, warc.SUFFIXES):
+        for path, size in list_documents([source.path], report, warc.SUFFIXES).items():
             # Paths of one source may overlap; a file in two sources would be read twice under two
             # names.
-            file = inputs.setdefault(path, InputFile(source.name, path, os.stat(path).st_size))
+            file = inputs.setdefault(path, InputFile(source.name, path, size))
             if file.source != source.name:
                 raise DataError(
                     f"{path} is in two sources, {file.source} and {source.name}; narrow one of their paths"
@@ -92,7 +91,8 @@ class ReadInputs(PipelineStep):
                 documents = warc.read_warc(path, self.report)
             else:
                 how = Reading(source.json_key, metadata=True, mend=True)
-                documents = read_files([path], how, self.report)
+                # With its size as it was listed: a file that is gone by now is a bad one, no error.
+                documents = read_files({path: file["num_bytes"]}, how, self.report)
             for document in documents:
                 if not document.text.strip():
                     self.report.num_empty += 1

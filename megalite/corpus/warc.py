@@ -7,7 +7,6 @@ redirects, revisits, other types.
 from __future__ import annotations
 
 import io
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,8 +35,6 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
     records and damage."""
     from warcio.archiveiterator import ArchiveIterator
 
-    before = report.bytes_read
-    size = os.stat(path).st_size
     number = 0
     # Unpacked here, because warcio takes a truncated packed file for complete.
     stream = _Stream(read_bytes(path, report))
@@ -53,7 +50,6 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
     except Exception as error:
         # warcio raises several classes for damage, and those of its parsers as well.
         report.bad(path, number, f"unreadable from this record on: {stream.failure or error}")
-    report.bytes_read = before + size  # the whole file is done, also where it is damaged
 
 
 def _no_document(record: Any) -> str:

@@ -1,5 +1,7 @@
 """Every format that a source may have, and which files come into which shard."""
 
+import errno
+import fcntl
 import gzip
 import itertools
 import json
@@ -9,6 +11,7 @@ import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
+import fsspec
 import pyarrow
 import pytest
 import zstandard
@@ -19,7 +22,7 @@ from pyarrow import parquet
 from megalite.corpus.checks import Extract
 from megalite.corpus.config import CorpusConfig, ExtractConfig, Source
 from megalite.corpus.run import prepare_corpus
-from megalite.corpus.sources import InputFile, list_inputs, shards_of
+from megalite.corpus.sources import InputFile, ReadInputs, list_inputs, shards_of
 from megalite.corpus.warc import OTHER_TYPES, read_warc
 from megalite.data.documents import Reading, Report, list_files, read_files
 from megalite.errors import DataError
@@ -214,6 +217,68 @@ def test_a_file_in_two_sources_is_refused(tmp_path):
     ]
     with pytest.raises(DataError, match=r"a\.jsonl is in two sources, one and two"):
         list_inputs(sources, Report())
+
+
+def test_sources_in_an_object_store(tmp_path):
+    pages = [b"".join(warc_record(f"page-{seed}", html(prose(seed)))) for seed in (1, 2)]
+    texts = [prose(seed) for seed in (3, 4)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    store = fsspec.filesystem("memory")
+    store.pipe("/sources/a.jsonl", lines.encode())
+    store.pipe("/sources/b.warc.gz", b"".join(map(gzip.compress, pages)))
+    report, kept = prepare(tmp_path, path="memory://sources/*")
+    assert report["sources"]["a"]["read"]["documents"] == 4
+    assert {kept[text]["path"] for text in texts} == {"memory:///sources/a.jsonl"}
+    store.rm("/sources", recursive=True)
+
+
+def test_files_that_vanish_after_they_were_listed_are_told(tmp_path):
+    names = ["a.jsonl", "b.txt", "c.parquet", "d.warc.gz", "e"]
+    files = [{"source": "a", "path": str(tmp_path / name), "num_bytes": 9} for name in names]
+    (tmp_path / "shards.json").write_text(json.dumps([files]))
+    reader = ReadInputs([Source(name="a", path="x")], tmp_path / "shards.json")
+    assert not list(reader.run())
+    assert reader.report.num_bad == len(names)
+    for name, message in zip(names, reader.report.messages, strict=True):
+        assert name in message
+        assert "No such file" in message
+
+
+def test_a_folder_of_one_process_at_a_time_where_files_have_locks(tmp_path, monkeypatch):
+    real, found = fcntl.flock, []
+
+    def second(file, how):
+        real(file, how)
+        monkeypatch.undo()
+        with pytest.raises(DataError, match="out is being written by another process"):
+            prepare(tmp_path)
+        found.append(how)
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(prose(1))
+    monkeypatch.setattr(fcntl, "flock", second)
+    prepare(tmp_path)
+    assert found
+
+    def refused(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    report, _ = prepare(tmp_path)
+    assert report["stages"][0]["kept"]["documents"] == 1
+
+
+def test_only_leftovers_of_its_own_are_removed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(prose(1))
+    kept = [tmp_path / "out" / name for name in (".another.1.tmp", "theirs/.x.json.2.tmp")]
+    left = [tmp_path / "out" / name for name in ("train/.0.jsonl.3.tmp", ".report.html.4.tmp")]
+    for path in kept + left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    prepare(tmp_path)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)
 
 
 def test_a_line_without_end_is_reported_and_not_held(tmp_path, monkeypatch):
