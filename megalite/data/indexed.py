@@ -24,6 +24,7 @@ import os
 import shutil
 import struct
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -123,18 +124,20 @@ class IndexedDataset:
                     f"{path} does not exist; `megalite preprocess` writes {self.prefix}.bin and .idx"
                     f"{instead_of(self.prefix, '.idx')}"
                 )
+        # Kept open for the fingerprint: a file that is deleted or replaced during a run stays what
+        # the run reads, and a checkpoint must say what was read, and not fail for it.
+        self._opened = [open(self._idx, "rb"), open(self._bin, "rb")]  # noqa: SIM115
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences
-        # Plain arrays over the maps: reading one element of a memmap takes several times as long.
-        self._lengths = np.asarray(np.memmap(self._idx, "<i4", "r", HEADER.size, (num,)))
-        self._pointers = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end, (num,)))
-        self._documents = np.asarray(
-            np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,))
-        )
+        # Plain arrays over one map: reading one element of a memmap takes several times as long.
+        index: Array = np.memmap(self._opened[0], np.uint8, "r")
+        self._lengths = np.frombuffer(index, "<i4", num, HEADER.size)
+        self._pointers = np.frombuffer(index, "<i8", num, lengths_end)
+        self._documents = np.frombuffer(index, "<i8", num_indices, lengths_end + 8 * num)
         self.num_documents = num_indices - 1
-        self._check_ends()
-        self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize
-        self.tokens: Array = np.memmap(self._bin, self.dtype, "r")  # [num_tokens]
+        size = self._check_ends()
+        self.num_tokens = size // self.dtype.itemsize
+        self.tokens: Array = np.memmap(self._opened[1], self.dtype, "r")  # [num_tokens]
         self.mask = self._open_mask()
         self.removed = self._open_removed()
         """Numbers of the documents that were taken out, ascending; None for none."""
@@ -160,7 +163,8 @@ class IndexedDataset:
                 f"{name} is {size} bytes long, which is not 1, 2 or 8 for each of {self.num_tokens} tokens; it does "
                 "not belong to the .bin beside it: write or copy all of them again"
             )
-        return np.memmap(path, dtype, "r")
+        self._opened.append(open(path, "rb"))  # noqa: SIM115
+        return np.memmap(self._opened[-1], dtype, "r")
 
     def _open_removed(self) -> Array | None:
         """Return the documents that were taken out. Raise DataError if they are none of this
@@ -189,21 +193,29 @@ class IndexedDataset:
         False for negative ones."""
         if self.removed is None:
             return np.zeros(places.shape, bool)
-        starts, stops = (
-            np.array([self.document_start(d + end) for d in self.removed.tolist()])
-            for end in (0, 1)
-        )
+        starts, stops = self._removed_ranges
         number = np.searchsorted(starts, places, side="right") - 1
         return (number >= 0) & (places < stops[np.maximum(number, 0)])
+
+    @cached_property
+    def _removed_ranges(self) -> tuple[Array, Array]:
+        """Return where the documents that were taken out begin and end, both ascending. Every batch
+        asks, and they may be many."""
+        assert self.removed is not None
+        numbers = self.removed.tolist()
+        starts, stops = (
+            np.array([self.document_start(number + end) for number in numbers]) for end in (0, 1)
+        )
+        return starts, stops
 
     def _read_header(self) -> int:
         """Read the header, set `dtype` and `num_sequences`, and return the number of document
         indices. Raise DataError."""
-        size = self._idx.stat().st_size
+        file = self._opened[0]
+        size = os.fstat(file.fileno()).st_size
         if size < HEADER.size:
             raise self._broken(f"is {size} bytes long, shorter than its {HEADER.size}-byte header")
-        with open(self._idx, "rb") as file:
-            magic, version, code, num, num_indices = HEADER.unpack(file.read(HEADER.size))
+        magic, version, code, num, num_indices = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
             raise self._broken(
                 f"starts with {magic!r}, not {MAGIC!r}: it is not an index of this format"
@@ -230,20 +242,22 @@ class IndexedDataset:
         self.dtype, self.num_sequences = DTYPES[code], int(num)
         return int(num_indices)
 
-    def _check_ends(self) -> None:
-        """Compare the last entries of the index with the size of .bin. Raise DataError."""
+    def _check_ends(self) -> int:
+        """Compare the last entries of the index with the size of .bin, and return that. Raise
+        DataError."""
         first, last = int(self._documents[0]), int(self._documents[-1])
         if first != 0 or last != self.num_sequences:
             raise self._broken(
                 f"has documents from sequence {first} to {last}, not from 0 to {self.num_sequences}"
             )
-        size, itemsize = self._bin.stat().st_size, self.dtype.itemsize
+        size, itemsize = os.fstat(self._opened[1].fileno()).st_size, self.dtype.itemsize
         # O(1): the last entry tells whether the two files fit; `check` reads the rest.
         expected = int(self._pointers[-1]) + int(self._lengths[-1]) * itemsize
         if size != expected:
             raise self._broken(f"ends at byte {expected} of a .bin which is {size} bytes long")
         if size == 0 or size % itemsize:
             raise self._broken(f"promises {self.dtype.name} tokens, but .bin has {size} bytes")
+        return size
 
     def _broken(self, why: str) -> DataError:
         """Return the error for a damaged pair."""
@@ -365,20 +379,16 @@ class IndexedDataset:
         evenly over each file. The work is bounded, so that a change which keeps the sizes and lies
         between the slices goes unnoticed."""
         digest = hashlib.sha256()
-        files = [(self._idx, None), (self._bin, self._remote)]
-        if self.mask is not None:
-            remote = self._remote_mask
-            files.append((remote.path if remote else Path(f"{self.prefix}.mask"), remote))
-        for path, remote in files:
-            size = path.stat().st_size
+        remotes = (None, self._remote, self._remote_mask)
+        for file, remote in zip(self._opened, remotes, strict=False):
+            size = os.fstat(file.fileno()).st_size
             starts = np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64)
             if remote is not None:
                 remote.fetch(starts, np.full_like(starts, min(size, 4096)))
             digest.update(str(size).encode())
-            with open(path, "rb") as file:
-                for start in starts.tolist():
-                    file.seek(start)
-                    digest.update(file.read(4096))
+            for start in starts.tolist():
+                # Not of the map, of which each page would bring its neighbours into memory.
+                digest.update(os.pread(file.fileno(), 4096, start))
         if self.removed is not None:  # whole: what was taken out may lie between the slices
             digest.update(self.removed.tobytes())
         return digest.hexdigest()[:32]
@@ -510,9 +520,11 @@ class IndexedWriter:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        # An older .idx must never stand beside the new .bin, not even between two renames.
+        # An older .idx must never stand beside the new .bin, not even between two renames. Nor what
+        # else was written beside the older pair: the note of its tokenizer and settings would speak
+        # of the new one, until that has its own.
         self._final[-1].unlink(missing_ok=True)
-        for kind in (".mask", ".removed", ".src"):
+        for kind in (".mask", ".removed", ".src", ".json"):
             self._final[0].with_suffix(kind).unlink(missing_ok=True)
         try:
             for temporary, final in zip(self._temporary, self._final, strict=True):

@@ -200,6 +200,29 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert write(tmp_path / "d", [[1, 2], [3, 4, 5]]).fingerprint() != one
 
 
+@pytest.mark.parametrize("becomes", ["deleted", "another"])
+def test_fingerprint_is_of_what_is_mapped(tmp_path, becomes):
+    """A run goes on with the files that it has opened; a checkpoint says which these were."""
+    dataset = write(tmp_path / "a", [[1, 2, 3], [4, 5]])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    if becomes == "another":
+        write(tmp_path / "a", [[6]])
+    assert dataset.fingerprint() == write(tmp_path / "b", [[1, 2, 3], [4, 5]]).fingerprint()
+
+
+def test_nothing_of_an_older_pair_stays_beside_a_new_one(tmp_path):
+    """Not even the note of its tokenizer, where what writes the new one is killed before that."""
+    kinds = ("mask", "removed", "src", "json")
+    for kind in kinds:
+        (tmp_path / f"x.{kind}").write_bytes(b"older")
+    with pytest.raises(DataError), IndexedWriter(tmp_path / "x", "u2"):
+        pass
+    assert len(list(tmp_path.iterdir())) == len(kinds)
+    write(tmp_path / "x", [[7]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
 def test_token_dtype():
     assert (token_dtype(65499), token_dtype(65500)) == (np.dtype("<u2"), np.dtype("<i4"))
 
