@@ -18,6 +18,7 @@ documents, ascending, as i64. Their tokens are fillers, which nothing is learned
 from __future__ import annotations
 
 import bisect
+import errno
 import fcntl
 import hashlib
 import os
@@ -57,6 +58,7 @@ DTYPES = {
     }.items()
 }
 CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
+FULL = (errno.ENOSPC, errno.EDQUOT)
 Array = npt.NDArray[Any]
 
 
@@ -581,7 +583,13 @@ class IndexedWriter:
         try:
             if kind is None:
                 self.finish()
+        except OSError as failed:
+            error = failed
+            raise
         finally:
+            # Writing to an open file fails without a name.
+            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                error.filename = str(self._final[0])
             self.abort()
 
 

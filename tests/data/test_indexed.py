@@ -237,6 +237,13 @@ def test_writer_refuses_and_leaves_nothing(tmp_path, document, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "x.idx.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.bin"):
+        write(tmp_path / "x", [[1, 2]])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writer_without_documents_keeps_what_was_there(tmp_path):
     write(tmp_path / "x", [[7]])
     with pytest.raises(DataError, match="no document"), IndexedWriter(tmp_path / "x", "u2"):
