@@ -100,7 +100,7 @@ class Report:
         """Count one unusable line or file, and keep the message if it is among the first."""
         self.num_bad += 1
         if len(self.messages) < MAX_MESSAGES:
-            self.messages.append(f"{path}:{line}: {why}")
+            self.messages.append(printable(f"{path}:{line}: {why}"))
 
     def __str__(self) -> str:
         """Return everything that was left out, one line each; empty if nothing was."""
@@ -128,6 +128,12 @@ class Report:
         return "\n".join(
             [*lines, *_grouped(self.messages), *([f"… and {more:,} more"] if more > 0 else [])]
         )
+
+
+def printable(text: str) -> str:
+    """Return a text as a console takes it. A byte of a file's name that is not UTF-8, which is a
+    lone surrogate in Python, is written as an escape."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _grouped(messages: Sequence[str]) -> list[str]:
@@ -579,7 +585,8 @@ def _read_text(
                 parts, held = [text[cut:]], len(text) - cut
         yield "".join([*parts, decoder.decode(b"", final=True)]), line, {}
         if not kind_by_name(path):
-            report.as_text[suffix_of(path)] = report.as_text.get(suffix_of(path), 0) + 1
+            suffix = printable(suffix_of(path))
+            report.as_text[suffix] = report.as_text.get(suffix, 0) + 1
     except UnicodeDecodeError as error:
         line += sum(part.count("\n") for part in parts) + error.object[: error.start].count(b"\n")
         report.bad(

@@ -75,9 +75,10 @@ class Preprocessed:
             **({"lines_read": self.lines_read} if self.lines_read else {}),
         }
         with replacing(Path(f"{self.prefix}.json"), durable=True) as temporary:
-            temporary.write_text(
-                json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            # A byte of a file's name that is not UTF-8 is a lone surrogate in Python, which becomes
+            # the escape that JSON has for it.
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def check_inputs(prefix: str, files: Iterable[str]) -> None:

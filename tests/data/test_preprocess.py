@@ -17,7 +17,7 @@ from pyarrow import parquet
 from megalite.data import preprocess as module
 from megalite.data.blocks import iter_blocks
 from megalite.data.documents import Report, iter_documents
-from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_training import train_tokenizer
@@ -378,18 +378,21 @@ def test_reading_never_runs_far_ahead():
 
 def tool(tmp_path, *arguments):
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    # As a console outside of the C locale is: it takes no byte that is not UTF-8.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
     return subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 
 def test_tool_succeeds_with_warnings_and_fails_without_documents(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(["one"]) + b"nonsense\n")
+    name = os.fsdecode(b"a\xff.jsonl")
+    (tmp_path / name).write_bytes(json_lines(["one"]) + b"nonsense\n")
     process = tool(
         tmp_path,
         "--input",
-        "a.jsonl",
+        name,
         "--output-prefix",
         "x",
         "--tokenizer",
@@ -399,7 +402,8 @@ def test_tool_succeeds_with_warnings_and_fails_without_documents(tmp_path, token
     out, _ = process.communicate()
     assert process.returncode == 0
     assert "x_text_document: 1 documents" in out
-    assert "a.jsonl:2: not JSON" in out
+    assert "a\\udcff.jsonl:2: not JSON" in out
+    assert read_note(str(tmp_path / "x_text_document"))["inputs"] == [name]
     assert IndexedDataset(tmp_path / "x_text_document")[0][-1] == load_tokenizer(tokenizer).eod_id
     process = tool(tmp_path, "--input", "none", "--output-prefix", "y", "--tokenizer", tokenizer)
     out, error = process.communicate()
