@@ -165,11 +165,12 @@ def texts_of(block: Block, json_key: str) -> Texts:
     if block.documents:
         return _texts_of_documents(block)
     result = Texts([], _difference(block.report, Report()), 0, [], places_of([]), [block.path])
-    failure = block.failure
-    try:
-        lines, start = _read_lines(block) if block.last else (block.lines, block.first)
-    except OSError as error:
-        lines, start, failure = b"", 0, f"unreadable from here on: {error}"
+    lines, start, failure = block.lines, block.first, block.failure
+    if block.last:
+        try:
+            lines, start, failure = _read_lines(block)
+        except OSError as error:
+            failure = f"unreadable from here on: {error}"
     # The fast parser takes common lines; those it leaves (`odd`) go through Python's json, which
     # says what is wrong.
     texts, odd = json_texts(lines, json_key, LONGEST_TEXT)
@@ -248,15 +249,17 @@ except ImportError:  # installed without a compiler
     json_texts = json_texts_reference
 
 
-def _read_lines(block: Block) -> tuple[bytes, int]:
-    """Return the lines that begin within the block, and at which byte of the file. Raise
-    OSError."""
+def _read_lines(block: Block) -> tuple[bytes, int, str]:
+    """Return the lines that begin within the block, at which byte of the file, and what is wrong
+    with the file, empty for nothing. Raise OSError."""
     with open(block.path, "rb") as file:
         # One byte earlier, so that a newline right before the block shows that its first line
         # begins there.
         start = max(block.first - 1, 0)
         file.seek(start)
         data = file.read(block.last - start)
+        # Blocks are cut by the size that the file had when it was listed.
+        is_short = len(data) < block.last - start
         if block.first:
             cut = data.find(b"\n") + 1
             start += cut
@@ -270,7 +273,7 @@ def _read_lines(block: Block) -> tuple[bytes, int]:
         ):
             data = file.readline(READ_BYTES)
             parts.append(data)
-    return b"".join(parts), start
+    return b"".join(parts), start, "the file has become shorter since it was listed" * is_short
 
 
 def _text_of(line: bytes, json_key: str, report: Report) -> str:

@@ -129,6 +129,25 @@ def test_a_file_that_is_gone_when_its_turn_comes(tmp_path):
     assert "a.jsonl:1: unreadable from here on: [Errno 2] No such file" in total.messages[0]
 
 
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch):
+    """What is there still counts, and that the rest is missing is told."""
+    monkeypatch.setattr(module, "BLOCK_BYTES", 40)
+    line, path = b'{"text": "x"}\n', tmp_path / "a.jsonl"
+    path.write_bytes(line * 9)
+    blocks = list(iter_blocks(list_files([str(path)], Report()), "text", Shard()))
+    path.write_bytes(line * 4)
+    total, texts = Report(), []
+    numbers = LineNumbers(total)
+    for block in blocks:
+        found = texts_of(block, "text")
+        numbers.add(block, *found[1:])
+        texts += found.texts
+    assert texts == [b"x"] * 4
+    assert total.messages[0] == f"{path}:5: the file has become shorter since it was listed"
+    path.write_bytes(line * 12)
+    assert sum(len(texts_of(block, "text").texts) for block in blocks) == 9
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_lines_too_long_are_named_and_not_kept(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "LONGEST_TEXT", 1000)
