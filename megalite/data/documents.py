@@ -367,12 +367,10 @@ def _sniffed(path: str) -> str:
     """Return the kind of a file whose name does not tell. Many corpora call JSON lines .json, or
     part-00000, while a pretty-printed .json in a source tree is text like any other."""
     chunks = read_bytes(path, Report())
-    head = next(chunks, b"")
-    first = (
-        next(lines_of(itertools.chain([head], chunks)), b"")
-        if head.lstrip(WHITE)[:1] == b"{"
-        else b""
-    )
+    head, first = next(chunks, b""), b""
+    if head.lstrip(WHITE)[:1] == b"{":
+        lines = lines_of(itertools.chain([head], chunks))
+        first = next(line for line in lines if line.strip(WHITE))
     try:
         first_is_object = isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):

@@ -121,7 +121,7 @@ def _kind(path: str) -> str:
 
 def _read_json(path: str, report: Report) -> Iterator[Row]:
     """Yield the rows of JSON lines, or of one JSON array."""
-    next_start = 0
+    next_start, is_first = 0, True
     for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
         start, num_bytes = next_start, len(line)
         # Of an overlong line only the beginning came: what follows is somewhere in the file.
@@ -129,13 +129,15 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
         next_start = start + num_bytes + 1 if is_known else -1
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)  # some editors write it
-            if line.lstrip().startswith(b"["):
-                values = _parsed(b"".join(read_bytes(path, Report())).removeprefix(BYTE_ORDER_MARK))
-                yield from (_row(path, item, value) for item, value in enumerate(values, 1))
-                return
         if not line.strip():
             report.num_empty += 1
-        elif len(line) > LONGEST_LINE:
+            continue
+        if is_first and line.lstrip().startswith(b"["):
+            values = _parsed(b"".join(read_bytes(path, Report())).removeprefix(BYTE_ORDER_MARK))
+            yield from (_row(path, item, value) for item, value in enumerate(values, 1))
+            return
+        is_first = False
+        if len(line) > LONGEST_LINE:
             yield Row(path, number, {}, f"the line is longer than {LONGEST_LINE:,} bytes")
         else:
             try:

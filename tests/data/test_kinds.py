@@ -43,7 +43,7 @@ READ = {
     "array.json": ARRAY, "array.JSON": b"\xef\xbb\xbf \n" + ARRAY, "array.json.gz": gzip.compress(ARRAY),
     "rows": ARRAY, "a.JSONL": JSONL, "a.JSONL.GZ": gzip.compress(JSONL),
     "a.jsonlines": JSONL, "part-00000": JSONL, "part-r-00001-abc.gz": gzip.compress(JSONL),
-    "a.data": JSONL, "a.ZST": zstandard.ZstdCompressor().compress(JSONL),
+    "a.data": JSONL, "b.data": b"\xef\xbb\xbf\r\n \n" + JSONL, "a.ZST": zstandard.ZstdCompressor().compress(JSONL),
     "a.parquet.snappy": PARQUET, "a.snappy.parquet": PARQUET, "A.PARQUET": PARQUET,
     "part-00002": PARQUET,
 }  # fmt: skip

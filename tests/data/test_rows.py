@@ -408,7 +408,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
     wanted = made(tmp_path, rows, tokenizer, format="chat")
     target = tmp_path / f"rows.{kind}"
     if kind == "json":
-        target.write_text(json.dumps(rows, indent=1))
+        target.write_bytes(b"\xef\xbb\xbf\n\n" + json.dumps(rows, indent=1).encode())
     elif kind == "jsonl.gz":
         import gzip
 
