@@ -331,12 +331,12 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
     """Read the samples `indices`, [micro-batches, B], and return them as micro-batches."""
     found = mixture.read(indices.ravel())
     if vocab_size is not None:
-        # Labels are tokens shifted by one: only the last of each row is not among the tokens
-        # checked.
         _check_ids(mixture, indices.ravel(), found.tokens, vocab_size)
         if mixture.view.labels == "next":
-            last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
-            _check_ids(mixture, indices.ravel(), last_label, vocab_size)
+            # Labels are tokens shifted by one, of which only the last of each row is not checked
+            # yet; or what a mask hides, which is not among the tokens at all.
+            labels = found.labels if mixture.view.corruption else found.labels[:, -1:]
+            _check_ids(mixture, indices.ravel(), np.where(labels == IGNORE, 0, labels), vocab_size)
         if found.source is not None:
             _check_ids(mixture, indices.ravel(), found.source, vocab_size)
 

@@ -47,8 +47,10 @@ class Words:
     def first_places(self, tokens: Int64s, is_special: npt.NDArray[np.bool_]) -> Int64s:
         """Return for each token the place of the first token of its word, [n, L]. No word goes over
         a special token."""
-        begins = self._begins[tokens] | is_special
-        begins[:, 1:] |= self._ends_blank[tokens[:, :-1]]
+        # Ids that the tokenizer does not have are for the loader to refuse, which names the file.
+        known = np.clip(tokens, 0, len(self._begins) - 1)
+        begins = self._begins[known] | is_special
+        begins[:, 1:] |= self._ends_blank[known[:, :-1]]
         begins[:, 0] = True  # the rest of a word that a sample's border has cut
         places = np.where(begins, np.arange(tokens.shape[1]), 0)
         return np.maximum.accumulate(places, axis=1)

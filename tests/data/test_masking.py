@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,8 @@ from rich.console import Console
 from encoders import masked_config, write_words
 from megalite.data.checks import open_data
 from megalite.data.inspect import inspect_samples
-from megalite.data.masking import Masking
+from megalite.data.loader import Loader
+from megalite.data.masking import Masking, Words
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import DataError
@@ -103,6 +105,25 @@ def test_all_tokens_of_a_word_are_masked_or_none(kind: str) -> None:
     for first, second in itertools.combinations(sorted(spoken), 2):
         both = (chosen[:, first] & chosen[:, second]).mean()
         assert both == pytest.approx(0.16, abs=4 * (0.16 * 0.84 / 2000) ** 0.5)
+
+
+def test_a_hidden_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    mixture = train_of(tmp_path, "data.order=sequential")
+    hidden = int(np.flatnonzero(mixture.read([0]).tokens[0] == MASK)[0])
+    tokens = np.memmap(f"{mixture.sources[0].dataset.prefix}.bin", np.uint16, "r+")
+    tokens[hidden] = VOCAB
+    tokens.flush()
+    with (
+        Loader(mixture, 4, 4, 0, 1, vocab_size=VOCAB) as loader,
+        pytest.raises(DataError, match=f"sample 0 holds token id {VOCAB}, but model.vocab_size"),
+    ):
+        next(loader)
+
+
+def test_a_token_that_no_tokenizer_has_belongs_to_a_word() -> None:
+    words = Words(cast(Tokenizer, SimpleNamespace(vocabulary=lambda: {"a": 0, "##b": 1})))
+    tokens = np.array([[0, 2**40, 1, -1]])
+    assert words.first_places(tokens, np.zeros((1, 4), bool)).tolist() == [[0, 0, 0, 3]]
 
 
 def test_a_tokenizer_that_marks_no_words_is_refused(tmp_path: Path) -> None:
