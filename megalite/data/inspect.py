@@ -325,5 +325,7 @@ def _marked(
 
 
 def _text(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
-    """Return the text of `ids`, or the ids themselves without a tokenizer."""
-    return tokenizer.decode(ids) if tokenizer else "".join(f"{number} " for number in ids)
+    """Return the text of `ids`; the ids themselves without a tokenizer, or with one that is none."""
+    if tokenizer and all(0 <= number < 2**32 for number in ids):
+        return tokenizer.decode(ids)
+    return "".join(f"{number} " for number in ids)

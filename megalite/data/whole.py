@@ -63,9 +63,10 @@ def find_in_index(lengths: Array, pointers: Array, documents: Array, itemsize: i
 def find_in_mask(mask: Array, highest: int) -> str:
     """Return what is wrong with a mask whose values must be 0 to `highest`; empty if nothing is."""
     for first in range(0, len(mask), CHUNK):
-        values = mask[first : first + CHUNK]
-        if values.max() > highest:
-            number = int(values.argmax())
+        values = np.asarray(mask[first : first + CHUNK])
+        wrong = (values < 0) | (values > highest)
+        if wrong.any():
+            number = int(wrong.argmax())
             return f"has the value {values[number]} at token {first + number:,}"
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import yaml
 
 from megalite.cli import main
 from megalite.data.indexed import IndexedWriter
+from megalite.data.inspect import _marked
 from megalite.data.preprocess import preprocess
+from megalite.data.tokenizer import Tokenizer
 from megalite.data.tokenizer_training import train_tokenizer
 from mixtures import config_of
 
@@ -83,6 +86,16 @@ def test_what_cannot_be_opened_is_an_error(
 ) -> None:
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "nothing.bin does not exist" in capsys.readouterr().err
+
+
+def test_numbers_that_no_tokenizer_has_are_shown_as_numbers() -> None:
+    class Refusing:
+        def decode(self, ids: list[int]) -> str:
+            raise OverflowError(ids)
+
+    refusing = cast(Tokenizer, Refusing())
+    text = _marked(np.array([7, -1, 2**40]), np.ones(3, bool), refusing)
+    assert text.plain == "7 -1 1099511627776 "
 
 
 def test_documents_are_told_by_the_tokenizer_that_made_them(

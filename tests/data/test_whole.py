@@ -87,17 +87,17 @@ def test_no_number_of_an_index_can_be_another(
                 change(prefix, part, number, before)
 
 
-@pytest.mark.parametrize("value", [0, 1, 2, 255])
+@pytest.mark.parametrize("value", [0, 1, 2, 255, -1])
 def test_no_value_of_a_mask_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int
 ) -> None:
     monkeypatch.setattr(whole, "CHUNK", 4)
     prefix = write(tmp_path / "x")
     for place in range(sum(LENGTHS)):
-        mask = np.ones(sum(LENGTHS), np.uint8)
+        mask = np.ones(sum(LENGTHS), np.int64 if value < 0 else np.uint8)
         mask[place] = value
         mask.tofile(f"{prefix}.mask")
-        if value < 2:
+        if value in (0, 1):
             build_mixtures(config_of(train=[{"path": str(prefix)}], seq_length=9))
         else:
             with pytest.raises(
