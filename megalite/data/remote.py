@@ -41,6 +41,8 @@ BLOCKS_PER_REQUEST = REQUEST_BYTES // BLOCK_BYTES  # neighbours come together
 BLOCKS_PER_ROUND = 32 * BLOCKS_PER_REQUEST
 THREADS = 32
 POLL_SECONDS = 0.01
+ATTEMPTS = 100
+"""Times that a folder is made which other processes remove."""
 SECONDS_PER_LINE = 5.0
 
 Int64s = npt.NDArray[np.int64]
@@ -128,8 +130,9 @@ class CachedObject:
         """Download the missing blocks, in rounds, or wait until other processes have them."""
         said = time.monotonic()
         while (missing := blocks[~self._present[blocks]]).size:
-            mine = self._lock(missing)
+            mine = np.empty(0, np.int64)
             try:
+                mine = self._lock(missing)
                 # Check again: another process may have completed a block before it was locked here.
                 self._download(mine[~self._present[mine]])
             except OSError as error:
@@ -230,8 +233,8 @@ def _runs(blocks: Int64s) -> list[Int64s]:
 
 def _open_in_use(path: Path, size: int) -> IO[bytes]:
     """Open the file, created with `size` bytes. While it is open, `_remove_unused` leaves its
-    folder alone."""
-    while True:
+    folder alone. Raise OSError."""
+    for attempt in range(ATTEMPTS):
         # Not `exist_ok`, which then checks that it is a folder: it may be removed in between.
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(mode=0o700, parents=True)
@@ -242,7 +245,11 @@ def _open_in_use(path: Path, size: int) -> IO[bytes]:
                 file.truncate(size)
                 return file
         except FileNotFoundError:
-            pass  # the folder was removed meanwhile
+            # The folder was removed meanwhile; or a folder above it is a link that leads nowhere,
+            # such as to a disk that is not mounted.
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise OSError(errno.EBUSY, "other processes remove it as often as it is made")
 
 
 def _remove_unused(folders: Iterable[Path]) -> int:

@@ -372,10 +372,14 @@ def test_a_full_disk_makes_room_from_what_is_not_in_use(server, monkeypatch):
         local_copy("s3://b/third")
 
 
-def test_a_cache_that_cannot_be_written(server, monkeypatch):
+def test_a_cache_that_cannot_be_written(server, monkeypatch, tmp_path):
     server.objects["b/x"] = b"x"
     monkeypatch.setenv("MEGALITE_CACHE", "/proc/none")
     with pytest.raises(DataError, match=r"s3://b/x: its cache /proc/none.*MEGALITE_CACHE"):
+        CachedObject("s3://b/x")
+    (tmp_path / "link").symlink_to("/not/mounted")
+    monkeypatch.setenv("MEGALITE_CACHE", str(tmp_path / "link"))
+    with pytest.raises(DataError, match=r"link/.* cannot be used: No such file or directory; let"):
         CachedObject("s3://b/x")
 
 
