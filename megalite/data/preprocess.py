@@ -192,6 +192,7 @@ class _Job:
         part = shards.read_complete(name, self.settings, self.exact)
         if whole := shards.read_complete(prefix, self.settings, self.exact):
             whole.remark = "complete already"
+            shards.remove(name)  # which a join that was killed has left
             return whole
         if part is not None:
             part.remark = "complete already"

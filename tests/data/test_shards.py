@@ -187,6 +187,28 @@ def test_another_job_joins_just_then(
     assert len(list(tmp_path.glob("x/*"))) == len(SUFFIXES)
 
 
+def test_a_join_that_was_killed_leaves_no_shards_for_good(
+    tmp_path, tokenizer, inputs, alone, monkeypatch
+):
+    shard(tmp_path, tokenizer, inputs, 0, 2)
+    real = shards.remove
+
+    def killed(name):
+        if (tmp_path / "x" / "x_text_document.json").exists():
+            raise KeyboardInterrupt
+        real(name)
+
+    monkeypatch.setattr(shards, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        shard(tmp_path, tokenizer, inputs, 1, 2)
+    monkeypatch.undo()
+    for index in range(2):
+        assert shard(tmp_path, tokenizer, inputs, index, 2).remark == "complete already"
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("x/*")} == {
+        f"x_text_document.{suffix}": data for suffix, data in zip(SUFFIXES, alone, strict=True)
+    }
+
+
 def test_shards_are_kept_where_files_have_no_locks(tmp_path, tokenizer, inputs, alone, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
