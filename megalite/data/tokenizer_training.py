@@ -29,6 +29,7 @@ from megalite.data.tokenizer import (
 )
 from megalite.data.tokenizer_files import tokenizer_file
 from megalite.errors import DataError
+from megalite.utils.files import replacing
 
 END = "<|endoftext|>"
 BERT = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -112,8 +113,10 @@ def train_tokenizer(
             also = (*settings.get("additional_special_tokens", ()), *more)
             settings = settings | {"additional_special_tokens": also}
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(folder / "tokenizer.json"))
         write_tokenizer_config(folder, end, more=settings)
+        # Last and whole: what holds a tokenizer.json is never trained anew.
+        with replacing(folder / "tokenizer.json") as temporary:
+            tokenizer.save(str(temporary))
     else:
         model = _train_sentencepiece(documents, vocab_size, kind.removeprefix("sp-"), report)
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.cli import main
+from megalite.data import tokenizer_training as training
 from megalite.data.chat import ChatTemplate
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
@@ -683,6 +686,20 @@ def test_a_tokenizer_is_not_written_over_and_a_small_one_is_told(tmp_path, capsy
     assert "x holds a tokenizer already (tokenizer.json)" in capsys.readouterr().err
     assert (tmp_path / "x" / "tokenizer.json").read_bytes() == before
     assert signal.getsignal(signal.SIGINT) is ctrl_c, "Ctrl-C is for what follows in the process"
+
+
+def test_a_folder_that_could_not_be_written_whole_holds_no_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("abcabc\n")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for holder, name in ((os, "replace"), (training, "write_tokenizer_config")):
+        monkeypatch.setattr(holder, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "x", 300)
+        monkeypatch.undo()
+    train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "x", 300)
 
 
 def test_max_bytes_takes_the_beginning(tmp_path):
