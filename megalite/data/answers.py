@@ -32,7 +32,9 @@ class Answers(NamedTuple):
     is_open: bool
     """The text ends with a learned answer, and no token marks its end."""
     shortened: list[int]
-    """Numbers of messages of which the template shows less than they hold."""
+    """Numbers of learned messages of which the template shows less than they hold."""
+    unshown: list[int]
+    """Numbers of other messages of whose content the template shows nothing."""
 
 
 def find_answers(
@@ -93,7 +95,9 @@ class _Finder:
         is_open = is_last and not self.text[: spans[-1].stop].rstrip().endswith(
             self._template.controls
         )
-        return Answers(self.text, spans, is_open, shortened)
+        others = (n for n in range(len(self._messages)) if n not in places)
+        unshown = [n for n in others if not self._is_shown(n)]
+        return Answers(self.text, spans, is_open, shortened, unshown)
 
     def _spans(self, place: range) -> list[range]:
         """Return which parts of the answer at `place` are learned: all of it, or what the
@@ -128,6 +132,16 @@ class _Finder:
             *(call["function"]["name"] for call in message.get("tool_calls") or ()),
         ]
         return all(_bare(text) in shown for text in texts if isinstance(text, str))
+
+    def _is_shown(self, number: int) -> bool:
+        """Return whether the template shows any of a message's content, if it has some."""
+        content = self._messages[number].get("content")
+        if not isinstance(content, str) or not content.strip() or content.strip() in self.text:
+            return True
+        # It may be written in another way, as JSON or in capitals: whatever becomes of it, it would
+        # become of the mark.
+        marked = self._marked(self._messages, number)
+        return marked is None or MARK.lower() in marked.lower()
 
     def _place(self, number: int) -> range | None:
         """Return the range of an answer, from where the model begins to answer to the token that

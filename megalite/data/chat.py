@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.data.tokenizer_files import (
@@ -30,6 +30,15 @@ LARGEST_SOURCE = 1 << 18
 MARK = "\ue0a1\ue0a2megalite\ue0a3"
 """Text from Unicode's private use area that replaces a message's texts to find them in a
 rendering."""
+
+
+class _Names(NamedTuple):
+    """Holds what a template names."""
+
+    used: frozenset[str]
+    """Variables, attributes and keys."""
+    texts: frozenset[str]
+    """Other texts, such as those that it compares roles with."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,12 @@ class ChatTemplate:
 
     def reads(self, name: str) -> bool:
         """Return whether the template uses a variable, a message key or a text of this `name`."""
-        return name in self._names
+        return name in self._names.used or name in self._names.texts
+
+    def spells(self, role: str) -> bool:
+        """Return whether the template has a text of its own that is this `role`, as those have that
+        treat it in some way."""
+        return role in self._names.texts
 
     @cached_property
     def turn_end(self) -> TurnEnd:
@@ -126,13 +140,13 @@ class ChatTemplate:
         return tuple(dict.fromkeys([*self.special, *roles, *self.turn_end.tokens]))
 
     @cached_property
-    def _names(self) -> frozenset[str]:
-        """Return all names, attributes and text constants in the template's syntax tree. Raise
-        DataError for invalid syntax."""
+    def _names(self) -> _Names:
+        """Return what the template's syntax tree names. Raise DataError for invalid syntax."""
         import jinja2
         from jinja2 import nodes
 
-        found: set[str] = set()
+        used: set[str] = set()
+        texts: set[str] = set()
         for source in filter(None, (self.source, self.tool_source)):
             try:
                 tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
@@ -142,12 +156,14 @@ class ChatTemplate:
                 raise DataError(
                     f"the chat template is not valid: line {error.lineno}: {error.message}"
                 ) from None
-            found.update(node.attr for node in tree.find_all(nodes.Getattr))
-            found.update(node.name for node in tree.find_all(nodes.Name))
-            found.update(
-                node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)
-            )
-        return frozenset(found)
+            used.update(node.attr for node in tree.find_all(nodes.Getattr))
+            used.update(node.name for node in tree.find_all(nodes.Name))
+            # message['content'] is message.content: what stands in the brackets is a name.
+            keys = {id(node.arg) for node in tree.find_all(nodes.Getitem)}
+            for node in tree.find_all(nodes.Const):
+                if isinstance(node.value, str):
+                    (used if id(node) in keys else texts).add(node.value)
+        return _Names(frozenset(used), frozenset(texts))
 
     def _source_for(self, tools: Any) -> str:
         return self.tool_source if tools and self.tool_source is not None else self.source

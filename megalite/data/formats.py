@@ -393,6 +393,10 @@ class Encoder:
             self.seen["answers of which the chat template leaves out a part"] += len(
                 found.shortened
             )
+        for role in sorted({str(messages[number]["role"]) for number in found.unshown}):
+            self.seen[f"messages of role {role!r} that the chat template does not show"] += sum(
+                messages[number]["role"] == role for number in found.unshown
+            )
         return contents.unmark(
             Text(
                 found.text, [Part(span.start, span.stop, 1) for span in found.spans], found.is_open

@@ -212,7 +212,9 @@ def _role(given: Any, where: str, message: Message, template: ChatTemplate) -> s
         raise ValueError(f"the role of {where} must be text, not {type(given).__name__}")
     if not given:
         raise ValueError(f"{where} has no 'role'; its keys: {', '.join(map(str, message))}")
-    if given not in KNOWN_ROLES and template.reads(given) and given not in ROLES:
+    # A role of the template's own. transformers writes any other as it stands, so that "tools" for
+    # "tool" would be learned without a word.
+    if given not in KNOWN_ROLES and template.spells(given) and given not in ROLES:
         return given
     role = ROLES.get(given.lower(), given.lower())
     if role == "developer":  # OpenAI's newer name

@@ -95,6 +95,7 @@ CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("chatml", {"conversations": [{"from": "human", "value": "q"}, {"from": "oracle", "value": "a"}]},
      "the role 'oracle', which is none of system, user, assistant, tool"),
     ("chatml", {"messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]}, "a<|im_end|>"),
+    ("qwen3", {"messages": [user("q"), said("a"), {"role": "tools", "content": "x"}, said("b")]}, "the role 'tools'"),
     # Tools
     ("qwen3", {"messages": [user("q"), said(None, tool_calls=calls({"city": "Paris", "unit": None}))], "tools": TOOLS},
      CALLED),
@@ -366,6 +367,22 @@ def test_what_is_passed_over_is_told(tmp_path: Path, folders: dict[str, Path]) -
     assert json.loads((tmp_path / "data.json").read_text())["passed_over"] == told
     for what, count in told.items():
         assert f"passed over: {what} ({count})" in str(result)
+
+
+def test_messages_that_the_template_does_not_show_are_told(folders: dict[str, Path]) -> None:
+    encoder = Encoder(Settings("chat", str(folders["command-r"])))
+    tool = {"role": "tool", "content": '{"a": "b"}'}
+    row = {
+        "messages": [SYSTEM, user("q"), {"role": "system", "content": "be brief"}, tool, said("a")]
+    }
+    assert learned(encoder, row) == ["a<|END|>"]
+    assert encoder.seen == {"messages of role 'system' that the chat template does not show": 1}
+    shouts = "(m.content | tojson | upper) if m.role != 'assistant' else m.content"
+    template = f"{{% for m in messages %}}{{{{ ({shouts}) + eos_token }}}}{{% endfor %}}"
+    written = write_style(folders["command-r"].with_name("json"), template, "bytes")
+    encoder = Encoder(Settings("chat", str(written)))
+    assert isinstance(learned(encoder, row), list)
+    assert not encoder.seen, "what is written in another way is shown"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
