@@ -414,6 +414,12 @@ def test_refuses_what_a_capped_model_cannot_do() -> None:
     plan_of(2, "parallel.context=2", "train.loss_chunk=8", model=CAPPED)
 
 
+def test_refuses_chunks_of_the_loss_behind_a_head_with_a_bias() -> None:
+    phi = {name: value for name, value in CAPPED.items() if name != "sliding_window"}
+    found = refusal(1, "train.loss_chunk=8", model=phi | {"family": "phi"})
+    assert "'phi', whose head has a bias, needs train.loss_chunk: null, not 8" in found
+
+
 PUBLISHED = {
     "llama-7b": 6_738_415_616, "llama-8b": 8_030_261_248, "llama-13b": 13_015_864_320, "llama-70b": 70_553_706_496,
     "llama-1b": 1_235_814_400, "llama-3b": 3_212_749_824, "gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168,

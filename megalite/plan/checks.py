@@ -23,6 +23,7 @@ def check_layout(
     _check_sequence(config, sequence)
     _check_compile(config)
     _check_model(config)
+    _check_head(config, weights)
     _check_experts(config, weights, sequence)
     _check_qk_clip(config)
     _check_predictors(config)
@@ -188,6 +189,16 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"model.logit_softcap = {cap} needs train.loss_chunk: null, not {chunk}; the loss in chunks takes the "
             "head's logits as they are"
+        )
+
+
+def _check_head(config: Config, weights: Sequence[Sized]) -> None:
+    """Raise ConfigError where the loss in chunks of tokens cannot stand for the model's head."""
+    chunk = config.train.loss_chunk
+    if chunk is not None and any(weight.name == "head.bias" for weight in weights):
+        raise ConfigError(
+            f"model.family = {config.model.family!r}, whose head has a bias, needs train.loss_chunk: null, "
+            f"not {chunk}; the loss in chunks adds none"
         )
 
 
