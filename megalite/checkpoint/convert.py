@@ -140,6 +140,9 @@ def write_model(
         temporary.rename(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written: {error}") from None
+    finally:
+        # What a failed attempt has written would fill a disk that is full already.
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_tensors(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import resource
 import runpy
 import shutil
 import sys
@@ -271,6 +272,18 @@ def test_what_fp16_cannot_hold_is_said(tmp_path: Path) -> None:
     ):
         write_model(open_source(tmp_path / "hf"), tmp_path / "half", "fp16")
     assert not (tmp_path / "half").exists()
+
+
+def test_a_disk_without_room_is_told_in_a_line_and_gets_it_back(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "hf")
+    model, limits = open_source(tmp_path / "hf"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"copy could not be written: .*File too large"):
+            write_model(model, tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
