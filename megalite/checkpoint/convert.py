@@ -177,7 +177,8 @@ def _write_tensors(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
     # Numbers of quantised weights are in no precision that a model computes in.
-    return max((kind for kind in sizes if kind in DTYPES.values()), key=lambda kind: sizes[kind])
+    computed = [kind for kind in sizes if kind.is_floating_point and kind.itemsize > 1]
+    return max(computed, key=lambda kind: sizes[kind])
 
 
 def _shards(

@@ -274,6 +274,13 @@ def test_what_fp16_cannot_hold_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "half").exists()
 
 
+def test_a_model_in_fp64_stays_in_it(tmp_path: Path) -> None:
+    theirs = make_model("llama").double()
+    theirs.save_pretrained(tmp_path / "hf")
+    write_model(open_source(tmp_path / "hf"), tmp_path / "copy")
+    assert same_logits(opened(tmp_path / "copy"), theirs)
+
+
 def test_a_disk_without_room_is_told_in_a_line_and_gets_it_back(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path / "hf")
     model, limits = open_source(tmp_path / "hf"), resource.getrlimit(resource.RLIMIT_FSIZE)
