@@ -122,7 +122,8 @@ def write_model(
         temporary.mkdir(parents=True)
         # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files
         # are open already.
-        copy_files(model.extras, temporary, "generation_config.json", card.NAME)
+        copy_files(model.extras, temporary, "generation_config.json")
+        _copy_card(model.extras, temporary)
         found = _write_tensors(
             model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console
         )
@@ -143,6 +144,14 @@ def write_model(
     finally:
         # What a failed attempt has written would fill a disk that is full already.
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_card(extras: Sequence[Path], folder: Path) -> None:
+    """Copy the model card of the first of `extras`, but not that of an adapter: it says how the
+    adapter is opened, which is merged by now."""
+    for source in extras[:1]:
+        if (source / card.NAME).is_file() and not peft.is_adapter(source):
+            shutil.copyfile(source / card.NAME, folder / card.NAME)
 
 
 def _write_tensors(

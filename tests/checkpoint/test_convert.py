@@ -344,6 +344,8 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     write_model(open_source(tmp_path / "adapter"), tmp_path / "hf")
+    assert (tmp_path / "adapter" / "README.md").is_file()
+    assert "peft" not in (tmp_path / "hf" / "README.md").read_text(), "it is no adapter any more"
     found, before = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "base")
     wanted = adapted.merge_and_unload().state_dict()
     changed = {name for name, x in before.items() if not torch.equal(found[name], x)}
