@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from megalite.checkpoint import card
-from megalite.checkpoint.folder import write_json
+from megalite.checkpoint.folder import sentence_files, write_json
 from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
@@ -122,7 +122,8 @@ def write_model(
         temporary.mkdir(parents=True)
         # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files
         # are open already.
-        copy_files(model.extras, temporary, "generation_config.json")
+        beside = [name for source in model.extras for name in sentence_files(source)]
+        copy_files(model.extras, temporary, "generation_config.json", *beside)
         _copy_card(model.extras, temporary)
         found = _write_tensors(
             model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console

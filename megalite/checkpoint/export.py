@@ -79,15 +79,15 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         copy_files([source], folder)
     if config.model.task == "causal":
         _add_turn_end(folder, ids["eos_token_id"], tokenizer)
+    for name, values in config.objective.files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, values)
     if config.lora:
         assert config.model.hf is not None
         task_type = "CAUSAL_LM" if config.model.task == "causal" else None
         adapter = peft.to_peft(config.lora, weight_table(config.model), config.model.hf, task_type)
         write_json(folder / peft.CONFIG, adapter)
         return
-    for name, values in config.objective.files().items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_json(folder / name, values)
     # "torch_dtype" is the key that every version of transformers and vLLM reads.
     dtype = DTYPES[config.train.precision]
     write_json(folder / "config.json", model | ids | {"torch_dtype": dtype})

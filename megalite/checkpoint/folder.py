@@ -21,6 +21,9 @@ from megalite.utils.files import replacing
 from megalite.utils.outside import read_limited, read_object, reading
 
 MANIFEST = "manifest.json"
+SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+"""Files by which sentence-transformers makes one vector of a text's hidden states, beside those of its
+modules."""
 
 Files = dict[str, dict[str, Any]]
 """{"size": bytes, "sha256": hex} of every file of a checkpoint, by its path within the folder."""
@@ -62,6 +65,20 @@ def step_of(folder: Path) -> int | None:
     """Return the step of a checkpoint's folder by its name, None for another folder."""
     match = re.fullmatch(r"step-(\d+)", folder.resolve().name)
     return int(match[1]) if match else None
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """Return the files of sentence-transformers in the folder of a model, as relative paths; none
+    where it is not one of its models."""
+    if not (folder / SENTENCES[0]).is_file():
+        return []
+    # modules.json comes from outside and may name any path: folders are known by how that library
+    # calls them, such as 1_Pooling.
+    modules = sorted(path for path in folder.glob("[0-9]*_*/*") if path.is_file())
+    return [
+        *(name for name in SENTENCES if (folder / name).is_file()),
+        *(str(path.relative_to(folder)) for path in modules),
+    ]
 
 
 def digest(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megalite.checkpoint.folder import damage_of, read_manifest, step_of
+from megalite.checkpoint.folder import damage_of, read_manifest, sentence_files, step_of
 from megalite.errors import CheckpointError, ConfigError, Unreachable
 from megalite.utils.hub import is_name
 
@@ -69,11 +69,12 @@ def push(folder: Path, name: str, public: bool = False, message: str | None = No
 def files_of(folder: Path) -> list[str]:
     """Return the names of a model's files, each compared with the manifest where there is one. Raise
     CheckpointError for a damaged one, and ConfigError for a folder without weights."""
-    names = sorted(
+    names = [
         entry.name
         for entry in os.scandir(folder)
         if entry.is_file() and any(fnmatch(entry.name, pattern) for pattern in UPLOADED)
-    )
+    ]
+    names = sorted({*names, *sentence_files(folder)})
     if not any(name.endswith(".safetensors") for name in names):
         raise ConfigError(f"{folder} has no weights (*.safetensors) to upload")
     manifest = read_manifest(folder)

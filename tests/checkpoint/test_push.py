@@ -17,6 +17,8 @@ from megalite.checkpoint.folder import MANIFEST, digest, write_json
 from megalite.cli import main
 
 WEIGHTS = "model.safetensors"
+SENTENCES = ("modules.json", "1_Pooling/config.json")
+"""Without them sentence-transformers makes other vectors of the same model."""
 
 
 @pytest.fixture
@@ -26,7 +28,8 @@ def model(tmp_path: Path) -> Path:
     (folder / "optimizer").mkdir(parents=True)
     save_file({"w": torch.arange(1000.0)}, folder / WEIGHTS)
     save_file({"w": torch.arange(1000.0)}, folder / "optimizer" / "moments.safetensors")
-    for name in ("config.json", "tokenizer.json", "train_state.json"):
+    (folder / "1_Pooling").mkdir()
+    for name in ("config.json", "tokenizer.json", "train_state.json", *SENTENCES):
         (folder / name).write_text("{}")
     (folder / "config.yaml").write_text("run: {name: my}\n")
     files = {path.name: digest(path) for path in folder.iterdir() if path.is_file()}
@@ -109,13 +112,13 @@ def test_a_model_is_uploaded_with_its_card_and_without_the_optimizer(
     made = hub.made[0]
     assert (made["organization"], made["name"], made["visibility"]) == ("me", "mine", kind)
     assert {*hub.uploaded} == {
-        WEIGHTS, "config.json", "tokenizer.json", "config.yaml", "README.md",
+        WEIGHTS, "config.json", "tokenizer.json", "config.yaml", "README.md", *SENTENCES,
     }  # fmt: skip
     assert hub.uploaded[WEIGHTS] == (model / WEIGHTS).read_bytes()
     assert hub.uploaded["README.md"] == b"# My model\n"
     assert hub.summary == "Upload the checkpoint of step 40"
     assert (
-        f"/me/mine/commit/abc: 5 files, 0.0 MB, in a {kind} repository" in capsys.readouterr().out
+        f"/me/mine/commit/abc: 7 files, 0.0 MB, in a {kind} repository" in capsys.readouterr().out
     )
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from encoders import write_words
+from megalite.checkpoint.convert import open_source, write_model
+from megalite.checkpoint.export import write_extras
 from megalite.checkpoint.load import from_hf
 from megalite.comm.mesh import make_mesh
 from megalite.config import Config
@@ -219,6 +221,11 @@ def test_pairs_are_learned_and_the_folder_says_how_to_pool(root: Path) -> None:
     assert last["valid_accuracy"] > max(0.9, first["accuracy"])
     folder = find_model(config.run.folder)
     assert read_pooling(folder) == ("mean", True, None)
+    write_model(open_source(folder), root / "converted")
+    assert read_pooling(root / "converted") == ("mean", True, None)
+    (root / "adapter").mkdir()
+    write_extras(root / "adapter", config_of(root, "bert", "alone", "lora.rank=2"), None)
+    assert read_pooling(root / "adapter") == ("mean", True, None)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
     queries, others = (
         Encoder.open(folder).embed([row[key] for row in rows]) for key in ("query", "positive")
