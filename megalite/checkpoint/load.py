@@ -14,7 +14,7 @@ from torch import Tensor
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of, unneeded
 from megalite.comm.mesh import Mesh
-from megalite.config import EMA, Config, LoraConfig, ModelConfig
+from megalite.config import EMA, Config, ModelConfig
 from megalite.engine import ReadState
 from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
@@ -228,7 +228,7 @@ def _with_adapter(
 ) -> ReadState:
     """Return a reader that merges the adapter in `folder` into the weights of its model, slice by
     slice."""
-    lora = LoraConfig.model_validate(peft.read_lora(folder))
+    lora = peft.lora_of(folder)
     base = from_hf(peft.base_of(folder), weights, model, mesh)
     # A fused weight may have several adapters, one for each of the Hugging Face modules in it.
     adapters = adapters_of(weights, lora)

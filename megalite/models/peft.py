@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from megalite.config import LoraConfig
+from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
 from megalite.models.lora import ALL_LINEAR, PREFIX, adapters_of
 from megalite.models.weights import Weight
@@ -78,6 +80,16 @@ def read_lora(folder: Path) -> dict[str, Any]:
         "rslora": bool(values.get("use_rslora")),
         "targets": sorted(map(str, targets)) if isinstance(targets, list) else _modules(folder),
     }
+
+
+def lora_of(folder: Path) -> LoraConfig:
+    """Return the `lora:` section of an adapter. Raises ConfigError."""
+    try:
+        return LoraConfig.model_validate(read_lora(folder))
+    except ValidationError as error:
+        # Its keys are ours by then: rank for r, alpha for lora_alpha.
+        wrong = describe_errors(error, LoraConfig).partition("\n")[0]
+        raise ConfigError(f"{folder / CONFIG}, as lora: {wrong}") from None
 
 
 def with_adapter_fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -354,6 +354,12 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
         # B A summed in another order.
         torch.testing.assert_close(x, wanted[name], rtol=0, atol=1e-6)
     assert type(opened(tmp_path / "hf")) is type(base)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(file.read_text())
+    for wrong in ({"r": 0}, {"lora_alpha": None}, {"lora_dropout": 2.0}, {"target_modules": []}):
+        file.write_text(json.dumps(values | wrong))
+        with pytest.raises(ConfigError, match=rf"^{file}, as lora: \w+ = .*$"):
+            open_source(tmp_path / "adapter")
 
 
 def test_unknown_architectures_and_strangers_are_refused_by_name(tmp_path: Path) -> None:
