@@ -461,6 +461,23 @@ class _Pieces:
         with reading(what, CheckpointError):
             return [self._read(stored, layer)]
 
+    def _pieces_at(
+        self, stored: str, layer: int | None
+    ) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
+        """Return (where it begins, where its bytes are) of each piece of a tensor; of a tensor of
+        all layers, of those that may reach into `layer`."""
+        shape = self._shapes[stored]
+        pieces = [(offset or (0,) * len(shape), at) for offset, at in self._pieces.get(stored, ())]
+        if layer is None:
+            return pieces
+        # How far a piece reaches is known only when it is read. But pieces share no element: of those
+        # in one place of their layers, the last that begins by this one is the only one to reach it.
+        last: dict[tuple[int, ...], int] = {}
+        for (first, *place), _ in pieces:
+            if first <= layer:
+                last[tuple(place)] = max(first, last.get(tuple(place), 0))
+        return [(begin, at) for begin, at in pieces if last.get(begin[1:]) == begin[0]]
+
     def _read(self, stored: str, layer: int | None) -> Tensor:
         """Put a whole tensor together from its pieces; of a tensor of all layers, that of one
         `layer`."""
@@ -468,10 +485,7 @@ class _Pieces:
         whole: Tensor | None = None
         # Which elements have come: pieces must cover all of the tensor, and none of it twice.
         filled = torch.zeros(shape if layer is None else shape[1:], dtype=torch.bool)
-        for offset, place in self._pieces.get(stored, ()):
-            begin = offset or (0,) * len(shape)
-            if layer is not None and begin[0] > layer:  # known before the piece is read
-                continue
+        for begin, place in self._pieces_at(stored, layer):
             path = beside(self.folder, place["relative_path"], self.folder / ".metadata")
             piece = TorchFile(path, place["offset"], place["length"]).load().read()
             # A piece may lack the dimension of the layers.

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import megatron_files
+from megalite.checkpoint import megatron
 from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.megatron import LATEST
@@ -91,10 +93,21 @@ def test_megatron_rank_files(tmp_path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("case", ["llama-grouped-queries", "qwen2"])
-def test_megatron_pieces(tmp_path: Path, case: str, stacked: bool) -> None:
-    theirs = make_model(case, **FOUR)
+def test_megatron_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, stacked: bool
+) -> None:
+    theirs, opens = make_model(case, **FOUR), Counter[tuple[Any, ...]]()
     write_pieces(theirs, tmp_path / "megatron", tensor=2, stacked=stacked)
-    write_model(open_source(tmp_path / "megatron", vocab_size=99), tmp_path / "hf")
+    model = open_source(tmp_path / "megatron", vocab_size=99)
+
+    class Counted(TorchFile):
+        def __init__(self, *where: Any):
+            opens[where] += 1
+            super().__init__(*where)
+
+    monkeypatch.setattr(megatron, "TorchFile", Counted)
+    write_model(model, tmp_path / "hf")
+    assert {*opens.values()} == {1}, "no piece is read for the layers of others"
     assert same_logits(opened(tmp_path / "hf"), theirs)
     assert not (tmp_path / "megatron" / "trapped").exists(), "nothing in a pickle is run"
 
