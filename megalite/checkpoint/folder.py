@@ -284,11 +284,10 @@ def restore_replaced(root: Path) -> None:
     """Give old checkpoints their names back if a crash kept their successors from taking them.
 
     Such a checkpoint may be the only one."""
-    for path in list(root.glob("step-*.before.tmp")):
-        step = int(path.name.split(".")[0].removeprefix("step-"))
-        folder = step_folder(root, step)
+    for path in list(root.glob(replaced(Path("step-*")).name)):
+        folder = path.with_name(path.name.partition(".")[0])
         if not folder.exists():
-            replaced(folder).rename(folder)
+            path.rename(folder)
 
 
 def remove_unfinished(root: Path) -> None:

@@ -3,7 +3,6 @@ manifest."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -258,8 +257,15 @@ def _tell(damage: dict[str, Damage]) -> str:
 
 
 def _steps_in(root: Path) -> list[int]:
-    with contextlib.suppress(OSError):  # a disk that is read-only, or that has just come back
+    try:
         restore_replaced(root)
+    except OSError as error:
+        # Such a checkpoint may be the only one. Without it a run would begin afresh, and then
+        # delete it with all else that is unfinished.
+        raise CheckpointError(
+            f"{root}: a checkpoint that was being replaced cannot be given its name back: "
+            f"{error.strerror or error}"
+        ) from error
     return steps_in(root)
 
 

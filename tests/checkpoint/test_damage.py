@@ -3,7 +3,9 @@ all ranks alike."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from megalite.checkpoint.folder import (
     complete_steps,
     parse_manifest,
     read_manifest,
+    replaced,
     step_folder,
 )
 from megalite.checkpoint.load import from_checkpoint
@@ -135,6 +138,24 @@ def test_a_disk_that_cannot_read_is_damage(root: Path, monkeypatch: pytest.Monke
     ) as error:
         find_checkpoint(root, "auto", LONE)
     assert passes(error.value), "a launcher tries again, as the disk may come back"
+
+
+def test_a_checkpoint_that_cannot_get_its_name_back_is_no_reason_to_begin_afresh(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that did would delete it as unfinished."""
+    for step in (8, 12):
+        step_folder(root, step).rename(replaced(step_folder(root, step)))
+
+    def refused(self: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refused)
+        with pytest.raises(CheckpointError, match="name back: Input/output error") as error:
+            find_checkpoint(root, "auto", LONE)
+    assert passes(error.value), "a launcher tries again, as the disk may come back"
+    assert find_checkpoint(root, "auto", LONE) == (step_folder(root, 12), [])
 
 
 def test_of_many_damaged_files_some_are_named(root: Path) -> None:
