@@ -122,8 +122,17 @@ def test_a_node_that_never_answers_is_missed_not_waited_for(tmp_path: Path) -> N
 def die_at_the_links_of_the_last(rank: int, config: Config) -> Config:
     preflight_module = megalite.health.preflight
     preflight_module.APART = ("gloo",)  # type: ignore[assignment]
-    if rank == 2:
-        megalite.health.link.COMMAND = (sys.executable, "-c", "import os; os.abort()")
+    # As with NCCL_DEBUG=INFO, at length.
+    program = """import os, sys
+import megalite.health.link as link
+time_all_reduce = link.time_all_reduce
+def talkative(*of):
+    os.write(1, b"NCCL INFO cudaDriverVersion 13000\\n" * 5000)
+    return time_all_reduce(*of)
+link.time_all_reduce = talkative
+sys.exit(link.main(sys.argv[1]))"""
+    program = "import os; os.abort()" if rank == 2 else program
+    megalite.health.link.COMMAND = (sys.executable, "-c", program)
     return config
 
 
