@@ -170,12 +170,13 @@ def gpu_troubles() -> list[str]:
     remapped = _nvidia_smi(
         "--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure"
     )
-    if isinstance(remapped, str):  # GPUs before Ampere remap no rows
+    if isinstance(remapped, str):  # drivers before Ampere know no such query
         return troubles
     for bus, pending, failure in remapped:
-        if failure not in ("0", "No"):
+        # 1 or Yes; "[N/A]" where the GPU remaps no rows.
+        if failure in ("1", "Yes"):
             troubles.append(f"GPU {bus}: memory rows could not be remapped")
-        elif pending not in ("0", "No"):
+        elif pending in ("1", "Yes"):
             troubles.append(f"GPU {bus}: memory rows wait to be remapped, which takes a reset")
     return troubles
 
@@ -185,14 +186,17 @@ def _nvidia_smi(query: str) -> list[list[str]] | str:
     not installed."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S
+        )
     except FileNotFoundError:
         return []
     except subprocess.TimeoutExpired:
         return f"nvidia-smi gave no answer within {PATIENCE_S:g} s"
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        return f"nvidia-smi: {said[-1]}"
+        # One that crashes says nothing.
+        said = (done.stdout + done.stderr).strip() or f"exit status {done.returncode}"
+        return f"nvidia-smi: {said.splitlines()[-1]}"
     rows = []
     for line in done.stdout.splitlines():
         if line.strip():
@@ -206,7 +210,9 @@ def gpu_remarks() -> list[str]:
 
     They may be older than the last repair: a person has to judge them."""
     try:
-        log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=PATIENCE_S).stdout
+        log = subprocess.run(
+            ["dmesg"], capture_output=True, text=True, errors="replace", timeout=PATIENCE_S
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = []

@@ -279,7 +279,8 @@ def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(
     answers = {
         "nvidia-smi": """case "$*" in
             *ecc.errors*) printf '0, 0\\n1, 3\\n2, [N/A]\\n' ;;
-            *remapped*) printf '00000000:1B:00.0, 0, 0\\n00000000:3B:00.0, 1, 0\\n' ;;
+            *remapped*) printf '00000000:1B:00.0, 0, 0\\n00000000:3B:00.0, 1, 0\\n'
+                printf '00000000:4B:00.0, [N/A], [N/A]\\n00000000:5B:00.0, No, Yes\\n' ;;
         esac""",
         "dmesg": """printf '[7.1] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.\\n'
             printf '[8.1] NVRM: Xid (PCI:0000:3b:00): 31, pid=1, a page fault of a program\\n'""",
@@ -290,12 +291,15 @@ def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(
     assert gpu_troubles() == [
         "GPU 1: 3 uncorrected ECC errors",
         "GPU 00000000:3B:00.0: memory rows wait to be remapped, which takes a reset",
+        "GPU 00000000:5B:00.0: memory rows could not be remapped",
     ]
     assert gpu_remarks() == ["Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus."]
     (tmp_path / "nvidia-smi").write_text(
         "#!/bin/sh\necho 'Failed to initialize NVML: Driver mismatch'; exit 18\n"
     )
     assert gpu_troubles() == ["nvidia-smi: Failed to initialize NVML: Driver mismatch"]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nkill -SEGV $$\n")
+    assert gpu_troubles() == ["nvidia-smi: exit status -11"]
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 30\n")
     monkeypatch.setattr(node, "PATIENCE_S", 0.2)
     assert gpu_troubles() == ["nvidia-smi gave no answer within 0.2 s"]
