@@ -77,17 +77,23 @@ def find_out(config: Config, launch: Launch) -> Facts:
     # One rank a node, where the answer is the same for all; each, where it may see no GPU but its
     # own.
     ask = wants_gpus and (launch.local_rank == 0 or torch.cuda.device_count() == 1)
-    product_s, product = measure_product(launch)
-    gpu = chip = ""
-    if launch.device.type == "cuda":
-        gpu = str(torch.cuda.get_device_properties(launch.device).uuid)
-        chip = (chip_row(torch.cuda.get_device_name(launch.device)) or {"chip": ""})["chip"]
+    troubles = gpu_troubles() if ask else []
+    gpu, chip, product_s, product = "", "", 0.0, ""
+    try:
+        if launch.device.type == "cuda":
+            gpu = str(torch.cuda.get_device_properties(launch.device).uuid)
+            chip = (chip_row(torch.cuda.get_device_name(launch.device)) or {"chip": ""})["chip"]
+        product_s, product = measure_product(launch)
+    except RuntimeError as error:  # what torch makes of any error of CUDA's
+        # Without its identity the GPU does not count, and no rank waits for it in NCCL.
+        gpu = ""
+        troubles.append(f"{launch.device} does not compute: {str(error).partition(chr(10))[0]}")
     return Facts(
         node=node_name(),
         rank=launch.rank,
         gpu=gpu,
         chip=chip,
-        gpu_troubles=gpu_troubles() if ask else [],
+        gpu_troubles=troubles,
         gpu_remarks=gpu_remarks() if ask else [],
         disk_gb=disk_gb,
         disk_troubles=disk_troubles,
@@ -125,11 +131,14 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
 
 def disks(config: Config) -> dict[str, Path]:
     """Return the folders a run writes to, by their purpose."""
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    cache = named or Path.home() / ".cache"
+    named = map(os.environ.get, ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"))
+    cache = next(filter(None, named), None) or os.path.expanduser("~/.cache")
+    # Not `tempfile.gettempdir`, which passes over a disk that is full for the current folder.
+    named = map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))
+    temporary = next(filter(None, named), "/tmp")
     return {
         "run folder": config.run.folder,
-        "temporary files": Path(tempfile.gettempdir()),
+        "temporary files": Path(temporary),
         "cache": Path(cache),
     }
 

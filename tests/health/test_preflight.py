@@ -305,6 +305,28 @@ def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(
     assert gpu_troubles() == ["nvidia-smi gave no answer within 0.2 s"]
 
 
+def test_a_gpu_that_does_not_compute_makes_its_node_unfit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(launch: Launch) -> tuple[float, str]:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with …")
+
+    monkeypatch.setattr(node, "measure_product", broken)
+    found = node.find_out(make_config(tmp_path), Launch(2, 4, 0))
+    wanted = "cpu does not compute: CUDA error: uncorrectable ECC error encountered"
+    assert found.gpu_troubles == [wanted]
+    everyone = [facts(0), facts(1), facts(3), found]
+    assert (found.node, wanted) in [(p.node, p.text) for p in judge(everyone, {}, {}, 0.0)]
+
+
+def test_temporary_files_are_looked_at_where_they_would_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that disk is full, and Python would take another folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "full"))
+    assert node.disks(make_config(tmp_path))["temporary files"] == tmp_path / "full"
+
+
 def test_a_disk_that_does_not_answer_or_cannot_be_written(tmp_path: Path) -> None:
     assert usable_gb(tmp_path / "not" / "yet" / "there") > 0
     with pytest.raises(TimeoutError, match="no answer"):
