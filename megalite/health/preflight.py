@@ -89,12 +89,24 @@ def preflight(
         links = _meet(nodes, call["backend"], launch, store)
         board.put("met", {"clock": clock, "links": links})
     if leader:
-        # 14 bytes a parameter: the weight in bf16; its master copy and two moments in fp32.
-        checkpoint_gb = 14 * plan.num_params / 2**30
+        checkpoint_gb = checkpoint_bytes(config) / 2**30
         board.tell("status", leader.conclude(checkpoint_gb, plan, network))
     status = Exit(board.hear("status"))
     board.leave()
     return status
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Return the bytes of all tensors in a checkpoint of the run: what is trained, and the
+    optimizer's states, fp32."""
+    # bf16 weights stand beside the fp32 ones that they are rounded from.
+    each = 4 if config.train.precision == "fp32" else 2 + 4
+    optimizer, total = config.optimizer, 0
+    for weight in weight_table(config.model, config.lora):
+        if not weight.frozen:
+            rows = [optimizer.state_row(weight, state) for state in optimizer.states_of(weight)]
+            total += each * weight.numel + 4 * sum(row.numel for row in rows)
+    return total
 
 
 class _Board:

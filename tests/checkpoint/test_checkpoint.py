@@ -29,9 +29,10 @@ from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.comm.mesh import Mesh
-from megalite.config import Config
+from megalite.config import Config, LoraConfig
 from megalite.engine.gather import HostBuffers
 from megalite.engine.layout import choose_owners
+from megalite.health.preflight import checkpoint_bytes
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import train
@@ -86,6 +87,16 @@ def test_optimizer_state_has_the_names_and_shapes_of_the_weights(trained: Config
     for name in model.files:
         assert master.fetch(name, everything).dtype == torch.float32
         assert torch.equal(master.fetch(name, everything).bfloat16(), model.fetch(name, everything))
+
+
+def test_the_room_that_preflight_asks_for_is_what_a_checkpoint_takes(trained: Config) -> None:
+    """Of a run that trains adapters alone: not that of the model they are for."""
+    folder = step_folder(checkpoints(trained), 12)
+    tensors = [x for path in folder.rglob("*.safetensors") for x in load_file(path).values()]
+    assert checkpoint_bytes(trained) == sum(x.nbytes for x in tensors)
+    lora = {"adapter": None, "rank": 1, "targets": ["q_proj"]}
+    adapters = trained.model_copy(update={"lora": LoraConfig.model_validate(lora)})
+    assert 0 < checkpoint_bytes(adapters) < 0.1 * checkpoint_bytes(trained)
 
 
 def test_every_file_is_in_the_manifest_and_nothing_is_pickled(trained: Config) -> None:
