@@ -196,8 +196,8 @@ def weights(config: BertConfig) -> Iterator[Weight]:
         yield from linear_rows("transform", (hf,), (hidden, hidden), None, std, place="last")
     if config.task == "masked":
         yield from norm_rows("norm", names.norm, hidden, "last")
-        head = None if config.tie_embeddings else f"{names.decoder}.weight"
-        yield from head_rows(config.vocab_size, hidden, std, head, names.bias)
+        hf_head = None if config.tie_embeddings else f"{names.decoder}.weight"
+        yield from head_rows(config.vocab_size, hidden, std, hf_head, names.bias)
 
 
 _POOLER = "of a pooler in Google's own code, which transformers does not read"

@@ -197,8 +197,8 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     for i in range(config.num_layers):
         yield from layer_rows(i, "transformer.h", layer)
     yield from norm_rows("norm", "transformer.ln_f", hidden, "last")
-    head = None if config.tie_embeddings else "lm_head.weight"
-    yield from head_rows(config.vocab_size, hidden, std, head)
+    hf_head = None if config.tie_embeddings else "lm_head.weight"
+    yield from head_rows(config.vocab_size, hidden, std, hf_head)
 
 
 def norm_rows(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:

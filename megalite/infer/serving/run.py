@@ -53,7 +53,8 @@ class Server(uvicorn.Server):
             if not sockets:
                 raise
             # Two that start at once both bind the address; the second to listen on it finds out.
-            raise cannot_listen(*sockets[0].getsockname()[:2], error) from None
+            host, port, *_ = sockets[0].getsockname()  # IPv6 has two more
+            raise cannot_listen(host, port, error) from None
         for listening in sockets or []:
             # Set again: asyncio has one number for this and for how many it accepts at once.
             listening.listen(BACKLOG)
