@@ -107,7 +107,8 @@ def _tell_webhook(asked: argparse.Namespace, text: str) -> None:
         return
     from megalite.cli import make_parser
     from megalite.config_file import load_config
-    from megalite.observe.webhook import NotTold, address_of, claim, tell
+    from megalite.observe.webhook import address_of, claim, tell
+    from megalite.utils.webhooks import NotTold
 
     try:
         told = make_parser().parse_args(asked.training_script_args)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +9,10 @@ from typing import Any
 from megalite.checkpoint.folder import write_json
 from megalite.errors import DataError
 from megalite.utils.outside import read_object
+from megalite.utils.webhooks import NotTold, post
 
-TRIES, WAIT_S, TIMEOUT_S = 3, 1.0, 10.0
-"""Each further try waits twice as long as the one before."""
+TRIES = 3
+"""Nobody waits for the command, as they do for a job that ends."""
 
 
 class AlarmState:
@@ -75,43 +72,15 @@ class AlarmState:
         write_json(self.file, {"standing": self.standing, "ended": self.ended})
 
 
-def post(url: str, body: Mapping[str, Any]) -> str:
-    """Send `body` as JSON, and return why it could not be sent; empty if it was. The address, which
-    may hold a secret, is not in it."""
-    try:
-        request = urllib.request.Request(
-            url, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
-        )
-    except ValueError:
-        return "its address is not one of http or https"
-    if request.type not in ("http", "https"):
-        return "its address is not one of http or https"
-    why = ""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(WAIT_S * 2 ** (attempt - 1))
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S):
-                return ""
-        except urllib.error.HTTPError as error:
-            why = f"it answers with status {error.code}"
-            # What is refused for good is not asked for again.
-            if error.code < 500 and error.code not in (408, 429):
-                break
-        except (OSError, ValueError) as error:
-            why = str(getattr(error, "reason", None) or error)
-        except Exception as error:  # such as an answer that is no HTTP
-            why = type(error).__name__
-    return why
-
-
 def tell(state: AlarmState, url: str | None) -> Sequence[str]:
     """Tell of what has changed since it was last told, and save the state; without a `url` nobody
     is told. Return warnings."""
     warnings, news = [], state.news
-    if news and url and (why := post(url, news)):
-        warnings.append(f"the webhook was not told, and will be next time: {why}")
-    else:
+    try:
+        if news and url:
+            post(url, news, TRIES)
         state.mark_told()
+    except NotTold as error:
+        warnings.append(f"the webhook was not told, and will be next time: {error}")
     state.save()
     return warnings

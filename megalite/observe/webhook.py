@@ -1,5 +1,4 @@
-"""Tells a webhook when a run has ended or died, in the form that Slack, Mattermost and Rocket.Chat
-take: {"text": ...}.
+"""Tells a webhook when a run has ended or died.
 
 The first rank tells how a run ended. That one has died, its launcher tells, which sees it also where
 the first rank itself was killed. What cannot be sent costs one warning, without the address, which
@@ -7,12 +6,8 @@ may be a secret."""
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,14 +15,7 @@ from pathlib import Path
 from megalite.config import Config
 from megalite.observe.console import clock
 from megalite.runtime.error_file import LAUNCHER
-from megalite.utils.secrecy import hide_secrets
-
-SECONDS = 10.0
-LONGEST_TEXT = 2000
-
-
-class NotTold(Exception):
-    """Raised where a webhook could not be told. The text does not name its address."""
+from megalite.utils.webhooks import NotTold, post
 
 
 class WebhookSink:
@@ -86,37 +74,8 @@ def address_of(webhook: str) -> str:
 
 
 def tell(address: str, text: str) -> None:
-    """Send a text, within SECONDS. Raise NotTold, which does not name the address."""
-    text = hide_secrets(text)[:LONGEST_TEXT]
-    # Slack reads these three as markup: no name may become a link or call everybody.
-    for letter, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(letter, escaped)
-    request = urllib.request.Request(
-        address,
-        json.dumps({"text": text}).encode(),
-        {"Content-Type": "application/json", "User-Agent": "megalite"},
-    )
-    found: list[str] = []
-
-    def send() -> None:
-        try:
-            with urllib.request.urlopen(request, timeout=SECONDS):
-                found.append("")
-        except urllib.error.HTTPError as error:
-            found.append(f"it answered {error.code}")
-        except Exception as error:
-            reason = getattr(error, "reason", error)
-            # A socket's time ends with ours: whichever is first, there was no answer.
-            if not isinstance(reason, TimeoutError):
-                found.append(getattr(reason, "strerror", None) or type(reason).__name__)
-
-    # On a thread: looking up a name has no time limit.
-    thread = threading.Thread(target=send, name="webhook", daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    why = found[0] if found else f"no answer in {SECONDS:g} s"
-    if why:
-        raise NotTold(why)
+    """Send a text. Raise NotTold, which does not name the address."""
+    post(address, {"text": text})
 
 
 def claim(folder: Path, start: str) -> bool:

@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from megalite.cli import main
-from megalite.monitor import alarms
 from megalite.monitor.drift import drift_of_classes, drift_of_numbers, ks_p, ks_statistic, psi
 from megalite.monitor.intervals import bootstrap, newcombe, wilson
 from megalite.monitor.page import prometheus_text
@@ -24,6 +23,7 @@ from megalite.monitor.records import Window
 from megalite.monitor.report import Limits, examine
 from megalite.monitor.topics import NONE, topics_of
 from megalite.runtime.exit_codes import Exit
+from megalite.utils import webhooks
 from request_logs import DAY_S, NOON, requests, write
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -191,7 +191,7 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
-    monkeypatch.setattr(alarms, "WAIT_S", 0.01)
+    monkeypatch.setattr(webhooks, "WAIT_S", 0.01)
     server = Hook()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -216,6 +216,8 @@ def test_an_alarm_is_told_once_and_once_when_it_is_over(
     [told] = hook.bodies
     assert told["status"] == "firing"
     assert "ALARM prompt tokens: PSI" in told["text"]
+    assert "; &gt; " in told["text"], "a chat shows the names of bins, and calls nobody"
+    assert "; > " in told["alarms"][0]["text"]
     assert told["alarms"][0]["since"] == pytest.approx(found.end, abs=2)
     out = capsys.readouterr().out
     assert "warning" not in out
@@ -230,7 +232,7 @@ def test_an_alarm_is_told_once_and_once_when_it_is_over(
     assert main(command) == Exit.DONE
     out = capsys.readouterr().out
     assert (
-        "warning: the webhook was not told, and will be next time: it answers with status 404"
+        "warning: the webhook was not told, and will be next time: it answered 404"
         in out
     )
     assert "a-secret" not in out
@@ -244,7 +246,7 @@ def test_an_alarm_is_told_once_and_once_when_it_is_over(
 def test_a_webhook_that_is_not_there_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alarms, "WAIT_S", 0.01)
+    monkeypatch.setattr(webhooks, "WAIT_S", 0.01)
     found = window(length=140, texts=False)
     log = write(tmp_path / "log", [*found.reference, *found.now])
     for url in ("http://127.0.0.1:9/x", "file:///etc/passwd", "nonsense", "http://["):

@@ -21,6 +21,7 @@ from megalite.observe import mlflow, prometheus, webhook
 from megalite.observe.prometheus import metric_of
 from megalite.observe.recorder import Recorder
 from megalite.runtime.error_file import LAUNCHER
+from megalite.utils import webhooks
 from megalite.utils.resources import configs_dir
 
 VALUES = {
@@ -268,8 +269,8 @@ def test_a_webhook_s_time_limits_are_one(monkeypatch: pytest.MonkeyPatch) -> Non
         raise urllib.error.URLError(TimeoutError("timed out"))
 
     monkeypatch.setattr(urllib.request, "urlopen", time_out)
-    with pytest.raises(webhook.NotTold, match="no answer in 10 s"):
-        webhook.tell("http://127.0.0.1:9", "a text")
+    with pytest.raises(webhooks.NotTold, match="no answer in 10 s"):
+        webhooks.post("http://127.0.0.1:9", {"text": "a text"})
 
 
 def test_one_launcher_of_several_tells_of_a_start(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_webhook_that_fails_is_one_warning_without_its_address(
     monkeypatch: pytest.MonkeyPatch,
     trouble: str,
 ) -> None:
-    monkeypatch.setattr(webhook, "SECONDS", 0.3)
+    monkeypatch.setattr(webhooks, "SECONDS", 0.3)
 
     def answer(path: str, body: Any) -> tuple[int, Any]:
         if trouble == "silent":
