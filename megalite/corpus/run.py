@@ -15,10 +15,7 @@ alone: neither the number of workers nor an interruption changes a byte.
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ from megalite.corpus.steps import Without
 from megalite.data.documents import Report
 from megalite.errors import DataError
 from megalite.utils.changes import changes
+from megalite.utils.locks import alone_in
 
 OF_THE_WORK = {"output", "workers", "slurm"}
 """Settings that change how the work is done, but not its result."""
@@ -52,8 +50,7 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
     folder of another config, ConfigError for lists that cannot be read."""
     output = config.output.absolute()
     work = output / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    with _alone_in(work):
+    with alone_in(work, output):
         # Fixed at the first call: a later one with other files or settings would mix two corpora.
         num_shards = _begin(config, work)
         phases = plan_phases(config, output, num_shards)
@@ -165,16 +162,3 @@ def _sizes(shards: list[list[dict[str, Any]]]) -> dict[str, Any]:
         for file in shard:
             sizes[file["path"]] = file["num_bytes"]
     return sizes
-
-
-@contextmanager
-def _alone_in(work: Path) -> Iterator[None]:
-    """Lock a folder. Raises DataError if another process has locked it."""
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{work.parent} is being written by another process") from None
-        except OSError:  # some file systems of clusters have no locks
-            pass
-        yield

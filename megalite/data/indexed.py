@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -37,6 +36,7 @@ from megalite.data import whole
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
 from megalite.errors import DataError
+from megalite.utils.locks import NoLocks, lock
 from megalite.utils.outside import read_object, shown
 from megalite.utils.resources import fsync
 from megalite.utils.spelling import instead_of
@@ -598,15 +598,13 @@ def _open_alone(path: Path) -> BinaryIO:
     another one does."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise DataError(
-                f"{path} is being written by another process; let that one end first"
-            ) from None
-        except OSError:  # some file systems of clusters have no locks
-            pass
+        # Without locks two writers are not kept apart, but a single one, the usual case, works.
+        with suppress(NoLocks):
+            if not lock(file, path):
+                file.close()
+                raise DataError(
+                    f"{path} is being written by another process; let that one end first"
+                )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 file.truncate()

@@ -3,13 +3,11 @@ what it came to before the next begins: after a kill a round goes on where it wa
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from megalite.retrain.swap import Refused, reload, target_of, turn
 from megalite.runtime.exit_codes import Exit, describe
 from megalite.runtime.processes import handling
 from megalite.utils.files import replacing
+from megalite.utils.locks import Locked, alone_in
 from megalite.utils.outside import read_object
 from megalite.utils.resources import read_yaml
 
@@ -76,41 +75,34 @@ def retrain(config: RetrainConfig, say: Say) -> int:
     exit status; `say` gets lines on what happens. Raises ConfigError, DataError or
     CheckpointError."""
     served = target_of(config.served)
-    config.dir.mkdir(parents=True, exist_ok=True)
-    with locked(config.dir) as is_mine:
-        if not is_mine:
-            say(f"another retraining is under way in {config.dir}")
-            return Exit.DONE
-        rounds = [Round(folder) for folder in sorted(config.dir.glob("round-[0-9]*"))]
-        for unborn in [each for each in rounds if not each.state]:
-            # Killed before it had begun: its rows are still new.
-            remove(unborn.folder)
-            rounds.remove(unborn)
-        current = next((each for each in rounds if not each.is_over), None)
-        before = [each for each in rounds if each.is_over]
+    try:
+        with alone_in(config.dir):
+            return _next_round(config, served, say)
+    except Locked:
+        say(f"another retraining is under way in {config.dir}")
+        return Exit.DONE
+
+
+def _next_round(config: RetrainConfig, served: Path, say: Say) -> int:
+    """Do as `retrain` does, alone in the folder of the rounds."""
+    rounds = [Round(folder) for folder in sorted(config.dir.glob("round-[0-9]*"))]
+    for unborn in [each for each in rounds if not each.state]:
+        # Killed before it had begun: its rows are still new.
+        remove(unborn.folder)
+        rounds.remove(unborn)
+    current = next((each for each in rounds if not each.is_over), None)
+    before = [each for each in rounds if each.is_over]
+    if current is None:
+        current = begin(config, before, served, say)
         if current is None:
-            current = begin(config, before, served, say)
-            if current is None:
-                return Exit.DONE
-        try:
-            _go_on(config, current, before, say)
-        except Unfinished as problem:
-            say(str(problem))
-            return problem.status
-        _remove_old(config, [*before, current])
+            return Exit.DONE
+    try:
+        _go_on(config, current, before, say)
+    except Unfinished as problem:
+        say(str(problem))
+        return problem.status
+    _remove_old(config, [*before, current])
     return Exit.DONE
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Give whether this process alone works in `folder` until the block ends."""
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
 
 
 def begin(config: RetrainConfig, before: list[Round], served: Path, say: Say) -> Round | None:

@@ -8,7 +8,6 @@ before anything new is chosen."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.sweep.config import Dimension, SweepConfig, encoded
+from megalite.utils.locks import NoLocks, lock
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -49,17 +49,15 @@ class FileLock:
         """Take the lock if it is free; return whether it was."""
         file = FileIO(self._path, "a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_mine = lock(file, self._path)
+        except NoLocks as problem:  # who asked again would ask forever
+            file.close()
+            raise NoLocks(
+                f"{problem}; the workers of a sweep need them: give another dir"
+            ) from None
+        if not is_mine:
             file.close()
             return False
-        except OSError as error:
-            # Not held, but not to be had: who asked again would ask forever.
-            file.close()
-            raise ConfigError(
-                f"{self._path} cannot be locked ({error.strerror}), which the workers of a sweep need; give a dir on "
-                "a file system with locks (Lustre: mounted with -o flock)"
-            ) from None
         self._file = file
         return True
 

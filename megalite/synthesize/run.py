@@ -5,13 +5,11 @@ process was killed."""
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +26,7 @@ from megalite.synthesize.report import report_of
 from megalite.synthesize.tasks import Input, Made, Rejected, Slot, Task
 from megalite.utils.changes import changes
 from megalite.utils.files import replacing
+from megalite.utils.locks import alone_in
 from megalite.utils.progress import ProgressMeter
 
 ENDS = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
@@ -69,10 +68,9 @@ def synthesize(recipe: RecipeConfig, console: Console | None = None) -> dict[str
     `console` shows the progress. Raises ConfigError and DataError, Unreachable where the endpoint
     does not answer any more: what it has answered is kept."""
     output = recipe.output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
     task = recipe.task
     assert isinstance(task, Task)
-    with _alone_in(output):
+    with alone_in(output):
         for left in output.glob(".*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
         inputs, checks = task.read(), Checks(recipe.checks)
@@ -294,14 +292,3 @@ def _begin(recipe: RecipeConfig, output: Path, inputs: Sequence[Input], checks: 
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Lock the folder. Raises DataError if another process has locked it."""
-    with open(output / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{output} is being written by another process") from None
-        yield

@@ -231,10 +231,7 @@ def test_an_alarm_is_told_once_and_once_when_it_is_over(
     hook.statuses = [404]
     assert main(command) == Exit.DONE
     out = capsys.readouterr().out
-    assert (
-        "warning: the webhook was not told, and will be next time: it answered 404"
-        in out
-    )
+    assert "warning: the webhook was not told, and will be next time: it answered 404" in out
     assert "a-secret" not in out
     assert hook.statuses == []
     assert main(command) == main(command) == Exit.DONE

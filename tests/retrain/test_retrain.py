@@ -3,6 +3,7 @@ time it comes to the same."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -43,6 +44,7 @@ from megalite.retrain.page import scale
 from megalite.retrain.run import retrain
 from megalite.retrain.swap import target_of, turn
 from megalite.runtime.exit_codes import Exit
+from megalite.utils.locks import alone_in
 
 ADMIN = "an admin key of the tests' own"
 NUM_RATED = 40
@@ -423,7 +425,10 @@ def test_bias_is_worse_only_where_it_surely_is() -> None:
 
 
 def test_mistakes_are_a_line(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "my.yaml"
     values = config_in(root).model_dump(mode="json")
@@ -439,6 +444,16 @@ def test_mistakes_are_a_line(
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["retrain", str(file)]) == Exit.DONE
     assert "another retraining is under way" in capsys.readouterr().out
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone_in(root / "retrain"):
+        pass
+    told = capsys.readouterr().err
+    assert "lock cannot be locked (Function not implemented)" in told
+    assert "start no second process there" in told
 
 
 def test_a_link_is_never_missing(tmp_path: Path) -> None:

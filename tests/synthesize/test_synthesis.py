@@ -29,6 +29,7 @@ from megalite.synthesize import run
 from megalite.synthesize.answers import Answers
 from megalite.synthesize.config import RecipeConfig, load_recipe
 from megalite.synthesize.run import synthesize
+from megalite.utils.locks import alone_in
 from megalite.utils.resources import configs_dir
 from stub_endpoint import Body, Failing, draw, stub_endpoint, words
 
@@ -528,7 +529,7 @@ def test_another_recipe_has_another_folder(tmp_path: Path) -> None:
     with stub_endpoint(speaking) as stub:
         made = recipe(tmp_path, stub.url, task, rows=3)
         synthesize(made)
-        with run._alone_in(made.output), pytest.raises(DataError, match="by another process"):
+        with alone_in(made.output), pytest.raises(DataError, match="by another process"):
             synthesize(made)
         with pytest.raises(DataError, match=r"begun with another recipe; .*\(seed 0 → 5\)"):
             synthesize(recipe(tmp_path, stub.url, task, rows=3, seed=5))
