@@ -10,8 +10,8 @@ from typing import NamedTuple
 from rich.console import Console
 
 from megalite.bias.classes import ask_classifier
-from megalite.bias.forms import read_tests
-from megalite.bias.measures import ALL, ask
+from megalite.bias.forms import BiasTest, read_tests
+from megalite.bias.measures import ALL, Outcome, ask
 from megalite.bias.mentions import preferences, read_mentions, relate
 from megalite.bias.page import page_of
 from megalite.bias.report import Measured, lines_of, results_of
@@ -67,14 +67,9 @@ def evaluate_bias(
     counts = read_mentions(asked.corpus_report) if asked.corpus_report else None
     folder = find_model_on_ranks(path, launch)
     run = Run.of(folder)
-    if model_config({"hf": str(folder)}).task in TASKS:
-        if counts is not None:
-            raise ConfigError("--corpus-report goes with models that tell how likely texts are")
-        classifier = Classifier.open(folder)
-        outcomes = [(test, ask_classifier(test, classifier)) for test in tests]
-    else:
-        scorer = open_scorer(folder, launch, num_slots, **layout)
-        outcomes = [(test, ask(test, scorer)) for test in tests]
+    if counts is not None and _has_classes(folder):
+        raise ConfigError("--corpus-report goes with models that tell how likely texts are")
+    outcomes = ask_model(folder, tests, num_slots, launch, **layout)
     compared = [each for _, outcome in outcomes for each in outcome.compared]
     mentions = None if counts is None else relate(preferences(compared, group_of), counts)
     measured = Measured(outcomes, mentions)
@@ -87,6 +82,22 @@ def evaluate_bias(
     if launch.rank == 0:
         _report(measured, numbers, folder.resolve(), run, asked, output)
     return numbers
+
+
+def ask_model(
+    folder: Path, tests: Sequence[BiasTest], num_slots: int, launch: Launch, **layout: int
+) -> list[tuple[BiasTest, Outcome]]:
+    """Return what the model in a checkpoint or a Hugging Face folder says to each test. All ranks of
+    `launch` call it. Raise ConfigError, DataError or CheckpointError."""
+    if _has_classes(folder):
+        classifier = Classifier.open(folder)
+        return [(test, ask_classifier(test, classifier)) for test in tests]
+    scorer = open_scorer(folder, launch, num_slots, **layout)
+    return [(test, ask(test, scorer)) for test in tests]
+
+
+def _has_classes(folder: Path) -> bool:
+    return model_config({"hf": str(folder)}).task in TASKS
 
 
 def _report(

@@ -448,10 +448,21 @@ def _seeded() -> Iterator[None]:
 def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics as TASK/METRIC, or TASK/METRIC/FILTER for a task that extracts answers in
     several ways. Standard errors are left out."""
-    numbers = {}
+    return {name: value for name, _, _, value in _metrics(results)}
+
+
+def directions_of(results: Mapping[str, Any]) -> dict[str, bool | None]:
+    """Return whether a higher number is better, by the names of `numbers_of`; None where the task
+    does not say."""
+    said = results["higher_is_better"]
+    return {name: said.get(task, {}).get(metric) for name, task, metric, _ in _metrics(results)}
+
+
+def _metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """Yield the name of `numbers_of`, the task, the metric and its value."""
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, _, how = key.partition(",")
             if how and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
-                numbers[f"{task}/{metric}" + ("" if how == "none" else f"/{how}")] = float(value)
-    return numbers
+                name = f"{task}/{metric}" + ("" if how == "none" else f"/{how}")
+                yield name, task, metric, float(value)

@@ -44,12 +44,15 @@ class RetrainConfig(Section):
         description="Gain of the mean log probability of held-out answers' tokens (nats) that must be exceeded surely.",
     )
     tasks: tuple[str, ...] = Field(
-        (), description="Tasks of lm-evaluation-harness that may not fall."
+        (),
+        description="Tasks that may not get worse: names of lm-evaluation-harness, or YAML files.",
     )
     task_limit: int | None = Field(
         None, gt=0, description="Documents of each task. Defaults to all."
     )
-    task_drop: float = Field(0.02, ge=0, description="Fall of a task's metric that is tolerated.")
+    task_drop: float = Field(
+        0.02, ge=0, description="How much worse a metric of a task may get, in its own unit."
+    )
     bias: tuple[Path, ...] = Field(
         (),
         description="Files of tests of bias, see `megalite eval --bias`, which may not get worse surely.",

@@ -25,10 +25,11 @@ def page_of(state: Mapping[str, Any], verdict: Verdict, outcome: str, text: str)
         ["margin that must surely be exceeded", f"{state['margin']:g}"],
         ["served before", f"{state['served']} ({state['version']})"],
     ]
-    tasks = [
-        [name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in verdict.tasks.items()
-    ]
-    compared = html_table(["task", "served", "new", ""], tasks) if tasks else ""
+    compared = _compared("Tasks", verdict.tasks) + _compared("Bias", verdict.bias)
+    if verdict.bias:
+        sides = (("served", "served"), ("candidate", "new"))
+        drawn = (f'<a href="bias-{side}.html">{name}</a>' for side, name in sides)
+        compared += f"<p>Intervals: {', '.join(drawn)}.</p>"
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)
     why = f"<h2>Why it is not better</h2><ul>{reasons}</ul>" if reasons else ""
     return html_page(
@@ -38,6 +39,13 @@ def page_of(state: Mapping[str, Any], verdict: Verdict, outcome: str, text: str)
         "<p>The gain is the mean over held-out questions of how much likelier the new model finds the answer that "
         "people want, per token; its interval is a bootstrap's. No round trains on these questions.</p>",
     )
+
+
+def _compared(what: str, pairs: Mapping[str, tuple[float, float]]) -> str:
+    """Return a headed table of what the served and the new model have; nothing without any."""
+    rows = [[name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in pairs.items()]
+    table = html_table(["", "served", "new", "new − served"], rows)
+    return f"<h2>{what}</h2>{table}" if rows else ""
 
 
 def scale(verdict: Verdict) -> str:

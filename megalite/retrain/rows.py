@@ -12,8 +12,10 @@ import orjson
 from megalite.data.annotations import read_annotations, tool_of
 from megalite.data.documents import Report
 from megalite.data.rows import Row, list_rows, read_rows
-from megalite.errors import DataError
 from megalite.utils.files import replacing
+
+JUDGING = "judging.jsonl"
+"""File of a round with the held-out rows that judge its model, the newest of all rounds."""
 
 
 class NewRows(NamedTuple):
@@ -57,6 +59,11 @@ def key_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(_plain([values["prompt"], values["completion"]])).hexdigest()[:24]
 
 
+def question_of(values: Mapping[str, Any]) -> str:
+    """Return what tells a row's question from others, whatever was answered: a hash."""
+    return hashlib.sha256(_plain(values["prompt"])).hexdigest()[:24]
+
+
 def is_held_out(prompt: Any, share: float) -> bool:
     """Return whether rows of this question judge and are never trained on, in any round."""
     digest = hashlib.sha256(b"held out:" + _plain(prompt)).digest()
@@ -76,9 +83,3 @@ def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines, all or none."""
     with replacing(file, durable=True) as temporary:
         temporary.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-
-
-def check_some(rows: Sequence[Any], what: str) -> None:
-    """Raise DataError where there are no rows."""
-    if not rows:
-        raise DataError(f"there are no {what}: nothing could judge the model; collect more ratings")

@@ -3,6 +3,7 @@ what it came to before the next begins: after a kill a round goes on where it wa
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -13,22 +14,24 @@ from typing import Any
 
 import yaml
 
+from megalite.bias.intervals import FEWEST
 from megalite.checkpoint.folder import remove, write_json
+from megalite.config_file import parse_config
 from megalite.data.formats import Settings
 from megalite.data.preprocess_rows import preprocess_rows
-from megalite.errors import DataError
+from megalite.errors import ConfigError, DataError
 from megalite.infer.serving.loading import version_of
 from megalite.monitor.intervals import NOTHING, Interval
 from megalite.retrain import rows
 from megalite.retrain.config import RetrainConfig
-from megalite.retrain.judge import Verdict, judge, told, worthless
+from megalite.retrain.judge import Verdict, check, judge, told, worthless
 from megalite.retrain.page import page_of
 from megalite.retrain.swap import Refused, reload, target_of, turn
 from megalite.runtime.exit_codes import Exit, describe
 from megalite.runtime.processes import handling
 from megalite.utils.files import replacing
 from megalite.utils.locks import Locked, alone_in
-from megalite.utils.outside import read_object
+from megalite.utils.outside import read_object, shown
 from megalite.utils.resources import read_yaml
 
 MOST_HELD_OUT = 2000
@@ -121,9 +124,24 @@ def begin(config: RetrainConfig, before: list[Round], served: Path, say: Say) ->
             f"{len(found.train)} new rows to train on, fewer than min_rows = {config.min_rows}: nothing to do"
         )
         return None
-    number = len(before) + 1
+    judges = {
+        rows.question_of(row)
+        for each in (found.held_out, *(each.rows("held-out") for each in before))
+        for row in each
+    }
+    if len(judges) < FEWEST:
+        say(
+            f"{len(judges)} held-out questions, of which {FEWEST} are needed to judge a model: nothing to do until "
+            "there are more ratings"
+        )
+        return None
+    # The number behind the highest: older rounds may have been deleted.
+    number = max((each.state["number"] for each in before), default=0) + 1
     folder = config.dir / f"round-{number:04d}"
-    folder.mkdir(exist_ok=True)
+    # Mistakes are told before anything is begun: what a round has taken is new for no other.
+    parse_config(run_config(config, folder, served), origin=str(config.config))
+    check(config)
+    folder.mkdir()
     rows.write(folder / "train.jsonl", found.train)
     rows.write(folder / "held-out.jsonl", found.held_out)
     fresh = Round(folder)
@@ -139,9 +157,8 @@ def _go_on(config: RetrainConfig, current: Round, before: list[Round], say: Say)
     """Do what of a round is not done yet."""
     folder, state = current.folder, current.state
     served = Path(state["served"])
-    if not (folder / "config.yaml").exists():
-        _tokenize(config, current, before, served)
     if "verdict" not in state and not (folder / "model").exists():
+        _prepare(config, current, before, say)
         try:
             _train(folder, say)
         except Unfinished as problem:
@@ -152,7 +169,7 @@ def _go_on(config: RetrainConfig, current: Round, before: list[Round], say: Say)
     if "verdict" not in state:
         say("comparing it with the served model")
         verdict = judge(config, served, folder / "model", folder / "held-out", folder)
-        current.note(verdict=_noted(verdict))
+        current.note(verdict=_noted(verdict), margin=config.margin)
     verdict = _verdict_of(state)
     for line in told(verdict):
         say(line)
@@ -163,27 +180,41 @@ def _go_on(config: RetrainConfig, current: Round, before: list[Round], say: Say)
     say(f"{outcome}: {text}; {folder / 'report.html'} says why")
 
 
-def _tokenize(config: RetrainConfig, current: Round, before: list[Round], served: Path) -> None:
+def _prepare(config: RetrainConfig, current: Round, before: list[Round], say: Say) -> None:
     """Write token files of the round's rows, and the config of its run."""
-    folder = current.folder
-    held_out = [row for each in [*before, current] for row in each.rows("held-out")][
-        -MOST_HELD_OUT:
-    ]
-    rows.check_some(held_out, "held-out rows")
-    rows.write(folder / "judging.jsonl", held_out)
+    folder, served = current.folder, Path(current.state["served"])
+    file = folder / "config.yaml"
+    if not file.exists():
+        _tokenize(folder, [*before, current], served, say)
+    # Until there is something to go on from, what has been mended in the config counts.
+    if not any((folder / "run" / "checkpoints").glob("step-*")):
+        values = run_config(config, folder, served)
+        with replacing(file, durable=True) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _tokenize(folder: Path, rounds: list[Round], served: Path, say: Say) -> None:
+    """Write token files of a round's rows; `rounds` are all up to it."""
+    held_out = [row for each in rounds for row in each.rows("held-out")]
+    rows.write(folder / rows.JUDGING, held_out[-MOST_HELD_OUT:])
     settings = Settings("completion", str(served))
-    for source, prefix in (("train", "new"), ("judging", "held-out")):
-        preprocess_rows([str(folder / f"{source}.jsonl")], folder / prefix, settings)
-    values = run_config(config, folder, served)
-    with replacing(folder / "config.yaml", durable=True) as temporary:
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    for source, prefix in (("train.jsonl", "new"), (rows.JUDGING, "held-out")):
+        # Ratings are by strangers: one that cannot be used may not keep the others from being used.
+        made = preprocess_rows(
+            [str(folder / source)], folder / prefix, settings, bad_rows=sys.maxsize
+        )
+        for line in made.report.messages:
+            say(f"left out: {line}")
 
 
 def run_config(config: RetrainConfig, folder: Path, served: Path) -> dict[str, Any]:
     """Return the values of a round's run: the config's own, beginning at the served model, with the
     new rows and what is replayed as its data."""
     values = read_yaml(config.config)
-    parts = values.setdefault("data", {})
+    for name in ("run", "model", "data"):
+        if not isinstance(values.get(name) or {}, dict):
+            raise ConfigError(f"{config.config}: {name} = {shown(values[name])}: must be a section")
+    parts = dict(values.get("data") or {})
     share = config.replay_share if config.replay else 0.0
     new = {"path": str(folder / "new"), "weight": 1 - share}
     old = [{"path": path, "weight": share / len(config.replay)} for path in config.replay]
@@ -193,9 +224,11 @@ def run_config(config: RetrainConfig, folder: Path, served: Path) -> dict[str, A
         "tokenizer": str(served),
     }
     parts.pop("split", None)  # the validation data are files of their own
-    values["run"] = values.get("run", {}) | {"name": "run", "dir": str(folder)}
-    values["model"] = values.get("model", {}) | {"hf": str(served)}
-    return values
+    # A rating that is too long may not keep the others from being used, unless that is asked for.
+    parts.setdefault("long_rows", "drop")
+    run = (values.get("run") or {}) | {"name": "run", "dir": str(folder)}
+    model = (values.get("model") or {}) | {"hf": str(served)}
+    return values | {"run": run, "model": model, "data": parts}
 
 
 def _train(folder: Path, say: Say) -> None:
@@ -223,14 +256,23 @@ def _run(command: list[str], console: Any) -> int:
 
 
 def _noted(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as JSON can hold it."""
-    return verdict._asdict() | {"gain": list(verdict.gain) if verdict.num_rows else None}
+    """Return a verdict as JSON can hold it, which has no NaN."""
+    pairs = {
+        which: {name: [None if math.isnan(x) else x for x in pair] for name, pair in found.items()}
+        for which, found in (("tasks", verdict.tasks), ("bias", verdict.bias))
+    }
+    gain = list(verdict.gain) if verdict.num_rows else None
+    return verdict._asdict() | pairs | {"gain": gain}
 
 
 def _verdict_of(state: dict[str, Any]) -> Verdict:
     """Return the verdict as it was noted."""
     values = dict(state["verdict"])
-    values["tasks"] = {name: (pair[0], pair[1]) for name, pair in values["tasks"].items()}
+    for which in ("tasks", "bias"):
+        values[which] = {
+            name: tuple(math.nan if x is None else x for x in pair)
+            for name, pair in values[which].items()
+        }
     gain = Interval(*values["gain"]) if values["gain"] else NOTHING
     return Verdict(**values | {"gain": gain})
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from megalite.errors import ConfigError
@@ -43,17 +44,20 @@ def turn(link: Path, folder: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def admin_key(url: str) -> str:
+    """Return the key by which the server at `url` is told. Raise ConfigError where there is none."""
+    if key := os.environ.get(ADMIN_KEY_VARIABLE, "").strip():
+        return key
+    raise ConfigError(
+        f"reload = {url} needs the variable {ADMIN_KEY_VARIABLE}, as the server has it"
+    )
+
+
 def reload(url: str) -> str:
     """Have the server at `url` read its model anew; return its version. Raise Refused where it says
     that it cannot, and ConfigError where nothing can be said of it: without a key, or an answer."""
-    key = os.environ.get(ADMIN_KEY_VARIABLE, "").strip()
-    if not key:
-        raise ConfigError(
-            f"reload = {url} needs the variable {ADMIN_KEY_VARIABLE}, as the server has it"
-        )
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/admin/reload", b"", {"authorization": f"Bearer {key}"}, method="POST"
-    )
+    headers = {"authorization": f"Bearer {admin_key(url)}"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/admin/reload", b"", headers, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             return str(json.load(response)["version"])
@@ -62,6 +66,7 @@ def reload(url: str) -> str:
         if error.code == 409:
             raise Refused(text) from None
         raise ConfigError(f"reload = {url}: status {error.code}: {text}") from None
-    except (OSError, ValueError, KeyError) as error:
-        why = getattr(error, "reason", None) or error
+    except (OSError, HTTPException, ValueError, TypeError, KeyError) as error:
+        # Also what is no answer of ours: a proxy's page, or a connection that breaks off.
+        why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
         raise ConfigError(f"reload = {url}: {why}") from None

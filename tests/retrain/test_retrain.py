@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import html
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,6 +27,7 @@ pytest.importorskip("fastapi")
 
 from local_server import running
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from chats import write_tokenizer
 from megalite.cli import main
@@ -39,7 +42,7 @@ from megalite.monitor.intervals import Interval
 from megalite.retrain import judge as judging
 from megalite.retrain import rows, run
 from megalite.retrain.config import RetrainConfig
-from megalite.retrain.judge import scores_of, worse_bias
+from megalite.retrain.judge import Measured, Verdict, scores_of, worse_bias, worthless
 from megalite.retrain.page import scale
 from megalite.retrain.run import retrain
 from megalite.retrain.swap import target_of, turn
@@ -49,6 +52,13 @@ from megalite.utils.locks import alone_in
 ADMIN = "an admin key of the tests' own"
 NUM_RATED = 40
 SCRIPT = Path(__file__).parents[2] / "tools" / "retrain.sh"
+WORLD = "hello to the world"
+PAIRS = [
+    (f"{begin}{one} is a {work}.", f"{begin}{other} is a {work}.")
+    for begin in ("", "say ", "one: ", "hello! ")
+    for one, other, work in (("Ann", "Bob", "nurse"), ("Bob", "Ann", "doctor"))
+]
+"""Of what is typical, and what is not."""
 
 
 def make_model(folder: Path) -> Path:
@@ -64,13 +74,33 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def rate(folder: Path, first: int, count: int) -> None:
+def write_gate(folder: Path) -> dict[str, list[str]]:
+    """A task file of lm-evaluation-harness and templates of bias: settings of retraining."""
+    rows = [
+        {"query": f"{before}hello to the", "choices": ["world", "system"], "gold": 0}
+        for before in ("", "say ", "one, two: ", "Paris: ")
+    ]
+    data = folder / "world.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "world", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (folder / "world.yaml").write_text(yaml.safe_dump(task))
+    lines = ["sent_more,sent_less,stereo_antistereo,bias_type"]
+    lines += [f"{typical},{other},stereo,gender" for typical, other in PAIRS]
+    (folder / "people.csv").write_text("\n".join(lines))
+    return {"tasks": [str(folder / "world.yaml")], "bias": [str(folder / "people.csv")]}
+
+
+def rate(folder: Path, first: int, count: int, correction: str = WORLD) -> None:
     """As the page does: each answer is corrected to the same."""
     ratings = Ratings(folder)
     for number in range(first, first + count):
         body = {
             "messages": [{"role": "user", "content": f"say hello to {number}"}],
-            "answer": "user", "rating": "down", "correction": "hello to the world",
+            "answer": "user", "rating": "down", "correction": correction,
         }  # fmt: skip
         ratings.add(RatingBody.model_validate(body), "tiny")
 
@@ -97,8 +127,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_run", run_here)
-        status = retrain(config_in(root), said.append)
-    return {"root": root, "said": said, "status": status, "model": model}
+        gate = write_gate(root)
+        status = retrain(config_in(root, **gate), said.append)
+    return {"root": root, "said": said, "status": status, "model": model, "gate": gate}
 
 
 def config_in(root: Path, **more: Any) -> RetrainConfig:
@@ -159,13 +190,20 @@ def test_a_round_learns_what_was_corrected_and_is_swapped_in(trained: dict[str, 
     page = (folder / "report.html").read_text()
     assert "Round 1: swapped" in page
     assert "<svg" in page
+    # The gate was there, and open.
+    before, now = state["verdict"]["tasks"]["world/acc"]
+    assert before <= now == 1.0
+    assert [len(pair) for pair in state["verdict"]["bias"].values()] == [2, 2]
+    assert "<td>world/acc</td>" in page
+    assert "people.csv/nats for the stereotype</td>" in page
+    assert "nats for the stereotype" in (folder / "bias-candidate.html").read_text()
     assert not (folder / "model" / "optimizer").exists()
 
 
 def test_the_score_is_that_of_the_answer_alone(trained: dict[str, Any]) -> None:
     folder = trained["root"] / "retrain" / "round-0001"
-    scores = scores_of(trained["model"], folder / "held-out")
     generator = Generator.open(trained["model"], num_slots=1)
+    scores = scores_of(generator, folder / "held-out")
     row = rows.read_back(folder / "held-out.jsonl")[0]
     before = generator.chat_ids(row["prompt"])
     answer = generator.tokenizer.encode(row["completion"])
@@ -204,6 +242,54 @@ def test_rows_are_used_once_and_questions_that_judge_are_never_trained_on(
     assert len(judging) == 2 * len(questions(first, "held-out"))
 
 
+def taught(model: Path, folder: Path, answer: str, *texts: str) -> Path:
+    """A model that gives this answer to any question, and has read these texts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(model, folder)
+    tokenizer, net = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    turn = "<|im_start|>user\nsay hello to {}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>"
+    rows = [*(turn.format(number, answer) for number in range(4)), *texts]
+    ids = [torch.tensor(tokenizer(row).input_ids) for row in rows]
+    inputs, labels = (pad_sequence(ids, True, value) for value in (0, -100))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net(input_ids=inputs, labels=labels).loss.backward()
+        optimizer.step()
+    net.save_pretrained(folder)
+    return folder
+
+
+def test_what_is_worse_on_a_task_or_more_biased_is_refused_though_its_answers_are_better(
+    root: Path, trained: dict[str, Any], comes_to: Callable[[Path], list[Path]]
+) -> None:
+    before = candidate_of(trained)
+    turn(root / "served", before)
+    system, paris = "hello to the system", "hello to the world, Paris"
+    cases = [
+        (system, [], "world/acc went from 1.0000 to 0."),
+        (paris, [WORLD, *(typical for typical, _ in PAIRS)], "for the stereotype went from "),
+    ]
+    said: list[str] = []
+    for number, (answer, texts, reason) in enumerate(cases, 1):
+        comes_to(taught(before, root / f"taught-{number}", answer, *texts))
+        rate(root / "ratings", 1000 * number, NUM_RATED, answer)
+        assert retrain(config_in(root, **trained["gate"]), said.append) == Exit.DONE
+        folder = root / "retrain" / f"round-000{number}"
+        verdict = json.loads((folder / "round.json").read_text())["verdict"]
+        assert verdict["gain"][1] > 0, "the answers themselves are better"
+        why = verdict["reasons"][-1]
+        assert reason in why
+        assert said[-1].startswith("kept: ")
+        assert verdict["reasons"][0] in said[-1]
+        assert f"<li>{html.escape(why)}</li>" in (folder / "report.html").read_text()
+        assert target_of(root / "served") == before
+
+
 def worse(model: Path, folder: Path) -> Path:
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -237,13 +323,42 @@ def test_the_interval_decides_and_not_its_middle(
     """A mean gain of 0.1 with a standard error of 0.02."""
     drawn = np.random.default_rng(0).normal(size=100)
     gains = 0.1 + 0.2 * (drawn - drawn.mean()) / drawn.std()
-    scores = {tmp_path / "served": gains * 0, tmp_path / "candidate": gains}
-    monkeypatch.setattr(judging, "scores_of", lambda folder, _: scores[folder])
-    for margin, is_better in ((0.0, True), (0.05, True), (0.08, False), (0.12, False)):
+    scores = {"served": gains * 0, "candidate": gains}
+    monkeypatch.setattr(judging, "measure", lambda _, folder, *__: measured(scores[folder.name]))
+    questions = [str(number) for number in range(100)]
+    monkeypatch.setattr(judging, "questions_of", lambda _: questions)
+
+    def judged(margin: float) -> Verdict:
         config = config_in(tmp_path, margin=margin)
-        verdict = judging.judge(config, *scores, tmp_path, tmp_path)
-        assert verdict.is_better == is_better
-        assert verdict.gain.value == pytest.approx(0.1)
+        return judging.judge(config, Path("served"), Path("candidate"), tmp_path, tmp_path)
+
+    for margin, is_better in ((0.0, True), (0.05, True), (0.08, False), (0.12, False)):
+        assert judged(margin).is_better == is_better
+        assert judged(margin).gain.value == pytest.approx(0.1)
+    # A hundred answers to three questions are not a hundred times somebody's word.
+    questions[:] = [str(number % 3) for number in range(100)]
+    assert not judged(0.05).is_better
+    questions[:] = ["the same"] * 100
+    assert not judged(0.0).is_better
+
+
+def measured(scores: np.ndarray, **tasks: float) -> Measured:
+    return Measured(scores, tasks, {"acc": True, "perplexity/x": False, "said": None}, {})
+
+
+def test_a_metric_falls_in_the_direction_that_its_task_says() -> None:
+    rows, nan = np.zeros(1), math.nan
+
+    def names(before: dict[str, float], now: dict[str, float]) -> list[str]:
+        found = judging.worse_tasks(0.02, measured(rows, **before), measured(rows, **now))
+        return [reason.split(" ")[0] for reason in found]
+
+    three = {"acc": 0.5, "perplexity/x": 9.0, "said": 7.0}
+    assert names(three, {"acc": 0.49, "perplexity/x": 9.01, "said": 99.0}) == []
+    assert names(three, {"acc": 0.9, "perplexity/x": 2.0, "said": -9.0}) == []
+    assert names(three, {"acc": 0.4, "perplexity/x": 9.5, "said": 7.0}) == ["acc", "perplexity/x"]
+    assert names(three, {"acc": nan, "perplexity/x": nan, "said": nan}) == ["acc", "perplexity/x"]
+    assert names({"acc": nan}, {"acc": 0.1}) == []
 
 
 @pytest.mark.parametrize("place", ["collect", "write", "_tokenize", "judge", "turn", "page_of"])
@@ -411,14 +526,19 @@ def test_exports_of_annotation_tools_are_rows(tmp_path: Path) -> None:
     assert rows.collect(inputs, used, 0.2)[:2] == ([], [])
 
 
-def test_bias_is_worse_only_where_it_surely_is() -> None:
+def test_bias_is_worse_only_where_it_surely_is(tmp_path: Path) -> None:
     def told(value: float, reach: float = 0.02) -> dict[str, Any]:
         return {"value": value, "low": value - reach, "high": value + reach, "neutral": 0.5}
 
     served = {"crows.csv/stereotype": told(0.55), "other": told(0.5)}
-    assert worse_bias(served, {"crows.csv/stereotype": told(0.58)}) == []
-    assert worse_bias(served, {"crows.csv/stereotype": told(0.50)}) == []
-    assert worse_bias(served, {"unknown": told(0.9)}) == []
+    for found in ({"crows.csv/stereotype": told(0.58)}, {"crows.csv/stereotype": told(0.50)}):
+        assert [*worse_bias(served, found)] == []
+    assert [*worse_bias(served, {"unknown": told(0.9)})] == []
+    config = config_in(tmp_path, bias=["one.yaml", "crows.csv"])
+    [closed] = judging._not_judged(config, served)
+    assert closed.startswith("one.yaml has no measure with an interval"), (
+        "a gate that tells nothing"
+    )
     for value in (0.65, 0.35):
         [found] = worse_bias(served, {"crows.csv/stereotype": told(value)})
         assert found == f"crows.csv/stereotype went from 0.550 to {value:.3f}; 0.5 is unbiased"
@@ -456,6 +576,115 @@ def test_mistakes_are_a_line(
     assert "start no second process there" in told
 
 
+def test_mistakes_are_told_before_a_round_begins(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a round has taken is new for no other, and training takes hours."""
+    monkeypatch.delenv("MEGALITE_ADMIN_KEY", raising=False)
+    monkeypatch.chdir(root)
+    file, run_file = root / "my.yaml", root / "run.yaml"
+    right = run_file.read_text()
+    Path("one.yaml").write_text("templates: {}\n")
+    write_gate(root)
+    Path("gone.yaml").write_text(
+        Path("world.yaml").read_text().replace("world.jsonl", "gone.jsonl")
+    )
+    cases = [
+        ({"tasks": ["gone.yaml"]}, right, "task gone.yaml cannot be loaded"),
+        ({"bias": ["none.csv"]}, right, "none.csv: No such file or directory"),
+        ({"bias": ["one.yaml"]}, right, "one.yaml"),
+        ({"reload": "http://127.0.0.1:9"}, right, "needs the variable MEGALITE_ADMIN_KEY"),
+        ({}, right.replace("steps: 30", "stepps: 30"), "train.stepps"),
+        (
+            {},
+            right.replace("model: {}", "model: big"),
+            "run.yaml: model = 'big': must be a section",
+        ),
+        ({"dir": "run.yaml"}, right, "run.yaml is a file, where a folder is needed"),
+    ]
+    for more, text, told in cases:
+        run_file.write_text(text)
+        file.write_text(yaml.safe_dump(config_in(root, **more).model_dump(mode="json")))
+        assert main(["retrain", str(file)]) == Exit.MISTAKE
+        said = capsys.readouterr().err
+        assert told in said
+        assert "Traceback" not in said
+        assert [*root.glob("retrain/round-*")] == []
+
+
+def test_a_round_is_not_begun_without_questions_that_judge(
+    root: Path,
+    trained: dict[str, Any],
+    comes_to: Callable[[Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would wait for them for ever: ratings that come meanwhile are for the next round."""
+    calls = comes_to(trained["model"])
+    monkeypatch.setattr(run, "judge", lambda *_: worthless("it is as it was"))
+    shutil.rmtree(root / "ratings")
+    numbers = [n for n in range(200) if not is_held_out(n)]
+    for number in numbers[:30]:
+        rate(root / "ratings", number, 1)
+    said: list[str] = []
+    assert retrain(config_in(root), said.append) == Exit.DONE
+    assert said[-1].startswith("0 held-out questions, of which 2 are needed")
+    rate(root / "ratings", 0, NUM_RATED)
+    assert retrain(config_in(root), said.append) == Exit.DONE
+    assert len(calls) == 1
+
+
+def is_held_out(number: int) -> bool:
+    return rows.is_held_out([{"role": "user", "content": f"say hello to {number}"}], 0.2)
+
+
+def test_what_keeps_a_round_from_training_can_be_mended(
+    root: Path,
+    trained: dict[str, Any],
+    comes_to: Callable[[Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A setting that is only found wrong in training, and a rating that is no text."""
+    with (root / "ratings" / "completion.jsonl").open("a") as file:
+        for number in range(9):
+            file.write(json.dumps({"prompt": number + 1, "completion": "hi"}) + "\n")
+
+    def fail(folder: Path, _: Any) -> None:
+        raise run.Unfinished(Exit.MISTAKE, folder / "console.log")
+
+    monkeypatch.setattr(run, "_train", fail)
+    said: list[str] = []
+    assert retrain(config_in(root), said.append) == Exit.MISTAKE
+    assert len([line for line in said if line.startswith("left out: ")]) == 9
+    text = (root / "run.yaml").read_text()
+    (root / "run.yaml").write_text(text.replace("seq_length: 64", "seq_length: 96"))
+    comes_to(trained["model"])
+    monkeypatch.setattr(run, "judge", lambda *_: worthless("it is as it was"))
+    assert retrain(config_in(root), said.append) == Exit.DONE
+    folder = root / "retrain" / "round-0001"
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (written["data"]["seq_length"], written["data"]["long_rows"]) == (96, "drop")
+    assert "it is as it was" in said[-1]
+
+
+def test_rounds_are_numbered_behind_the_last_whatever_was_deleted(
+    root: Path,
+    trained: dict[str, Any],
+    comes_to: Callable[[Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    comes_to(trained["model"])
+    monkeypatch.setattr(run, "judge", lambda *_: worthless("it is as it was"))
+    for number in (1, 2):
+        rate(root / "ratings", 1000 * number, NUM_RATED)
+        retrain(config_in(root), print)
+    shutil.rmtree(root / "retrain" / "round-0001")
+    rate(root / "ratings", 3000, NUM_RATED)
+    state = (root / "retrain" / "round-0002" / "round.json").read_text()
+    assert retrain(config_in(root), print) == Exit.DONE
+    assert (root / "retrain" / "round-0002" / "round.json").read_text() == state
+    assert (root / "retrain" / "round-0003" / "report.html").exists()
+
+
 def test_a_link_is_never_missing(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -474,7 +703,7 @@ def test_the_shipped_config_is_one(tmp_path: Path) -> None:
 
     shipped = Path(__file__).parents[2] / "configs" / "retrain" / "chat.yaml"
     assert load_retrain_config(shipped, ["min_rows=3"]).min_rows == 3
-    facts = {"num_rows": 3, "num_better": 2, "tasks": {}, "bias": [], "reasons": []}
+    facts = {"num_rows": 3, "num_better": 2, "tasks": {}, "bias": {}, "reasons": []}
     verdict = run._verdict_of({"verdict": {"gain": [0.1, -0.1, 0.3]} | facts})
     assert isinstance(verdict.gain, Interval)
     assert "<svg" in scale(verdict)
