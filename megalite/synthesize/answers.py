@@ -5,6 +5,7 @@ at most a torn last one, which the next start cuts off."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -74,10 +75,14 @@ class Answers:
         return self._known.get(key)
 
     def add(self, key: str, answer: Answer) -> None:
-        """Append an answer."""
+        """Append an answer, all of it or nothing. Raises OSError."""
         line = (json.dumps({"key": key, **asdict(answer)}) + "\n").encode()
+        size = os.fstat(self._file).st_size
         if os.write(self._file, line) != len(line):
-            raise OSError(f"{self._path}: the disk is full")
+            # Other answers are on their way: one behind a torn line would be lost with it, and the
+            # next start would find a damaged line that is not the last.
+            os.ftruncate(self._file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._known[key] = answer
 
     def __enter__(self) -> Self:

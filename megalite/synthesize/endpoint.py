@@ -126,7 +126,7 @@ class Endpoint:
                 found = await self._client.post(
                     f"{self.config.base_url}/chat/completions", json=body
                 )
-            except httpx.TransportError as error:  # refused, reset, timed out
+            except httpx.RequestError as error:  # refused, reset, timed out, torn within a body
                 why, wait = f"{type(error).__name__}: {error}".rstrip(": "), 0.0
             else:
                 if found.status_code < 400:
@@ -167,9 +167,8 @@ class Endpoint:
         if not is_metered:
             num_bytes = sum(len(message["content"].encode()) for message in body["messages"])
             counts = [num_bytes + 2 * OF_A_MESSAGE, self.config.max_tokens]
-        # JSON can spell half of a surrogate pair, which no row may hold.
-        text = _THOUGHTS.sub("", text.encode(errors="replace").decode())
-        return Answer(text, finish, counts[0], counts[1], is_metered, tries)
+        text = _THOUGHTS.sub("", _unicode(text))
+        return Answer(text, _unicode(finish), counts[0], counts[1], is_metered, tries)
 
 
 USAGE = ("prompt_tokens", "completion_tokens")
@@ -180,10 +179,15 @@ def seed_of(seed: int, slot: int, call: int) -> int:
     return key_of(seed, "request", slot, call) % 2**31
 
 
+def _unicode(text: str) -> str:
+    """Return a text that a file can hold: JSON can spell half of a surrogate pair."""
+    return text.encode(errors="replace").decode()
+
+
 def _reason(found: httpx.Response) -> str:
     """Return what an error response says."""
     try:
-        return str(found.json()["error"]["message"])[:300]
+        return _unicode(str(found.json()["error"]["message"])[:300])
     except (ValueError, LookupError, TypeError):
         return found.text[:300]
 
@@ -191,6 +195,7 @@ def _reason(found: httpx.Response) -> str:
 def _asked_to_wait(found: httpx.Response) -> float:
     """Return the seconds that a response asks to wait; 0 where it does not say."""
     try:
-        return max(float(found.headers.get("retry-after", 0)), 0.0)
+        wait = float(found.headers.get("retry-after", 0))
     except ValueError:  # a date
         return 0.0
+    return wait if wait > 0 else 0.0  # what is no number has no order

@@ -27,6 +27,7 @@ from megalite.synthesize.tasks import Input, Made, Rejected, Slot, Task
 from megalite.utils.changes import changes
 from megalite.utils.files import replacing
 from megalite.utils.locks import alone_in
+from megalite.utils.outside import read_object
 from megalite.utils.progress import ProgressMeter
 
 ENDS = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
@@ -185,7 +186,7 @@ class Maker:
         total = Spent()
         for call in range(task.CALLS):
             endpoint = self._judge if call >= task.CALLS - task.JUDGED else self._endpoint
-            total.add(endpoint.most(num_bytes, task.CARRIED))
+            total.add(endpoint.most(num_bytes, task.CARRIED * task.repeats()))
         return total
 
     def _fits(self, reserved: Sequence[Spent]) -> bool:
@@ -278,9 +279,10 @@ def _begin(recipe: RecipeConfig, output: Path, inputs: Sequence[Input], checks: 
         "compared": checks.digest.hexdigest(),
     }
     path = output / "recipe.json"
-    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    then = read_object(path, DataError) if path.exists() else now
     if then != now:
-        differs = changes(then["settings"], now["settings"])
+        settings = then.get("settings")
+        differs = changes(settings if isinstance(settings, dict) else {}, now["settings"])
         files = "the content of the task's files or of the checks' has changed"
         named = "; ".join(map(str, differs[:NAMED])) or files
         raise DataError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ ASKED = ("instruction", "prompt", "messages")
 LEAST_PASSAGE = 40
 """Characters below which the rest of a document is no passage of its own."""
 _NUMBERED = re.compile(r"^\s*(?:\d+[.):]|[-*•]|(?:task|instruction)\s*\d*:)\s*", re.IGNORECASE)
+_IN_BRACES = re.compile(r"\{\w+\}")
 _VERDICT = re.compile(r"(?<!\w)[AB](?!\w)")
 
 
@@ -113,7 +115,13 @@ class Task(TaskConfig):
     def num_bytes(self, slot: Slot) -> int:
         """Return the most bytes of a prompt of this slot, without earlier answers."""
         given = [slot.input.text if slot.input else "", *slot.examples]
-        return max(map(_num_bytes, self.prompts())) + sum(_num_bytes(text) + 16 for text in given)
+        filled_in = self.repeats() * sum(_num_bytes(text) + 16 for text in given)
+        return max(map(_num_bytes, self.prompts())) + filled_in
+
+    def repeats(self) -> int:
+        """Return how often a prompt repeats what it is filled with, at most."""
+        counts = (Counter(_IN_BRACES.findall(prompt)).values() for prompt in self.prompts())
+        return max(1, *(max(found, default=1) for found in counts))
 
     @abstractmethod
     async def make(self, slot: Slot, ask: Ask) -> Made:

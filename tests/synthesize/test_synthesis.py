@@ -26,7 +26,7 @@ from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import ConfigError, DataError, Unreachable
 from megalite.synthesize import endpoint as requests
 from megalite.synthesize import run
-from megalite.synthesize.answers import Answers
+from megalite.synthesize.answers import Answer, Answers
 from megalite.synthesize.config import RecipeConfig, load_recipe
 from megalite.synthesize.run import synthesize
 from megalite.utils.locks import alone_in
@@ -390,7 +390,9 @@ def test_what_fails_for_a_while_is_tried_again(
         if tried == 1:
             raise Failing(503)
         if tried == 2:
-            raise Failing(429, "slowly", Retry_After="0.01")
+            raise Failing(429, "slowly", Retry_After="0.01" if len(seen) % 2 else "nan")
+        if tried == 3:
+            raise Failing(200, "no gzip", Content_Encoding="gzip")
         return f"<think>\nwell, {words(body, 30)}</think>\n\n{words(body, 9)}"
 
     data = write_rows(tmp_path / "rows.jsonl", [{"text": sentence(n)} for n in range(4)])
@@ -401,7 +403,7 @@ def test_what_fails_for_a_while_is_tried_again(
             endpoint={"key_from": "MY_KEY", "top_p": 0.9, "stop": ["###"], "system": "Be brief."},
         )  # fmt: skip
         report = synthesize(made)
-    assert (report["rows"], report["spent"]["endpoint"]["tries"]) == (4, 12)
+    assert (report["rows"], report["spent"]["endpoint"]["tries"]) == (4, 16)
     assert set(stub.authorization) == {"Bearer sk-very-secret-0123456789"}
     for body in stub.bodies:
         assert (body["top_p"], body["stop"], body["model"]) == (0.9, ["###"], "m")
@@ -462,7 +464,7 @@ def test_what_the_endpoint_does_not_take(tmp_path: Path) -> None:
 
     def answer(body: Body) -> str:
         if draw(body) % 3 == 0:
-            raise Failing(400, "too long")
+            raise Failing(400, "too long \ud800")
         return words(body, 9)
 
     with stub_endpoint(answer) as stub:
@@ -523,6 +525,15 @@ def test_no_budget_is_exceeded(limit: str, value: float, tmp_path: Path) -> None
         assert (made.output / "rows.jsonl").read_text().startswith(rows)
 
 
+def test_a_budget_knows_how_often_a_prompt_says_its_text(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": sentence(n)} for n in range(2)])
+    task = {"name": "paraphrases", "data": [str(data)], "prompt": "{text} " * 40}
+    with stub_endpoint(speaking) as stub:
+        made = recipe(tmp_path, stub.url, task, endpoint={"max_tokens": 10}, budget={"tokens": 700})
+        report = synthesize(made)
+    assert (len(stub.bodies), report["stopped"]) == (0, "the budget is spent")
+
+
 def test_another_recipe_has_another_folder(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"text": sentence(n)} for n in range(4)])
     task = {"name": "paraphrases", "data": [str(data)]}
@@ -545,6 +556,29 @@ def test_another_recipe_has_another_folder(tmp_path: Path) -> None:
         (made.output / "answers.jsonl").write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
         with pytest.raises(DataError, match=r"answers.jsonl:2 is no answer; delete the line"):
             synthesize(made)
+        (made.output / "recipe.json").write_text("{")
+        with pytest.raises(DataError, match=r"recipe\.json is not valid JSON"):
+            synthesize(made)
+
+
+def test_an_answer_for_which_the_disk_has_no_room_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may come behind it, when there is room again."""
+    file, real = tmp_path / "answers.jsonl", os.write
+    with Answers(file) as answers:
+        answers.add("one", Answer("yes", "stop"))
+        monkeypatch.setattr(os, "write", lambda file, line: real(file, line[:20]))
+        with pytest.raises(OSError, match="No space left on device"):
+            answers.add("two", Answer("no", "stop"))
+        monkeypatch.undo()
+        answers.add("three", Answer("maybe", "stop"))
+    with Answers(file) as found:
+        assert [found.get(key) is not None for key in ("one", "two", "three")] == [
+            True,
+            False,
+            True,
+        ]
 
 
 def endpoint(**changed: Any) -> dict[str, Any]:
