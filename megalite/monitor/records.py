@@ -63,10 +63,11 @@ def _row_of(line: bytes) -> Row | None:
     """Return a line's row; None for one that a crash cut off, or that is none."""
     try:
         row = orjson.loads(line)
-        float(row["time"] + row["seconds"] + row["status"])
+        numbers = [row["time"], row["seconds"], row["status"]]
     except (ValueError, TypeError, KeyError):
         return None
-    return row if isinstance(row.get("path"), str) else None
+    is_row = isinstance(row.get("path"), str) and all(isinstance(x, int | float) for x in numbers)
+    return row if is_row else None
 
 
 def read_window(log: Path, reference: Path | None, seconds: float) -> Window:

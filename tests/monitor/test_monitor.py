@@ -260,11 +260,12 @@ def test_damaged_lines_are_counted_and_mistakes_are_a_line(
     log = write(tmp_path / "log", [*found.reference, *(x for x in found.now if "rating" not in x)])
     with open(log / "requests-2025-10-09.jsonl", "a") as file:
         file.write('{"time": 1\n[]\n{"time": "x", "seconds": 1, "status": 2}\n\n')
+        file.write('{"time": "1", "seconds": "2", "status": "3", "path": "/v1/completions"}\n')
     command = ["monitor", str(log), "--output", str(tmp_path / "out")]
     assert main(command) == Exit.DONE
-    assert "4 lines were damaged" in (tmp_path / "out" / "monitor.html").read_text()
+    assert "5 lines were damaged" in (tmp_path / "out" / "monitor.html").read_text()
     text = (tmp_path / "out" / "monitor.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["damaged_lines"] == 4, "NaN is no JSON"
+    assert json.loads(text, parse_constant=pytest.fail)["damaged_lines"] == 5, "NaN is no JSON"
     capsys.readouterr()
     (tmp_path / "out" / "alarms.json").write_text('{"standing": {"x": 1}}')
     assert main(command) == Exit.MISTAKE
