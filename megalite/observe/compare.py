@@ -59,18 +59,18 @@ def compare(
         if not any("loss" in record for record in records[name]):
             raise ConfigError(f"{run.folder} is no run with a step: its metrics.jsonl has no loss")
     results, settings = table_of_results(runs, records), table_of_settings(runs)
-    picture, page, lines = output / "compare.png", output / "compare.html", []
+    picture, page, lines, drawn = output / "compare.png", output / "compare.html", [], ""
     try:
         output.mkdir(parents=True, exist_ok=True)
         try:
             draw(records, picture)
+            drawn = html_picture(picture, "losses of the runs")
             lines.append(f"{picture}: the losses over steps, tokens and time")
         except ImportError:
             lines.append(
                 "there is no picture: it needs matplotlib, pip install 'megalite[observe]'"
             )
         with replacing(page) as temporary:
-            drawn = html_picture(picture, "losses of the runs") if picture.is_file() else ""
             temporary.write_text(page_of(runs, results, settings, drawn), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror or error}") from None

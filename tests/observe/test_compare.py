@@ -90,7 +90,7 @@ def test_a_run_whose_folder_is_held_is_running(tmp_path: Path) -> None:
 
 
 def test_compared_runs_are_drawn_and_their_differences_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = make_run(tmp_path / "a", 10, lr=1e-3), make_run(tmp_path / "b", 6, lr=2e-3)
     assert main(["compare", str(a), str(b), "--output", str(tmp_path / "out")]) == 0
@@ -102,6 +102,14 @@ def test_compared_runs_are_drawn_and_their_differences_told(
     assert "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>" in page
     assert "data:image/png;base64," in page
     assert (tmp_path / "out" / "compare.png").read_bytes()[1:4] == b"PNG"
+
+    def without_matplotlib(*_: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr("megalite.observe.compare.draw", without_matplotlib)
+    assert main(["compare", str(a), str(b), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "data:image" not in page, "the picture of another comparison"
 
 
 def test_curves_lie_where_their_steps_tokens_and_time_are(
