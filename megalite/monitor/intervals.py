@@ -59,18 +59,30 @@ def bootstrap(
     if not all(map(len, groups)):
         return NOTHING
     generator = np.random.default_rng(0)
-    parts = [_by_client(*pair) for pair in zip(groups, clients, strict=True)]
+    parts = [_Clients(*pair) for pair in zip(groups, clients, strict=True)]
     found = []
     for _ in range(NUM_RESAMPLES):
-        drawn = [
-            np.concatenate([part[at] for at in generator.integers(len(part), size=len(part))])
-            for part in parts
-        ]
-        found.append(measure(*drawn))
+        found.append(measure(*(part.drawn(generator) for part in parts)))
     low, high = np.quantile(found, [0.025, 0.975])
     return Interval(float(measure(*groups)), float(low), float(high))
 
 
-def _by_client(values: Array, clients: Sequence[str]) -> list[Array]:
-    names, index = np.unique(np.array(clients), return_inverse=True)
-    return [values[index == number] for number in range(len(names))]
+class _Clients:
+    """The numbers of each client's requests."""
+
+    def __init__(self, values: Array, clients: Sequence[str]):
+        names, index = np.unique(np.array(clients), return_inverse=True)
+        # Client by client, each with its requests in their order.
+        self._values = values[np.argsort(index, kind="stable")]
+        self._counts = np.bincount(index, minlength=len(names))
+        self._starts = self._counts.cumsum() - self._counts
+
+    def drawn(self, generator: np.random.Generator) -> Array:
+        """Return the numbers of as many clients as there are, drawn with replacement."""
+        chosen = generator.integers(len(self._counts), size=len(self._counts))
+        counts = self._counts[chosen]
+        ends = counts.cumsum()
+        # Places in `_values`, end to end. A list of an array for each client took minutes for a
+        # hundred thousand of them, a thousand times over.
+        places = np.arange(ends[-1]) + np.repeat(self._starts[chosen] - ends + counts, counts)
+        return self._values[places]
