@@ -36,9 +36,12 @@ class AlarmState:
 
     def update(self, alarms: Mapping[str, str], now: float) -> None:
         """Take in the alarms that stand `now`, in seconds since 1970."""
+        # An alarm that came and went before anybody was told of it is no news any more.
         gone = [name for name, x in self.standing.items() if name not in alarms and x["told"]]
+        # Earlier ends wait here as long as the webhook is away; one that stands again has not ended.
         self.ended = [name for name in dict.fromkeys([*self.ended, *gone]) if name not in alarms]
         before = self.standing
+        # `since` and `told` stay those of the first time; the text has the numbers of now.
         self.standing = {
             name: {"since": now, "told": False} | before.get(name, {}) | {"text": text}
             for name, text in alarms.items()
@@ -54,6 +57,8 @@ class AlarmState:
         lines = [f"ALARM {x['text']}" for name, x in self.standing.items() if name in fresh]
         lines += [f"over: {name}" for name in self.ended]
         alarms = [{"name": name} | x for name, x in self.standing.items()]
+        # Besides the text, all that stands and not only the news: who reads the fields need not
+        # remember what came before.
         return {
             "text": "megalite monitor\n" + "\n".join(lines),
             "status": "firing" if self.standing else "resolved",
@@ -79,6 +84,7 @@ def tell(state: AlarmState, url: str | None) -> Sequence[str]:
     try:
         if news and url:
             post(url, news, TRIES)
+        # Also where there is no webhook: one that is given later hears of what begins then.
         state.mark_told()
     except NotTold as error:
         warnings.append(f"the webhook was not told, and will be next time: {error}")

@@ -69,6 +69,7 @@ def compare_arms(rows: Sequence[Row], key: str) -> tuple[tuple[str, str], list[M
     clients. A shadow is compared with the answers to the same requests, pair by pair."""
     names = arms_of(rows, key)
     if SHADOW in names:
+        # Both were asked the same, so that what differs between requests cancels out.
         return names, _of_pairs(rows)
     sides = [[row for row in rows if row.get(key) == name] for name in names]
     found = [_share("failed by the server", [asked(side) for side in sides], is_error)]
@@ -79,6 +80,7 @@ def compare_arms(rows: Sequence[Row], key: str) -> tuple[tuple[str, str], list[M
         )
     for feature, name in NUMBERS.items():
         found.append(_bootstrapped(name, ".4g", sides, feature, _mean))
+    # NaN: one side has no such row, as where nobody rated.
     return names, [each for each in found if np.isfinite(each.difference.value)]
 
 
@@ -90,6 +92,7 @@ def _share(name: str, sides: Sequence[Sequence[Row]], test: Callable[[Row], bool
 def _ratings(rows: Sequence[Row], sides: Sequence[Sequence[Row]]) -> Measured:
     """Return the share of good ratings of each side's answers. A rating counts for whoever gave the
     answer, wherever it was sent."""
+    # A rating's own row has the arm that its sender belongs to now, which may not be the answer's.
     ids = [{row["id"] for row in side if "id" in row} for side in sides]
     kinds = [[row for row in rated(rows) if row.get("of") in found] for found in ids]
     return _share("good ratings", kinds, lambda row: bool(row["rating"] == "up"))
@@ -118,6 +121,8 @@ def _bootstrapped(
     values = [np.array([row[feature] for row in side], dtype=float) for side in found]
     clients = [[str(row.get("client")) for row in side] for side in found]
     one, other = (bootstrap([x], [who], measure) for x, who in zip(values, clients, strict=True))
+    # Both sides are drawn anew in each resample: a client is with one arm only, so that they are
+    # independent. Of two versions one after the other a client may be in both.
     difference = bootstrap(values, clients, lambda x, y: measure(y) - measure(x))
     return Measured(name, spec, one, other, difference)
 
@@ -132,6 +137,7 @@ def _of_pairs(rows: Sequence[Row]) -> list[Measured]:
         whole = [
             pair for pair in pairs if all(isinstance(row.get(feature), int | float) for row in pair)
         ]
+        # The pair is one observation of its client: resampled together, its difference stays whole.
         clients = [str(row.get("client")) for row, _ in whole]
         one, other = (np.array([pair[at][feature] for pair in whole], float) for at in (0, 1))
         each = [bootstrap([x], [clients], _mean) for x in (one, other, other - one)]
@@ -143,6 +149,7 @@ def compare(log: Path, key: str, window_s: float, output: Path) -> list[list[str
     """Compare two arms of the last `window_s` seconds of a log, write compare.html to the folder
     `output`, and return the table. Raises ConfigError and DataError."""
     rows, _ = read_log(log)
+    # Up to the newest row, not up to now: a log may be looked at later, on another machine.
     end = float(rows[-1]["time"])
     rows = [row for row in rows if row["time"] > end - window_s]
     names, found = compare_arms(rows, key)

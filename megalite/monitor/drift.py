@@ -53,6 +53,8 @@ def drift_of_numbers(feature: str, now: Array, reference: Array) -> Drift:
     bins."""
     if not (len(now) and len(reference)):
         return _none(feature, "number", len(now), len(reference))
+    # Repeated values make deciles coincide, as most prompts of one template have one length: then
+    # there are fewer bins.
     edges = np.unique(np.quantile(reference, np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
     # Values that equal an edge belong below it, as quantiles have it: most lengths are repeated.
     counts = [
@@ -71,6 +73,8 @@ def drift_of_classes(feature: str, now: Sequence[str], reference: Sequence[str])
     """Return how the classes of rows `now` differ from those of the reference."""
     if not (now and reference):
         return _none(feature, "class", len(now), len(reference))
+    # By the reference alone: classes that are chosen by looking at both sides would find differences
+    # where there is none.
     whole = Counter(reference)
     names = [name for name, _ in whole.most_common(MOST_CLASSES)]
     found = [Counter(x if x in names else OTHERS for x in rows) for rows in (now, reference)]
@@ -93,6 +97,7 @@ def _none(
 
 def psi(now: Counts, reference: Counts) -> float:
     """Return the population stability index of two arrays of counts per bin."""
+    # Before they become shares, which sum to 1 as they must.
     p, q = (
         (counts + SMOOTHING) / (counts.sum() + SMOOTHING * len(counts))
         for counts in (now, reference)
@@ -108,7 +113,11 @@ def psi_p(index: float, num_now: int, num_reference: int, num_bins: int) -> floa
 
     if num_bins < 2:
         return 1.0
+    # For small differences (p − q) ln(p / q) is about (p − q)² / q: Pearson's χ² of two samples, but
+    # for the numbers of rows.
     scaled = index * num_now * num_reference / (num_now + num_reference)
+    # The upper tail of χ² is the regularised gamma function of halves; torch has it, scipy is no
+    # requirement.
     half = torch.tensor([(num_bins - 1) / 2, scaled / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
 
@@ -116,6 +125,7 @@ def psi_p(index: float, num_now: int, num_reference: int, num_bins: int) -> floa
 def ks_statistic(now: Array, reference: Array) -> float:
     """Return the largest difference of two samples' distribution functions."""
     now, reference = np.sort(now), np.sort(reference)
+    # Both functions jump at values of either sample only.
     every = np.concatenate([now, reference])
     below = [np.searchsorted(x, every, side="right") / len(x) for x in (now, reference)]
     return float(np.abs(below[0] - below[1]).max())
@@ -129,6 +139,7 @@ def ks_p(statistic: float, num_now: int, num_reference: int) -> float:
     scaled = (root + 0.12 + 0.11 / root) * statistic
     if scaled < 0.2:  # the series converges slowly there, to 1
         return 1.0
+    # Terms fall as exp(−n²): at 0.2 the hundredth is below 1e-300.
     index = np.arange(1, 101)
     terms = (-1.0) ** (index - 1) * np.exp(-2 * (index * scaled) ** 2)
     return float(np.clip(2 * terms.sum(), 0, 1))

@@ -44,6 +44,8 @@ def newcombe(one: Interval, other: Interval) -> Interval:
     """Return the difference of two shares, the first less the second, with Newcombe's interval
     (1998) of their own intervals by Wilson."""
     difference = one.value - other.value
+    # The low end of the difference is where the first is low and the second high: the distances to
+    # these ends add up as standard errors do.
     down = np.hypot(one.value - one.low, other.high - other.value)
     up = np.hypot(one.high - one.value, other.value - other.low)
     return Interval(difference, float(difference - down), float(difference + up))
@@ -58,7 +60,7 @@ def bootstrap(
     drawn whole, since the requests of one are alike, which single requests would not show."""
     if not all(map(len, groups)):
         return NOTHING
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # the same log gives the same interval each time
     parts = [_Clients(*pair) for pair in zip(groups, clients, strict=True)]
     found = []
     for _ in range(NUM_RESAMPLES):

@@ -39,6 +39,8 @@ class Parts:
         """Divide `rows` from `start` to `end` into at most MOST_POINTS parts of a round length."""
         fits = (each for each in STEPS_S if (end - start) / each <= MOST_POINTS)
         self.step_s = next(fits, (end - start) / MOST_POINTS)
+        # On whole multiples of the length, such as full hours: a page of a minute later has the same
+        # parts, and one point more.
         first = int(start // self.step_s)
         self.rows: list[list[Row]] = [[] for _ in range(int(end // self.step_s) - first + 1)]
         for row in rows:
@@ -71,6 +73,7 @@ def draw(report: Report, reference_is_before: bool, out_path: Path) -> None:
     rows = [*(window.reference if reference_is_before else []), *window.now]
     start = float(rows[0]["time"]) if rows else window.start
     parts = Parts(rows, min(start, window.start), window.end)
+    # Without distributions the lower half would be empty.
     figure = new_figure(13, 10.5 if report.drifts else 5.5)
     upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0] if report.drifts else (figure, None)
     curves = upper.subplots(2, 2).flat
@@ -78,6 +81,7 @@ def draw(report: Report, reference_is_before: bool, out_path: Path) -> None:
         one(axes, parts)
         style(axes)
         _dates(axes)
+        # Another log's reference is not drawn over time, and nothing needs to be told from it.
         if reference_is_before and start < window.start:
             begins = np.datetime64(int(window.start), "s")
             ends = parts.middles[-1] + np.timedelta64(int(parts.step_s / 2), "s")
@@ -101,6 +105,7 @@ def _title(axes: Axes, text: str, color: str = INK) -> None:
 def _make_room(axes: Axes) -> None:
     """Leave room above the curves for a legend."""
     low, high = axes.get_ylim()
+    # On a logarithmic axis room is a factor, on others a length.
     is_log = axes.get_yscale() == "log"
     axes.set_ylim(low, high * (high / low) ** 0.25 if is_log else high + 0.2 * (high - low))
 
@@ -149,6 +154,7 @@ def _latencies(axes: Axes, parts: Parts) -> None:
     first = parts.quantile("first_token_s", 95)
     if np.isfinite(first).any():
         axes.plot(parts.middles, first, "--", color=GREY, linewidth=1.2, label="first token, p95")
+    # p50 and p99 are often powers of ten apart, and a change of either should show.
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -174,6 +180,7 @@ def _ratings(axes: Axes, parts: Parts) -> None:
     for rows in parts.rows:
         kinds = [row["rating"] for row in rated(rows)]
         shares.append(wilson(kinds.count("up"), len(kinds)))
+    # Parts without ratings are NaN, which is not drawn.
     values, lows, highs = np.array(shares, dtype=float).T
     axes.vlines(parts.middles, lows, highs, color=GREEN, alpha=0.35, linewidth=4)
     axes.plot(parts.middles, values, "o", color=GREEN, markersize=4)
@@ -184,6 +191,7 @@ def _ratings(axes: Axes, parts: Parts) -> None:
 
 def _shares(axes: Axes, drift: Drift, is_alarm: bool) -> None:
     """Draw the shares of a feature's bins, now and in the reference."""
+    # One above the other, since names of topics and languages are words.
     places = np.arange(len(drift.names))
     axes.barh(places - 0.2, drift.shares_reference, 0.38, color=GREY, alpha=0.6, label="reference")
     axes.barh(places + 0.2, drift.shares_now, 0.38, color=RED if is_alarm else BLUE, label="now")

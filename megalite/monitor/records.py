@@ -44,6 +44,7 @@ def read_log(path: Path) -> tuple[list[Row], int]:
     rows, num_damaged = [], 0
     for file in files:
         try:
+            # As bytes, since a line that a crash cut off may end within a letter.
             lines = file.read_bytes().splitlines()
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}") from None
@@ -56,6 +57,7 @@ def read_log(path: Path) -> tuple[list[Row], int]:
         raise DataError(
             f"{path} holds no line of a request: give the folder of `megalite serve --request-log`"
         )
+    # A line is written when its request ends, and several servers may share the folder.
     return sorted(rows, key=lambda row: float(row["time"])), num_damaged
 
 
@@ -74,6 +76,7 @@ def read_window(log: Path, reference: Path | None, seconds: float) -> Window:
     """Return the last `seconds` of a log, up to its newest row, beside the rows of `reference`, or
     of the log itself before them. Raise DataError."""
     rows, num_damaged = read_log(log)
+    # Up to the newest row, not up to now: a quiet night is no drift, and an old log can be judged.
     end = float(rows[-1]["time"])
     start = end - seconds
     now = [row for row in rows if row["time"] > start]

@@ -93,9 +93,11 @@ def examine(window: Window, limits: Limits) -> Report:
     drifts, speeds = drifts_of(window), speeds_of(window)
     now = asked(window.now)
     errors = wilson(sum(map(is_error, now)), len(now))
+    # 499 is a client that left: neither side's fault.
     refused = wilson(sum(400 <= row["status"] < 499 for row in now), len(now))
     ratings = good_share(window.now), good_share(window.reference)
     alarms = dict(_of_drift(drifts, limits))
+    # The lower end: of ten requests one that fails may be chance, of a thousand a hundred are not.
     if errors.low > limits.max_errors:
         alarms["errors"] = (
             f"the server failed {errors.shown('.1%')} of the requests, more than {limits.max_errors:.1%}"
@@ -107,6 +109,7 @@ def examine(window: Window, limits: Limits) -> Report:
 def drifts_of(window: Window) -> list[Drift]:
     """Return how each feature differs. Topics are there only where texts were logged."""
     now, reference = answered(window.now), answered(window.reference)
+    # Of answered requests only: a refused one has no score, and a failed one no length.
     found = [
         drift_of_numbers(name, values_of(now, name), values_of(reference, name)) for name in NUMBERS
     ]
@@ -165,6 +168,7 @@ def _of_speed(rows: Sequence[Row], limits: Limits) -> dict[str, str]:
     if limits.max_p95_s is None:
         return {}
     seconds = values_of(rows, "seconds")
+    # A quantile of few requests has no simple interval; the share beyond the limit has Wilson's.
     slow = wilson(int((seconds > limits.max_p95_s).sum()), len(seconds))
     if not slow.low > 0.05:
         return {}
@@ -172,6 +176,7 @@ def _of_speed(rows: Sequence[Row], limits: Limits) -> dict[str, str]:
 
 
 def _of_ratings(ratings: tuple[Interval, Interval], limits: Limits) -> dict[str, str]:
+    # Sure, and as large as asked for; without ratings on a side it is NaN, and no alarm.
     change = newcombe(*ratings)
     if not (change.high < 0 and change.value <= -limits.max_drop):
         return {}

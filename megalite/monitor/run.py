@@ -33,8 +33,10 @@ def monitor(
     report = examine(window, limits)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        # The page before the webhook: who is told looks there.
         lines = _write(report, limits, reference is None, output)
         state = AlarmState(output / "alarms.json")
+        # In the log's time, so that the same log says the same whenever it is looked at.
         state.update(report.alarms, window.end)
         warnings = tell(state, webhook)
     except OSError as error:

@@ -32,6 +32,8 @@ def topics_of(now: Sequence[str], reference: Sequence[str]) -> tuple[list[str], 
     """Return the topic of each text of `now`, and of each of the reference that the topics were not
     drawn from. A topic is named by three of its words."""
     now, reference = spread(now), spread(reference)
+    # Texts lie nearer to clusters that were drawn from them than any new text does: counted there,
+    # the reference would have fewer texts of no topic, and every window drift.
     drawn, counted = reference[::2], reference[1::2]
     if len(drawn) < NUM_TOPICS or not counted:
         return [], []
@@ -45,6 +47,7 @@ def topics_of(now: Sequence[str], reference: Sequence[str]) -> tuple[list[str], 
 
 def spread(texts: Sequence[str]) -> list[str]:
     """Return at most MOST_TEXTS texts, evenly spread."""
+    # By a stride and not by chance: the whole time is covered, and the next call takes the same.
     stride = max(1, -(-len(texts) // MOST_TEXTS))
     return list(texts[::stride])
 
@@ -64,6 +67,8 @@ def words_of(text: str) -> list[str]:
 
 
 def _buckets(text: str) -> list[int]:
+    # Python's own hash of a text differs between processes. Each word counts once, or one that a
+    # text repeats would decide its topic.
     return sorted({zlib.crc32(word.encode()) % NUM_BUCKETS for word in words_of(text)})
 
 
@@ -92,12 +97,12 @@ def _cluster(vectors: Matrix) -> Matrix:
     for _ in range(NUM_TOPICS):
         farthest = (vectors @ centers.T).max(1).argmin()
         centers = np.concatenate([centers, vectors[farthest : farthest + 1]])
-    centers = centers[1:]
+    centers = centers[1:]  # the mean of all was only what the first is farthest from
     for _ in range(ROUNDS):
         nearest = (vectors @ centers.T).argmax(1)
         for topic in range(NUM_TOPICS):
             mine = vectors[nearest == topic]
-            if len(mine):
+            if len(mine):  # else it stays where it was
                 mean = mine.mean(0)
                 centers[topic] = mean / max(float(np.linalg.norm(mean)), 1e-12)
     return centers
@@ -111,6 +116,7 @@ def _names(texts: Sequence[str], rarity: Matrix, centers: Matrix) -> list[str]:
             found.setdefault(zlib.crc32(word.encode()) % NUM_BUCKETS, Counter())[word] += 1
     names = []
     for number, center in enumerate(centers):
+        # Of a topic with fewer words, buckets of weight 0 are none of its own.
         heavy = [int(at) for at in np.argsort(-center)[:3] if center[at] > 0]
         words = [found[at].most_common(1)[0][0] for at in heavy if at in found]
         names.append(f"{number + 1}: {' '.join(words)}")
