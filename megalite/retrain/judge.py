@@ -79,6 +79,8 @@ def judge(
 ) -> Verdict:
     """Compare the models in two folders on the token files `held_out` and on what the config names.
     `work` is a folder for pages. Raises ConfigError, DataError or CheckpointError."""
+    # Anew in each round, since other rows judge in each. Bad numbers of its own are an error; those of
+    # a candidate are a verdict.
     before = measure(config, served, held_out, work / "bias-served.html")
     try:
         now = measure(config, candidate, held_out, work / "bias-candidate.html")
@@ -221,10 +223,13 @@ def worse_bias(served: Mapping[str, Any], candidate: Mapping[str, Any]) -> Itera
     for name, now in candidate.items():
         if not (before := served.get(name)):
             continue
+        # Distances, since a measure may pass to the other side and be as biased there.
         neutral = now["neutral"]
         ends = [abs(before[end] - neutral) for end in ("low", "high")]
         inside = now["low"] <= neutral <= now["high"]
         nearest = 0.0 if inside else min(abs(now[end] - neutral) for end in ("low", "high"))
+        # Intervals that overlap settle nothing, and a gate that closes by chance would never open: of
+        # twenty measures one looks worse each time.
         if nearest > max(ends):
             yield (
                 f"{name} went from {before['value']:.3f} to {now['value']:.3f}; {neutral:g} is unbiased"

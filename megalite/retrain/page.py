@@ -51,6 +51,7 @@ def _compared(what: str, pairs: Mapping[str, tuple[float, float]]) -> str:
 def scale(verdict: Verdict) -> str:
     """Return the gain drawn as a point with its interval, beside zero."""
     gain, width = verdict.gain, 520
+    # Zero in the middle and the same scale to both sides, so that a glance tells gain from loss.
     reach = 1.15 * max(abs(gain.low), abs(gain.high), 1e-9)
 
     def at(value: float) -> str:

@@ -38,7 +38,7 @@ def collect(inputs: Sequence[str], used: set[str], held_out_share: float) -> New
             num_bad += 1
             continue
         if (key := key_of(values)) not in seen:
-            seen.add(key)
+            seen.add(key)  # ten people who press the same button are one row
             judges = is_held_out(values["prompt"], held_out_share)
             (found.held_out if judges else found.train).append(values)
     return found._replace(num_bad=num_bad)
@@ -47,6 +47,7 @@ def collect(inputs: Sequence[str], used: set[str], held_out_share: float) -> New
 def _rows_of(inputs: Sequence[str]) -> Iterator[Row]:
     """Yield rows of completions; an export of an annotation tool is read as such."""
     for path, size in list_rows(inputs, Report()).items():
+        # File by file, since exports of several tools may stand beside the server's own ratings.
         first = next(read_rows({path: size}, Report()), None)
         rows: Iterable[Row] = read_rows({path: size}, Report())
         if first and (tool := tool_of(first)):
@@ -66,11 +67,14 @@ def question_of(values: Mapping[str, Any]) -> str:
 
 def is_held_out(prompt: Any, share: float) -> bool:
     """Return whether rows of this question judge and are never trained on, in any round."""
+    # By the question alone and not by chance: another answer to it in a later round is on the same
+    # side. The words before it keep the choice apart from other uses of the hash.
     digest = hashlib.sha256(b"held out:" + _plain(prompt)).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _plain(value: Any) -> bytes:
+    # Messages are objects, whose keys may come in any order.
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 

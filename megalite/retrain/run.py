@@ -144,6 +144,7 @@ def begin(config: RetrainConfig, before: list[Round], served: Path, say: Say) ->
     folder.mkdir()
     rows.write(folder / "train.jsonl", found.train)
     rows.write(folder / "held-out.jsonl", found.held_out)
+    # From here on the round is there, and its rows are used: they are on disk before it says so.
     fresh = Round(folder)
     fresh.note(
         number=number, began=time.time(), served=str(served), version=version_of(served),
@@ -174,6 +175,7 @@ def _go_on(config: RetrainConfig, current: Round, before: list[Round], say: Say)
     for line in told(verdict):
         say(line)
     outcome, text = _decide(config, current, verdict)
+    # The page before the outcome: a round that is over has one.
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page_of(state, verdict, outcome, text), encoding="utf-8")
     current.note(outcome=outcome, text=text, ended=time.time())
@@ -236,6 +238,7 @@ def _train(folder: Path, say: Say) -> None:
     say(f"training: {folder / 'run'}")
     megalite = [sys.executable, "-m", "megalite"]
     with open(folder / "console.log", "ab") as console:
+        # What has its name is whole: the model counts as trained from the rename on.
         unfinished = folder / "model.unfinished"
         remove(unfinished)
         for words in (
@@ -249,7 +252,11 @@ def _train(folder: Path, say: Say) -> None:
 
 def _run(command: list[str], console: Any) -> int:
     """Run a command, and pass on the signal that asks it to save and stop."""
+    # A process of its own, as a user would start it: its memory, and that of its ranks, is free when
+    # models are compared, and an interrupted one is a run like any other.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+    # The launcher saves on SIGTERM, whichever way this process was asked: by Slurm before its time
+    # limit (USR1), or at a terminal.
     asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     with handling(asked, lambda *_: process.send_signal(signal.SIGTERM)):
         return process.wait()
@@ -289,6 +296,7 @@ def _decide(config: RetrainConfig, current: Round, verdict: Verdict) -> tuple[st
             "kept",
             f"{config.served} was turned to {now} meanwhile, which this model was not compared with",
         )
+    # The link first: a server that starts anew meanwhile must read what this one is told to read.
     turn(config.served, model)
     if not config.reload:
         return "swapped", f"{config.served} leads to {model}; send the server SIGHUP"
@@ -307,6 +315,7 @@ def _remove_old(config: RetrainConfig, rounds: list[Round]) -> None:
     was served before it."""
     current = target_of(config.served)
     swapped = [each for each in rounds if each.state["outcome"] == "swapped"]
+    # One more than `keep` of them: the newest is the one that is served.
     kept = {current, *((each.folder / "model").resolve() for each in swapped[-config.keep - 1 :])}
     for each in rounds:
         if (each.folder / "model").resolve() not in kept:

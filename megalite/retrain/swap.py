@@ -36,6 +36,8 @@ def target_of(link: Path) -> Path:
 
 def turn(link: Path, folder: Path) -> None:
     """Let a link lead to a folder, from one moment to the next."""
+    # A link cannot be changed, only replaced. The rename is atomic: a server that opens the path
+    # just then finds the one model or the other.
     fresh = link.with_name(f".{link.name}.{secrets.token_hex(6)}")
     fresh.symlink_to(folder.resolve())
     try:
@@ -63,7 +65,7 @@ def reload(url: str) -> str:
             return str(json.load(response)["version"])
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")[:500]
-        if error.code == 409:
+        if error.code == 409:  # it has tried the model, and goes on with its own
             raise Refused(text) from None
         raise ConfigError(f"reload = {url}: status {error.code}: {text}") from None
     except (OSError, HTTPException, ValueError, TypeError, KeyError) as error:
