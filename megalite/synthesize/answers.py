@@ -33,6 +33,8 @@ class Answer:
 
 def key_of_request(body: dict[str, Any], slot: int, call: int) -> str:
     """Return the name of a request: of all that decides its answer, and of its place."""
+    # The body is the whole request, so that a changed prompt or temperature is asked anew. The place
+    # is there as well: two calls with the same text must not get one answer.
     told = json.dumps([body, slot, call], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(told.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
@@ -44,6 +46,8 @@ class Answers:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Answer] = {}
+        # A descriptor and no file object: one call of `os.write` is one write, without a buffer that
+        # a kill would cut anywhere.
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             self._read()
@@ -68,7 +72,7 @@ class Answers:
                     raise DataError(
                         f"{self._path}:{number} is no answer; delete the line to have it asked again"
                     ) from None
-        os.ftruncate(self._file, size)
+        os.ftruncate(self._file, size)  # what was torn is asked again
 
     def get(self, key: str) -> Answer | None:
         """Return the answer to a request, None if there is none yet."""
@@ -94,5 +98,6 @@ class Answers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Once at the end and not for each: a power cut costs the last answers, which are asked again.
         os.fsync(self._file)
         os.close(self._file)

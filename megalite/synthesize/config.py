@@ -185,6 +185,7 @@ class RecipeConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RecipeConfig:
+        # An unknown price would count as nothing, and the budget would never be spent.
         if self.budget.cost is not None:
             for name, each in (("endpoint", self.endpoint), ("judge", self.judge)):
                 if each is not None and each.price is None:
@@ -200,6 +201,7 @@ class RecipeConfig(Section):
     @property
     def judging(self) -> EndpointConfig:
         """Return the endpoint that judges."""
+        # A verdict should be the likeliest one; variety is for what is written.
         return self.judge or self.endpoint.model_copy(update={"temperature": 0.0})
 
 
@@ -214,6 +216,7 @@ def decisive(recipe: RecipeConfig) -> dict[str, Any]:
     told = recipe.model_dump(
         mode="json", exclude={"output", "rows", "budget"}, serialize_as_any=True
     )
+    # A recipe may go on at another address, with more patience or another key.
     for each in (told["endpoint"], told["judge"]):
         for name in OF_THE_WORK if each else ():
             del each[name]

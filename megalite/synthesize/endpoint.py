@@ -63,6 +63,7 @@ class Endpoint:
             if not secret:
                 raise ConfigError(f"{key}.key_from = {config.key_from!r}: the variable is not set")
             headers["Authorization"] = f"Bearer {secret}"
+        # Slots make several requests each, and all of them share these places.
         self._free = asyncio.Semaphore(config.concurrency)
         limits = httpx.Limits(max_keepalive_connections=config.concurrency)
         self._client = httpx.AsyncClient(headers=headers, timeout=config.timeout_s, limits=limits)
@@ -79,6 +80,7 @@ class Endpoint:
         what no further try would change."""
         body = self._body(messages, seed)
         key = key_of_request(body, slot, call)
+        # What an earlier start has asked is paid for: it counts for the budget, and is not asked again.
         answer = self._answers.get(key)
         if answer is None:
             async with self._free:
@@ -116,6 +118,7 @@ class Endpoint:
         }  # fmt: skip
         body |= {"top_p": config.top_p} if config.top_p is not None else {}
         body |= {"stop": list(config.stop)} if config.stop else {}
+        # Servers take a signed number of 32 bits.
         return body | ({"seed": seed % 2**31} if config.send_seed else {})
 
     async def _answer(self, body: dict[str, Any]) -> Answer:
@@ -133,8 +136,10 @@ class Endpoint:
                     return self._read(found, body, tried + 1)
                 why = f"HTTP {found.status_code}: {_reason(found)}"
                 if found.status_code in REFUSING:
+                    # About this request alone, so an answer like others: noted, and not asked again.
                     return Answer(why, "refused", tries=tried + 1)
                 if found.status_code not in PASSING and found.status_code < 500:
+                    # A wrong key or path: every further request would be met by the same.
                     raise ConfigError(f"{self._key}.base_url = {self.config.base_url!r}: {why}")
                 wait = _asked_to_wait(found)
             if tried < self.config.retries:
@@ -164,6 +169,7 @@ class Endpoint:
         told = [usage.get(name) for name in USAGE] if isinstance(usage, dict) else []
         counts = [count for count in told if isinstance(count, int)]
         is_metered = len(counts) == len(USAGE)
+        # Without a count the most that it can be, so that no budget is exceeded.
         if not is_metered:
             num_bytes = sum(len(message["content"].encode()) for message in body["messages"])
             counts = [num_bytes + 2 * OF_A_MESSAGE, self.config.max_tokens]

@@ -63,5 +63,7 @@ Which answer is better: more correct, more helpful, to the point? Reply with A o
 
 def filled(prompt: str, values: Mapping[str, str]) -> str:
     """Return a prompt with {name} replaced by the value of each name. Values are not looked into."""
+    # In one pass: a document that has "{text}" in it must not be filled in turn, nor do other braces
+    # need an escape, as they would with `str.format`.
     names = "|".join(map(re.escape, values))
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], prompt)

@@ -74,12 +74,16 @@ def synthesize(recipe: RecipeConfig, console: Console | None = None) -> dict[str
     with alone_in(output):
         for left in output.glob(".*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
+        # All that may be wrong with files is found before the first request is paid for.
         inputs, checks = task.read(), Checks(recipe.checks)
+        # A seed that an answer repeats is no new task. Other inputs stand in their rows by right.
         for each in inputs if task.LOOKS_BACK else ():
             checks.keep(each.text, f"seeds {each.source}")
         _begin(recipe, output, inputs, checks)
         with (
             Answers(output / "answers.jsonl") as answers,
+            # Written anew in each start, from the answers: then a row of a start that was killed
+            # cannot be there twice, and the checks see all rows in the same order.
             replacing(output / "rows.jsonl", durable=True) as rows,
             replacing(output / "rejected.jsonl", durable=True) as rejected,
             open(rows, "w", encoding="utf-8") as rows_file,
@@ -131,6 +135,8 @@ class Maker:
         try:
             with ProgressMeter(self._task.name, wanted, columns, console, told="") as meter:
                 while tally.rows < wanted and self._start_more():
+                    # The oldest, even where a later one is done: rows are judged in the order of
+                    # slots. It stays among the pending ones until then, and its cost reserved.
                     asked, _ = self._pending[0]
                     self._take(await asked)
                     self._pending.popleft()
@@ -138,6 +144,7 @@ class Maker:
                     line = f"{self._task.name}: {tally.rows:,} of {wanted:,} rows, {counts}"
                     meter.show(tally.rows, line, due=tally.rows == wanted, told=counts)
         finally:
+            # Also after an error: a task that goes on would write answers to a closed file.
             for asked, _ in self._pending:
                 asked.cancel()
             await asyncio.gather(*(asked for asked, _ in self._pending), return_exceptions=True)
@@ -177,6 +184,8 @@ class Maker:
     def _slot(self, number: int) -> Slot:
         """Return a slot. One that looks back sees the rows of slots that are further back than any
         that may be under way: the same, however fast answers come."""
+        # Slots are judged in order, so that their numbers ascend. At most LOOK_BACK are under way:
+        # those further back are all judged when this one begins.
         count = bisect_right(self._slots_of_texts, number - LOOK_BACK)
         return self._task.slot(number, self._inputs, self._texts[:count], self._recipe.seed)
 
@@ -185,6 +194,7 @@ class Maker:
         task, num_bytes = self._task, self._task.num_bytes(slot)
         total = Spent()
         for call in range(task.CALLS):
+            # The judge's calls are a task's last ones.
             endpoint = self._judge if call >= task.CALLS - task.JUDGED else self._endpoint
             total.add(endpoint.most(num_bytes, task.CARRIED * task.repeats()))
         return total
@@ -209,6 +219,8 @@ class Maker:
             nonlocal call
             endpoint, cost = (self._judge, judged) if judging else (self._endpoint, spent)
             messages = [{"role": "user", "content": text}]
+            # By the number of the call: two answers to one prompt, of which a judge shall prefer
+            # one, have two seeds.
             seed = seed_of(self._recipe.seed, slot.number, call)
             answer = await endpoint.ask(messages, seed, slot.number, call, cost)
             call += 1
@@ -250,6 +262,8 @@ class Maker:
             print(json.dumps(line, ensure_ascii=False), file=self._rejected)
             return
         tally.rows += 1
+        # Later rows are compared with this one, and only with rows that passed: what was refused may
+        # come again in a better form.
         print(json.dumps({**row, "metadata": told}, ensure_ascii=False), file=self._rows)
         for text in asked.made.distinct:
             self._checks.keep(text, f"rows line {tally.rows}")
@@ -272,6 +286,7 @@ class Maker:
 
 def _begin(recipe: RecipeConfig, output: Path, inputs: Sequence[Input], checks: Checks) -> None:
     """Note what decides the rows. Raises DataError if an earlier start has noted something else."""
+    # Contents and not names: a file that was changed under its name would mix two sets of rows.
     texts = json.dumps([[each.text, each.source] for each in inputs])
     now: dict[str, Any] = {
         "settings": decisive(recipe),

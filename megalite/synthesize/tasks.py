@@ -105,6 +105,7 @@ class Task(TaskConfig):
     def slot(self, number: int, inputs: Sequence[Input], made: Sequence[str], seed: int) -> Slot:
         """Return a slot. All inputs are gone through before one comes again, in another order.
         `made` are the texts that rows of earlier slots added to the examples."""
+        # The permutation is a function, not a list: the slot's input follows from its number alone.
         turn, place = divmod(number, len(inputs))
         return Slot(number, inputs[int(permute(place, len(inputs), key_of(seed, "inputs", turn)))])
 
@@ -177,6 +178,7 @@ class Instructions(Task):
 
     def slot(self, number: int, inputs: Sequence[Input], made: Sequence[str], seed: int) -> Slot:
         random = np.random.Generator(np.random.Philox(key_of(seed, "examples", number)))
+        # At least one example is a person's: a model that only sees its own tasks drifts from them.
         num_made = min(self.made_examples, self.examples - 1, len(made))
         shown = [made[at] for at in _some(random, len(made), num_made)]
         rest = min(self.examples - num_made, len(inputs))
@@ -251,6 +253,7 @@ class Questions(Task):
         if self.format == "pairs":
             return Made({"anchor": question, "positive": passage}, new, distinct)
         if self.format == "answers":
+            # The first place where it stands: which of several was meant, the model did not say.
             start = passage.find(answer)
             if start < 0:
                 raise Rejected("the answer does not stand in the passage", answer)
@@ -274,6 +277,7 @@ class Rewriting(Task):
         text = _unquoted(answer)
         if not text:
             raise Rejected("no text", answer)
+        # The parent's other fields, its label among them, are those of the new row.
         row = {**slot.input.values, self.field: text}
         return Made(row, (text,), (text,), slot.input.text)
 
@@ -363,7 +367,7 @@ class Preferences(Task):
         assert slot.input is not None
         prompt = slot.input.text
         one, other = [(await ask(prompt)).strip() for _ in range(2)]
-        if one == other or not (one and other):
+        if one == other or not (one and other):  # before the judge, who is paid as well
             raise Rejected("two answers that are the same, or none")
         verdicts = []
         for first, second in ((one, other), (other, one)):
@@ -429,6 +433,7 @@ def _passages(text: str, longest: int) -> Iterator[str]:
     between paragraphs, else lines, else sentences, else words."""
     text = text.strip()
     while len(text) > longest:
+        # In the second half only, so that no passage is much shorter than it may be.
         places = [text.rfind(mark, longest // 2, longest) for mark in ("\n\n", "\n", ". ", " ")]
         cut = next((place + 1 for place in places if place >= 0), longest)
         yield text[:cut].strip()
@@ -439,6 +444,8 @@ def _passages(text: str, longest: int) -> Iterator[str]:
 
 def _some(random: np.random.Generator, size: int, count: int) -> list[int]:
     """Return `count` different numbers below `size`."""
+    # A number for each and the smallest of them: which are drawn does not depend on how NumPy's
+    # `choice` is written.
     return np.argsort(random.random(size), kind="stable")[:count].tolist()
 
 
@@ -446,6 +453,7 @@ def _unquoted(text: str) -> str:
     """Return a text without the quotation marks that models put around what they were asked for."""
     text = text.strip()
     for begin, end in ('""', "“”", "«»"):
+        # Marks within belong to the text: "Yes", he said, "no".
         if len(text) > 2 and text[0] == begin and text[-1] == end and begin not in text[1:-1]:
             return text[1:-1].strip()
     return text
@@ -453,6 +461,7 @@ def _unquoted(text: str) -> str:
 
 def _json_in(text: str) -> dict[str, Any]:
     """Return the JSON object in an answer, which may have words or a fence around it."""
+    # From the first brace on: `raw_decode` leaves alone what follows the object.
     start = text.find("{")
     if start >= 0:
         try:
