@@ -53,6 +53,7 @@ def compare(
     what was written. Raises ConfigError for folders without steps."""
     if not 2 <= len(folders) <= MOST_RUNS:
         raise ConfigError(f"give 2 to {MOST_RUNS} runs to compare, not {len(folders)}")
+    # Everything is read before anything is written: a folder without steps leaves the last page alone.
     runs = dict(zip(_names(folders), map(RunRecord, folders), strict=True))
     records = {name: run.records() for name, run in runs.items()}
     for name, run in runs.items():

@@ -168,6 +168,7 @@ def commit_of(folder: Path) -> dict[str, Any] | None:
 
     try:
         commit = git("rev-parse", "HEAD").strip()
+        # Without untracked files: listing a folder of data takes minutes, and a patch has none of them.
         changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -59,6 +59,8 @@ class Server:
                     return self._parsed(path, answer.read())
             except urllib.error.HTTPError as error:
                 text = error.read(2000).decode(errors="replace")
+                # An answer and no failure: an experiment that is yet to be made, or a run that was
+                # deleted.
                 if "RESOURCE_DOES_NOT_EXIST" in text:
                     return None
                 if pause is None or (error.code < 500 and error.code != 429):
@@ -135,6 +137,7 @@ class MlflowSink(QueuedSink):
     def _metrics(self, record: Mapping[str, float]) -> Iterator[dict[str, Any]]:
         """Yield a record's values as the API takes them, with a time in ms and a step."""
         now = _now()
+        # Tasks that are told without a step belong to the newest.
         self._step = int(record.get("step", getattr(self, "_step", 0)))
         for name, value in record.items():
             if name != "step":

@@ -88,6 +88,8 @@ def estimate(
 ) -> tuple[Tensor, Tensor]:
     """Return unbiased estimates of S and |G|² from the mean squared norm of gradients of
     `small_size` sequences, and that of one of `big_size`."""
+    # Two equations E = |G|² + S / b, solved. With a single small batch, as large as the whole, both are
+    # divided by zero, and the step does not count.
     noise = (small - big) / (1 / small_size - 1 / big_size)
     signal = (big_size * big - small_size * small) / (big_size - small_size)
     return noise, signal

@@ -77,7 +77,7 @@ def plot_loss(
 
     figure = new_figure(10, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    norm = lower.twinx()
+    norm = lower.twinx()  # rates are about 1e-4 and norms about 1: no scale fits both
     _draw_losses(upper, train, valid, reference or {})
     title = metrics_path.resolve().parent.name
     upper.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=10)
@@ -202,6 +202,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     reach = np.minimum(window, index)
     low = index - reach
     high = np.minimum(index + reach + 1, len(values))
+    # A window without a finite value is 0 / 0, a gap in the curve.
     with np.errstate(invalid="ignore"):
         return (total[high] - total[low]) / (count[high] - count[low])
 

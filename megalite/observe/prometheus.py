@@ -42,6 +42,8 @@ class PrometheusSink:
         """Open the port, if one is asked for. The parameters are those of `Recorder`."""
         from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+        # A registry of its own: the global one has metrics of this Python process, and two runs in one
+        # process would share it.
         self._registry, self._make = CollectorRegistry(), Gauge
         self._gauges: dict[str, Gauge] = {}
         self._run = config.run.name
@@ -140,6 +142,7 @@ def metric_of(name: str) -> tuple[str, dict[str, str]]:
     key, _, which = rest.partition("/")
     labels: dict[str, str] = {}
     if group == "tasks":
+        # A task's name may have a slash in it, its metric has none.
         task, _, metric = rest.rpartition("/")
         key, labels = "score", {"task": task, "metric": metric}
     elif which and key in ("tokens", "loss"):

@@ -64,6 +64,7 @@ class Underflow:
         return note
 
     def _add(self, kind: int, index: int, given: Tensor, rounded: Tensor) -> None:
+        # Zeros lose nothing, and padding or dropout may have many of them.
         there = given != 0
         self._counts[kind, 0, index] += (there & (rounded == 0)).sum()
         self._counts[kind, 1, index] += there.sum()

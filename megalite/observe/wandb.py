@@ -35,6 +35,7 @@ class WandbSink(QueuedSink):
 
         `config` is stored with the run, offline files go to `folder`, and `say` prints a line for
         the user."""
+        # Made here and not by W&B, so that a checkpoint can name it before the server has answered.
         self.id = wandb_id or secrets.token_hex(4)
         self._config = config
         self._folder = folder
@@ -51,6 +52,8 @@ class WandbSink(QueuedSink):
             step = record.pop("step", None)
             if "samples" in record:
                 record["samples"] = _table(record["samples"])
+            # W&B drops what comes for an earlier step than its last: results of tasks without a step
+            # join what is there.
             run.log(record, step=None if step is None else int(step))
         run.finish(exit_code=item)
 

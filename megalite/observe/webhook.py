@@ -50,6 +50,7 @@ class WebhookSink:
     def close(self, status: str) -> None:
         """Tell how the run ended. Raise NotTold. A run that was sent back to a checkpoint goes on;
         that it failed, a launcher tells, where there is one."""
+        # The launcher also knows which rank it was and what it said last, which this one does not.
         if status == "sent back" or (status == "failed" and os.environ.get(LAUNCHER)):
             return
         text = f"{self._name} {status} at step {self._step:,} of {self._total:,}"
@@ -81,6 +82,8 @@ def tell(address: str, text: str) -> None:
 def claim(folder: Path, start: str) -> bool:
     """Return whether this launcher is the first of a start's launchers, one a node, to tell of its
     failure. `folder` is the run's, `start` names the start."""
+    # A file that only one of them can make: launchers of nodes that fell apart have no other way to
+    # agree.
     path = folder / "health" / f"told-{start.replace('/', '-')}"
     with suppress(FileExistsError):
         path.parent.mkdir(parents=True, exist_ok=True)
