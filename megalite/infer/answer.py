@@ -71,6 +71,7 @@ class Answer:
             self.end("stop")
             return
         self.tokens.append(token)
+        # A stop string in the last token that is allowed counts as a stop, not as too long.
         if self.stream.push(token):
             self.end("stop")
         elif len(self.tokens) >= self.request.max_tokens or room <= 1:
@@ -143,6 +144,7 @@ class TextStream:
         """Append decoded text. Cut it at the first stop string, and hold back an end that may begin
         one."""
         text = self._held + piece
+        # What has been said cannot be part of a match: its ends that might were held back.
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.said, self._held, self._stopped = self.said + text[: min(found)], "", True

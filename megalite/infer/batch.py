@@ -101,6 +101,7 @@ class Batch:
         """Raise NoRoom for a prompt that is too long, and ConfigError for one that is empty or has
         token ids unknown to the model."""
         count, last = len(request.prompt), self.model.vocab_size - 1
+        # Below the capacity, not up to it: at least one token of an answer must have a place.
         if not 0 < count < self.model.capacity:
             raise (NoRoom if count else ConfigError)(
                 f"the prompt has {count} tokens; it must have at least one, and fewer than the "
@@ -125,6 +126,7 @@ class Batch:
         """Give up an answer, whether it waits or runs. Its slot is free at once."""
         if answer in self.waiting:
             self.waiting.remove(answer)
+        # Nothing is cleared: whoever gets the slot next writes over its cells before it reads them.
         for slot, sequence in list(self._running.items()):
             if sequence.answer is answer:
                 del self._running[slot]
@@ -144,6 +146,7 @@ class Batch:
                 for slot in range(min(ready), max(ready) + 1)
             ]
             advanced += self._advance(rows)
+        # Whose prompt ended above has decoded a second token by now, and is told once.
         return list(dict.fromkeys(advanced))
 
     def finish(self) -> Iterator[Answer]:
@@ -157,6 +160,7 @@ class Batch:
 
     def _admit(self) -> None:
         """Give free slots to waiting answers, first come first served."""
+        # The lowest free one first: a decode step computes all slots up to the highest taken one.
         for slot in range(self.model.num_slots):
             if self.waiting and slot not in self._running:
                 self._running[slot] = _Sequence(self.waiting.popleft(), slot)
@@ -167,6 +171,7 @@ class Batch:
         rows: list[Row] = []
         widest = 0
         for sequence in self._running.values():
+            # Its prompt is done: it goes along with the decode step.
             if sequence.fresh == 1:
                 continue
             # A longer prompt goes in pieces of `prompt_tokens`, step by step.
@@ -250,6 +255,7 @@ def _logprobs_of(logits_BV: Tensor, tokens_B: Tensor, scored: Sequence[bool]) ->
 def _choice(logits_V: Tensor, token: int, count: int) -> Choice:
     """Return the Choice of `token` with its logprob and the `count` likeliest tokens, from
     unprocessed logits [V]."""
+    # Row by row, for few requests ask: of a whole batch it would be another [B,V].
     logprobs_V = logits_V.log_softmax(-1)
     best = logprobs_V.topk(min(count, len(logprobs_V)))
     likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -148,10 +148,14 @@ class KVCache:
             return None
         keys = self.write_keys(k_BTGK, places)
         self.values = self._written(self.values, v_BTGV, places)
+        # From its beginning a sequence has no more keys than those at hand, which the kernels of
+        # training take without a bias and without copying the cache.
         if places.fresh:
             return None
         values = places.read(self.values)
         plain = sinks_H is None and keys.shape == values.shape
+        # A single query: our kernel reads each row's own cells alone, where SDPA reads those of the
+        # longest row for all, and hides them by the bias.
         if q_BTHK.shape[1] == 1 and plain and pick("attention", q_BTHK) == "megalite":
             scaling = kind.scale_of(q_BTHK.shape[-1]), kind.softcap or 0.0
             out = torch.ops.megalite.decode_attention(
@@ -254,6 +258,7 @@ def add_cache(model: nn.Module, num_slots: int) -> None:
     attention one of latents, unless adapters change what makes keys and values of these. Others see
     their whole source in every forward pass."""
     latent = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    # With adapters keys and values come of a weight and its update, not of `kv.weight` alone.
     latent = [module for module in latent if getattr(module.kv, "updates", None) is None]
     for attention in latent:
         attention.cache = LatentKVCache(num_slots, attention.kv.weight)

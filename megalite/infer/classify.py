@@ -127,6 +127,7 @@ class Classifier:
         if not question.pair:
             ids = [*ids[:most], *end]
             return Row(ids, len(ids))
+        # The second text is cut first: what is left of the first one stands before it.
         first = [*ids, *tokenizer.between_ids][:most]
         both = [*first, *tokenizer.encode(question.pair)][:most]
         return Row([*both, *end], len(first))
@@ -163,6 +164,7 @@ class Classifier:
         seconds = [row.second for row in rows] if config.has_token_types else None
         for numbers, _, x_BTD in state_batches(self.model, [row.ids for row in rows], seconds):
             if self.task == "classification":
+                # Of a decoder only the last token has seen all of the text.
                 at_B = [0 if config.CLASS_AT == "first" else len(rows[n].ids) - 1 for n in numbers]
                 x_BTD = x_BTD[torch.arange(len(numbers)), at_B][:, None]
             logits_BTC = logits_of(self.model, x_BTD).cpu()

@@ -202,6 +202,7 @@ def state_batches(
         width = len(rows[left[0]])
         count = max(1, BATCH_TOKENS // width)
         numbers, left = left[:count], left[count:]
+        # With a token of the row's own: any is hidden, and each must be one of the vocabulary.
         padded = [row + row[-1:] * (width - len(row)) for row in (rows[n] for n in numbers)]
         tokens_BT, index_T = torch.tensor(padded, device=device), torch.arange(width, device=device)
         lengths_B1 = torch.tensor([len(rows[n]) for n in numbers], device=device)[:, None]

@@ -190,6 +190,7 @@ def report(
     results."""
     console = Console(soft_wrap=True)
     console.print(table_of(results))
+    # In a file of their own: they are far larger than the results.
     samples = results.pop("samples", {})
     results = results | {"lm_eval": version("lm_eval")}
     file = keep_results(results, asked._asdict(), folder, run, output, console)

@@ -84,6 +84,8 @@ def find_model(path: Path) -> Path:
         )
     newest = step_folder(root, steps[-1])
     worth = read_worth(newest, steps[-1])
+    # Bad numbers that were refused leave weights as they were; so many of them are a sign that
+    # these weights are where they come from.
     if not (worth.refused or worth.doubted):
         return newest
     sound = sound_steps(steps, worth)
@@ -367,6 +369,7 @@ class Generator:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Generate and return all answers, in the order of their requests. Raise ConfigError for a
         prompt that is too long, and NotFinite for logits that are not finite."""
+        # A batch of its own: one that an error leaves behind would go on computing dead answers.
         batch, answers = Batch(self.model, self.ends), [self.start(request) for request in requests]
         for answer in answers:
             batch.add(answer)

@@ -113,6 +113,8 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
         raise ConfigError(
             f"{file}: {reading} = {shown(values.get(reading, ends))}: {error}"
         ) from None
+    # What the file leaves open is LIKELY's, for transformers' own defaults (temperature 1, top-k
+    # 50) are nobody's choice.
     sampled = {name: given[name] for name in SAMPLED if name in given}
     # transformers decodes greedily then, whatever temperature the file has.
     if given.get("do_sample") is False:

@@ -83,6 +83,7 @@ def measure(
     with _loader(mixture, config, mesh, plan) as loader:
         watched = MadeBatches(loader, labels.note)
         numbers = validate(parts, watched, batches, "valid", mesh)
+    # Data ranks have each their own samples; float64 counts bytes exactly up to 2^53.
     found = torch.tensor([labels.count, labels.num_bytes], dtype=torch.float64, device=mesh.device)
     num_labels, num_bytes = all_reduce(found, mesh.data).tolist()
     # Nats of a label to bits of a byte, by which models of other tokenizers compare.

@@ -93,6 +93,7 @@ class SamplesInTraining:
         batch, answers = self._ask(
             TrainingModel(stages, pipeline, mesh, self._config), self.prompts
         )
+        # Not `finish`, which raises: bad numbers of a model in training are for its guard to judge.
         while batch.busy:
             batch.step()
         return [answer.text for answer in answers]
@@ -193,6 +194,7 @@ def _ranks_that_share(config: Config, mesh: Mesh) -> Axis:
     """Return the axis of the ranks that share what is to be evaluated: the data ranks, or one alone
     where all of them must run the same forward passes. That is so under ZeRO-3, where they gather
     each other's weights in every layer, and where they share experts, and send each other tokens."""
+    # One rank with more documents would wait there in a collective that no other calls.
     together = config.parallel.zero_stage == 3 or mesh.data_shares_experts
     return ALONE if together else mesh.data
 

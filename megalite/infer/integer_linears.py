@@ -175,5 +175,6 @@ def _integers(weight: Weight, files: TensorFolder) -> tuple[Tensor, Tensor] | No
 
 def _fits_int4(numbers: Tensor, scales: Tensor) -> bool:
     """Return whether torch's kernel takes a matrix of this shape."""
+    # Divided, not rounded: a last group that is shorter fits no kernel.
     groups = numbers.shape[1] / scales.shape[1]
     return groups in INT4_GROUPS and numbers.shape[0] % 32 == 0 and math.prod(scales.shape) > 0

@@ -31,6 +31,7 @@ def pack_linears(model: nn.Module) -> None:
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
         return
+    # A list, for layers are replaced while it is walked.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             # Exactly nn.Linear: a subclass may compute something else.

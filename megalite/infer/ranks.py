@@ -103,6 +103,7 @@ def parallel_section(tensor: int, pipeline: int, expert: int) -> dict[str, Any]:
 def plan_of_inference(config: Config, world_size: int) -> Plan:
     """Return the plan of ranks of which all tensor ranks have all tokens. Those that hold different
     experts have different tokens in training; a plan of that says the rest."""
+    # Sequence parallelism cuts a sequence into equal parts, and a decode step has one token.
     return replace(make_plan(config, weight_table(config.model), world_size), sequence=False)
 
 
@@ -135,6 +136,7 @@ def load_on_ranks(
             "optimizer": {"lr": 1.0},
         }
     )
+    # Predictors of further tokens are trained beside the model; answers do not need them.
     config = config.model_copy(update={"model": config.model.without_predictors()})
     plan = plan_of_inference(config, launch.world_size)
     launch.join()

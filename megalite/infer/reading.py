@@ -134,6 +134,7 @@ class Reader:
                     f"model's max_positions = {self.max_positions:,}"
                 )
             raise ConfigError(what)
+        # By half, so that every answer shorter than that stands whole in one of the windows.
         step = max(room // 2, 1)
         # As many as reach the end of the text.
         starts = range(0, max(len(ids) - room, 0) + step, step)

@@ -162,6 +162,7 @@ def f1(said: str, wanted: str) -> float:
 
 def _bare(text: str) -> list[str]:
     """Return the words of `text` in lower case, without punctuation and articles."""
+    # In SQuAD's own order: punctuation goes before articles are looked for.
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 

@@ -71,6 +71,8 @@ def choose(
     `samplings` are the settings and `ids` the token ids so far of each, prompt included. For their
     rules, `num_new` says how many of the ids belong to the answer, and `ends` which tokens would
     end it."""
+    # In transformers' order, for each step changes what the next one sees: penalty, rules,
+    # temperature, top-k, top-p, min-p.
     penalized = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
     ruled = [row for row, sampling in enumerate(samplings) if sampling.rules != NO_RULES]
     if penalized or ruled:
@@ -124,6 +126,7 @@ def warp(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         logits_BV = logits_BV.masked_fill(logits_BV < _least_of_top_p(logits_BV, top_p), -torch.inf)
     if max(sampling.min_p for sampling in samplings) > 0:
         min_p = column([sampling.min_p for sampling in samplings])
+        # The logarithm of rows without min-p is -inf, below which there is nothing.
         logits_BV = logits_BV.masked_fill(
             logits_BV < logits_BV.amax(-1, keepdim=True) + min_p.log(), -torch.inf
         )
@@ -141,6 +144,7 @@ def _draw(logits_BV: Tensor, seeds: Sequence[int], places: Sequence[int]) -> Ten
     )
     # Times the last sum, which rounding may leave a little below or above 1.
     place_B1 = uniform(random_bits(SITE, seed_B1), index_B1).double() * sums_BV[:, -1:]
+    # right=True: a random number of exactly 0 must not draw a first token of probability 0.
     return torch.searchsorted(sums_BV, place_B1, right=True)[:, 0]
 
 

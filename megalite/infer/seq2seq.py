@@ -113,6 +113,7 @@ class Decoding:
             mixer, cross = layer.attention, layer.cross
             heads = mixer.qkv(layer.attention_norm(x)).unflatten(-1, (-1, mixer.head_size))
             q, k, v = heads.chunk(3, dim=2)
+            # In place, into room made once: what grows by a token a step would be copied a step.
             cache.keys[:, at], cache.values[:, at] = k[:, 0], v[:, 0]
             attended = attention(
                 q, cache.keys[:, : at + 1], cache.values[:, : at + 1], kind=ALL, bias=bias
@@ -205,6 +206,7 @@ class TargetGenerator:
                 )
         room = min(max_tokens, self.max_positions)
         found: dict[int, list[int]] = {}
+        # Like lengths together, for little padding; each row keeps its number, which seeds it.
         left = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
         while left and room > 0:
             count = max(1, BATCH_TOKENS // (len(sources[left[0]]) * (beams.width if beams else 1)))

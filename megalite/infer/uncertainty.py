@@ -145,6 +145,7 @@ def least_certain_answers(
     """Return the `count` requests whose answers surprise the generator itself most, by their mean
     surprisal: nats per token that it says. Answers that say nothing are left out: of them nothing
     can be corrected. Raise ConfigError for a prompt that is too long."""
+    # 0: the chosen tokens' log probabilities alone, without any alternatives.
     answers = generator.answer([replace(request, num_logprobs=0) for request in requests])
     found = []
     for number, answer in enumerate(answers):

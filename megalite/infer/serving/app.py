@@ -276,6 +276,7 @@ class Service:
         """Answer a completion request."""
         check_model(body.model, self.settings)
         self._check_count(len(body.prompts) * body.n)
+        # From the cheapest check to the dearest: a count, bytes, tokens, and what the engine knows.
         sizes = [len(prompt.encode()) for prompt in body.prompts if isinstance(prompt, str)]
         self._check_fits(max(sizes, default=0), "prompt")
         prompts = await self._beside(
@@ -360,6 +361,7 @@ class Service:
         if self.settings.log_prompts:
             LOG.info("prompt %s", AsJson(body.model_dump(exclude_none=True)))
         if are_noted():
+            # Only where a line is written of it: it takes a sum over the vocabulary for each token.
             requests = [replace(each, scored=True) for each in requests]
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
 

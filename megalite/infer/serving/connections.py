@@ -107,11 +107,13 @@ class Connection(H11Protocol):
     def close_if_late(self, now: float) -> None:
         """Close the connection if its present phase has taken too long. `now` is of
         `time.monotonic`."""
+        # Any change is progress and begins the time anew: another phase, fewer unsent bytes.
         phase, limit = self._look()
         if phase != self._phase:
             # A new connection's time has run since it was made.
             self._since = now if self._phase else self._since
             self._phase = phase
+        # By a rate and not by silence: a byte every few seconds would hold a connection for ever.
         if phase[0] == "body":
             limit += (self._received - phase[2]) / BODY_BYTES_PER_S
         if now - self._since <= limit:

@@ -70,6 +70,7 @@ class EncoderEngine:
         with self._lock:
             if self._is_closed:
                 raise Overloaded("the server is about to end")
+            # More than, for the one under way does not wait.
             if self._num_asked > self.max_waiting:
                 raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
             self._num_asked += 1
@@ -281,6 +282,7 @@ class EncoderService:
         if body.dimensions:
             vectors = vectors[:, : body.dimensions]
             if self.encoder.pooling.normalize:
+                # Cut (Matryoshka: Kusupati et al. 2022) they are shorter than 1.
                 vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         data = [
             {
@@ -312,6 +314,7 @@ class EncoderService:
 
         scores, num_tokens = await within_time(request, self.engine, self.settings, work)
         note(prompt_tokens=num_tokens)
+        # Stable: of equal ones the document that came first; numpy's usual order is any.
         order = np.argsort(-scores, kind="stable")[: body.top_n]
         results = [
             {"index": int(index), "relevance_score": float(scores[index])}

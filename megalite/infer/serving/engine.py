@@ -111,6 +111,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Return how many requests wait for a slot."""
+        # Read by other threads without the lock: a number that is a step old does for what asks.
         return len(self._batch.waiting) + len(self._arrived)
 
     def submit(
@@ -121,6 +122,8 @@ class Engine:
         Each may take `timeout_s` seconds. `deliver` gets the updates: every piece if `streamed`,
         otherwise the end alone. Raise Overloaded, and ConfigError for a prompt that does not
         fit."""
+        # Here, in the client's thread: in the engine's nobody could be told, and what `Batch.add`
+        # raises would end it.
         for request in requests:
             self._batch.check(request)
         now = time.monotonic()
@@ -206,6 +209,7 @@ class Engine:
             late = list(self._tickets)
             self._give_up(late, "cancelled")
         else:
+            # Also what still waits for a slot: its client waits as long.
             late = [answer for answer, ticket in self._tickets.items() if now >= ticket.deadline]
             self._give_up(late, "time")
         self._tell(late)
@@ -221,6 +225,7 @@ class Engine:
         told: dict[Deliver, Told] = {}
         for answer in answers:
             ticket = self._tickets[answer]
+            # Before it is delivered: who reads an answer, and then the metrics, finds it there.
             self._count(ticket)
             if update := ticket.news():
                 told.setdefault(ticket.deliver, []).append((ticket, update))

@@ -60,6 +60,7 @@ class Loaded:
         self._idle.set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # Nothing is awaited before the count: a swap in between would end the engine under it.
         note(version=self.version)
         self._running += 1
         self._idle.clear()
@@ -126,6 +127,7 @@ class Host:
         self._name(self.current)
         yield
         self._is_closed = True
+        # They wait for last answers, which `end` now cuts off.
         for task in self._leaving:
             task.cancel()
         for loaded in self._live:
@@ -161,6 +163,7 @@ class Host:
     async def reload(self) -> Loaded:
         """Load what the path leads to now, and let all further requests go there. Raise Trouble
         where that cannot be served: the model stays what it was."""
+        # Two at once would be three models in memory.
         async with self._one_at_a_time:
             try:
                 fresh = await self._load()
@@ -186,6 +189,7 @@ class Host:
         """Open the model beside the one that serves, and start its engine."""
         if self._open is None:
             raise ConfigError("this server was started with a model, not with a path to one")
+        # Checked against checksums, unlike at the start: a copy may still be under way.
         opened = await run_in_threadpool(self._open, True)
         if type(opened.model) is not self.kind:
             raise ConfigError(

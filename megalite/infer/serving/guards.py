@@ -126,6 +126,7 @@ class Guards:
     def _check_size(self, scope: Any) -> None:
         """Raise Refused if the stated length is too large or no number."""
         length = _header(scope, b"content-length")
+        # Digits alone, for int() also takes signs, spaces and underscores.
         if length is not None and (not length.isdigit() or int(length) > self.max_bytes):
             raise too_large(self.max_bytes)
 
@@ -215,6 +216,7 @@ class Guards:
 
 def check_parts(body: bytes) -> None:
     """Raise Refused for JSON with so many parts that parsing it would delay others."""
+    # The cheap count comes first: only a body that passes it is worth the regular expression.
     structure, num_texts = b"", (body.count(b'"') - body.count(b'\\"')) // 2  # or more
     if num_texts <= MOST_TEXTS:
         structure, num_texts = _TEXT.subn(b"", body)
@@ -242,6 +244,7 @@ class Held:
     def grow_to(self, num_bytes: int) -> None:
         """Record that the body has `num_bytes` so far. Raise Refused if the share for large bodies
         is used up."""
+        # Small ones are not counted, so that large ones never keep them out.
         if num_bytes <= max(SMALL_BYTES, self._bytes):
             return
         more = num_bytes - self._bytes

@@ -52,6 +52,7 @@ def open_model(path: Path, num_slots: int, max_length: int, check: bool) -> Open
     folder = find_model(path).resolve()
     if check:
         check_whole(folder)
+    # Of the files that are read next, not of those that may lie there afterwards.
     version = version_of(folder)
     config = model_config({"hf": str(folder)})
     model: Model

@@ -20,6 +20,7 @@ def is_own_name(host: str, bound: str, local: str) -> bool:
     if not found:
         return False
     name, everywhere = found[1].strip("[]").lower().rstrip("."), bound in ("", "0.0.0.0", "::")
+    # A page under a name of its own cannot send these: a browser sends the name that it asked for.
     if name in ("localhost", bound.lower(), local.lower()):
         return True
     try:

@@ -76,6 +76,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_left_out(cls, values: Any) -> Any:
+        # Clients of typed languages send null for whatever is not set.
         return (
             {name: value for name, value in values.items() if value is not None}
             if isinstance(values, dict)
@@ -145,6 +146,7 @@ class Asked(Body):
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == -1:  # as vLLM has it
             asked["top_k"] = 0
+        # 62 bits: the seeds of further choices, which are added, do not wrap.
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         samplings = [

@@ -104,6 +104,7 @@ class RequestLog:
         apart from others by a keyed hash alone."""
         end = facts.pop("end", None)
         try:
+            # A plain hash could be looked up: addresses are few, and keys may be guessed.
             hashed = hmac.new(self._salt, client, hashlib.sha256).hexdigest()[:16]
             row = {**more, "client": hashed, **facts, **(end() if end else {})}
             self._lines.put_nowait(orjson.dumps(row, default=repr) + b"\n")

@@ -83,6 +83,7 @@ def waiting_answers(folder: Path) -> list[Waiting]:
 def _newest_lines(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of the last files, of MOST_BYTES at most."""
     left = MOST_BYTES
+    # Names are dates: the order of the alphabet is that of time.
     for file in sorted(folder.glob("requests-????-??-??.jsonl"), reverse=True):
         try:
             with file.open("rb") as log:
@@ -91,6 +92,7 @@ def _newest_lines(folder: Path) -> Iterator[dict[str, Any]]:
                 data = log.read(left)
         except OSError:
             continue  # it was too old, and is gone
+        # Read from the middle, its first line is a part of one.
         lines = data.split(b"\n")
         for line in lines[1:] if skipped else lines:
             try:

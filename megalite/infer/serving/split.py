@@ -46,6 +46,7 @@ def make_hosting(
 def falls_to_challenger(key: bytes, share: float) -> bool:
     """Return whether who asks by `key` belongs to the `share` that the challenger answers. Who does
     still does where the share grows."""
+    # A prefix of its own: no other share that is drawn by hashes of keys falls together with it.
     digest = hashlib.sha256(b"split:" + key).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -110,6 +111,7 @@ class Split:
             return message
 
         await self._by(self.champion, "a", scope, recording, send)
+        # After the champion has answered, who must not wait for the one that answers nobody.
         if len(self._shadows) < MOST_SHADOWS:
             of = noted("id")
             task = asyncio.ensure_future(self._ask_shadow(before, b"".join(pieces), of))

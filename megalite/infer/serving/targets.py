@@ -100,6 +100,7 @@ class TargetService:
             with told("prompt"):
                 num_prompt, targets = await within_time(request, self.engine, self.settings, work)
         finally:
+            # Work under way finds at its next token that nobody waits any more.
             deadline.ends = 0.0
         reply = Reply("cmpl", self.settings.name, str, self.version, body.tells_usage)
         num_said = sum(map(len, targets))
