@@ -53,6 +53,7 @@ def flip_results(filled: Sequence[Filled], shares_nK: Array, labels: Sequence[st
     between words of one group, as any other word may change it; and by how much each class is
     likelier with a group than with the others. Probabilities are [n, K], of K `labels`."""
     said = shares_nK.argmax(1)
+    # Compared are texts of one template and one attribute's words: they differ in the group alone.
     texts: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, item in enumerate(filled):
         texts[item.cluster, item.rest][item.group].append(number)
@@ -71,6 +72,7 @@ def flip_results(filled: Sequence[Filled], shares_nK: Array, labels: Sequence[st
             within.append(float(np.mean([said[a] != said[b] for a, b in alike])))
             apart.append(across[-1] - within[-1])
             of_within.append(cluster)
+        # Each group counts once, however many words it has; so do the others, whose mean is taken.
         means = {group: shares_nK[numbers].mean(0) for group, numbers in groups.items()}
         for group, mean_K in means.items():
             others = [means[other] for other in means if other != group]
@@ -104,6 +106,7 @@ def group_results(
         right = [
             row.label == told for row, told in zip(rows, said, strict=True) if row.group == group
         ]
+        # No row was filled from a template: each is a cluster of its own.
         share = estimate([*map(float, right)], range(len(right)), (0, 1))
         results.append(Result("accuracy", group, share, None))
     for measure, is_counted in (
@@ -113,6 +116,8 @@ def group_results(
     ):
         for label, group in product(labels, groups):
             some = [n for n, row in enumerate(rows) if is_counted(row, label)]
+            # Less the others' rows, not all: a group that has most of all would be compared with
+            # itself.
             found = difference(
                 [float(said[n] == label) for n in some], [rows[n].group == group for n in some]
             )
@@ -131,6 +136,8 @@ def difference(values: Sequence[float], is_first: Sequence[bool]) -> Estimate:
     if not all(sides):
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
     p, q = (float(np.mean(side)) for side in sides)
+    # Newcombe: the lower end has the first's lower and the second's upper limit, the upper end the
+    # other two.
     counts = [len(side) for side in sides]
     (p_low, p_high), (q_low, q_high) = (wilson(*pair) for pair in zip((p, q), counts, strict=True))
     return Estimate(

@@ -144,6 +144,7 @@ def _crows(file: Path, limit: int | None) -> BiasTest:
                 raise DataError(f"{where}: stereo_antistereo = {shown(side)} is neither of {SIDES}")
             if not (more and less and kind):
                 raise DataError(f"{where}: sent_more, sent_less or bias_type is empty")
+            # Each pair is a cluster of its own: the file does not tell which ones have one writer.
             pairs.append(Pair(where, kind, where, more, less, side))
     except csv.Error as error:
         raise DataError(f"{file}, line {reader.line_num}: {error}") from None
@@ -164,6 +165,7 @@ def _wino(file: Path, limit: int | None) -> BiasTest:
     sides = [_sentences(each, limit) for each in (file, other)]
     if len(sides[0]) != len(sides[1]):
         raise DataError(f"{file} has {len(sides[0])} sentences, and {other} {len(sides[1])}")
+    # Who is meant in any sentence: the other person of a sentence is not marked in it.
     people = {_bare(who) for side in sides for who, _ in map(_parts, side)}
     category = next((kind for kind in ("type1", "type2") if kind in file.name), "sentences")
     pairs, choices = [], []
@@ -236,6 +238,7 @@ def _lines(file: Path, limit: int | None) -> BiasTest:
         if not line.strip():
             continue
         try:
+            # The first row tells which of the two forms it is; a file is of one.
             if rows or (not choices and isinstance(row, dict) and "group" in row):
                 rows.append(_labelled(where, row))
             else:
@@ -278,6 +281,7 @@ def _question(where: str, row: Any) -> Choice:
         raise ValueError("one of the answers must be of the group 'unknown'")
     stereotyped = {str(x).lower() for x in row["additional_metadata"]["stereotyped_groups"]}
     meant = {n for n, group in enumerate(groups) if group & stereotyped and n not in unknown}
+    # "Who was bad at maths?" asks for the stereotype, "Who was good at it?" for the other person.
     biased = meant if polarity == "neg" else {0, 1, 2} - meant - {*unknown}
     category = str(row["category"])
     return Choice(

@@ -52,6 +52,7 @@ def estimate(
     if number < FEWEST:
         return Estimate(mean, math.nan, math.nan, len(x), number)
     if bounds is None:
+        # Sums and counts are drawn together: a draw of large clusters has more items, too.
         drawn_R = means_drawn(sums_C[:, None], counts_C[:, None])[:, 0]
         low, high = widened(mean, np.quantile(drawn_R, (0.025, 0.975)), number)
     else:
@@ -62,6 +63,7 @@ def estimate(
 def by_cluster(values: Array, clusters: Sequence[Hashable]) -> tuple[Array, Array]:
     """Return the sum and the number of the values of each cluster, both [C]."""
     number = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    # `np.add.at`, for `sums[at] += values` would count a cluster once, not once an item.
     at = np.array([number[cluster] for cluster in clusters], np.int64)
     sums, counts = np.zeros((2, len(number)))
     np.add.at(sums, at, values)
@@ -86,16 +88,20 @@ def _bounded(
     """Return Wilson's interval of a mean of values within bounds, as of a share, with as many items
     as independent ones would have to be for the variance between clusters (Korn, Graubard 1998)."""
     least, most = bounds
+    # A mean of values within bounds varies at most as a share of yes and no does.
     share = (mean - least) / (most - least)
     count, number = counts_C.sum(), len(counts_C)
     effective = count
     if number < count:
         shares_C = (sums_C - least * counts_C) / (most - least)
         apart = ((shares_C - share * counts_C) ** 2).sum()
+        # The variance of a ratio of two sums over clusters, linearised; they are of unequal sizes.
         variance = number / (number - 1) * apart / count**2
         # Where all are alike nothing tells how far clusters differ: each of them counts as one.
         independent = share * (1 - share)
         effective = min(count, independent / variance) if variance > 0 else number
+        # Few clusters tell their own variance badly: as many fewer items widen the interval as
+        # Student's t does that of a mean.
         effective *= (Z / t_quantile(number - 1)) ** 2
     low, high = wilson(share, effective)
     return least + low * (most - least), least + high * (most - least)
@@ -127,6 +133,7 @@ def means_drawn(sums_CK: Array, counts_CK: Array) -> Array:
     """Return K means in each of R draws of as many clusters, with replacement, [R, K]; NaN where no
     cluster that was drawn has a value."""
     number = len(sums_CK)
+    # How often each cluster was drawn is all that a mean needs: no items are copied.
     generator = np.random.Generator(np.random.Philox(SEED))
     found = []
     # A few draws at a time: R × C numbers would be gigabytes for large tests.
@@ -151,6 +158,7 @@ def spearman(one: Array, other: Array) -> Array:
 
 def _ranks(x: Array) -> Array:
     """Return the rank of each value among the last dimension's, from 1 on."""
+    # By comparing all pairs: groups are few, and a sort has no mean rank for ties.
     less = (x[..., None, :] < x[..., :, None]).sum(-1)
     same = (x[..., None, :] == x[..., :, None]).sum(-1)
     return less + (same + 1) / 2

@@ -82,9 +82,11 @@ def relate(preferred: Mapping[str, list[tuple[str, float]]], counts: Mapping[str
     both = [group for group in counts if group in preferred]
     axes = [group.partition("/")[0] for group in both]
     groups = [group for group, axis in zip(both, axes, strict=True) if axes.count(axis) > 1]
+    # One more of each, for groups that are never mentioned.
     logs = {group: float(np.log2(counts[group] + 1)) for group in groups}
     found = []
     for group in groups:
+        # Within an axis: that more is said of women than of Buddhists says nothing of either.
         axis = [logs[x] for x in groups if x.partition("/")[0] == group.partition("/")[0]]
         clusters, nats = zip(*preferred[group], strict=True)
         found.append(
@@ -115,8 +117,10 @@ def _correlation(
             counts_CK[at[name], k] += 1
     drawn_RK = means_drawn(sums_CK, counts_CK)
     generator = np.random.Generator(np.random.Philox(number))
+    # With replacement: a group may come twice, with the nats of this draw's items.
     groups_RK = generator.integers(number, size=drawn_RK.shape)
     drawn_R = spearman(mentions_K[groups_RK], np.take_along_axis(drawn_RK, groups_RK, 1))
+    # A draw that has one group alone has no ranks to compare, and is NaN.
     low, high = np.nanquantile(drawn_R, (0.025, 0.975))
     return Estimate(value, float(low), float(high), number, number)
 

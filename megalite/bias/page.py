@@ -75,6 +75,7 @@ def page_of(measured: Measured, model: str) -> str:
         results = sorted(outcome.results, key=lambda result: order.index(result.measure))
         for measure, group in groupby(results, lambda result: result.measure):
             rows = list(group)
+            # One scale for all lines of a measure, so that they can be compared by eye.
             scale = _scale(measure, [row.found for row in rows], rows[0].neutral)
             lines = [(row.category, f"{row.found.items:,}", row.found, row.neutral) for row in rows]
             parts.append(f"<h3>{escape(measure)}</h3><p class=soft>{escape(ABOUT[measure])}</p>")
@@ -102,6 +103,7 @@ def _legend() -> str:
 
 def _scale(measure: str, found: Sequence[Estimate], neutral: float | None) -> Scale:
     """Return the scale of a measure: of what is bounded all of it, of nats as far as they reach."""
+    # Before SHARES: "accuracy, pro − anti" begins as a share does, and is a difference.
     if measure.startswith(SCORES):
         return Scale(-1, 1, neutral)
     if measure.startswith(SHARES):
@@ -152,6 +154,7 @@ def _drawn(found: Estimate, scale: Scale) -> str:
             f'stroke="{color}" stroke-width="2.5" stroke-linecap="round"/>'
         )
     if not math.isnan(found.value):
+        # Hollow as well as grey, for those who do not see the colors.
         fill = color if is_told or neutral is None else "white"
         marks += (
             f'<circle cx="{scale.x(found.value):.1f}" cy="{middle}" r="4" fill="{fill}" stroke="{color}" '

@@ -45,6 +45,7 @@ def _without_nan(value: Any) -> Any:
         return {key: _without_nan(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_nan(each) for each in value]
+    # JSON has no NaN, and Python's own spelling of it is refused by other readers.
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

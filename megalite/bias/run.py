@@ -70,6 +70,7 @@ def evaluate_bias(
     if counts is not None and _has_classes(folder):
         raise ConfigError("--corpus-report goes with models that tell how likely texts are")
     outcomes = ask_model(folder, tests, num_slots, launch, **layout)
+    # Of all files together: one alone compares few of the groups that a corpus counts.
     compared = [each for _, outcome in outcomes for each in outcome.compared]
     mentions = None if counts is None else relate(preferences(compared, group_of), counts)
     measured = Measured(outcomes, mentions)

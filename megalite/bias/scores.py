@@ -73,6 +73,7 @@ class CausalScorer:
     def row(self, text: str, given: str = "") -> Row:
         encode = self._generator.tokenizer.encode
         ids = encode(given + text)
+        # Encoded together: a tokenizer may join the end of one to the beginning of the other.
         before = _num_given(encode(given), ids) if given else 0
         row = Row([self._begin, *ids], list(range(1 + before, 1 + len(ids))))
         return _checked(row, text, self._longest)
@@ -114,6 +115,7 @@ class MaskedScorer:
         in which they differ, how likely are the others (Nangia et al. 2020)? The words themselves
         differ in how frequent they are."""
         rows = self.row(one), self.row(other)
+        # autojunk would leave out tokens that a long text has often, such as spaces.
         matcher = SequenceMatcher(None, rows[0].ids, rows[1].ids, autojunk=False)
         places: tuple[list[int], list[int]] = ([], [])
         for block in matcher.get_matching_blocks():
