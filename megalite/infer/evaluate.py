@@ -63,9 +63,11 @@ class Run(NamedTuple):
     def of(cls, checkpoint: Path) -> Run | None:
         """Return the run that `checkpoint` belongs to, or None for a model without one. Raise
         CheckpointError for a damaged state."""
-        if not (checkpoint / "train_state.json").exists():
+        root = checkpoint.resolve().parent
+        # One that was copied away has no run above it, but any folder.
+        if root.name != "checkpoints" or not (checkpoint / "train_state.json").exists():
             return None
-        return cls(checkpoint.resolve().parent.parent, read_train_state(checkpoint))
+        return cls(root.parent, read_train_state(checkpoint))
 
 
 def load_harness() -> Any:

@@ -75,6 +75,9 @@ def test_a_state_names_its_wandb_run_or_is_of_none(tmp_path: Path) -> None:
     assert Run.of(folder) is None
     (folder / "train_state.json").write_text(json.dumps(STATE))
     assert Run.of(folder) == Run(tmp_path, STATE | {"wandb_id": None})
+    away = tmp_path / "away" / folder.name
+    shutil.copytree(folder, away)
+    assert Run.of(away) is None, "of a copy any folder stands above"
     (folder / "train_state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"train_state\.json.*step"):
         Run.of(folder)
