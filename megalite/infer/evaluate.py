@@ -288,20 +288,22 @@ def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None:
     """Send the `numbers` to a separate W&B run beside that of training, which may still be active:
     two processes must not write to one run. `console` gets a warning if it fails."""
-    config, state = load_config(run.folder / "config.yaml"), run.state
-    if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
-        return
-    # A config's Pydantic models are frozen: a change is a copy.
-    named = config.run.model_copy(update={"name": f"{config.run.name}-evaluations"})
-    config = config.model_copy(update={"run": named})
-    sink = WandbSink(config, run.folder, f"{state['wandb_id']}-evaluations", console.print)
     try:
+        config, state = load_config(run.folder / "config.yaml"), run.state
+        if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
+            return
+        # A config's Pydantic models are frozen: a change is a copy.
+        named = config.run.model_copy(update={"name": f"{config.run.name}-evaluations"})
+        config = config.model_copy(update={"run": named})
+        sink = WandbSink(config, run.folder, f"{state['wandb_id']}-evaluations", console.print)
         sink.tasks(
             {"checkpoint_step": state["step"]}
             | {f"tasks/{name}": value for name, value in numbers.items()}
         )
         sink.close("finished")
-    except Exception as error:  # the results are written and shown already
+    # The results are written and shown already: neither W&B nor a config of an older version of
+    # megalite, which is not needed for them, makes the command fail.
+    except Exception as error:
         console.print(f"warning: W&B: {error}")
 
 

@@ -105,6 +105,16 @@ def test_results_of_one_second_are_all_kept(
     assert len(list((tmp_path / "evaluations").glob("*.samples.jsonl"))) == 3
 
 
+def test_results_are_kept_beside_a_config_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("a_key_of_another_version: 1\n")
+    run = Run(tmp_path, STATE | {"wandb_id": "x"})
+    report({"results": {}}, {"a/b": 1.0}, tmp_path / "step-00000008", run, Asked(), None)
+    assert len([*(tmp_path / "evaluations").iterdir()]) == 1
+    assert "warning: W&B: " in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_the_run_removes_meanwhile(
     tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
