@@ -20,11 +20,10 @@ from megalite.comm.mesh import Launch
 from megalite.corpus.groups import read_groups
 from megalite.errors import ConfigError
 from megalite.infer.classify import TASKS, Classifier
-from megalite.infer.evaluate import Run, keep_results, tell_wandb
+from megalite.infer.evaluate import Run, check_output, keep_results, tell_wandb
 from megalite.infer.generate import find_model_on_ranks
 from megalite.models import model_config
 from megalite.utils.files import replacing
-from megalite.utils.outside import check_apart
 
 
 class Asked(NamedTuple):
@@ -56,11 +55,9 @@ def evaluate_bias(
     launch = Launch.from_environment()
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
-    if output:
-        if output.suffix == ".html":
-            raise ConfigError(f"--output {output}: name the JSON file; the page is put beside it")
-        for written in (output, output.with_suffix(".samples.jsonl")):
-            check_apart(written, asked.bias, ConfigError)
+    if output and output.suffix == ".html":
+        raise ConfigError(f"--output {output}: name the JSON file; the page is put beside it")
+    check_output(output, asked.bias)
     # Files are read first: loading the model takes long.
     tests = read_tests(asked.bias, asked.limit)
     group_of = read_groups(asked.groups)

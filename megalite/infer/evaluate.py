@@ -4,6 +4,7 @@ answers with references."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -102,12 +103,10 @@ def evaluate_model(
         raise ConfigError("give one of --tasks NAME,NAME, --data FILE and --tokens PREFIX")
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
+    check_output(output, [asked.data] if asked.data else [])
     if not asked.tasks and not asked.data:
         _check_of_loss(asked)
         return evaluate_loss(path, asked, output, launch, **layout)
-    if asked.data and output:
-        for written in (output, output.with_suffix(".samples.jsonl")):
-            check_apart(written, [asked.data], ConfigError)
     # What may be missing or wrong comes before the weights are read, which takes long.
     harness, folder = load_harness(), find_model_on_ranks(path, launch)
     run = Run.of(folder)  # read it now: training that goes on may remove this checkpoint
@@ -134,6 +133,22 @@ def evaluate_model(
     if launch.rank == 0:
         report(results, numbers, folder.resolve(), run, asked, output)
     return numbers
+
+
+def check_output(output: Path | None, inputs: Sequence[Path]) -> None:
+    """Raise ConfigError for a file of results that cannot be written, or that would be written over
+    one of `inputs`, before hours of work for it."""
+    if output is None:
+        return
+    for written in (output, output.with_suffix(".samples.jsonl")):
+        check_apart(written, inputs, ConfigError)
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    if output.is_dir() or not there.is_dir():
+        raise ConfigError(
+            f"--output {output}: {output if output.is_dir() else there} is in its place"
+        )
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--output {output}: nothing may be written in {there}")
 
 
 def _check_of_loss(asked: Asked) -> None:

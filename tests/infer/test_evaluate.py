@@ -115,6 +115,13 @@ def test_results_are_kept_beside_a_config_that_cannot_be_read(
     assert "warning: W&B: " in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "found.json"):
+        with pytest.raises(ConfigError, match=f"--output {output}: .* is in its place"):
+            evaluate_model(tmp_path / "no model", Asked(), output)
+
+
 def test_a_checkpoint_that_the_run_removes_meanwhile(
     tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
