@@ -103,19 +103,19 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
     reading = "eos_token_id"
     try:
         ids = set(listed(ends))
-        rules = {}
-        for reading in (*RULES, *LENGTHS, "stop_strings"):
+        read = {}
+        for reading in (*RULES, *LENGTHS, *SAMPLED, "stop_strings"):
             if reading in given:
-                rules[reading] = _read(reading, given[reading])
-        stop = rules.pop("stop_strings", ())
-        lengths = {name: rules.pop(name) for name in LENGTHS if name in rules}
+                read[reading] = _read(reading, given[reading])
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{file}: {reading} = {shown(values.get(reading, ends))}: {error}"
         ) from None
+    sampled, rules, lengths = (
+        {name: read[name] for name in names if name in read} for names in (SAMPLED, RULES, LENGTHS)
+    )
     # What the file leaves open is LIKELY's, for transformers' own defaults (temperature 1, top-k
     # 50) are nobody's choice.
-    sampled = {name: given[name] for name in SAMPLED if name in given}
     # transformers decodes greedily then, whatever temperature the file has.
     if given.get("do_sample") is False:
         sampled["temperature"] = 0.0
@@ -125,6 +125,7 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
         raise ConfigError(f"{file}: {error}") from None
     # A file may name the end of a turn alone; a document's end ends an answer, too.
     ids |= set() if tokenizer.eod_id is None else {tokenizer.eod_id}
+    stop = read.get("stop_strings", ())
     return Habits(frozenset(ids), sampling, stop, **lengths, warning=_warning(file, given))
 
 
@@ -145,6 +146,10 @@ def _read(name: str, value: Any) -> Any:
         return tuple(_all(word, int) for word in value)
     if name in ("suppress_tokens", "begin_suppress_tokens"):
         return _all(value, int)
+    if name in SAMPLED and name != "top_k":
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError("must be a number")
+        return value
     least = 1 if name in LENGTHS else 0
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"must be a whole number of at least {least}")

@@ -56,6 +56,7 @@ WRONG: list[tuple[str, Any]] = [
     ("no_repeat_ngram_size", -1), ("no_repeat_ngram_size", "3"), ("min_length", True), ("max_new_tokens", 0),
     ("max_length", 2.5), ("bad_words_ids", [[]]), ("bad_words_ids", [3]), ("suppress_tokens", 5),
     ("begin_suppress_tokens", "ab"), ("stop_strings", [1]), ("eos_token_id", ["x"]), ("eos_token_id", {"a": 1}),
+    ("top_k", 50.5), ("temperature", "0.7"), ("top_p", True),
 ]  # fmt: skip
 
 
