@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megalite.commands.parser import VerbParser, add_overrides
+from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -15,10 +16,13 @@ def add_arguments(parser: VerbParser) -> None:
     )
     add_overrides(parser, "of a config, such as data.packing=best_fit")
     parser.add_argument(
-        "--count", type=int, default=2, help="documents or samples to print (default: 2)"
+        "--count", type=at_least(0), default=2, help="documents or samples to print (default: 2)"
     )
     parser.add_argument(
-        "--start", type=int, default=0, help="number of the first of them (default: 0)"
+        "--start",
+        type=at_least(0, 2**62),
+        default=0,
+        help="number of the first of them (default: 0)",
     )
     parser.add_argument(
         "--split", choices=("train", "valid", "test"), default="train", help="of a config"

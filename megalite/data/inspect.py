@@ -38,6 +38,10 @@ def inspect_file(
     made_of = read_note(prefix)
     check_mask(dataset, made_of)
     dataset.check(len(made_of.get("labels", ())) or (1 if "format" in made_of else None))
+    if count and start >= dataset.num_documents:
+        raise DataError(
+            f"{prefix} has {dataset.num_documents:,} documents, counted from 0; there is no number {start:,}"
+        )
     lengths = _document_lengths(dataset)
     known = _tokenizer_of(prefix, made_of, tokenizer)
     console.print(Text(prefix, style="bold"))
@@ -149,7 +153,10 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
         mixture.sources, mixture.names, mixture.order, mixture.view._replace(document_mask=True)
     )
     indices = np.arange(start, start + count)
-    source, sample = mixture.order.locate(indices)
+    try:
+        source, sample = mixture.order.locate(indices)
+    except ValueError as error:  # Megatron-LM's order is made for so many samples, and has no more
+        raise DataError(f"data.{split}: {error}") from None
     for row, (samples, number) in enumerate(
         zip(_rows(seen.read(indices)), indices.tolist(), strict=True)
     ):

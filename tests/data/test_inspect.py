@@ -88,6 +88,20 @@ def test_what_cannot_be_opened_is_an_error(
     assert "nothing.bin does not exist" in capsys.readouterr().err
 
 
+def test_what_is_not_there_to_be_shown_is_an_error(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", str(corpus), "--start", "-1"])
+    assert "-1 is not between 0 and" in capsys.readouterr().err
+    assert main(["inspect", str(corpus), "--start", "4"]) == 2
+    assert "corpus has 4 documents, counted from 0; there is no number 4" in capsys.readouterr().err
+    config = config_of(train=[{"path": str(corpus)}], seq_length=31, order="megatron")
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert main(["inspect", str(tmp_path / "run.yaml"), "--start", "1000000"]) == 2
+    assert "error: data.train: samples 1000000 …" in capsys.readouterr().err
+
+
 def test_numbers_that_no_tokenizer_has_are_shown_as_numbers() -> None:
     class Refusing:
         def decode(self, ids: list[int]) -> str:
