@@ -229,6 +229,10 @@ def _expand(item: str, report: Report) -> list[tuple[str, int]]:
     """Return the files that one input matches, with sizes, sorted. Raise DataError if there are
     none."""
     files = _find(item, report) if is_url(item) else _match(item, report)
+    if not files and not is_url(item) and os.path.exists(item) and not os.path.isdir(item):
+        raise DataError(
+            f"input {item!r} is a pipe or a device, which cannot be read more than once; write it to a file first"
+        )
     if not files:
         raise DataError(
             f"input {item!r} matches no file; give existing files, folders or a quoted glob"
@@ -452,6 +456,8 @@ def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError:  # what else json raises
+        raise ValueError("a number has more digits than Python reads") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     return _checked(record, reading)

@@ -111,6 +111,7 @@ def test_bad_lines_are_reported_where_they_are(tmp_path):
         (b'["text"]', "expected a JSON object, got list"),
         (b'{"text": ""}', None),
         (b"[" * 100_000, "JSON nested too deeply"),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "a number has more digits than Python reads"),
         (b'{"text": "last"}', None),
     ]
     path = tmp_path / "a.jsonl"
@@ -118,7 +119,7 @@ def test_bad_lines_are_reported_where_they_are(tmp_path):
     texts, report = texts_of([path])
     assert texts == ["first", "last"]
     assert report.messages == [f"{path}:{i}: {why}" for i, (_, why) in enumerate(planted, 1) if why]
-    assert (report.num_bad, report.num_empty, report.num_documents) == (8, 2, 2)
+    assert (report.num_bad, report.num_empty, report.num_documents) == (9, 2, 2)
 
 
 def test_report_keeps_the_first_messages_and_counts_all(tmp_path):
@@ -197,6 +198,9 @@ def test_inputs_that_match_nothing_are_errors(tree, item, monkeypatch):
     (tree / "void").mkdir()
     with pytest.raises(DataError, match=f"input '{item.replace('*', '[*]')}' matches no file"):
         texts_of(["b.py", item])
+    os.mkfifo("pipe.txt")
+    with pytest.raises(DataError, match=r"input 'pipe\.txt' is a pipe or a device"):
+        texts_of(["pipe.txt"])
 
 
 def corpus(tmp_path, batches=8):
