@@ -379,7 +379,11 @@ class IndexedDataset:
     def fingerprint(self) -> str:
         """Return a hexadecimal digest of the content: file sizes, and 64 slices of 4 KiB spread
         evenly over each file. The work is bounded, so that a change which keeps the sizes and lies
-        between the slices goes unnoticed."""
+        between the slices goes unnoticed. It is read once: every checkpoint asks."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         remotes = (None, self._remote, self._remote_mask)
         for file, remote in zip(self._opened, remotes, strict=False):
