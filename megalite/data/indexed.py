@@ -18,7 +18,6 @@ documents, ascending, as i64. Their tokens are fillers, which nothing is learned
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import os
 import shutil
@@ -36,6 +35,7 @@ from megalite.data import whole
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
 from megalite.errors import DataError
+from megalite.utils.files import name_full_disk
 from megalite.utils.locks import NoLocks, lock
 from megalite.utils.outside import read_object, shown
 from megalite.utils.resources import fsync
@@ -58,7 +58,6 @@ DTYPES = {
     }.items()
 }
 CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
-FULL = (errno.ENOSPC, errno.EDQUOT)
 Array = npt.NDArray[Any]
 
 
@@ -591,9 +590,8 @@ class IndexedWriter:
             error = failed
             raise
         finally:
-            # Writing to an open file fails without a name.
-            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-                error.filename = str(self._final[0])
+            if isinstance(error, OSError):
+                name_full_disk(error, self._final[0])
             self.abort()
 
 

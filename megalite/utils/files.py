@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,5 +26,14 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
         if durable:
             fsync(path.parent)
+    except OSError as error:
+        name_full_disk(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def name_full_disk(error: OSError, path: Path) -> None:
+    """Let the error of a full disk name the file: writing to one that is open fails without."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+        error.filename = str(path)

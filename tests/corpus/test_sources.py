@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from megalite.corpus.checks import Extract
 from megalite.corpus.config import CorpusConfig, ExtractConfig, Source
+from megalite.corpus.files import whole_file
 from megalite.corpus.run import prepare_corpus
 from megalite.corpus.sources import InputFile, ReadInputs, list_inputs, shards_of
 from megalite.corpus.warc import OTHER_TYPES, read_warc
@@ -266,6 +267,17 @@ def test_a_folder_of_one_process_at_a_time_where_files_have_locks(tmp_path, monk
     monkeypatch.setattr(fcntl, "flock", refused)
     report, _ = prepare(tmp_path)
     assert report["stages"][0]["kept"]["documents"] == 1
+
+
+def test_a_full_disk_is_named(tmp_path):
+    def fill():
+        with whole_file(tmp_path / "x.json") as file, open("/dev/full", "wb") as full:
+            os.dup2(full.fileno(), file.fileno())
+            file.write(b"{}")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.json"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_leftovers_of_its_own_are_removed(tmp_path):
