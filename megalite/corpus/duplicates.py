@@ -70,6 +70,8 @@ class FindExact(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         digests, places = [], []
+        # Each task reads all digests and keeps its share: 16 reads of 16 bytes a document, where
+        # tasks that hand them to each other would have to wait for one another.
         for shard in range(self._num_shards):
             shard_digests = np.fromfile(self._folder / f"{shard:05d}.digests", DIGEST)
             # Equal digests go to the same task.
@@ -147,6 +149,8 @@ def minhash_config(config: NearConfig) -> MinhashConfig:
 
 def signatures(config: NearConfig, folder: Path) -> PipelineStep:
     """Make the step that writes MinHash signatures to `folder`."""
+    # Existing ones are written anew, as is the default: those of a killed task may be a part that
+    # happens to end between two documents.
     return Signatures(str(folder), minhash_config(config), language=Words())
 
 

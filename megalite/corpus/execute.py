@@ -81,6 +81,7 @@ def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> 
         return
     # Each submission pickles the executor, and so copies it.
     futures = [pool.submit(_run_task, executor, rank) for rank in ranks]
+    # As they end: a task that fails is known at once, not when its turn comes.
     for number, future in enumerate(as_completed(futures), 1):
         future.result()
         yield tasks - len(ranks) + number
@@ -124,7 +125,7 @@ def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | 
             mem_per_cpu_gb=config.mem_per_cpu_gb,
             workers=workers or -1,
             job_name=f"corpus-{phase.name}",
-            qos="",
+            qos="",  # datatrove asks for `normal`, which a cluster need not have
             env_command=config.setup,
             sbatch_args=config.sbatch,
             max_array_size=config.max_array_size,

@@ -42,6 +42,7 @@ def packing(file: BinaryIO, compression: Compression) -> Iterator[Any]:
     if compression == "zst":
         import zstandard
 
+        # The level as a number: the library's default may change, and the bytes with it.
         with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as packed:
             yield packed
     elif compression == "gz":

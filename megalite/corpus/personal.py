@@ -18,8 +18,10 @@ EMAIL = (
     r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@"
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63}\b"
 )
+# Behind four numbers a full stop may end the sentence; with a digit behind it, it is a fifth.
 IPV4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)"
-# Allocated addresses begin with 2 or 3. That excludes `std::` and the like.
+# Allocated addresses begin with 2 or 3. That excludes `std::` and the like. The longest has eight
+# groups of four: 34 characters behind the first colon.
 IPV6 = r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])"
 EMAILS, IPS = "email addresses", "IP addresses"
 

@@ -54,6 +54,7 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     for source in config.sources:
         sources[source.name] = {side: Count() for side in ("read", *SPLITS)}
     inputs = json.loads((work / "inputs.json").read_text(encoding="utf-8"))
+    # In the order of the shards, so that those which are kept are the same in every run.
     messages: list[str] = inputs["messages"]
     for shard in cleaned:
         # Counts add up. Messages and mappings are popped first, because they do not.

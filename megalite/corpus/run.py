@@ -90,6 +90,7 @@ def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Pha
             Phase("buckets", [buckets], config.near.buckets),
             Phase("clusters", [clusters], 1),
         ]
+        # A new list, not a longer one: the phase above has the old one.
         without = [
             *without,
             Without("near", "nearly the same text", duplicates.NearPlaces(near / "places")),
@@ -131,7 +132,8 @@ def _begin(config: CorpusConfig, work: Path) -> int:
             raise DataError(
                 f"{work.parent} was begun with {what}; name another `output`, or remove it to start anew ({named})"
             )
-    # For the report, whose task sees only the output folder.
+    # Nothing is written before all was compared. For the report, whose task sees only the output
+    # folder.
     inputs = {
         "files": len(files),
         "num_bytes": sum(file.num_bytes for file in files),

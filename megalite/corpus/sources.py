@@ -120,6 +120,7 @@ def _document(read: Read, source: Source) -> Document:
     # What the source said of a document stays apart from what we say of it.
     if given:
         metadata["metadata"] = given
+    # Numbers are mostly those of rows in their file, so that another file has them as well.
     if not isinstance(identity, str) or not identity:
         identity = f"{read.path}:{read.line}"
     return Document(text=read.text, id=identity, metadata=metadata)

@@ -29,7 +29,7 @@ def split_of(text: str, config: SplitConfig) -> str:
     # A hash, not a random number: the split of a text depends on nothing but the text.
     letters = NEITHER_LETTER_NOR_DIGIT.sub("", text.lower())
     digest = hashlib.blake2b(letters.encode("utf-8", "replace"), digest_size=8).digest()
-    point = int.from_bytes(digest) / 2**64  # uniform in [0, 1)
+    point = int.from_bytes(digest) / 2**64  # uniform in [0, 1]: 2^64 - 1 is rounded up
     # Test before valid: another share of valid moves no document into or out of test.
     if point < config.test:
         return "test"

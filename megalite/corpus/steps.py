@@ -28,7 +28,7 @@ class Stage(PipelineStep):
     type = "stage"
 
     def __init__(self, name: str, check: Check, skipped_sources: Iterable[str] = ()) -> None:
-        self.name = name
+        self.name = name  # first: datatrove's initialiser names its statistics after it
         super().__init__()
         self.tally = Tally(name)
         self._check = check
@@ -100,6 +100,7 @@ class Without(PipelineStep):
         world_size: int = 1,
     ) -> Iterator[Document]:
         listed = set(self._places(rank).tolist())
+        # Of what comes here: behind another such step, of what that one has left.
         for place, document in enumerate(data):
             size = num_bytes_of(document.text)
             if place in listed:

@@ -21,6 +21,7 @@ HTML = ("text/html", "application/xhtml+xml")
 OTHER_TYPES = "records of another type than text"
 LONGEST_PAGE = LONGEST_LINE
 """Largest number of a page's bytes, packed and unpacked. A longer page is left out."""
+# Eight digits at most: more are a text that looks like a size, and a number beyond any page.
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 LOOKS_LIKE_HTML = re.compile(
     # Possessive: given back, comments could be told apart in 2^n ways, and a page of 40 would be
@@ -80,6 +81,8 @@ def _document_of(record: Any, path: str, number: int, report: Report) -> Iterato
     if content_type and content_type not in (*HTML, "text/plain"):
         report.leave_out(OTHER_TYPES)
         return
+    # Not warcio's content_stream, which unpacks a bomb into any amount of memory, and believes
+    # headers that crawlers have left as they were.
     body = record.raw_stream.read(LONGEST_PAGE + 1)
     if len(body) > LONGEST_PAGE:
         report.bad(path, number, f"the page is longer than {LONGEST_PAGE:,} bytes")
@@ -165,7 +168,8 @@ def _without_coding(body: bytes, coding: str) -> tuple[bytes, bool]:
     if coding == "deflate":
         if LOOKS_LIKE_HTML.match(body):
             return body, False
-        # The standard asks for zlib's header; many servers leave it out.
+        # The standard asks for zlib's header; many servers leave it out. It has method 8 in its low
+        # bits, and is a multiple of 31 as a number of two bytes (RFC 1950).
         is_deflate = len(body) > 1 and body[0] & 15 == 8
         has_header = is_deflate and int.from_bytes(body[:2]) % 31 == 0
         return _inflated(body, 15 if has_header else -15)
