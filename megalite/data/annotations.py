@@ -43,7 +43,7 @@ class Tool(Protocol):
         """Return what the annotator of a row was shown, by name."""
 
     def judgements(self, row: Row, kind: str) -> Iterable[tuple[Any, str, Any]]:
-        """Yield what was said in a row: the key of its item, the annotator, and the judgement of
+        """Yield what was said in a row: the number of its item, the annotator, and the judgement of
         this `kind`, see `Item`. Raise ValueError, KeyError or TypeError for what is no export."""
 
 
@@ -78,13 +78,7 @@ def read_annotations(
 ) -> Annotated:
     """Return the rows of `format` that an export of `tool` gives. `problem` is that of a
     classification; `rule` is what becomes of items on which annotators disagree."""
-    kind = (
-        "classes"
-        if problem == "multi_label"
-        else "regression"
-        if problem == "regression"
-        else format
-    )
+    kind = {"multi_label": "classes", "regression": "regression"}.get(problem, format)
     items: dict[Any, Item] = {}
     counts: Counter[str] = Counter()
     found: list[Row] = []
@@ -93,8 +87,12 @@ def read_annotations(
             if row.why:
                 raise ValueError(row.why)
             said = list(tool.judgements(row, kind))
+            shown_values = tool.shown(row.values)
             for key, annotator, value in said:
-                items.setdefault(key, Item(row, tool.shown(row.values))).said[annotator] = value
+                # Two projects may count their items alike: a number is of one item only where the
+                # text is the same as well.
+                place = key, *(str(shown_values.get(name)) for name in (*TEXTS, *PROMPTS))
+                items.setdefault(place, Item(row, shown_values)).said[annotator] = value
             counts["items that an annotator has not judged"] += not said
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             found.append(row._replace(why=f"not what {tool.name} exports: {error}"))

@@ -81,6 +81,23 @@ def test_classes_are_voted_on_and_ties_are_left_out() -> None:
     assert found.agreement["cohen_kappa 1, 2"] == cohen(["good", "good"], ["good", "bad"])
 
 
+def test_items_of_two_projects_that_count_alike_stay_apart() -> None:
+    good, bad = choices("good"), choices("bad")
+    exported = [
+        task(1, {"text": "a"}, good),
+        task(1, {"text": "b"}, bad),
+        task(1, {"text": "a"}, bad, good),
+    ]
+    rows, _ = rows_of(exported, "classification", paths=["one.json", "two.json", "one.json"])
+    assert [row["text"] for row in rows] == ["b"], "of a, two say different things"
+    records = [
+        {"fields": {"text": text}, "responses": {"label": [{"value": "x", "user_id": "u"}]}}
+        for text in "ab"
+    ]
+    rows, _ = rows_of(records, "classification", paths=["one.json", "two.json"])
+    assert rows == [{"text": text, "label": "x"} for text in "ab"]
+
+
 def test_other_problems_than_one_class() -> None:
     several = [task(1, {"text": "a"}, choices("x", "y"), choices("y", "x"))]
     assert rows_of(several, "classification", problem="multi_label")[0] == [
