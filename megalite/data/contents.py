@@ -140,19 +140,15 @@ class ContentEncoder:
             return ids, values
         ids, found = [], []
         for place, some in self._pieces(text):
-            within = [
-                Part(
-                    max(part.start, place.start) - place.start,
-                    min(part.stop, place.stop) - place.start,
-                    part.value,
-                )
-                for part in text.parts
-                if part.start < place.stop and place.start < part.stop
-            ]
+            within = []
+            for part in text.parts:
+                # What of the part lies in this piece, counted from where the piece begins.
+                start, stop = max(part.start, place.start), min(part.stop, place.stop)
+                if start < stop:
+                    within.append(Part(start - place.start, stop - place.start, part.value))
             if place in text.literal:
-                values = np.full(
-                    len(some), max((part.value for part in within), default=0), np.int64
-                )
+                value = max((part.value for part in within), default=0)
+                values = np.full(len(some), value, np.int64)
             else:
                 _, values = token_values(
                     self._tokenizer, Text(text.text[place.start : place.stop], within)

@@ -113,21 +113,18 @@ class Report:
             "more names of files that are taken already": self.num_repeated,
         }
         lines = [f"left out: {count:,} {what}" for what, count in counts.items() if count]
-        lines += (
-            [f"mended: {self.num_mended:,} documents that were not all UTF-8"]
-            if self.num_mended
-            else []
-        )
+        if self.num_mended:
+            lines.append(f"mended: {self.num_mended:,} documents that were not all UTF-8")
         if self.as_text:
-            named = ", ".join(
+            named = (
                 f"{count:,} {suffix or 'without a suffix'}"
                 for suffix, count in self.as_text.items()
             )
-            lines.append(f"read as plain text, a document each: files {named}")
-        more = self.num_bad - len(self.messages)
-        return "\n".join(
-            [*lines, *_grouped(self.messages), *([f"… and {more:,} more"] if more > 0 else [])]
-        )
+            lines.append(f"read as plain text, a document each: files {', '.join(named)}")
+        lines += _grouped(self.messages)
+        if (more := self.num_bad - len(self.messages)) > 0:
+            lines.append(f"… and {more:,} more")
+        return "\n".join(lines)
 
 
 def printable(text: str) -> str:

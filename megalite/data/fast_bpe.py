@@ -12,6 +12,7 @@ Face's. `compare`, called on samples of the texts, is for everything else they m
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -80,15 +81,13 @@ class FastBPE:
         self._json = tokenizer.to_json()
         description = orjson.loads(self._json)
         _check_model(description)
-        added = description["added_tokens"]
-        self._added = [token["content"].encode() for token in added if token["content"]]
+        added = [token for token in description["added_tokens"] if token["content"]]
+        self._added = [token["content"].encode() for token in added]
         self._normalize = None
         if _normalizer_types(description["normalizer"]):
             # Compositions also differ between editions of Unicode: the exact library normalizes.
             self._normalize = tokenizers.Tokenizer.from_str(self._json).normalizer.normalize_str
-            normal = (
-                self._normalize(token["content"]).encode() for token in added if token["content"]
-            )
+            normal = (self._normalize(token["content"]).encode() for token in added)
             self._added = list(dict.fromkeys([*self._added, *normal]))
         # gigatoken gets text that is normalized already.
         self._json = json.dumps({**description, "normalizer": None})
@@ -102,14 +101,11 @@ class FastBPE:
         self._learn(np.arange(128, dtype=np.uint32))
         if (unlike := np.flatnonzero(self._states == DIFFERENT)).size:
             raise NotFast(f"it splits text at {chr(unlike[0])!r} in another way")
+        odd = [token["content"] for token in added if any(token[name] for name in ODD)]
         # Texts with one of these are left to Hugging Face's tokenizers.
-        self._odd = [
-            t["content"].encode() for t in added if t["content"] and any(t[name] for name in ODD)
-        ]
+        self._odd = [token.encode() for token in odd]
         self.compare(PROBE)
-        self._compare_added(
-            [t["content"] for t in added if t["content"] and not any(t[name] for name in ODD)]
-        )
+        self._compare_added([token["content"] for token in added if token["content"] not in odd])
 
     def encode(
         self, texts: list[bytes]
@@ -123,18 +119,18 @@ class FastBPE:
                 for text in texts
             ]
         left = self._find_left(texts, normal)
-        flat, lengths = self._encode(
-            [one for i, one in enumerate(normal) if i not in left] if left else normal
-        )
         if not left:
-            return flat, lengths, 0
+            return *self._encode(normal), 0
+        flat, lengths = self._encode([one for i, one in enumerate(normal) if i not in left])
         # Rows of the fast texts in their order, with those left to the exact library in between.
         fast = iter(np.split(flat, lengths.cumsum()[:-1]))
+        rows = []
         with self._turn:  # it needs a hundred times the memory
-            rows = [
-                np.array(self._exact.encode(text.decode()), np.uint32) if i in left else next(fast)
-                for i, text in enumerate(texts)
-            ]
+            for i, text in enumerate(texts):
+                if i in left:
+                    rows.append(np.array(self._exact.encode(text.decode()), np.uint32))
+                else:
+                    rows.append(next(fast))
         return np.concatenate(rows), np.array([len(row) for row in rows], np.int64), len(left)
 
     def compare(self, text: str) -> None:
@@ -170,7 +166,8 @@ class FastBPE:
         """Encode texts with gigatoken alone; ids end to end and their number in each text."""
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        # One instance per thread: threads that shared one would wait for each other.
+        # One instance per thread: threads that shared one would wait for each other. The list is
+        # looked up once: an instance that comes back after `_renew` goes with the old one.
         idle = self._idle
         with self._lock:
             fast = idle.pop() if idle else None
@@ -202,26 +199,26 @@ class FastBPE:
             self._learn(unknown)
             worst, _ = character_states(normal, self._states)
         left = set(np.flatnonzero(worst == DIFFERENT).tolist())
+
+        def holds(text: bytes, tokens: Sequence[bytes]) -> bool:
+            return any(token in text for token in tokens)
+
         if self._odd:
-            left |= {
-                i for i, text in enumerate(normal) if any(token in text for token in self._odd)
-            }
+            left |= {i for i, text in enumerate(normal) if holds(text, self._odd)}
         if self._normalize is not None:
             # An added token is matched before its neighbours are normalized, so that they must not
             # be composed with it.
             found = self._odd + self._added
-            others = (i for i, text in enumerate(texts) if not text.isascii())
-            left |= {
-                i for i in others if any(token in texts[i] or token in normal[i] for token in found)
-            }
+            for i, text in enumerate(texts):
+                if not text.isascii() and (holds(text, found) or holds(normal[i], found)):
+                    left.add(i)
         return left
 
     def _compare_added(self, tokens: list[str]) -> None:
         """Compare added tokens in contexts and with each other; one that differs becomes odd. Raise
         NotFast if too many overlap to compare them all."""
-        kinds = {
-            (token[0], token[-1]): token for token in tokens
-        }  # others of a kind have the same borders
+        # One of each kind is enough: others of it have the same borders.
+        kinds = {(token[0], token[-1]): token for token in tokens}
         few = list(kinds.values())[:MOST_KINDS]
         together = [(one, two, "") for one in few for two in few] + _overlaps(tokens)
         if len(together) > MOST_PAIRS:
@@ -229,16 +226,13 @@ class FastBPE:
         singly = [((f"a{token} {token}  {token}\n{token}{token}."), (token,)) for token in tokens]
         company = [
             (left + token + right, (token,))
-            for token in few
-            for left in TOKEN_COMPANY
-            for right in TOKEN_COMPANY
+            for token, left, right in itertools.product(few, TOKEN_COMPANY, TOKEN_COMPANY)
         ]
-        pairs = [
-            (left + (joined or one + between + two) + right, (one, two))
-            for one, two, joined in together
-            for between in (BETWEEN if not joined else ("",))
-            for left, right in (("", ""), (" ", " "), ("a", "a"), ("\n", "\n"))
-        ]
+        pairs = []
+        for one, two, joined in together:
+            texts = [joined] if joined else [one + between + two for between in BETWEEN]
+            for text, around in itertools.product(texts, ("", " ", "a", "\n")):
+                pairs.append((around + text + around, (one, two)))
         odd = [token.decode() for token in self._odd]
         checks = [
             (text, who)

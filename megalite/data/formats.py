@@ -215,11 +215,10 @@ class Encoder:
         """Return the text of a conversation, of which all answers, or the last one, are learned."""
         field = _first(row, *CHATS)
         talk = self._conversation(row, row[field], field)
-        return [
-            self._answered(
-                row, talk, talk.answers()[-1:] if self._settings.last_only else talk.answers()
-            )
-        ]
+        learned = talk.answers()
+        if self._settings.last_only:
+            learned = learned[-1:]
+        return [self._answered(row, talk, learned)]
 
     def _completion(self, row: Values) -> list[Text]:
         """Return the text of a prompt and its completion, plain or as messages."""
@@ -478,12 +477,9 @@ def read_answers(row: Values, context: str) -> list[tuple[str, int]]:
         found = [{"text": text, "answer_start": at} for text, at in zip(texts, starts, strict=True)]
     answers = []
     for each in found if isinstance(found, list) else [found]:
-        text, start = (
-            (each.get(name) for name in ("text", "answer_start"))
-            if isinstance(each, Mapping)
-            else (None, None)
-        )
-        start = whole_number(start)
+        text = start = None
+        if isinstance(each, Mapping):
+            text, start = each.get("text"), whole_number(each.get("answer_start"))
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
             raise ValueError(f"{each!r:.80} is no answer with a 'text' and an 'answer_start'")
         if start < 0 or context[start : start + len(text)] != text:
@@ -506,11 +502,8 @@ def labels_in(row: Values, format: Format) -> list[Any]:
 
 def whole_number(label: Any) -> Any:
     """Return a label as an integer if it is one: pandas writes integers with gaps as floats."""
-    return (
-        int(label)
-        if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
-        else label
-    )
+    is_whole = isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
+    return int(label) if is_whole else label
 
 
 def _ends_of(values: np.ndarray) -> np.ndarray:

@@ -277,14 +277,11 @@ def _parts(sample: Samples, shifted: bool) -> list[Part]:
     has_label = sample.labels != IGNORE
     is_predicted = np.append(False, has_label[:-1]) if shifted else has_label
     borders = [0, *(np.flatnonzero(np.diff(sample.documents)) + 1).tolist(), len(sample.tokens)]
-    return [
-        Part(
-            int(sample.documents[first]),
-            first,
-            *(x[first:last] for x in (sample.tokens, is_predicted, sample.labels)),
-        )
-        for first, last in itertools.pairwise(borders)
-    ]
+    parts = []
+    for first, last in itertools.pairwise(borders):
+        columns = (x[first:last] for x in (sample.tokens, is_predicted, sample.labels))
+        parts.append(Part(int(sample.documents[first]), first, *columns))
+    return parts
 
 
 def _print_part(

@@ -341,11 +341,9 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
             _check_ids(mixture, indices.ravel(), found.source, vocab_size)
 
     def by_micro_batch(x: Int64s | None) -> Sequence[torch.Tensor | None]:
-        return (
-            [None] * len(indices)
-            if x is None
-            else torch.from_numpy(x).view(*indices.shape, -1).unbind()
-        )
+        if x is None:
+            return [None] * len(indices)
+        return torch.from_numpy(x).view(*indices.shape, -1).unbind()
 
     columns = {
         "tokens": found.tokens,

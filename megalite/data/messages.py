@@ -301,17 +301,15 @@ def _change_arguments(messages: Sequence[Message], change: Callable[[Any], Any])
 
     def changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
         function = call["function"]
-        return {
-            **call,
-            "function": {**function, "arguments": change(function.get("arguments", {}))},
-        }
+        given = change(function.get("arguments", {}))
+        return {**call, "function": {**function, "arguments": given}}
 
-    return [
-        {**message, "tool_calls": list(map(changed, message["tool_calls"]))}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
+    found: list[Message] = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            message = {**message, "tool_calls": list(map(changed, calls))}
+        found.append(message)
+    return found
 
 
 def _listed(found: Any, name: str) -> list[Any]:
@@ -335,14 +333,9 @@ def _text_of(content: Any, where: str) -> str:
         raise ValueError(f"'content' of {where} must be text, not {type(content).__name__}")
     texts = []
     for part in content:  # OpenAI's, of which most templates know nothing
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        text = (
-            part
-            if isinstance(part, str)
-            else part.get("text")
-            if isinstance(part, Mapping)
-            else None
-        )
+        kind, text = type(part).__name__, part
+        if isinstance(part, Mapping):
+            kind, text = part.get("type", "text"), part.get("text")
         if not isinstance(text, str) or kind not in ("text", "input_text", "output_text", "str"):
             raise ValueError(f"{where} holds something else than text: a part of type {kind!r}")
         texts.append(text)

@@ -231,15 +231,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ids:  # an empty text does not show where begin tokens end
             return [token for token in whole[:1] if token == self.begin_id]
         # The tokens that end every text are left out, because the model continues this one.
-        starts = range(len(whole) - len(ids) + 1)
-        return next(
-            (
-                whole[: start + len(ids)]
-                for start in starts
-                if whole[start : start + len(ids)] == ids
-            ),
-            ids,
-        )
+        for stop in range(len(ids), len(whole) + 1):
+            if whole[stop - len(ids) : stop] == ids:
+                return whole[:stop]
+        return ids
 
     @cached_property
     def begin_ids(self) -> list[int]:

@@ -89,14 +89,12 @@ def add_named(tokenizer: tokenizers.Tokenizer, file: Path, settings: Mapping[str
     check_added(file, settings, vocabulary)
     there = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     added = list(_added_by(file.parent, settings))
+    # tokenizer_config.json says the last word on flags; added_tokens.json, which is older, has none.
     flagged = [
         token for name, token in added if name == CONFIG and there.get(token.content) != repr(token)
     ]
-    others = [
-        token
-        for token in [*(token for _, token in added), *_named_by(settings)]
-        if token.content not in there
-    ]
+    listed = [*(token for _, token in added), *_named_by(settings)]
+    others = [token for token in listed if token.content not in there]
     tokenizer.add_tokens([token for token in [*flagged, *others] if token.content in vocabulary])
 
 
@@ -106,6 +104,7 @@ def check_added(file: Path, settings: Mapping[str, Any], vocabulary: Collection[
     are exempt."""
     mend = "have AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers, write tokenizer.json"
     for name, token in _added_by(file.parent, settings):
+        # Many published tokenizers name a padding token that they do not have. No text holds it.
         if token.content not in vocabulary and token.content.strip("<|[]>").lower() != "pad":
             raise DataError(
                 f"{file.with_name(name)} adds the token {token.content!r}, which {file.name} does not have; {mend}"
@@ -137,27 +136,21 @@ def _added_by(
 
 def _named_by(settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
     """Return the tokens that the settings name by role or in lists."""
-    lists = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
-    tokens = [settings[f"{role}_token"] for role in ROLES if settings.get(f"{role}_token")]
-    return [
-        _token(token)
-        for token in [
-            *tokens,
-            *(token for some in lists if isinstance(some, list) for token in some),
-        ]
-    ]
+    found = [settings[f"{role}_token"] for role in ROLES if settings.get(f"{role}_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        some = settings.get(name)
+        # Newer versions of transformers may have an object there instead, of roles of one's own.
+        if isinstance(some, list):
+            found += some
+    return [_token(token) for token in found]
 
 
 def _token(given: Any) -> tokenizers.AddedToken:
     """Return a token with its flags; special and not normalized unless they say otherwise."""
-    flags = (
-        {name: bool(given[name]) for name in FLAGS if name in given}
-        if isinstance(given, dict)
-        else {}
-    )
-    return tokenizers.AddedToken(
-        text_of(given) or "", **{"special": True, "normalized": False} | flags
-    )
+    flags = {"special": True, "normalized": False}
+    if isinstance(given, dict):
+        flags |= {name: bool(given[name]) for name in FLAGS if name in given}
+    return tokenizers.AddedToken(text_of(given) or "", **flags)
 
 
 def text_of(token: Any) -> str | None:
