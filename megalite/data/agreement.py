@@ -50,6 +50,7 @@ def krippendorff(items: Sequence[Sequence[Hashable]], interval: bool = False) ->
     number = {value: place for place, value in enumerate(values)}
     together = np.zeros((len(values), len(values)))
     for labels in paired:
+        # m labels make m (m - 1) pairs. So weighted, an item counts as often as it has labels.
         for one, other in itertools.permutations(labels, 2):
             together[number[one], number[other]] += 1 / (len(labels) - 1)
     if interval:

@@ -60,7 +60,7 @@ def spans_of(words: Sequence[str], labels: Sequence[str | None]) -> list[Span]:
                 spans.append((place, stop, name))
         elif label != OUTSIDE:
             spans.append((place, stop, label))
-        place, before = stop + 1, label
+        place, before = stop + 1, label  # one more, for the space between two words
     return spans
 
 

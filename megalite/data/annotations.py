@@ -119,6 +119,7 @@ def _row_of(
         ranked = Counter(values).most_common()
         value, most = ranked[0]
         tied = sum(count == most for _, count in ranked) > 1
+        # Of spans a tie is none yet: whole sets of them are rarely the same, single ones are.
         if (rule == "drop" and len(ranked) > 1) or (tied and kind != "labels"):
             counts["items on which annotators disagree"] += 1
             return []
@@ -262,6 +263,7 @@ class LabelStudio:
             yield values.get("id"), str(values["annotator"]), self._minimal(values, kind)
             return
         for annotation in values["annotations"]:
+            # The annotator has passed the task over; what was marked before that is still there.
             if annotation.get("was_cancelled"):
                 continue
             by = annotation.get("completed_by")
@@ -275,6 +277,7 @@ class LabelStudio:
         """Return what one annotation says, None if it says nothing of this kind."""
         of_type: dict[str, list[Any]] = {}
         for result in results:
+            # Relations join what others of the results mark, and mark nothing themselves.
             if result.get("type") not in ("relation", None):
                 of_type.setdefault(result["type"], []).append(result)
         if kind == "labels":
@@ -385,6 +388,7 @@ class Doccano:
     name = "doccano"
 
     def reads(self, values: Mapping[str, Any]) -> bool:
+        # Rows of any corpus have a text and a label; a capital "Comments" is doccano's alone.
         return (
             "text" in values
             and "Comments" in values

@@ -117,6 +117,8 @@ class Augmentation:
         room //= max(sum(may), 1)
         randoms: dict[int, np.random.Generator] = {}
         config, pieces = self._config, []
+        # One stream of random numbers for a row, however many texts it has and whatever is packed
+        # beside it: hence by row and epoch, never by sample.
         for (start, stop), may_change in zip(parts, may, strict=True):
             was = columns = np.arange(start, stop)
             new = tokens[start:stop]

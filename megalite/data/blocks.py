@@ -98,8 +98,9 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
     ] = {}  # neighbours that are not JSON lines share blocks: they may be many and small
     for path, size in files.items():
         first, last = max(low - offset, 0), min(high - offset, size)
-        # A file that is not split belongs to the shard in which it begins; the last shard also
-        # takes empty files at the end.
+        # All shards go through all files, and each finds its own by these sums: none has to know
+        # another. A file that is not split belongs to the shard in which it begins; the last shard
+        # also takes empty files at the end.
         is_here = low <= offset and (offset < high or shard.index == shard.count - 1)
         offset += size
         if not is_json_lines(path):

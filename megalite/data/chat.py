@@ -199,6 +199,7 @@ def _templates_of(folder: Path) -> dict[str, str]:
     found = {}
     for name, path in files.items():
         found[name] = read_text(path, DataError)
+    # Not merged: in transformers too, files stand instead of what the settings have.
     configured = read_object(folder / CONFIG).get("chat_template") if not files else None
     with reading(folder / CONFIG, DataError):
         named = (

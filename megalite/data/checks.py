@@ -170,7 +170,8 @@ def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], 
         f"tokens of data.{split}": mixture.contents() for split, mixture in data.items() if mixture
     }
     # Shifted by one, because a 64-bit key does not fit a signed int64.
-    # Ranks compare one number; only where it differs do they send each other what it is made of.
+    # Not gathered: of thousands of ranks, that would be thousands of configs on each. They compare
+    # one number; only where it differs do two of them say what it is made of.
     mine = torch.tensor(key_of(config.to_yaml(), json.dumps(mixtures)) >> 1, device=mesh.device)
     wanted = mine.clone()
     dist.broadcast(wanted, 0)

@@ -56,6 +56,7 @@ def counterfactual(text: str, counterparts: Counterparts, seed: int) -> str:
         others = counterparts.get(word.lower())
         if not others:
             return word
+        # By its number, not by the word: one "her" may become "him" and the next "his".
         chosen = others[key_of(seed, number) % len(others)]
         number += 1
         if word.isupper() and len(word) > 1:

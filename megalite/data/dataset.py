@@ -368,6 +368,8 @@ class SourceTargetRows(RowSource):
     source, of which nothing is learned, in an encoder's tokens, and the target in a decoder's. The
     largest share of the two is what a row takes."""
 
+    # So fine that rounding up costs a row no room, and so coarse that the products below stay under
+    # 2^63 for rows of a million tokens in samples of a million.
     SHARES = 1 << 20
 
     def __init__(
@@ -387,6 +389,7 @@ class SourceTargetRows(RowSource):
         shares = (
             np.maximum(sources * self._sides.target, targets * self._sides.source) * self.SHARES
         )
+        # Up: rows whose shares fit into a sample then have room for their tokens on both sides.
         return -(-shares // (self._sides.source * self._sides.target))
 
     def _of_sides(self) -> tuple[Int64s, Int64s]:

@@ -242,6 +242,7 @@ def _match(item: str, report: Report) -> list[tuple[str, int]]:
     """Return the local files that a path, folder or glob matches, with sizes."""
     if not os.path.exists(item):
         item = os.path.expanduser(item)
+    # A file may have brackets in its name: what exists is no pattern.
     matches = [item] if os.path.exists(item) else sorted(set(_glob(item)))
     files: list[str] = []
     for match in matches:
@@ -578,6 +579,7 @@ def _read_text(
                 return
             fed, held = fed + len(chunk), held + len(chunk)
             parts.append(decoder.decode(chunk))
+            # Joined once a document, not once a chunk, which would take quadratic time.
             if held >= LONGEST_TEXT:
                 text = "".join(parts)
                 cut = text.rfind("\n") + 1 or len(text)

@@ -18,7 +18,7 @@ from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
 from megalite.utils.keys import key_of
 
-SHORTEST = 16  # tokens: less leaves nothing to fill
+SHORTEST = 16  # tokens: three are lost to the marks, and less than a dozen have nothing to fill
 
 
 class FillInTheMiddle(NamedTuple):

@@ -168,6 +168,7 @@ class Encoder:
             ids, values = self._contents.token_values(text)
         else:
             ids, values = token_values(self.tokenizer, text)
+        # Each text is encoded by itself, so that no token reaches from one into the other.
         if text.pair:
             behind = [*self.tokenizer.between_ids, *self.tokenizer.encode(text.pair)]
             ids, values = [*ids, *behind], np.pad(values, (0, len(behind)), mode="edge")
@@ -204,6 +205,7 @@ class Encoder:
             if near := nearest(name, used, MISSPELT):
                 raise ValueError(f"unknown field {name!r}; did you mean {near!r}?")
             self.seen[f"field {name!r}"] += 1
+        # As KTO's datasets have it: an answer and a verdict. SFT would learn the bad ones too.
         if self._settings.format not in WHOLE and row.get("label") in (False, 0, "0", "false"):
             raise ValueError(
                 "the row's 'label' says that its answer was rejected; from it alone nothing is learned"
@@ -255,6 +257,7 @@ class Encoder:
         talks = {
             field: self._replied(row, prompt or [], side, field)[0] for field, side in sides.items()
         }
+        # DPO compares two answers to one prompt; what comes before them cancels out only if equal.
         if talks["chosen"].messages[:-1] != talks["rejected"].messages[:-1]:
             raise ValueError(
                 "'chosen' and 'rejected' differ before their last answers, so that they are no pair"

@@ -23,6 +23,7 @@ def gather_reference(
     if not out.flags.c_contiguous:
         raise ValueError("out must be contiguous")
     tokens, flat = np.asarray(tokens), out.reshape(-1)  # slices of a memmap itself are slow to make
+    # Subtracted, not added: first + length may overflow, size - length cannot.
     for what, firsts, size in (("tokens", starts, len(tokens)), ("places", places, len(flat))):
         wrong = np.flatnonzero((lengths < 0) | (firsts < 0) | (firsts > size - lengths))
         if wrong.size:

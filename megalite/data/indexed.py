@@ -455,6 +455,7 @@ class IndexedWriter:
         self._files = [_open_alone(self._temporary[0])]
         self._files += [open(path, "w+b") for path in self._temporary[1:]]  # noqa: SIM115
         self._bin, self._idx = self._files[0], self._files[-1]
+        # The tokens' file alone is locked, and opened first: who has it may truncate the others.
         # Lengths come first in .idx, so that they are written in place; the rest of the index is
         # computed from them.
         self._idx.seek(HEADER.size)

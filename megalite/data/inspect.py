@@ -107,6 +107,7 @@ def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
     """Return the lines about token ids: their range and the most frequent ones, from slices spread
     over the file."""
     size = LOOKED_AT // SLICES if dataset.num_tokens > LOOKED_AT else dataset.num_tokens
+    # Of a small file all slices are one, the whole: taken once.
     firsts = np.linspace(0, dataset.num_tokens - size, SLICES, dtype=np.int64).tolist()
     looked_at = np.concatenate(
         [dataset.read(first, first + size) for first in dict.fromkeys(firsts)]

@@ -76,6 +76,7 @@ def kind_by_name(path: str) -> str:
 def kind_by_content(path: str, head: bytes, first_is_object: bool) -> str:
     """Return the kind of a file by its first bytes `head` and whether its first line is a JSON
     object. For a kind that is not read, return the reason after "not: "."""
+    # What formats begin with comes first: anything may be text.
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"\xff\xff\xff\xff"):

@@ -88,6 +88,7 @@ def read_messages(
         if not isinstance(message, Mapping):
             raise ValueError(f"{where} is not an object but {type(message).__name__}")
         read = _read_message(message, where, template, seen)
+        # Of weight 0, an answer may be empty: nothing is learned of it.
         if _weight(message, read["role"], where) == 0:
             ignored.add(number)
         elif read["role"] == "assistant" and not _says_anything(read):
@@ -250,6 +251,7 @@ def _weight(message: Message, role: str, where: str) -> int:
     weight = message.get("weight")
     if weight is None:
         return 1
+    # OpenAI takes no other. Between them the mask has no value: a token is learned or is not.
     if weight not in (0, 1) or isinstance(weight, str):
         raise ValueError(f"{where} has weight {weight!r}, which must be 0 (not learned) or 1")
     if weight and role != "assistant":

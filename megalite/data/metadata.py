@@ -96,7 +96,7 @@ def other_settings(prefix: str, settings: dict[str, Any]) -> str:
         values = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
         found = changes({name: values.get(name) for name in settings}, settings)
     except (OSError, ValueError, AttributeError):
-        return ""
+        return ""  # it only explains: what it cannot read is made anew all the same
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return "; ".join(map(str, found[:SHOWN])) + more
 

@@ -203,6 +203,7 @@ class Mixture:
             return Samples(*view.corruption.apply(tokens[:, :-1].copy(), learned, index), kept)
         if view.labels != "next":
             return Samples(tokens[:, :-1].copy(), _classes(view, documents, filled, mask), kept)
+        # Before the labels are taken, which are the tokens moved by one.
         if view.fim:
             assert documents is not None
             view.fim.turn(tokens, documents, filled, index)
@@ -241,6 +242,7 @@ class Mixture:
         for samples in self._pieces_of(source.num_samples):
             windows = empty_windows(len(samples), self.seq_length, self.view != PLAIN, self._masked)
             read_windows(source, samples, windows, np.arange(len(samples)))
+            # As if sample i of the source were sample i of the run, which is as good for this.
             if _has_label(self._view(windows, samples), source):
                 return True
         return False
@@ -399,6 +401,7 @@ def _build_mixture(
     num_samples = config.train.samples_after(config.train.steps)
     is_megatron = data.order == "megatron" and which == "train"
     weights = [item.weight for item in wanted]
+    # Only Megatron's order has an end, and must know it; the others go on for ever.
     sizes: list[int | None] = [None] * len(wanted)
     # Megatron asks each source for slightly more than it needs, unless there is only one.
     if is_megatron:

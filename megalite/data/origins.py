@@ -126,6 +126,8 @@ class OriginsWriter:
     def finish(self, dataset: IndexedDataset, key: str | None) -> None:
         """Complete the file of the token file `dataset`."""
         assert dataset.num_documents == self._count
+        # The paths come behind the records, as they are known only at the end; and the header last
+        # of all, without which the file is none.
         note = {"token_file": dataset.fingerprint(), "key": key, "files": self._files}
         self._file.write(json.dumps(note, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         self._file.seek(0)

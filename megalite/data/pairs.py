@@ -47,6 +47,7 @@ def without_repeated_prompt(prompt: str, sides: Sequence[str]) -> list[str] | No
 def dialogue(sides: Sequence[str]) -> tuple[str, list[str]] | None:
     """Return the common beginning of conversations that are written as one text, and their last
     answers; None for other texts. Raise ValueError if they differ before the last answer."""
+    # The last answer: earlier ones are part of what both were asked.
     cuts = [side.rfind(ASSISTANT) + len(ASSISTANT) for side in sides]
     if not all(ASSISTANT in side for side in sides):
         return None

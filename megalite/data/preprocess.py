@@ -295,6 +295,7 @@ class _Job:
                         f"no document came out of {inputs}; nothing was written\n{report}".rstrip()
                     )
         except _NoDocument:
+            # A shard may fall between two documents; only the whole must have one.
             if shard.count == 1:
                 raise
         result = Preprocessed(

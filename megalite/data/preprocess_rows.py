@@ -105,6 +105,7 @@ def preprocess_rows(
         for _, encoded in results:
             totals.write(encoded, writer)
             origins.add(encoded.places, [(path, files[path]) for path in encoded.paths])
+            # Enough to say what is wrong: a file of another format need not be read to its end.
             if len(totals.bad) > bad_rows + MOST_BAD:
                 break
             meter.update(report.bytes_read, writer.num_tokens)

@@ -132,6 +132,7 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
         if not line.strip():
             report.num_empty += 1
             continue
+        # An array is one value, and may be on one line or on many: it is read as a whole, anew.
         if is_first and line.lstrip().startswith(b"["):
             values = _parsed(b"".join(read_bytes(path, Report())).removeprefix(BYTE_ORDER_MARK))
             yield from (_row(path, item, value) for item, value in enumerate(values, 1))

@@ -175,6 +175,7 @@ def _unigram(model: Any) -> models.Unigram:
         )
     reserved = [p.piece for p in model.pieces if p.type != NORMAL]
     _check_characters([*scores, *reserved], scores)
+    # As bad as twice its characters at the worst score of all: no best path goes through it.
     worse = 2 * max(map(len, reserved)) * min(-1.0, *scores.values())
     pieces = [(p.piece, p.score if p.type == NORMAL else worse) for p in model.pieces]
     return models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)

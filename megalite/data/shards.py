@@ -35,6 +35,7 @@ def read_complete(prefix: str, settings: dict[str, Any], exact: bool) -> Preproc
             found = IndexedDataset(prefix)
         except (DataError, FileNotFoundError):
             return None
+        # .json is written last; but a pair may have been replaced since, by hand or by a copy.
         if (found.num_documents, found.num_tokens) != (result.num_documents, result.num_tokens):
             return None
     return result

@@ -112,6 +112,7 @@ class SpanCorruption:
         make up `total`; all ways to cut are equally likely: [n, spans]."""
         places = torch.from_numpy(index)[:, None] * total + torch.arange(total - 1)
         drawn = random_bits(key_of(self.key, what), places).numpy()
+        # The places of the smallest of random numbers: a set of so many, each set as likely.
         cuts = np.sort(np.argsort(drawn, 1, kind="stable")[:, : self._spans - 1], 1) + 1
         edges = np.pad(cuts, ((0, 0), (1, 1)))
         edges[:, -1] = total

@@ -13,6 +13,7 @@ def unigram_loss(train: IndexedDataset, valid: IndexedDataset, vocab_size: int) 
     """Return the loss in nats per token on `valid` of a model that knows only how often each of
     `vocab_size` tokens occurs in `train` (add-one smoothed). A language model must beat it to have
     learned anything about order."""
+    # One more of each, or a token that training has not seen would cost infinitely much.
     seen = np.bincount(train.read(0, train.num_tokens), minlength=vocab_size) + 1.0
     occurs = np.bincount(valid.read(0, valid.num_tokens), minlength=vocab_size)
     return float(-(occurs * np.log(seen / seen.sum())).sum() / occurs.sum())

@@ -92,6 +92,7 @@ class Store:
             raise DataError(
                 f"{self.url}: its server does not say how long it is; copy it to a disk"
             )
+        # A date last: it may stay the same where an object is written twice within a second.
         version = next((str(info[key]) for key in (*VERSIONS, *DATES) if info.get(key)), "")
         return Status(int(info["size"]), version)
 

@@ -255,6 +255,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(__function, LoopContext):
             pay(_length(args[0] if args else ()) * __self.weight)
         elif isinstance(owner, (str, bytes, int, list, tuple, dict)):
+            # A method would run through an iterator without paying: as a list it is paid for.
             args = tuple(map(_listed, args))
             _check_method(owner, __function.__name__, [*args, *kwargs.values()])
         elif not isinstance(__function, Macro | type) and not isinstance(owner, Namespace):

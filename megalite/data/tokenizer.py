@@ -198,6 +198,7 @@ class HuggingFaceTokenizer(Tokenizer):
             named.get("bos_token", named.get("cls_token")),
         )
         ends = END_OF_DOCUMENT if end is None else (end,)
+        # Guessed only where the settings name none: an end that is named counts, or there is none.
         self.eod_id = next((vocabulary[name] for name in ends if name in vocabulary), None)
         self.begin_id, self.mask_id = (
             vocabulary.get(name or "") for name in (begin, named.get("mask_token"))
@@ -250,6 +251,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def between_ids(self) -> list[int]:
         """Return the ids that the tokenizer puts between two texts."""
+        # Nothing tells what a post-processor puts there but a pair that it has processed.
         first, ids = self.encode("a"), self._tokenizer.encode("a", "a").ids
         return ids[len(self.begin_ids) + len(first) : len(ids) - len(first) - len(self.end_ids)]
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import TemplateLimit
 
+# Letters and digits alone, which no template trims, quotes or splits; and no words, which one might
+# hold itself.
 MARKS = ("QUESTION7f3a", "ANSWER7f3a", "NEXT7f3a", "ARGUMENT7f3a")
 MARKUP = re.compile(r"[<>|{}\[\]#]")
 """Characters of texts that end answers, but not of sentences."""
