@@ -296,6 +296,7 @@ class LineNumbers:
     def __init__(self, total: Report) -> None:
         self._total = total
         self._path, self._first, self._num_lines = "", 0, 0
+        self._before: int | None = None  # lines before the shard in its file, once they are counted
 
     def add(
         self,
@@ -311,14 +312,16 @@ class LineNumbers:
         shard begins in their file."""
         if block.path != self._path:
             self._path, self._first, self._num_lines = block.path, block.first, 0
+            self._before = None if block.first else 0
         add_to(self._total, report)
         for line, why in bad:
-            before = 0
-            # A shard that begins within the file.
-            if self._first and len(self._total.messages) < MAX_MESSAGES:
+            # A shard that begins within the file, perhaps behind a terabyte: counted once, and only
+            # for a message that is shown.
+            if self._before is None and len(self._total.messages) < MAX_MESSAGES:
+                self._before = 0
                 with suppress(OSError):  # it may be gone, which is what is bad
-                    before = _lines_before(self._path, self._first)
-            self._total.bad(self._path, before + self._num_lines + line, why)
+                    self._before = _lines_before(self._path, self._first)
+            self._total.bad(self._path, (self._before or 0) + self._num_lines + line, why)
         if block.path and len(places):
             places = places.copy()
             places["line"] += self._num_lines

@@ -129,6 +129,20 @@ def test_a_file_that_is_gone_when_its_turn_comes(tmp_path):
     assert "a.jsonl:1: unreadable from here on: [Errno 2] No such file" in total.messages[0]
 
 
+def test_lines_before_a_shard_are_counted_once(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(b"nonsense\n" * 100)
+    real, calls = module._lines_before, []
+
+    def counted(path, first):
+        calls.append(first)
+        return real(path, first)
+
+    monkeypatch.setattr(module, "_lines_before", counted)
+    _, report = read([str(tmp_path / "a.jsonl")], Shard(1, 4))
+    assert (report.num_bad, len(calls)) == (25, 1)
+    assert report.messages[0].startswith(f"{tmp_path}/a.jsonl:26: not JSON")
+
+
 def test_a_file_that_is_cut_while_it_is_read(tmp_path, monkeypatch):
     """What is there still counts, and that the rest is missing is told."""
     monkeypatch.setattr(module, "BLOCK_BYTES", 40)
