@@ -87,6 +87,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         config = config_class.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe_errors(error, config_class)) from None
+    # Behind validation: it compares fields that must each be right by themselves first.
     heads.check_head(config)
     return config
 
@@ -213,6 +214,7 @@ def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[W
     `lora`, those of its adapters are among them, and the others frozen. Raises ConfigError where
     the model does not have what `lora` asks for."""
     weights = tuple(heads.with_head(config, family(config.family).weights(config)))
+    # Before adapters, whose initial values go by their rank and not by the model's width.
     if config.mup:
         weights = tuple(by_width(config, weights))
     return with_adapters(weights, lora) if lora else weights

@@ -103,6 +103,8 @@ class LatentSpec(AttentionSpec):
         output."""
         heads, plain = self.num_heads, self.head_size - self.rope_size
         queries = heads * self.head_size
+        # kv_a makes the latent, and the keys' part with positions that all heads share; kv makes
+        # each head's other keys, and its values, of the latent.
         q = hidden_size * queries if self.q_rank is None else self.q_rank * (hidden_size + queries)
         kv = hidden_size * (self.kv_rank + self.rope_size) + self.kv_rank * heads * (
             plain + self.value_size
@@ -115,6 +117,7 @@ class CrossSpec(AttentionSpec):
     """Describes attention within a decoder's sequence, and then as much to an encoder's states."""
 
     def num_elements(self, hidden_size: int) -> int:
+        # q, k, v and out of each; keys and values of the second are made of the encoder's states.
         return 2 * super().num_elements(hidden_size)
 
     def source_elements(self, hidden_size: int) -> int:
@@ -170,6 +173,7 @@ class ExpertsSpec(FeedForwardSpec):
     def num_elements(self, hidden_size: int) -> int:
         """Return the elements of all experts and of the router."""
         inner = self.num_experts * self.inner + self.shared_inner
+        # The router has a row for each expert, the gate of the shared ones is one row more.
         return self._of(inner, hidden_size) + (self.num_experts + self.shared_gate) * hidden_size
 
 

@@ -61,11 +61,13 @@ class BertConfig(GPT2Like):
         decoder="cls.predictions.decoder",
         pooler="bert.pooler.dense",
     )
+    # Published files keep the heads of pretraining on pairs of sentences beside the masked one.
     SPARE: ClassVar[tuple[str, ...]] = (
         *(f"bert.pooler.dense.{part}" for part in ("weight", "bias")),
         *(f"cls.seq_relationship.{part}" for part in ("weight", "bias")),
         "cls.predictions.decoder.bias",
     )
+    # TensorFlow's names, which files of the first years have.
     OLD_ENDS: ClassVar[Mapping[str, str]] = {
         "LayerNorm.gamma": "LayerNorm.weight",
         "LayerNorm.beta": "LayerNorm.bias",
@@ -121,6 +123,7 @@ class Bert(Decoder):
         self.dropout = Dropout(config.hidden_dropout, "embedding")
         self.layers = numbered(Layer(config, i) for i in range(config.num_layers))
         if config.task in ("masked", "classification"):
+            # One module in two roles: before the masked head's norm, or the pooler of a whole text.
             self.transform = nn.Linear(hidden, hidden)
         if config.task == "masked":
             self.norm = LayerNorm(hidden, config.norm_eps)
@@ -131,6 +134,7 @@ class Bert(Decoder):
         self.loss = CrossEntropy()
 
     def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
+        # RoBERTa's first rows are of padding, which no token here is.
         position_BT = places.position_BT + self.config.OFFSET
         # position_BT has the shape and device that the types need: all of type 0.
         type_BT = position_BT * 0 if places.type_BT is None else places.type_BT

@@ -164,6 +164,7 @@ class DeepseekV3Config(RoutedConfig, LatentConfig):
 def num_stored(names: Container[str], num_layers: int) -> int:
     """Return how many predictors are stored among tensors of these `names`."""
     count = 0
+    # No other layer has this tensor, and each predictor does.
     while f"{NAMES.layers}.{num_layers + count}.eh_proj.weight" in names:
         count += 1
     return count
@@ -174,6 +175,7 @@ class DeepseekV3(Llama):
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
+        # Anew, with the predictors behind the last layer: `run_layers` stops before these.
         every = range(config.num_layers + config.num_nextn_predict_layers)
         self.layers = numbered(self.layer(number) for number in every)
 
@@ -202,6 +204,7 @@ def weights(config: DeepseekV3Config) -> Iterator[Weight]:
         return routed if config.is_routed(layer) else dense
 
     alone = table(config, rows)
+    # A predictor has experts, even where all layers of the model are dense.
     yield from with_predictors(config, alone, routed, config.num_nextn_predict_layers)
 
 
@@ -246,6 +249,7 @@ SAME = (
 def to_hf(config: DeepseekV3Config) -> dict[str, Any]:
     return fields_to_hf(config, "DeepseekV3ForCausalLM") | routed_to_hf(config) | {
         "n_routed_experts": config.num_experts,
+        # transformers makes its cosines for heads of this size.
         "head_dim": config.qk_rope_head_dim,
         **{name: getattr(config, name) for name in SAME},
     }  # fmt: skip

@@ -191,6 +191,7 @@ class Router(nn.Module):
             config.routed_scale,
         )
         balance, z_loss = config.router_aux_loss_coef, config.router_z_loss_coef
+        # Without a weight neither is computed, nor reported.
         self.load_balance = LayerLoss("load_balance", balance) if balance else None
         self.z_loss = LayerLoss("router_z", z_loss) if z_loss else None
 
@@ -240,6 +241,7 @@ class Router(nn.Module):
         if allowed < num_groups:
             # [B, T, G groups, M experts of each]: experts of a group are neighbours.
             score_BTGM = score_BTE.unflatten(-1, (num_groups, -1))
+            # A group of one expert has no second best.
             best = min(2, score_BTGM.shape[-1])
             chosen = top_k(score_BTGM.sort(-1, descending=True).values[..., :best].sum(-1), allowed)
             is_allowed = torch.zeros(score_BTGM.shape[:-1], dtype=torch.bool, device=chosen.device)
@@ -351,6 +353,7 @@ class SparseMLP(nn.Module):
         # x goes through the router, which attaches its losses to it; the shared experts take the
         # plain one.
         routed = self.router(x_BTD)
+        # A function and not its result: it is computed while rows travel.
         return self.experts(
             *routed, None if self.shared is None else partial(self.visit_shared, x_BTD)
         )
@@ -371,6 +374,7 @@ class RoutedLayer(Layer):
 
     def __init__(self, config: RoutedConfig, attention: nn.Module):
         super().__init__(config, attention)
+        # In place of the dense MLP that the base has made, which took no memory on the meta device.
         self.mlp = SparseMLP(config)
 
 
@@ -397,6 +401,7 @@ def expert_rows(
     # For FLOPs: a token is multiplied with this share of all experts' weights.
     used = config.experts_per_token / experts
 
+    # In the order of the rows: an expert's gate and up, then those of the next.
     def names(*modules: str) -> tuple[str, ...]:
         return tuple(
             f"{block}.experts.{e}.{module}.weight" for e in range(experts) for module in modules

@@ -76,6 +76,7 @@ def weights(config: FalconConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
     both = config.norms == 2
     layer = (
+        # The one norm of smaller models and the two of Falcon-40B have other names in files.
         *norm_rows(config, "attention_norm", "ln_attn" if both else "input_layernorm"),
         *attention_rows(config, "self_attention.query_key_value", "self_attention.dense"),
         *(norm_rows(config, "mlp_norm", "ln_mlp") if both else ()),
@@ -120,6 +121,7 @@ KEYS = Keys().but(
 
 
 def to_hf(config: FalconConfig) -> dict[str, Any]:
+    # transformers knows groups of heads, and two norms, of the new architecture only.
     new = config.norms == 2 or config.kv_heads not in (1, config.num_attention_heads)
     return {
         "architectures": ["FalconForCausalLM"],
@@ -149,6 +151,7 @@ def to_hf(config: FalconConfig) -> dict[str, Any]:
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     new, heads = hf["new_decoder_architecture"], hf["num_attention_heads"]
+    # Files of the old architecture say by multi_query alone how many key/value heads there are.
     kv_heads = hf["num_kv_heads"] or heads
     if not new and hf["multi_query"]:
         kv_heads = 1

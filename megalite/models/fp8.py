@@ -56,6 +56,7 @@ def _is_excluded(weight: Weight, fp8: Fp8Config) -> bool:
     named = [
         module for module in modules if any(is_called(module, target) for target in fp8.exclude)
     ]
+    # A product has one precision: half of a fused weight cannot be left out.
     if named and len(named) < len(modules):
         others = [module for module in modules if module not in named]
         more = f" and {len(others) - 2} more" if len(others) > 2 else ""
@@ -126,6 +127,7 @@ def _sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:
     rows = tensor if weight.shard == "column" else 1
     columns = tensor if weight.shard == "row" else 1
     outputs, inputs = weight.shape[weight.stack :]
+    # Parts are cut over the ranks each on its own, so each must divide by itself.
     modules, parts = _modules(weight), weight.parts or (outputs,)
     for number, size in enumerate(parts):
         # One tensor may have all parts.

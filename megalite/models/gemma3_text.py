@@ -37,6 +37,7 @@ class Gemma3TextConfig(TwoRopes, GemmaLike):
     )
 
     HEAD_NORMS: ClassVar[bool] = True
+    # Where the versions of transformers have put the text model inside of the whole one.
     OLD_STARTS: ClassVar[Mapping[str, str]] = {
         "language_model.model.": "model.",
         "model.language_model.": "model.",
@@ -100,6 +101,7 @@ def text_part(hf: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"config.json of a gemma3 model has text_config = {shown(text)}, which is no JSON object"
         )
+    # Those of the whole model win over text_config's.
     tokens = {
         key: hf[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -294,6 +294,7 @@ def to_hf(config: GPT2Config) -> dict[str, Any]:
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
         "n_head": config.num_attention_heads,
+        # transformers' own way to say 4 × n_embd.
         "n_inner": config.intermediate_size or None,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,
@@ -313,6 +314,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": hf["n_inner"] or 0,
         "num_layers": agreed(hf, "n_layer", "num_hidden_layers"),
         "num_attention_heads": agreed(hf, "n_head", "num_attention_heads"),
+        # transformers does not read n_ctx, but a file in which it differs meant something by it.
         "max_positions": agreed(hf, "n_positions", "max_position_embeddings", copies=("n_ctx",)),
         "norm_eps": hf["layer_norm_epsilon"],
         "init_std": hf["initializer_range"],

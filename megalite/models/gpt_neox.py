@@ -46,6 +46,7 @@ class GPTNeoXConfig(Ungated):
     @property
     def rotary_size(self) -> int:
         """Return how many numbers of a head are rotated."""
+        # Rounded down, as in transformers.
         return int(self.head_size * self.rotary_pct)
 
     @property
@@ -150,6 +151,7 @@ def to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    # transformers ignores both, so only what it computes all the same may stand there.
     for key, value in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
         require(hf, "gpt_neox", {key: value})
     return {

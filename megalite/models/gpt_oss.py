@@ -106,6 +106,7 @@ def _expert_rows(config: GptOssConfig) -> tuple[Weight, ...]:
             partial_grad="sequence",
         ),
         Weight(
+            # A unit is a gate and its up, which stand side by side: a tensor rank has both.
             "mlp.experts.gate_up.weight", (experts, 2 * inner, hidden), ("mlp.experts.gate_up_proj",), "column", unit=2,
             transpose=True, stack=1, used=used, init=config.init_std,
         ),
@@ -114,6 +115,7 @@ def _expert_rows(config: GptOssConfig) -> tuple[Weight, ...]:
             "mlp.experts.down.weight", (experts, hidden, inner), ("mlp.experts.down_proj",), "row", transpose=True,
             stack=1, used=used, init=residual_std(config),
         ),
+        # Cut, although its matrix is row-parallel: each rank adds its own features to the sum.
         bias("down", "down_proj", hidden, 1),
     )  # fmt: skip
 

@@ -127,6 +127,7 @@ def put_on(model: Decoder, config: ModelConfig) -> Decoder:
     if config.has_classes:
         model.head = nn.Linear(config.hidden_size, len(config.labels), bias=has_bias(config))
         if config.problem != "single_label":
+            # A single label is a word of a small vocabulary, whose loss the family has.
             model.loss = LOSSES[config.problem](len(config.labels))
     return model
 
@@ -154,6 +155,7 @@ def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[s
         prefix = rows[0].hf[0].partition(".")[0] + "."
         head = [row for row in rows if row.place == "last" and not row.hf[0].startswith(prefix)]
     lacking = {row.name for row in head if not any(name in files for name in row.hf)}
+    # A head that is there in part is no missing one, but a damaged file.
     may_be_new = config.has_classes or (config.task == "masked" and len(lacking) == len(head))
     return lacking if may_be_new else set()
 
@@ -211,6 +213,7 @@ def _labels(hf: dict[str, Any]) -> list[str]:
     given = hf.get("id2label") or {
         number: f"LABEL_{number}" for number in range(hf.get("num_labels") or 2)
     }
+    # Keys of JSON are text, and text has another order: 10 stands before 2.
     names = {int(number): str(name) for number, name in given.items()}
     if hf.get("num_labels") not in (None, len(names)):
         disagree(f"id2label = {given}", f"num_labels = {hf['num_labels']}")

@@ -141,6 +141,7 @@ class Keys:
                     "what the model computes; remove the key only if it changes nothing"
                 )
         usual = {key: value for key, value in self.used.items() if value is not REQUIRED}
+        # A key that is null stays so: `from_hf` knows what the family takes that for.
         return usual | dict(hf)
 
 
@@ -166,6 +167,7 @@ def check_quantisation(hf: Mapping[str, Any], family: str, only: Mapping[str, An
         raise ConfigError(
             f"config.json has quantization_config = {shown(values)}, which is no mapping"
         )
+    # How inputs are rounded, and what was left as it was, which the stored tensors say themselves.
     place, computing = "quantization_config", ("activation_scheme", "modules_to_not_convert")
     refuse_others(values, (*only, *computing), place, f"weights of the {family} family")
     for key, value in only.items():
@@ -194,6 +196,7 @@ def check_compressed(values: Any, family: str) -> None:
     groups = values.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else [None]:
         weights = group.get("weights") if isinstance(group, Mapping) else None
+        # A group's own format wins over that of the whole model.
         kind = (group.get("format") if isinstance(group, Mapping) else None) or values.get("format")
         if kind not in COMPRESSED or not isinstance(weights, Mapping):
             raise ConfigError(
@@ -210,6 +213,7 @@ def check_packed(values: Any) -> None:
     """Raise ConfigError for quantised weights that are no integers of GPTQ's or AWQ's files."""
     said = values if isinstance(values, Mapping) else {}
     method = said.get("quant_method")
+    # The second names are AWQ's own.
     bits = said.get("bits", said.get("w_bit"))
     if method == "gptq" and said.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2"):
         known: tuple[int, ...] = (4, 8)
@@ -217,6 +221,7 @@ def check_packed(values: Any) -> None:
         known = (4,)
     else:
         known = ()
+    # -1: all inputs of an output are one group.
     group = said.get("group_size", said.get("q_group_size", -1))
     if bits not in known or not isinstance(group, int) or group == 0 or group < -1:
         raise ConfigError(
@@ -294,6 +299,7 @@ def stored_names(folder: Path) -> frozenset[str]:
             return frozenset(read_object(index, ConfigError).get("weight_map") or ())
         check_regular(single := folder / "model.safetensors", ConfigError)
         with single.open("rb") as file:
+            # safetensors: the length of the header, then the header, JSON of the tensors' names.
             size = int.from_bytes(file.read(8), "little")
             return frozenset(json.loads(file.read(min(size, LARGEST_HEADER))))
     except (OSError, ValueError, TypeError, ConfigError):

@@ -160,6 +160,7 @@ class LatentAttention(nn.Module):
             (self.plain, self.value), 1
         )
         q_BTHC = torch.cat((torch.einsum("bthp,hpl->bthl", q_BTHP, keys_HPL), q_BTHR), -1)
+        # 1/√ of the size that heads have, which is not that of these queries.
         kind = replace(self.core.kind, scale=self.core.kind.scale_of(self.plain + self.turned))
         size = latent_BTL.shape[-1]
         out = cache.attend(q_BTHC, keys_B1SC, size, shared.places, kind)
@@ -196,6 +197,7 @@ class LatentAttention(nn.Module):
         # As one head of its own; every head of this rank then gets the same rotated features.
         k_BTR = self.rotate(self.enter(k_BTR.contiguous())[:, :, None], cos_sin)[:, :, 0]
         q_BTHK = torch.cat((q_BTHP, self.rotate(q_BTHR, cos_sin)), -1)
+        # contiguous: the norm's kernel takes rows without gaps.
         return q_BTHK, self.kv_norm(latent_BTL.contiguous()), k_BTR
 
     def attend(

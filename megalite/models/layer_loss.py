@@ -95,6 +95,7 @@ class LayerLosses:
     def means(self, device: torch.device) -> Tensor:
         """Return this rank's part of the mean of each name over the global batch and the model's
         layers, fp32 [names]; over all ranks they add up."""
+        # Names of which this rank has no layer as well: all ranks add the same vector.
         sums = {name: torch.zeros((), device=device) for name in self.num_layers}
         for loss in self.here:
             sums[loss.name] += loss.mean

@@ -270,6 +270,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Return the norm of `x`; with a residual, (norm, sum) of their sum."""
+        # The kernels take a bias in any case.
         bias = torch.zeros_like(self.weight) if self.bias is None else self.bias
         if residual is None:
             return layer_norm(x, self.weight, bias, self.eps)
@@ -308,6 +309,7 @@ class ColumnLoss(nn.Module):
     def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         first, count = self.columns(logits.shape[-1])
         is_here_BT = labels_BT != IGNORE
+        # IGNORE is no label to compute with: 0 takes its place, whose loss is replaced below.
         losses_BTC = self.each(
             logits[..., :count].float(), labels_BT.masked_fill(~is_here_BT, 0), first
         )
@@ -343,6 +345,7 @@ def in_set(labels_BT: Tensor, first: int, count: int) -> Tensor:
 
 def numbers_of(labels_BT: Tensor) -> Tensor:
     """Return the numbers whose fp32 bits are labels: [B,T]."""
+    # Batches hold labels as int64 only; the lower half of one holds the number's bits.
     return labels_BT.to(torch.int32).view(torch.float32)
 
 

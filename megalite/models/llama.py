@@ -380,10 +380,12 @@ def attention_rows(
         "attention.qkv.bias", shape[:1], names["bias"], "column", parts, unit, init="zeros", decay=False
     )  # fmt: skip
     out = Weight(
+        # Whole heads of input features, as `qkv` gives them.
         "attention.out.weight", (config.hidden_size, q), (f"self_attn.{hf_out}.weight",), "row", unit=unit,
         init=residual_std(config),
     )  # fmt: skip
     out_bias = row_bias("attention.out", f"self_attn.{hf_out}", config.hidden_size)
+    # A list times a bool: the list, or nothing.
     return (matrix, *[bias] * config.biases.qkv, *norms, out, *[out_bias] * config.biases.out)
 
 
@@ -397,6 +399,7 @@ def row_bias(name: str, hf: str, size: int) -> Weight:
 
 def head_norm_rows(config: LlamaLike) -> tuple[Weight, ...]:
     """Return the rows of the norms in `HeadNormAttention`."""
+    # One weight for all heads, of which each tensor rank has some: hence a part of its gradient.
     names = [f"{part}_norm.weight" for part in "qk"]
     return tuple(
         Weight(
@@ -421,6 +424,7 @@ def mlp_rows(
     names = {
         kind: tuple(f"{hf}.{module}.{kind}" for module in gate_up) for kind in ("weight", "bias")
     }
+    # `parts`: a tensor rank has the gates and the ups of the same features.
     shape, halves, first, biased = (
         (2 * inner, hidden),
         (inner, inner),

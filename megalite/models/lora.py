@@ -152,6 +152,7 @@ def merged(
     """Return the local tensor of a weight on one of `tensor` ranks with its adapters' updates
     added, in fp32, to be rounded once by the caller. `adapters` come with that rank's A and B;
     `scale` multiplies the updates."""
+    # A copy in any case: `local` may be the engine's own memory.
     whole = local.float() if local.dtype != torch.float32 else local.clone()
     for adapter, a, b in adapters:
         whole[adapter.local_rows(tensor)].addmm_(b.float(), a.float(), alpha=scale)
@@ -268,6 +269,7 @@ class LoraLinear(nn.Linear):
         self.dropout = (
             AdapterDropout(dropout, f"{updates.adapters[0].owner}.lora") if dropout else None
         )
+        # In place of those just made, which took no memory on the meta device.
         self.weight, self.bias, self.updates = base.weight, base.bias, updates
         for adapter in updates.adapters:
             for row in adapter.rows(rank):

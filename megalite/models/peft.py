@@ -135,6 +135,7 @@ def to_peft(
         "use_rslora": lora.rslora,
         "target_modules": targets,
         **({"exclude_modules": others} if others else {}),
+        # GPT-2's matrices are stored [in, out], which PEFT must be told.
         "fan_in_fan_out": any(weight.transpose for weight in weights),
         "bias": "none",
         "init_lora_weights": True,

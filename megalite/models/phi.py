@@ -114,6 +114,7 @@ KEYS = LIKE_LLAMA.but(
 
 def to_hf(config: PhiConfig) -> dict[str, Any]:
     values = fields_to_hf(config, "PhiForCausalLM", TANH[0] if config.tanh_gelu else "gelu")
+    # All of its linear modules have biases, of which no key tells.
     del values["attention_bias"]
     return values | {
         "layer_norm_eps": values.pop("rms_norm_eps"),

@@ -65,6 +65,7 @@ def with_predictors(
     )
     copies = {"embedding.weight": of_embedding, "head.weight": of_head}
     if config.tie_embeddings:
+        # One tensor is both, and is stored in both places.
         copies = {"embedding.weight": of_embedding + of_head}
     for weight in weights:
         more = copies.get(weight.name, ())
@@ -72,6 +73,7 @@ def with_predictors(
         place = "both" if more and weight.name == "embedding.weight" else weight.place
         yield replace(weight, copies=more, place=place)
     hidden = config.hidden_size
+    # Not cut: it takes whole features, of this rank's slice of the tokens.
     join = Weight(
         "eh_proj.weight", (hidden, 2 * hidden), ("eh_proj.weight",), init=config.init_std,
         partial_grad="sequence",

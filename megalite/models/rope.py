@@ -162,6 +162,7 @@ class YarnScaling(Section):
         low, high = pair(self.beta_fast), pair(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
+        # To the numbers of a head and not of its pairs, as in transformers.
         low, high = max(low, 0), min(high, 2 * count - 1)
         high += 0.001 if low == high else 0.0  # as in transformers
         divided_R = ((torch.arange(count, device=frequency_R.device) - low) / (high - low)).clamp(
@@ -270,6 +271,7 @@ def turning_points(scaling: Scaling | None, max_positions: int) -> range:
     """Return the lengths of a sequence of up to `max_positions` tokens after which one token more
     turns all positions otherwise."""
     if isinstance(scaling, LongRope):
+        # One: all longer sequences turn alike. With dynamic NTK each length has a base of its own.
         return range(scaling.original_max_positions, scaling.original_max_positions + 1)
     return (
         range(scaling.original_max_positions, max_positions)
@@ -364,6 +366,7 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
 def longest(original: int, factor: float) -> int:
     """Return the longest sequence of a model for `original` positions that is scaled by
     `factor`."""
+    # A factor such as 1.1 times a length may come out a hair below the whole number.
     return int(round(original * factor, 6))
 
 
@@ -381,6 +384,7 @@ def lengthened(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     longer = {}
     if isinstance(original, int) and isinstance(factor, int | float) and factor > 1:
         longer = {"max_positions": longest(original, factor)}
+    # max_positions that are given win.
     return longer | values | {"rope_scaling": scaling}
 
 

@@ -102,6 +102,7 @@ KEYS = LIKE_LLAMA.but(
 
 def to_hf(config: Starcoder2Config) -> dict[str, Any]:
     values = fields_to_hf(config, "Starcoder2ForCausalLM", GELU if config.tanh_gelu else "gelu")
+    # `use_bias` says it.
     del values["attention_bias"]
     return values | {
         "norm_epsilon": values.pop("rms_norm_eps"),

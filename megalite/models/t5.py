@@ -105,6 +105,7 @@ class T5Config(ModelConfig):
                 f"encoder_layers {self.encoder_layers} must be less than num_layers {self.num_layers}, which counts "
                 "those of the decoder as well"
             )
+        # Half of them are of keys behind the query, and half of each are of one distance each.
         if self.relative_buckets % 4:
             raise ValueError(f"relative_buckets {self.relative_buckets} must be a multiple of 4")
         if self.relative_distance <= self.relative_buckets // 2:
@@ -194,6 +195,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, heads))
 
+    # A module that is called, so that an engine's hook waits for its weight.
     def forward(self) -> Tensor:
         return self.weight
 
@@ -307,6 +309,7 @@ class DecoderLayer(nn.Module):
     def forward(self, streams: tuple[Tensor, ...], shared: Shared) -> tuple[Tensor, ...]:
         *tables, memory, x = streams
         places = shared.places
+        # The first decoder layer, on whichever pipeline stage it is; the others get the result.
         if hasattr(self, "memory_norm"):
             memory = self.memory_dropout(self.memory_norm(memory), shared.source)
         attended = self.attention(self.attention_norm(x), places, shared.bias)
@@ -345,6 +348,7 @@ class T5(Decoder):
         source = _source_of(places)
         memory = self.source_dropout(self.embedding(source.tokens_BS), source.places)
         return (
+            # Layers of all pipeline stages add biases to scores: the tables go along.
             self.source_bias(),
             self.bias(),
             memory,
@@ -356,6 +360,7 @@ class T5(Decoder):
         asks for `places`."""
         source_table, table, *_ = x
         source, numbers = _source_of(places).places, [int(name) for name in self.layers]
+        # A pipeline stage may have layers of one stack only, and computes no biases for the other.
         has_encoder, has_decoder = (
             any((number < self.config.encoder_layers) == encodes for number in numbers)
             for encodes in (True, False)
@@ -382,6 +387,7 @@ class T5(Decoder):
         bias = self._bias(self.source_bias(), source.places, both_sides=True)
         shared = Shared(source.places, source.places, bias, None)
         for number in range(split):
+            # An encoder's layer hands the decoder's stream on as it is.
             x, _ = self.layers[str(number)]((x, x), shared)
         first = self.layers[str(split)]
         assert isinstance(first, DecoderLayer)
@@ -416,6 +422,7 @@ def weights(config: T5Config) -> Iterator[Weight]:
     yield embedding_row(config, "shared.weight")
     for name, stack in (("source_bias", "encoder"), ("bias", "decoder")):
         yield Weight(
+            # Its input features are heads: cut as the queries' heads are.
             f"{name}.weight", (config.relative_buckets, config.num_attention_heads),
             (f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",), "row",
             used=0.0, init=by_width,
@@ -453,6 +460,7 @@ def _attention(config: T5Config) -> Iterator[Weight]:
     yield _norm(config, "attention_norm", "layer.0.layer_norm")
     yield Weight(
         "attention.qkv.weight", (3 * inner, hidden), tuple(f"layer.0.SelfAttention.{name}.weight" for name in "qkv"),
+        # A deviation for each of q, k and v.
         "column", (inner, inner, inner), unit, init=(_query_std(config), std * hidden**-0.5, std * hidden**-0.5),
     )  # fmt: skip
     yield Weight(

@@ -77,6 +77,7 @@ def attention_rows(config: Ungated, qkv: str, out: str) -> tuple[Weight, ...]:
         config.hidden_size,
     )
     unit, parts, name = config.head_size, (q, kv, kv), "attention.qkv"
+    # Not three tensors: `by_unit` says in which order the one has their rows.
     matrix = Weight(
         f"{name}.weight", (sum(parts), hidden), (f"{qkv}.weight",), "column", parts, unit, by_unit=True,
         init=config.init_std,

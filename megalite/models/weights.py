@@ -125,6 +125,7 @@ class Weight:
     are there they must be copies."""
 
     def __post_init__(self) -> None:
+        # Mistakes of a family's author, found as soon as the table is made.
         assert (
             sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack]
         ), self
@@ -145,6 +146,7 @@ class Weight:
     @property
     def interleaved(self) -> tuple[int, ...]:
         """Return for a weight stored `by_unit` how many rows of each part follow one another."""
+        # The part with the fewest heads, keys or values, says how many groups there are.
         groups = min(self.parts) // self.unit
         assert not any(size % groups for size in self.parts), self
         return tuple(size // groups for size in self.parts)
@@ -195,6 +197,7 @@ class Weight:
         takes in fp32. Those of another shape, which are small beside it, do not count."""
         size = 1.0 if optimizer.keeps_fp32(self) else STATE_SIZES[optimizer.state_dtype]
         own = (s for s in optimizer.states_of(self) if optimizer.state_row(self, s) is self)
+        # The average of the weights is fp32 in any case.
         return sum(1.0 if state == EMA else size for state in own)
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
@@ -209,6 +212,7 @@ class Weight:
             return 0
         groups = self.row_groups if len(self.hf) > 1 else (self.num_rows,)
         rows, columns = self.local_shape(tensor)
+        # Each Hugging Face tensor has blocks and scales of its own.
         shares = ((rows * size // self.num_rows, size * self.shape[1]) for size in groups)
         return sum(num_bytes(self.quantised, part, columns, all_) for part, all_ in shares)
 
@@ -216,6 +220,7 @@ class Weight:
         """Return the numbers of the logical rows of a matrix, int64, in the order in which each of
         its Hugging Face tensors has them as output features."""
         numbers = torch.arange(self.num_rows)[:, None]
+        # Numbers of rows go the way of the rows themselves.
         column = replace(self, shape=(self.num_rows, 1), transpose=False)
         return [rows[:, 0] for rows in column.to_hf(numbers).values()]
 
@@ -385,6 +390,7 @@ class Weight:
             groups = [piece.unflatten(0, (-1, rows)) for piece, rows in pieces]
             return {self.hf[0]: torch.cat(groups, 1).reshape(self.shape).contiguous()}
         if len(self.hf) == 1:
+            # safetensors writes no views.
             return {self.hf[0]: self._turned(logical).contiguous()}
         pieces = logical.flatten(0, self.stack).split(self.row_groups)
         return {
@@ -404,6 +410,7 @@ class Weight:
     def copies_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the copies of its only Hugging Face tensor in `tensors` that files have beside
         it."""
+        # safetensors refuses two names of one memory.
         return {copy: tensors[self.hf[0]].clone() for copy in self.copies}
 
     def as_stored(self, names: Container[str]) -> Weight:

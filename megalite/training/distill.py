@@ -112,6 +112,7 @@ class Distill(NextToken):
         head, of_teacher = out.chunked, teacher.chunked
         if head is not None and of_teacher is not None:
             losses_BT3 = linear_divergence(
+                # Whole on every rank: only their gradient is to be summed, of all columns.
                 enter(out.states_BTD, self.axis, sequence=False),
                 head.weight,
                 teacher.states_BTD,

@@ -88,6 +88,7 @@ class MaskedLM(NextToken):
         labels, context = micro.labels, self.mesh.context
         if context.size > 1:
             labels = labels[:, zigzag(labels.shape[1], context)]
+        # Where the sequence is not cut there is one slice, which all tensor ranks pick from.
         picked = Picked.of(
             labels, self.slices, self.mesh.tensor.rank % self.slices, self.mesh.device
         )

@@ -133,6 +133,7 @@ class WarmupStableDecay(Linear):
 
     def steps_below_peak(self, num_steps: int) -> int:
         wanted = self.decay_steps or max(1, num_steps // 10)
+        # The decay begins behind the warmup, however long it was asked to be.
         return min(wanted, super().steps_below_peak(num_steps))
 
     def check(self, num_steps: int) -> None:
