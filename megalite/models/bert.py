@@ -157,12 +157,8 @@ class Bert(Decoder):
 
 def weights(config: BertConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
-    hidden, inner, std, prefix = (
-        config.hidden_size,
-        config.inner_size,
-        config.init_std,
-        config.PREFIX,
-    )
+    hidden, inner = config.hidden_size, config.inner_size
+    std, prefix = config.init_std, config.PREFIX
     # As in Megatron-LM, also where the stream is normalized between.
     out_std = residual_std(config)
     thirds, head = (hidden, hidden, hidden), config.head_size

@@ -194,10 +194,8 @@ class DeepseekV3(Llama):
 
 
 def weights(config: DeepseekV3Config) -> Iterator[Weight]:
-    attention, experts = (
-        latent_rows(config),
-        (*expert_rows(config), *shared_rows(config, "mlp.shared_experts")),
-    )
+    attention = latent_rows(config)
+    experts = (*expert_rows(config), *shared_rows(config, "mlp.shared_experts"))
     dense, routed = layer_table(config, attention), layer_table(config, attention, experts)
 
     def rows(layer: int) -> Sequence[Weight]:

@@ -185,11 +185,8 @@ class Router(nn.Module):
             None if config.bias_rate is None else nn.Parameter(torch.empty(config.num_experts))
         )
         self.experts_per_token, self.renormalizes = config.experts_per_token, config.renormalizes
-        self.scores_by, self.groups, self.scale = (
-            config.scores_by,
-            config.groups,
-            config.routed_scale,
-        )
+        self.scores_by, self.groups = config.scores_by, config.groups
+        self.scale = config.routed_scale
         balance, z_loss = config.router_aux_loss_coef, config.router_z_loss_coef
         # Without a weight neither is computed, nor reported.
         self.load_balance = LayerLoss("load_balance", balance) if balance else None

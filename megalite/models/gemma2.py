@@ -82,13 +82,12 @@ class Layer(nn.Module):
     def __init__(self, config: GemmaLike, attention: Attention):
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
-        self.attention_norm, self.attention_out_norm = (
-            OffsetRMSNorm(size, eps),
-            OffsetRMSNorm(size, eps),
-        )
+        self.attention_norm = OffsetRMSNorm(size, eps)
         self.attention = attention
-        self.mlp_norm, self.mlp_out_norm = OffsetRMSNorm(size, eps), OffsetRMSNorm(size, eps)
+        self.attention_out_norm = OffsetRMSNorm(size, eps)
+        self.mlp_norm = OffsetRMSNorm(size, eps)
         self.mlp = MLP(config)
+        self.mlp_out_norm = OffsetRMSNorm(size, eps)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         # Sandwich norms: what attention and MLP return is normalized before it joins the stream.

@@ -119,11 +119,8 @@ class LatentAttention(nn.Module):
     def __init__(self, config: LatentConfig, layer: int):
         super().__init__()
         heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
-        self.plain, self.turned, self.value = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.v_head_dim,
-        )
+        self.plain, self.turned = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value = config.v_head_dim
         self.interleaved = config.rope_interleave
         queries = config.q_lora_rank
         self.q_a = nn.Linear(hidden, queries, bias=False) if queries else None
@@ -225,12 +222,8 @@ class LatentAttention(nn.Module):
 def latent_rows(config: LatentConfig) -> tuple[Weight, ...]:
     """Return the rows of latent attention. What makes latents is replicated, and used on the tokens
     that a rank has between blocks."""
-    hidden, std, latent, queries = (
-        config.hidden_size,
-        config.init_std,
-        config.kv_lora_rank,
-        config.q_lora_rank,
-    )
+    hidden, std = config.hidden_size, config.init_std
+    latent, queries = config.kv_lora_rank, config.q_lora_rank
     heads, rotated = config.num_attention_heads, config.qk_rope_head_dim
     key, pair = config.head_size, config.qk_nope_head_dim + config.v_head_dim
 

@@ -221,11 +221,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaLike, layer: int):
         super().__init__()
-        heads, groups, self.head_size = (
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_size,
-        )
+        heads, groups = config.num_attention_heads, config.kv_heads
+        self.head_size = config.head_size
         self.heads_per_group, self.turn = heads // groups, config.turn(layer)
         # Rows: all queries, then all keys, then all values. Cut over tensor ranks each on its own
         # (`parts` of the table's row), so that every rank has heads and their keys in this same
@@ -425,12 +422,8 @@ def mlp_rows(
         kind: tuple(f"{hf}.{module}.{kind}" for module in gate_up) for kind in ("weight", "bias")
     }
     # `parts`: a tensor rank has the gates and the ups of the same features.
-    shape, halves, first, biased = (
-        (2 * inner, hidden),
-        (inner, inner),
-        f"{name}.gate_up",
-        config.biases.mlp,
-    )
+    shape, halves = (2 * inner, hidden), (inner, inner)
+    first, biased = f"{name}.gate_up", config.biases.mlp
     bias = Weight(
         f"{first}.bias", shape[:1], names["bias"], "column", halves, init="zeros", decay=False
     )

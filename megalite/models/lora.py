@@ -211,10 +211,8 @@ class AdapterDropout(Dropout):
 def _tell_places(layer: nn.Module) -> None:
     """Make every call of a layer, recomputation included, give its places to the dropouts
     inside."""
-    forward, dropouts = (
-        layer.forward,
-        [module for module in layer.modules() if isinstance(module, AdapterDropout)],
-    )
+    forward = layer.forward
+    dropouts = [module for module in layer.modules() if isinstance(module, AdapterDropout)]
 
     def telling(x: Tensor, shared: Any) -> Tensor:
         for dropout in dropouts:

@@ -257,11 +257,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
             "modernbert",
             {"rope_type": "default"},
         )
-    types, every, layers = (
-        hf["layer_types"],
-        hf["global_attn_every_n_layers"],
-        hf["num_hidden_layers"],
-    )
+    types, every = hf["layer_types"], hf["global_attn_every_n_layers"]
+    layers = hf["num_hidden_layers"]
     if types and every and types != _types(layers, every):
         disagree(f"layer_types = {types}", f"global_attn_every_n_layers = {every}")
     thetas = [

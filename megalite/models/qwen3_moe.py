@@ -46,10 +46,8 @@ class Qwen3Moe(Llama):
 
 def weights(config: Qwen3MoeConfig) -> Iterator[Weight]:
     attention = attention_rows(config, norms=head_norm_rows(config))
-    dense, routed = (
-        layer_table(config, attention),
-        layer_table(config, attention, expert_rows(config)),
-    )
+    dense = layer_table(config, attention)
+    routed = layer_table(config, attention, expert_rows(config))
 
     def rows(layer: int) -> Sequence[Weight]:
         return routed if config.is_routed(layer) else dense

@@ -380,10 +380,8 @@ class T5(Decoder):
 
     def encode(self, source: Source) -> Tensor:
         """Return the encoder's states [B,S,D] as the decoder attends to them."""
-        split, x = (
-            self.config.encoder_layers,
-            self.source_dropout(self.embedding(source.tokens_BS), source.places),
-        )
+        split = self.config.encoder_layers
+        x = self.source_dropout(self.embedding(source.tokens_BS), source.places)
         bias = self._bias(self.source_bias(), source.places, both_sides=True)
         shared = Shared(source.places, source.places, bias, None)
         for number in range(split):
@@ -451,12 +449,8 @@ def _norm(config: T5Config, name: str, hf: str, place: Place = 0) -> Weight:
 def _attention(config: T5Config) -> Iterator[Weight]:
     """Yield the rows of a stack's attention to itself, with T5's initial values (Raffel et al.'s
     code)."""
-    hidden, inner, unit, std = (
-        config.hidden_size,
-        config.inner_heads,
-        config.head_dim,
-        config.init_std,
-    )
+    hidden, std = config.hidden_size, config.init_std
+    inner, unit = config.inner_heads, config.head_dim
     yield _norm(config, "attention_norm", "layer.0.layer_norm")
     yield Weight(
         "attention.qkv.weight", (3 * inner, hidden), tuple(f"layer.0.SelfAttention.{name}.weight" for name in "qkv"),
@@ -477,12 +471,8 @@ def _query_std(config: T5Config) -> float:
 
 def _cross(config: T5Config) -> Iterator[Weight]:
     """Yield the rows of a decoder's attention to the encoder."""
-    hidden, inner, unit, std = (
-        config.hidden_size,
-        config.inner_heads,
-        config.head_dim,
-        config.init_std,
-    )
+    hidden, std = config.hidden_size, config.init_std
+    inner, unit = config.inner_heads, config.head_dim
     yield _norm(config, "cross_norm", "layer.1.layer_norm")
     yield Weight(
         "cross.q.weight", (inner, hidden), ("layer.1.EncDecAttention.q.weight",), "column", unit=unit,
@@ -501,12 +491,8 @@ def _cross(config: T5Config) -> Iterator[Weight]:
 def _mlp(config: T5Config, number: int) -> Iterator[Weight]:
     """Yield the rows of the feed-forward part, which Hugging Face counts as `number` in its
     layer."""
-    hidden, inner, std, hf = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.init_std,
-        f"layer.{number}",
-    )
+    hidden, inner, std = config.hidden_size, config.intermediate_size, config.init_std
+    hf = f"layer.{number}"
     names = ("wi_0", "wi_1") if config.is_gated else ("wi",)
     yield _norm(config, "mlp_norm", f"{hf}.layer_norm")
     yield Weight(

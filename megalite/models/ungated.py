@@ -71,11 +71,8 @@ def attention_rows(config: Ungated, qkv: str, out: str) -> tuple[Weight, ...]:
     """Return the rows of attention, of whose `qkv` Hugging Face stores the queries of heads that
     share a key, the key and the value before those of the next. `qkv` and `out` are its names of
     the modules."""
-    q, kv, hidden = (
-        config.num_attention_heads * config.head_size,
-        config.kv_heads * config.head_size,
-        config.hidden_size,
-    )
+    q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
+    hidden = config.hidden_size
     unit, parts, name = config.head_size, (q, kv, kv), "attention.qkv"
     # Not three tensors: `by_unit` says in which order the one has their rows.
     matrix = Weight(

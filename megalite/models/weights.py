@@ -210,10 +210,10 @@ class Weight:
         0 where it is not."""
         if self.quantised is None:
             return 0
-        groups = self.row_groups if len(self.hf) > 1 else (self.num_rows,)
         rows, columns = self.local_shape(tensor)
         # Each Hugging Face tensor has blocks and scales of its own.
-        shares = ((rows * size // self.num_rows, size * self.shape[1]) for size in groups)
+        sizes = self._rows_of_each()
+        shares = ((rows * size // self.num_rows, size * self.shape[1]) for size in sizes)
         return sum(num_bytes(self.quantised, part, columns, all_) for part, all_ in shares)
 
     def hf_order(self) -> list[Tensor]:
@@ -448,11 +448,9 @@ class Weight:
         stacked = self.stack > 0 and len(self.hf) == 1  # one tensor holds all matrices
         # Rows that are read from one place: of each matrix of a stack in one tensor, else of each
         # tensor.
-        sizes = (
-            (self.shape[self.stack],) * prod(self.shape[: self.stack])
-            if stacked
-            else self._rows_of_each()
-        )
+        sizes = self._rows_of_each()
+        if stacked:
+            sizes = (self.shape[self.stack],) * prod(self.shape[: self.stack])
         pieces, offset = [], 0
         for number, rows in enumerate(sizes):
             low, high = max(start, offset) - offset, min(stop, offset + rows) - offset
