@@ -195,10 +195,13 @@ class Gradients:
 
     def finish(self) -> None:
         """Reduce what is left, and wait until all of it is."""
+        under_way = [bucket for bucket, _, _ in self._in_flight]
         for bucket in self.buckets[self._next :]:
             # Still to reduce: tied buckets, and those with a weight that a micro-batch did not use;
-            # at stage 2 also those without any gradient, whose shard must be zeros.
-            if self.zero_stage < 2 or bucket.filled or bucket.grad_shard is None:
+            # at stage 2 also those without any gradient, whose shard must be zeros. Those that
+            # travel have no shard yet, either.
+            has_none = bucket.grad_shard is None and bucket not in under_way
+            if self.zero_stage < 2 or bucket.filled or has_none:
                 self._reduce(bucket)
         while self._in_flight:
             self._finish_oldest()

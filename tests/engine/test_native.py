@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from megalite.checkpoint.load import from_seed
 from megalite.comm.mesh import Mesh, make_mesh
 from megalite.engine import Engine
+from megalite.engine.buckets import BucketState
+from megalite.engine.native import NativeEngine
 from megalite.models import from_hf_config, weight_table
 from megalite.plan import make_plan
 from megalite.training.parts import RankModel, build
@@ -56,6 +59,17 @@ def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path, zero_st
     pass_back(parts, unused, micro_batches=2)
     for name, grad in gathered(parts.engine, "grad", parts).items():
         assert torch.equal(grad, torch.full_like(grad, 2.0 * (name != unused))), name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_every_bucket_is_reduced_once(tmp_path: Path, zero_stage: int) -> None:
+    """Also those that still travel when the backward pass has ended."""
+    parts = parts_of(tmp_path, f"parallel.zero_stage={zero_stage}", "parallel.bucket_mb=0.001")
+    assert isinstance(parts.engine, NativeEngine)
+    gradients, reduced = parts.engine.gradients, list[BucketState]()
+    gradients.observer = lambda bucket, grads: reduced.append(bucket)
+    pass_back(parts)
+    assert Counter(map(id, reduced)) == Counter(map(id, gradients.buckets))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
