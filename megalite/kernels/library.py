@@ -102,7 +102,7 @@ def pick(operation: str, x: Tensor) -> str:
         wish == "auto"
         and operation == "weight_gradient"
         and x.dtype == torch.bfloat16
-        and _has_matrix_unit()
+        and has_matrix_unit()
     ):
         return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
@@ -114,7 +114,7 @@ def explain(operation: str, device: str) -> tuple[str, str]:
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish, f"kernels.{operation} asks for it"
-    if wish == "auto" and operation == "weight_gradient" and device == "cpu" and _has_matrix_unit():
+    if wish == "auto" and operation == "weight_gradient" and device == "cpu" and has_matrix_unit():
         return "torch", "oneDNN uses this processor's AMX for bf16"
     if _takes(operation, device, torch.float32):
         isa = f", runs with {own().isa()}" if device == "cpu" else ""  # type: ignore[union-attr]
@@ -166,7 +166,7 @@ def why_not_built() -> str:
 
 
 @functools.cache
-def _has_matrix_unit() -> bool:
+def has_matrix_unit() -> bool:
     """Return whether this CPU has AMX tiles, which oneDNN uses and megalite's kernels do not."""
     return torch.cpu._is_amx_tile_supported()
 

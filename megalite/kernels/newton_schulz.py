@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megalite.kernels.library import has_matrix_unit, pick
+
 Coefficients = tuple[float, float, float]
 
 SIMPLE: Coefficients = (3.4445, -4.7750, 2.0315)
@@ -44,10 +46,6 @@ EPS = 1e-7
 """Lower bound of that norm."""
 
 
-WORTH_CUTTING = 256
-"""Rows from which on a product with its own transpose is computed in quarters."""
-
-
 def orthogonalize(
     matrices: Sequence[Tensor],
     coefficients: str = "simple",
@@ -72,7 +70,6 @@ def orthogonalize(
 
 def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
     """Iterate on `x` [rows, columns], or [N, rows, columns]."""
-    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:  # XXᵀ is the smaller product of a wide matrix
         x = x.mT.contiguous()
@@ -88,36 +85,39 @@ def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
     # a·X + (b·G + c·G²)·X with G = XXᵀ: three products a step.
     for each in (*steps, (a * scale, b * scale, c * scale)):
         gram = symmetric_product(x)
-        polynomial = symmetric_product(gram, gram, beta=each[1], alpha=each[2])
-        x = add_product(x, polynomial, x, beta=each[0])
+        polynomial = symmetric_product(gram, gram, alpha=each[2], beta=each[1])
+        x = polynomial_product(polynomial, x, beta=each[0])
     return x.mT if is_tall else x
 
 
 def symmetric_product(
-    x: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+    x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
-    """Return alpha · x xᵀ, plus beta · `add`, which is symmetric, too. `x` is [rows, columns] or
-    [N, rows, columns].
+    """Return x xᵀ, or with `add`, which is symmetric, too, alpha · x xᵀ + beta · `add`. `x` is
+    [rows, columns] or [N, rows, columns].
 
-    On the CPU the upper right quarter of a large one is copied from the lower left: a quarter less
-    work."""
-    rows = x.shape[-2]
-    if x.dim() == 3 or rows < WORTH_CUTTING or rows % 2:
-        if add is None:
-            return x @ x.mT
-        return (torch.addmm if x.dim() == 2 else torch.baddbmm)(
-            add, x, x.mT, beta=beta, alpha=alpha
-        )
-    half = rows // 2
-    out = x.new_empty(rows, rows)
-    upper, lower = slice(None, half), slice(half, None)
-    for a, b in ((upper, upper), (lower, upper), (lower, lower)):
-        if add is None:
-            torch.mm(x[a], x[b].mT, out=out[a, b])
-        else:
-            torch.addmm(add[a, b], x[a], x[b].mT, beta=beta, alpha=alpha, out=out[a, b])
-    out[upper, lower] = out[lower, upper].mT
-    return out
+    megalite's kernel computes one half of it and copies it to the other."""
+    if _has_kernel(x):
+        return torch.ops.megalite.symmetric_product(x, add, alpha, beta)
+    if add is None:
+        return x @ x.mT
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    return add_product(add, x, x.mT, beta=beta, alpha=alpha)
+
+
+def polynomial_product(matrix: Tensor, x: Tensor, beta: float) -> Tensor:
+    """Return `matrix` · x + beta · x: [rows, rows] and [rows, columns], or N of both."""
+    if _has_kernel(x):
+        return torch.ops.megalite.polynomial_product(matrix, x, beta)
+    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(x, matrix, x, beta=beta)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Return whether megalite's kernel multiplies `x`: on the CPU, but not where oneDNN has a
+    matrix unit for bf16."""
+    is_quicker_in_torch = x.dtype == torch.bfloat16 and has_matrix_unit()
+    on_cpu = x.device.type == "cpu" and x.dim() == 2
+    return on_cpu and not is_quicker_in_torch and pick("optimizer", x) == "megalite"
 
 
 def iteration_products(rows: int, columns: int) -> tuple[tuple[int, int, int], ...]:

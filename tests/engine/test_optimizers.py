@@ -12,7 +12,7 @@ from torch import Tensor
 from megalite.config import OptimizerConfig
 from megalite.engine.optimizers import AllMatrices, MatrixOptimizer, Piece, Shard, SummingOptimizer
 from megalite.errors import ConfigError
-from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize, symmetric_product
+from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize
 from megalite.models.weights import Weight
 
 STEPS = 20
@@ -232,20 +232,6 @@ def test_singular_values_come_near_to_one(coefficients: str, shape: tuple[int, i
     )
     # Alone or among others, the same bits.
     assert torch.equal(found[0], next(orthogonalize([matrices[0].clone()], coefficients)))
-
-
-@pytest.mark.parametrize("shape", [(256, 300), (257, 300), (2, 256, 256)])
-def test_a_product_with_its_own_transpose(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    gram = symmetric_product(x)
-    wanted = x.double() @ x.double().mT
-    # Sums of 300 products in fp32.
-    torch.testing.assert_close(gram.double(), wanted, rtol=1e-5, atol=1e-4)
-    assert torch.equal(gram, gram.mT)
-    found = symmetric_product(gram, gram, beta=-0.5, alpha=0.25)
-    torch.testing.assert_close(
-        found.double(), -0.5 * wanted + 0.25 * wanted @ wanted, rtol=1e-5, atol=0.1
-    )
 
 
 def test_groups_have_settings_of_their_own() -> None:

@@ -1,0 +1,110 @@
+#include "../newton_schulz.h"
+
+#include <memory>
+
+#include "panel.h"
+
+namespace megalite::cpu::MEGALITE_ISA {
+
+namespace {
+
+// R rows of the result from `row` on, in the columns [column, column + width) of a panel.
+template <int R, class T>
+void rows_of(const AddedProduct& a, const T* panel, int64_t row, int64_t column, int64_t width) {
+  vec acc[R][TILE_VECTORS] = {};
+  multiply_rows(static_cast<const T*>(a.a) + row * a.depth, a.depth, panel, acc);
+  for (int r = 0; r < R; ++r) {
+    const int64_t first = (row + r) * a.columns + column;
+    T* const out = static_cast<T*>(a.out) + first;
+    float sums[TILE_COLUMNS];
+    std::memcpy(sums, acc[r], sizeof sums);
+    if (a.add) {
+      const T* const add = static_cast<const T*>(a.add) + first;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(a.alpha * sums[i] + a.beta * to_float(add[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(a.alpha * sums[i]);
+    }
+  }
+}
+
+template <class T>
+void some_rows(const AddedProduct& a, const T* panel, int64_t row, int64_t column, int64_t width) {
+  static_assert(TILE_ROWS == 6);
+  switch (std::min<int64_t>(TILE_ROWS, a.rows - row)) {
+    case 1: return rows_of<1>(a, panel, row, column, width);
+    case 2: return rows_of<2>(a, panel, row, column, width);
+    case 3: return rows_of<3>(a, panel, row, column, width);
+    case 4: return rows_of<4>(a, panel, row, column, width);
+    case 5: return rows_of<5>(a, panel, row, column, width);
+    default: return rows_of<6>(a, panel, row, column, width);
+  }
+}
+
+template <class T>
+std::unique_ptr<T[]> new_panel(int64_t depth) {
+  const int64_t steps = (depth + STEP<T> - 1) / STEP<T>;
+  return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, steps * TILE_COLUMNS * STEP<T>)]);
+}
+
+template <class T>
+void product(const AddedProduct& a, int64_t begin, int64_t end) {
+  const auto panel = new_panel<T>(a.depth);
+  for (int64_t column = begin * TILE_COLUMNS; column < std::min(end * TILE_COLUMNS, a.columns); column += TILE_COLUMNS) {
+    const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
+    pack_columns(static_cast<const T*>(a.b) + column, a.columns, a.depth, width, panel.get());
+    for (int64_t row = 0; row < a.rows; row += TILE_ROWS) some_rows(a, panel.get(), row, column, width);
+  }
+}
+
+// WIDTH numbers of T as the low bits of a vector's, and back.
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+inline bits load_numbers(const float* from) { return load_vector<bits>(from); }
+inline bits load_numbers(const bf16* from) { return __builtin_convertvector(load_vector<halves>(from), bits); }
+inline void store_numbers(float* to, bits numbers) { store_vector(to, numbers); }
+inline void store_numbers(bf16* to, bits numbers) { store_vector(to, __builtin_convertvector(numbers, halves)); }
+
+// Rows [low, size) of the columns [column, column + TILE_COLUMNS) become the columns of these rows.
+template <class T>
+void mirror(T* out, int64_t size, int64_t low, int64_t column) {
+  const int64_t whole = low + (size - low) / WIDTH * WIDTH;
+  for (int64_t row = low; row < whole; row += WIDTH)
+    for (int64_t first = column; first < column + TILE_COLUMNS; first += WIDTH) {
+      bits square[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) square[i] = load_numbers(out + (row + i) * size + first);
+      transpose(square);
+      for (int i = 0; i < WIDTH; ++i) store_numbers(out + (first + i) * size + row, square[i]);
+    }
+  for (int64_t row = whole; row < size; ++row)
+    for (int64_t i = column; i < column + TILE_COLUMNS; ++i) out[i * size + row] = out[row * size + i];
+}
+
+template <class T>
+void symmetric(const AddedProduct& a, int64_t begin, int64_t end) {
+  const auto panel = new_panel<T>(a.depth);
+  const int64_t panels = (a.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+  for (int64_t at = begin; at < end; ++at) {
+    // A panel goes from the diagonal down: long ones and short ones by turns, so that threads have as much to do.
+    const int64_t column = (at % 2 ? panels - 1 - at / 2 : at / 2) * TILE_COLUMNS;
+    const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
+    pack_rows(static_cast<const T*>(a.a) + column * a.depth, a.depth, width, panel.get());
+    for (int64_t row = column; row < a.rows; row += TILE_ROWS) some_rows(a, panel.get(), row, column, width);
+    // Below the last panel, which alone may be narrower, is nothing.
+    if (column + width < a.rows) mirror(static_cast<T*>(a.out), a.rows, column + width, column);
+  }
+}
+
+}  // namespace
+
+void added_product_columns(int64_t& columns) { columns = TILE_COLUMNS; }
+
+void added_product(const AddedProduct& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, product, a, begin, end);
+}
+
+void symmetric_product(const AddedProduct& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, symmetric, a, begin, end);
+}
+
+}  // namespace megalite::cpu::MEGALITE_ISA
