@@ -8,15 +8,15 @@ namespace megalite::cpu::MEGALITE_ISA {
 
 namespace {
 
-// R rows of the result from `row` on, in the columns [column, column + width) of a panel.
-template <int R, class T>
+// R rows of the result from `row` on, in the columns [column, column + width) of a panel: C vectors at most.
+template <int R, int C, class T>
 void rows_of(const AddedProduct& a, const T* panel, int64_t row, int64_t column, int64_t width) {
-  vec acc[R][TILE_VECTORS] = {};
+  vec acc[R][C] = {};
   multiply_rows(static_cast<const T*>(a.a) + row * a.depth, a.depth, panel, acc);
   for (int r = 0; r < R; ++r) {
     const int64_t first = (row + r) * a.columns + column;
     T* const out = static_cast<T*>(a.out) + first;
-    float sums[TILE_COLUMNS];
+    float sums[C * WIDTH];
     std::memcpy(sums, acc[r], sizeof sums);
     if (a.add) {
       const T* const add = static_cast<const T*>(a.add) + first;
@@ -33,12 +33,12 @@ template <class T>
 void some_rows(const AddedProduct& a, const T* panel, int64_t row, int64_t column, int64_t width) {
   static_assert(TILE_ROWS == 6);
   switch (std::min<int64_t>(TILE_ROWS, a.rows - row)) {
-    case 1: return rows_of<1>(a, panel, row, column, width);
-    case 2: return rows_of<2>(a, panel, row, column, width);
-    case 3: return rows_of<3>(a, panel, row, column, width);
-    case 4: return rows_of<4>(a, panel, row, column, width);
-    case 5: return rows_of<5>(a, panel, row, column, width);
-    default: return rows_of<6>(a, panel, row, column, width);
+    case 1: return rows_of<1, TILE_VECTORS>(a, panel, row, column, width);
+    case 2: return rows_of<2, TILE_VECTORS>(a, panel, row, column, width);
+    case 3: return rows_of<3, TILE_VECTORS>(a, panel, row, column, width);
+    case 4: return rows_of<4, TILE_VECTORS>(a, panel, row, column, width);
+    case 5: return rows_of<5, TILE_VECTORS>(a, panel, row, column, width);
+    default: return rows_of<6, TILE_VECTORS>(a, panel, row, column, width);
   }
 }
 
@@ -65,19 +65,28 @@ inline bits load_numbers(const bf16* from) { return __builtin_convertvector(load
 inline void store_numbers(float* to, bits numbers) { store_vector(to, numbers); }
 inline void store_numbers(bf16* to, bits numbers) { store_vector(to, __builtin_convertvector(numbers, halves)); }
 
-// Rows [low, size) of the columns [column, column + TILE_COLUMNS) become the columns of these rows.
+// Copies what is below the diagonal, in a panel's columns from `column` on, to above it.
 template <class T>
-void mirror(T* out, int64_t size, int64_t low, int64_t column) {
-  const int64_t whole = low + (size - low) / WIDTH * WIDTH;
-  for (int64_t row = low; row < whole; row += WIDTH)
-    for (int64_t first = column; first < column + TILE_COLUMNS; first += WIDTH) {
+void mirror(T* out, int64_t size, int64_t column) {
+  const int64_t end = column + TILE_COLUMNS, whole = column + (size - column) / WIDTH * WIDTH;
+  for (int64_t row = column; row < whole; row += WIDTH)
+    for (int64_t first = column; first < std::min(end, row); first += WIDTH) {
       bits square[WIDTH];
       for (int i = 0; i < WIDTH; ++i) square[i] = load_numbers(out + (row + i) * size + first);
       transpose(square);
       for (int i = 0; i < WIDTH; ++i) store_numbers(out + (first + i) * size + row, square[i]);
     }
   for (int64_t row = whole; row < size; ++row)
-    for (int64_t i = column; i < column + TILE_COLUMNS; ++i) out[i * size + row] = out[row * size + i];
+    for (int64_t i = column; i < std::min(end, row); ++i) out[i * size + row] = out[row * size + i];
+}
+
+// A tile's rows in the first C vectors of a panel, or in as many more as it takes to come to the diagonal.
+template <int C, class T>
+void up_to_diagonal(const AddedProduct& a, const T* panel, int64_t row, int64_t column, int64_t width) {
+  if constexpr (C < TILE_VECTORS) {
+    if (row + TILE_ROWS > column + C * WIDTH) return up_to_diagonal<C + 1>(a, panel, row, column, width);
+  }
+  rows_of<TILE_ROWS, C>(a, panel, row, column, std::min<int64_t>(width, C * WIDTH));
 }
 
 template <class T>
@@ -89,9 +98,13 @@ void symmetric(const AddedProduct& a, int64_t begin, int64_t end) {
     const int64_t column = (at % 2 ? panels - 1 - at / 2 : at / 2) * TILE_COLUMNS;
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     pack_rows(static_cast<const T*>(a.a) + column * a.depth, a.depth, width, panel.get());
-    for (int64_t row = column; row < a.rows; row += TILE_ROWS) some_rows(a, panel.get(), row, column, width);
-    // Below the last panel, which alone may be narrower, is nothing.
-    if (column + width < a.rows) mirror(static_cast<T*>(a.out), a.rows, column + width, column);
+    for (int64_t row = column; row < a.rows; row += TILE_ROWS) {
+      if (row + TILE_ROWS <= a.rows)
+        up_to_diagonal<1>(a, panel.get(), row, column, width);
+      else
+        some_rows(a, panel.get(), row, column, width);
+    }
+    mirror(static_cast<T*>(a.out), a.rows, column);
   }
 }
 

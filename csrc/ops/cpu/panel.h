@@ -68,15 +68,15 @@ inline void pack_columns(const T* weight, int64_t stride, int64_t depth, int64_t
   }
 }
 
-// acc += R rows of x [rows, depth] times a panel.
-template <int R, class T>
-inline void multiply_rows(const T* x, int64_t depth, const T* panel, vec (&acc)[R][TILE_VECTORS]) {
+// acc += R rows of x [rows, depth] times the first C vectors of columns of a panel.
+template <int R, int C, class T>
+inline void multiply_rows(const T* x, int64_t depth, const T* panel, vec (&acc)[R][C]) {
   const int64_t whole = depth / STEP<T>;
-  tile<R, TILE_VECTORS>(whole, x, depth, STEP<T>, panel, TILE_COLUMNS * STEP<T>, acc);
+  tile<R, C>(whole, x, depth, STEP<T>, panel, TILE_COLUMNS * STEP<T>, acc);
   if (whole * STEP<T> < depth) {  // the last of an odd number of bf16, and a zero
     T last[R][STEP<T>] = {};
     for (int r = 0; r < R; ++r) last[r][0] = x[r * depth + depth - 1];
-    tile<R, TILE_VECTORS>(1, last[0], STEP<T>, STEP<T>, panel + whole * TILE_COLUMNS * STEP<T>, 0, acc);
+    tile<R, C>(1, last[0], STEP<T>, STEP<T>, panel + whole * TILE_COLUMNS * STEP<T>, 0, acc);
   }
 }
 
