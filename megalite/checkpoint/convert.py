@@ -101,6 +101,13 @@ def _open_hf(folder: Path, ema: bool) -> Model:
     return Model(copied_hf_config(read_hf_config(folder), model), weights, read, read_exact, extras)
 
 
+def check_new(folder: Path) -> None:
+    """Raise CheckpointError if there is something at the path of a folder to write. What takes long
+    before `write_model` calls it first."""
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; name a new folder")
+
+
 def write_model(
     model: Model,
     folder: Path,
@@ -113,8 +120,7 @@ def write_model(
     Files have at most `shard_bytes`, unless a single weight is larger. `dtype` is one of DTYPES;
     None leaves each weight as it is. `console` shows the progress. Raises CheckpointError if the
     folder exists or cannot be written, or a weight exceeds the range of `dtype`."""
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists; name a new folder")
+    check_new(folder)
     temporary = folder.with_name(f"{folder.name}.tmp")
     try:
         # Of an earlier conversion that did not come to its end.

@@ -36,13 +36,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
     """Write a quantised model, and say what it costs."""
     from rich.console import Console
 
-    from megalite.checkpoint.convert import write_model
+    from megalite.checkpoint.convert import check_new, write_model
     from megalite.infer.generate import find_model
     from megalite.quantization.layers import LayerRuns
     from megalite.quantization.run import quantised
     from megalite.quantization.schemes import make_scheme
 
     folder, runs = find_model(arguments.model), None
+    check_new(arguments.output)
     if arguments.data:
         runs = LayerRuns.from_tokens(folder, arguments.data, arguments.rows, arguments.length)
     model, report = quantised(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalite.checkpoint.convert import write_model
+from megalite.checkpoint.convert import check_new, write_model
 from megalite.errors import ConfigError
 from megalite.pruning.sparse import Sparsity, sparse
 from megalite.pruning.structured import StructuredPruner, Target
@@ -31,6 +31,7 @@ def prune_weights(
     if target != Target():
         raise ConfigError("leave out parts first, and set single weights to 0 in a second command")
     how = Sparsity.parse(sparsity)
+    check_new(output)
     runs = LayerRuns.from_tokens(folder, prefix, rows, length) if prefix else None
     model, report = sparse(folder, how, method or "magnitude", runs)
     write_model(model, output, console=Console(stderr=True))
@@ -52,8 +53,7 @@ def prune_parts(
         raise ConfigError("nothing to leave out: give --sparsity, or how many parts stay (--help)")
     if prefix is None:
         raise ConfigError("what the parts do is measured on token files: give --data")
-    if output.exists():  # measuring takes long
-        raise ConfigError(f"{output} exists; name a new folder")
+    check_new(output)
     runs = LayerRuns.from_tokens(folder, prefix, rows, length)
     pruner = StructuredPruner(folder, runs, target)
     smaller = pruner.model()

@@ -29,7 +29,9 @@ from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.megatron import LATEST
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.checkpoint.torch_file import TorchFile
+from megalite.cli import main
 from megalite.errors import ConfigError
+from megalite.quantization.layers import LayerRuns
 from megalite.train import train
 from megatron_files import PADDED, arguments, write_pieces, write_rank_files
 from small_runs import VOCAB, make_config
@@ -304,6 +306,22 @@ def test_a_disk_without_room_is_told_in_a_line_and_gets_it_back(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "prune --layers 1", "prune --sparsity 0.5"])
+def test_a_folder_that_is_there_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    make_model("llama").save_pretrained(tmp_path / "hf")
+    monkeypatch.setattr(LayerRuns, "from_tokens", lambda *_: pytest.fail("this takes hours"))
+    verb, *options = command.split()
+    folders = [str(tmp_path / "hf"), str(tmp_path)]
+    assert main([verb, *folders, *options, "--data", "tokens"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"error: {tmp_path} exists; name a new folder\n")
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
