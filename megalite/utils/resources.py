@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,9 +158,15 @@ def _with(values: dict[str, Any], keys: Sequence[str], value: Any, override: str
 
 
 def fsync(path: Path) -> None:
-    """Make a written file, or the renames in a folder, survive a power cut."""
+    """Make a written file, or the renames in a folder, survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # SMB and many FUSE file systems (buckets) know no fsync of a folder. What they do for names,
+        # they do by themselves; PostgreSQL passes over it as well.
+        is_unknown = error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+        if not (is_unknown and stat.S_ISDIR(os.fstat(descriptor).st_mode)):
+            raise
     finally:
         os.close(descriptor)

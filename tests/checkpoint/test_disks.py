@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -233,6 +234,25 @@ def test_a_fault_anywhere_is_tried_again_and_leaves_nothing(tmp_path: Path) -> N
         go_through(0, 1, make_config(tmp_path), 0, list(FAULTS))
     finally:
         writing.PAUSES_S = pauses  # type: ignore[misc]
+
+
+def test_a_disk_that_knows_no_fsync_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SMB, and buckets that are mounted."""
+    files: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        files.append(descriptor)
+
+    monkeypatch.setattr(writing, "PAUSES_S", ())
+    monkeypatch.setattr(os, "fsync", fsync)
+    config = make_config(tmp_path)
+    assert save(make_saver(config, 0, 1, lambda folder: None), 1)[0] is None
+    assert complete_steps(checkpoints(config)) == [1]
+    assert files
 
 
 def test_a_step_that_cannot_be_saved_again_stays_as_it_was(
