@@ -17,11 +17,14 @@ from megalite.utils.pages import aligned, html_page, html_picture, html_table
 from megalite.utils.resources import read_yaml
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from optuna import Study
     from optuna.trial import FrozenTrial
 
 SHOWN = 20
 """Trials in the table on the console."""
+NAMED = 6
+"""Trials whose validations are drawn in colour."""
 TITLES = {
     "history": "History: each trial, and the best so far",
     "importance": "Importance of each setting",
@@ -164,11 +167,47 @@ def _plots(sweep: SweepConfig, study: Study) -> dict[str, Callable[[], Any]]:
         "importance": lambda: plots.plot_param_importances(
             study, evaluator=PedAnovaImportanceEvaluator(), target_name=name
         ),
-        "slice": lambda: plots.plot_slice(study, target_name=name),
+        "slice": lambda: _spread_out(plots.plot_slice(study, target_name=name)),
         "parallel": lambda: plots.plot_parallel_coordinate(study, target_name=name),
-        "progress": lambda: plots.plot_intermediate_values(study),
+        "progress": lambda: _draw_validations(
+            rank(sweep, own_trials(study.get_trials(deepcopy=False))), name
+        ),
     }
     return found
+
+
+def _spread_out(panels: Axes | Sequence[Axes]) -> None:
+    """Give each of several panels in a row room for the name of its setting and the numbers below
+    it."""
+    from matplotlib import pyplot
+    from matplotlib.axes import Axes
+
+    each = [panels] if isinstance(panels, Axes) else panels
+    pyplot.gcf().set_size_inches(3.6 * len(each) + 1, 4.5)
+    for axes in each:
+        axes.xaxis.label.set_fontsize(9)
+        axes.tick_params(axis="x", which="both", labelrotation=60, labelsize=8)
+
+
+def _draw_validations(ranked: Sequence[FrozenTrial], name: str) -> None:
+    """Draw what validations found in each trial, the best of them in colour and by the names of
+    their runs."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    colors = pyplot.get_cmap("viridis")
+    drawn = [trial for trial in ranked if trial.intermediate_values]
+    for place, trial in reversed(list(enumerate(drawn))):  # the best lies on top
+        steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
+        if place < NAMED and trial.state.name == "COMPLETE":
+            style: dict[str, Any] = {"color": colors(place / NAMED), "label": trial.user_attrs[RUN]}
+        else:
+            style = {"color": "0.7", "linewidth": 1}
+        axes.plot(steps, values, "o-", markersize=3, **style)
+    axes.set(xlabel="step", ylabel=name)
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(0.91, 0.5))
 
 
 def page(

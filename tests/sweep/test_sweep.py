@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from megalite.config import Config
 from megalite.config_file import load_config
 from megalite.errors import ConfigError
 from megalite.runtime.exit_codes import Exit
-from megalite.sweep import study
+from megalite.sweep import report, study
 from megalite.sweep.config import Dimension, SweepConfig, load_sweep_config
 from megalite.sweep.report import write_report
 from megalite.sweep.run import Workers
@@ -400,6 +401,25 @@ def test_a_report_shows_all_trials(tmp_path: Path, base: Config) -> None:
     for name in ("history", "importance", "slice", "parallel", "progress"):
         assert (sweep.folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f'alt="{name}"' in page
+    journal.close()
+
+
+def test_the_names_of_settings_do_not_lie_on_each_other(tmp_path: Path, base: Config) -> None:
+    from matplotlib import pyplot
+
+    space = SPACE | {"optimizer.schedule.warmup_steps": {"between": [0, 8]}}
+    sweep = sweep_of(tmp_path, sampler="random", space=space)
+    journal = Journal(sweep, base)
+    for _ in range(3):
+        trial, chosen = asked(journal)
+        journal.tell(trial, "complete", [bowl(chosen)])
+    report._plots(sweep, journal.study)["slice"]()
+    figure = pyplot.gcf()
+    figure.canvas.draw()
+    names = [axes.xaxis.label.get_window_extent() for axes in figure.axes if axes.get_xlabel()]
+    assert len(names) == 3
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(names))
+    pyplot.close("all")
     journal.close()
 
 
