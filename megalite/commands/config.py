@@ -144,7 +144,7 @@ def _new(arguments: argparse.Namespace) -> None:
 
     model = model_config({"preset": arguments.preset})
     text = starter(arguments.preset, model, arguments.name)
-    parse_config(parse_yaml(text, "the starter"), origin="the starter")  # its name may be none
+    parse_config(parse_yaml(text, "the starter"), origin="--name")  # all else is as it should be
     if arguments.output is None:
         print(text, end="")
         return

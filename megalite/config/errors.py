@@ -73,6 +73,7 @@ _PLAINLY = {
     "string_pattern_mismatch": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-`",
 }
 """Plain words for what pydantic says in terms of Python's types."""
+_BARE_WORDS = "; YAML reads a bare yes, no, on or off as true or false"
 
 
 def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
@@ -98,6 +99,9 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
             hint = f"; `megalite config keys {asked}` describes it" if root is Config else ""
             return f"{key} is required{hint}"
         return f"{'.'.join(map(str, path[:-1]))}: value number {last + 1} of its list is missing"
+    if item["type"] == "invalid_key":
+        section = ".".join(map(str, path[:-1])) or "the config"
+        return f"{section}: the key {told} must be text{_BARE_WORDS if isinstance(value, bool) else ''}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     # Raised by a validator of a section, whose message names the key: the section itself is not
     # shown.
@@ -116,7 +120,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
         if close and close != value:
             message += f"; did you mean {close!r}?"
     if isinstance(value, bool) and item["type"] in ("literal_error", "string_type"):
-        message += "; YAML reads a bare yes, no, on or off as true or false"
+        message += _BARE_WORDS
     return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {told}: {message}"
 
 

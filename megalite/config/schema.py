@@ -22,6 +22,9 @@ from megalite.config.run import CheckpointConfig, HealthConfig, RunConfig
 from megalite.config.section import Section
 from megalite.config.train import TrainConfig
 
+MOST_TOKENS = 2**62
+"""Limit on the tokens of a run, whose numbers have 64 bits."""
+
 
 class Config(Section):
     """A whole config: one field for each section."""
@@ -172,6 +175,11 @@ class Config(Section):
     def _length_fits(self) -> None:
         """Raise ValueError if the schedule, or what may end or repeat the training, does not fit."""
         schedule, lr = self.optimizer.schedule, self.optimizer.lr
+        if self.num_tokens > MOST_TOKENS:
+            raise ValueError(
+                f"the length of the run is more than {MOST_TOKENS:,} tokens, up to which they are counted: lower "
+                "train.steps, .tokens or .epochs"
+            )
         if schedule.min_lr > lr:
             raise ValueError(
                 f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,11 +41,30 @@ class Section(BaseModel):
         """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a
         mistake."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
-            # `int | None` has its types among its arguments.
-            numeric = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
-            if isinstance(values.get(name), bool) and numeric:
+            types = set(_types_in(field.annotation))
+            if types & {int, float} and bool not in types and _holds_bool(values.get(name)):
                 raise ValueError(f"{name} = {values[name]}: should be a number")
         return values
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation such as `int | None` or `tuple[float, ...]` is made of."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from map(type, inner)
+    elif not inner:
+        yield annotation
+    else:
+        for each in inner:
+            yield from _types_in(each)
+
+
+def _holds_bool(value: Any) -> bool:
+    """Return whether a value is true or false, or holds one of these."""
+    inner = value.values() if isinstance(value, dict) else value
+    return isinstance(value, bool) or (
+        isinstance(value, dict | list | tuple) and any(_holds_bool(each) for each in inner)
+    )
 
 
 class Choice(Section):
@@ -118,12 +138,14 @@ def _error_at(key: str, value: Any, message: str) -> ValidationError:
 
 def at_home(path: Any) -> Any:
     """Return a path with `~` and `~user` expanded as in shells. Raises ValueError for a user that
-    does not exist."""
+    does not exist, and for what can be no path."""
+    if path == "":  # pathlib takes it for the folder at work
+        raise ValueError("must not be empty; null stands for no path")
+    if isinstance(path, str) and "\0" in path:
+        raise ValueError("holds a NUL character, which no path has")
     if not (isinstance(path, str | Path) and str(path).startswith("~")):
         return path
     found = os.path.expanduser(path)
     if str(found).startswith("~"):
-        raise ValueError(
-            f"{path}: there is no user of that name; ./{path} is a folder that is called so"
-        )
+        raise ValueError(f"there is no user of that name; ./{path} is a folder that is called so")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from typing import Any
 
@@ -84,7 +85,7 @@ def _chosen(preset: str, model: ModelConfig, name: str) -> dict[str, str]:
     length = min(model.max_positions, 512 if model.hidden_size < 1024 else 4096)
     lr = 1e-3 if model.hidden_size < 1024 else 3e-4
     chosen: dict[str, Any] = {
-        "run.name": name,
+        "run.name": json.dumps(name),  # 010, yes and 1e3 are no text to YAML
         "model.preset": preset,
         "model.vocab_size": model.vocab_size,
         "data.train": "[{path: data/web_text_document}]  # what `megalite preprocess` wrote",

@@ -9,6 +9,11 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from megalite.config.section import Section
 from megalite.utils.counts import parse_count
 
+LARGEST_BATCH = 10**9
+"""Limit on `global_batch_size`. What divides it is searched for."""
+MOST_BATCH_SIZES = 10_000
+"""Limit on the sizes that a batch grows through; each step looks at all of them."""
+
 
 class BatchRampConfig(Section):
     """A global batch size that grows over the first samples (as Megatron-LM's
@@ -75,7 +80,7 @@ class TrainConfig(Section):
         None, gt=0, description="Save and exit after this step, to be resumed later."
     )
     global_batch_size: int = Field(
-        gt=0, description="Sequences per optimizer step, over all ranks."
+        gt=0, le=LARGEST_BATCH, description="Sequences per optimizer step, over all ranks."
     )
     batch_ramp: BatchRampConfig | None = None
     micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
@@ -150,6 +155,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_ramp grows from {ramp.start} by {ramp.increment} at a time, which never makes "
                 f"global_batch_size {whole}"
+            )
+        if ramp and (whole - ramp.start) // ramp.increment >= MOST_BATCH_SIZES:
+            raise ValueError(
+                f"batch_ramp grows from {ramp.start} to global_batch_size {whole} in more than {MOST_BATCH_SIZES:,} "
+                f"sizes; raise its increment {ramp.increment}"
             )
         return self
 

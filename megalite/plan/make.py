@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 from megalite.config import Config
 from megalite.errors import ConfigError
@@ -10,6 +11,7 @@ from megalite.plan.checks import check_layout, check_stages
 from megalite.plan.layout import Plan, Sized, expert_cut, smallest_world
 from megalite.plan.memory import fullest_rank, resident_bytes
 from megalite.plan.stages import make_stages
+from megalite.utils.counts import divisors
 
 
 def plan(config: Config, ranks: int) -> Plan:
@@ -102,9 +104,8 @@ def _micro_batch_size(config: Config, data: int) -> int:
     that divides the global batch. Raise ConfigError."""
     size, sizes = config.train.micro_batch_size, [size for size, _ in config.train.batch_sizes]
     # Every batch size of a ramp must come out even.
-    fitting = [
-        fewer for fewer in range(1, size + 1) if all(whole % (fewer * data) == 0 for whole in sizes)
-    ]
+    shares, rest = divmod(gcd(*sizes), data)
+    fitting = [] if rest else [fewer for fewer in divisors(shares) if fewer <= size]
     if size in fitting or (fitting and config.parallel.elastic):
         return fitting[-1]
     advice = (

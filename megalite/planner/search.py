@@ -20,6 +20,7 @@ from megalite.plan import Plan, make_plan, resident_bytes
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.shapes import ModelTable, Together, together
+from megalite.utils.counts import divisors
 
 MOST_STAGES_A_RANK = 16
 """Largest number of virtual stages to try."""
@@ -88,10 +89,10 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
     """Yield the settings of `parallel` and `train` of every layout to try. The plan refuses some of
     them."""
     num_layers = config.model.num_layers
-    for tensor in _divisors(gpus_per_node):  # tensor parallelism stays within a node
+    for tensor in divisors(gpus_per_node):  # tensor parallelism stays within a node
         if world_size % tensor:
             continue
-        for pipeline in _divisors(world_size // tensor):
+        for pipeline in divisors(world_size // tensor):
             if pipeline > num_layers:
                 break
             for context in _powers_of_two(config.data.seq_length // SHORTEST_CUT):
@@ -125,7 +126,7 @@ def _expert_cuts(config: Config, tensor: int, ranks: int) -> Iterator[tuple[int,
     experts cut as dense weights are, or whole, on any number of them."""
     feed_forwards = (layer.feed_forward for layer in config.model.architecture.layers)
     counts = [each.num_experts for each in feed_forwards if isinstance(each, ExpertsSpec)]
-    for expert in _divisors(gcd(*counts)) if counts else (1,):
+    for expert in divisors(gcd(*counts)) if counts else (1,):
         # A dict for a set in order: with tensor = 1 both are the same.
         for expert_tensor in dict.fromkeys((tensor, 1)) if counts else (tensor,):
             if ranks % (expert * expert_tensor) == 0:
@@ -219,10 +220,6 @@ def _nothing_fits(candidates: list[Outlook], world_size: int, hardware: Hardware
         f"{world_size} × {hardware.chip.chip}: weights, gradients and optimizer state alone are at least "
         f"{least_gib:.0f} GiB; take more GPUs"
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _powers_of_two(most: int) -> list[int]:

@@ -1,9 +1,10 @@
-"""Numbers as people write them: 1e12, 300B, 15T."""
+"""Numbers as people write them: 1e12, 300B, 15T; and what divides one."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+from math import isqrt
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -31,3 +32,10 @@ def compact(number: float) -> str:
                 digits = 1 if abs(scaled) < 100 else 0
             return f"{scaled:.{digits}f}{unit}"
     return f"{number:.0f}"
+
+
+def divisors(number: int) -> list[int]:
+    """Return what divides a number above 0, the least first."""
+    # Divisors come in pairs, one of which is at most the square root.
+    small = [each for each in range(1, isqrt(number) + 1) if number % each == 0]
+    return small + [number // each for each in reversed(small) if each * each != number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,19 @@ class _Loader(yaml.SafeLoader):
             _check_size(node)
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # YAML 1.1 reads 010 as octal and 1:30 as minutes and seconds, which nobody means here.
+        digits = node.value.lstrip("+-")
+        if ":" in digits or re.fullmatch("0[0-9_]+", digits):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{node.value} is {super().construct_yaml_int(node)} in YAML; write {node.value!r} in quotes, or the "
+                "number that is meant without leading zeros and colons",
+                node.start_mark,
+            )
+        return super().construct_yaml_int(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
@@ -59,6 +73,9 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _check_size(root: yaml.Node) -> None:
@@ -83,7 +100,9 @@ def _check_size(root: yaml.Node) -> None:
                 )
         elif id(node) not in sizes:
             if id(node) in begun:
-                raise yaml.YAMLError(f"an alias stands within what it names{node.start_mark}")
+                raise yaml.MarkedYAMLError(
+                    None, None, "an alias stands within what it names", node.start_mark
+                )
             begun.add(id(node))
             pending.append((node, True))
             pending += [(item, False) for item in inner]
@@ -105,6 +124,8 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 def _in_a_line(error: yaml.YAMLError) -> str:
     """Return what is wrong with a YAML text, and where, in one line."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"it holds the character #x{int(error.character):04x}, at position {error.position}"
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error)
