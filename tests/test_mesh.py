@@ -82,6 +82,25 @@ def test_in_a_slurm_allocation_but_not_in_a_step(bare: pytest.MonkeyPatch) -> No
     assert Launch.from_environment() == Launch(0, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": 2}, "variable RANK = 'x' is no number"),
+        ({"RANK": 0}, "variable WORLD_SIZE is not set"),
+        ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 is none of WORLD_SIZE=2 ranks"),
+        ({"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": ""}, "variable LOCAL_RANK = '' is no number"),
+        ({"SLURM_STEP_NUM_TASKS": "2(x4)"}, "SLURM_STEP_NUM_TASKS = '2\\(x4\\)' is no number"),
+        ({"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}, "variable SLURM_LOCALID is not set"),
+    ],
+)
+def test_a_variable_that_a_rank_cannot_be_told_by_is_named(
+    bare: pytest.MonkeyPatch, variables: dict[str, object], told: str
+) -> None:
+    set_all(bare, **variables)
+    with pytest.raises(ConfigError, match=told):
+        Launch.from_environment()
+
+
 def test_ranks_without_a_meeting_place_say_so(bare: pytest.MonkeyPatch) -> None:
     set_all(bare, RANK=0, WORLD_SIZE=2)
     with pytest.raises(ConfigError, match="MASTER_ADDR"):

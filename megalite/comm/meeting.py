@@ -16,7 +16,7 @@ import time
 
 import torch.distributed as dist
 
-from megalite.errors import Unreachable
+from megalite.errors import ConfigError, Unreachable
 from megalite.runtime import error_file
 from megalite.runtime.exit_codes import Exit, describe, end_process
 
@@ -109,11 +109,26 @@ class Meeting:
         self._told.set(f"rank {self._rank}", f"{number} {self._name}")
 
 
+def number_from(name: str, default: int | None = None) -> int:
+    """Return the number that an environment variable holds; `default` where it is not set. Raise
+    ConfigError where it holds none, or is missed."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        what = "is not set" if text is None else f"= {text!r} is no number"
+        raise ConfigError(
+            f"the environment variable {name} {what}; torchrun and srun set it for each rank"
+        ) from None
+
+
 def step_port() -> int:
     """Return the port at which the processes of a Slurm step meet. It follows from the numbers of
     the job and the step: each of two steps under way in a job has its own, and so has each of two
     jobs on a node."""
-    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", -1))
+    job, step = number_from("SLURM_JOB_ID"), number_from("SLURM_STEP_ID", -1)
     # Coprime to the number of ports, so that steps differ; below the ports Linux hands out by
     # itself.
     return 10_000 + (job + 7919 * (step + 1)) % 20_000
@@ -130,7 +145,7 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
         # would fail.
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         return store
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], number_from("MASTER_PORT")
     try:
         return dist.TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False)
     except dist.DistError as error:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megalite.comm.meeting import Meeting, open_store, step_port
+from megalite.comm.meeting import Meeting, number_from, open_store, step_port
 from megalite.errors import ConfigError
 from megalite.plan import Cut, Plan, Sized
 from megalite.runtime.exit_codes import flush_output
@@ -245,19 +245,21 @@ class Launch:
     @classmethod
     def from_environment(cls) -> Launch:
         """Read rank and world size from the variables of torchrun or Slurm; without them, the
-        process is alone."""
-        env = os.environ
-        if "RANK" in env:
-            return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        process is alone. Raise ConfigError where one of them is missing, or no such number."""
+        if "RANK" in os.environ:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         # sbatch alone also sets SLURM_PROCID; SLURM_STEP_NUM_TASKS is there only inside an srun
         # step.
-        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            return cls(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env["SLURM_LOCALID"]),
+        elif number_from("SLURM_STEP_NUM_TASKS", 1) > 1:
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        else:
+            return cls(0, 1, 0)
+        rank, world_size = number_from(names[0]), number_from(names[1])
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                f"{names[0]}={rank} is none of {names[1]}={world_size} ranks; torchrun and srun set these variables"
             )
-        return cls(0, 1, 0)
+        return cls(rank, world_size, number_from(names[2], 0 if names[0] == "RANK" else None))
 
     @property
     def device(self) -> torch.device:

@@ -54,9 +54,16 @@ same object."""
 def cache_folder() -> Path:
     """Return the cache's folder on this machine: a subfolder of $MEGALITE_CACHE or
     $XDG_CACHE_HOME/megalite, named after the host, because a home directory may be shared by
-    machines that do not see each other's writes at once."""
+    machines that do not see each other's writes at once. Raise DataError for a user without a
+    home."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "megalite"
-    return Path(os.environ.get("MEGALITE_CACHE") or default).expanduser() / socket.gethostname()
+    try:
+        folder = Path(os.environ.get("MEGALITE_CACHE") or default).expanduser()
+    except RuntimeError:
+        raise DataError(
+            "this user has no home, where copies of objects are kept; set MEGALITE_CACHE to a folder for them"
+        ) from None
+    return folder / socket.gethostname()
 
 
 def local_copy(url: str) -> Path:

@@ -17,9 +17,10 @@ KEYS = ("model.hf", "data.tokenizer", "lora.adapter", "objective.teacher")
 def cache_folder() -> Path:
     """Return the hub's cache, as huggingface_hub finds it."""
     home = os.environ.get("HF_HOME") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    # Unlike pathlib's it raises nothing for a user without a home, as containers have them.
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")))
 
 
 def local(path: Path) -> Path:
@@ -63,6 +64,6 @@ def with_local_folders(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in KEYS:
         section, _, name = key.partition(".")
         inner = found.get(section)
-        if isinstance(inner, dict) and isinstance(inner.get(name), str):
+        if isinstance(inner, dict) and inner.get(name) and isinstance(inner[name], str):
             found[section] = inner | {name: str(local(Path(inner[name])))}
     return found

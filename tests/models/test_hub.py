@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pwd
 from pathlib import Path
 
 import pytest
 
 from megalite.cli import main
 from megalite.config_file import parse_config
+from megalite.data import remote
 from megalite.data.tokenizer_training import train_tokenizer
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, DataError
 from megalite.infer.generate import find_model
 from megalite.train import train
 from megalite.utils.hub import cache_folder, local
@@ -85,3 +87,20 @@ def test_a_folder_comes_before_the_cache_and_odd_references_lead_nowhere(
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / "hub"
+
+
+def test_a_user_without_a_home_has_no_cache_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where a user is a number that no file of users has."""
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "MEGALITE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    assert local(Path("owner/name")) == Path("owner/name")
+    with pytest.raises(DataError, match="set MEGALITE_CACHE to a folder"):
+        remote.cache_folder()
