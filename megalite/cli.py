@@ -3,18 +3,28 @@ them."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megalite import __version__
 from megalite.commands.parser import VerbParser, add_late
+from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.runtime import error_file
-from megalite.runtime.exit_codes import Exit, end_process, flush_output, killed_by, passes
+from megalite.runtime.exit_codes import (
+    Exit,
+    end_process,
+    in_a_line,
+    is_explained,
+    killed_by,
+    status_of,
+)
+from megalite.runtime.streams import flush_output, is_unread, open_streams
 from megalite.utils.secrecy import hide_secrets
 
 VERBS = {
@@ -64,36 +74,53 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb with the arguments `argv` (default: those of the process). Return the exit
-    status, one of `exit_codes.py`. A user's mistake is explained without a traceback, and Ctrl-C is
-    one line, also while libraries are imported."""
+    status, one of `exit_codes.py`."""
+    asked = argparse.Namespace()
+
+    def verb() -> int | None:
+        # Also Ctrl-C among the imports of a verb, which begin with its arguments, is one line.
+        make_parser().parse_args(argv, asked)
+        return asked.verb(asked)
+
+    return explained(verb, lambda: getattr(asked, "interrupted", "interrupted"))
+
+
+def explained(
+    work: Callable[[], int | None], interrupted: Callable[[], str] = lambda: "interrupted"
+) -> int:
+    """Do the work of a command, and return its exit status: what it returns itself, or 0. A user's
+    mistake is one line on stderr, without a traceback, and so is Ctrl-C, as `interrupted` tells
+    it."""
+    open_streams()
     try:
-        return _run(argv)
+        return _explained(work)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            _complain("interrupted\n")
+            _complain(f"{interrupted()}\n")
         return _failed(killed_by(signal.SIGINT))
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    from megalite.checkpoint.tensors import CheckpointError, NotSaved
-    from megalite.errors import ConfigError, DataError, NotFinite
-
+def _explained(work: Callable[[], int | None]) -> int:
     try:
-        return arguments.verb(arguments) or Exit.DONE
+        status = work() or Exit.DONE
+        # A table of which the end does not reach its file is no success.
+        sys.stdout.flush()
+        return status
     except (ConfigError, DataError, CheckpointError) as error:
         # A bad disk, unlike a mistake in the config, may be one rank's alone.
         rank = os.environ.get("RANK")
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         error_file.leave(str(error))
-        mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
-        mistake = Exit.BAD_NUMBERS if isinstance(error, NotFinite) else mistake
-        return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else mistake)
+        return _failed(status_of(error))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            return killed_by(signal.SIGPIPE)  # without a word, as other programs end
         # Printed here, not by Python, to hide passwords in messages of libraries. The rank comes
         # first, as in torch's.
         rank = os.environ.get("RANK")
+        if isinstance(error, OSError) and is_explained(error) and rank is None:
+            _complain(f"error: {in_a_line(error)}\n")
+            return status_of(error)
         _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
         error_file.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
         return _failed(Exit.FAILED)

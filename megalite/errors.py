@@ -27,3 +27,7 @@ class Unreachable(DataError):
 class CheckpointError(RuntimeError):
     """Raised for a checkpoint that cannot be used. The message names the folder and what is wrong
     with it."""
+
+
+class NotSaved(CheckpointError):
+    """Raised when the last checkpoint of a run could not be written."""

@@ -15,7 +15,6 @@ from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.match import base_files, check_match
 from megalite.checkpoint.resume import find_checkpoint, leave_newer, way_back
 from megalite.checkpoint.save import Saver
-from megalite.checkpoint.tensors import NotSaved
 from megalite.checkpoint.train_state import read_train_state
 from megalite.comm.collectives import all_agree
 from megalite.comm.mesh import Launch, Mesh, make_mesh
@@ -26,6 +25,7 @@ from megalite.data.dataset import RowSource
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine.layout import bucket_elements, choose_owners
+from megalite.errors import NotSaved
 from megalite.health.guard import Ending
 from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from megalite.cli import main, make_parser
+from megalite.cli import explained, main, make_parser
 from megalite.commands.examples import EXAMPLES
 from megalite.data import store
 from megalite.kernels import library
@@ -340,3 +340,70 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path, module:
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+PRINTS = (
+    "import sys; from megalite.cli import explained; sys.exit(explained(lambda: print('×' * {})))"
+)
+
+
+@pytest.mark.parametrize(
+    ("letters", "into", "encoding", "status", "told"),
+    [
+        (10**5, "| head -c 2", "utf-8", 141, "×"),
+        (3, "| cat", "ascii", 0, r"\xd7\xd7\xd7"),
+        (3, ">&-", "utf-8", 0, ""),
+        (3, "> /dev/full", "utf-8", 1, "error: No space left on device"),
+    ],
+)
+def test_output_that_nobody_takes_is_no_bug(
+    letters: int, into: str, encoding: str, status: int, told: str
+) -> None:
+    """A pipe that is read no further, a terminal that lacks a letter, no stdout at all, a full
+    disk."""
+    command = f'"$0" -c "$1" {into}; exit "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, PRINTS.format(letters)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""},
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, (done.stdout + done.stderr).strip()) == (status, told)
+
+
+def test_a_file_that_is_opened_does_not_take_the_number_of_a_closed_stdout(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from megalite.runtime.streams import open_streams; open_streams();"
+        "file = open(sys.argv[1], 'w'); os.write(1, b'a library prints')"
+    )
+    path = tmp_path / "file"
+    command = '"$0" -c "$1" "$2" <&- >&-'
+    done = subprocess.run(["bash", "-c", command, sys.executable, program, path], check=False)
+    assert (done.returncode, path.read_text()) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file", "a/b"), 2, "error: a/b: No such file\n"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a"),
+            2,
+            "error: a: Read-only file system\n",
+        ),
+        (OSError(errno.ENOSPC, "No space left"), 1, "error: No space left\n"),
+        (OSError(errno.EIO, "Input/output error", "a"), 1, "error: a: Input/output error\n"),
+    ],
+)
+def test_a_file_that_a_verb_cannot_use_is_one_line(
+    error: OSError, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever verb it is; a rank shows where it stood, too."""
+
+    def work() -> None:
+        raise error
+
+    assert explained(work) == status
+    assert capsys.readouterr().err == told

@@ -19,9 +19,9 @@ import megalite.train
 import megalite.training.loop
 from megalite.checkpoint import writing
 from megalite.checkpoint.folder import complete_steps
-from megalite.checkpoint.tensors import NotSaved
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
+from megalite.errors import NotSaved
 from megalite.health.signals import SIGNALS, StopRequests
 from megalite.runtime.exit_codes import Exit, describe
 from megalite.train import train

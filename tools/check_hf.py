@@ -3,8 +3,8 @@ checkout."""
 
 import sys
 
+from megalite.cli import explained
 from megalite.infer.check_hf import main
-from megalite.runtime.exit_codes import explained
 
 if __name__ == "__main__":
     sys.exit(explained(main))

@@ -26,10 +26,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that torch.save writes."""
 
 
-class NotSaved(CheckpointError):
-    """Raised when the last checkpoint of a run could not be written."""
-
-
 class TensorFolder:
     """Reads the tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json
     lists."""

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megalite.comm.meeting import Meeting, number_from, open_store, step_port
 from megalite.errors import ConfigError
 from megalite.plan import Cut, Plan, Sized
-from megalite.runtime.exit_codes import flush_output
+from megalite.runtime.streams import flush_output
 
 
 @dataclass(frozen=True)
@@ -330,12 +330,13 @@ def _slurm_rendezvous() -> dict[str, str]:
 
 
 def leave(status: int = 0) -> None:
-    """End a process that joined others. Does nothing for a lone one, which ends as any process
-    does."""
-    if not dist.is_initialized():
-        return
-    dist.destroy_process_group()
+    """End a process that joined others. A lone one ends as any process does. What is printed is
+    lost where nobody takes it: how the work ended counts."""
+    has_joined = dist.is_initialized()
+    if has_joined:
+        dist.destroy_process_group()
     flush_output()
     # Threads of groups that sent messages from rank to rank live on, and may abort a process while
     # Python shuts down: one that has saved everything would count as failed.
-    os._exit(status)
+    if has_joined:
+        os._exit(status)

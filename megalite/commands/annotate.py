@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_model
 
 TOOLS = ("label-studio", "argilla", "doccano")
@@ -41,13 +42,15 @@ def add_arguments(parser: VerbParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="prompts as the chat template says")
     parser.add_argument(
-        "--max-tokens", type=int, default=128, help="of an answer (default: %(default)s)"
+        "--max-tokens", type=at_least(1), default=128, help="of an answer (default: %(default)s)"
     )
     parser.set_defaults(verb=_annotate)
 
 
 def _annotate(arguments: argparse.Namespace) -> None:
     from megalite.infer.annotate import Asked, write_tasks
+    from megalite.utils.outside import check_output
 
+    check_output(arguments.output, arguments.input)
     asked = Asked(**{name: getattr(arguments, name) for name in Asked._fields})
     print(*write_tasks(arguments.model, asked), sep="\n")

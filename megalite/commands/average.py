@@ -1,4 +1,6 @@
-"""Checkpoints of the flat part of a wsd schedule averaged are about what a decay would end in."""
+"""Average the weights of checkpoints or models, or merge them by another method.
+
+Checkpoints of the flat part of a wsd schedule averaged are about what a decay would end in."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least, number
 from megalite.commands.parser import VerbParser
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -20,9 +20,11 @@ def add_arguments(parser: VerbParser) -> None:
         "--max-tokens", type=at_least(1), default=512, help="of an answer (default: %(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=float, help="0 takes the likeliest token (default: as the model says)"
+        "--temperature",
+        type=number(0),
+        help="0 takes the likeliest token (default: as the model says)",
     )
-    parser.add_argument("--top-p", type=float, help="(default: as the model says)")
+    parser.add_argument("--top-p", type=number(0, 1), help="(default: as the model says)")
     parser.set_defaults(verb=_chat)
 
 

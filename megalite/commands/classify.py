@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_model, add_texts
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:

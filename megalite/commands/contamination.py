@@ -1,4 +1,5 @@
-"""Compares token by token, before training or after it (docs/trace.md)."""
+"""Look for evaluation texts in training data, token by token, before training or after it, and say at
+which steps they are trained on (docs/trace.md)."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import argparse
 import itertools
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -35,11 +36,12 @@ def _contamination(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megalite.errors import ConfigError
-    from megalite.lineage.contamination import check_output, print_contamination
+    from megalite.lineage.contamination import print_contamination
     from megalite.lineage.ngrams import Asked, texts_of_rows
+    from megalite.utils.outside import check_output
 
     if arguments.output:
-        check_output(arguments.output, arguments.data or ())
+        check_output(arguments.output, arguments.data)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names and not arguments.data:
         raise ConfigError("say what to look for: --tasks NAME,NAME or --data FILE")

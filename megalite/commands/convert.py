@@ -17,10 +17,10 @@ from rich.console import Console
 from megalite.checkpoint.convert import DTYPES, open_source, write_model
 from megalite.checkpoint.megatron import find_megatron
 from megalite.checkpoint.upcycle import Upcycling
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser
 from megalite.errors import ConfigError
 from megalite.infer.generate import find_model
-from megalite.runtime.exit_codes import at_least, explained
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -50,14 +50,19 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument(
         "--granularity", type=at_least(1), default=1, help="slices of an MLP (default: %(default)s)"
     )
-    parser.set_defaults(verb=lambda arguments: explained(lambda: _convert(arguments)))
+    parser.set_defaults(verb=_convert)
 
 
 def _convert(args: argparse.Namespace) -> int:
     """Convert one model as the command line says; return the exit status."""
     if not args.shard_gb >= 1e-9:
         raise ConfigError(f"--shard-gb {args.shard_gb}: give a positive number")
-    source = args.source if find_megatron(args.source) else find_model(args.source)
+    is_megatron = find_megatron(args.source)
+    if args.vocab_size and not is_megatron:
+        raise ConfigError(
+            f"--vocab-size is for Megatron-LM's checkpoints, whose embeddings are padded; {args.source} is none"
+        )
+    source = args.source if is_megatron else find_model(args.source)
     model = open_source(source, args.vocab_size, args.ema)
     if args.experts:
         model = Upcycling(args.experts, args.experts_per_token, args.granularity).apply(model)

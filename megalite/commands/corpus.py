@@ -16,14 +16,13 @@ from rich.console import Console
 
 from megalite.commands.parser import VerbParser, add_config
 from megalite.errors import ConfigError, DataError
-from megalite.runtime.exit_codes import explained
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the arguments of the verb."""
     add_config(parser, "language.min_score=0.5", help="YAML file, such as configs/corpus/web.yaml")
     interrupted = "interrupted; the same command goes on from here"
-    parser.set_defaults(verb=lambda arguments: explained(lambda: _prepare(arguments), interrupted))
+    parser.set_defaults(verb=_prepare, interrupted=interrupted)
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -32,13 +32,13 @@ def _embed(arguments: argparse.Namespace) -> None:
     """Write the vectors of texts."""
     from megalite.errors import ConfigError
     from megalite.infer.encode import Encoder, read_texts, write_vectors
-    from megalite.utils.outside import check_apart
+    from megalite.utils.outside import check_output
 
     output: Path | None = arguments.output
     if output and output.suffix not in (".npy", ".jsonl"):
         raise ConfigError(f"--output {output} must end in .npy or .jsonl")
     if output:
-        check_apart(output, arguments.input, ConfigError)
+        check_output(output, arguments.input)
     texts = [*arguments.texts, *read_texts(arguments.input)]
     if not texts:
         raise ConfigError("give a TEXT, or --input FILE")

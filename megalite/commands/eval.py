@@ -1,5 +1,7 @@
-"""Without --tasks and --data it tells the loss, perplexity and bits per byte on the validation data
-of the run, or on --tokens."""
+"""Measure a trained model: by tasks of lm-evaluation-harness, by answers to prompts, by tests of bias.
+
+Without --tasks, --data and --bias it tells the loss, perplexity and bits per byte on the validation
+data of the run, or on --tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from megalite.commands.bias import add_bias_arguments, asks_for_bias, measure_bias
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
 
 
@@ -29,14 +32,18 @@ def add_arguments(parser: VerbParser) -> None:
     )
     add_bias_arguments(parser)
     parser.add_argument(
-        "--limit", type=int, help="only so many documents of each task, or samples of a loss"
+        "--limit",
+        type=int,
+        help="only so many documents of each task, or samples of a loss",
     )
     parser.add_argument(
-        "--shots", type=int, help="examples before each document (default: as the task says)"
+        "--shots",
+        type=at_least(0),
+        help="examples before each document (default: as the task says)",
     )
     parser.add_argument("--chat", action="store_true", help="put prompts as the chat template says")
     parser.add_argument(
-        "--max-tokens", type=int, default=128, help="of an answer to a prompt of --data"
+        "--max-tokens", type=at_least(1), default=128, help="of an answer to a prompt of --data"
     )
     parser.add_argument(
         "--stop",
@@ -54,7 +61,7 @@ def add_arguments(parser: VerbParser) -> None:
         help="beside it, what was asked, said and wanted, as jsonl",
     )
     parser.add_argument(
-        "--slots", type=int, default=8, help="answers generated at a time (default: 8)"
+        "--slots", type=at_least(1), default=8, help="answers generated at a time (default: 8)"
     )
     add_layout(parser)
     parser.set_defaults(verb=_evaluate)
@@ -63,7 +70,10 @@ def add_arguments(parser: VerbParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from megalite.comm.mesh import leave
     from megalite.infer.evaluate import Asked, evaluate_model
+    from megalite.utils.outside import check_output
 
+    if arguments.output:
+        check_output(arguments.output, makes_folder=True)
     if asks_for_bias(arguments):
         measure_bias(arguments)
         return

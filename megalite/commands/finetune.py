@@ -69,14 +69,17 @@ def _finetune(arguments: argparse.Namespace) -> Exit:
     from megalite.config_file import parse_config
     from megalite.errors import ConfigError
     from megalite.train import train
+    from megalite.utils.outside import check_output
     from megalite.utils.resources import with_overrides
 
     if Launch.from_environment().world_size > 1:
         raise ConfigError(
             "finetune prepares rows in one process: give --output FILE, and start `megalite train FILE` on the ranks"
         )
-    if arguments.output and arguments.output.exists():
-        raise ConfigError(f"--output {arguments.output} exists; name a new file")
+    if arguments.output:
+        check_output(arguments.output)
+        if arguments.output.exists():
+            raise ConfigError(f"--output {arguments.output} exists; name a new file")
     model, data, overrides = arguments.model, arguments.data, arguments.overrides
     values = _config_values(model, data, arguments.method, overrides)
     config = parse_config(values, overrides, origin="finetune")

@@ -1,5 +1,7 @@
-"""Writes token files without them and a run that goes on from the newest checkpoint that has seen
-none of them, and ends bit for bit as one that never had them (docs/forget.md)."""
+"""Take documents out of a run's data, and go back to before it was trained on them (docs/forget.md).
+
+It writes token files without them, and a run that goes on from the newest checkpoint that has seen
+none of them and ends bit for bit as one that never had them."""
 
 from __future__ import annotations
 

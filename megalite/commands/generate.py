@@ -1,14 +1,17 @@
-"""The model's generation_config.json says what is left out here; else temperature 0.8, top-p 0.95."""
+"""Continue a prompt with a trained model.
+
+The model's generation_config.json says what is left out here; else temperature 0.8, top-p 0.95."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from pathlib import Path
 
+from megalite.commands.numbers import at_least, number
 from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -19,15 +22,23 @@ def add_arguments(parser: VerbParser) -> None:
         "--chat", action="store_true", help="the prompt is a message, put as the chat template says"
     )
     parser.add_argument(
-        "--max-tokens", type=int, help="of the answer (default: as the model says, else 128)"
+        "--max-tokens",
+        type=at_least(1),
+        help="of the answer (default: as the model says, else 128)",
     )
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
+    parser.add_argument("--temperature", type=number(0), help="0 takes the likeliest token")
     parser.add_argument(
-        "--top-p", type=float, help="only the likeliest tokens that together are as likely as this"
+        "--top-k", type=at_least(0), help="only the k likeliest tokens; 0: no limit"
     )
     parser.add_argument(
-        "--min-p", type=float, help="only tokens at least this share as likely as the likeliest"
+        "--top-p",
+        type=number(0, 1),
+        help="only the likeliest tokens that together are as likely as this",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=number(0, 1),
+        help="only tokens at least this share as likely as the likeliest",
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
@@ -37,7 +48,10 @@ def add_arguments(parser: VerbParser) -> None:
         "--beams", type=at_least(1), help="beam search with so many (encoder-decoders)"
     )
     parser.add_argument(
-        "--length-penalty", type=float, default=1.0, help="its power of the length (default: 1)"
+        "--length-penalty",
+        type=number(-math.inf),
+        default=1.0,
+        help="its power of the length (default: 1)",
     )
     add_layout(parser)
     parser.set_defaults(verb=_generate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_overrides
 from megalite.runtime.exit_codes import at_least
 

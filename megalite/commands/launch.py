@@ -14,12 +14,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_config
 from megalite.config_file import load_config
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import nodes_that_fit, smallest_world
-from megalite.runtime.exit_codes import at_least
 from megalite.runtime.hosts import forwarded, launcher, over_ssh, read_hosts, run_on_hosts
 
 
@@ -50,14 +50,14 @@ def _launch(arguments: argparse.Namespace) -> int:
     """Start the ranks, and return the exit status when all have ended."""
     config = load_config(arguments.config, arguments.overrides)
     table = weight_table(config.model, config.lora)
-    hosts = read_hosts(arguments.hosts) if arguments.hosts else []
+    hosts = read_hosts(arguments.hosts) if arguments.hosts is not None else []
     count = len(hosts) or 1
     ranks = arguments.ranks or _gpus() or -(-smallest_world(config) // count)
     fit = nodes_that_fit(config, table, count, ranks)
     if fit < count:
         print(f"== {fit} of {count} hosts are used: no more fit {arguments.config}")
         hosts = hosts[:fit]
-    python = shlex.split(arguments.python or "") or [sys.executable]
+    python = _words(arguments.python or "") or [sys.executable]
     task = ["-m", "megalite", "train", str(arguments.config), *arguments.overrides]
     commands = [
         [*launcher(python, ranks, hosts, number, arguments.port), *task]
@@ -75,6 +75,13 @@ def _launch(arguments: argparse.Namespace) -> int:
     if hosts:
         return run_on_hosts(hosts, commands, forwarded(os.environ), config.run.folder / "logs")
     return _become(commands[0], ranks)
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"--python {command}: {str(error).lower()}") from None
 
 
 def _gpus() -> int:

@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megalite.commands.numbers import number
 from megalite.commands.parser import VerbParser
 from megalite.monitor.records import duration
 
@@ -46,22 +47,25 @@ def add_arguments(parser: VerbParser) -> None:
     )
     parser.add_argument(
         "--psi",
-        type=float,
+        type=number(0),
         default=0.25,
         help="population stability index from which on drift is an alarm (default: %(default)s)",
     )
     parser.add_argument(
         "--max-errors",
-        type=float,
+        type=number(0, 1),
         default=0.01,
         help="share of requests that the server may fail (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-p95", type=float, metavar="S", help="seconds within which 95%% of requests shall end"
+        "--max-p95",
+        type=number(0),
+        metavar="S",
+        help="seconds within which 95%% of requests shall end",
     )
     parser.add_argument(
         "--max-drop",
-        type=float,
+        type=number(0, 1),
         default=0.1,
         help="loss of good ratings, as a share of all, that is an alarm (default: %(default)s)",
     )

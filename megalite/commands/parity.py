@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least, number
 from megalite.commands.parser import VerbParser
 
 
@@ -14,11 +15,15 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument("a", type=Path, metavar="A", help="folder of a run")
     parser.add_argument("b", type=Path, metavar="B", help="folder of another")
     parser.add_argument(
-        "--step", type=int, action="append", default=[], help="compare this step (default: all)"
+        "--step",
+        type=at_least(1),
+        action="append",
+        default=[],
+        help="compare this step (default: all)",
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(0),
         default=1e-5,
         help="largest relative difference (default: %(default)s, for fp32)",
     )

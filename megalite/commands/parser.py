@@ -6,29 +6,51 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megalite.commands.examples import EXAMPLES
-from megalite.runtime.exit_codes import at_least
+from megalite.commands.numbers import at_least
 from megalite.utils.spelling import did_you_mean, nearest
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["VerbParser"]
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26)
+class _Formatter(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description at the terminal's width. Those with indented lines, such
+    as tables and examples, keep their lines."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = textwrap.dedent(text).strip().split("\n\n")
+        return "\n\n".join(
+            paragraph
+            if "\n " in paragraph or paragraph.startswith(" ")
+            else textwrap.fill(" ".join(paragraph.split()), width, break_on_hyphens=False)
+            for paragraph in paragraphs
+        )
+
+
+def not_empty(path: str) -> str:
+    """Return the path that an argument gives. Raise ArgumentTypeError for an empty one, such as of a
+    variable that is not set: pathlib takes it for the folder at work."""
+    if not path:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return path
 
 
 class VerbParser(argparse.ArgumentParser):
     """Parser of `megalite` or of one verb."""
 
     def __init__(self, *arguments: Any, **named: Any):
-        # Examples, and lists in descriptions, keep their lines.
-        named.setdefault("formatter_class", _formatter)
+        named.setdefault("formatter_class", _Formatter)
         super().__init__(*arguments, **named)
+        self.register("type", Path, lambda path: Path(not_empty(path)))
         self.fill: Callable[[VerbParser], None] | None = None
         """Adds the arguments when they are first needed."""
         self.listed = True
@@ -165,10 +187,16 @@ def add_texts(parser: VerbParser, text: str | None, file: str) -> None:
 def add_layout(parser: VerbParser) -> None:
     """Add the options of a verb that can run over ranks."""
     parser.add_argument(
-        "--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun"
+        "--tensor",
+        type=at_least(1),
+        default=1,
+        help="ranks that share every matrix, under torchrun",
     )
     parser.add_argument(
-        "--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun"
+        "--pipeline",
+        type=at_least(1),
+        default=1,
+        help="ranks that each hold some layers, under torchrun",
     )
     parser.add_argument(
         "--expert",

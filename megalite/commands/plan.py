@@ -37,12 +37,12 @@ def add_arguments(parser: VerbParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
-    from megalite.errors import ConfigError
     from megalite.planner.run import run_plan
-    from megalite.utils.outside import check_apart
+    from megalite.utils.outside import check_output
 
-    for written in filter(None, (arguments.output, arguments.picture)):
-        check_apart(written, [arguments.config], ConfigError)
+    for option, path in (("--output", arguments.output), ("--picture", arguments.picture)):
+        if path:
+            check_output(path, [arguments.config], option)
     run_plan(
         load_config(arguments.config, arguments.overrides),
         num_gpus=arguments.gpus,

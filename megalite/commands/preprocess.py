@@ -37,14 +37,14 @@ import signal
 
 from rich.console import Console
 
-from megalite.commands.parser import VerbParser
+from megalite.commands.numbers import at_least
+from megalite.commands.parser import VerbParser, not_empty
 from megalite.data.annotations import RULES
 from megalite.data.blocks import Shard
 from megalite.data.formats import FORMATS, PROBLEMS, Settings
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import ConfigError
-from megalite.runtime.exit_codes import at_least, explained
 
 MOST_SHARDS = 99_999
 
@@ -54,11 +54,15 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument(
         "--output-prefix",
+        type=not_empty,
         required=True,
         help="P of P_KEY_document.bin, .idx and .json; with --format, of P.bin",
     )
     parser.add_argument(
-        "--tokenizer", required=True, help="folder with tokenizer.json, or a tokenizer file"
+        "--tokenizer",
+        type=not_empty,
+        required=True,
+        help="folder with tokenizer.json, or a tokenizer file",
     )
     parser.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY",
@@ -89,7 +93,7 @@ def add_arguments(parser: VerbParser) -> None:
         "--shard", type=_shard, metavar="I/N", help="only part I (from 0) of N of the input"
     )
     _add_rows(parser)
-    parser.set_defaults(verb=lambda arguments: explained(lambda: _preprocess(arguments)))
+    parser.set_defaults(verb=_preprocess)
 
 
 def _add_rows(parser: VerbParser) -> None:

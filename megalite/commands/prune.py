@@ -1,4 +1,6 @@
-"""Parts are left out by what they do on --data, and the model that stays is a smaller one of its
+"""Write a model of which single weights, or whole parts, are left out.
+
+Parts are left out by what they do on --data, and the model that stays is a smaller one of its
 family; single weights of its layers' matrices become 0."""
 
 from __future__ import annotations
@@ -6,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_calibration, add_model
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:

@@ -1,13 +1,14 @@
-"""Writes a Hugging Face folder in compressed-tensors' formats, which transformers and vLLM open, as
-do generate, serve, eval and convert here."""
+"""Write a model with the matrices of its layers in fewer bits: a Hugging Face folder in
+compressed-tensors' formats, which transformers and vLLM open, as do generate, serve, eval and
+convert here."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_calibration, add_model
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:

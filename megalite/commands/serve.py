@@ -7,6 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from megalite.commands.numbers import at_least, number
 from megalite.commands.parser import VerbParser, add_model
 
 
@@ -19,13 +20,18 @@ def add_arguments(parser: VerbParser) -> None:
         default="127.0.0.1",
         help="0.0.0.0 for all of this machine's (default: %(default)s)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument(
-        "--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)"
+        "--port", type=at_least(0, 65535), default=8000, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--slots",
+        type=at_least(1),
+        default=8,
+        help="answers computed at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--max-length",
-        type=int,
+        type=at_least(2),
         default=4096,
         help="tokens of prompt and answer (default: %(default)s)",
     )
@@ -64,7 +70,7 @@ def _add_other_models(parser: VerbParser) -> None:
     )
     parser.add_argument(
         "--share",
-        type=float,
+        type=number(0, 1),
         default=0.1,
         help="share of clients that the challenger answers, or of requests that a shadow is asked as well (default: "
         "%(default)s)",
@@ -78,16 +84,24 @@ def _add_other_models(parser: VerbParser) -> None:
 
 def _add_limits(parser: VerbParser) -> None:
     """Add what bounds requests and the server's end."""
-    parser.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument(
-        "--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit"
+        "--max-request-mb", type=number(1e-6), default=1.0, help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)"
+        "--requests-per-minute",
+        type=at_least(0),
+        default=0,
+        help="of a key or an address; 0: no limit",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=number(1e-3),
+        default=600.0,
+        help="seconds of an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--grace",
-        type=float,
+        type=number(0),
         default=20.0,
         help="seconds to end after SIGTERM (default: %(default)s)",
     )
@@ -103,7 +117,7 @@ def _add_logs(parser: VerbParser) -> None:
     )
     parser.add_argument(
         "--keep-days",
-        type=int,
+        type=at_least(1),
         default=30,
         help="days after which these lines are deleted (default: %(default)s)",
     )

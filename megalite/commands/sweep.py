@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_config
-from megalite.runtime.exit_codes import Exit, at_least
+from megalite.runtime.exit_codes import Exit
 
 
 def add_arguments(parser: VerbParser) -> None:

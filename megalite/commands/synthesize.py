@@ -13,16 +13,13 @@ from rich.console import Console
 
 from megalite.commands.parser import VerbParser, add_config
 from megalite.errors import ConfigError
-from megalite.runtime.exit_codes import explained
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the arguments of the verb."""
     add_config(parser, "rows=400", "recipe", "YAML file, such as configs/synthesize/questions.yaml")
     interrupted = "interrupted; the same command goes on from here"
-    parser.set_defaults(
-        verb=lambda arguments: explained(lambda: _synthesize(arguments), interrupted)
-    )
+    parser.set_defaults(verb=_synthesize, interrupted=interrupted)
 
 
 def _synthesize(arguments: argparse.Namespace) -> int:

@@ -9,19 +9,26 @@ import sys
 import time
 from typing import get_args
 
-from megalite.commands.parser import VerbParser
+from megalite.commands.numbers import at_least
+from megalite.commands.parser import VerbParser, not_empty
 from megalite.data.tokenizer_training import Kind, train_tokenizer
-from megalite.runtime.exit_codes import at_least, explained
 from megalite.runtime.processes import handling
+
+MOST_TOKENS = 2**22
+"""Limit on the vocabulary. tokenizers takes memory for all of it at once, and aborts where there is
+not enough."""
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the arguments of the verb."""
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument(
-        "--output", required=True, help="folder to write; AutoTokenizer.from_pretrained loads it"
+        "--output",
+        type=not_empty,
+        required=True,
+        help="folder to write; AutoTokenizer.from_pretrained loads it",
     )
-    parser.add_argument("--vocab-size", type=at_least(1), required=True)
+    parser.add_argument("--vocab-size", type=at_least(1, MOST_TOKENS), required=True)
     parser.add_argument("--type", choices=get_args(Kind), default="bpe")
     parser.add_argument(
         "--json-key", default="text", help="key or column of the text (default: %(default)s)"
@@ -36,7 +43,7 @@ def add_arguments(parser: VerbParser) -> None:
         "--special-tokens", nargs="+", default=[], metavar="TOKEN",
         help="more special tokens, such as '<|user|>'; fim, chatml and reserved:N are groups of them",
     )  # fmt: skip
-    parser.set_defaults(verb=lambda arguments: explained(lambda: _train(arguments)))
+    parser.set_defaults(verb=_train)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -1,12 +1,14 @@
-"""Exact, and of any step: which sample comes when is arithmetic (docs/trace.md)."""
+"""Say which text a step was trained on, or at which steps a text was (docs/trace.md).
+
+It is exact, and of any step: which sample comes when is arithmetic."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:

@@ -29,7 +29,7 @@ from megalite.infer.uncertainty import (
 )
 from megalite.models import model_config
 from megalite.utils.files import replacing
-from megalite.utils.outside import check_apart, shown
+from megalite.utils.outside import shown
 
 
 class Asked(NamedTuple):
@@ -53,7 +53,6 @@ def write_tasks(path: Path, asked: Asked) -> list[str]:
     DataError."""
     if asked.num_rows < 1:
         raise ConfigError(f"--count {asked.num_rows} leaves nothing to label; give at least 1")
-    check_apart(asked.output, asked.input, ConfigError)
     folder = find_model(path)
     of_classes = model_config({"hf": str(folder)}).task in TASKS
     if of_classes and asked.chat:

@@ -27,7 +27,6 @@ from megalite.lineage.ngrams import Asked, Grams
 from megalite.lineage.run import TracedRun
 from megalite.lineage.trace import Tracer
 from megalite.utils.files import replacing
-from megalite.utils.outside import check_apart
 
 CHUNK = 1 << 21
 """Tokens of a file that are looked at at a time."""
@@ -130,14 +129,6 @@ def _judged(
                 found.source, found.place = int(source[own[begin]]), int(place[own[begin]])
             begin = end + 1
     return found
-
-
-def check_output(output: Path, inputs: Iterable[str]) -> None:
-    """Raise ConfigError where the results cannot be written to `output`, or would be written over
-    one of the `inputs`: before the search, which takes long."""
-    check_apart(output, inputs, ConfigError)
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}; create it first")
 
 
 def print_contamination(

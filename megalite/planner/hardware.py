@@ -194,7 +194,7 @@ def _checked(values: dict[str, Any], origin: str, section: type[S]) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {describe_errors(error, section)}") from None
+        raise ConfigError(f"{origin}: {describe_errors(error, section, values)}") from None
 
 
 @cache

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-from megalite.errors import CheckpointError, ConfigError, DataError, Unreachable
-from megalite.utils.secrecy import hide_secrets
+from megalite.errors import NotFinite, NotSaved, Unreachable
 
 
 class Exit(IntEnum):
@@ -76,58 +72,36 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-def flush_output() -> None:
-    """Flush what was printed, before the process ends. What a full disk does not take is dropped:
-    Python would end with a status of its own for it."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                # Python flushes once more at exit: what is left goes where it cannot fail.
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+def in_a_line(error: OSError) -> str:
+    """Return what an error of the system says, its path first where it is about a file."""
+    if not (error.filename and error.strerror):
+        return error.strerror or str(error)
+    if isinstance(error, FileExistsError) and os.path.isfile(error.filename):
+        return f"{error.filename} is a file, where a folder is needed; name another output"
+    return f"{error.filename}: {error.strerror}"
 
 
-def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run a tool's `main`, and return its exit status. A mistake of the user's is one line on
-    stderr and status MISTAKE, as in `megalite`; a full disk or a store that is gone for a while is
-    one line and FAILED. `interrupted` is printed on Ctrl-C."""
-    try:
-        return tool()
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}"
-            if isinstance(error, FileExistsError) and os.path.isfile(error.filename):
-                text = f"{error.filename} is a file, where a folder is needed; name another output"
-        print(hide_secrets(f"error: {text}"), file=sys.stderr)
-        failed = passes(error) or (isinstance(error, OSError) and not isinstance(error, _OF_PATHS))
-        return Exit.FAILED if failed else Exit.MISTAKE
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return killed_by(signal.SIGINT)
+def is_explained(error: OSError) -> bool:
+    """Return whether a line is all that a user needs to know of an error of the system: which file
+    it is about, or that a disk is full."""
+    return bool(error.filename) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return the `type` of an argparse option that takes integers from `smallest` to `largest`."""
+def status_of(error: Exception) -> Exit:
+    """Return the exit status of a command that ended with an error that is told in a line."""
+    if isinstance(error, NotSaved):
+        return Exit.NOT_SAVED
+    if isinstance(error, NotFinite):
+        return Exit.BAD_NUMBERS
+    is_mistake = not isinstance(error, OSError) or error.errno in _OF_PATHS
+    return Exit.MISTAKE if is_mistake and not passes(error) else Exit.FAILED
 
-    def integer(text: str) -> int:
-        if not smallest <= (value := int(text)) <= largest:
-            raise argparse.ArgumentTypeError(f"{text} is not between {smallest:,} and {largest:,}")
-        return value
 
-    return integer
-
-
-_OF_PATHS = (
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
+_OF_PATHS = {
+    errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+"""Errors about a path as it was given: the user can name another."""
 
 
 def killed_by(number: int) -> int:

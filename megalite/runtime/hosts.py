@@ -147,14 +147,17 @@ class _Host:
         assert self.process.stdout is not None
         with open(self.log, "a", encoding="utf-8") as log:
             for line in self.process.stdout:
-                log.write(line)
-                log.flush()
                 self.said = line.rstrip()
+                # Read on, whoever does not take it: a full pipe would hold up the ranks.
+                with contextlib.suppress(OSError):
+                    log.write(line)
+                    log.flush()
                 if line.startswith("== "):  # which comes in the summary
                     self.last = self.said
                 elif self.shown:
-                    sys.stdout.write(line)
-                    sys.stdout.flush()
+                    with contextlib.suppress(OSError):
+                        sys.stdout.write(line)
+                        sys.stdout.flush()
 
     @property
     def summary(self) -> str:

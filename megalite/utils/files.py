@@ -28,6 +28,8 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             fsync(path.parent)
     except OSError as error:
         name_full_disk(error, path)
+        if error.filename and Path(error.filename) == temporary:
+            error.filename = str(path)  # the name that the user knows
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -77,6 +77,29 @@ def check_apart(target: Path, sources: Iterable[Path | str], error: type[Excepti
                 )
 
 
+def check_output(
+    target: Path,
+    sources: Iterable[Path | str] = (),
+    option: str = "--output",
+    makes_folder: bool = False,
+) -> None:
+    """Raise ConfigError, which names the `option`, where a file cannot be written to `target`, or
+    would be written over one of the `sources`: before the work of which it takes the result. With
+    `makes_folder`, its folder need not be there yet."""
+    check_apart(target, sources, ConfigError)
+    folder = target.parent
+    while makes_folder and not folder.exists():
+        folder = folder.parent
+    if target.is_dir():
+        raise ConfigError(f"{option} {target} is a folder; name a file")
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {target}: there is no folder {folder}; create it first")
+    # Files are renamed into place, for which the folder counts, but for devices and pipes.
+    is_special = target.exists() and not target.is_file()
+    if not (is_special or os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{option} {target}: {folder} may not be written to")
+
+
 def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> bytes:
     """Return the bytes of a file of at most `largest` bytes. Raises OSError, and `error` for a
     longer or irregular one."""

@@ -23,10 +23,10 @@ from megalite.checkpoint import writing
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.save import Saver
-from megalite.checkpoint.tensors import NotSaved
 from megalite.comm.mesh import make_mesh
 from megalite.config import Config
 from megalite.engine.layout import bucket_elements, choose_owners
+from megalite.errors import NotSaved
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import train
