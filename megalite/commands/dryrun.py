@@ -4,6 +4,7 @@ waits (docs/dryrun.md)."""
 from __future__ import annotations
 
 import argparse
+import signal
 
 from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_cluster, add_config
@@ -29,6 +30,8 @@ def _dryrun(arguments: argparse.Namespace) -> Exit:
     from megalite.config_file import load_config
     from megalite.dryrun.run import run_dryrun
 
+    # A cancelled job ends like an interrupted one: with its ranks.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_dryrun(
         load_config(arguments.config, arguments.overrides),
         num_gpus=arguments.gpus,

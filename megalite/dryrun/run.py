@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -147,7 +148,16 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Record]:
     ]
     with open(folder / "output", "wb") as output:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env, check=False)
+        # A group of its own: the ranks are forks of the server, and outlive it.
+        with subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=env, process_group=0
+        ) as server:
+            try:
+                server.wait()
+            finally:
+                if server.returncode != 0:  # None: this process was interrupted
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(server.pid, signal.SIGKILL)
     return [_read(folder, number, job.rank) for number, job in enumerate(jobs)]
 
 

@@ -3,7 +3,10 @@ there."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import yaml
 
 from dry_runs import built
 from megalite.cli import main
+from megalite.dryrun.run import run_jobs
 
 WITHIN = 0.02  # of the plan: what a GPU's allocator adds comes on top of both
 
@@ -101,3 +105,28 @@ def test_beside_a_torch_for_cuda_there_is_no_dry_run(
     status, said = dryrun(config, capsys)
     assert status == 2
     assert "this torch is a build with CUDA 13.0; a dry run needs torch's CPU build" in said
+
+
+def test_ranks_end_with_a_dry_run_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are forks of another process, which Ctrl-C may reach alone."""
+    rank = tmp_path / "rank"
+    server = tmp_path / "server"
+    server.write_text(
+        f"#!/bin/sh\nsleep 60 &\necho $! > {rank}.tmp\nmv {rank}.tmp {rank}\n"
+        f"kill -INT {os.getpid()}\nwait\n"
+    )
+    server.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(server))
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([], tmp_path)
+    pid = int(rank.read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        # One that waits to be reaped has ended.
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists(), "the rank goes on"
