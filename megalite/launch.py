@@ -28,6 +28,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+if __name__ == "__main__":
+    # Importing torch takes seconds, in which Ctrl-C would be a traceback. `main` takes it over.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

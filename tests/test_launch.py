@@ -143,6 +143,19 @@ def test_nodes_have_the_ranks_of_the_order_they_are_given_in(
     assert [(one.node_rank, one.local_addr) for one in asked] == [(1, "node10"), (0, "node9")]
 
 
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "megalite.launch", "true"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_signal_ends_a_launcher_that_waits_for_another_host() -> None:
     """Which torch does in one call, during which Python runs no handler."""
     with socket.socket() as free:
