@@ -352,6 +352,7 @@ PRINTS = (
     [
         (10**5, "| head -c 2", "utf-8", 141, "×"),
         (3, "| cat", "ascii", 0, r"\xd7\xd7\xd7"),
+        (3, "| cat", "ascii:surrogateescape", 0, r"\xd7\xd7\xd7"),
         (3, ">&-", "utf-8", 0, ""),
         (3, "> /dev/full", "utf-8", 1, "error: No space left on device"),
     ],

@@ -23,8 +23,11 @@ def open_streams() -> None:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
-    # Python does so for stderr by itself. Tests put other objects in the place of stdout.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    # Python escapes letters on stderr by itself. On stdout, without a locale, it lets bytes of file
+    # names through but no letter that is not ASCII. Tests put other objects in its place.
+    if isinstance(sys.stdout, io.TextIOWrapper) and (
+        sys.stdout.errors == "strict" or not sys.stdout.encoding.lower().startswith("utf")
+    ):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
