@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from megalite.cli import explained
 from megalite.errors import DataError, Unreachable
-from megalite.runtime.exit_codes import Exit, explained
+from megalite.runtime.exit_codes import Exit
 
 TOOLS = Path(__file__).parents[1] / "tools"
 MISTAKES = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_overrides
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:

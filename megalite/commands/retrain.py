@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 
 from megalite.commands.parser import VerbParser, add_config
-from megalite.runtime.exit_codes import explained
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the arguments of the verb."""
     add_config(parser, "min_rows=50", help="YAML file; see configs/retrain/chat.yaml")
     interrupted = "interrupted; the same command goes on from here"
-    parser.set_defaults(verb=lambda arguments: explained(lambda: _retrain(arguments), interrupted))
+    parser.set_defaults(verb=_retrain, interrupted=interrupted)
 
 
 def _retrain(arguments: argparse.Namespace) -> int:
