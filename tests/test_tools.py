@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line(
     ("error", "status"),
     [
         (DataError("x"), Exit.MISTAKE), (Unreachable("x"), Exit.FAILED), (OSError(errno.ENOSPC, "full"), Exit.FAILED),
-        (FileNotFoundError(errno.ENOENT, "x"), Exit.MISTAKE), (KeyboardInterrupt(), 130),
+        (FileNotFoundError(errno.ENOENT, "x", "file"), Exit.MISTAKE), (KeyboardInterrupt(), 130),
     ],
 )  # fmt: skip
 def test_what_may_pass_is_no_mistake(error: BaseException, status: int) -> None:
