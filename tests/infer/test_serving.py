@@ -374,7 +374,7 @@ def test_a_large_prompt_is_refused_before_it_is_read(served: Served, chunked: bo
     [
         ({"prompt": "x", "temperature": -1}, "temperature: "),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: "),
-        ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty: "),
+        ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty: must be left out, or 0: of"),
         ({"prompt": "x", "best_off": 1}, "best_off: is not known"),
         (
             {"prompt": [1, 999]},

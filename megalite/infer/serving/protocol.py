@@ -66,6 +66,13 @@ Prompt = Annotated[
 ]
 
 
+NoPenalty = Annotated[
+    float,
+    Field(ge=0, le=0),
+    _one_of("left out, or 0: of penalties only repetition_penalty is supported"),
+]
+
+
 class Body(BaseModel):
     """Base of all bodies: unknown fields are refused, and null is the same as leaving a field
     out."""
@@ -113,8 +120,8 @@ class Asked(Body):
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     # These would change it: only the value that means nothing is accepted.
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: NoPenalty | None = None
+    frequency_penalty: NoPenalty | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
     @field_validator("stop")
