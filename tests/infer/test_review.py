@@ -57,6 +57,7 @@ def test_what_nobody_has_rated_waits_the_least_certain_first(tmp_path: Path) -> 
         line(7, -9.0, answers=["a", "b"], finish=["stop"] * 2), line(8, -9.0, finish=["cancelled"]),
         line(9, -9.0, answers=[" "]), {"path": "/v1/embeddings", "id": "e", "status": 200},
         {"path": "/v1/completions", "id": "r10", "score": -9.0, "finish": ["stop"]},  # without texts
+        line(11, -9.0, time="x"), line(12, None) | {"score": "x"}, line(13, -9.0, answers=[5]), line(14, -9.0, id=None),
         '{"id": "r11", "answ', "[]",
     )  # fmt: skip
     (tmp_path / "salt").write_text("x")

@@ -67,7 +67,7 @@ def add_review(app: FastAPI, folder: Path, model: Any) -> None:
 
 def waiting_answers(folder: Path) -> list[Waiting]:
     """Return the answers in a request log that have no rating, the least certain first, of equal ones
-    the newest. Lines without texts, with several answers, or that a crash cut off are passed over."""
+    the newest. Lines without texts, with several answers, or that are damaged are passed over."""
     rated: set[str] = set()
     found: list[Waiting] = []
     for row in _newest_lines(folder):
@@ -111,12 +111,15 @@ def _answer_of(row: dict[str, Any]) -> Waiting | None:
     said, finish, prompt = row.get("answers"), row.get("finish"), row.get("prompt")
     if not (isinstance(said, list) and isinstance(finish, list) and len(said) == len(finish) == 1):
         return None
-    if not prompt or not str(said[0]).strip() or finish[0] not in ENDED:
+    name, when, score = row.get("id"), row.get("time"), row.get("score")
+    # Several servers write the log, of any version; one such line must not close the queue.
+    is_sound = isinstance(name, str) and isinstance(when, int | float)
+    if not is_sound or not isinstance(said[0], str) or not isinstance(score, int | float | None):
+        return None
+    if not prompt or not said[0].strip() or finish[0] not in ENDED:
         return None
     asked: dict[str, Any] = {"prompt": prompt}
     if str(row.get("path")).endswith("/chat/completions"):
         # A line has all messages where there is more than the one that was answered.
         asked = {"messages": row.get("messages") or [{"role": "user", "content": prompt}]}
-    return Waiting(
-        str(row.get("id")), float(row.get("time") or 0), asked, said[0], row.get("score")
-    )
+    return Waiting(name, float(when), asked, said[0], score)
