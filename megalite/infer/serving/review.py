@@ -113,8 +113,9 @@ def _answer_of(row: dict[str, Any]) -> Waiting | None:
         return None
     name, when, score = row.get("id"), row.get("time"), row.get("score")
     # Several servers write the log, of any version; one such line must not close the queue.
-    is_sound = isinstance(name, str) and isinstance(when, int | float)
-    if not is_sound or not isinstance(said[0], str) or not isinstance(score, int | float | None):
+    if not (isinstance(name, str) and isinstance(said[0], str) and isinstance(when, int | float)):
+        return None
+    if not isinstance(score, int | float | None):
         return None
     if not prompt or not said[0].strip() or finish[0] not in ENDED:
         return None
