@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 import httpx
 from local_server import PATIENCE_S, Gated, Local, opened, running
 
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.serving.app import Settings
 from megalite.infer.serving.by_name import make_by_name
 
@@ -72,6 +72,27 @@ def test_one_that_is_ill_makes_the_server_ill(tmp_path: Path) -> None:
         host.hosts["two"].current.engine.close(0.0)
         host.hosts["two"].current.engine.join(PATIENCE_S)
         assert httpx.get(f"{local.url}/health", verify=False).status_code == 503
+
+
+def test_a_reload_is_of_all_also_behind_one_that_is_refused(tmp_path: Path) -> None:
+    host, fresh = hosting(tmp_path, "one", "two", admin_key="admin"), Gated(b"new")
+    fresh.run()
+
+    def damaged(_: bool) -> Any:
+        raise CheckpointError("it is damaged")
+
+    host.hosts["one"]._open, host.hosts["two"]._open = damaged, lambda _: opened(fresh, "new")
+    with running(host) as local:
+        headers = {"authorization": "Bearer admin"}
+        refused = httpx.post(f"{local.url}/admin/reload", headers=headers, verify=False)
+        told = refused.json()["error"]["message"]
+        assert (refused.status_code, told) == (
+            409,
+            "the model 'one' stays what it was: it is damaged",
+        )
+        for name, said in (("one", "one"), ("two", "new")):
+            body = {"prompt": "x", "max_tokens": 3, "model": name}
+            assert post(local, "/v1/completions", body).json()["choices"][0]["text"] == said
 
 
 def test_two_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from megalite.errors import ConfigError
 from megalite.infer.serving.app import Settings
-from megalite.infer.serving.front import Host, Loaded
+from megalite.infer.serving.front import Host, Loaded, reload_all
 from megalite.infer.serving.loading import Model, Open
 
 
@@ -82,8 +82,7 @@ class ByName:
 
     async def reload(self) -> Loaded:
         """Reload all models; return the first. Raise Trouble where one cannot be served."""
-        found = [await host.reload() for host in self.hosts.values()]
-        return found[0]
+        return await reload_all(self.hosts.values())
 
 
 async def _name_in(receive: Any) -> tuple[str, Any]:

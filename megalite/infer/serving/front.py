@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import gc
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -172,8 +172,11 @@ class Host:
                 is_mistake = isinstance(
                     problem, ConfigError | DataError | CheckpointError | NotFinite
                 )
-                LOG.error("the model stays what it was: %s", problem, exc_info=not is_mistake)
-                text = f"the model stays what it was: {problem}"
+                name = self.settings.name
+                LOG.error(
+                    "the model %s stays what it was: %s", name, problem, exc_info=not is_mistake
+                )
+                text = f"the model {name!r} stays what it was: {problem}"
                 raise Trouble(409, text, "invalid_request_error", code="reload_refused") from None
             old, self.current = self.current, fresh
             self.metrics.reloads.labels("done").inc()
@@ -222,6 +225,20 @@ class Host:
     def _forget(self, loaded: Loaded) -> None:
         with contextlib.suppress(KeyError):  # another arm may have had the same model
             self.metrics.model.remove(loaded.version, loaded.folder.name)
+
+
+async def reload_all(hosts: Iterable[Host]) -> Loaded:
+    """Reload each of several hosts, also behind one that cannot; return what the first has loaded.
+    Raise the first Trouble when all were tried."""
+    found, refused = [], []
+    for host in hosts:
+        try:
+            found.append(await host.reload())
+        except Trouble as problem:
+            refused.append(problem)
+    if refused:
+        raise refused[0]
+    return found[0]
 
 
 class Hosting(Protocol):

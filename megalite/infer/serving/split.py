@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from megalite.errors import ConfigError
 from megalite.infer.serving.app import Settings, is_logged
-from megalite.infer.serving.front import Host, Hosting, Loaded
+from megalite.infer.serving.front import Host, Hosting, Loaded, reload_all
 from megalite.infer.serving.guards import CLIENT
 from megalite.infer.serving.loading import Open
 from megalite.infer.serving.request_log import note, noted
@@ -166,9 +166,7 @@ class Split:
 
     async def reload(self) -> Loaded:
         """Reload both models; return the champion. Raise Trouble where one cannot be served."""
-        fresh = await self.champion.reload()
-        await self.challenger.reload()
-        return fresh
+        return await reload_all((self.champion, self.challenger))
 
 
 def _key_of(scope: Any) -> bytes:
