@@ -449,9 +449,9 @@ def _whole_of(reply: Reply, ended: Mapping[Ticket, Update], num_prompt: int) -> 
         last, answer = ended[ticket], ticket.answer
         _raise_cut(ticket, last)
         tokens = None if answer.request.num_logprobs is None else last.choices
-        choices.append(
-            reply.choice(ticket.number, answer.text, tokens, last.finish, streamed=False)
-        )
+        choice = reply.choice(ticket.number, answer.text, tokens, last.finish, streamed=False)
+        # Written one by one: with logprobs a choice's objects take several times its bytes.
+        choices.append(orjson.Fragment(orjson.dumps(choice)))
         num_said += len(answer.tokens)
     return as_json(reply.whole(choices, usage(num_prompt, num_said)))
 

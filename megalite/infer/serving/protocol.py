@@ -359,8 +359,9 @@ class Reply:
         self._offsets: Counter[int] = Counter()
         """Characters of the tokens reported so far, by choice."""
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
-        """Return the body of a response that is not streamed."""
+    def whole(self, choices: Sequence[Any], usage: dict[str, int]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed. `choices` are entries of answers, or
+        what orjson writes in their place."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": usage}
 
