@@ -18,6 +18,7 @@ import numpy as np
 import orjson
 
 from megalite.data.documents import (
+    BOM,
     LONGEST_TEXT,
     MAX_MESSAGES,
     Document,
@@ -178,7 +179,7 @@ def texts_of(block: Block, json_key: str) -> Texts:
     for number, first, last in odd:
         line = lines[first:last]
         if not number and not block.first:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
+            line = line.removeprefix(BOM)
         try:
             texts[number] = _text_of(line, json_key, result.report).encode()
             result.report.num_empty += not texts[number]

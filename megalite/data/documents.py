@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -207,19 +207,27 @@ def read_files(
 ) -> Iterator[Document]:
     """Yield the documents of `files`, whose sizes may be given, read as `reading` says and counted
     in `report`. Raise DataError for a missing library before anything is read."""
-    for suffix, package in {
-        ".zst": "zstandard",
-        ".parquet": "pyarrow",
-        ".arrow": "pyarrow",
-    }.items():
-        named = next((path for path in files if path.lower().endswith(suffix)), None)
-        if importlib.util.find_spec(package) is None and (path := named):
-            raise DataError(
-                f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'"
-            )
+    check_libraries(files)
     sizes = files if isinstance(files, Mapping) else {path: size_of(path) for path in files}
     report.total_bytes += sum(sizes.values())
     return _read_all(sizes, reading, report)
+
+
+def check_libraries(files: Iterable[str]) -> None:
+    """Raise DataError for a file whose name says that reading it needs a library which is
+    missing."""
+    missing = {name for name in ("zstandard", "pyarrow") if importlib.util.find_spec(name) is None}
+    for path in files if missing else ():
+        needed = {"zstandard"} if path.lower().endswith(".zst") else set()
+        if kind_by_name(path) in ("parquet", "arrow"):
+            needed.add("pyarrow")
+        for name in needed & missing:
+            raise DataError(needs_library(path, name))
+
+
+def needs_library(path: str, name: str) -> str:
+    """Return the message that a library is missing to read a file."""
+    return f"{path}: reading it needs {name}; pip install 'megalite[data]'"
 
 
 def _expand(item: str, report: Report) -> list[tuple[str, int]]:
@@ -360,6 +368,8 @@ def _reader(path: str) -> Reader:
             kind = _sniffed(path)
         except (OSError, DataError) as error:
             kind = f"not: unreadable: {error}"
+    if kind in ("parquet", "arrow") and importlib.util.find_spec("pyarrow") is None:
+        kind = f"not: {needs_library(path, 'pyarrow')}"
     if kind.startswith("not: "):
         return partial(_read_nothing, kind.removeprefix("not: "))
     return READERS[kind]

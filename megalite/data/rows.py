@@ -3,7 +3,6 @@ Arrow, and folders of these as the `datasets` library saves them."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +11,11 @@ from typing import Any, NamedTuple
 import orjson
 
 from megalite.data.documents import (
+    BOM,
     LONGEST_LINE,
     Report,
     check_batch,
+    check_libraries,
     lines_of,
     list_files,
     read_bytes,
@@ -27,7 +28,6 @@ from megalite.utils.outside import reading
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
 KINDS = (*JSON_KINDS, ".parquet", ".arrow")
 BESIDE = ("dataset_info.json", "state.json")  # of a saved dataset, beside its rows
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN = 300  # characters of a row that a message shows
 
 
@@ -59,17 +59,7 @@ def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
             files[path] = size
     if not files:
         raise DataError(f"{', '.join(inputs)}: no file of rows, which end in {', '.join(KINDS)}")
-    for suffix, package in {
-        ".zst": "zstandard",
-        ".parquet": "pyarrow",
-        ".arrow": "pyarrow",
-    }.items():
-        if importlib.util.find_spec(package) is None and (
-            path := next((p for p in files if p.endswith(suffix)), "")
-        ):
-            raise DataError(
-                f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'"
-            )
+    check_libraries(files)
     return files
 
 
@@ -128,13 +118,13 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
         is_known = start >= 0 and num_bytes <= LONGEST_LINE
         next_start = start + num_bytes + 1 if is_known else -1
         if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)  # some editors write it
+            line = line.removeprefix(BOM)  # some editors write it
         if not line.strip():
             report.num_empty += 1
             continue
         # An array is one value, and may be on one line or on many: it is read as a whole, anew.
         if is_first and line.lstrip().startswith(b"["):
-            values = _parsed(b"".join(read_bytes(path, Report())).removeprefix(BYTE_ORDER_MARK))
+            values = _parsed(b"".join(read_bytes(path, Report())).removeprefix(BOM))
             yield from (_row(path, item, value) for item, value in enumerate(values, 1))
             return
         is_first = False

@@ -3,6 +3,7 @@ default."""
 
 import bz2
 import gzip
+import importlib.util
 import io
 import json
 import lzma
@@ -12,7 +13,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megalite.data.documents import Report, iter_documents
+from megalite.data.documents import Reading, Report, iter_documents, list_documents, read_files
+from megalite.data.rows import list_rows
 from megalite.errors import DataError
 
 
@@ -72,6 +74,27 @@ def test_a_format_is_known_by_name_or_content(tmp_path, name):
     texts, report = texts_of([tmp_path / name])
     assert texts == (LINES if name in READ else ["one text"]), report
     assert report.num_bad == 0
+
+
+@pytest.mark.parametrize("reader", [list_documents, list_rows])
+def test_a_missing_library_is_named_before_anything_is_read(tmp_path, monkeypatch, reader):
+    find = importlib.util.find_spec
+    absent = ("pyarrow", "zstandard")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    names = {"a.PARQUET": "pyarrow", "b.arrow": "pyarrow", "c.jsonl.ZST": "zstandard"}
+    if reader is list_documents:
+        names |= {"d.pq": "pyarrow", "e.parquet.snappy": "pyarrow"}
+    for name, library in names.items():
+        (tmp_path / name).write_bytes(PARQUET)
+        with pytest.raises(DataError, match=rf"{name}: reading it needs {library}; pip install"):
+            read_files(reader([str(tmp_path / name)], Report()), Reading(), Report())
+    (tmp_path / "part-7").write_bytes(PARQUET)
+    texts, report = texts_of([tmp_path / "part-7"])
+    assert not texts
+    assert "part-7:1: " in report.messages[0]
+    assert "reading it needs pyarrow" in report.messages[0]
 
 
 @pytest.mark.parametrize("content", [b"[]", b" [ \n ]\n", b""])
