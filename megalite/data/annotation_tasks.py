@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 from xml.sax.saxutils import quoteattr
 
-from megalite.data.annotations import OUTSIDE
+from megalite.data.annotations import OUTSIDE, as_list
 from megalite.errors import ConfigError
 
 Kind = Literal["classification", "classes", "labels", "completion"]
@@ -90,7 +90,7 @@ def _results(task: Task, kind: Kind, first: str) -> list[dict[str, Any]]:
             }
             for number, (start, stop, name) in enumerate(task.said)
         ]
-    value = {"text": [task.said]} if kind == "completion" else {"choices": _list(task.said)}
+    value = {"text": [task.said]} if kind == "completion" else {"choices": as_list(task.said)}
     return [tag | {"id": "said", "value": value}]
 
 
@@ -137,14 +137,10 @@ def doccano(tasks: Sequence[Task], kind: Kind, model: str) -> str:
                 "doccano shows one text, not two; --tool label-studio and argilla show both"
             )
         (text,) = task.shown.values()
-        said = [list(span) for span in task.said] if kind == "labels" else _list(task.said)
+        said = [list(span) for span in task.said] if kind == "labels" else as_list(task.said)
         row = {"text": text, "label": said, "origin": task.origin, "uncertainty": task.uncertainty}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return "".join(lines)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 WRITERS: Mapping[str, Callable[[Sequence[Task], Kind, str], str]] = {

@@ -295,7 +295,7 @@ class LabelStudio:
             return float(next(iter(ratings[0]["value"].values()))) if ratings else None
         if kind in ("completion", "seq2seq"):
             texts = of_type.get("textarea", [])
-            return "\n".join(_list(texts[0]["value"]["text"])) if texts else None
+            return "\n".join(as_list(texts[0]["value"]["text"])) if texts else None
         chosen = [name for each in of_type.get("choices", []) for name in each["value"]["choices"]]
         return _classes(chosen, kind)
 
@@ -318,7 +318,7 @@ class LabelStudio:
             value = value["choices"]
         if kind == "regression":
             return float(value["rating"] if isinstance(value, dict) else value)
-        return _classes(_list(value), kind) if kind in ("classification", "classes") else value
+        return _classes(as_list(value), kind) if kind in ("classification", "classes") else value
 
 
 class Argilla:
@@ -377,7 +377,7 @@ class Argilla:
         if kind in ("completion", "seq2seq"):
             return value if isinstance(value, str) else None
         if isinstance(value, str) or (items and all(isinstance(each, str) for each in items)):
-            return _classes(_list(value), kind)
+            return _classes(as_list(value), kind)
         return None
 
 
@@ -419,7 +419,8 @@ TOOLS: tuple[Tool, ...] = (LabelStudio(), Argilla(), Doccano())
 # --- parts of judgements -----------------------------------------------------------------------------
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """Return a value as a list of it, a list as it is."""
     return value if isinstance(value, list) else [value]
 
 

@@ -507,7 +507,7 @@ def _cut(
 ) -> SampleSource:
     """Return one split of a dataset as samples; in Megatron-LM's order if `megatron_samples` gives
     their number."""
-    shares, length = config.data.split, config.lengths.read
+    length = config.lengths.read
     if dataset.mask is not None:
         return _cut_rows(dataset, config, which)
     if config.model.has_classes or config.objective.DATA == "seq2seq":
@@ -518,11 +518,9 @@ def _cut(
         )
         raise DataError(f"{needs} needs labelled data, but there is no {dataset.prefix}.mask")
     if megatron_samples is not None:  # Megatron splits by sequences, not documents
-        first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
+        first, last = _part_of(dataset.num_sequences, config, which)
         return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
-    first, last = (
-        split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
-    )
+    first, last = _part_of(dataset.num_documents, config, which)
     if config.data.packing == "best_fit":
         return PackedSource(dataset, first, last, length, _capacity(config))
     return TokenSource(dataset, dataset.document_start(first), dataset.document_start(last), length)
@@ -530,29 +528,30 @@ def _cut(
 
 def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSource:
     """Return one split of labelled data, whose rows stay whole whatever `data.packing` says."""
-    data, shares = config.data, config.data.split
+    data = config.data
     if data.order == "megatron":
         raise DataError(
             "data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential"
         )
     if config.objective.DATA == "seq2seq":
-        first, last = (
-            split_range(dataset.num_documents, shares, which)
-            if shares
-            else (0, dataset.num_documents)
-        )
+        first, last = _part_of(dataset.num_documents, config, which)
         return SourceTargetRows(dataset, first, last, config.lengths, data.long_rows)
     if config.model.task == "seq2seq":
         raise DataError(
             f"objective.name: {config.objective.name} takes texts, not rows, which objective seq2seq is for"
         )
     together = 1 if config.objective.DATA == "text" else 2
-    groups = dataset.num_documents // together
-    first, last = split_range(groups, shares, which) if shares else (0, groups)
+    first, last = _part_of(dataset.num_documents // together, config, which)
     first, last = first * together, last * together
     return RowSource(
         dataset, first, last, data.seq_length, _capacity(config), together, data.long_rows
     )
+
+
+def _part_of(size: int, config: Config, which: Split) -> tuple[int, int]:
+    """Return which of `size` documents, sequences or pairs are of a split: [first, last)."""
+    shares = config.data.split
+    return split_range(size, shares, which) if shares else (0, size)
 
 
 def _capacity(config: Config) -> int:

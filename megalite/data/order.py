@@ -7,7 +7,7 @@ epoch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +41,23 @@ def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
     Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). The round function is the
     splitmix64 stream (Steele, Lea and Flood 2014) of the key, read at a position of its own for
     each round and half. It shuffles; it does not encrypt."""
+    values, keys, half_bits = _prepared(index, size, key)
+    permute_in_place(values, keys, size, half_bits)
+    return values.astype(np.int64).reshape(np.shape(index))
+
+
+def permute_back(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
+    """Return the index that `permute` sends to each `index`, with its arguments and errors."""
+    values, keys, half_bits = _prepared(index, size, key)
+    _walk(_feistel_back, values, keys, size, half_bits)
+    return values.astype(np.int64).reshape(np.shape(index))
+
+
+def _prepared(
+    index: npt.ArrayLike, size: int, key: npt.ArrayLike
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], int]:
+    """Return the indices in a row, a key for each, and half the bits of the Feistel domain. Raise
+    ValueError as `permute` says."""
     index = np.asarray(index, np.int64)
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size {size} is not in 1 … 2^60")
@@ -48,10 +65,8 @@ def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
         raise ValueError(f"index {index.min()} … {index.max()} is not in [0, {size})")
     # The domain of 2 · half_bits bits is less than four times the size: few values must walk.
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    values = index.astype(np.uint64).ravel()
     keys = np.ascontiguousarray(np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel())
-    permute_in_place(values, keys, size, half_bits)
-    return values.astype(np.int64).reshape(index.shape)
+    return index.astype(np.uint64).ravel(), keys, half_bits
 
 
 def permute_in_place_reference(
@@ -60,29 +75,27 @@ def permute_in_place_reference(
     """Permute `values`, [n] with one of `keys` each, in numpy, for `permute`. `size` is that of the
     range, `half_bits` half the bits of the Feistel domain. `csrc/data/permute.cpp` does the same
     faster."""
+    _walk(_feistel, values, keys, size, half_bits)
+
+
+Network = Callable[[npt.NDArray[np.uint64], npt.NDArray[np.uint64], int], npt.NDArray[np.uint64]]
+
+
+def _walk(
+    network: Network,
+    values: npt.NDArray[np.uint64],
+    keys: npt.NDArray[np.uint64],
+    size: int,
+    half_bits: int,
+) -> None:
+    """Send each of `values`, [n] with one of `keys` each, through the network until it is below
+    `size`, in place."""
     outside = np.arange(values.size)
     while outside.size:
-        values[outside] = _feistel(values[outside], keys[outside], half_bits)
+        values[outside] = network(values[outside], keys[outside], half_bits)
         # Cycle walking: only values outside the range go through the network again, which keeps the
         # map a bijection.
         outside = outside[values[outside] >= np.uint64(size)]
-
-
-def permute_back(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
-    """Return the index that `permute` sends to each `index`, with its arguments and errors."""
-    index = np.asarray(index, np.int64)
-    if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"size {size} is not in 1 … 2^60")
-    if index.size and not 0 <= index.min() <= index.max() < size:
-        raise ValueError(f"index {index.min()} … {index.max()} is not in [0, {size})")
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    values = index.astype(np.uint64).ravel()
-    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel()
-    outside = np.arange(values.size)
-    while outside.size:
-        values[outside] = _feistel_back(values[outside], keys[outside], half_bits)
-        outside = outside[values[outside] >= np.uint64(size)]
-    return values.astype(np.int64).reshape(index.shape)
 
 
 def _feistel_back(
