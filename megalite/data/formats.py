@@ -153,7 +153,7 @@ class Encoder:
         except TemplateLimit:
             raise
         except ValueError as error:
-            why = str(error)
+            why = str(error).removesuffix(_hint(self._settings.format))
         except Exception as error:
             # What rows hold is anybody's; one that breaks something costs itself alone.
             why = f"cannot be read: {type(error).__name__}: {error}"
@@ -555,7 +555,11 @@ def hint_of_format(fields: Iterable[str]) -> str:
     """Return the end of a message about a row that lacks a field: the format that its fields are
     those of, or nothing."""
     known = format_of(fields)
-    return f"; --format {known} takes such rows" if known else ""
+    return _hint(known) if known else ""
+
+
+def _hint(format: Format) -> str:
+    return f"; --format {format} takes such rows"
 
 
 def _first(row: Values, *names: str) -> str:

@@ -28,7 +28,7 @@ from chats import (
     write_tokenizer,
 )
 from megalite.cli import main
-from megalite.data.formats import Settings
+from megalite.data.formats import Encoder, Settings
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
@@ -143,6 +143,14 @@ def test_other_names_of_the_same_chat(tmp_path: Path) -> None:
         {"messages": plain},
     ]
     assert len({str(found) for found in made(tmp_path, rows, tokenizer, format="chat")}) == 1
+
+
+def test_no_other_format_is_advised_than_another(tmp_path: Path) -> None:
+    encoder = Encoder(Settings("completion", str(write_tokenizer(tmp_path / "tokenizer"))))
+    assert encoder.encode([{"completion": "c"}, {"text": "a", "label": 1}]) == [
+        "no field 'prompt'; fields here: completion",
+        "no field 'prompt'; fields here: text, label; --format classification takes such rows",
+    ]
 
 
 def test_completions(tmp_path: Path) -> None:
