@@ -102,6 +102,10 @@ class Report:
         if len(self.messages) < MAX_MESSAGES:
             self.messages.append(printable(f"{path}:{line}: {why}"))
 
+    def bad_folder(self, error: OSError) -> None:
+        """Count a folder that cannot be read, which os.walk would pass over in silence."""
+        self.bad(str(error.filename), 1, f"unreadable folder: {error.strerror}")
+
     def __str__(self) -> str:
         """Return everything that was left out, one line each; empty if nothing was."""
         counts = {
@@ -251,16 +255,16 @@ def _match(item: str, report: Report) -> list[tuple[str, int]]:
     if not os.path.exists(item):
         item = os.path.expanduser(item)
     # A file may have brackets in its name: what exists is no pattern.
-    matches = [item] if os.path.exists(item) else sorted(set(_glob(item)))
+    matches = [item] if os.path.exists(item) else sorted(set(_glob(item, report)))
     files: list[str] = []
     for match in matches:
         files += _walk(match, report) if os.path.isdir(match) else [match]
     return [(path, os.stat(path).st_size) for path in files if os.path.isfile(path)]
 
 
-def _glob(pattern: str) -> Iterator[str]:
+def _glob(pattern: str, report: Report) -> Iterator[str]:
     """Yield the paths that match a glob. `**` is any folder below, as in Python's glob, but links
-    that lead back are not followed."""
+    that lead back are not followed. Folders that cannot be read are counted in `report`."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.iglob(pattern)
@@ -271,15 +275,15 @@ def _glob(pattern: str) -> Iterator[str]:
         yield from tops
         return
     for top in tops:
-        for folder in _folders(top):
+        for folder in _folders(top, report):
             below = os.path.join(glob.escape(folder), *parts[place + 1 :])
-            yield from _glob(below if place else below.removeprefix("./"))
+            yield from _glob(below if place else below.removeprefix("./"), report)
 
 
-def _folders(top: str) -> Iterator[str]:
+def _folders(top: str, report: Report) -> Iterator[str]:
     """Yield a folder and all visible ones below it, also behind links, each once."""
     entered: set[str] = set()
-    for root, folders, _ in os.walk(top, followlinks=True):
+    for root, folders, _ in os.walk(top, followlinks=True, onerror=report.bad_folder):
         real = os.path.realpath(root)
         if real in entered:
             folders.clear()
@@ -301,7 +305,7 @@ def _find(url: str, report: Report) -> list[tuple[str, int]]:
 
 def _walk(folder: str, report: Report) -> Iterator[str]:
     """Yield the visible files below `folder`, sorted, and count the hidden ones."""
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=report.bad_folder):
         visible = [name for name in names if not name.startswith(".")]
         entered = sorted(name for name in folders if not name.startswith("."))
         report.num_hidden += len(names) - len(visible) + len(folders) - len(entered)

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -201,6 +202,23 @@ def test_inputs_that_match_nothing_are_errors(tree, item, monkeypatch):
     os.mkfifo("pipe.txt")
     with pytest.raises(DataError, match=r"input 'pipe\.txt' is a pipe or a device"):
         texts_of(["pipe.txt"])
+
+
+@pytest.mark.parametrize("item", [".", "**/*.py"])
+def test_folders_that_cannot_be_read_are_told(tree, monkeypatch, item):
+    monkeypatch.chdir(tree)
+    (tree / "shut").mkdir()
+    real = os.scandir
+
+    def scandir(path="."):
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    texts, report = texts_of([item])
+    assert texts
+    assert "shut:1: unreadable folder: Permission denied" in report.messages[0]
 
 
 def corpus(tmp_path, batches=8):
