@@ -57,6 +57,9 @@ BETWEEN = ("", " ", "   ", "\n", "\n\n", " \n ", "a", ". ")
 # Most added tokens with distinct borders that are compared in all contexts, and most pairs that are
 # compared.
 MOST_KINDS, MOST_PAIRS = 16, 4096
+# Most characters of an added token: all parts of each are looked up, whose characters are a sixth of
+# its length to the third. Models' own have some dozens.
+LONGEST_ADDED = 256
 ASCII = bytes(range(128))
 # Contexts that distinguish letters, their case, digits, signs and spaces wherever a pattern does.
 # Neighbours come twice, so that what happens on one side of them hides nothing on the other.
@@ -217,6 +220,8 @@ class FastBPE:
     def _compare_added(self, tokens: list[str]) -> None:
         """Compare added tokens in contexts and with each other; one that differs becomes odd. Raise
         NotFast if too many overlap to compare them all."""
+        if (longest := max(map(len, tokens), default=0)) > LONGEST_ADDED:
+            raise NotFast(f"it has an added token of {longest:,} characters")
         # One of each kind is enough: others of it have the same borders.
         kinds = {(token[0], token[-1]): token for token in tokens}
         few = list(kinds.values())[:MOST_KINDS]

@@ -221,6 +221,10 @@ def test_tokenizers_it_does_not_stand_in_for(small):
         ({"normalizer": {"type": "Lowercase"}}, "it normalizes by Lowercase"),
         ({"model": {**description["model"], "dropout": 0.1}}, "its model has dropout 0.1"),
         (
+            {"added_tokens": [{**description["added_tokens"][0], "content": "<" * 2000}]},
+            "it has an added token of 2,000 characters",
+        ),
+        (
             {
                 "pre_tokenizer": {
                     "type": "ByteLevel",
