@@ -30,6 +30,7 @@ from megalite.sweep.report import write_report
 from megalite.sweep.run import Workers
 from megalite.sweep.study import FileLock, Journal, own_trials
 from megalite.sweep.trial import TrialRun
+from megalite.utils.resources import configs_dir
 from small_runs import make_config
 
 optuna = pytest.importorskip("optuna")
@@ -371,6 +372,12 @@ def test_a_trial_that_is_asked_to_stop_is_given_to_the_next_start(
         sweep.trial_values(chosen, sweep.folder / "trial-0000"), sort_keys=False
     )
     journal.close()
+
+
+def test_the_sweep_that_comes_with_megalite_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(configs_dir().parent)
+    (path,) = (configs_dir() / "sweep").glob("*.yaml")
+    assert load_sweep_config(path).check().model.preset == "llama-1m"
 
 
 def test_a_report_shows_all_trials(tmp_path: Path, base: Config) -> None:
