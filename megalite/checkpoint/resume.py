@@ -30,6 +30,7 @@ from megalite.comm.collectives import all_reduce, start_highest
 from megalite.comm.mesh import Mesh
 from megalite.errors import CheckpointError
 from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import passes
 
 SHOWN = 3
 """Number of a checkpoint's damaged files that a message names."""
@@ -271,12 +272,27 @@ def _steps_in(root: Path) -> list[int]:
 
 def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
     """Return what rank 0 finds, on all ranks: their file systems may have cached different
-    listings."""
-    found = look() if mesh.world.rank == 0 else []
+    listings. Raises CheckpointError on all where it cannot look."""
+    found: list[int] = []
+    error: CheckpointError | OSError | None = None
+    if mesh.world.rank == 0:
+        try:
+            found = look()
+        except (CheckpointError, OSError) as raised:  # not yet: the others wait for the number
+            error = raised
+    number = len(found)
+    if error:  # below 0; and lower where a launcher shall try again, whichever rank leaves first
+        number = -2 if passes(error) else -1
+    count = torch.tensor(number, device=mesh.device)
+    if mesh.world.size > 1:
+        dist.broadcast(count, 0)
+    if error:
+        raise CheckpointError(f"{error}") from error
+    if count < 0:
+        cause = OSError(errno.EIO, "unreadable") if count == -2 else None
+        raise CheckpointError("rank 0 cannot look for checkpoints, and says why") from cause
     if mesh.world.size == 1:
         return found
-    count = torch.tensor(len(found), device=mesh.device)
-    dist.broadcast(count, 0)
     # broadcast wants the same size everywhere; `found` is empty on all ranks but 0.
     padded = found + [0] * (int(count) - len(found))
     agreed = torch.tensor(padded, dtype=torch.int64, device=mesh.device)

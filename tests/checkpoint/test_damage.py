@@ -206,10 +206,20 @@ def agree(
             patched.setattr(resume, "read_manifest", without_its_last_file)
         found.append(find_damage(newest, mesh))
     torch.distributed.barrier()
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 0:
+            patched.setattr(resume, "restore_replaced", refuse)
+        with pytest.raises(CheckpointError, match=r"Input/output|rank 0 cannot look") as error:
+            find_checkpoint(root, "auto", mesh)
+        assert passes(error.value)
     if rank == 0:
         (newest / names[0]).unlink()
     torch.distributed.barrier()
     return found, find_checkpoint(root, "auto", mesh)
+
+
+def refuse(root: Path) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(root))
 
 
 def without_its_last_file(folder: Path) -> Files:
