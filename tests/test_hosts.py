@@ -3,6 +3,7 @@ this machine what it is told."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -200,3 +201,20 @@ def test_a_run_over_two_hosts_is_stopped_and_goes_on_as_one_on_this_machine(
         )
         assert len(curve_of(over)) == stopped + 5
         assert curve_of(over) == curve_of(here)
+
+
+def test_a_host_is_read_on_when_nobody_reads_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `megalite launch … | head`: the ranks would be held up by a pipe that is full."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with subprocess.Popen(["printf", r"a\nb\n"], stdout=subprocess.PIPE, text=True) as process:
+        host = hosts._Host("a", process, tmp_path / "log", shown=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Broken())
+            host.read()
+    assert ((tmp_path / "log").read_text(), host.said) == ("a\nb\n", "b")

@@ -71,7 +71,16 @@ class Config(Section):
                 "and null for the other"
             )
         self.optimizer.schedule.check(steps)
-        return self.model_copy(update={"train": train.model_copy(update={"steps": steps})})
+        config = self.model_copy(update={"train": train.model_copy(update={"steps": steps})})
+        config._tokens_can_be_counted()
+        return config
+
+    def _tokens_can_be_counted(self) -> None:
+        if self.num_tokens > MOST_TOKENS:
+            raise ValueError(
+                f"the length of the run is more than {MOST_TOKENS:,} tokens, up to which they are counted: lower "
+                "train.steps, .tokens or .epochs"
+            )
 
     @model_validator(mode="after")
     def _objective_and_hooks_fit(self) -> Config:
@@ -175,11 +184,7 @@ class Config(Section):
     def _length_fits(self) -> None:
         """Raise ValueError if the schedule, or what may end or repeat the training, does not fit."""
         schedule, lr = self.optimizer.schedule, self.optimizer.lr
-        if self.num_tokens > MOST_TOKENS:
-            raise ValueError(
-                f"the length of the run is more than {MOST_TOKENS:,} tokens, up to which they are counted: lower "
-                "train.steps, .tokens or .epochs"
-            )
+        self._tokens_can_be_counted()
         if schedule.min_lr > lr:
             raise ValueError(
                 f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}"

@@ -46,10 +46,9 @@ def with_steps(config: Config, train: Mixture | None) -> Config:
         return config
     assert train is not None
     try:
-        # Rounded first: 0.1 · 30 is a little more than 3, and must not become 4.
-        return config.of_samples(
-            math.ceil(round(epochs * train.num_samples, 6)), f"train.epochs {epochs} of this data"
-        )
+        # Rounded first: 0.1 · 30 is a little more than 3, and must not become 4. One step at least.
+        samples = max(1, math.ceil(round(epochs * train.num_samples, 6)))
+        return config.of_samples(samples, f"train.epochs {epochs} of this data")
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

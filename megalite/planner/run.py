@@ -14,6 +14,7 @@ from megalite.planner.estimate import Estimate, estimate
 from megalite.planner.hardware import DEFAULT_INTERCONNECT, Hardware, find_hardware
 from megalite.planner.report import describe, describe_search, parse_tokens
 from megalite.planner.search import search
+from megalite.utils.outside import check_output
 
 DEFAULT_OUTPUT = Path("best.yaml")
 
@@ -73,6 +74,7 @@ def _output(output: Path | None) -> Path:
     """Return where to write the best config. Checked before the search, which may take minutes."""
     if output is None and DEFAULT_OUTPUT.exists():
         raise ConfigError(f"{DEFAULT_OUTPUT} exists already; say where to write with --output")
+    check_output(output or DEFAULT_OUTPUT)
     return output or DEFAULT_OUTPUT
 
 
