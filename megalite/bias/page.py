@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megalite.bias.intervals import Estimate
 from megalite.bias.mentions import Mentions
 from megalite.bias.report import Measured, correlation_in_words, interval
-from megalite.observe.plot import BLUE, GREY, INK, ORANGE
+from megalite.observe.plot import BLUE, GREY, ORANGE
 from megalite.utils.pages import html_page
 
 WIDTH, HEIGHT, EDGE = 420, 20, 14
@@ -41,12 +41,13 @@ ABOUT = {
     "association": "Nats by which a group and an attribute are likelier together than by themselves.",
 }
 STYLE = f"""<style>
-.legend {{ display: flex; gap: 2em }} .legend span {{ display: flex; align-items: center; gap: .3em }}
+.legend {{ display: flex; flex-wrap: wrap; gap: .4em 2em }}
+.legend span {{ display: flex; align-items: center; gap: .3em }}
 .bias td:first-child {{ min-width: 190px }} .bias td:nth-child(n+2):not(.drawn) {{ min-width: 60px }}
 .bias td {{ padding: .1em .7em; vertical-align: middle }} .bias td:nth-child(n+2) {{ text-align: right }}
 .bias td.ends {{ min-width: 130px }} .bias td.drawn {{ padding: 0; width: {WIDTH}px }} .bias svg {{ display: block }}
 .bias th:nth-child(n+2) {{ text-align: right }} .bias {{ font-variant-numeric: tabular-nums; margin-bottom: 1.6em }}
-.soft {{ color: #667085 }} h3 {{ margin: 1.2em 0 0 }} h3 + p {{ margin: 0 0 .4em }}
+.soft {{ color: var(--soft) }} h3 {{ margin: 1.2em 0 0 }} h3 + p {{ margin: 0 0 .4em }}
 </style>"""
 
 
@@ -141,7 +142,7 @@ def _drawn(found: Estimate, scale: Scale) -> str:
     """Return an interval as SVG: a line and a dot, hollow where it may be chance."""
     neutral, middle = scale.neutral, HEIGHT / 2
     is_told = neutral is not None and found.excludes(neutral)
-    color = INK if neutral is None else GREY
+    color = "currentColor" if neutral is None else GREY
     if is_told and neutral is not None:
         color = ORANGE if found.value > neutral else BLUE
     marks = ""
@@ -155,10 +156,10 @@ def _drawn(found: Estimate, scale: Scale) -> str:
         )
     if not math.isnan(found.value):
         # Hollow as well as grey, for those who do not see the colors.
-        fill = color if is_told or neutral is None else "white"
+        fill = color if is_told or neutral is None else "var(--paper)"
         marks += (
-            f'<circle cx="{scale.x(found.value):.1f}" cy="{middle}" r="4" fill="{fill}" stroke="{color}" '
-            'stroke-width="1.6"/>'
+            f'<circle cx="{scale.x(found.value):.1f}" cy="{middle}" r="4" stroke="{color}" '
+            f'stroke-width="1.6" style="fill: {fill}"/>'
         )
     return _svg(marks, scale)
 

@@ -58,9 +58,9 @@ def scale(verdict: Verdict) -> str:
         return f"{width / 2 * (1 + value / reach):.1f}"
 
     return (
-        f'<svg width="{width}" height="56" role="img" aria-label="gain with its interval">'
+        f'<svg width="{width}" height="56" viewBox="0 0 {width} 56" role="img" aria-label="gain with its interval">'
         f'<line x1="{at(0)}" x2="{at(0)}" y1="4" y2="36" stroke="#8a8a8a" stroke-dasharray="4 3"/>'
         f'<line x1="{at(gain.low)}" x2="{at(gain.high)}" y1="20" y2="20" stroke="#2a6fbb" stroke-width="4"/>'
         f'<circle cx="{at(gain.value)}" cy="20" r="6" fill="#2a6fbb"/>'
-        f'<text x="{at(0)}" y="52" text-anchor="middle" font-size="12" fill="#444">as served</text></svg>'
+        f'<text x="{at(0)}" y="52" text-anchor="middle" font-size="12" fill="currentColor">as served</text></svg>'
     )
