@@ -38,7 +38,7 @@ VERBS = {
     "launch": "train on this machine, or on plain hosts over ssh",
     "finetune": "finetune a model on rows of chats, completions, preferences or classes",
     "sweep": "search for a config's best settings; each trial is a run",
-    "ladder": "train small models for several lengths, and foretell the loss of a large one",
+    "ladder": "train small models for several lengths, and predict the loss of a large one",
     "job": None,  # for scripts: it is not listed
     "preflight": "look whether all nodes are fit for a run; start it as the run is",
     "plan": "predict memory, step time and MFU of a config on a cluster; find its best layout",

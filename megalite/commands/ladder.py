@@ -1,4 +1,4 @@
-"""Train small models for several lengths, fit the law of their losses, and foretell the loss of a
+"""Train small models for several lengths, fit the law of their losses, and predict the loss of a
 large model (docs/ladder.md)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a ladder's YAML file says: the sizes, how long each is trained, and what is to be foretold."""
+"""What a ladder's YAML file says: the sizes, how long each is trained, and what is to be predicted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megalite.utils.resources import read_yaml, with_overrides
 
 
 class Goal(Section):
-    """Names a run whose loss is to be foretold."""
+    """Names a run whose loss is to be predicted."""
 
     parameters: float = Field(gt=0, description="Its parameters N, such as 7B.")
     tokens: float = Field(gt=0, description="Its tokens D, such as 140B.")

@@ -30,7 +30,7 @@ def write_report(ladder: LadderConfig, rungs: Sequence[Rung], runs: Runs) -> lis
 
 def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str, Any]:
     """Return what ladder.json holds: the runs of the `rungs`, the law of `fit` with its intervals,
-    and what it foretells of the goals of `ladder`."""
+    and what it predicts of the goals of `ladder`."""
     runs, law = fit.runs, fit.law
     off = runs.losses / law.loss(runs.parameters, runs.tokens) - 1
     measured = []
@@ -73,14 +73,14 @@ def told(found: dict[str, Any]) -> list[str]:
         for x in found["runs"]
     ]
     law, held = found["law"], found["held_out"]
-    wrong_by = held["measured"] / held["foretold"] - 1
+    wrong_by = held["measured"] / held["predicted"] - 1
     lines.append(
         f"L = {law['E']:.4f} + {law['A']:.4g}/N^{law['alpha']:.4f} + {law['B']:.4g}/D^{law['beta']:.4f}"
     )
     ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in found["intervals"].items())
     lines.append(f"90% of {DRAWN} draws: {', '.join(ranges)}")
     lines.append(
-        f"without its largest run, {held['run']}, the law foretells {held['foretold']:.4f} for it; it has "
+        f"without its largest run, {held['run']}, the law predicts {held['predicted']:.4f} for it; it has "
         f"{held['measured']:.4f} ({wrong_by:+.2%})"
     )
     lines += [
@@ -93,15 +93,15 @@ def told(found: dict[str, Any]) -> list[str]:
 
 
 def held_out(runs: Runs) -> dict[str, float]:
-    """Return the loss of the largest run as the others foretell it, and as it is."""
+    """Return the loss of the largest run as the others predict it, and as it is."""
     largest = runs.largest
     law = Fit(runs.without(largest)).law
-    foretold = law.loss(runs.parameters[largest], runs.tokens[largest])
-    return {"foretold": float(foretold), "measured": float(runs.losses[largest])}
+    predicted = law.loss(runs.parameters[largest], runs.tokens[largest])
+    return {"predicted": float(predicted), "measured": float(runs.losses[largest])}
 
 
 def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
-    """Draw the losses by tokens and by FLOPs, the law of `fit`, and what it foretells of the goals
+    """Draw the losses by tokens and by FLOPs, the law of `fit`, and what it predicts of the goals
     of `ladder`, with intervals, to the PNG `picture`."""
     import matplotlib
 
@@ -130,7 +130,7 @@ def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
         loss, low, high = fit.predict(goal.parameters, goal.tokens)
         # An interval of few draws may lie beside the law itself; matplotlib refuses such bars.
         bars = [[max(0.0, loss - low)], [max(0.0, high - loss)]]
-        label = f"foretold: {goal.parameters:.3g}"
+        label = f"predicted: {goal.parameters:.3g}"
         for axes, x in ((left, goal.tokens), (right, 6 * goal.parameters * goal.tokens)):
             axes.errorbar(
                 x, loss, bars, fmt="*", color="#d9661f", markersize=11, capsize=3, label=label

@@ -182,7 +182,7 @@ def test_a_ladder_tells_its_law(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "for it; it has" in capsys.readouterr().out
     found = json.loads((ladder.folder / "ladder.json").read_text())
     assert found["law"]["beta"] == pytest.approx(0.4, rel=1e-3)
-    assert found["held_out"]["foretold"] == pytest.approx(found["held_out"]["measured"], rel=1e-3)
+    assert found["held_out"]["predicted"] == pytest.approx(found["held_out"]["measured"], rel=1e-3)
     assert (ladder.folder / "ladder.png").stat().st_size > 10_000
 
 
