@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-PACKAGE = f"{Path(__file__).resolve().parents[1]}/"
-OWN = f"{Path(__file__).resolve().parent}/"
+# As frames name files, through whatever links the package was imported.
+PACKAGE = f"{Path(__file__).parents[1]}/"
+OWN = f"{Path(__file__).parent}/"
 CAPABILITIES = {
     "V100": (7, 0),
     "A100": (8, 0),

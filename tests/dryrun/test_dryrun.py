@@ -3,6 +3,7 @@ there."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ import yaml
 
 from dry_runs import built
 from megalite.cli import main
+from megalite.dryrun import device
 from megalite.dryrun.run import run_jobs
 
 WITHIN = 0.02  # of the plan: what a GPU's allocator adds comes on top of both
@@ -56,6 +58,21 @@ def test_ranks_of_a_cluster_need_what_the_plan_says(
     for _, peak, planned in ranks:
         assert float(planned) == pytest.approx(float(peak), rel=WITHIN)
     assert not (config.parent / "runs").exists(), "nothing is written where the run would be"
+
+
+def test_lines_are_those_of_megalite_also_where_it_is_imported_through_a_link(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "megalite").symlink_to(Path(device.__file__).parents[1])
+    path = tmp_path / "megalite" / "dryrun" / "device.py"
+    spec = importlib.util.spec_from_file_location("linked_device", path)
+    assert spec is not None
+    assert spec.loader is not None
+    linked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(linked)
+    # A frame names the file as it was imported.
+    assert linked.open_device.__code__.co_filename.startswith(linked.OWN)
+    assert linked.OWN.startswith(linked.PACKAGE)
 
 
 @built
