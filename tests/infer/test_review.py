@@ -135,6 +135,10 @@ def test_the_queue_in_a_browser(local: Local, tmp_path: Path) -> None:
         page.fill("#key", ADMIN)
         page.click("text=Open")
         page.wait_for_selector(".said")
+        page.set_viewport_size({"width": 390, "height": 844})
+        clip = "getComputedStyle(document.querySelector('h1')).clipPath"
+        assert page.evaluate(clip) == "none", "a phone shows what waits"
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert page.inner_text("#count") == "4 wait"
         assert page.text_content(".said") == "<b>bold</b>\n  said", "it is text, not markup"
         assert page.is_hidden("#entry")

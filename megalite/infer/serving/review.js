@@ -54,7 +54,8 @@ function next() {
   const user = element("div", "user");
   user.append(element("div", "text", messages.at(-1).content));
   const when = new Date(item.time * 1000).toLocaleString();
-  const sure = item.score === null ? "" : ", a token's mean probability " + (100 * Math.exp(item.score)).toFixed(0) + "%";
+  const percent = 100 * Math.exp(item.score);
+  const sure = item.score === null ? "" : ", a token's mean probability " + (percent < 1 ? "below 1" : percent.toFixed(0)) + "%";
   const box = element("textarea", "correction");
   box.rows = 4;
   box.placeholder = "What it should have said; may stay empty";
