@@ -41,8 +41,10 @@ class Parts:
         self.step_s = next(fits, (end - start) / MOST_POINTS)
         # On whole multiples of the length, such as full hours: a page of a minute later has the same
         # parts, and one point more.
-        first = int(start // self.step_s)
-        self.rows: list[list[Row]] = [[] for _ in range(int(end // self.step_s) - first + 1)]
+        first, last = int(start // self.step_s), int(end // self.step_s)
+        self.ends = [np.datetime64(int(at * self.step_s), "s") for at in (first, last + 1)]
+        """When the first one begins and the last one ends."""
+        self.rows: list[list[Row]] = [[] for _ in range(last - first + 1)]
         for row in rows:
             at = int(row["time"] // self.step_s) - first
             if 0 <= at < len(self.rows):
@@ -81,6 +83,8 @@ def draw(report: Report, reference_is_before: bool, out_path: Path) -> None:
         one(axes, parts)
         style(axes)
         _dates(axes)
+        # One axis for all: where few parts have something to show, matplotlib would take years around them.
+        axes.set_xlim(*parts.ends)
         # Another log's reference is not drawn over time, and nothing needs to be told from it.
         if reference_is_before and start < window.start:
             begins = np.datetime64(int(window.start), "s")
@@ -252,7 +256,9 @@ def page_of(report: Report, limits: Limits, picture: Path | None) -> str:
     window = report.window
     times = [time.strftime("%Y-%m-%d %H:%M", time.gmtime(t)) for t in (window.start, window.end)]
     alarms = "".join(f"<li><b>{escape(text)}</b></li>" for text in report.alarms.values())
-    standing = f'<ul style="color:{RED}">{alarms}</ul>' if alarms else "<p>No alarm stands.</p>"
+    standing = (
+        f'<ul style="color:var(--bad)">{alarms}</ul>' if alarms else "<p>No alarm stands.</p>"
+    )
     drawn = html_picture(picture, "curves over time, and distributions") if picture else ""
     damaged = (
         f" {window.num_damaged:,} lines were damaged and left out." if window.num_damaged else ""

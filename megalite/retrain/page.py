@@ -10,7 +10,7 @@ from typing import Any
 from megalite.retrain.judge import Verdict
 from megalite.utils.pages import html_page, html_table
 
-COLORS = {"swapped": "#3a8f5c", "kept": "#8a6d1f"}
+COLORS = {"swapped": "var(--good)", "kept": "var(--warn)"}
 
 
 def page_of(state: Mapping[str, Any], verdict: Verdict, outcome: str, text: str) -> str:

@@ -36,9 +36,11 @@ def html_picture(path: Path, name: str) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --soft: #667085; --line: #e6e6e6; --paper: #fff; --shade: #f6f6f6 }
+:root { color-scheme: light dark; --ink: #222; --soft: #667085; --line: #e6e6e6; --paper: #fff; --shade: #f6f6f6;
+  --good: #2e7d4f; --warn: #8a6d1f; --bad: #c0392b }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #2c3440; --paper: #14181f; --shade: #1b212a }
+  :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #2c3440; --paper: #14181f; --shade: #1b212a;
+    --good: #5cc08a; --warn: #d9b44a; --bad: #f0826f }
 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
   color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
@@ -47,7 +49,7 @@ td, th { padding: .25em .7em; border-bottom: 1px solid var(--line); text-align: 
 svg[viewBox] { max-width: 100%; height: auto } pre { background: var(--shade); padding: 1em; overflow-x: auto }
 .picture { overflow-x: auto }
 /* On a phone it is scrolled: its words would be too small to read. */
-.picture img { display: block; width: 100%; min-width: 720px; height: auto; border-radius: 4px }
+.picture img { display: block; max-width: max(100%, 720px); height: auto; border-radius: 4px }
 """
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from megalite.cli import main
+from megalite.monitor import page as pages
 from megalite.monitor.drift import drift_of_classes, drift_of_numbers, ks_p, ks_statistic, psi
 from megalite.monitor.intervals import bootstrap, newcombe, wilson
 from megalite.monitor.page import prometheus_text
@@ -199,6 +200,22 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_curves_of_a_minute_are_drawn_over_that_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    made = pages.new_figure
+    monkeypatch.setattr(pages, "new_figure", lambda *size: drawn.append(made(*size)) or drawn[-1])
+    now = [row | {"time": LATER + 20} for row in requests(60, 1, LATER)]
+    before = requests(60, 2, NOON)
+    report = examine(Window(now, before, LATER, LATER + 40, 0), Limits())
+    pages.draw(report, False, tmp_path / "monitor.png")
+    [figure] = drawn
+    widths = [np.ptp(axes.get_xlim()) * DAY_S for axes in figure.subfigs[0].axes]
+    assert max(widths) < 121, "of a minute, or of the two that it touches"
 
 
 def test_an_alarm_is_told_once_and_once_when_it_is_over(
