@@ -80,6 +80,9 @@ def short_yaml(config: Config) -> str:
         values["model"] = {"preset": config.model.preset} | _without(
             config.model.model_dump(mode="json"), preset
         )
+    elif config.model.hf is None:
+        # It is each family's own default, but says which family this is.
+        values["model"] = {"family": config.model.family} | values.get("model", {})
     with contextlib.suppress(ConfigError):
         if parse_config(values) == config:
             return yaml.safe_dump(values, sort_keys=False)

@@ -8,8 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from megalite.config_file import parse_config, short_yaml
 from megalite.sweep.config import SweepConfig
 from megalite.sweep.study import OUTCOME, RUN, own_trials
 from megalite.utils.files import replacing
@@ -85,14 +84,16 @@ def best_trials(study: Study) -> list[FrozenTrial]:
 
 
 def best_config(sweep: SweepConfig, trial: FrozenTrial) -> str:
-    """Return the config of a trial as YAML, for a run of its own."""
+    """Return the config of a trial as YAML, for a run of its own: what is not the default."""
     values = read_yaml(sweep.folder / trial.user_attrs[RUN] / "trial.yaml")
     # `run:` with nothing below it is None.
     values["run"] = (read_yaml(sweep.config).get("run") or {}) | {"name": f"{sweep.name}-best"}
     metrics = [each.metric for each in sweep.objective]
     pairs = zip(metrics, trial.values, strict=True)
     found = ", ".join(f"{metric} {value:.6g}" for metric, value in pairs)
-    return f"# {trial.user_attrs[RUN]} of {sweep.folder}: {found}\n{yaml.safe_dump(values, sort_keys=False)}"
+    return (
+        f"# {trial.user_attrs[RUN]} of {sweep.folder}: {found}\n{short_yaml(parse_config(values))}"
+    )
 
 
 def table(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> tuple[list[str], list[list[str]]]:
@@ -141,6 +142,10 @@ def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
                 # Trials that have too little in common for this picture.
                 pyplot.close("all")
                 continue
+            for axes in pyplot.gcf().axes:
+                if axes.get_xscale() == "log":
+                    # Within a decade each label is a product, such as 2 × 10⁻³, wider than its place.
+                    axes.tick_params(axis="x", which="both", rotation=60)
             with replacing(path) as temporary:
                 pyplot.gcf().savefig(
                     temporary, format="png", dpi=110, bbox_inches="tight", facecolor="white"

@@ -402,6 +402,7 @@ def test_a_report_shows_all_trials(tmp_path: Path, base: Config) -> None:
     assert [row[-1] for row in rows] == ["complete"] * 4 + ["memory", "runs"]
     best = load_config(sweep.folder / "best.yaml")
     assert best.optimizer.lr == pytest.approx(float(rows[0][3]), rel=1e-4)
+    assert len((sweep.folder / "best.yaml").read_text().splitlines()) < 50, "defaults are left out"
     assert f"the best is {rows[0][0]}" in "\n".join(lines)
     page = (sweep.folder / "report.html").read_text()
     assert all(row[0] in page for row in rows)
