@@ -11,6 +11,7 @@ import numpy as np
 
 from megalite.ladder.config import LadderConfig, Rung
 from megalite.ladder.fit import DRAWN, Fit, Runs
+from megalite.utils.counts import compact
 from megalite.utils.files import replacing
 
 NUMBERS = ("E", "A", "B", "alpha", "beta")
@@ -117,7 +118,13 @@ def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
         # The yellow end of the map is too light for lines on white.
         color = plt.get_cmap("viridis")(number / max(1, len(sizes) - 1) * 0.85)
         here = runs.parameters == size
-        left.plot(runs.tokens[here], runs.losses[here], "o", color=color, label=f"{size:.3g}")
+        left.plot(
+            runs.tokens[here],
+            runs.losses[here],
+            "o",
+            color=color,
+            label=f"{compact(size)} parameters",
+        )
         left.plot(tokens, law.loss(size, tokens), "-", color=color, linewidth=1)
         right.plot(6 * size * runs.tokens[here], runs.losses[here], "o", color=color)
     spent = 6 * runs.parameters * runs.tokens
@@ -130,7 +137,7 @@ def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
         loss, low, high = fit.predict(goal.parameters, goal.tokens)
         # An interval of few draws may lie beside the law itself; matplotlib refuses such bars.
         bars = [[max(0.0, loss - low)], [max(0.0, high - loss)]]
-        label = f"predicted: {goal.parameters:.3g}"
+        label = f"predicted: {compact(goal.parameters)}"
         for axes, x in ((left, goal.tokens), (right, 6 * goal.parameters * goal.tokens)):
             axes.errorbar(
                 x, loss, bars, fmt="*", color="#d9661f", markersize=11, capsize=3, label=label
@@ -139,7 +146,7 @@ def draw(fit: Fit, ladder: LadderConfig, picture: Path) -> None:
         axes.set(xscale="log", xlabel=what)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    left.set_ylabel("validation loss")
+    left.set_ylabel("validation loss (nats per token)")
     figure.tight_layout()
     with replacing(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -17,6 +17,7 @@ from megalite.observe.plot import (
     INK,
     Records,
     column,
+    count_along,
     limit_to,
     new_figure,
     smooth,
@@ -157,9 +158,7 @@ def draw(records: Mapping[str, Records], out_path: Path) -> None:
         axes.set_axisbelow(True)
         axes.set_xlabel(labels[key], fontsize=11)
         if key != "time":
-            from matplotlib.ticker import EngFormatter
-
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            count_along(axes)
     panels[0].set_ylabel("loss (nats per token)", fontsize=11)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(

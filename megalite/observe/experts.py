@@ -130,7 +130,8 @@ def plot_loads(
     ]
     steps = [record["step"] for record in records]
     for place, number in enumerate(layers):
-        color = colormaps["viridis"](place / max(1, len(layers) - 1))
+        # The yellow end of the map is too light for lines on white.
+        color = colormaps["viridis"](place / max(1, len(layers) - 1) * 0.85)
         label = f"layer {number}" if place in (0, len(layers) - 1) else None
         largest = [record.get(f"expert_load/{number}") for record in records]
         over_steps.plot(

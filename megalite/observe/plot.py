@@ -111,6 +111,14 @@ def style(axes: Axes) -> None:
     axes.margins(x=0.01)
 
 
+def count_along(axes: Axes) -> None:
+    """Let the x axis count: whole numbers alone, in thousands and millions where they are large."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def _draw_losses(
     axes: Axes,
     train: Records,
@@ -148,8 +156,6 @@ def _draw_losses(
 
 def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
     """Draw the learning rate and the gradient norm, which share the steps but not the scale."""
-    from matplotlib.ticker import EngFormatter
-
     step = column(train, "step")
     lr = column(train, "lr")
     grad_norm = column(train, "grad_norm")
@@ -162,7 +168,7 @@ def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
     norm.set_ylabel("gradient norm", fontsize=11, color=GREY)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     rate.set_xlabel("step", fontsize=11)
-    rate.xaxis.set_major_formatter(EngFormatter(sep=""))
+    count_along(rate)
     rate.set_zorder(norm.get_zorder() + 1)  # the learning rate in front of the noisy norm
     rate.patch.set_visible(False)  # or its background would hide the norm
 

@@ -93,7 +93,7 @@ def draw(sizes: Mapping[int, Sizes], picture: Path) -> None:
     for axes, layer in zip(panels[0], layers, strict=True):
         for step in range(steps):
             values = [sizes[width][step][layer] for width in widths]
-            color = plt.get_cmap("viridis")(step / max(1, steps - 1) * 0.9)
+            color = plt.get_cmap("viridis")(step / max(1, steps - 1) * 0.85)
             axes.plot(widths, values, "o-", color=color, label=f"step {step + 1}")
         axes.set(xscale="log", yscale="log", title=f"layer {layer}", xlabel="hidden size")
         axes.set_xticks(widths, [str(width) for width in widths])

@@ -218,6 +218,20 @@ def test_the_plot_is_a_picture_with_every_part(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_short_run_is_drawn_over_whole_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    made = plot.new_figure
+    monkeypatch.setattr(plot, "new_figure", lambda *size: drawn.append(made(*size)) or drawn[-1])
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
+    for step in range(1, 6):
+        sink.step(record(step))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    ticks = drawn[0].axes[1].get_xticks()
+    assert all(tick == round(tick) for tick in ticks), "a step has no half"
+
+
 def test_the_plot_survives_a_run_that_diverged(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
     for step in range(1, 5):
