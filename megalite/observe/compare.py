@@ -25,8 +25,8 @@ from megalite.observe.plot import (
     thin,
     window,
 )
-from megalite.observe.runs import RunRecord, flat
-from megalite.utils.changes import spelled
+from megalite.observe.runs import RunRecord
+from megalite.utils.changes import flat, spelled
 from megalite.utils.counts import compact
 from megalite.utils.files import replacing
 from megalite.utils.pages import html_page, html_picture, html_table

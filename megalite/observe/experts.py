@@ -20,6 +20,7 @@ from megalite.kernels.experts import count_rows
 from megalite.models.architecture import Architecture, ExpertsSpec
 from megalite.models.experts import Router
 from megalite.observe.jsonl import read_metrics
+from megalite.observe.plot import new_figure
 from megalite.observe.steps import Record
 from megalite.parallel.stage import Stage
 from megalite.utils.files import replacing
@@ -102,13 +103,10 @@ def plot_loads(
     `loads` are those of `ExpertLoads`, `layers` the numbers of their layers. Raises ImportError
     without matplotlib."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
 
     values = loads.cpu().numpy()
-    figure = Figure(figsize=(10, 7), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 7)
     now, over_steps = figure.subplots(2, 1, height_ratios=[1.4, 1])
     image = now.imshow(
         values, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(values)))),

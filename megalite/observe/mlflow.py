@@ -20,6 +20,7 @@ from typing import Any
 from megalite.config import Config
 from megalite.errors import DataError
 from megalite.observe.queued import QueuedSink
+from megalite.utils.changes import flat
 from megalite.utils.files import replacing
 from megalite.utils.outside import read_object
 
@@ -107,8 +108,8 @@ class MlflowSink(QueuedSink):
         run_id = self._resume(server) or self._start(server)
         self._say(f"MLflow run {run_id} of experiment {asked.experiment!r}")
         params = [
-            {"key": name, "value": value[:LONGEST_PARAM]}
-            for name, value in flat(self._config.model_dump(mode="json"))
+            {"key": name, "value": str(value)[:LONGEST_PARAM]}
+            for name, value in flat(self._config.model_dump(mode="json")).items()
         ]
         for at in range(0, len(params), MOST_PARAMS):
             server.call(
@@ -178,12 +179,3 @@ class MlflowSink(QueuedSink):
 def _now() -> int:
     """Return the time in ms."""
     return time.time_ns() // 1_000_000
-
-
-def flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the settings of nested sections as (`section.key`, text)."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", str(value)

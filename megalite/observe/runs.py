@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,15 +140,6 @@ def table_of_runs(root: Path) -> list[list[str]]:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
         rows.append([str(name), run.model, run.layout, progress, *losses, run.state, when])
     return rows
-
-
-def flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """Return the settings of a config by their full keys; lists are one value."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{at}{name}"
-        found |= flat(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
-    return found
 
 
 def _tail(path: Path) -> Iterator[dict[str, Any]]:

@@ -60,6 +60,15 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> lis
     return found
 
 
+def flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Return the settings of a config by their full keys; lists are one value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{at}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+    return found
+
+
 def _are_sections(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return (
         isinstance(value, Sequence)
