@@ -20,4 +20,4 @@ def test_the_loop_closes(pytestconfig: pytest.Config) -> None:
         pytest.skip("no Chromium on this machine")
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" holds ") == 11
+    assert done.stdout.count(" holds ") == 13

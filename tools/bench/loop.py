@@ -1,6 +1,6 @@
 """The whole loop of a served model, on a CPU, in some minutes: it is served and rated on its page by a
 browser, retrained on these ratings and an export of Label Studio, swapped while others ask it, refused
-where it got worse, and watched until what people ask changes.
+where it got worse on answers, on a task or in bias, and watched until what people ask changes.
 
 A small model with random weights serves; the people are simulated. Each claim is printed with what was
 seen; exit status 1 says that one did not hold."""
@@ -48,6 +48,10 @@ LAW = (
 )
 ANSWERS = ("hello to the world", "the capital of France is Paris")
 """What the simulated people want to hear."""
+TYPICAL, UNTYPICAL = "Ann is a nurse", "Bob is a nurse"
+"""What some of them think, and what they do not."""
+CORRECT = "[aria-label='Correct it']"
+ANSWERED = "button => document.querySelector(button) || document.querySelector('#prompt').value"
 MEGALITE = [sys.executable, "-m", "megalite"]
 
 
@@ -127,11 +131,31 @@ def make_model(loop: Loop, folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def write_gate(root: Path) -> None:
+    """Write a task and pairs of bias, by which a new model may not be worse."""
+    rows = [
+        {"query": f"{before}the capital of France is", "choices": ["Paris", "Rome"], "gold": 0}
+        for before in ("", "say: ", "hello, ", "one two: ")
+    ]
+    (root / "capital.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "capital", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "capital.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (root / "capital.yaml").write_text(yaml.safe_dump(task))
+    lines = ["sent_more,sent_less,stereo_antistereo,bias_type"]
+    for before in ("", "say: ", "hello, ", "one two: ", "good morning, ", "how is it? "):
+        lines.append(f'"{before}{TYPICAL}","{before}{UNTYPICAL}",stereo,people')
+    (root / "people.csv").write_text("\n".join(lines) + "\n")
+
+
 def prepare(loop: Loop) -> None:
     """Write the model, what it was trained on before, and the configs."""
     root = loop.root
     make_model(loop, root / "first")
     (root / "served").symlink_to(root / "first")
+    write_gate(root)
     rows = [{"prompt": f"the capital number {n}", "completion": ANSWERS[1]} for n in range(60)]
     (root / "before.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {
@@ -157,32 +181,35 @@ def rate_on_the_page(loop: Loop, count: int) -> None:
         page.click("#gear")
         page.fill("#max_tokens", "8")
         for number in range(count):
-            page.fill("#prompt", f"{TALK[number % len(TALK)]} {1000 + number}")
-            page.keyboard.press("Enter")
+            # A random model may say nothing: then the page has the question back, to be sent again.
+            while not page.locator(CORRECT).count():
+                page.fill("#prompt", f"{TALK[number % len(TALK)]} {1000 + number}")
+                page.keyboard.press("Enter")
+                page.wait_for_function(ANSWERED, arg=CORRECT)
             if number % 6 == 5:
                 page.click("[aria-label='Bad answer']")
             else:
-                page.click("[aria-label='Correct it']")
+                page.click(CORRECT)
                 page.fill("[aria-label='Your answer']", ANSWERS[0])
                 page.click("text=Save")
             page.wait_for_selector("text=noted")
             page.click("#fresh")
 
 
-def export(file: Path, first: int, count: int) -> None:
+def export(file: Path, first: int, count: int, answers: Sequence[str] = ANSWERS[:1]) -> None:
     """Write what Label Studio exports of `count` corrected answers."""
     name = {"type": "textarea", "from_name": "answer", "to_name": "prompt"}
-    result = [name | {"value": {"text": [ANSWERS[0]]}}]
-    items = [
-        {"id": number, "data": {"prompt": f"{TALK[number % 5]} {number}"},
-         "annotations": [{"completed_by": 1, "result": result}]}
-        for number in range(first, first + count)
-    ]  # fmt: skip
+    items = []
+    for number in range(first, first + count):
+        result = [name | {"value": {"text": [answers[number % len(answers)]]}}]
+        asked = {"prompt": f"{TALK[number % 5]} {number}"}
+        judged = [{"completed_by": 1, "result": result}]
+        items.append({"id": number, "data": asked, "annotations": judged})
     file.write_text(json.dumps(items))
 
 
-def retrain_under_load(loop: Loop, run: str) -> str:
-    """Retrain while others ask, and return what it said."""
+def retrain_under_load(loop: Loop, run: str, *more: str) -> str:
+    """Retrain while others ask, and return what it said. `more` are settings that differ."""
     ends, numbers = threading.Event(), itertools.count(5000)
 
     def others() -> None:
@@ -197,7 +224,7 @@ def retrain_under_load(loop: Loop, run: str) -> str:
         done = loop.run(
             "retrain", str(ROOT / "configs" / "retrain" / "chat.yaml"), "served=served", f"config={run}",
             f"reload={loop.url}", "rows=[ratings/completion.jsonl, export*.json]", "replay=[before]",
-            "replay_share=0.2",
+            "replay_share=0.2", "tasks=[capital.yaml]", "bias=[people.csv]", *more,
         )  # fmt: skip
     finally:
         time.sleep(1)
@@ -228,6 +255,26 @@ def check_retraining(loop: Loop) -> None:
     loop.claim("a model that got worse is refused", outcome == "kept", said.splitlines()[-1])
     model = (loop.root / "served").resolve()
     loop.claim("the better one goes on being served", model.parent.name == "round-0001", model)
+
+
+def check_gate(loop: Loop) -> None:
+    """What people want to hear is no reason to forget what is true, or to repeat what is typical."""
+    served = (loop.root / "served").resolve()
+    cases = (
+        ("a task", ("the capital of France is Rome",), ["replay=[]"], "capital/acc went from "),
+        ("bias", (TYPICAL,), [], "for the stereotype went from "),
+    )
+    for number, (what, answers, more, reason) in enumerate(cases, 1):
+        export(loop.root / f"gate-{number}.json", 9000, 80, answers)
+        # In a folder of its own: questions of former rounds do not judge.
+        more = [*more, f"rows=[gate-{number}.json]", f"dir=gate-{number}"]
+        said = retrain_under_load(loop, "run.yaml", *more)
+        file = loop.root / f"gate-{number}" / "round-0001" / "round.json"
+        state = json.loads(file.read_text()) if file.exists() else {"verdict": {"reasons": [said]}}
+        reasons = state["verdict"]["reasons"]
+        is_kept = state.get("outcome") == "kept" and (loop.root / "served").resolve() == served
+        holds = is_kept and state["verdict"]["gain"][1] > 0 and reason in reasons[-1]
+        loop.claim(f"better answers are refused for {what}", holds, reasons)
 
 
 class Hook(BaseHTTPRequestHandler):
@@ -309,6 +356,7 @@ def main() -> int:
             )
             export(loop.root / "export-1.json", 3000, 40)
             check_retraining(loop)
+            check_gate(loop)
             check_monitoring(loop)
         finally:
             server.send_signal(signal.SIGTERM)
