@@ -48,6 +48,9 @@ def arms_of(rows: Sequence[Row], key: str) -> tuple[str, str]:
     order: dict[str, float] = {}
     last: dict[str, float] = {}
     for row in rows:
+        # A shadow's version has answered nobody: beside it there would be nothing to compare.
+        if key == "version" and row.get("arm") == SHADOW:
+            continue
         if isinstance(value := row.get(key), str):
             order.setdefault(value, row["time"])
             last[value] = row["time"]

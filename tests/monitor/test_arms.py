@@ -77,6 +77,7 @@ def test_versions_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["monitor", str(log), "--compare", "version", *output]) == Exit.MISTAKE
     assert "the log has requests of 1 versions; two are compared" in capsys.readouterr().err
     rows = requests(100, 1, 2e9, version="b") + requests(100, 0, 1e9, version="z")
+    rows += requests(100, 2, 2e9, version="of a shadow", arm="shadow", of="x")
     log = write(tmp_path / "log", rows)
     command = ["monitor", str(log), "--compare", "version", "--window", "99999d", *output]
     assert main(command) == Exit.DONE
