@@ -324,6 +324,7 @@ def write_vectors(
         print(data.decode(), end="")
         return
     try:
+        # Whole or not at all: half of an array of vectors would be read as fewer texts.
         with replacing(output) as temporary:
             temporary.write_bytes(data)
     except OSError as error:

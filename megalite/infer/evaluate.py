@@ -174,6 +174,7 @@ def evaluate_loss(
 
     folder = find_model_on_ranks(path, launch)
     run = Run.of(folder)
+    # `run` was read before: training that goes on may remove the checkpoint meanwhile.
     found = measure(folder, asked.tokens, asked.limit, launch, **layout)
     if launch.rank == 0:
         console = Console(soft_wrap=True, highlight=False)

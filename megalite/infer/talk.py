@@ -41,6 +41,7 @@ class Talk:
         for piece in generator.stream(generator.as_chat(request)):
             pieces.append(piece)
             yield piece
+        # Only now: a question whose answer was broken off counts as not asked.
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
     def command(self, line: str) -> str | None:

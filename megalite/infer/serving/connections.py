@@ -126,11 +126,13 @@ class Connection(H11Protocol):
     def _look(self) -> tuple[tuple[Any, ...], float]:
         """Return the present phase, which changes with every progress, and the seconds it may
         last."""
+        # What is unsent comes first: a client that takes nothing keeps even a closed connection open.
         unsent = self.transport.get_write_buffer_size()
         if self.transport.is_closing() or (unsent and self.flow.write_paused):
             return ("sending", unsent), STALLED_S
         unfinished = self._unfinished
         if unfinished in (1, 2):
+            # Bytes that h11 keeps are the beginning of headers: idle no longer, but not yet a request.
             begun = bool(self.conn.trailing_data[0])
             return (
                 "waiting",

@@ -161,6 +161,7 @@ def make_encoder_app(model: Encoder | Classifier, settings: Settings, metrics: M
         vectors = EncoderService(model, app.state.engine, settings)
         app.state.holders.append(vectors)
         _add_vectors(app, vectors)
+        # The same model again, whose head for classes stands on the encoder: no memory is added.
         if model.model.config.task in TASKS:
             model = Classifier(model.model, text_tokenizer(str(model.folder)))
     if isinstance(model, Classifier):
@@ -205,6 +206,7 @@ class ClassService:
         cut, most = body.truncate_prompt_tokens, self.classifier.max_positions
         longest = most if cut == -1 else cut
 
+        # Tokenized in the engine's thread, too: one queue bounds all that a request costs.
         def work() -> tuple[int, list[TextVerdict | WordsVerdict]]:
             rows = [self.classifier.row(each, longest) for each in questions]
             return sum(len(row.ids) for row in rows), self.classifier.classify_rows(questions, rows)

@@ -156,10 +156,12 @@ class Guards:
         async def receiving() -> Any:
             nonlocal total
             message = await receive()
+            # Kept for `check_parts`, which needs the whole: a text may go over the border of two.
             pieces.append(message.get("body", b""))
             total += len(pieces[-1])
             if total > self.max_bytes:
                 raise too_large(self.max_bytes)
+            # By what has come, not by what is stated: who states much and sends little holds little.
             held.grow_to(total)
             if not message.get("more_body", False):
                 if total > COUNTED_BYTES:

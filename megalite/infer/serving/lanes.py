@@ -30,6 +30,7 @@ class Lane:
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
         """Run `work` and return its result. Raise Overloaded if too much waits already; a single
         text is always accepted."""
+        # A text that is larger than all that may wait is taken where nothing else waits.
         if self._bytes and self._bytes + num_bytes > self._most_bytes:
             raise Overloaded("too many large texts wait already: try again later")
         self._bytes += num_bytes

@@ -35,6 +35,7 @@ def page(name: str) -> HTMLResponse:
     text = _STYLES.sub(lambda found: f"<style>\n{_text(found[1])}</style>", _text(name))
     text = _SCRIPTS.sub(script, text)
     hashes = " ".join(f"'sha256-{_hash(each)}'" for each in scripts) or "'none'"
+    # Hashes instead of 'unsafe-inline': text of a model that became a script would not run.
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

@@ -389,6 +389,7 @@ class Reply:
         """Return the entry of choice `index`: a whole answer, or what is new of it if `streamed`.
         `text` and `tokens` are what it adds, `finish` why it ended. Without logprobs `tokens` are
         None; an answer that says nothing has none of them."""
+        # OpenAI knows no others: an answer that was cut off is an error before it comes here.
         reason = REASONS.get(finish) if finish else None
         is_told = tokens is not None and (tokens or not streamed)
         logprobs = self._logprobs(index, tokens or ()) if is_told else None

@@ -59,6 +59,7 @@ class Split:
         requests beside `champion`, whose answers count alone. Raise ConfigError."""
         if not 0 < share <= 1:
             raise ConfigError(f"--share {share:g}: give a number above 0, of at most 1")
+        # Of the same kind, for both have one set of addresses.
         if champion.kind is not challenger.kind:
             raise ConfigError(
                 f"--challenger {challenger.current.folder} holds another kind of model "
