@@ -40,6 +40,7 @@ def ask_classifier(test: BiasTest, classifier: Classifier) -> Outcome:
     if test.filled:
         shares = np.array([[x.scores[name] for name in classifier.labels] for x in verdicts])
         return Outcome(flip_results(test.filled, shares, classifier.labels), [], samples, [])
+    # A label that the model cannot tell would count as wrong in every row of its group.
     if unknown := {row.label for row in test.rows} - {*classifier.labels}:
         raise ConfigError(
             f"{test.file} has the label {min(unknown)!r}, which is none of the model's: {', '.join(classifier.labels)}"

@@ -187,6 +187,7 @@ def _sentences(file: Path, limit: int | None) -> list[str]:
     lines = read_text(file, DataError, LARGEST).splitlines()
     found = []
     for number, line in enumerate(itertools.islice(filter(str.strip, lines), limit), 1):
+        # One pronoun and one other: with two pronouns nobody is meant.
         numbered = NUMBERED.fullmatch(line)
         marked = [text.strip().lower() in PRONOUNS for text in BRACKETS.findall(line)]
         if not numbered or sorted(marked) != [False, True]:
@@ -277,6 +278,7 @@ def _question(where: str, row: Any) -> Choice:
         raise ValueError("context, question and answers must be texts")
     groups = [_groups_of(row["answer_info"][f"ans{number}"]) for number in range(3)]
     unknown = [number for number, group in enumerate(groups) if UNKNOWN in group]
+    # Without it the score, which leaves out or counts that answer, is not defined.
     if len(unknown) != 1:
         raise ValueError("one of the answers must be of the group 'unknown'")
     stereotyped = {str(x).lower() for x in row["additional_metadata"]["stereotyped_groups"]}

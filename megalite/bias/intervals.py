@@ -49,6 +49,7 @@ def estimate(
     if not len(x):
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
     mean = float(x.mean())
+    # Of one cluster nothing tells how far others are from it, however many items it has.
     if number < FEWEST:
         return Estimate(mean, math.nan, math.nan, len(x), number)
     if bounds is None:

@@ -112,6 +112,7 @@ def _report(
     results = {"bias": results_of(measured)}
     file = keep_results(results, asked._asdict(), folder, run, output, console)
     if file:
+        # Behind the JSON: numbers are kept where drawing them fails.
         page = file.with_suffix(".html")
         with replacing(page) as temporary:
             temporary.write_text(page_of(measured, str(folder)), encoding="utf-8")

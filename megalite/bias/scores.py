@@ -138,6 +138,7 @@ class MaskedScorer:
         for number, place in asked:
             ids = [*rows[number].ids]
             ids[place] = self._mask
+            # A copy of the text for each token: all tokens but one are seen, whatever the order.
             masked.append(ids)
         sums = [0.0] * len(rows)
         for numbers, _, x_BTD in state_batches(model, masked):
