@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,11 @@ SCORED_TOKENS = 4096
 
 MOST_RUNS = 5
 """Most runs that a message names."""
+# GPT-2 writes bytes that are no visible characters of Latin-1 as those from U+0100 on, in order.
+VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(256 + n): b for n, b in enumerate(HIDDEN)}
+"""Byte of each character of a vocabulary in GPT-2's manner."""
 
 
 def _what_else(path: Path) -> str:
@@ -288,6 +294,21 @@ class Generator:
             self._token_texts[token] = text[len(self.tokenizer.decode(before)) :]
         return self._token_texts[token]
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """Return a token's bytes, which of part of a character its text does not tell; None where
+        they are not known."""
+        text = self.token_text(token)
+        if "\ufffd" not in text:
+            return text.encode()
+        found = _bytes_of(self._pieces.get(token, ""))
+        # Only what reads like the token: a piece may also stand for what it spells.
+        return found if found.decode(errors="replace") == text else None
+
+    @cached_property
+    def _pieces(self) -> dict[int, str]:
+        """Return the tokens as the vocabulary spells them."""
+        return {token: piece for piece, token in self.tokenizer.vocabulary().items()}
+
     @cached_property
     def _before_a_token(self) -> list[int]:
         # Decoders in SentencePiece's manner drop a space at the start of a text, but not behind a
@@ -435,6 +456,16 @@ class Generator:
         )
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             yield logits_TV[: len(row)].float()
+
+
+def _bytes_of(piece: str) -> bytes:
+    """Return the bytes that a piece of a vocabulary spells: as <0xE2> in SentencePiece's manner, or
+    in GPT-2's, which has a character for each byte."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte[1])
+    if all(character in BYTES for character in piece):
+        return bytes(BYTES[character] for character in piece)
+    return piece.encode()
 
 
 @contextmanager

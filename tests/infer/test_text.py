@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
+from chats import write_tokenizer as write_chat_tokenizer
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
 from megalite.infer.answer import LONGEST_CHARACTER
@@ -155,3 +158,23 @@ def test_bytes_that_never_make_a_character_are_said_and_cost_no_more_and_more(
     assert "".join(found) == "\ufffd" * 1000
     assert len(found) > 10
     assert max(decoded) <= 2 * LONGEST_CHARACTER
+
+
+def test_bytes_of_tokens_make_the_text_again(tmp_path: Path) -> None:
+    """Of one whose tokens are bytes for what it has not seen, and of one in SentencePiece's manner."""
+    text = "日本語 🙂 né"
+    tokenizer = load_tokenizer(write_chat_tokenizer(tmp_path / "bytes"))
+    generator = Generator(Scripted([0]), tokenizer)
+    ids = tokenizer.encode(text)
+    assert any(tokenizer.decode([token]) == "\ufffd" for token in ids)
+    assert b"".join(generator.token_bytes(token) or b"?" for token in ids) == text.encode()
+    pieces = {"<unk>": 0, "a": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    model = models.BPE(vocab=pieces, merges=[], byte_fallback=True, unk_token="<unk>")
+    fallback = tokenizers.Tokenizer(model)
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    (tmp_path / "fallback").mkdir()
+    fallback.save(str(tmp_path / "fallback" / "tokenizer.json"))
+    generator = Generator(Scripted([0]), load_tokenizer(tmp_path / "fallback"))
+    assert [generator.token_bytes(2 + byte) for byte in "é".encode()] == [b"\xc3", b"\xa9"]
+    generator = Generator(Scripted([0]), Bytes())
+    assert generator.token_bytes(0xC3) is None, "its vocabulary spells it as a number"

@@ -378,7 +378,12 @@ class Service:
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
         reply = Reply(
-            kind, self.settings.name, self.generator.token_text, self.version, body.tells_usage
+            kind,
+            self.settings.name,
+            self.generator.token_text,
+            self.version,
+            body.tells_usage,
+            self.generator.token_bytes,
         )
         if are_noted():
             said = partial(_facts_of, tickets, self.settings.log_prompts)

@@ -345,11 +345,14 @@ class Reply:
         name_of: Callable[[int], str],
         version: str,
         tells_usage: bool = False,
+        bytes_of: Callable[[int], bytes | None] = lambda _: None,
     ):
         """Start a response of `kind` by the model named `model`. `name_of` gives the text of a
-        token; `version` tells models apart that are served under one name. A stream that
-        `tells_usage` has its counts in the last piece."""
+        token, `bytes_of` the bytes of one whose text has an incomplete character. `version` tells
+        models apart that are served under one name. A stream that `tells_usage` has its counts in
+        the last piece."""
         self.chat, self.name_of, self.tells_usage = kind == "chatcmpl", name_of, tells_usage
+        self.bytes_of = bytes_of
         self.head = {
             "id": f"{kind}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -441,11 +444,12 @@ class Reply:
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         """Return a token with its logprob and bytes."""
         name = self.name_of(token)
-        # The text of an incomplete character does not tell its bytes.
+        # The text of an incomplete character does not tell its bytes, by which clients join parts.
+        known = self.bytes_of(token) if "\ufffd" in name else name.encode()
         return {
             "token": name,
             "logprob": logprob,
-            "bytes": None if "\ufffd" in name else list(name.encode()),
+            "bytes": None if known is None else list(known),
         }
 
 
