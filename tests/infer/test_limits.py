@@ -198,6 +198,11 @@ def test_without_a_key_only_its_own_names_lead_to_the_server(tmp_path: Path, mod
         for path in ("/v1/completions", "/v1/ratings", "/", "/v1/about", "/metrics"):
             assert {host: status(host, path) for host in FOREIGN} == dict.fromkeys(FOREIGN, 403)
         assert not list((tmp_path / "open").iterdir())
+        address = local.url.removeprefix("http://").split(":")
+        for more, wanted in ((b"", b"200"), (b"Origin: http://evil.example\r\n", b"403")):
+            with socket.create_connection((address[0], int(address[1]))) as check:
+                check.sendall(b"GET /health HTTP/1.0\r\n" + more + b"\r\n")
+                assert check.recv(12) == b"HTTP/1.1 " + wanted, "no browser leaves the name out"
     with serving(model, tmp_path / "closed", keys=["key"]) as local:
         assert (
             httpx.get(f"{local.url}/health", headers={"host": "evil.example"}).status_code == 200
