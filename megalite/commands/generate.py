@@ -102,10 +102,13 @@ def _generate_target(arguments: argparse.Namespace, folder: Path) -> None:
     """Print an encoder-decoder's target for the prompt, its source."""
     from dataclasses import replace
 
+    from megalite.comm.mesh import Launch
     from megalite.errors import ConfigError
     from megalite.infer.seq2seq import Beams, TargetGenerator
 
-    if arguments.chat or arguments.stop or arguments.tensor * arguments.pipeline > 1:
+    # Each of several ranks would print the same target.
+    num_ranks = max(arguments.tensor * arguments.pipeline, Launch.from_environment().world_size)
+    if arguments.chat or arguments.stop or num_ranks > 1:
         raise ConfigError(
             "an encoder-decoder has no --chat and no --stop, and answers on one device"
         )

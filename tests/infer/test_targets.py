@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from encoder_decoders import rows_config, write_words
 from megalite.cli import main
+from megalite.commands.generate import _generate_target
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
 from megalite.infer.habits import read_habits
@@ -116,7 +118,9 @@ def test_a_source_that_cannot_be_read_is_refused(
         pair[1].generate([source], 4)
 
 
-def test_the_command_says_the_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = rows_config(tmp_path, "train.steps=2", "observe.eval_every=0")
     train(config)
     generator = TargetGenerator.open(config.run.folder)
@@ -142,3 +146,8 @@ def test_the_command_says_the_target(tmp_path: Path, capsys: pytest.CaptureFixtu
         )
     assert main(["generate", str(config.run.folder), "--prompt", "w7", "--chat"]) == 2
     assert "an encoder-decoder has no --chat" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = argparse.Namespace(chat=False, stop=[], tensor=1, pipeline=1)
+    with pytest.raises(ConfigError, match="answers on one device"):
+        _generate_target(asked, config.run.folder)
