@@ -397,8 +397,12 @@ class SourceTargetRows(RowSource):
         assert self.dataset.mask is not None
         first, last = self._starts[[0, -1]].tolist()
         self.dataset.fetch(np.array([first]), np.array([last - first]))
-        before = np.concatenate([[0], np.cumsum(self.dataset.mask[first:last] > 0, dtype=np.int64)])
-        targets = np.diff(before[self._starts - first])
+        # A byte a token; a running sum would take eight. Rows without tokens begin where others do,
+        # and reduceat would give them the first token of those.
+        is_target = np.asarray(self.dataset.mask[first:last]) > 0
+        targets, there = np.zeros_like(self._lengths), self._lengths > 0
+        begins = (self._starts[:-1] - first)[there]
+        targets[there] = np.add.reduceat(is_target, begins, dtype=np.int64)
         return targets, self._lengths - targets
 
     def _room(self, capacity: int) -> str:
