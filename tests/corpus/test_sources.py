@@ -22,7 +22,7 @@ from pyarrow import parquet
 from megalite.corpus.checks import Extract
 from megalite.corpus.config import CorpusConfig, ExtractConfig, Source
 from megalite.corpus.files import whole_file
-from megalite.corpus.run import prepare_corpus
+from megalite.corpus.run import _alone_in, _remove_leftovers, prepare_corpus
 from megalite.corpus.sources import InputFile, ReadInputs, list_inputs, shards_of
 from megalite.corpus.warc import OTHER_TYPES, read_warc
 from megalite.data.documents import Reading, Report, list_files, read_files
@@ -246,27 +246,20 @@ def test_files_that_vanish_after_they_were_listed_are_told(tmp_path):
 
 
 def test_a_folder_of_one_process_at_a_time_where_files_have_locks(tmp_path, monkeypatch):
-    real, found = fcntl.flock, []
-
-    def second(file, how):
-        real(file, how)
-        monkeypatch.undo()
-        with pytest.raises(DataError, match="out is being written by another process"):
-            prepare(tmp_path)
-        found.append(how)
-
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_text(prose(1))
-    monkeypatch.setattr(fcntl, "flock", second)
-    prepare(tmp_path)
-    assert found
+    (tmp_path / "out").mkdir()
+    with (
+        _alone_in(tmp_path / "out"),
+        pytest.raises(DataError, match="is being written by another process"),
+        _alone_in(tmp_path / "out"),
+    ):
+        pass
 
     def refused(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    report, _ = prepare(tmp_path)
-    assert report["stages"][0]["kept"]["documents"] == 1
+    with _alone_in(tmp_path / "out"):
+        assert (tmp_path / "out" / "lock").exists()
 
 
 def test_a_full_disk_is_named(tmp_path):
@@ -281,14 +274,12 @@ def test_a_full_disk_is_named(tmp_path):
 
 
 def test_only_leftovers_of_its_own_are_removed(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_text(prose(1))
-    kept = [tmp_path / "out" / name for name in (".another.1.tmp", "theirs/.x.json.2.tmp")]
-    left = [tmp_path / "out" / name for name in ("train/.0.jsonl.3.tmp", ".report.html.4.tmp")]
+    kept = [tmp_path / name for name in (".another.1.tmp", "theirs/.x.json.2.tmp")]
+    left = [tmp_path / name for name in ("train/.0.jsonl.3.tmp", ".report.html.4.tmp")]
     for path in kept + left:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         path.touch()
-    prepare(tmp_path)
+    _remove_leftovers(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
 
