@@ -8,6 +8,7 @@ import re
 PACKED = (".gz", ".zst")
 """Compressions that are undone while reading."""
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+PARQUET = (".parquet", ".pq")
 # Read as text without a second look; others are opened first.
 TEXT = frozenset(
     """
@@ -63,10 +64,10 @@ def kind_by_name(path: str) -> str:
     suffix, name = suffix_of(path), unpacked_name(path)
     if suffix in JSON_LINES:
         return "lines"
-    if suffix in (".parquet", ".pq", ".arrow"):
+    if suffix in (*PARQUET, ".arrow"):
         # Columns are packed inside of such a file.
         return "refused" if is_packed(path) else "arrow" if suffix == ".arrow" else "parquet"
-    if suffix == ".snappy" and name.removesuffix(".snappy").endswith((".parquet", ".pq")):
+    if suffix == ".snappy" and name.removesuffix(".snappy").endswith(PARQUET):
         return "parquet"
     if suffix in REFUSED:
         return "refused"

@@ -254,12 +254,9 @@ def _labels_of(
     """Return the names of the classes, in the order of their numbers: those that the files name,
     else those that the rows use. Raise DataError if they are mixed or too many."""
     for path in files:
-        if path.lower().endswith((".parquet", ".arrow")):
-            named = class_names(path)
-            if field := next(
-                (name for name in LABEL_FIELDS[settings.format] if name in named), None
-            ):
-                return tuple(named[field])
+        named = class_names(path)
+        if field := next((name for name in LABEL_FIELDS[settings.format] if name in named), None):
+            return tuple(named[field])
     found: set[Any] = set()
     first = ""
     for row in annotated.rows if annotated else read_rows(files, Report()):

@@ -12,6 +12,7 @@ import orjson
 
 from megalite.data.documents import (
     BOM,
+    HF_COMPANIONS,
     LONGEST_LINE,
     Report,
     check_batch,
@@ -20,14 +21,12 @@ from megalite.data.documents import (
     list_files,
     read_bytes,
 )
-from megalite.data.kinds import unpacked_name
+from megalite.data.kinds import JSON_LINES, PARQUET, kind_by_name, suffix_of
 from megalite.data.store import open_file
 from megalite.errors import DataError
 from megalite.utils.outside import reading
 
-JSON_KINDS = (".jsonl", ".ndjson", ".json")
-KINDS = (*JSON_KINDS, ".parquet", ".arrow")
-BESIDE = ("dataset_info.json", "state.json")  # of a saved dataset, beside its rows
+SUFFIXES = (*JSON_LINES, ".json", *PARQUET, ".arrow")
 SHOWN = 300  # characters of a row that a message shows
 
 
@@ -54,11 +53,11 @@ def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
                 f"{folder} holds several splits; give one of them, such as {folder}/train"
             )
         if not _kind(path):
-            report.bad(path, 1, f"not a file of rows, which end in {', '.join(KINDS)}")
-        elif name not in BESIDE:
+            report.bad(path, 1, f"not a file of rows, which end in {', '.join(SUFFIXES)}")
+        elif name not in HF_COMPANIONS:
             files[path] = size
     if not files:
-        raise DataError(f"{', '.join(inputs)}: no file of rows, which end in {', '.join(KINDS)}")
+        raise DataError(f"{', '.join(inputs)}: no file of rows, which end in {', '.join(SUFFIXES)}")
     check_libraries(files)
     return files
 
@@ -68,7 +67,7 @@ def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
     `report`."""
     for path, size in files.items():
         before = report.bytes_read
-        reader = _read_json if _kind(path) in JSON_KINDS else _read_batches
+        reader = _read_json if _kind(path) == "lines" else _read_batches
         row = Row(path, 0, {})
         try:
             for row in reader(path, report):
@@ -79,12 +78,15 @@ def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
 
 
 def class_names(path: str) -> dict[str, list[str]]:
-    """Return the class names of each field that the `datasets` library wrote as numbers."""
+    """Return the class names of each field that the `datasets` library wrote as numbers; none of a
+    file without columns."""
+    if _kind(path) == "lines":
+        return {}
     import pyarrow
     from pyarrow import parquet
 
-    with open_file(path) as source:
-        is_parquet = _kind(path) == ".parquet"
+    with reading(path, DataError), open_file(path) as source:
+        is_parquet = _kind(path) == "parquet"
         schema = (
             parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
         )
@@ -105,8 +107,10 @@ def excerpt(values: Mapping[str, Any]) -> str:
 
 
 def _kind(path: str) -> str:
-    """Return the suffix that tells how a file is read, empty if there is none."""
-    return next((kind for kind in KINDS if unpacked_name(path).endswith(kind)), "")
+    """Return "lines" (or an array, which its beginning tells), "parquet" or "arrow"; "" for a file
+    of no rows."""
+    kind = "lines" if suffix_of(path) == ".json" else kind_by_name(path)
+    return kind if kind in ("lines", "parquet", "arrow") else ""
 
 
 def _read_json(path: str, report: Report) -> Iterator[Row]:
@@ -165,7 +169,7 @@ def _read_batches(path: str, report: Report) -> Iterator[Row]:
     with open_file(path) as source:
         batches = (
             parquet.ParquetFile(source).iter_batches(batch_size=256)
-            if _kind(path) == ".parquet"
+            if _kind(path) == "parquet"
             else pyarrow.ipc.open_stream(source)
         )
         for batch in batches:

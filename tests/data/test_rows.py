@@ -407,7 +407,7 @@ def test_some_bad_rows_can_be_allowed(tmp_path: Path) -> None:
     assert [message.split(":")[1] for message in result.report.messages] == ["2", "4", "5"]
 
 
-@pytest.mark.parametrize("kind", ["json", "parquet", "dataset", "jsonl.gz"])
+@pytest.mark.parametrize("kind", ["json", "parquet", "pq", "dataset", "jsonl.gz", "jsonlines"])
 def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
     import datasets
 
@@ -421,10 +421,13 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
         import gzip
 
         target.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
-    elif kind == "parquet":
+    elif kind in ("parquet", "pq"):
         datasets.Dataset.from_list(rows).to_parquet(str(target))
+    elif kind == "jsonlines":
+        target.write_bytes((tmp_path / "rows.jsonl").read_bytes())
     else:
         datasets.Dataset.from_list(rows).save_to_disk(str(target))
+        (target / "dataset_infos.json").write_text("{}")
     preprocess_rows([str(target)], tmp_path / "other", Settings("chat", str(tokenizer)))
     assert documents(tmp_path / "other") == wanted
 
@@ -447,6 +450,18 @@ def test_a_dataset_names_its_classes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "data.json").read_text())["labels"] == names
     [(_, mask)] = documents(tmp_path / "data")
     assert [value for value in mask if value] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_damaged_columns_are_told_before_their_classes_are_asked_for(
+    tmp_path: Path, name: str
+) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / name).write_bytes(b"PAR1" + b"\xff" * 50)
+    with pytest.raises(DataError, match=rf"{name} cannot be read: Arrow"):
+        preprocess_rows(
+            [str(tmp_path / name)], tmp_path / "x", Settings("classification", str(tokenizer))
+        )
 
 
 def test_what_is_learned_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
