@@ -33,13 +33,16 @@ from megalite.models.layer_loss import LayerLoss
 from megalite.models.llama import LIKE_LLAMA, MLP, Layer, LlamaLike, mlp_rows, residual_std
 from megalite.models.weights import Weight
 
+MOST_EXPERTS = 10_000
+"""Limit on the experts of a layer, each of which has names of tensors of its own. A damaged
+config.json may ask for any number."""
+
 
 class RoutedConfig(LlamaLike):
     """Fields of families with a mixture of experts."""
 
-    num_experts: int = Field(
-        gt=1, description="Experts of a layer."
-    )  # transformers opens no model with one
+    # transformers opens no model with one.
+    num_experts: int = Field(gt=1, le=MOST_EXPERTS, description="Experts of a layer.")
     experts_per_token: int = Field(gt=0, description="How many experts each token visits.")
     router_aux_loss_coef: float = Field(
         0.001,

@@ -210,9 +210,12 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 def _labels(hf: dict[str, Any]) -> list[str]:
     """Return the names of the classes. Classes that config.json leaves out have no names, and by
     rule there are two."""
-    given = hf.get("id2label") or {
-        number: f"LABEL_{number}" for number in range(hf.get("num_labels") or 2)
-    }
+    count, most = hf.get("num_labels") or 2, max(most for _, most in NUM_LABELS.values())
+    if count > most:
+        raise ConfigError(
+            f"config.json has num_labels = {shown(count)}, more than the {most:,} that there can be"
+        )
+    given = hf.get("id2label") or {number: f"LABEL_{number}" for number in range(count)}
     # Keys of JSON are text, and text has another order: 10 stands before 2.
     names = {int(number): str(name) for number, name in given.items()}
     if hf.get("num_labels") not in (None, len(names)):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megalite.config import ModelConfig
+from megalite.config import MOST_LAYERS, ModelConfig
 from megalite.kernels.activation import geglu
 from megalite.kernels.attention import AttentionKind
 from megalite.models.architecture import (
@@ -52,7 +52,7 @@ START = 0
 
 class T5Config(ModelConfig):
     family: Literal["t5"] = "t5"
-    num_layers: int = Field(gt=1, le=10_000, description="Layers of both stacks together.")
+    num_layers: int = Field(gt=1, le=MOST_LAYERS, description="Layers of both stacks together.")
     encoder_layers: int = Field(
         gt=0, description="How many of the layers, the first ones, are the encoder's."
     )
