@@ -90,7 +90,8 @@ class Run:
             return "sent back"
         if ended.status == Exit.DONE and self.last_step == self.config.train.steps:
             return "finished"
-        return "failed" if ended.status == Exit.CORRUPTED else "stopped"
+        # "stopped" tells people that it goes on when started again: after bad numbers it would not.
+        return "stopped" if ended.status in (Exit.DONE, Exit.STOPPED) else "failed"
 
 
 def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:

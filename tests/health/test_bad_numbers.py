@@ -26,6 +26,7 @@ from megalite.config import Config
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import ConfigError
 from megalite.health import numbers
+from megalite.observe.environment import read_starts
 from megalite.runtime.exit_codes import Exit
 from megalite.train import train
 from megalite.training.parts import RankModel
@@ -317,6 +318,7 @@ def test_stop_saves_what_was_before_and_is_met_again_until_skipped(
     assert alone(stopped, plant) == (Exit.BAD_NUMBERS, [True] * 5 + [False] * 3)
     assert complete_steps(stopped.run.folder / "checkpoints") == [5]
     assert "error: bad numbers in step 6: " in capfd.readouterr().out
+    assert read_starts(stopped.run.folder)[-1]["ended"]["status"] == "failed"
     assert alone(stopped, plant) == (Exit.BAD_NUMBERS, [False] * 3)
     assert alone(on, plant) == (Exit.DONE, [False, True, True])
     assert curve_of(on) == curve_of(skipped)
