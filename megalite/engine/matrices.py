@@ -69,6 +69,9 @@ class Matrices:
     def __init__(self, optimizer: MatrixOptimizer, buckets: Sequence[BucketState], mesh: Mesh):
         """Choose owners for all weights in `buckets`, in which every rank's are laid out alike."""
         self.optimizer, self.buckets, self.mesh = optimizer, buckets, mesh
+        self._message_dtype = torch.float32
+        if buckets:
+            self._message_dtype = optimizer.message_dtype(buckets[0].weights.dtype)
         self.matrices = self._choose_owners()
         self._to_owners, self._to_holders = self._route(whole=False), self._route(whole=True)
         self._mine = [
@@ -182,12 +185,12 @@ class Matrices:
         """Start one message from each rank to each other; return a function that waits, and yields
         what came to this one. `piece` gives the values of what a message holds."""
         axis, (out, into) = self.mesh.stage, route
-        device = self.mesh.device
+        device, dtype = self.mesh.device, self._message_dtype
 
         def message(some: list[Held], rank: int) -> Tensor:
             # What stays on this rank is not copied into a message; `result` reads it where it is.
             length = sum(held.stop - held.start for held in some) if rank != axis.rank else 0
-            return torch.empty(length, device=device)
+            return torch.empty(length, dtype=dtype, device=device)
 
         to_send = [message(some, rank) for rank, some in enumerate(out)]
         for flat, some in zip(to_send, out, strict=True):
@@ -202,7 +205,10 @@ class Matrices:
             # Messages are memory too: the buffers to send are let go before those received are
             # used.
             to_send.clear()
-            yield from ((held, piece(held)) for held in out[axis.rank])
+            for held in out[axis.rank]:
+                # Alone, a matrix is solved where it is; beside others, it is put together with
+                # pieces that were rounded on their way.
+                yield held, piece(held) if axis.size == 1 else piece(held).to(dtype)
             for rank, some in enumerate(into):
                 if rank != axis.rank:
                     values = received[rank].split([held.stop - held.start for held in some])

@@ -17,7 +17,7 @@ from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
 from megalite.planner.frozen import FrozenBytes, frozen_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.kernels import MEGALITE, Kernels, Software
-from megalite.planner.memory import Memory, rank_memories
+from megalite.planner.memory import Memory, matrix_bytes, rank_memories
 from megalite.planner.network import Network, place
 from megalite.planner.schedule import Order, order_of
 from megalite.planner.shapes import (
@@ -296,7 +296,8 @@ class Outlook:
             busiest = max(busiest, solving / (plan.replicas * plan.tensor))
         if not busiest:
             return 0.0
-        shard = 4.0 * sum(held.trained / held.replicas for held in self.held)
+        element = float(matrix_bytes(self.config))
+        shard = element * sum(held.trained / held.replicas for held in self.held)
         return busiest + 2 * self.network.gather(shard, self.network.replicas)
 
     @property

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from megalite.config import Config, TrainConfig
 from megalite.engine.gather import PIECE
 from megalite.engine.gradients import IN_FLIGHT
 from megalite.engine.layout import bucket_elements
+from megalite.engine.optimizers import MatrixOptimizer
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Cut, Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (
@@ -104,7 +107,7 @@ def rank_memories(
         )
         held["weights"] += frozen.weights[rank]
         activations, transient = _in_passes(order[rank], stages)
-        updating = _whole_matrices(plan, own)
+        updating = _whole_matrices(plan, own, matrix_bytes(config))
         if updating > activations + transient:
             activations, transient = 0, updating
         buffers = (
@@ -263,8 +266,19 @@ def _in_passes(
     return most
 
 
-def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes]) -> int:
-    """Count what an update of whole matrices holds, of stages of these `sizes`.
+def matrix_bytes(config: Config) -> int:
+    """Return the bytes of an element of a whole matrix on its way to its owner and back."""
+    weights = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    optimizers = [member.build() for member in config.optimizer.members().values()]
+    travelling = [
+        each.message_dtype(weights) for each in optimizers if isinstance(each, MatrixOptimizer)
+    ]
+    return max((dtype.itemsize for dtype in travelling), default=FP32)
+
+
+def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:
+    """Count what an update of whole matrices holds, of stages of these `sizes`. `element` are the
+    bytes of a number of what travels.
 
     It is what owners are to see of this rank's part; with other ranks also the matrices that it
     owns, as far as they are not that very memory, and the messages that go back and come."""
@@ -276,8 +290,12 @@ def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes]) -> int:
         return updated * FP32
     # Of a weight that is cut, the parts are put together, and cut out again one by one.
     is_cut = max(plan.tensor, plan.experts.holders) > 1
-    whole = owned + sizes[0].largest_solved if is_cut else owned * (ranks - 1) // ranks
-    return (updated + whole + 2 * updated * (ranks - 1) // ranks) * FP32
+    if is_cut:
+        whole = owned + sizes[0].largest_solved
+    else:
+        # What is this rank's own is solved in place, or is a rounded copy.
+        whole = owned * (ranks - 1) // ranks if element == FP32 else owned
+    return updated * FP32 + (whole + 2 * updated * (ranks - 1) // ranks) * element
 
 
 def _tokens(plan: Plan, shapes: Shapes) -> int:

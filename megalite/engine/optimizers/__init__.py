@@ -111,9 +111,14 @@ class MatrixOptimizer:
         """Return about how much work a matrix is, in any unit. It balances the owners."""
         raise NotImplementedError
 
+    def message_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the precision in which matrices travel to their owners and back, of a model whose
+        weights are in `dtype`: where `solve` rounds to that anyway, it spares half of the bytes."""
+        return torch.float32
+
     def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
-        """Yield what is to be done to whole matrices of one shape, fp32 [rows, columns] each; the
-        same in any dtype.
+        """Yield what is to be done to whole matrices of one shape, [rows, columns] each, in fp32 or
+        rounded to `message_dtype`; the same in any dtype.
 
         `dtype` is the precision of the model's weights. The result for a matrix must not depend on
         the others, and it overwrites the matrix before the next is asked for."""

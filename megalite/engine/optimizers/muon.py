@@ -129,6 +129,10 @@ class Muon(MatrixOptimizer):
     def cost(self, rows: int, columns: int) -> float:
         return float(sum(m * n * k for m, n, k in iteration_products(rows, columns)))
 
+    def message_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # What `orthogonalize` computes in: rounded here or there, the bits are the same.
+        return dtype
+
     def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
         rows, columns = matrices[0].shape
         scale = self.config.scale_of(rows, columns)
