@@ -1,5 +1,5 @@
 """The pages as a site: every page is in the navigation, every link leads somewhere, and every command is
-one. The tasks of tests/journeys run them."""
+one. tests/journeys runs them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from doc_pages import PAGES, blocks
 from megalite.cli import make_parser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="pip install '.[docs]'")
@@ -30,6 +30,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pages = {path.parent.name for path in tmp_path.rglob("index.html")}
     assert {"finetuning", "config", "family"} <= pages
+    # The column of keys is not as wide as the longest one.
+    assert "num_<wbr>layers" in (tmp_path / "config" / "index.html").read_text(encoding="utf-8")
     # What is no page of the site is named, not linked.
     text = (tmp_path / "architecture" / "index.html").read_text(encoding="utf-8")
     assert "<code>CONTRIBUTING.md</code>" in text
@@ -37,14 +39,13 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Yield the commands in a page's blocks of code, without comments."""
-    for block in re.findall(
-        r"^```(?:bash)?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
-    ):
-        for line in block.replace("\\\n", " ").splitlines():
-            found = re.match(r"(?:\S+=\S+ )*(megalite|bash|sbatch|python|torchrun) .*", line)
-            if found:
-                yield re.sub(r"\s#.*| …", "", found[0])
+    """Yield the commands on a page that this repository has, without comments."""
+    for command in (each for block in blocks(page) for each in block.commands):
+        found = re.search(
+            r"(?:^|&& |until |=\S+ )((megalite|bash|sbatch|python|torchrun) .*)", command
+        )
+        if found:
+            yield re.sub(r"\s#.*|; do\b.*", "", found[1])
 
 
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from megalite.cli import main
 from megalite.utils.resources import configs_dir
@@ -19,6 +25,7 @@ data: {train: [{path: data_text_document}], split: [90, 10, 0], seq_length: 32, 
 train: {steps: 2, global_batch_size: 4, precision: fp32}
 optimizer: {lr: 1.0e-3}
 """
+NEEDS_A_SHELL = re.compile(r"[|&<>$*\n]|^(?!megalite )|^megalite (chat|sweep|launch|retrain)")
 FORMATS = {"chats": "chat", "pairs": "preference", "texts": "classification"}
 
 
@@ -39,6 +46,36 @@ def typed(words: str) -> int:
         return main(shlex.split(words))
     except SystemExit as ended:
         return int(ended.code or 0)
+
+
+def in_shell(
+    command: str, environment: Mapping[str, str] = {}, answers: str = ""
+) -> tuple[int, str]:
+    """Run a command as it is typed, with `answers` for what it asks; return its exit status and what it
+    prints."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        input=answers,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path} | environment,
+        timeout=900,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def type_in(
+    command: str, capfd: pytest.CaptureFixture[str], environment: Mapping[str, str] = {}
+) -> tuple[int, str]:
+    """Run a command, in this process where it needs no shell; return its exit status and what it
+    prints."""
+    plain = re.sub(r"\s#.*", "", command)
+    if NEEDS_A_SHELL.search(plain):
+        return in_shell(command, environment, "Number 3?\n")
+    status = typed(plain.removeprefix("megalite "))
+    printed = capfd.readouterr()
+    return status, printed.out + printed.err
 
 
 def make(folder: Path) -> Path:

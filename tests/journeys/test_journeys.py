@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from user_folder import make, typed
+from megalite.quickstart.ask import free_port
+from user_folder import make, type_in
 
 ROOT = Path(__file__).parents[2]
 TASKS = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
-NEEDS_A_SHELL = re.compile(r"[|&<>$]|^(?!megalite )")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("user"))
-
-
-def in_shell(command: str) -> str:
-    """Run a command as it is typed; return what it prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PORT": str(port)}
-    done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task["task"].replace(" ", "-"))
@@ -57,13 +39,9 @@ def test_a_task_ends_in_what_the_page_promises(
     monkeypatch.chdir(folder)
     told = ""
     for command in task["types"]:
-        if NEEDS_A_SHELL.search(command):
-            told += in_shell(command)
-        else:
-            status = typed(command.removeprefix("megalite "))
-            printed = capfd.readouterr()
-            told += printed.out + printed.err
-            assert status == 0, told
+        status, printed = type_in(command, capfd, {"PORT": str(free_port())})
+        told += printed
+        assert status == 0, told
     for words in task.get("says", ()):
         assert re.search(words, told), told
     for name in task.get("makes", ()):
