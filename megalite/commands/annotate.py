@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_model
-from megalite.runtime.exit_codes import at_least
 
 TOOLS = ("label-studio", "argilla", "doccano")
 MEASURES = ("entropy", "margin", "confidence")

@@ -11,7 +11,6 @@ from pathlib import Path
 from megalite.commands.bias import add_bias_arguments, asks_for_bias, measure_bias
 from megalite.commands.numbers import at_least
 from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megalite.commands.numbers import at_least, number
 from megalite.commands.parser import VerbParser, add_model
-from megalite.runtime.exit_codes import at_least
 
 
 def add_arguments(parser: VerbParser) -> None:
