@@ -260,17 +260,18 @@ def check_retraining(loop: Loop) -> None:
 def check_gate(loop: Loop) -> None:
     """What people want to hear is no reason to forget what is true, or to repeat what is typical."""
     served = (loop.root / "served").resolve()
-    cases = (
+    cases: list[tuple[str, tuple[str, ...], list[str], str]] = [
         ("a task", ("the capital of France is Rome",), ["replay=[]"], "capital/acc went from "),
         ("bias", (TYPICAL,), [], "for the stereotype went from "),
-    )
+    ]
     for number, (what, answers, more, reason) in enumerate(cases, 1):
         export(loop.root / f"gate-{number}.json", 9000, 80, answers)
         # In a folder of its own: questions of former rounds do not judge.
         more = [*more, f"rows=[gate-{number}.json]", f"dir=gate-{number}"]
         said = retrain_under_load(loop, "run.yaml", *more)
         file = loop.root / f"gate-{number}" / "round-0001" / "round.json"
-        state = json.loads(file.read_text()) if file.exists() else {"verdict": {"reasons": [said]}}
+        nothing: Any = {"verdict": {"reasons": [said]}}
+        state = json.loads(file.read_text()) if file.exists() else nothing
         reasons = state["verdict"]["reasons"]
         is_kept = state.get("outcome") == "kept" and (loop.root / "served").resolve() == served
         holds = is_kept and state["verdict"]["gain"][1] > 0 and reason in reasons[-1]
