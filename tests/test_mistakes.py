@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megalite.commands.finetune import _tokenize
+from megalite.errors import ConfigError
 from user_folder import make, typed
 
 MISTAKES = yaml.safe_load(Path(__file__).with_suffix("").with_name("mistakes.yaml").read_text())
@@ -58,6 +61,26 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert mistake.get("more") or line.count("\n") == 1, line
     assert found.out == ""
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("named", ["chat*.jsonl", "rows"])
+def test_finetune_tells_rows_that_have_changed_however_they_are_named(
+    named: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on with the token files that it made, unless a file of rows is newer:
+    by a glob, which is no file, or in a folder, whose own time stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    for folder in (tmp_path, tmp_path / "rows"):
+        shutil.copy(made / "chats.jsonl", folder)
+    prefix = tmp_path / "run" / "rows"
+    for _ in range(2):
+        _tokenize([named], prefix, "chat", str(made / "chatty"))
+    later = prefix.with_suffix(".json").stat().st_mtime + 10
+    for folder in (tmp_path, tmp_path / "rows"):
+        os.utime(folder / "chats.jsonl", (later, later))
+    with pytest.raises(ConfigError, match="they have changed since"):
+        _tokenize([named], prefix, "chat", str(made / "chatty"))
 
 
 def test_there_are_many_of_every_kind() -> None:

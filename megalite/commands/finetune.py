@@ -208,14 +208,19 @@ def _tokenize(inputs: Sequence[str], prefix: Path, format: Format, tokenizer: st
     are there from others."""
     from rich.console import Console
 
+    from megalite.data.documents import Report
     from megalite.data.formats import Settings
     from megalite.data.indexed import read_note
     from megalite.data.preprocess_rows import preprocess_rows
+    from megalite.data.rows import list_rows
     from megalite.errors import ConfigError
 
     note = Path(f"{prefix}.json")
     if note.is_file():
-        newest = max(os.path.getmtime(path) for path in inputs if os.path.exists(path))
+        # By names and times, not by contents: rows may be many gigabytes. An object in a store has
+        # no time here.
+        files = (path for path in list_rows(inputs, Report()) if os.path.exists(path))
+        newest = max(map(os.path.getmtime, files), default=0.0)
         if read_note(str(prefix)).get("inputs") == [*inputs] and newest <= note.stat().st_mtime:
             return
         raise ConfigError(
