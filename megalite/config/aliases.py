@@ -147,8 +147,10 @@ _BY_NAME = {name: key for key, names in KEYS.items() for name in names}
 def key_of(name: object, known: Iterable[str]) -> str | None:
     """Return the key that somebody means who writes `name`, which is none where it stands; None if
     nothing is known. `known` are all keys."""
+    # Many of these names are options of other trainers' command lines, with dashes.
     plain = str(name).lower().replace("-", "_")
     if plain in _BY_NAME:
         return _BY_NAME[plain]
     elsewhere = [key for key in known if key.rpartition(".")[2] == plain]
+    # A name that several sections have, such as `name`, says nothing about which is meant.
     return elsewhere[0] if len(elsewhere) == 1 else None

@@ -58,6 +58,7 @@ def _of_kind(
     """Yield the settings that a kind has beside those of all kinds, or with another default."""
     for key, field in kind.model_fields.items():
         shared = section.model_fields.get(key)
+        # What all kinds have is listed once, unless a kind has another default.
         if key != "name" and (shared is None or default_of(shared) != default_of(field)):
             yield from _of_field(f"{prefix}{key}", field, (name,))
 
@@ -81,6 +82,7 @@ def _of_field(key: str, field: FieldInfo, kinds: tuple[str, ...]) -> Iterator[Ke
 def _of_families() -> Iterator[Key]:
     """Yield the settings that only some families have, each once with the families that have it."""
     found: dict[str, tuple[FieldInfo, list[str]]] = {}
+    # What every family has is listed with the section itself.
     shared = Config.model_fields["model"].annotation
     assert isinstance(shared, type)
     for family in registry.families.names():
@@ -106,6 +108,7 @@ _LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 def type_of(field: FieldInfo, key: str = "") -> str:
     """Return the type of a setting in words, with its limits."""
+    # Registered kinds stand in no annotation: there may be some of plugins.
     if names := names_of(key):
         return " | ".join(names)
     limits = [
@@ -137,6 +140,7 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (typing.Union, types.UnionType):
+        # Each once: several members may read alike, as sections do.
         return " | ".join(dict.fromkeys(map(_type, inner)))
     if origin is tuple:
         return (
@@ -158,6 +162,7 @@ def default_of(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
+    # JSON of a value is its YAML on one line: null, true, [1, 2].
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 

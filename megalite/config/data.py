@@ -30,6 +30,7 @@ class Source(Section):
     @field_validator("path", mode="before")
     @classmethod
     def _as_text(cls, path: Any) -> Any:
+        # Kept as text: a Path would make s3:/a of s3://a.
         return at_home(str(path) if isinstance(path, Path) else path)
 
     @model_validator(mode="after")
@@ -200,6 +201,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _orders_fit(self) -> DataConfig:
         steps = [phase.after_step for phase in self.phases]
+        # The set also finds two that begin at once: it has one less.
         if sorted(set(steps)) != steps:
             raise ValueError(
                 f"each of `phases` must begin later than the one before, but they begin after {steps}"
@@ -222,6 +224,7 @@ class DataConfig(Section):
         phases = self.seq_length_warmup
         # Each phase with the one behind it; None behind the last.
         for phase, after in zip(phases, [*phases[1:], None], strict=False):
+            # A sample is cut into pieces of one length, so that a step keeps its tokens.
             if self.seq_length % phase.seq_length or phase.seq_length == self.seq_length:
                 raise ValueError(
                     f"seq_length_warmup: seq_length {phase.seq_length} must divide data.seq_length {self.seq_length}, "
@@ -254,6 +257,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> DataConfig:
+        # Called for what it raises: each split's names must differ.
         for sources in (self.train, self.valid, self.test):
             names_of(sources)
         known = names_of(self.train)
@@ -270,6 +274,7 @@ def names_of(sources: Sequence[Source]) -> list[str]:
     """Return the name of each source: its `name`, the last part of its path, or the whole path
     where those of two are the same. Raises ValueError where two have one name: metrics, phases and
     what was consumed go by these names."""
+    # Paths may be URLs, whose parts are divided by slashes on every system.
     last = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in sources]
     names = [
         source.name or (source.path if last.count(name) > 1 else name)

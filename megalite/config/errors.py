@@ -42,6 +42,7 @@ def describe_errors(error: ValidationError, root: type[BaseModel], values: Any =
 def refusal(mistakes: Sequence[str], origin: str, overrides: Sequence[str] = ()) -> ConfigError:
     """Return the error that lists `mistakes` in a file, `origin`, to which `overrides` were applied:
     those in a setting that an override gave name the command line instead."""
+    # Overrides are applied last: a key that the file has as well is at fault as typed.
     given = [override.partition("=")[0] for override in overrides]
     typed = [line for line in mistakes if any(_is_about(line, key) for key in given)]
     filed = [line for line in mistakes if line not in typed]
@@ -59,7 +60,9 @@ def _is_about(mistake: str, key: str) -> bool:
     for cut in range(len(parts)):
         section, rest = ".".join(parts[:cut]), ".".join(parts[cut:])
         if mistake.startswith(f"{section}:" if section else "") and re.search(
-            rf"(?<![\w.]){re.escape(rest)}(?!\w)", mistake
+            # As a whole word: `steps` is neither in `warmup_steps` nor in `steps_per_epoch`.
+            rf"(?<![\w.]){re.escape(rest)}(?!\w)",
+            mistake,
         ):
             return True
     return False
@@ -81,6 +84,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     right spelling."""
     path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
+    # Messages go to logs of launchers, which more people read than the config.
     told = "not shown" if path and names_a_secret(str(path[-1])) else shown(value)
     if item["type"] == "extra_forbidden":
         meant = _key_meant(path, root)
@@ -108,8 +112,10 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key}: {message}" if key else message
     message = _PLAINLY.get(item["type"], message)
+    # pydantic's message is about a Python tuple.
     if item["type"] == "too_short":
         message = f"must have at least {item['ctx']['min_length']} of them"
+    # As most trainers have it: a path alone in the place of a list of sources.
     if key in ("data.train", "data.valid", "data.test") and isinstance(value, str):
         message += f", here [{{path: {value}}}]"
     if item["type"] == "literal_error":
@@ -127,6 +133,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
 def _key_meant(path: Sequence[str | int], root: type[BaseModel]) -> str | None:
     """Return the key of a config that the unknown key at `path` stands for: another trainer's name
     of it, or its own in another section. None if it is neither."""
+    # Other files, such as recipes of corpora, have words of their own.
     is_model = issubclass(root, ModelConfig)
     if not (is_model or root is Config):
         return None

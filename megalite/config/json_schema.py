@@ -42,6 +42,7 @@ def _section(section: type[BaseModel], prefix: str) -> Schema:
         kinds = [registry.families.get(name).CONFIG for name in registry.families.names()]
     fields: dict[str, FieldInfo] = {}
     for each in (section, *kinds):
+        # The first that has a key describes it: the section itself, then its kinds in their order.
         fields = dict(each.model_fields) | fields
     return {
         "type": "object",
@@ -64,6 +65,7 @@ def _field(key: str, field: FieldInfo) -> Schema:
         for name, word in _LIMITS.items()
         if getattr(item, name, None) is not None
     }
+    # Of `int | None` a limit is the number's: null has none.
     for member in found.get("anyOf", [found]):
         if member.get("type") in ("integer", "number"):
             member |= limits
@@ -72,6 +74,7 @@ def _field(key: str, field: FieldInfo) -> Schema:
     if names := names_of(key):
         found = {"enum": list(names)}
     if field.description:
+        # Most editors show the description only, and not the default.
         told = (
             field.description
             if field.is_required()

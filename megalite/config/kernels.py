@@ -28,6 +28,7 @@ class KernelsConfig(Section):
     @classmethod
     def _is_known(cls, name: str, info: ValidationInfo) -> str:
         own, key = implementations(str(info.field_name)), f"{info.field_name}."
+        # In this order: asking the registry imports the plugins.
         if name not in own and key + name not in registry.kernels:
             added = [
                 other.removeprefix(key)

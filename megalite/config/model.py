@@ -105,6 +105,7 @@ class ModelConfig(Section):
     @classmethod
     def _labels_of_answers(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("task") == "answers":
+            # A config that was written by a run has them already.
             return values | {"labels": values.get("labels") or ANSWER_LABELS}
         return values
 
@@ -128,6 +129,7 @@ class ModelConfig(Section):
     @property
     def highest_label(self) -> int:
         """Return the largest label in files, plus 1; see `megalite/data/formats.py`."""
+        # A number is stored as the 32 bits of a float.
         if self.problem == "regression":
             return 2**32 - 1
         if self.task == "answers":  # both bits: an answer of one token
@@ -207,8 +209,10 @@ class LoraConfig(Section):
     @field_validator("targets", mode="before")
     @classmethod
     def _one_or_several(cls, targets: Any) -> Any:
+        # PEFT's files have either form.
         return (targets,) if isinstance(targets, str) else targets
 
     @property
     def scale(self) -> float:
+        # Divided by √rank, the size of an update does not shrink as the rank grows.
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

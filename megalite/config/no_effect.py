@@ -82,9 +82,11 @@ def _idle(config: Config) -> Iterator[str]:
 def _out_of_range(config: Config, start_step: int, world_size: int) -> Iterator[str]:
     """Yield the settings that name steps or ranks which this start does not have."""
     steps, stop_at, profile = config.train.steps, config.train.stop_at, config.profile
+    # Steps are counted from 1, and stop_at is the last one that is made.
     last = min(stop_at or steps, steps)
     if start_step >= last:
         what = f"train.stop_at = {stop_at}" if last < steps else f"train.steps = {steps}"
+        # All else would be about steps that are not made.
         yield f"{what}, and {start_step} steps are done already: there is nothing to do"
         return
     if stop_at and stop_at > steps:

@@ -51,6 +51,7 @@ class ScheduleConfig(Choice):
     def warmup(self, num_steps: int) -> int:
         """Return the steps of the warmup in a run of `num_steps`."""
         share = self.warmup_steps
+        # Rounded up: a share of a short run is a step at least.
         return math.ceil(share * num_steps) if 0 < share < 1 else int(share)
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
@@ -81,6 +82,7 @@ class ParameterGroup(Section):
         """Return whether the group is that of a weight made of the Hugging Face tensors `names`.
 
         Raises ConfigError where it takes some of them only: they are one weight."""
+        # Unlike `fnmatch`, which goes by the system, it tells capitals apart everywhere.
         taken = [fnmatch.fnmatchcase(name, self.match) for name in names]
         if any(taken) and not all(taken):
             raise ConfigError(
@@ -177,6 +179,7 @@ class OptimizerConfig(Choice):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
+        # A checkpoint has a file for each state, named after it.
         if taken := {"weight", "master", "grad", EMA}.intersection(cls.STATES):
             raise ConfigError(
                 f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint"

@@ -15,7 +15,9 @@ class RunConfig(Section):
     """Name and folder of the run."""
 
     name: str = Field(
+        # It names a folder, and the run to trackers: no separator, no option of a command, no hidden folder.
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        # File systems take names of 255 bytes, some of which are made of this one.
         max_length=200,
         description="Name of the run, and of its folder below `dir`.",
     )

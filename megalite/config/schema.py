@@ -65,6 +65,7 @@ class Config(Section):
         """Return the config with `train.steps` for `count` samples, which `why` asks for. Raises
         ValueError where other steps are given, or do not go with the schedule."""
         train, steps = self.train, self.train.steps_for(count)
+        # A config that a run has written holds both lengths; they differ only if one was changed since.
         if train.steps not in (0, steps):
             raise ValueError(
                 f"train.steps {train.steps} and {why}, which is {steps} steps, are two lengths of the run; give one, "
@@ -107,6 +108,7 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_length_warmup would cut what {what} needs whole; leave it out"
             )
+        # Told by what an objective overrides, not by its name: it may be a plugin's.
         if task == "seq2seq" and type(self.objective).lengths is ObjectiveConfig.lengths:
             raise ValueError(
                 f"objective.name: {self.objective.name} has no source for the encoder of model.task: seq2seq; "
@@ -148,6 +150,7 @@ class Config(Section):
             raise ValueError(
                 f"lora would leave the head of model.task: {self.model.task} as it is; train without it"
             )
+        # Each of two stacks has positions of its own: neither may be too long by itself.
         _, source, target = self.lengths
         longer = {"data.seq_length": source or target, "the decoder's length": target}
         for name, length in longer.items():
@@ -222,6 +225,7 @@ class Config(Section):
             raise ValueError(
                 "checkpoint.keep_best goes by the validation loss, which needs data.valid or data.split"
             )
+        # Without `every` the only checkpoint is that of the last step, which is always validated.
         if every and (not eval_every or every % eval_every):
             raise ValueError(
                 f"checkpoint.keep_best needs a validation at each checkpoint, but checkpoint.every {every} is no "
@@ -244,4 +248,5 @@ class Config(Section):
         return self.train.samples_after(self.train.steps) * self.sample_tokens
 
     def to_yaml(self) -> str:
+        # Through JSON's types: YAML has none for paths and tuples.
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -28,6 +28,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # Of all fields in one place: no section can forget it for a path of its own.
     @field_validator("*", mode="before")
     @classmethod
     def _tilde_is_home(cls, value: Any, info: ValidationInfo) -> Any:
@@ -41,6 +42,7 @@ class Section(BaseModel):
         """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a
         mistake."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
+            # Looked at by types, not by names: settings of plugins are refused alike.
             types = set(_types_in(field.annotation))
             if types & {int, float} and bool not in types and _holds_bool(values.get(name)):
                 raise ValueError(f"{name} = {values[name]}: should be a number")
@@ -86,6 +88,7 @@ class Choice(Section):
         if "KINDS" not in vars(cls) or not isinstance(values, dict):
             return cls
         name = values.get("name", cls.model_fields["name"].default)
+        # What is wrong with such a name, validation of the field says.
         if not isinstance(name, str):
             return cls
         kind = cls.KINDS.get(name)
@@ -108,6 +111,7 @@ class Choice(Section):
             ) from None
         if kind is cls:
             return handler(values)
+        # By the kind's own class: its settings, defaults and checks count, not the base's.
         return kind.model_validate(cls._without_other_kinds(values, kind))
 
     @classmethod
@@ -145,6 +149,7 @@ def at_home(path: Any) -> Any:
         raise ValueError("holds a NUL character, which no path has")
     if not (isinstance(path, str | Path) and str(path).startswith("~")):
         return path
+    # It returns what it cannot expand as it was.
     found = os.path.expanduser(path)
     if str(found).startswith("~"):
         raise ValueError(f"there is no user of that name; ./{path} is a folder that is called so")

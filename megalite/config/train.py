@@ -36,6 +36,7 @@ class Fp8Config(Section):
         description="Numbers that share a scale. blockwise: 128 of activations and gradients, 128 × 128 of weights; "
         "mxfp8: 32; rowwise: a row; current: a whole matrix.",
     )
+    # As Megatron-LM's --first-last-layers-bf16: rounding costs most at the ends of a model.
     first_last_bf16: tuple[int, int] = Field(
         (1, 1), description="How many of the first and of the last layers stay as they are."
     )
@@ -54,6 +55,7 @@ class Fp8Config(Section):
 class TrainConfig(Section):
     """Length, batch size, precision and memory of training."""
 
+    # The default is not validated: 0, which nobody can give, stands for not known yet.
     steps: int = Field(
         0,
         gt=0,
@@ -128,6 +130,7 @@ class TrainConfig(Section):
     @field_validator("tokens", mode="before")
     @classmethod
     def _with_a_unit(cls, tokens: Any) -> Any:
+        # Before pydantic, to which 300B is no number.
         return int(parse_count(tokens)) if isinstance(tokens, str) else tokens
 
     @field_serializer("steps")
@@ -151,6 +154,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _ramp_ends(self) -> TrainConfig:
         ramp, whole = self.batch_ramp, self.global_batch_size
+        # The last growth must end exactly at the whole batch, whose size the plan is about.
         if ramp and (ramp.start >= whole or (whole - ramp.start) % ramp.increment):
             raise ValueError(
                 f"batch_ramp grows from {ramp.start} by {ramp.increment} at a time, which never makes "
