@@ -49,6 +49,7 @@ def _average(arguments: argparse.Namespace) -> None:
     from megalite.infer.generate import find_model
 
     model = average_of(
+        # Found before any is read: the last of many may be misspelt.
         [find_model(path) for path in arguments.models],
         arguments.shares,
         arguments.method,

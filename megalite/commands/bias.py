@@ -41,6 +41,7 @@ def asks_for_bias(arguments: argparse.Namespace) -> bool:
         return False
     if arguments.tasks or arguments.data or arguments.tokens or arguments.chat:
         raise ConfigError("--bias goes with none of --tasks, --data, --tokens and --chat")
+    # Words of groups are counted in the corpus; the tests themselves have their own.
     if arguments.groups and not arguments.corpus_report:
         raise ConfigError("--groups goes with --corpus-report REPORT.json")
     return True

@@ -39,6 +39,7 @@ def _keys(arguments: argparse.Namespace) -> None:
     sections = catalog()
     for prefix in arguments.prefixes:
         names = {key.name for keys in sections.values() for key in keys} | sections.keys()
+        # Before anything is printed: a part of what was asked for looks like all of it.
         if not any(_is_below(name, prefix) for name in names):
             raise ConfigError(
                 f"no key is {prefix!r}; {did_you_mean(prefix, names, 'see them all')}"
@@ -122,6 +123,7 @@ def _presets(arguments: argparse.Namespace) -> None:
 
     rows: list[tuple[object, ...]] = []
     for name in presets():
+        # Sizes follow from the table of weights: a preset does not say them.
         model = model_config({"preset": name})
         size = sum(weight.numel for weight in weight_table(model))
         sizes = (model.num_layers, model.hidden_size, model.num_attention_heads)
@@ -149,6 +151,7 @@ def _new(arguments: argparse.Namespace) -> None:
         print(text, end="")
         return
     try:
+        # "x" looks and makes in one: no file that comes meanwhile is lost.
         with arguments.output.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
@@ -163,4 +166,5 @@ def _schema(arguments: argparse.Namespace) -> None:
 
     from megalite.config.json_schema import json_schema
 
+    # As it stands in the repository, which a test compares letter by letter.
     print(json.dumps(json_schema(), indent=1, ensure_ascii=False))

@@ -45,6 +45,7 @@ def _prepare(args: argparse.Namespace) -> int:
             f"submitted; {config.output}/report.html comes at the end, and the same command resubmits what failed"
         )
         return 0
+    # The first stage only reads: what it kept is all there was.
     read, seconds = report["stages"][0]["kept"], time.monotonic() - start
     kept = {side: f"{count['documents']:,} {side}" for side, count in report["splits"].items()}
     print(

@@ -39,6 +39,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--output {output} must end in .npy or .jsonl")
     if output:
         check_output(output, arguments.input)
+    # All are read before the model, so that a bad line is told at once.
     texts = [*arguments.texts, *read_texts(arguments.input)]
     if not texts:
         raise ConfigError("give a TEXT, or --input FILE")

@@ -77,6 +77,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if asks_for_bias(arguments):
         measure_bias(arguments)
         return
+    # Options are called as the fields: one that is added to both is passed on.
     names = {name: getattr(arguments, name) for name in Asked._fields}
     asked = Asked(
         **names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]}

@@ -1,6 +1,7 @@
 """Examples that `--help` shows, by verb. A test reads each of them as the command line does."""
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    # Of the program itself, whose name has no verb behind it.
     "": (
         "megalite config new --preset llama-8m > my.yaml    # then: megalite train my.yaml",
         "megalite train configs/quickstart.yaml train.steps=100",

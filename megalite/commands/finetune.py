@@ -72,6 +72,7 @@ def _finetune(arguments: argparse.Namespace) -> Exit:
     from megalite.utils.outside import check_output
     from megalite.utils.resources import with_overrides
 
+    # Ranks would all write the same token files.
     if Launch.from_environment().world_size > 1:
         raise ConfigError(
             "finetune prepares rows in one process: give --output FILE, and start `megalite train FILE` on the ranks"
@@ -83,6 +84,7 @@ def _finetune(arguments: argparse.Namespace) -> Exit:
     model, data, overrides = arguments.model, arguments.data, arguments.overrides
     values = _config_values(model, data, arguments.method, overrides)
     config = parse_config(values, overrides, origin="finetune")
+    # What was asked for, not the whole config: a person goes on editing it.
     text = yaml.safe_dump(with_overrides(values, overrides), sort_keys=False)
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
@@ -128,10 +130,12 @@ def _config_values(
     values = read_yaml(configs_dir() / f"{name}.yaml")
     most = model_config({"hf": str(model)}).max_positions
     values["model"] |= {"hf": str(model)}
+    # The model's own tokenizer: ids of another one would name other rows of its embedding.
     values["data"] |= {
         "tokenizer": str(model),
         "seq_length": min(values["data"]["seq_length"], most),
     }
+    # Steps of the shipped configs are for their data; here epochs of these rows count.
     del values["train"]["steps"]
     values["train"] |= {"epochs": EPOCHS}
     # A share of the steps: there may be few.
@@ -143,6 +147,7 @@ def _config_values(
     # Before any work: the data changes nothing about what is wrong with a setting.
     parse_config(values, overrides, origin=f"configs/{name}.yaml")
     given = with_overrides(values, overrides)
+    # In the run's folder: another run of other rows cannot take these for its own.
     prefix = Path(given["run"]["dir"], given["run"]["name"], "rows")
     _tokenize(data, prefix, format, str(given["data"]["tokenizer"]))
     values["data"]["train"] = [{"path": str(prefix)}]
@@ -160,6 +165,7 @@ def _model(path: Path) -> Path:
     from megalite.models.peft import is_adapter
 
     folder = find_model(path)
+    # Its weights are differences from those of a model, which is not in this folder.
     if is_adapter(folder):
         raise ConfigError(
             f"{folder} is an adapter; `megalite convert {path} OUT` merges it into its model, and OUT can be finetuned"
@@ -174,6 +180,7 @@ def _format(inputs: Sequence[str]) -> Format:
     from megalite.data.rows import excerpt, list_rows, read_rows
     from megalite.errors import DataError
 
+    # The first row stands for all: preprocessing refuses one of another format by its line.
     row = next(read_rows(list_rows(inputs, Report()), Report()), None)
     found = row and format_of(row.values)
     known = {format for _, formats in METHODS.values() for format in formats}
@@ -233,8 +240,10 @@ def _tokenize(inputs: Sequence[str], prefix: Path, format: Format, tokenizer: st
 
 def _fit(values: dict[str, Any], rows: IndexedDataset, pairs: bool) -> None:
     """Set the tokens of a sample and the batch as the rows ask for it."""
+    # Both answers of a preference are side by side in a sample.
     longest = int(rows.lengths(0, rows.num_sequences).max()) * (2 if pairs else 1)
     length = SHORTEST
+    # Doubled, so that it divides over tensor and context ranks.
     while length < longest:
         length *= 2
     data, train = values["data"], values["train"]
@@ -243,4 +252,5 @@ def _fit(values: dict[str, Any], rows: IndexedDataset, pairs: bool) -> None:
     while batch > SMALLEST_BATCH and rows.num_tokens < FEWEST_STEPS * batch * length:
         batch //= 2
     train["global_batch_size"] = batch
+    # It must divide the batch, which may just have become smaller.
     train["micro_batch_size"] = min(train["micro_batch_size"], batch)

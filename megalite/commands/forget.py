@@ -40,6 +40,7 @@ def _forget(arguments: argparse.Namespace) -> None:
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     removal = plan_removal(arguments.run, read_names(arguments.documents), arguments.corpora)
+    # Before it is done: lines that --corpora blanks cannot be put back.
     console.print(str(removal))
     if not arguments.dry_run:
         register = arguments.register or removal.run.config.run.dir / "forgotten.jsonl"

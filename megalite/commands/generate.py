@@ -89,11 +89,13 @@ def _generate(arguments: argparse.Namespace) -> None:
         else generator.prompt_ids(said)
     )
     most = arguments.max_tokens
+    # As many as fit behind the prompt, where the model itself names no number.
     most = generator.habits.most_tokens(len(prompt), 128) if most is None else most
     request = generator.request(prompt, most, replace(generator.sampling, **asked), arguments.stop)
     request = generator.as_chat(request) if arguments.chat else request
     for text in itertools.chain([] if arguments.chat else [said], generator.stream(request), "\n"):
         if launch.rank == 0:  # the other ranks compute the same
+            # Flushed: an answer is read while it is made.
             print(text, end="", flush=True)
     leave()
 
@@ -106,6 +108,7 @@ def _generate_target(arguments: argparse.Namespace, folder: Path) -> None:
     from megalite.errors import ConfigError
     from megalite.infer.seq2seq import Beams, TargetGenerator
 
+    # Refused, not ignored: a target that does not stop where it should looks like the model's fault.
     # Each of several ranks would print the same target.
     num_ranks = max(arguments.tensor * arguments.pipeline, Launch.from_environment().world_size)
     if arguments.chat or arguments.stop or num_ranks > 1:

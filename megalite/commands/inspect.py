@@ -39,6 +39,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from megalite.data.inspect import inspect_file, inspect_samples
 
     console, count, start = Console(soft_wrap=True), arguments.count, arguments.start
+    # Token files have no ending: PREFIX stands for three files.
     if arguments.what.endswith((".yaml", ".yml")):
         config = load_config(arguments.what, arguments.overrides)
         inspect_samples(config, arguments.split, count, start, console)

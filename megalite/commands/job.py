@@ -32,6 +32,8 @@ def _job(arguments: argparse.Namespace) -> None:
     from megalite.plan import nodes_that_fit, smallest_world
 
     config = load_config(arguments.config, arguments.overrides)
+    # Without GPUs the smallest layout is spread over the nodes, rounded up.
     ranks = arguments.ranks_per_node or -(-smallest_world(config) // arguments.nodes)
     table = weight_table(config.model, config.lora)
+    # In this order, which `slurm/pretrain.sh` reads.
     print(ranks, nodes_that_fit(config, table, arguments.nodes, ranks), config.run.folder)

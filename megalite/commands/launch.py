@@ -52,9 +52,11 @@ def _launch(arguments: argparse.Namespace) -> int:
     table = weight_table(config.model, config.lora)
     hosts = read_hosts(arguments.hosts) if arguments.hosts is not None else []
     count = len(hosts) or 1
+    # This machine's GPUs stand for those of every host.
     ranks = arguments.ranks or _gpus() or -(-smallest_world(config) // count)
     fit = nodes_that_fit(config, table, count, ranks)
     if fit < count:
+        # Told, as idle hosts cost as much: parallel.elastic allows for it.
         print(f"== {fit} of {count} hosts are used: no more fit {arguments.config}")
         hosts = hosts[:fit]
     python = _words(arguments.python or "") or [sys.executable]
@@ -64,6 +66,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         for number in range(len(hosts) or 1)
     ]
     if hosts:
+        # Relative paths of the config mean the same on every host.
         here = Path.cwd()
         commands = [
             over_ssh(host, command, here, ranks)
@@ -94,7 +97,9 @@ def _gpus() -> int:
 def _become(command: list[str], ranks: int) -> int:
     """Run a command in place of this process, which leaves its signals and its status to it."""
     cores = len(os.sched_getaffinity(0))
+    # Otherwise each rank would start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
+    # What is in the buffer would be gone with this program.
     sys.stdout.flush()
     try:
         os.execvp(command[0], command)

@@ -96,4 +96,5 @@ def _monitor(arguments: argparse.Namespace) -> int:
         arguments.log, arguments.reference, arguments.window, limits, arguments.output, webhook
     )
     print(*told(report, lines), sep="\n")
+    # A status of its own: cron and Kubernetes tell an alarm from a failure by it.
     return Exit.ALARM if report.alarms else Exit.DONE

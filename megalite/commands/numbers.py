@@ -12,6 +12,7 @@ def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
     """Return the `type` of an option that takes integers from `smallest` to `largest`."""
 
     def integer(text: str) -> int:
+        # A ValueError of `int` argparse tells itself.
         if not smallest <= (value := int(text)) <= largest:
             raise argparse.ArgumentTypeError(f"{text} is not between {smallest:,} and {largest:,}")
         return value

@@ -36,4 +36,5 @@ def _parity(arguments: argparse.Namespace) -> int:
 
     lines, agree = compare_runs(arguments.a, arguments.b, arguments.tolerance, arguments.step)
     print(*lines, sep="\n")
+    # As diff and cmp end.
     return 0 if agree else 1

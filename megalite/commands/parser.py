@@ -50,6 +50,7 @@ class VerbParser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **named: Any):
         named.setdefault("formatter_class", _Formatter)
         super().__init__(*arguments, **named)
+        # argparse looks types up here: every option of a path is checked so.
         self.register("type", Path, lambda path: Path(not_empty(path)))
         self.fill: Callable[[VerbParser], None] | None = None
         """Adds the arguments when they are first needed."""
@@ -66,9 +67,11 @@ class VerbParser(argparse.ArgumentParser):
 
     def complete(self) -> None:
         """Add the arguments, if they are not there yet, and the examples."""
+        # Once only: argparse refuses an option that is added twice.
         fill, self.fill = self.fill, None
         if fill:
             fill(self)
+        # `prog` is "megalite VERB"; of the program itself nothing is left behind the blank.
         examples = EXAMPLES.get(self.prog.partition(" ")[2])
         if examples:
             self.epilog = "\n".join(["examples:", *(f"  {line}" for line in examples)])
@@ -79,6 +82,7 @@ class VerbParser(argparse.ArgumentParser):
         # Whoever types a name alone wants to know what there is below it.
         alone = self.verbs and self.verbs.required and not args
         args = ["--help"] if alone else self._plain(args)
+        # argparse itself would list all verbs, but offer none.
         if self.verbs and args and args[0][0:1] != "-" and args[0] not in self.verbs.choices:
             known = [name for name, verb in self.verbs.choices.items() if verb.listed]
             hint = did_you_mean(args[0], known, f"known: {', '.join(known)}")
@@ -88,6 +92,7 @@ class VerbParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with what is wrong in one line, as all mistakes are told."""
+        # A question offers something already.
         hint = "" if message.endswith("?") else f"; `{self.prog} --help` shows how it is called"
         self.exit(2, f"error: {message}{hint}\n")
 
@@ -95,6 +100,7 @@ class VerbParser(argparse.ArgumentParser):
         """Add the overrides behind an option, which argparse leaves over in `rest` since it collects
         positional arguments only once; end with an error for any other word."""
         for word in rest:
+            # Words in front of an option are in `overrides` already: the order stays.
             if not hasattr(found, "overrides") or word[0] == "-" or "=" not in word:
                 self.error(self._not_taken(word))
             found.overrides.append(word)
@@ -105,6 +111,7 @@ class VerbParser(argparse.ArgumentParser):
         if word[0] != "-":
             return f"{self.prog} does not take the argument {word!r}"
         option, _, _ = word.partition("=")
+        # Of verbs that take settings. The catalog imports all families: for a mistake only.
         if "--config" in self.spelled:
             from megalite.config.aliases import key_of
             from megalite.config.catalog import catalog
@@ -115,6 +122,7 @@ class VerbParser(argparse.ArgumentParser):
             name = option.lstrip("-").replace("-", "_")
             if key := name if name in known else key_of(name, known):
                 return f"there is no option {option}; did you mean the setting `{key}=…`, without dashes?"
+        # Letters are compared; dashes, which all have, would make all of them alike.
         known = [name.lstrip("-") for name in self._option_string_actions if name != "-h"]
         close = nearest(option.lstrip("-"), known)
         return f"there is no option {option}" + (f"; did you mean '--{close}'?" if close else "")
@@ -131,6 +139,7 @@ class VerbParser(argparse.ArgumentParser):
             given = value if equals else next(words, None)
             if given is None:
                 self.error(f"argument {option}: expected one argument")
+            # The file is the first argument wherever it is given; settings stay in their order.
             place = self.spelled[option]
             plain.insert(len(plain) if place is None else place, given)
         return plain
@@ -144,6 +153,7 @@ def add_late(verbs: Verbs, name: str, help: str | None, module: str = "") -> Non
     parser.listed = help is not None
 
     def fill(parser: VerbParser) -> None:
+        # Here, not above: `megalite --help` imports no verb.
         found = importlib.import_module(f"megalite.commands.{module or name}")
         parser.description = found.__doc__
         found.add_arguments(parser)

@@ -25,5 +25,6 @@ def _preflight(arguments: argparse.Namespace) -> Exit:
     from megalite.health.preflight import preflight
 
     launch, config = Launch.from_environment(), load_config(arguments.config, arguments.overrides)
+    # No process group yet: it would wait for the very nodes that are to be found.
     store = launch.meet(config.health.hang_timeout_s or 1800.0)
     return preflight(config, launch, store, arguments.interconnect)

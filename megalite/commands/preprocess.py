@@ -127,6 +127,7 @@ def _add_rows(parser: VerbParser) -> None:
 
 def _preprocess(args: argparse.Namespace) -> int:
     """Tokenize the inputs as the command line says; return the exit status."""
+    # Whatever differs from its default: of options that do nothing here the user would not hear.
     for_text = (
         args.append_eod
         or args.exact

@@ -43,6 +43,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         arguments.layers, arguments.hidden, arguments.heads, arguments.kv_heads, arguments.inner, arguments.experts
     )  # fmt: skip
     data = arguments.data, arguments.rows, arguments.length
+    # --method is of single weights only, so that it asks for them by itself.
     if arguments.sparsity or arguments.method:
         prune_weights(folder, arguments.output, target, arguments.sparsity, arguments.method, *data)
     else:

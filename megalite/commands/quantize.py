@@ -51,6 +51,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         folder, make_scheme(arguments.scheme, arguments.group), arguments.method, runs
     )
     write_model(model, arguments.output, console=Console(stderr=True))
+    # Without data there are no outputs to compare.
     of = "outputs" if runs else "weights"
     print(
         f"{arguments.output}: {len(report.errors)} matrices, mean error of their {of} {report.mean_error:.2e}"

@@ -23,4 +23,5 @@ def _retrain(arguments: argparse.Namespace) -> int:
     from megalite.retrain.run import retrain
 
     config = load_retrain_config(arguments.config, arguments.overrides)
+    # Flushed: a round takes long, and its log is read meanwhile.
     return retrain(config, lambda line: print(line, flush=True))

@@ -134,6 +134,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.errors import ConfigError
 
     try:
+        # Looked for by name here: deep in the server a missing package would be a traceback.
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
@@ -167,6 +168,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     if arguments.also and arguments.challenger:
         raise ConfigError("--also and --challenger do not go together: one server does either")
+    # Before weights are read, which takes minutes: a port that is taken is told at once.
     address = bind(arguments.host, arguments.port)
     size = arguments.slots, arguments.max_length
     first, other = partial(open_model, arguments.model, *size), arguments.challenger
@@ -182,4 +184,5 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _name_of(path: Path) -> str:
     """Return a model's name for clients: that of a link, not of what it leads to, so that it is the
     same after a swap."""
+    # Not `resolve`, which follows links.
     return Path(os.path.abspath(path)).name

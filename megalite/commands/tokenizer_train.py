@@ -63,6 +63,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     if str(report):
         print(report, file=sys.stderr)
+    # Not refused: a small text has no more pairs, and is often a try.
     if tokenizer.vocab_size < args.vocab_size:
         print(
             f"warning: the vocabulary came out at {tokenizer.vocab_size:,} tokens, not {args.vocab_size:,}: the text "

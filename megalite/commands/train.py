@@ -34,6 +34,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
         if launch.rank == 0:
             plan = make_plan(config, weight_table(config.model, config.lora), world_size)
             print(plan.describe())
+            # What DeepSpeed is given follows from the plan, and is what its users know.
             if plan.engine == "deepspeed":
                 import json
 
