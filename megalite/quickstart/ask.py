@@ -18,6 +18,7 @@ WAIT_S = 60.0
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.socket() as listener:
+        # Port 0: the system takes a free one.
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
@@ -37,6 +38,7 @@ def ask(url: str) -> str:
             with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
                 return json.load(answer)["choices"][0]["message"]["content"]
         except urllib.error.URLError:
+            # Until its weights are read, the server does not listen, or says that it is not ready.
             if time.monotonic() > until:
                 raise
             time.sleep(0.5)
@@ -46,6 +48,7 @@ def serve_and_ask(model: Path) -> int:
     """Print the question and the served model's answer; return 1 where there is none."""
     port = free_port()
     command = [sys.executable, "-m", "megalite", "serve", str(model), "--port", str(port)]
+    # Nobody else asks: no answer has to be waited for at the end.
     server = subprocess.Popen([*command, "--grace", "0"])
     try:
         answer = ask(f"http://127.0.0.1:{port}")

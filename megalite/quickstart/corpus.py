@@ -24,6 +24,7 @@ LEFT_OUT = {
 
 def sources(root: Path) -> Iterator[Path]:
     """Yield the standard library's source files below `root`, without tests and large tables."""
+    # Sorted: file systems list in any order, and the text must be the same on every machine.
     for path in sorted(root.rglob("*.py")):
         if not LEFT_OUT & set(path.relative_to(root).parts):
             yield path
@@ -40,6 +41,7 @@ def write_corpus(folder: Path) -> str:
             name = str(path.relative_to(root))
             # Split by the hash of the name: the same files are held out on every machine.
             split = "valid" if hashlib.sha256(name.encode()).digest()[0] < 12 else "train"
+            # A few files of the library are in other encodings, as tests of them.
             text = path.read_text(encoding="utf-8", errors="replace")
             files[split].write(json.dumps({"text": text, "path": name}) + "\n")
             counts[split] += len(text)

@@ -40,6 +40,7 @@ def _make_base(folder: Path) -> None:
     """Pretrain a base model, unless the quickstart has, and give it a chat template."""
     say(f"4. a base model: the quickstart's run, or its first {BASE_STEPS} steps")
     run = Path("runs", "quickstart")
+    # A longer run of the quickstart is as good a base, and is there already.
     if not [*(folder / run / "checkpoints").glob("step-*")]:
         config = str(shortest_of(configs_dir() / "quickstart.yaml", folder))
         settings = ("parallel.tensor=1", "train.micro_batch_size=4", f"train.stop_at={BASE_STEPS}")
@@ -62,6 +63,7 @@ def _train(folder: Path) -> None:
     name = "run.name=quickstart-"
     run_verb(folder, "finetune", str(BASE), "--data", rows["chats"], f"{name}sft", *SMALL, *lr)
     say("7. an adapter comes to prefer short answers (DPO with LoRA), and is merged")
+    # A tenth of the other rate: DPO leaves the reference's ways soon.
     given = (f"{name}dpo", *ADAPTER, *SMALL, "optimizer.lr=2e-4", "train.epochs=1")
     run_verb(folder, "finetune", "runs/quickstart-sft", "--data", rows["preferences"], *given)
     if not (folder / MERGED).exists():
@@ -78,6 +80,7 @@ def _measure_and_serve(folder: Path) -> int:
     from megalite.quickstart.ask import serve_and_ask
 
     say("9. held-out questions, before and after the preferences")
+    # Held-out rows: both models know the others by heart.
     for model in ("runs/quickstart-sft", str(MERGED)):
         run_verb(folder, "eval", model, "--data", str(ROWS / "held-out.jsonl"), "--chat")
     asked = ("--chat", "--prompt", "What is this line?\nimport os", "--temperature", "0")

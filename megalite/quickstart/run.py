@@ -106,6 +106,7 @@ def make_tokens(model: Model, folder: Path) -> None:
     say("2. tokenizer")
     if not (folder / data / "tokenizer").exists():
         part = data / "tokenizer.part"
+        # Of a start that was interrupted: a tokenizer is not written over another.
         shutil.rmtree(folder / part, ignore_errors=True)
         options = ("--vocab-size", "4096", "--type", model.tokenizer)
         text = str(data / "train.jsonl")
@@ -113,6 +114,7 @@ def make_tokens(model: Model, folder: Path) -> None:
         (folder / part).replace(folder / data / "tokenizer")
     say("3. tokens")
     for split in ("train", "valid"):
+        # .idx is written last, so that the other files are whole where it is.
         if not (folder / data / f"{split}_text_document.idx").exists():
             run_verb(
                 *(folder, "preprocess", "--append-eod", "--input", str(data / f"{split}.jsonl")),
@@ -125,11 +127,13 @@ def _train_and_show(model: Model, folder: Path) -> int:
     # Two CPU ranks, whatever else this machine has.
     config = shortest_of(configs_dir() / f"{model.name}.yaml", folder)
     launch = ["launch", "--ranks", "2", str(config)]
+    # The config asks for it offline, which needs the package.
     if importlib.util.find_spec("wandb") is None:
         launch.append("observe.wandb.mode=disabled")
     say("4. pretraining: 2 ranks share every matrix (tensor 2) ...")
     run_verb(folder, *launch, "parallel.tensor=2", "train.stop_at=200")
     say("   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)")
+    # Another layout on purpose: that a run goes on with it is what megalite is about.
     run_verb(folder, *launch, "parallel.tensor=1", "train.micro_batch_size=4")
     from megalite.quickstart.report import report
 
@@ -164,6 +168,7 @@ def shortest_of(path: Path, folder: Path) -> Path:
 def run_verb(folder: Path, *words: str) -> None:
     """Run a verb in a folder, with signals passed on to it. Raises Stopped where it fails."""
     print(f"$ megalite {shlex.join(words)}", flush=True)
+    # The same everywhere, and within minutes: two CPU ranks, though there are GPUs.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     # Before the process is there, a signal ends this one as always.
     process = subprocess.Popen(
@@ -171,10 +176,12 @@ def run_verb(folder: Path, *words: str) -> None:
     )
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        # Once it has ended, its number may be that of another process.
         if process.poll() is None:
             process.send_signal(number)
 
     with handling((signal.SIGINT, signal.SIGTERM), pass_on):
         status = process.wait()
     if status:
+        # Negative: ended by a signal, which shells count from 128 on.
         raise Stopped(status if status > 0 else 128 - status)
