@@ -17,6 +17,7 @@ def check_layout(
     takes `micro_batch_size` sequences at a time. `weights` is the model's table; `sequence` says
     whether sequence parallelism is on."""
     parallel, train = config.parallel, config.train
+    # The engine first: what it cannot do at all comes before what does not divide.
     _check_engine(config)
     for size, _ in train.batch_sizes:
         _check_schedule(parallel, size // (micro_batch_size * data))
@@ -107,6 +108,7 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
         )
     if schedule == "interleaved" and virtual == 1:
         raise ConfigError("parallel.schedule: interleaved needs parallel.virtual of at least 2")
+    # Each rank waits for as many passes as there are ranks before it.
     if schedule == "1f1b" and micro_batches < pipeline:
         raise ConfigError(
             f"a step has {micro_batches} micro-batch(es) a rank, fewer than parallel.pipeline = {pipeline}: most of "
@@ -143,6 +145,7 @@ def _check_length(key: str, length: int, config: Config, sequence: bool) -> None
             f"{key} = {length} must be a multiple of 2 × parallel.context = {2 * context}: each rank takes "
             "one piece from the front and one from the back"
         )
+    # A tensor rank has an equal part of what its context rank has of a sequence.
     if sequence and (length // context) % tensor:
         by = (
             f"parallel.tensor = {tensor}"
@@ -184,6 +187,7 @@ def _check_model(config: Config) -> None:
             f"model.family = {config.model.family!r} needs parallel.context: 1, not {context}: not all of its layers "
             "are attention, which alone travels a ring"
         )
+    # A chunk's loss multiplies with the head itself, and bends no logits.
     cap, chunk = architecture.logit_softcap, config.train.loss_chunk
     if cap is not None and chunk is not None:
         raise ConfigError(
@@ -234,6 +238,7 @@ def _check_experts(config: Config, weights: Sequence[Sized], sequence: bool) -> 
         )
     if parallel.engine != "native":
         raise ConfigError(f"{key} needs parallel.engine: native, not {parallel.engine}")
+    # With sequence parallelism each rank sends the tokens that it alone has.
     if cut.tensor != parallel.tensor and parallel.tensor > 1 and not sequence:
         raise ConfigError(
             f"{key} with parallel.expert_tensor = {cut.tensor} beside parallel.tensor = {parallel.tensor} needs "
@@ -287,6 +292,7 @@ def _check_noise_scale(config: Config, data: int, micro_batches: int) -> None:
             f"observe.noise_scale_every = {every} needs parallel.context: 1, not {parallel.context}: it compares "
             "gradients of whole sequences"
         )
+    # In stage 2 each micro-batch is reduced by itself, and so is a smaller batch.
     if every and data * (micro_batches if parallel.zero_stage == 2 else 1) == 1:
         raise ConfigError(
             f"observe.noise_scale_every = {every} needs several data ranks, or several micro-batches with "
@@ -298,6 +304,7 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
     """Raise ConfigError for settings that cannot be combined with lora."""
     if config.lora is None:
         return
+    # Embedding and head are frozen: without a layer nothing of a stage has a gradient.
     if any(stage.start == stage.stop for stage in stages):
         raise ConfigError(
             f"parallel.stage_layers = {list(config.parallel.stage_layers or ())}: with lora every stage needs a layer, "
@@ -329,6 +336,7 @@ def _check_overlap(config: Config) -> None:
         ("lora", config.lora, "whose adapters are computed"),
         ("train.fp8", config.train.fp8, "whose operands are rounded"),
     ):
+        # Pieces of a product are sent as they are done: nothing may come between the two.
         if config.parallel.tensor_overlap and given is not None:
             raise ConfigError(
                 f"parallel.tensor_overlap: true is for training without {name}, {what} between a product and its "

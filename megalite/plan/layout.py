@@ -178,6 +178,7 @@ class Plan:
             f"{name} {size}" for name, size in axes.items() if size > 1 or name == "data"
         )
         tensor, expert = self.experts
+        # Experts are spread over the same ranks once more, by other axes.
         folded = f"expert {expert} × expert tensor {tensor}, on {self.replicas_of(self.experts)} replicas"
         lines = [
             ("ranks", f"{self.world_size} = {product}"),

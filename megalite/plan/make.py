@@ -85,6 +85,7 @@ def nodes_that_fit(
     Tensor, pipeline and context parallelism and the global batch stay as in `config`; `weights` is
     the model's table. Raise ConfigError if no number fits."""
     refused: dict[int, ConfigError] = {}
+    # From the most down: the first that fits leaves fewest nodes idle.
     for count in range(nodes, 0 if config.parallel.elastic else nodes - 1, -1):
         try:
             make_plan(config, weights, count * ranks_per_node)
@@ -92,6 +93,7 @@ def nodes_that_fit(
             refused[count] = error
         else:
             return count
+    # Its own message is better than one about numbers of nodes.
     if len(refused) == 1:
         raise refused[nodes]
     raise ConfigError(
@@ -106,6 +108,7 @@ def _micro_batch_size(config: Config, data: int) -> int:
     # Every batch size of a ramp must come out even.
     shares, rest = divmod(gcd(*sizes), data)
     fitting = [] if rest else [fewer for fewer in divisors(shares) if fewer <= size]
+    # With lost nodes there are fewer data ranks, over which the same batch must come out even.
     if size in fitting or (fitting and config.parallel.elastic):
         return fitting[-1]
     advice = (

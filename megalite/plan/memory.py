@@ -34,6 +34,7 @@ def fullest_rank(
     cannot be cut."""
     pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
     dense = Cut(config.parallel.tensor)
+    # Once a weight: the stages of all pipeline ranks ask for it again.
     local: dict[str, int] = {}
     quantised: dict[str, int] = {}
     for weight in weights:
@@ -85,6 +86,7 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
     optimizer = 0.0
     for params, trained, states, replicas, quantised, quantised_bytes in held:
         whole = params - quantised
+        # Divided and rounded up: shards are padded to one size.
         weights += -(-whole // replicas) if zero_stage == 3 else whole
         in_few_bits += quantised_bytes
         gradients += -(-trained // replicas) if zero_stage >= 2 else trained

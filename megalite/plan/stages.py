@@ -16,6 +16,7 @@ def make_stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ..
     num_stages = parallel.pipeline * parallel.virtual
     if parallel.stage_layers is not None:
         counts = list(parallel.stage_layers)
+        # A stage may be empty: the last one then has the head alone.
         if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 0:
             raise ConfigError(
                 f"parallel.stage_layers = {counts} must be {num_stages} counts (pipeline × virtual) that add up to the "
@@ -67,5 +68,6 @@ def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
     attention = (
         sum(layer.mixer.products(config.data.seq_length) for layer in model.architecture.layers) / 2
     )
+    # The head by its shape: a tied one has no weight of its own in the table.
     head = model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
     return (1 + predictors) * head + predictors
