@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalite.cli import main, make_parser
+from megalite.errors import DataError
 from megalite.quickstart import ask, finetune
 from megalite.quickstart.rows import COUNTS, write_rows
 
@@ -62,3 +63,11 @@ def test_it_learns_to_answer(tmp_path: Path, request: pytest.FixtureRequest) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "→ A definition." in done.stdout
+
+
+def test_a_server_that_ends_is_waited_for_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DataError, match=r"the server has ended with exit status 1 \(failed"):
+        ask.serve_and_ask(tmp_path)

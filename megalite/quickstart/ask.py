@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
+
+from megalite.errors import DataError
+from megalite.runtime.exit_codes import describe
 
 QUESTION = "What is this line?\ndef close(self):"
 WAIT_S = 60.0
@@ -23,9 +25,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def ask(url: str) -> str:
-    """Return the answer to the question; wait until the server is there. Raise URLError where it
-    never is."""
+def ask(url: str, server: subprocess.Popen[bytes]) -> str:
+    """Return the answer of `server`, at `url`, to the question; wait until it is there. Raise
+    DataError where it ends, or never answers."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
@@ -37,10 +39,12 @@ def ask(url: str) -> str:
         try:
             with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
                 return json.load(answer)["choices"][0]["message"]["content"]
-        except urllib.error.URLError:
+        except OSError as error:
             # Until its weights are read, the server does not listen, or says that it is not ready.
+            if (status := server.poll()) is not None:
+                raise DataError(f"the server has ended with {describe(status)}") from None
             if time.monotonic() > until:
-                raise
+                raise DataError(f"{url} does not answer: {error}") from None
             time.sleep(0.5)
 
 
@@ -51,7 +55,7 @@ def serve_and_ask(model: Path) -> int:
     # Nobody else asks: no answer has to be waited for at the end.
     server = subprocess.Popen([*command, "--grace", "0"])
     try:
-        answer = ask(f"http://127.0.0.1:{port}")
+        answer = ask(f"http://127.0.0.1:{port}", server)
     finally:
         server.terminate()
         server.wait(WAIT_S)
