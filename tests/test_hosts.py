@@ -146,6 +146,8 @@ def until(true: Callable[[], object]) -> None:
 def test_hosts_come_from_a_list_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# of rack 3\nnode1\n\n  node2   # the second\n")
     assert read_hosts("node1, node2,") == read_hosts(str(tmp_path / "hosts")) == ["node1", "node2"]
+    many = [f"node{number:04}" for number in range(600)]  # longer than a path may be
+    assert read_hosts(",".join(many)) == many
     command = launcher(["python"], 8, ["me@node1", "node2"], 1, 29500)
     assert {"--node-rank=1", "--master-addr=node1", "--local-addr=node2"} <= set(command)
 
@@ -157,6 +159,8 @@ def test_hosts_come_from_a_list_or_a_file(tmp_path: Path) -> None:
         ("a,b,a", "a is given twice"),
         ("a,-oProxyCommand=x", "'-oProxyCommand=x' is not the name of a host"),
         ("a,b slots=8", "'b slots=8' is not the name of a host"),
+        ("./nodes", "there is no such file"),
+        ("/dev", "there is no such file"),
     ],
 )
 def test_hosts_that_cannot_be(text: str, says: str) -> None:

@@ -23,6 +23,7 @@ from types import FrameType
 
 from megalite.errors import ConfigError
 from megalite.runtime.exit_codes import Exit, describe
+from megalite.utils.outside import read_text
 
 SHELL = """\
 while IFS= read -r line && [ "$line" != . ]; do export "$line"; done
@@ -68,8 +69,9 @@ def read_hosts(text: str) -> list[str]:
 
     Raises ConfigError where there are none, or one is given twice."""
     words = text.split(",")
-    if Path(text).is_file():
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    # Unlike pathlib's, it takes names of many hosts, too long for a path, for no file.
+    if os.path.isfile(text):
+        lines = read_text(Path(text), ConfigError).splitlines()
         words = [line.partition("#")[0] for line in lines]
     hosts = [word.strip() for word in words if word.strip()]
     if not hosts:
@@ -77,6 +79,10 @@ def read_hosts(text: str) -> list[str]:
     for host in hosts:
         if host.startswith("-") or len(host.split()) > 1:
             raise ConfigError(f"--hosts {text}: {host!r} is not the name of a host")
+        if "/" in host:
+            raise ConfigError(
+                f"--hosts {text}: there is no such file, and hosts have no / in names"
+            )
         if hosts.count(host) > 1:
             raise ConfigError(f"--hosts {text}: {host} is given twice; --ranks says how many ranks")
     return hosts
