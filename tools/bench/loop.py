@@ -270,11 +270,11 @@ def check_gate(loop: Loop) -> None:
         more = [*more, f"rows=[gate-{number}.json]", f"dir=gate-{number}"]
         said = retrain_under_load(loop, "run.yaml", *more)
         file = loop.root / f"gate-{number}" / "round-0001" / "round.json"
-        nothing: Any = {"verdict": {"reasons": [said]}}
-        state = json.loads(file.read_text()) if file.exists() else nothing
-        reasons = state["verdict"]["reasons"]
+        state = json.loads(file.read_text()) if file.exists() else {}
+        verdict = state.get("verdict", {"gain": None, "reasons": [said]})
+        reasons: list[str] = verdict["reasons"] or ["none"]
         is_kept = state.get("outcome") == "kept" and (loop.root / "served").resolve() == served
-        holds = is_kept and state["verdict"]["gain"][1] > 0 and reason in reasons[-1]
+        holds = is_kept and (verdict["gain"] or [0, 0])[1] > 0 and reason in reasons[-1]
         loop.claim(f"better answers are refused for {what}", holds, reasons)
 
 
