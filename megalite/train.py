@@ -34,7 +34,8 @@ from megalite.models import weight_table
 from megalite.models.peft import TENSORS
 from megalite.observe.environment import hardware_of, unused_gpus
 from megalite.observe.recorder import Recorder
-from megalite.plan import Plan, make_plan
+from megalite.plan import Plan
+from megalite.plan import plan as plan_of
 from megalite.runtime.activity import NOW
 from megalite.runtime.environment import set_defaults
 from megalite.runtime.exit_codes import Exit
@@ -64,7 +65,7 @@ def train(config: Config) -> Exit:
     # Before the data is opened, which may take minutes: a rank that dies meanwhile is noticed.
     meeting = launch.arrive(config.health.hang_timeout_s)
     check_run_folder(config.run.folder)
-    plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
+    plan = plan_of(config, launch.world_size)
     config, tokenizer, data = open_data(config)
     plan = replace(plan, steps=config.train.steps, tokens=config.num_tokens)
     tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -157,6 +158,27 @@ def test_refuses_a_weight_that_cannot_be_cut() -> None:
 )
 def test_refuses_to_cut_through_a_head(model: dict[str, Any]) -> None:
     assert "heads" in refusal(4, "parallel.tensor=4", model=model | {"max_positions": 64})
+
+
+@pytest.mark.parametrize(
+    ("matches", "words"),
+    [
+        (("*.input_norm.weight", "*embed_tokens.wieght"), "'*.input_norm.weight' is the name of no"),
+        (("*embed_tokens.wieght",), "no trained weight; did you mean 'model.embed_tokens.weight'?"),
+        (("*", "lm_head.weight"), "'lm_head.weight' does nothing, since earlier groups take all"),
+        (("lm_head.weight", "*"), ""),
+    ],
+)  # fmt: skip
+def test_refuses_groups_of_the_optimizer_that_do_nothing(
+    matches: tuple[str, ...], words: str
+) -> None:
+    groups = ", ".join(f"{{match: '{match}', lr: 0.5}}" for match in matches)
+    config = config_of(None, f"optimizer.groups=[{groups}]")
+    if words:
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            plan(config, 1)
+    else:
+        assert plan(config, 1)
 
 
 def test_smallest_world_is_the_layout_without_data_parallelism() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalite.config_file import load_config
-from megalite.models import weight_table
-from megalite.plan import make_plan
+from megalite.plan import plan as plan_of
 from megalite.planner.estimate import estimate
 from megalite.planner.hardware import DEFAULT_INTERCONNECT, find_hardware
 from megalite.planner.report import parse_tokens
@@ -48,7 +47,7 @@ def row(recipe: Recipe) -> str:
     """Return the line of the table for one recipe."""
     config = load_config(configs_dir() / f"{recipe.config}.yaml", recipe.settings)
     hardware = find_hardware(recipe.gpu, NODE, DEFAULT_INTERCONNECT)
-    plan = make_plan(config, weight_table(config.model, config.lora), recipe.gpus)
+    plan = plan_of(config, recipe.gpus)
     found = estimate(config, plan, hardware)
     hours = parse_tokens(recipe.tokens) / found.tokens_per_s / 3600
     took = f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:.1f} hours"

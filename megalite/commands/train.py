@@ -25,14 +25,14 @@ def _train(arguments: argparse.Namespace) -> Exit:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_plan:
         from megalite.comm.mesh import Launch
-        from megalite.models import weight_table
-        from megalite.plan import make_plan, smallest_world
+        from megalite.plan import plan as plan_of
+        from megalite.plan import smallest_world
 
         launch = Launch.from_environment()
         # Without a launcher, plan for the fewest ranks that the layout needs.
         world_size = launch.world_size if launch.world_size > 1 else smallest_world(config)
         if launch.rank == 0:
-            plan = make_plan(config, weight_table(config.model, config.lora), world_size)
+            plan = plan_of(config, world_size)
             print(plan.describe())
             # What DeepSpeed is given follows from the plan, and is what its users know.
             if plan.engine == "deepspeed":

@@ -21,8 +21,8 @@ from megalite.dryrun.match import compare, play
 from megalite.dryrun.rank import Job, Record
 from megalite.dryrun.report import Outcome, describe
 from megalite.errors import ConfigError
-from megalite.models import weight_table
-from megalite.plan import Plan, make_plan
+from megalite.plan import Plan
+from megalite.plan import plan as plan_of
 from megalite.planner.estimate import estimate, memory_of, usable_bytes
 from megalite.planner.hardware import Hardware, find_hardware
 from megalite.planner.memory import Memory
@@ -51,7 +51,7 @@ def run_dryrun(
 def dry_run(config: Config, num_gpus: int, hardware: Hardware, ranks: str, steps: int) -> Outcome:
     """Return what was found; the arguments are those of `run_dryrun`. Raises ConfigError."""
     check_possible(config)
-    plan = make_plan(config, weight_table(config.model, config.lora), num_gpus)
+    plan = plan_of(config, num_gpus)
     wanted = wanted_ranks(ranks, plan)
     records = run_ranks(config, plan, wanted, hardware, steps)
     memory: Sequence[Memory] = ()

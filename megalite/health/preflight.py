@@ -32,7 +32,8 @@ from megalite.health.link import Ranks, time_all_reduce, time_apart
 from megalite.health.node import Facts, find_out
 from megalite.health.verdict import Problem, blames_nodes, gpus_of, judge
 from megalite.models import weight_table
-from megalite.plan import Plan, make_plan
+from megalite.plan import Plan
+from megalite.plan import plan as plan_of
 from megalite.planner.hardware import Hardware, Interconnect, find_chip, find_interconnect
 from megalite.planner.network import Group, place
 from megalite.runtime.exit_codes import Exit
@@ -72,7 +73,7 @@ def preflight(
     joins the nodes, a name or a file of `megalite plan`: then all-reduces of GPUs must come near
     what it gives. Raises ConfigError, and DataError for a damaged token file."""
     # First what all ranks find out alike: a mistake in the config needs no other node.
-    plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
+    plan = plan_of(config, launch.world_size)
     check_token_files(config)
     network = find_interconnect(interconnect) if interconnect else None
     board = _Board(store, launch)

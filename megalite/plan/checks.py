@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from megalite.config import Config, ParallelConfig
 from megalite.errors import ConfigError
 from megalite.plan.layout import Cut, Sized, StageSpan, expert_cut
+from megalite.utils.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from megalite.models.weights import Weight
 
 
 def check_layout(
@@ -37,6 +41,28 @@ def check_stages(config: Config, weights: Sequence[Sized], stages: Sequence[Stag
     _check_lora(config, stages)
     _check_fp8(config, weights)
     _check_overlap(config)
+
+
+def check_groups(config: Config, weights: Sequence[Weight]) -> None:
+    """Raise ConfigError for an entry of `optimizer.groups` that is no trained weight's group, and so
+    would do nothing. `weights` is the whole table, with adapters."""
+    groups = config.optimizer.groups
+    trained = [weight.hf for weight in weights if not (weight.frozen or weight.by_counts)]
+    # The first that takes a weight is its group.
+    used = {next((n for n, group in enumerate(groups) if group.takes(hf)), None) for hf in trained}
+    for number, group in enumerate(groups):
+        if number in used:
+            continue
+        if any(group.takes(hf) for hf in trained):
+            raise ConfigError(
+                f"optimizer.groups: match = {group.match!r} does nothing, since earlier groups take all that it "
+                "matches; put it before them"
+            )
+        names = [name for hf in trained for name in hf]
+        raise ConfigError(
+            f"optimizer.groups: match = {group.match!r} is the name of no trained weight; "
+            + did_you_mean(group.match, names, f"names are such as {names[-1]!r}")
+        )
 
 
 def _check_engine(config: Config) -> None:

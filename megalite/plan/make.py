@@ -7,7 +7,7 @@ from math import gcd
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.plan.checks import check_layout, check_stages
+from megalite.plan.checks import check_groups, check_layout, check_stages
 from megalite.plan.layout import Plan, Sized, expert_cut, smallest_world
 from megalite.plan.memory import fullest_rank, resident_bytes
 from megalite.plan.stages import make_stages
@@ -22,7 +22,9 @@ def plan(config: Config, ranks: int) -> Plan:
     # Imports torch, which the arithmetic of a plan does without.
     from megalite.models import weight_table
 
-    return make_plan(config, weight_table(config.model, config.lora), ranks)
+    weights = weight_table(config.model, config.lora)
+    check_groups(config, weights)
+    return make_plan(config, weights, ranks)
 
 
 def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:

@@ -8,8 +8,7 @@ from pathlib import Path
 from megalite.config import Config
 from megalite.config_file import parse_config, short_yaml
 from megalite.errors import ConfigError
-from megalite.models import weight_table
-from megalite.plan import make_plan
+from megalite.plan import plan as plan_of
 from megalite.planner.estimate import Estimate, estimate
 from megalite.planner.hardware import DEFAULT_INTERCONNECT, Hardware, find_hardware
 from megalite.planner.report import describe, describe_search, parse_tokens
@@ -58,7 +57,7 @@ def run_plan(
 
 
 def _estimate(config: Config, num_gpus: int, hardware: Hardware, record: bool) -> Estimate:
-    plan = make_plan(config, weight_table(config.model, config.lora), num_gpus)
+    plan = plan_of(config, num_gpus)
     return estimate(config, plan, hardware, record=record)
 
 
