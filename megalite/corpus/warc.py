@@ -36,16 +36,17 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
     records and damage."""
     from warcio.archiveiterator import ArchiveIterator
 
-    number = 0
+    number = 1  # of the record that is read, also where reading it fails before there is one
     # Unpacked here, because warcio takes a truncated packed file for complete.
     stream = _Stream(read_bytes(path, report))
     try:
-        for number, record in enumerate(ArchiveIterator(io.BufferedReader(stream)), 1):
+        for record in ArchiveIterator(io.BufferedReader(stream)):
             if reason := _no_document(record):
                 report.leave_out(reason)
             # "conversion": the text of a page, in WET files.
             elif record.rec_type in ("response", "conversion"):
                 yield from _document_of(record, path, number, report)
+            number += 1
         if stream.failure:
             raise stream.failure
     except Exception as error:

@@ -241,7 +241,7 @@ def test_files_that_vanish_after_they_were_listed_are_told(tmp_path):
     assert not list(reader.run())
     assert reader.report.num_bad == len(names)
     for name, message in zip(names, reader.report.messages, strict=True):
-        assert name in message
+        assert f"/{name}:1: " in message
         assert "No such file" in message
 
 
