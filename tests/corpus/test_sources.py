@@ -22,11 +22,12 @@ from pyarrow import parquet
 from megalite.corpus.checks import Extract
 from megalite.corpus.config import CorpusConfig, ExtractConfig, Source
 from megalite.corpus.files import whole_file
-from megalite.corpus.run import _alone_in, _remove_leftovers, prepare_corpus
+from megalite.corpus.run import _remove_leftovers, prepare_corpus
 from megalite.corpus.sources import InputFile, ReadInputs, list_inputs, shards_of
 from megalite.corpus.warc import OTHER_TYPES, read_warc
 from megalite.data.documents import Reading, Report, list_files, read_files
 from megalite.errors import DataError
+from megalite.utils.locks import alone_in
 
 
 def kept_of(output):
@@ -246,11 +247,10 @@ def test_files_that_vanish_after_they_were_listed_are_told(tmp_path):
 
 
 def test_a_folder_of_one_process_at_a_time_where_files_have_locks(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
     with (
-        _alone_in(tmp_path / "out"),
+        alone_in(tmp_path / "out"),
         pytest.raises(DataError, match="is being written by another process"),
-        _alone_in(tmp_path / "out"),
+        alone_in(tmp_path / "out"),
     ):
         pass
 
@@ -258,7 +258,7 @@ def test_a_folder_of_one_process_at_a_time_where_files_have_locks(tmp_path, monk
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with _alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out"):
         assert (tmp_path / "out" / "lock").exists()
 
 
