@@ -26,7 +26,7 @@ class Source(Section):
     """Names files to read documents from."""
 
     path: str = Field(
-        description="file, folder or glob: JSON lines, parquet, Arrow, plain text or WARC"
+        description="file, folder or glob, here or in an object store: JSON lines, parquet, Arrow, plain text or WARC"
     )
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
