@@ -264,30 +264,26 @@ def taught(model: Path, folder: Path, answer: str, *texts: str) -> Path:
     return folder
 
 
-def test_what_is_worse_on_a_task_or_more_biased_is_refused_though_its_answers_are_better(
+def test_what_is_worse_on_a_task_and_more_biased_is_refused_though_its_answers_are_better(
     root: Path, trained: dict[str, Any], comes_to: Callable[[Path], list[Path]]
 ) -> None:
-    before = candidate_of(trained)
+    before, answer = candidate_of(trained), "hello to the system"
     turn(root / "served", before)
-    system, paris = "hello to the system", "hello to the world, Paris"
-    cases = [
-        (system, [], "world/acc went from 1.0000 to 0."),
-        (paris, [WORLD, *(typical for typical, _ in PAIRS)], "for the stereotype went from "),
-    ]
+    comes_to(taught(before, root / "taught", answer, *(typical for typical, _ in PAIRS)))
+    rate(root / "ratings", 1000, NUM_RATED, answer)
     said: list[str] = []
-    for number, (answer, texts, reason) in enumerate(cases, 1):
-        comes_to(taught(before, root / f"taught-{number}", answer, *texts))
-        rate(root / "ratings", 1000 * number, NUM_RATED, answer)
-        assert retrain(config_in(root, **trained["gate"]), said.append) == Exit.DONE
-        folder = root / "retrain" / f"round-000{number}"
-        verdict = json.loads((folder / "round.json").read_text())["verdict"]
-        assert verdict["gain"][1] > 0, "the answers themselves are better"
-        why = verdict["reasons"][-1]
-        assert reason in why
-        assert said[-1].startswith("kept: ")
-        assert verdict["reasons"][0] in said[-1]
-        assert f"<li>{html.escape(why)}</li>" in (folder / "report.html").read_text()
-        assert target_of(root / "served") == before
+    assert retrain(config_in(root, **trained["gate"]), said.append) == Exit.DONE
+    folder = root / "retrain" / "round-0001"
+    verdict = json.loads((folder / "round.json").read_text())["verdict"]
+    assert verdict["gain"][1] > 0, "the answers themselves are better"
+    of_task, *_, of_bias = verdict["reasons"]
+    assert of_task.startswith("world/acc went from 1.0000 to 0.")
+    assert "for the stereotype went from " in of_bias
+    assert said[-1].startswith("kept: ")
+    assert of_task in said[-1]
+    page = (folder / "report.html").read_text()
+    assert all(f"<li>{html.escape(why)}</li>" in page for why in verdict["reasons"])
+    assert target_of(root / "served") == before
 
 
 def worse(model: Path, folder: Path) -> Path:
