@@ -77,9 +77,12 @@ def drift_of_classes(feature: str, now: Sequence[str], reference: Sequence[str])
     # where there is none.
     whole = Counter(reference)
     names = [name for name, _ in whole.most_common(MOST_CLASSES)]
-    found = [Counter(x if x in names else OTHERS for x in rows) for rows in (now, reference)]
-    if any(OTHERS in each for each in found) and OTHERS not in names:
-        names.append(OTHERS)
+    # What is new is told by name, but counted with all others.
+    rest = Counter(x for x in now if x not in whole)
+    others = f"{OTHERS}, mostly {rest.most_common(1)[0][0]}" if rest else OTHERS
+    found = [Counter(x if x in names else others for x in rows) for rows in (now, reference)]
+    if any(others in each for each in found):
+        names.append(others)
     counts = [np.array([each[name] for name in names]) for each in found]
     index = psi(*counts)
     p = psi_p(index, len(now), len(reference), len(names))

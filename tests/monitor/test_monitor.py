@@ -105,6 +105,11 @@ def test_where_nothing_changes_no_alarm_stands(seed: int) -> None:
         ({"length": 140}, "drift of prompt tokens", "> "),
         ({"score": -1.6}, "drift of score", "PSI"),
         ({"languages": ("de", "fr")}, "drift of language", "en was 7"),
+        (
+            {"languages": ("fr", "fr", "es")},
+            "drift of language",
+            "others, mostly fr was 0% and is 100%",
+        ),
         ({"topics": ("law",)}, "drift of topic", NONE),
         ({"failed": 0.08}, "errors", "failed"),
         ({"took": 4}, "latency", "more than 4 s"),
