@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from chats import write_tokenizer
+from listening import listening
 from megalite.cli import main
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
@@ -45,7 +46,7 @@ from megalite.retrain.config import RetrainConfig
 from megalite.retrain.judge import Measured, Verdict, scores_of, worse_bias, worthless
 from megalite.retrain.page import scale
 from megalite.retrain.run import retrain
-from megalite.retrain.swap import target_of, turn
+from megalite.retrain.swap import reload, target_of, turn
 from megalite.runtime.exit_codes import Exit
 from megalite.utils.locks import alone_in
 
@@ -679,6 +680,16 @@ def test_rounds_are_numbered_behind_the_last_whatever_was_deleted(
     assert retrain(config_in(root), print) == Exit.DONE
     assert (root / "retrain" / "round-0002" / "round.json").read_text() == state
     assert (root / "retrain" / "round-0003" / "report.html").exists()
+
+
+def test_an_address_that_is_no_server_of_ours_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALITE_ADMIN_KEY", ADMIN)
+    answer: list[Any] = [200, {"version": 1}]
+    with listening(lambda path, body: (answer[0], answer[1])) as heard:
+        assert reload(heard.url) == "1"
+        for answer[:] in ([200, []], [200, {}], [502, "a proxy's page"]):
+            with pytest.raises(ConfigError, match=f"reload = {heard.url}: "):
+                reload(heard.url)
 
 
 def test_a_link_is_never_missing(tmp_path: Path) -> None:
