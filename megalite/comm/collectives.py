@@ -64,6 +64,19 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
     return x
 
 
+def broadcast_text(text: str) -> str:
+    """Return rank 0's text on all ranks, which all call it; what the others give is not looked
+    at."""
+    # As bytes in a tensor: torch.distributed's own way for objects unpickles what it gets.
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    size = torch.tensor([len(data)])
+    dist.broadcast(size, 0)
+    if dist.get_rank() > 0:
+        data = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    return bytes(data.tolist()).decode()
+
+
 def all_agree(yes: bool, mesh: Mesh) -> bool:
     """Return whether every rank says yes. What one rank alone has found must be known to all before
     they part ways."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, read_worth, sound_steps, step_folder
 from megalite.checkpoint.load import dtype_of, from_hf
+from megalite.comm.collectives import broadcast_text
 from megalite.comm.mesh import Launch, Mesh
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
@@ -25,7 +26,7 @@ from megalite.data.contents import ContentEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import tokenizer_file
 from megalite.data.turn_end import TurnEndIds
-from megalite.errors import CheckpointError, ConfigError, DataError, NotFinite, TemplateLimit
+from megalite.errors import ConfigError, DataError, NotFinite, TemplateLimit
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
@@ -110,22 +111,24 @@ def find_model(path: Path) -> Path:
 
 def find_model_on_ranks(path: Path, launch: Launch) -> Path:
     """Return what `find_model` finds on rank 0, the same on all ranks of `launch`, which all call
-    it. Raise on all of them what it raises there."""
+    it. Where it raises there, the others raise ConfigError with the same text."""
     if launch.world_size == 1:
         return find_model(path)
     launch.join()
     # A training that goes on saves and removes checkpoints: ranks that looked one after the other
     # could each hold a part of another step's model, and nothing later would tell.
-    told: list[Path | Exception] = [path]
-    if launch.rank == 0:
-        try:
-            told = [find_model(path)]
-        except (ConfigError, DataError, CheckpointError, OSError) as error:
-            told = [error]
-    dist.broadcast_object_list(told, 0)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    return told[0]
+    if launch.rank > 0:
+        folder, refusal = json.loads(broadcast_text(""))
+        if refusal:
+            raise ConfigError(refusal)
+        return Path(folder)
+    try:
+        found = find_model(path)
+    except Exception as error:  # the other ranks would wait for ever
+        broadcast_text(json.dumps(["", str(error) or type(error).__name__]))
+        raise
+    broadcast_text(json.dumps([str(found), ""]))
+    return found
 
 
 def check_speaks(folder: Path) -> None:
