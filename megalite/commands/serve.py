@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -147,12 +146,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.infer.serving.run import bind, serve
     from megalite.infer.serving.split import make_hosting
 
-    for option, value in (
-        ("--max-request-mb", arguments.max_request_mb),
-        ("--grace", arguments.grace),
-    ):
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{option} {value}: give a number of at least 0")
     settings = Settings(
         name=arguments.name or _name_of(arguments.model),
         ratings=arguments.ratings,
