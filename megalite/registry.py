@@ -59,11 +59,11 @@ class Registry(Generic[Part]):
     def get(self, name: str) -> Part:
         """Return the part called `name`, imported on demand. Raise ConfigError that lists the known
         names if there is none."""
+        # A name may come straight from a file, and be a list: asked for like this, none is hashed.
+        if name not in self:
+            raise ConfigError(f"{self.key} = {name!r} is not known; {hint(name, self.names())}")
         if name not in self._found:
-            if name in self.own:
-                self._found[name] = _import(self._places[name])
-            elif name not in self.names():  # which imports the plugins
-                raise ConfigError(f"{self.key} = {name!r} is not known; {hint(name, self.names())}")
+            self._found[name] = _import(self._places[name])
         return self._found[name]
 
     def names(self) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ MISTAKES = {
     "optimizer.schedule.decay_steps=3": "optimizer.schedule.decay_steps = 3: is a setting of name: wsd, not of cosine",
     "objective.beta=0.3": "objective.beta = 0.3: is a setting of name: dpo, not of next_token",
     "objective.name=7": "objective.name = 7: should be a valid string",
+    "model={family: [llama], preset: null}": "model.family = ['llama'] is not known; did you mean 'llama'?",
 }
 
 
