@@ -44,6 +44,7 @@ MISTAKES = {
     "objective.beta=0.3": "objective.beta = 0.3: is a setting of name: dpo, not of next_token",
     "objective.name=7": "objective.name = 7: should be a valid string",
     "model={family: [llama], preset: null}": "model.family = ['llama'] is not known; did you mean 'llama'?",
+    "model.rope_scaling={type: longrope, short_factor: [-1]}": "model: rope_scaling.short_factor.0 = -1: should be",
 }
 
 

@@ -163,7 +163,8 @@ def _walk(
     for number, part in enumerate(loc):
         known = list(model.model_fields) if model else []
         # Other parts are pydantic's marks for the members of a union, which no config has.
-        if isinstance(part, int) or part in known or number == len(loc) - 1:
+        given = isinstance(values, dict) and part in values
+        if isinstance(part, int) or part in known or given or number == len(loc) - 1:
             path.append(part)
         if isinstance(part, int) and isinstance(values, (list, tuple)) and part < len(values):
             values = values[part]

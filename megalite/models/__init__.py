@@ -86,7 +86,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     try:
         config = config_class.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(describe_errors(error, config_class)) from None
+        raise ConfigError(describe_errors(error, config_class, merged)) from None
     # Behind validation: it compares fields that must each be right by themselves first.
     heads.check_head(config)
     return config
