@@ -153,13 +153,11 @@ class MlflowSink(QueuedSink):
         query = urllib.parse.urlencode({"experiment_name": name})
         found = server.call(f"experiments/get-by-name?{query}")
         if found:
-            number = found["experiment"]["experiment_id"]
+            number = _at(found, "experiment", "experiment_id")
         else:
-            made = server.call("experiments/create", {"name": name}) or {}
-            number = made["experiment_id"]
+            number = _at(server.call("experiments/create", {"name": name}), "experiment_id")
         body = {"experiment_id": number, "run_name": self._config.run.name, "start_time": _now()}
-        started = server.call("runs/create", body) or {}
-        run_id = str(started["run"]["info"]["run_id"])
+        run_id = str(_at(server.call("runs/create", body), "run", "info", "run_id"))
         # Noted before anything is sent: a crash from here on is resumed under this id.
         with replacing(self._path) as temporary:
             temporary.write_text(json.dumps({"run_id": run_id}))
@@ -174,6 +172,15 @@ class MlflowSink(QueuedSink):
             return None
         known = server.call("runs/update", {"run_id": run_id, "status": "RUNNING"})
         return None if known is None else run_id
+
+
+def _at(answer: Any, *keys: str) -> Any:
+    """Return what an answer has under nested `keys`. Raise NotMlflow where it has nothing there."""
+    for key in keys:
+        if not isinstance(answer, dict) or key not in answer:
+            raise NotMlflow(f"the server's answer has no {'.'.join(keys)}, which MLflow's has")
+        answer = answer[key]
+    return answer
 
 
 def _now() -> int:

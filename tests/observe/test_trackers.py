@@ -136,6 +136,9 @@ def test_a_login_page_in_place_of_mlflow_is_told(
         recorder.close("finished")
     assert len(heard.said) == 1
     assert "a proxy in front of it asks for a login" in capfd.readouterr().out
+    with listening() as heard:
+        open_recorder(tmp_path, f"observe.mlflow.tracking_uri={heard.url}").close("finished")
+    assert "the server's answer has no experiment_id" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
