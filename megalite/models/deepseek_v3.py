@@ -110,6 +110,7 @@ class DeepseekV3Config(RoutedConfig, LatentConfig):
 
     def starts_of_spare(self, names: Container[str]) -> tuple[str, ...]:
         stored = num_stored(names, self.num_layers)
+        # Predictors that are stored, and that this model was asked to leave out.
         spare = range(self.num_nextn_predict_layers, stored)
         return tuple(f"{NAMES.layers}.{self.num_layers + number}." for number in spare)
 

@@ -171,6 +171,7 @@ class Among(RoutedConfig):
         return self.norm_topk_prob
 
     def is_routed(self, layer: int) -> bool:
+        # As transformers counts: of every so many layers the last one has experts.
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 

@@ -186,6 +186,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
             if task == "answers":
                 if len(_labels(hf)) != len(ANSWER_LABELS):
                     disagree(f"architectures = [{architecture}]", f"id2label = {hf['id2label']}")
+                # transformers gives both ends the names of any two classes, which say nothing.
                 return {"task": task, "labels": ANSWER_LABELS}
             # The architecture's name alone says what a folder's head is for; id2label is in many
             # configs.

@@ -554,6 +554,7 @@ def fields_to_hf(config: LlamaLike, architecture: str, activation: str = "silu")
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
+        # Families that have no such key take it out again.
         "attention_bias": False,
         "attention_dropout": 0.0,
         **rope.to_hf(config.ROPE, config.rope_theta, config.rope_scaling),

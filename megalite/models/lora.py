@@ -85,6 +85,7 @@ class Adapter:
         b = Weight(
             f"{name}_b", (self.stop - self.start, rank), (f"{hf}_B.weight",),
             shard="column" if column else None, unit=base.unit if column else 1,
+            # Where one tensor has all parts, so has its adapter: cut and stored alike.
             parts=base.parts if alone else (), by_unit=base.by_unit,
             init="zeros", place=base.place, partial_grad=None if column else "heads",
         )  # fmt: skip

@@ -139,6 +139,7 @@ def weights(config: ModernBertConfig) -> Iterator[Weight]:
     yield norm_row(config, "embedding_norm", "model.embeddings.norm", "first")
     layer = [replace(row, hf=(HF_NAMES[row.name],)) for row in layer_table(config)]
     for i in range(config.num_layers):
+        # Without the norm that the first layer does not have; see `ModernBert.layer`.
         yield from layer_rows(i, "model.layers", layer if i else layer[1:])
     yield norm_row(config, "norm", "model.final_norm", "last")
     yield Weight(
@@ -244,6 +245,7 @@ def _types(num_layers: int, every: int) -> list[str]:
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     check_padding(hf)
     if str((hf.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        # Only the head of whole texts pools; the others have an output for each token.
         require(hf, "modernbert", {"classifier_pooling": "cls"})
     ropes = hf["rope_parameters"] or {}
     refuse_others(

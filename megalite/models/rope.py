@@ -335,6 +335,7 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
         else {HF_NAMES.get(name, name): name for name in KINDS[kind].model_fields}
     )
     if kind == "dynamic":
+        # transformers takes max_position_embeddings for the original length of this kind.
         del fields["original_max_position_embeddings"]
     known_keys = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *fields}
     refuse_others(values, known_keys, place, f"rope_type {kind!r} of the {family} family")

@@ -119,6 +119,7 @@ class T5Config(ModelConfig):
     def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
         """Return the fields with the head as its files have it. transformers 5 says of every T5
         that it is tied; it is where no other head is stored."""
+        # A scaled head is the embedding, whatever is stored beside it.
         is_own = HEAD in names and not fields.get("scale_head")
         return fields | {"tie_embeddings": False} if is_own else fields
 
