@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megalite.checkpoint.load import from_seed
 from megalite.comm.mesh import Mesh, make_mesh
+from megalite.config import OptimizerConfig
 from megalite.config_file import parse_config
 from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.models import family, model_config, weight_table
@@ -64,12 +65,18 @@ def ddp_step(preset: str) -> Step:
     return step
 
 
-def native_step(preset: str, zero_stage: int, ranks: int) -> Step:
+def native_step(
+    preset: str,
+    zero_stage: int,
+    ranks: int,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    precision: str = "fp32",
+) -> Step:
     config = parse_config(
         {
             "run": {"name": "bench"}, "model": {"preset": preset}, "data": {"train": [{"path": "-"}], "seq_length": 1},
-            "parallel": {"zero_stage": zero_stage}, "optimizer": OPTIMIZER.model_dump(),
-            "train": {"steps": 1, "global_batch_size": ranks, "precision": "fp32"},
+            "parallel": {"zero_stage": zero_stage}, "optimizer": optimizer.model_dump(),
+            "train": {"steps": 1, "global_batch_size": ranks, "precision": precision},
         }
     )  # fmt: skip
     plan = make_plan(config, weight_table(config.model), ranks)
@@ -82,7 +89,7 @@ def native_step(preset: str, zero_stage: int, ranks: int) -> Step:
         engine.begin(1)
         engine.backward(loss / ranks)
         engine.finish()
-        engine.step(OPTIMIZER.lr)
+        engine.step(optimizer.lr)
         return loss.item()
 
     return step
