@@ -7,7 +7,7 @@ from pathlib import Path
 from megalite.config import Config, ModelConfig, names_of
 from megalite.models import weight_table
 from megalite.utils.counts import compact
-from megalite.utils.hub import name_of
+from megalite.utils.hub import is_name, name_of
 
 NAME = "README.md"
 PIPELINES = {
@@ -58,7 +58,9 @@ def _head(model: ModelConfig, base: str | None, is_adapter: bool) -> list[str]:
     metadata = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": PIPELINES[model.task][0],
-        "base_model": base,
+        # The hub takes no other names than its own here: it refuses some, and for "base" links to
+        # what somebody else calls so.
+        "base_model": base if base and is_name(base) else None,
     }
     what = f"{model.preset or model.family}, {compact(size)} parameters, {model.num_layers} layers"
     return [

@@ -47,6 +47,11 @@ def test_a_card_names_the_model_that_a_run_started_from(tmp_path: Path) -> None:
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(find_model(base.run.folder))
     config = make_config(tmp_path, {"hf": str(snapshot)}, "lora.rank=4")
+    local = find_model(base.run.folder)
+    write_card(tmp_path, make_config(tmp_path, {"hf": str(local)}, "run.name=other"))
+    text = (tmp_path / NAME).read_text()
+    assert f"| started from | {local.name} |" in text
+    assert "base_model" not in hub.ModelCard(text).data.to_dict(), "the hub knows no such model"
     write_card(tmp_path, config)
     data = hub.ModelCard((tmp_path / NAME).read_text()).data.to_dict()
     assert (data["library_name"], data["base_model"]) == ("peft", "Owner/base-1b")
