@@ -6,6 +6,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
+from megalite.checkpoint import card
 from megalite.checkpoint.folder import damage_of, read_manifest, sentence_files, step_of
 from megalite.errors import CheckpointError, ConfigError, Unreachable
 from megalite.utils.hub import is_name
@@ -52,6 +53,12 @@ def push(folder: Path, name: str, public: bool = False, message: str | None = No
         raise ConfigError("HF_HUB_OFFLINE is set, and pushing needs the network") from None
     except HFValidationError as error:
         raise ConfigError(f"{name!r} names no repository: {error}") from None
+    except ValueError as error:
+        # The hub's library checks what somebody has written in the card. Or a proxy has answered.
+        told = " ".join(str(error).split())
+        is_card = card.NAME in told
+        what = f"refuses {folder / card.NAME}" if is_card else "gives no answer of a hub's"
+        raise ConfigError(f"the hub at {api.endpoint} {what}: {told}") from None
     except HfHubHTTPError as error:
         said = error.server_message or str(error)
         raise ConfigError(f"the hub at {api.endpoint} refuses {name}: {said}") from None

@@ -47,6 +47,7 @@ class Hub:
         self.uploaded: dict[str, bytes] = {}
         self.summary = ""
         self.refusal = 0
+        self.refuses_card = False
 
     def __call__(self, path: str, body: Any) -> tuple[int, Any]:
         path = path.partition("?")[0]
@@ -83,7 +84,8 @@ class Hub:
                     self.uploaded[value["path"]] = base64.b64decode(value["content"])
             return 200, {"commitUrl": f"{self.heard.url}/me/mine/commit/abc", "commitOid": "abc"}
         if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
+            errors = [{"message": '"license" must be one of many'}] * self.refuses_card
+            return 400 if errors else 200, {"errors": errors, "warnings": []}
         assert path == "/api/models/me/mine", path
         return 200, {
             "id": "me/mine",
@@ -122,7 +124,7 @@ def test_a_model_is_uploaded_with_its_card_and_without_the_optimizer(
     )
 
 
-@pytest.mark.parametrize("trouble", ["network", "token", "name", "refused", "damage"])
+@pytest.mark.parametrize("trouble", ["network", "token", "name", "refused", "damage", "card"])
 @pytest.mark.usefixtures("user")
 def test_what_cannot_be_pushed_is_one_line(
     model: Path,
@@ -135,6 +137,7 @@ def test_what_cannot_be_pushed_is_one_line(
         (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:-1] + b"x")
     if trouble == "token":
         monkeypatch.delenv("HF_TOKEN")
+    hub.refuses_card = trouble == "card"
     hub.refusal = 403 if trouble == "refused" else 0
     with listening(hub) as hub.heard:
         url = "http://127.0.0.1:9" if trouble == "network" else hub.heard.url
@@ -147,6 +150,7 @@ def test_what_cannot_be_pushed_is_one_line(
         "token": "no token for the hub: run `hf auth login`, or set HF_TOKEN",
         "name": "'mine' names no repository: give OWNER/NAME",
         "refused": "refuses me/mine: you may not write to other people's repositories",
+        "card": f'refuses {model / "README.md"}: Invalid metadata in README.md. - "license" must be one of many',
         "damage": f"{model / WEIGHTS} is not what was written: not uploaded",
     }[trouble]
     assert said in told.err
