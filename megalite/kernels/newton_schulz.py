@@ -97,7 +97,7 @@ def symmetric_product(
     [rows, columns] or [N, rows, columns].
 
     megalite's kernel computes one half of it and copies it to the other."""
-    if _has_kernel(x):
+    if has_kernel(x):
         return torch.ops.megalite.symmetric_product(x, add, alpha, beta)
     if add is None:
         return x @ x.mT
@@ -107,12 +107,12 @@ def symmetric_product(
 
 def polynomial_product(matrix: Tensor, x: Tensor, beta: float) -> Tensor:
     """Return `matrix` · x + beta · x: [rows, rows] and [rows, columns], or N of both."""
-    if _has_kernel(x):
+    if has_kernel(x):
         return torch.ops.megalite.polynomial_product(matrix, x, beta)
     return (torch.addmm if x.dim() == 2 else torch.baddbmm)(x, matrix, x, beta=beta)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def has_kernel(x: Tensor) -> bool:
     """Return whether megalite's kernel multiplies `x`: on the CPU, but not where oneDNN has a
     matrix unit for bf16."""
     is_quicker_in_torch = x.dtype == torch.bfloat16 and has_matrix_unit()

