@@ -408,3 +408,40 @@ def test_a_file_that_a_verb_cannot_use_is_one_line(
 
     assert explained(work) == status
     assert capsys.readouterr().err == told
+
+
+WORKERS = """
+import os, pathlib, signal, sys, time
+from megalite.runtime.processes import start_worker, worker_pool
+
+starting = pathlib.Path(sys.argv[1])
+if __name__ == "__main__":
+    try:
+        with worker_pool(2, start_worker) as pool:
+            task = pool.submit(int)
+            while not starting.exists():
+                time.sleep(0.01)
+            os.killpg(0, signal.SIGINT)
+            task.result()
+    except KeyboardInterrupt:
+        print("interrupted")
+else:  # a worker, among its imports
+    starting.touch()
+    time.sleep(0.5)
+"""
+
+
+def test_ctrl_c_while_workers_start_is_answered_by_their_parent_alone(tmp_path: Path) -> None:
+    """It reaches the whole group, also those of which the interpreter only starts."""
+    path = tmp_path / "program.py"
+    path.write_text(WORKERS)
+    done = subprocess.run(
+        [sys.executable, path, tmp_path / "starting"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

@@ -435,7 +435,8 @@ def in_order(
             f"one of {workers} workers was killed, most likely for memory; use fewer workers"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Waited for: a worker that is still starting needs what this process would take away.
+        pool.shutdown(cancel_futures=True)
 
 
 def start_tokenizing(turn: AbstractContextManager[object] | None = None) -> None:

@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.connection import wait
 from types import FrameType
+from typing import Any
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
@@ -24,7 +25,19 @@ def worker_pool(
         return nullcontext()
     # Spawned, since a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=initializer, initargs=arguments)
+    return _Pool(workers, context, initializer=initializer, initargs=arguments)
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        # This may start a worker. Ctrl-C reaches the whole group, and a worker among its imports
+        # would answer it by a traceback: it inherits that the signal is blocked, until
+        # `start_worker` has it ignored.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(work, *arguments, **named)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker() -> None:
@@ -32,8 +45,9 @@ def start_worker() -> None:
     parent."""
     # The processes are the parallelism.
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
-    # Ctrl-C reaches the whole group; the parent alone answers it.
+    # The parent alone answers Ctrl-C. Ignored first: one that is pending must not come through.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     leave_with_parent()
 
 
