@@ -62,18 +62,20 @@ class Reader:
         return re.sub(r"(localhost|127\.0\.0\.1):8000", rf"\1:{self.port}", text)
 
     def type(self, command: str) -> None:
-        """Type one command of the page; what is a server goes on while others are typed."""
-        for before in self._of("before", command, []):
-            self.run(before)
-        command = self.as_meant(command)
+        """Type one command of the page, and what is typed before it."""
+        for each in (*self._of("before", command, ()), self.as_meant(command)):
+            self.start(each)
+
+    def start(self, command: str) -> None:
+        """Run a command; what is a server goes on while others are typed."""
         first, serve, rest = command.rpartition("megalite serve ")
-        if serve:
-            preparing, _, variables = first.rpartition("&& ")
-            if preparing:
-                self.run(preparing)
-            self.serve(f"{variables}exec {serve}--port {self.port} {rest}")
-        else:
+        if not serve:
             self.run(command)
+            return
+        preparing, _, variables = first.rpartition("&& ")
+        if preparing:
+            self.run(preparing)
+        self.serve(f"{variables}exec {serve}--port {self.port} {rest}")
 
     def _of(self, key: str, command: str, otherwise: Any) -> Any:
         for beginning, found in self.told.get(key, {}).items():
@@ -158,6 +160,7 @@ RUN = [
 ]
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("reader", RUN, indirect=True)
 def test_what_stands_on_a_page_runs(reader: Reader) -> None:
     settings = iter(reader.told.get("settings", ()))
