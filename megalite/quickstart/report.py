@@ -49,7 +49,7 @@ def report(run: Path, base: Path) -> int:
         ][-1]
         often = unigram_accuracy(train, valid, config.model.vocab_size, special)
         print(
-            f"masked tokens told rightly {told:.1%}; the most frequent token is right in {often:.1%}"
+            f"masked tokens predicted correctly {told:.1%}; the most frequent token is right in {often:.1%}"
         )
         if not told > 2 * often:
             print("error: the model has learned too little", file=sys.stderr)
