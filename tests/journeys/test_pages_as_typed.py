@@ -155,7 +155,7 @@ def write_files(files: Mapping[str, str]) -> None:
 RUN = [
     name
     for name in NAMES
-    if entry(name).get("settings")
+    if any("left out" not in each for each in entry(name).get("settings", ()))
     or any(not reason(name, each) for block in blocks(NAMES[name]) for each in block.commands)
 ]
 
