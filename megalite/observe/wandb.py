@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megalite.config import Config
+from megalite.observe.environment import read_starts
 from megalite.observe.queued import FINISH_SECONDS, QueuedSink
 
 INIT_SECONDS = 30
@@ -83,7 +84,7 @@ class WandbSink(QueuedSink):
         return run
 
     def _init(self, wandb: Any, mode: str) -> Any:
-        asked = self._config.observe.wandb
+        asked, starts = self._config.observe.wandb, read_starts(self._folder)
         settings = {
             "console": "off",
             "silent": True,
@@ -103,7 +104,9 @@ class WandbSink(QueuedSink):
             id=self.id,
             resume="allow",
             dir=str(self._folder),
-            config=self._config.model_dump(mode="json"),
+            # With that of this start, so that runs can be found by it.
+            config=self._config.model_dump(mode="json")
+            | {"environment": starts[-1] if starts else None},
             settings=wandb.Settings(**settings),
         )
 

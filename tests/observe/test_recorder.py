@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megalite.config import Config
 from megalite.config_file import parse_config
@@ -364,6 +365,9 @@ def test_wandb_offline_writes_one_run_under_one_id_over_resumes(tmp_path: Path) 
         assert b"valid/perplexity" in uploaded
         for step in (6, 7, 9, 13, 14, 19):  # whose losses have digits enough to be found
             assert (json.dumps(5.0 / step).encode() in uploaded) == (step in steps)
+        # Each start's own environment, with what environment.json hides hidden.
+        assert f'"after_step":{steps[0] - 1}'.encode() in uploaded
+        assert f'"torch":"{torch.__version__}"'.encode() in uploaded
 
 
 class FakeWandb:
