@@ -89,7 +89,7 @@ def test_a_step_that_fails_ends_it_with_its_status(
     (data / "valid.jsonl").write_text("")
     assert main(["quickstart", "--dir", str(tmp_path)]) == 2
     captured = capfd.readouterr()
-    assert "$ megalite preprocess --append-eod --input data/quickstart/train.jsonl" in captured.out
+    assert "$ megalite preprocess --input data/quickstart/train.jsonl" in captured.out
     assert captured.err.count("error: ") == 1
     (tmp_path / "file").touch()
     assert main(["quickstart", "--dir", str(tmp_path / "file")]) == 2

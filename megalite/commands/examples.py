@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite tokenizer train --input texts/ --output data/tokenizer --vocab-size 30522 --type wordpiece",
     ),
     "preprocess": (
-        "megalite preprocess --input 'corpus/*.jsonl' --output-prefix data/web --tokenizer data/tokenizer --append-eod",
+        "megalite preprocess --input 'corpus/*.jsonl' --output-prefix data/web --tokenizer data/tokenizer",
         "megalite preprocess --format chat --input chats.jsonl --output-prefix data/chats --tokenizer MODEL",
     ),
     "train": (

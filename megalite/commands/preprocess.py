@@ -69,8 +69,9 @@ def add_arguments(parser: VerbParser) -> None:
         help="keys or columns of texts, which become token files each (default: text)",
     )  # fmt: skip
     parser.add_argument(
-        "--append-eod", action="store_true", help="end each document with the end-of-document token"
-    )
+        "--append-eod", action=argparse.BooleanOptionalAction, default=None,
+        help="end each document with the end-of-document token (default: where the tokenizer names one)",
+    )  # fmt: skip
     parser.add_argument(
         "--prepend-bos", action=argparse.BooleanOptionalAction, default=None,
         help="begin each document with the BOS token (default: where the tokenizer has every text begin with it)",
@@ -129,10 +130,10 @@ def _preprocess(args: argparse.Namespace) -> int:
     """Tokenize the inputs as the command line says; return the exit status."""
     # Whatever differs from its default: of options that do nothing here the user would not hear.
     for_text = (
-        args.append_eod
-        or args.exact
+        args.exact
         or args.shard
         or args.json_keys != ["text"]
+        or args.append_eod is not None
         or args.prepend_bos is not None
     )
     if args.format and for_text:

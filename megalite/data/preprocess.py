@@ -94,7 +94,7 @@ def preprocess(
     output_prefix: str | Path,
     tokenizer: str | Path,
     json_key: str = "text",
-    append_eod: bool = False,
+    append_eod: bool | None = None,
     workers: int = 1,
     console: Console | None = None,
     exact: bool = False,
@@ -105,9 +105,9 @@ def preprocess(
     were made from, and .src which says where each document comes from.
 
     `tokenizer` is a path for `load_tokenizer`; `json_key` names the text in JSON lines, parquet and
-    Arrow; `append_eod` ends each document with the end-of-document token. `prepend_bos` begins each
-    with the BOS token; None: if the tokenizer begins every text with it, as those of models trained
-    that way do.
+    Arrow; `append_eod` ends each document with the end-of-document token; None: if the tokenizer
+    names one. `prepend_bos` begins each with the BOS token; None: if the tokenizer begins every
+    text with it, as those of models trained that way do.
 
     Byte-level BPE is left to gigatoken unless `exact`; should its ids differ anywhere in the
     compared samples of the inputs, everything is tokenized again by Hugging Face's tokenizers. With
@@ -128,7 +128,7 @@ def preprocess(
         "dtype": token_dtype(opened.vocab_size).name,
         "vocab_size": opened.vocab_size,
         "eod_id": opened.eod_id,
-        "append_eod": append_eod,
+        "append_eod": end is not None,
         "begin_id": begin,
         "tokenizer": str(tokenizer),
         "tokenizer_fingerprint": opened.fingerprint(),
@@ -143,7 +143,7 @@ def preprocess(
 
 
 def _ends_of_documents(
-    path: str | Path, tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool | None
+    path: str | Path, tokenizer: Tokenizer, append_eod: bool | None, prepend_bos: bool | None
 ) -> tuple[int | None, int | None]:
     """Return the ids of the tokens that begin and end each document; None: no such token.
 
@@ -162,7 +162,8 @@ def _ends_of_documents(
     if prepend_bos is None:
         # As the tokenizer itself begins a text.
         prepend_bos = begin is not None and tokenizer.begin_ids == [begin]
-    return begin if prepend_bos else None, tokenizer.eod_id if append_eod else None
+    end = None if append_eod is False else tokenizer.eod_id
+    return begin if prepend_bos else None, end
 
 
 class _NoDocument(DataError):

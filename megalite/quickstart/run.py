@@ -117,7 +117,7 @@ def make_tokens(model: Model, folder: Path) -> None:
         # .idx is written last, so that the other files are whole where it is.
         if not (folder / data / f"{split}_text_document.idx").exists():
             run_verb(
-                *(folder, "preprocess", "--append-eod", "--input", str(data / f"{split}.jsonl")),
+                *(folder, "preprocess", "--input", str(data / f"{split}.jsonl")),
                 *("--output-prefix", str(data / split), "--tokenizer", str(data / "tokenizer")),
             )
 

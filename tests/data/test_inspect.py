@@ -120,7 +120,7 @@ def test_documents_are_told_by_the_tokenizer_that_made_them(
     for name, size in (("tokenizer", 300), ("other", 262)):
         train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / name, size)
     prefix = preprocess(
-        [str(tmp_path / "a.jsonl")], tmp_path / "a", tmp_path / "tokenizer", workers=1
+        [str(tmp_path / "a.jsonl")], tmp_path / "a", tmp_path / "tokenizer", append_eod=False
     ).prefix
     capsys.readouterr()
     assert f"\n{texts[7]}\n" in said(capsys, prefix, "--start", 7, "--count", 1)

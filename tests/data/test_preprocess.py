@@ -266,7 +266,8 @@ def test_metadata_and_key_in_the_name(tmp_path, tokenizer):
     assert result.prefix == str(tmp_path / "deep" / "x_body_document")
     dataset = IndexedDataset(result.prefix)
     opened = load_tokenizer(tokenizer)
-    assert [opened.decode(dataset[i]) for i in range(len(dataset))] == ["one", "two"]
+    ended = ["one<|endoftext|>", "two<|endoftext|>"]
+    assert [opened.decode(dataset[i]) for i in range(len(dataset))] == ended
     metadata = json.loads(Path(f"{result.prefix}.json").read_text())
     assert metadata["tokenizer_fingerprint"] == opened.fingerprint()
     assert metadata["inputs"] == [str(tmp_path / "a.jsonl")]
@@ -320,7 +321,7 @@ def test_documents_begin_and_end_once(tmp_path, tokenizer, exact):
         opened = load_tokenizer(folder)
         begin, end = opened.begin_id, opened.eod_id
         for prepend, append in [
-            (None, True),
+            (None, None),
             (True, True),
             (False, True),
             (True, False),
@@ -336,7 +337,9 @@ def test_documents_begin_and_end_once(tmp_path, tokenizer, exact):
             )
             begun = adds if prepend is None else prepend
             expected = [
-                [begin] * (begun and ids[0] != begin) + ids + [end] * (append and ids[-1] != end)
+                [begin] * (begun and ids[0] != begin)
+                + ids
+                + [end] * (append is not False and ids[-1] != end)
                 for ids in opened.encode_batch(texts)
             ]
             dataset = IndexedDataset(result.prefix)
@@ -360,6 +363,10 @@ def test_no_document_or_no_end_of_document_writes_nothing(tmp_path, tokenizer):
     with pytest.raises(DataError, match="names no end-of-document token"):
         preprocess(["missing"], tmp_path / "x", bare, append_eod=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "bare"]
+    # Where nobody asks for an end, a tokenizer may lack one.
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["one"], "text"))
+    result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "x", bare)
+    assert not result.settings["append_eod"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -95,7 +95,7 @@ def test_finished_shards_are_kept_unless_something_changed(
         file.write(b"..")  # not what its .idx says
     assert shard(tmp_path, tokenizer, inputs, 0, 3).tokenized_by == "gigatoken"
     # Without ends of documents.
-    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(1, 3))
+    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(1, 3), append_eod=False)
     shard(tmp_path, tokenizer, inputs, 2, 3)
     # The second one does not belong to the others.
     assert not list(tmp_path.glob("x/x_text_document.bin"))
@@ -108,7 +108,8 @@ def test_what_changed_is_told_where_a_shard_is_made_anew(tmp_path, tokenizer, in
     shard(tmp_path, tokenizer, inputs, 0, 2, console=console)
     shard(tmp_path, tokenizer, inputs, 0, 2, console=console)
     assert not console.file.getvalue()
-    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(0, 2), console=console)
+    plain = {"append_eod": False, "console": console}
+    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(0, 2), **plain)
     name = shards.name_of(str(tmp_path / "x" / "x_text_document"), Shard(0, 2))
     told = f"{name} was made with other settings and is made anew: append_eod true → false\n"
     assert console.file.getvalue() == told
