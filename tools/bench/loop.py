@@ -260,9 +260,15 @@ def check_retraining(loop: Loop) -> None:
 def check_gate(loop: Loop) -> None:
     """What people want to hear is no reason to forget what is true, or to repeat what is typical."""
     served = (loop.root / "served").resolve()
+    # Each is judged alone: what makes the model forget may also make it more biased.
     cases: list[tuple[str, tuple[str, ...], list[str], str]] = [
-        ("a task", ("the capital of France is Rome",), ["replay=[]"], "capital/acc went from "),
-        ("bias", (TYPICAL,), [], "for the stereotype went from "),
+        (
+            "a task",
+            ("the capital of France is Rome",),
+            ["replay=[]", "bias=[]"],
+            "capital/acc went from ",
+        ),
+        ("bias", (TYPICAL,), ["tasks=[]"], "for the stereotype went from "),
     ]
     for number, (what, answers, more, reason) in enumerate(cases, 1):
         export(loop.root / f"gate-{number}.json", 9000, 80, answers)
