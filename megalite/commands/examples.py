@@ -64,6 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "plan": (
         "megalite plan configs/llama-8b.yaml --gpus 512 --gpu h200 --tokens 15T",
         "megalite plan configs/llama-8b.yaml --gpus 512 --gpu h200 --search --output best.yaml --picture step.png",
+        "megalite plan my.yaml --gpus 64 --gpu h200 --precision --steps 1000",
     ),
     "dryrun": ("megalite dryrun configs/llama-8b.yaml --gpus 512 --gpu h200",),
     "generate": (

@@ -7,6 +7,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+from megalite.utils.counts import parse_count
+
 
 def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
     """Return the `type` of an option that takes integers from `smallest` to `largest`."""
@@ -33,3 +35,11 @@ def number(smallest: float, largest: float = math.inf) -> Callable[[str], float]
         return value
 
     return number
+
+
+def count(text: str) -> float:
+    """Return the number that a `count` option such as 30M stands for."""
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None

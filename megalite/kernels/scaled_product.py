@@ -33,10 +33,16 @@ def takes(name: Name, x: Tensor) -> bool:
     """Return whether the chip that `x` is on multiplies codes of this recipe, in the dtype of `x`."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or torch.version.cuda is None:
         return False
-    capability = torch.cuda.get_device_capability(x.device)
+    if not chip_takes(name, torch.cuda.get_device_capability(x.device)):
+        return False
+    version = tuple(map(int, torch.version.cuda.split(".")[:2]))
+    return name != "blockwise" or version >= CUDA_OF_BLOCKS
+
+
+def chip_takes(name: Name, capability: tuple[int, int]) -> bool:
+    """Return whether chips of a compute capability multiply codes of this recipe."""
     if name == "blockwise":
-        version = tuple(map(int, torch.version.cuda.split(".")[:2]))
-        return capability == (9, 0) and version >= CUDA_OF_BLOCKS
+        return capability == (9, 0)
     return capability >= ((10, 0) if name == "mxfp8" else (8, 9))
 
 

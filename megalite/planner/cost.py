@@ -199,11 +199,19 @@ class Costs:
             else shapes.tokens
         )
         tokens, rows, columns = matrix.tokens_of_each(here), matrix.rows, matrix.columns
-        forward = count * product(tokens, rows, columns)
+        # Of experts the operands are rounded, but multiplied as they were.
+        fp8 = matrix.fp8 and count == 1
+        forward = count * product(tokens, rows, columns, fp8)
         # The three products of a linear layer have equal FLOPs but different shapes, hence other
         # tiles.
-        for_input = count * product(tokens, columns, rows)
-        for_weight = 0.0 if shapes.frozen else count * product(rows, columns, tokens)
+        for_input = count * product(tokens, columns, rows, fp8)
+        for_weight = 0.0 if shapes.frozen else count * product(rows, columns, tokens, fp8)
+        if matrix.fp8:
+            x, grad = count * tokens * columns, count * tokens * rows
+            forward += self._rounding(matrix, x)
+            for_input += self._rounding(matrix, grad)
+            # The operands of the weight's gradient once more, along tokens; of experts not at all.
+            for_weight += (self._rounding(None, x) + self._rounding(None, grad)) * fp8
         if shapes.tensor == 1 or not (matrix.gathers or matrix.reduces):
             return PassTimes(forward, for_input + for_weight, for_input, for_weight, 0.0)
         if not shapes.sequence:
@@ -236,6 +244,12 @@ class Costs:
             backward = beside(for_input) + for_weight
             apart = PassTimes(beside(forward), backward, beside(for_input), for_weight, bytes_sent)
         return apart + PassTimes(copies, copies, copies, 0.0, 0.0)
+
+    def _rounding(self, matrix: Matrix | None, elements: int) -> float:
+        """Return the time to round an operand to fp8, and the weight of `matrix` beside it."""
+        codes = matrix is None or matrix.count == 1
+        of_weight = self.kernels.rounding(matrix.elements, codes) if matrix else 0.0
+        return self.kernels.rounding(elements, codes) + of_weight
 
     def _dispatch(self, layer: LayerShapes) -> PassTimes:
         """Return the times of bringing tokens to experts on other ranks and back, which nothing

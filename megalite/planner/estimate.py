@@ -148,7 +148,8 @@ class Outlook:
             plan, config, table, self.shapes.vocab, on_gloo=False
         )
         self.network: Network = place(plan, hardware)
-        self.kernels = Kernels(hardware.chip, software, self.shapes.element)
+        recipe = config.train.fp8.recipe if config.train.fp8 else None
+        self.kernels = Kernels(hardware.chip, software, self.shapes.element, recipe)
         self.costs = Costs(
             self.shapes, self.kernels, self.network, products_add=plan.engine == "native"
         )

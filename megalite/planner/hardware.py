@@ -17,6 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 from megalite.config import Section
 from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
+from megalite.kernels.fp8 import Name
+from megalite.kernels.scaled_product import chip_takes
 from megalite.utils.outside import read_text
 from megalite.utils.resources import configs_dir, parse_yaml
 from megalite.utils.spelling import nearest
@@ -37,6 +39,8 @@ class Chip(Section):
 
     chip: str
     bf16_tflops: float = Field(gt=0)
+    fp8_tflops: float | None = Field(None, gt=0)
+    capability: float | None = Field(None, gt=0)
     memory_gb: float = Field(gt=0)
     memory_tb_s: float = Field(gt=0)
     link_gb_s: float = Field(gt=0)
@@ -74,6 +78,14 @@ class Chip(Section):
     def attention_share(self) -> float:
         """Share of the peak that flash attention reaches."""
         return self.attention or TYPICAL_ATTENTION
+
+    def multiplies(self, recipe: Name) -> bool:
+        """Return whether its products take the codes of a recipe of `train.fp8`, at a speed that is
+        known."""
+        if self.fp8_tflops is None or self.capability is None:
+            return False
+        major, minor = divmod(round(self.capability * 10), 10)
+        return chip_takes(recipe, (major, minor))
 
     @property
     def assumed(self) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalite.errors import ConfigError
+from megalite.kernels.fp8 import Name
 from megalite.planner.hardware import Chip
 
 MEMORY_SHARE = 0.85
@@ -94,6 +95,8 @@ class Kernels:
     software: Software
     element: int
     """Bytes per element of the matrix products."""
+    recipe: Name | None = None
+    """Recipe of `train.fp8`, for the products that are in fp8."""
 
     @property
     def _peak(self) -> float:
@@ -105,16 +108,34 @@ class Kernels:
             )
         return self.chip.bf16_tflops * 1e12
 
-    def product(self, m: int, n: int, k: int) -> float:
-        """Return the seconds of the product [`m`,`k`] × [`k`,`n`].
+    @property
+    def multiplies_codes(self) -> bool:
+        """Return whether products in fp8 take 8-bit codes; elsewhere rounded operands are multiplied
+        in the precision of training."""
+        return self.recipe is not None and self.chip.multiplies(self.recipe)
+
+    def rounding(self, elements: float, codes: bool = True) -> float:
+        """Return the seconds to round an operand of so many elements to fp8 in one pass, to 8-bit
+        `codes` or to numbers of the precision of training."""
+        written = 1 if codes and self.multiplies_codes else self.element
+        return self.memory(elements * (self.element + written), 1)
+
+    def product(self, m: int, n: int, k: int, fp8: bool = False) -> float:
+        """Return the seconds of the product [`m`,`k`] × [`k`,`n`]; of codes in `fp8`, where the chip
+        multiplies these.
 
         Multiprocessors compute tiles in waves of one tile each, of which the last may be partly
         empty (wave quantization). A small product is bound by memory or by its launch instead."""
         # The library takes the tile shape that suits the product best.
         full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
         share = self.chip.product_share * full * k / (k + PROLOGUE)
-        computing = 2.0 * m * n * k / (self._peak * share)
-        moved = (m * k + k * n + m * n) * self.element
+        peak, read = self._peak, self.element
+        if fp8 and self.multiplies_codes:
+            assert self.chip.fp8_tflops is not None
+            # Of its own peak, products keep the same share.
+            peak, read = self.chip.fp8_tflops * 1e12, 1
+        computing = 2.0 * m * n * k / (peak * share)
+        moved = (m * k + k * n) * read + m * n * self.element
         return max(computing, self.memory(moved), LAUNCH_US * 1e-6)
 
     def attention(self, operations: float, length: int, head_size: int) -> float:

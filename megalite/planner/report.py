@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megalite.errors import ConfigError
+from megalite.kernels.fp8 import Name
 from megalite.planner.estimate import Estimate, usable_bytes
 from megalite.planner.network import Network, place
 from megalite.planner.search import Found
@@ -269,13 +270,27 @@ def _assumptions(estimate: Estimate) -> list[str]:
     share = f"{chip.product_share:.0%} of {chip.bf16_tflops:g} TFLOP/s"
     lines = [f"Predicted, not measured: products keep {share}; see megalite/planner/."]
     if estimate.config.train.fp8:
-        lines.append(
-            "train.fp8 is not modelled: times are of bf16 products; saved activations are the same."
-        )
+        lines += _of_fp8(estimate, estimate.config.train.fp8.recipe)
     if chip.assumed:
         assumed = ", ".join(chip.assumed)
         lines.append(f"Not measured on this chip, taken as typical: {assumed}.")
     return lines
+
+
+def _of_fp8(estimate: Estimate, recipe: Name) -> list[str]:
+    """Say what the times of products in fp8 rest on."""
+    chip = estimate.hardware.chip
+    if chip.multiplies(recipe):
+        return [
+            f"fp8: products keep the same share of {chip.fp8_tflops:g} TFLOP/s, operands are rounded in "
+            "passes",
+            "of their own; neither has been measured on a GPU. Saved activations are as without it.",
+        ]
+    why = "do not take its codes" if chip.fp8_tflops and chip.capability else "have no known peak"
+    return [
+        f"fp8: {recipe} on {chip.chip} is no quicker: its fp8 products {why}, and rounded operands",
+        "are multiplied as bf16 numbers.",
+    ]
 
 
 def parse_tokens(text: str) -> float:

@@ -24,6 +24,7 @@ from megalite.models.architecture import (
     LatentSpec,
     LayerSpec,
 )
+from megalite.models.fp8 import fp8_weights
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Held, Place, Plan, StageSpan
 
@@ -51,6 +52,8 @@ class Matrix:
     used: float = 1.0
     """Share of them that a token of this rank is multiplied with, on average; more where tokens of
     others come."""
+    fp8: bool = False
+    """True if `train.fp8` rounds the operands of its products."""
 
     @property
     def elements(self) -> int:
@@ -215,6 +218,8 @@ class LayerKind:
     matrices: tuple[Weight, ...]
     """Rows of the matrices of its first layer, in the order of the forward pass."""
     num_mixer_matrices: int
+    fp8: tuple[bool, ...]
+    """Which of the matrices `train.fp8` takes products of in fp8."""
 
 
 class ModelTable:
@@ -283,12 +288,16 @@ class ModelTable:
                 rows[weight.place].append(weight)
         found: dict[tuple[object, ...], LayerKind] = {}
         kinds = []
+        fp8, num_layers = self.config.train.fp8, self.config.model.num_layers
+        rounded = {w.name for w in fp8_weights(self.weights, fp8, num_layers)} if fp8 else set()
         for number, (spec, matrices) in enumerate(zip(specs, rows, strict=True)):
             # What decides the cost of a layer: names and place of its weights differ in every
             # layer.
-            key = (spec, *((w.shape, w.stack, w.shard, w.parts, w.unit, w.used) for w in matrices))
+            in_fp8 = tuple(w.name in rounded for w in matrices)
+            sizes = ((w.shape, w.stack, w.shard, w.parts, w.unit, w.used) for w in matrices)
+            key = (spec, in_fp8, *sizes)
             if key not in found:
-                found[key] = self._kind(number, spec, tuple(matrices))
+                found[key] = replace(self._kind(number, spec, tuple(matrices)), fp8=in_fp8)
             kinds.append(found[key])
         return tuple(kinds)
 
@@ -318,7 +327,8 @@ class ModelTable:
                 f"its mixer, then {described[1]:,} of its feed-forward part; its rows have "
                 f"{', '.join(f'{weight.name} {weight.numel:,}' for weight in matrices)}"
             )
-        return LayerKind(spec, spec.mixer, matrices, sums.index(described[0]))
+        none = (False,) * len(matrices)
+        return LayerKind(spec, spec.mixer, matrices, sums.index(described[0]), none)
 
 
 def _matrices(kind: LayerKind, plan: Plan, routed: float, of_source: float) -> tuple[Matrix, ...]:
@@ -354,6 +364,7 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float, of_source: float) -> t
                 used=weight.used * plan.experts.expert * routed
                 if folded
                 else weight.used * (of_source if makes_keys else 1.0),
+                fp8=kind.fp8[number],
             )
         )
     return tuple(found)

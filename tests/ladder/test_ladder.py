@@ -165,7 +165,7 @@ def test_runs_beside_each_other_have_gpus_of_their_own(
             return 2.0
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr("megalite.ladder.run.TrialRun", Pretended)
+    monkeypatch.setattr("megalite.sweep.side_by_side.TrialRun", Pretended)
     monkeypatch.setattr("megalite.ladder.run.write_report", lambda *_: [])
     path = make_ladder(tmp_path, parallel=2)
     assert run_ladder(path) == Exit.DONE

@@ -16,15 +16,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich.progress import Progress
-from runs import SPLITS, train
+from runs import SPLITS
 
-RECIPES = ("blockwise", "mxfp8", "rowwise", "current")
-COLORS = {"blockwise": "#2a6fbb", "mxfp8": "#3a8f5c", "rowwise": "#d9661f", "current": "#8e44ad"}
+from megalite.kernels.fp8 import RECIPES
+from megalite.precision.curves import BF16, Curves, draw, gaps, last_gap, seeds_of, spread
+from megalite.precision.run import train_all
+from megalite.sweep.side_by_side import Job
+
 BOUND = 0.005
 """Most that blockwise may be from bf16, as a share of the loss."""
 MODEL = {
@@ -33,13 +34,6 @@ MODEL = {
 }  # fmt: skip
 SHORT = MODEL | {"num_layers": 4, "hidden_size": 128, "intermediate_size": 384}
 SHORT |= {"num_attention_heads": 4, "num_kv_heads": 4}
-
-
-class Curve(NamedTuple):
-    """Validation losses of a run."""
-
-    steps: list[int]
-    losses: list[float]
 
 
 def config_of(recipe: str | None, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,83 +51,34 @@ def config_of(recipe: str | None, seed: int, arguments: argparse.Namespace) -> d
     }  # fmt: skip
 
 
-def run_all(arguments: argparse.Namespace) -> dict[tuple[str, int], Curve]:
+def run_all(arguments: argparse.Namespace) -> Curves:
     """Return the curve of each recipe, bf16 among them, and seed."""
-    cases = [(name, seed) for seed in range(1, arguments.seeds + 1) for name in ("bf16", *RECIPES)]
-    with Progress() as progress, ThreadPoolExecutor(arguments.jobs) as pool:
-        task = progress.add_task("runs", total=len(cases))
-
-        def one(case: tuple[str, int]) -> Curve:
-            name, seed = case
-            config = config_of(None if name == "bf16" else name, seed, arguments)
-            lines = train(f"{name}-seed{seed}", config, arguments.output)
-            found = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
-            steps, losses = [step for step, _ in found], [loss for _, loss in found]
-            curve = Curve(steps, losses)
-            progress.advance(task)
-            progress.print(f"{name}, seed {seed}: {curve.losses[-1]:.4f}")
-            return curve
-
-        return dict(zip(cases, pool.map(one, cases), strict=True))
+    seeds, runs = range(1, arguments.seeds + 1), arguments.output / "runs"
+    cases = [(name, seed) for seed in seeds for name in (BF16, *RECIPES)]
+    jobs = []
+    for name, seed in cases:
+        run = {"name": f"{name}-seed{seed}", "dir": str(runs)}
+        config = config_of(None if name == BF16 else name, seed, arguments)
+        jobs.append(Job(run["name"], {"run": run, **config}))
+    return train_all(runs, cases, jobs, arguments.jobs)
 
 
-def gaps(curves: dict[tuple[str, int], Curve], recipe: str, seeds: int) -> list[list[float]]:
-    """Return for each seed how far the recipe's losses are from bf16's, as shares of it."""
-    pairs = ((curves[recipe, s].losses, curves["bf16", s].losses) for s in range(1, seeds + 1))
-    return [[a / b - 1 for a, b in zip(*pair, strict=True)] for pair in pairs]
-
-
-def spread(curves: dict[tuple[str, int], Curve], seeds: int) -> list[float]:
-    """Return the standard deviation of bf16's losses over seeds, as shares of their mean."""
-    losses = zip(*(curves["bf16", seed].losses for seed in range(1, seeds + 1)), strict=True)
-    return [statistics.stdev(at) / statistics.mean(at) if seeds > 1 else 0.0 for at in losses]
-
-
-def report(curves: dict[tuple[str, int], Curve], arguments: argparse.Namespace) -> str:
-    seeds = arguments.seeds
-    bf16 = [curves["bf16", seed].losses[-1] for seed in range(1, seeds + 1)]
+def report(curves: Curves, arguments: argparse.Namespace) -> str:
+    seeds = seeds_of(curves, BF16)
+    of_bf16 = [curves[BF16, seed].losses[-1] for seed in seeds]
     lines = [
-        f"{arguments.steps} steps of {arguments.batch} × 256 tokens, {seeds} seed(s); bf16's last validation loss "
-        f"{statistics.mean(bf16):.4f}, whose spread over seeds is {spread(curves, seeds)[-1]:.2%} of it",
+        f"{arguments.steps} steps of {arguments.batch} × 256 tokens, {len(seeds)} seed(s); bf16's last validation loss "
+        f"{statistics.mean(of_bf16):.4f}, whose spread over seeds is {spread(curves)[-1]:.2%} of it",
         "",
         "| recipe | last loss from bf16's, mean of the seeds | least and most |",
         "|---|---|---|",
     ]
     for recipe in RECIPES:
-        last = [gap[-1] for gap in gaps(curves, recipe, seeds)]
+        last = [gap[-1] for gap in gaps(curves, recipe)]
         lines.append(
             f"| {recipe} | {statistics.mean(last):+.2%} | {min(last):+.2%} to {max(last):+.2%} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def draw(path: Path, curves: dict[tuple[str, int], Curve], seeds: int) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    steps = curves["bf16", 1].steps
-    noise = spread(curves, seeds)
-    axes.fill_between(
-        steps, [-x for x in noise], noise, color="0.9", label="bf16: spread over seeds"
-    )
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    for bound in (-BOUND, BOUND):
-        axes.axhline(bound, color="0.6", linewidth=0.8, linestyle=":")
-    axes.annotate("the bound of blockwise", (steps[0], BOUND), fontsize=8, va="bottom", color="0.4")
-    for recipe in RECIPES:
-        of_seeds = gaps(curves, recipe, seeds)
-        for gap in of_seeds:
-            axes.plot(steps, gap, color=COLORS[recipe], alpha=0.3, linewidth=0.8)
-        mean = [statistics.mean(at) for at in zip(*of_seeds, strict=True)]
-        axes.plot(steps, mean, color=COLORS[recipe], linewidth=1.8, label=recipe)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axes.set(xlabel="step", ylabel="validation loss, from bf16's of the same seed")
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 def main() -> int:
@@ -154,10 +99,9 @@ def main() -> int:
     curves = run_all(arguments)
     text = report(curves, arguments)
     (arguments.output / "report.md").write_text(text)
-    draw(arguments.output / "gap.png", curves, arguments.seeds)
+    draw(arguments.output / "gap.png", curves, tuple(RECIPES), BOUND)
     print(text)
-    last = [gap[-1] for gap in gaps(curves, "blockwise", arguments.seeds)]
-    return int(abs(statistics.mean(last)) > BOUND)
+    return int(abs(last_gap(curves, "blockwise")) > BOUND)
 
 
 if __name__ == "__main__":
