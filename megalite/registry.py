@@ -112,6 +112,7 @@ schedules: Registry[type[ScheduleConfig]] = Registry(
         "polynomial": "megalite.training.schedules:Polynomial",
         "exponential": "megalite.training.schedules:Exponential",
         "inverse_sqrt": "megalite.training.schedules:InverseSquareRoot",
+        "range_test": "megalite.training.schedules:RangeTest",
         "wsd": "megalite.training.schedules:WarmupStableDecay",
     },
 )

@@ -32,6 +32,7 @@ from megalite.health.watchdog import Watchdog
 from megalite.infer.in_training import SamplesInTraining, TargetsInTraining, TasksInTraining
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
+from megalite.observe.band import Band
 from megalite.observe.environment import hardware_of, unused_gpus
 from megalite.observe.recorder import Recorder
 from megalite.plan import Plan
@@ -160,6 +161,11 @@ def open_run(
         if config.observe.target_rows and tokenizer and valid
         else None
     )
+    band = None
+    if config.observe.ladder:
+        from megalite.ladder.curve import read_band
+
+        band = read_band(config.observe.ladder, config)
     start = Start(state, initial_state(config, mesh, checkpoint), base)
     all_agree(True, mesh)  # a start that any rank refuses has written nothing
     recorder = None
@@ -167,7 +173,7 @@ def open_run(
         told += leave_newer(root, start.step) if checkpoint else []
         kept = write_config(config.run.folder, config.to_yaml(), start.step)
         told += [f"the config before is kept as {kept}"] if kept else []
-        recorder = open_recorder(config, plan, state, tokenizer, mesh)
+        recorder = open_recorder(config, plan, state, tokenizer, mesh, band)
         told += filter(None, [unused_gpus(mesh.device.type)])
     run = Run(config, plan, mesh, recorder, tasks, samples, targets)
     run.say(*told)
@@ -175,10 +181,16 @@ def open_run(
 
 
 def open_recorder(
-    config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None, mesh: Mesh
+    config: Config,
+    plan: Plan,
+    state: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    mesh: Mesh,
+    band: Band | None,
 ) -> Recorder:
     """Open the recorder of a run after `state`, and put the `tokenizer` and the run's starting
-    point into its folder. `plan` gives the layout that is recorded, `mesh` the ranks."""
+    point into its folder. `plan` gives the layout that is recorded, `mesh` the ranks, `band` the
+    losses that are expected."""
     folder = config.run.folder
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
@@ -208,6 +220,7 @@ def open_recorder(
         wandb_id=state["wandb_id"],
         layout=layout,
         hardware=hardware_of(mesh.device.type, mesh.world.size),
+        band=band,
     )
 
 

@@ -54,6 +54,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "sweep": (
         "megalite sweep lr.yaml",
         "megalite sweep lr.yaml trials=40",
+        "megalite sweep my.yaml --find-lr 1e-5 1",
         "megalite sweep my.yaml model.mup.base_hidden=256 --coordinate-check 256 512 1024",
     ),
     "ladder": ("megalite ladder ladder.yaml", "megalite ladder ladder.yaml parallel=4"),

@@ -17,6 +17,11 @@ def add_arguments(parser: VerbParser) -> None:
         help="the file is a config: train it a few steps at these hidden sizes, and draw how large its layers' outputs "
         "become (docs/mup.md)",
     )  # fmt: skip
+    parser.add_argument(
+        "--find-lr", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="the file is a config: train it for 200 steps at rates that rise from LOW to HIGH, and draw where "
+        "the loss falls (docs/sweep.md)",
+    )  # fmt: skip
     parser.set_defaults(verb=_sweep)
 
 
@@ -25,6 +30,11 @@ def _sweep(arguments: argparse.Namespace) -> Exit:
         from megalite.sweep.coordinates import check_coordinates
 
         print(check_coordinates(arguments.sweep, arguments.overrides, arguments.coordinate_check))
+        return Exit.DONE
+    if arguments.find_lr:
+        from megalite.sweep.learning_rate import find_learning_rate
+
+        print(find_learning_rate(arguments.sweep, arguments.overrides, *arguments.find_lr))
         return Exit.DONE
     from megalite.sweep.run import run_sweep
 

@@ -126,6 +126,11 @@ class ObserveConfig(Section):
         description="Validation rows whose targets an encoder-decoder gives at every validation, by the likeliest "
         "tokens, to be compared by BLEU, chrF and ROUGE. 0 disables.",
     )
+    ladder: Path | None = Field(
+        None,
+        description="ladder.json of `megalite ladder`, which predicts this run's losses: loss.png shows the band, and "
+        "a validation outside it is warned of.",
+    )
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
     prometheus: PrometheusConfig = PrometheusConfig()

@@ -195,6 +195,10 @@ class Config(Section):
         if self.train.steps:
             schedule.check(self.train.steps)
         self._best_can_be_told()
+        if self.observe.ladder and self.objective.name != "next_token":
+            raise ValueError(
+                f"observe.ladder predicts the loss of objective.name: next_token, not of {self.objective.name}"
+            )
         if self.train.patience and not (self._is_validated and self.observe.eval_every):
             raise ValueError(
                 "train.patience counts validations, which need data.valid or data.split, and observe.eval_every above 0"

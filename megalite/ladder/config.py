@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from megalite.config.errors import describe_errors
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.models import weight_table
+from megalite.plan import smallest_world
 from megalite.sweep.config import spelled_out
 from megalite.utils.counts import parse_count
 from megalite.utils.resources import read_yaml, with_overrides
@@ -30,6 +31,28 @@ class Goal(Section):
     @classmethod
     def _with_a_unit(cls, count: Any) -> Any:
         return parse_count(count) if isinstance(count, str) else count
+
+
+Rates = Literal["deepseek", "step_law"]
+
+
+def deepseek_rates(parameters: float, tokens: float) -> tuple[float, float]:
+    """Return the best learning rate of AdamW, and tokens of a global batch, by FLOPs (DeepSeek LLM
+    2024, section 3.1; fitted from 1e17 to 2e19 FLOPs)."""
+    flops = 6 * parameters * tokens
+    return 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
+
+
+def step_law_rates(parameters: float, tokens: float) -> tuple[float, float]:
+    """Return the best learning rate of AdamW, and tokens of a global batch, by parameters and
+    tokens (Li et al. 2025; fitted from 60M to 1B parameters)."""
+    return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+
+
+MEASURED: dict[Rates, Callable[[float, float], tuple[float, float]]] = {
+    "deepseek": deepseek_rates,
+    "step_law": step_law_rates,
+}
 
 
 class LadderConfig(Section):
@@ -48,6 +71,11 @@ class LadderConfig(Section):
     )
     tokens_per_parameter: tuple[float, ...] = Field(
         min_length=2, description="How long each size is trained, in tokens for each parameter."
+    )
+    rates: Rates | None = Field(
+        None,
+        description="Measured law that sets the learning rate and the global batch of each run: deepseek (by FLOPs) or "
+        "step_law (by parameters and tokens). By default the config says both.",
     )
     predict: tuple[Goal, ...] = ()
     parallel: int = Field(1, gt=0, description="Runs at a time.")
@@ -98,10 +126,27 @@ class LadderConfig(Section):
         # Of one step, for its parameters and the tokens of a step.
         one_step = parse_config(self._values(size | own | {"train.steps": 1}), origin=origin)
         parameters = multiplied(one_step)
+        if self.rates:
+            own |= self._rates_of(one_step, parameters, ratio * parameters)
+            one_step = parse_config(self._values(size | own | {"train.steps": 1}), origin=origin)
         steps = math.ceil(ratio * parameters / one_step.num_tokens)
         values = self._values(size | own | {"train.steps": steps})
         config = parse_config(values, origin=origin)
         return Rung(name, values, config, parameters, config.num_tokens)
+
+    def _rates_of(self, config: Config, parameters: float, tokens: float) -> dict[str, Any]:
+        """Return the settings of a run of so many `parameters` and `tokens` that the law sets."""
+        assert self.rates
+        if config.model.mup or config.optimizer.name != "adamw":
+            raise ConfigError(
+                f"rates: {self.rates} is of AdamW on models without muP; leave out rates, or take these"
+            )
+        lr, batch = MEASURED[self.rates](parameters, tokens)
+        # Whole micro-batches of every replica.
+        ranks = self.ranks or smallest_world(config)
+        each = config.train.micro_batch_size * (ranks // smallest_world(config))
+        samples = max(1, round(batch / config.sample_tokens / each)) * each
+        return {"optimizer.lr": float(f"{lr:.3g}"), "train.global_batch_size": samples}
 
     def _values(self, settings: dict[str, Any]) -> dict[str, Any]:
         return with_overrides(read_yaml(self.config), spelled_out(self.settings | settings))

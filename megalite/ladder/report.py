@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megalite.ladder.config import LadderConfig, Rung
+from megalite.ladder.curve import over_law, report_of
 from megalite.ladder.fit import DRAWN, Fit, Runs
 from megalite.utils.counts import compact
 from megalite.utils.files import replacing
@@ -56,6 +57,9 @@ def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str,
         predictions.append(
             goal.model_dump() | {"loss": loss, "interval": [low, high], "best_parameters": best}
         )
+    ways = [
+        over_law(ladder.folder / rung.name, law, rung.parameters, rung.tokens) for rung in rungs
+    ]
     return {
         "runs": measured,
         "law": {name: float(getattr(law, name)) for name in NUMBERS},
@@ -63,6 +67,7 @@ def findings(ladder: LadderConfig, rungs: Sequence[Rung], fit: Fit) -> dict[str,
         # How far the law may be trusted: the same fit, asked for what is known.
         "held_out": {"run": rungs[runs.largest].name} | held_out(runs),
         "predictions": predictions,
+        "curve": report_of(fit.drawn, [way for way in ways if way]),
     }
 
 

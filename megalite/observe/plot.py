@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megalite.observe.band import Band
 from megalite.observe.jsonl import read_metrics
 from megalite.utils.files import replacing
 
@@ -31,9 +32,10 @@ class PlotSink:
 
     name = "loss.png"
 
-    def __init__(self, metrics_path: Path, out_path: Path):
+    def __init__(self, metrics_path: Path, out_path: Path, band: Band | None = None):
         self._metrics_path = metrics_path
         self._out_path = out_path
+        self._band = band
         self._not_before = 0.0
 
     def step(self, record: dict[str, float]) -> None:
@@ -54,7 +56,7 @@ class PlotSink:
 
     def _draw(self) -> None:
         began = time.perf_counter()
-        plot_loss(self._metrics_path, self._out_path)
+        plot_loss(self._metrics_path, self._out_path, band=self._band)
         now = time.perf_counter()
         self._not_before = now + (now - began) / SHARE_OF_TIME
 
@@ -63,12 +65,14 @@ def plot_loss(
     metrics_path: Path,
     out_path: Path,
     reference: Mapping[str, float] | None = None,
+    band: Band | None = None,
 ) -> None:
     """Draw the losses in `metrics_path` over the steps to `out_path` (PNG), which appears only when
     complete.
 
-    `reference` adds named losses as horizontal lines, such as the entropy of a unigram model. Draws
-    nothing before the first step. Raises ImportError without matplotlib."""
+    `reference` adds named losses as horizontal lines, such as the entropy of a unigram model, and
+    `band` what the validation losses are expected between. Draws nothing before the first step.
+    Raises ImportError without matplotlib."""
     records = list(read_metrics(metrics_path))
     train = [record for record in records if "loss" in record]
     valid = [record for record in records if "valid_loss" in record]
@@ -79,6 +83,8 @@ def plot_loss(
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     norm = lower.twinx()  # rates are about 1e-4 and norms about 1: no scale fits both
     _draw_losses(upper, train, valid, reference or {})
+    if band:
+        _draw_band(upper, band, column(train, "step"))
     title = metrics_path.resolve().parent.name
     upper.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=10)
     _draw_rate_and_norm(lower, norm, train)
@@ -151,6 +157,15 @@ def _draw_losses(
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 4)), label=label, zorder=1)
     limit_to(axes, [line, valid_loss, np.array(list(reference.values()))])
     axes.set_ylabel("loss (nats per token)", fontsize=11)
+    axes.legend(frameon=False, fontsize=11, loc="upper right")
+
+
+def _draw_band(axes: Axes, band: Band, steps: np.ndarray) -> None:
+    """Draw what the validation losses are expected between, up to the last of `steps`."""
+    at = np.unique(np.linspace(1, steps.max(), 400).astype(int))
+    low, middle, high = band(at)
+    axes.fill_between(at, low, high, color=ORANGE, alpha=0.18, linewidth=0, zorder=0)
+    axes.plot(at, middle, color=ORANGE, linewidth=1, linestyle=(0, (2, 2)), label="predicted")
     axes.legend(frameon=False, fontsize=11, loc="upper right")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megalite.config import Config
+from megalite.observe.band import Band, BandSink
 from megalite.observe.console import Console
 from megalite.observe.environment import EnvironmentSink
 from megalite.observe.jsonl import JsonlSink, SamplesSink
@@ -56,7 +57,8 @@ class Recorder:
     They write to the run folder `folder`. `num_params` is the model's size; `start_step` the step
     of the checkpoint the run is resumed from, 0 for a new run; `wandb_id` the W&B run that
     checkpoint names; `layout` what the header shows of the parallel layout, such as {"tensor": 2,
-    "data": 4}, and `hardware` of what it runs on."""
+    "data": 4}, and `hardware` of what it runs on; `band` says between what validation losses are
+    expected."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Recorder:
         wandb_id: str | None = None,
         layout: Mapping[str, object] | None = None,
         hardware: str = "",
+        band: Band | None = None,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
@@ -106,8 +109,10 @@ class Recorder:
             )
         if config.observe.webhook:
             self._add(lambda: WebhookSink(config, start_step), WebhookSink.name)
+        if band:
+            self._add(lambda: BandSink(band, self.message), BandSink.name)
         # Last: it reads what jsonl wrote.
-        self._add(lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name)
+        self._add(lambda: PlotSink(metrics, folder / "loss.png", band), PlotSink.name)
 
     def step(self, record: dict[str, float]) -> None:
         """Record a training step.

@@ -98,6 +98,20 @@ class Exponential(Linear):
         return peak * (self.min_lr / peak) ** decayed
 
 
+class RangeTest(ScheduleConfig):
+    """Rise from `start_lr` at the first step to the peak at the last one by the same factor in every
+    step, to find out which rates are too large (Smith 2017)."""
+
+    name: Literal["range_test"] = "range_test"
+    warmup_steps: Literal[0] = Field(0, description="None: the rate rises all the time.")
+    start_lr: float = Field(gt=0, description="Learning rate of the first step.")
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        """Return the learning rate of step `step` of `num_steps`, between `start_lr` and `peak`."""
+        share = (step - 1) / max(1, num_steps - 1)
+        return self.start_lr * (peak / self.start_lr) ** share
+
+
 class InverseSquareRoot(ScheduleConfig):
     """Decay with the inverse square root of the step, whatever the length of the run (Vaswani et
     al. 2017)."""

@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from megalite.cli import main
+from megalite.config import Config
 from megalite.ladder import fit
-from megalite.ladder.config import LadderConfig, load_ladder_config
+from megalite.ladder.config import MEASURED, LadderConfig, load_ladder_config, multiplied
+from megalite.ladder.curve import SHARES, read_curve
 from megalite.ladder.fit import Fit, Law, Runs
 from megalite.ladder.run import run_ladder
 from megalite.runtime.exit_codes import Exit
@@ -195,6 +197,8 @@ def test_a_ladder_tells_its_law(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"sizes": [{"model.hidden": 3}, {}]}, "model.hidden"),
         ({"predict": [{"parameters": "many", "tokens": 1}]}, "a number such as"),
         ({"settings": {"data.valid": []}}, "data.valid or data.split"),
+        ({"rates": "kaplan"}, "deepseek"),
+        ({"rates": "step_law", "settings": {"optimizer.name": "sgd"}}, "of AdamW"),
     ],
 )
 def test_mistakes_are_told_before_the_first_run(
@@ -203,3 +207,96 @@ def test_mistakes_are_told_before_the_first_run(
     assert main(["ladder", str(make_ladder(tmp_path, **more))]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "runs" / "ladder").exists()
+
+
+def test_measured_laws_set_rates_and_batches(tmp_path: Path) -> None:
+    """The numbers are worked out from the papers' formulas by hand."""
+    lr, batch = MEASURED["deepseek"](1e9 / 6, 1e9)  # 1e18 FLOPs
+    assert lr == pytest.approx(0.3118 / 10 ** (18 / 8), rel=1e-12)
+    assert batch == pytest.approx(0.2920 * 10**5.8878, rel=1e-9)
+    lr, batch = MEASURED["step_law"](1e9, 1e11)  # the paper's largest: 1B on 100B tokens
+    assert lr == pytest.approx(1.79 * 10 ** (-9 * 0.713 + 11 * 0.307), rel=1e-9)
+    assert batch == pytest.approx(0.58 * 10**6.281, rel=1e-9)
+    more = {"rates": "deepseek", "settings": {"train.micro_batch_size": 3}}
+    ladder = load_ladder_config(
+        make_ladder(tmp_path, tokens_per_parameter=[500, 5000, 500000], **more)
+    )
+    for rung in ladder.rungs():
+        lr, batch = MEASURED["deepseek"](
+            rung.parameters, float(rung.name.split("-x")[1]) * rung.parameters
+        )
+        assert rung.config.optimizer.lr == pytest.approx(lr, rel=5e-3)
+        samples = rung.config.train.global_batch_size
+        assert samples % 3 == 0, "whole micro-batches"
+        assert abs(samples * 16 - batch) <= 1.5 * 16
+
+
+WAY = 1 + 0.3 * (1 - SHARES)
+"""How far a run is above the law before its learning rate has come down."""
+
+
+def leave_curves(ladder: LadderConfig, law: Law) -> None:
+    """Leave behind metrics whose training losses are a tenth above those of validation."""
+    for rung in ladder.rungs():
+        at = np.arange(1, 401) / 400
+        losses = 1.1 * law.loss(rung.parameters, at * rung.tokens) * np.interp(at, SHARES, WAY)
+        lines = [json.dumps({"step": n + 1, "loss": x}) for n, x in enumerate(losses.tolist())]
+        (ladder.folder / rung.name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_run_is_watched_beside_its_curve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_ladder(tmp_path, tokens_per_parameter=[5, 10, 20, 40, 80])
+    ladder, law = load_ladder_config(path), Law(1.0, 5.0, 9.0, 0.3, 0.4)
+    pretend(ladder, law, but=0)
+    leave_curves(ladder, law)
+    assert main(["ladder", str(path)]) == 0
+    report = ladder.folder / "ladder.json"
+    config = make_config(tmp_path, "llama", "observe.eval_every=4", f"observe.ladder={report}")
+    tokens = np.linspace(0.1, 1, 10) * config.num_tokens
+    curve = read_curve(report, config)
+    low, middle, high = curve.band(tokens)
+    true = law.loss(multiplied(config), tokens) * np.interp(tokens / config.num_tokens, SHARES, WAY)
+    # The mean over 20 steps of a curve that bends is a little above it.
+    assert middle == pytest.approx(true, rel=0.01)
+    assert (low <= middle).all()
+    assert (middle <= high).all()
+    assert np.isnan(curve.band(np.array([0.01 * config.num_tokens]))).all(), "in the warmup"
+    # Of random tokens nothing is learned: the loss is no lower than log(97) = 4.57, and the law says 1.9 or so.
+    assert main(["train", *as_arguments(tmp_path, config)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("is above what the ladder predicts") == 1, "once, not at each validation"
+    assert (config.run.folder / "loss.png").stat().st_size > 10_000
+
+
+def as_arguments(folder: Path, config: Config) -> list[str]:
+    (folder / "run.yaml").write_text(config.to_yaml())
+    return [str(folder / "run.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        ({"law": {}}, "has no curve"),
+        ({"law": {"E": 1}, "curve": {"shares": [0.5, 1]}}, "law"),
+        (
+            {
+                "law": {"E": 1, "A": 1, "B": 1, "alpha": 1, "beta": 1},
+                "curve": {"shares": [1, 0.5], "over_law": [[1, 1]], "laws": []},
+            },
+            "curve",
+        ),
+        ([], "JSON object"),
+    ],
+)
+def test_a_report_that_predicts_nothing_is_refused(
+    report: object, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ladder.json").write_text(json.dumps(report))
+    config = make_config(tmp_path, "llama", f"observe.ladder={tmp_path / 'ladder.json'}")
+    assert main(["train", *as_arguments(tmp_path, config)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "ladder.json" in error
+    assert not (config.run.folder / "metrics.jsonl").exists()

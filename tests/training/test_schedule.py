@@ -153,3 +153,13 @@ def test_past_the_end_it_stays_at_the_lowest(name: str) -> None:
 def test_wsd_decay_longer_than_what_is_left_does_not_jump() -> None:
     found = rates("wsd", decay_steps=STEPS)
     assert found[WARMUP] - found[WARMUP + 1] < 2 * (found[STEPS - 1] - found[STEPS])
+
+
+def test_a_range_test_rises_by_the_same_factor() -> None:
+    schedule = ScheduleConfig.model_validate({"name": "range_test", "start_lr": 1e-4})
+    config = AdamWConfig(lr=1.0, schedule=schedule)
+    found = [learning_rate(step, 5, config) for step in range(1, 6)]
+    assert found == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1.0], rel=1e-14)
+    assert learning_rate(1, 1, config) == 1e-4
+    with pytest.raises(ValidationError, match="warmup_steps"):
+        ScheduleConfig.model_validate({"name": "range_test", "start_lr": 1e-4, "warmup_steps": 3})
