@@ -36,6 +36,7 @@ VERBS = {
     "preprocess": "tokenize text, or rows of labelled data, into token files",
     "train": "train as a config says; run it alone, under torchrun or under srun",
     "launch": "train on this machine, or on plain hosts over ssh",
+    "teacher-logits": "write what a teacher says of a run's token files, for a distillation without it",
     "finetune": "finetune a model on rows of chats, completions, preferences or classes",
     "sweep": "search for a config's best settings; each trial is a run",
     "ladder": "train small models for several lengths, and predict the loss of a large one",

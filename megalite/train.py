@@ -68,6 +68,7 @@ def train(config: Config) -> Exit:
     check_run_folder(config.run.folder)
     plan = plan_of(config, launch.world_size)
     config, tokenizer, data = open_data(config)
+    config.objective.check_data(config, data)
     plan = replace(plan, steps=config.train.steps, tokens=config.num_tokens)
     tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
     launch.join(config.health.collective_timeout_s, meeting)

@@ -199,15 +199,19 @@ def base_files(config: Config) -> dict[str, str]:
     gone."""
     if config.model.hf is None or not (config.lora or config.objective.HAS_REFERENCE):
         return {}
-    found = {}
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError, ConfigError):
         folders = [config.model.hf]
         if peft.is_adapter(config.model.hf):
             folders.append(peft.base_of(config.model.hf))
         for folder in folders:
-            for path in sorted(folder.glob("*.safetensors")):
-                found[path.name] = _content(path)
+            found |= digests_of(folder)
     return found
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return a digest of each file of weights in a model's folder, by its name."""
+    return {path.name: _content(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _content(path: Path) -> str:

@@ -123,6 +123,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite prune runs/my my-small --layers 12 --inner 4096 --data data/web_text_document",
         "megalite prune runs/my my-24 --sparsity 2:4 --method sparsegpt --data data/web_text_document",
     ),
+    "teacher-logits": (
+        "megalite teacher-logits distil.yaml --count 64",
+        "torchrun --nproc-per-node=8 -m megalite teacher-logits distil.yaml objective.teacher_logits=data/web_teacher",
+    ),
     "inspect": (
         "megalite inspect data/web_text_document --tokenizer data/tokenizer",
         "megalite inspect configs/quickstart.yaml --split valid --count 3",

@@ -154,7 +154,7 @@ def add_late(verbs: Verbs, name: str, help: str | None, module: str = "") -> Non
 
     def fill(parser: VerbParser) -> None:
         # Here, not above: `megalite --help` imports no verb.
-        found = importlib.import_module(f"megalite.commands.{module or name}")
+        found = importlib.import_module(f"megalite.commands.{(module or name).replace('-', '_')}")
         parser.description = found.__doc__
         found.add_arguments(parser)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from megalite.config.schema import Config
     from megalite.data.dataset import Split
     from megalite.data.loader import Batches
-    from megalite.data.mixture import Corruption
+    from megalite.data.mixture import Corruption, Mixture
     from megalite.data.stacks import Views
     from megalite.data.tokenizer import Tokenizer
     from megalite.training.objectives import Objective
@@ -89,6 +90,15 @@ class ObjectiveConfig(Choice):
         """Return what makes a source and a target of the tokens that are read for `split`, for an
         encoder-decoder. `tokenizer` is the config's. Raise DataError where it lacks a token."""
         raise NotImplementedError
+
+    def made_of_tokens(self) -> str:
+        """Return the setting that names files made of the run's own tokens, which no others can
+        stand in for; empty where there is none."""
+        return ""
+
+    def check_data(self, config: Config, data: Mapping[Split, Mixture | None]) -> None:
+        """Raise DataError or ConfigError, before the first step, where what the objective reads
+        beside the mixtures of `data` does not go with them."""
 
     def files(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the model, as JSON by the name of the file."""

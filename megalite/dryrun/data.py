@@ -14,6 +14,7 @@ from megalite.config import Config
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.tokenizer import write_tokenizer_config
 from megalite.data.tokenizer_training import BERT, SENTINELS, T5_SPECIAL
+from megalite.errors import ConfigError
 from megalite.utils.keys import key_of
 
 DOCUMENTS = 64
@@ -24,7 +25,11 @@ HIDING = ("masked", "seq2seq")
 
 def dry_config(config: Config, folder: Path, steps: int) -> Config:
     """Return `config` with token files in `folder` instead of its own, a run folder there, and
-    `steps` steps."""
+    `steps` steps. Raise ConfigError where made-up tokens cannot stand for those of the run."""
+    if key := config.objective.made_of_tokens():
+        raise ConfigError(
+            f"{key} is of the run's own tokens, and a dry run has others; `megalite plan` takes it, or leave it out"
+        )
     data = config.data
     shares = data.split or (1.0, 0.0, 0.0)
     sources = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,20 +57,43 @@ class Columns(NamedTuple):
     """Sums over the ranks."""
 
 
-class _Rows(NamedTuple):
-    """What the forward pass finds of each token, [N] fp32 each, over the whole vocabulary."""
+class Comparison(Protocol):
+    """Compares some rows of a student's logits with what a teacher says of the same tokens."""
+
+    @property
+    def wanted(self) -> Divergence:
+        """Return what training minimises."""
+
+    def compare(self, student_NV: Tensor, labels_N: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """Return what the forward pass finds of the tokens `rows`, whose logits and labels are
+        given: [N] fp32 each, the first four those of `Found`. As many on every call."""
+
+    def gradient_(
+        self, student_NV: Tensor, labels_N: Tensor, rows: slice, found: tuple[Tensor, ...]
+    ) -> None:
+        """Overwrite the student's logits of some rows with the gradient of each row's loss, given
+        what `compare` found of them."""
+
+
+class Found(NamedTuple):
+    """What every comparison finds of each token, [N] fp32 each, over the whole vocabulary."""
 
     lse: Tensor
     """Log-sum-exp of the student's logits, as the cross-entropy takes it."""
     target: Tensor
     """The student's logit of the label."""
-    student: Tensor
-    """Log-sum-exp of the student's logits at the temperature, over the common columns."""
-    teacher: Tensor
     own: Tensor
     """Part of the divergence that is a mean over the student's distribution."""
     other: Tensor
     """Part that is a mean over the teacher's."""
+    student: Tensor
+    """Log-sum-exp of the student's logits at the temperature, over the common columns."""
+    teacher: Tensor
+    """That of the teacher's logits; or, where only its likeliest tokens are known, that of the
+    student's logits of all others."""
+
+
+NUM_FOUND = len(Found._fields)
 
 
 def divergence(
@@ -82,7 +105,8 @@ def divergence(
 
     The gradient, of the student alone, overwrites its logits in the forward pass: they must be the
     fresh output of a product that nothing else reads. The teacher's are not kept."""
-    return _Divergence.apply(student, teacher, labels, columns, wanted)
+    teacher_NV = teacher.flatten(0, -2)
+    return compared(student, labels, _Whole(lambda rows: teacher_NV[rows], columns, wanted))
 
 
 def linear_divergence(
@@ -100,47 +124,53 @@ def linear_divergence(
     weights, of `rows_per_chunk` tokens at a time: [B,T,3]. The backward pass computes them again.
 
     Gradients are those of `linear_cross_entropy`; the teacher has none."""
-    return _LinearDivergence.apply(
-        x, weight_VD, x_teacher, weight_VE, labels, rows_per_chunk, columns, wanted, wgrad_callback
-    )
+    x_NE = x_teacher.flatten(0, -2)
+    comparison = _Whole(lambda rows: product(x_NE[rows], weight_VE), columns, wanted)
+    return linear_compared(x, weight_VD, labels, rows_per_chunk, comparison, wgrad_callback)
+
+
+def compared(student: Tensor, labels: Tensor, comparison: Comparison) -> Tensor:
+    """Return what `divergence` does of another comparison with a teacher."""
+    return _Divergence.apply(student, labels, comparison)
+
+
+def linear_compared(
+    x: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    rows_per_chunk: int,
+    comparison: Comparison,
+    wgrad_callback: WgradCallback | None = None,
+) -> Tensor:
+    """Return what `linear_divergence` does of another comparison with a teacher."""
+    return _LinearDivergence.apply(x, weight_VD, labels, rows_per_chunk, comparison, wgrad_callback)
 
 
 class _Divergence(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        columns: Columns,
-        wanted: Divergence,
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, labels: Tensor, comparison: Comparison) -> Tensor:
         # `flatten` below must be a view, for the gradient to be written into it.
         student = student.contiguous()
-        student_NV, teacher_NV, labels_N = (
-            student.flatten(0, -2),
-            teacher.flatten(0, -2),
-            labels.flatten(),
-        )
-        found = student.new_empty(6, len(labels_N), dtype=torch.float32)
+        student_NV, labels_N = student.flatten(0, -2), labels.flatten()
+        found = student.new_empty(NUM_FOUND, len(labels_N), dtype=torch.float32)
         for rows in chunks(labels_N, ROWS):
-            part = student_NV[rows], teacher_NV[rows], labels_N[rows]
-            of_rows = _compare(*part, columns, wanted)
+            part = student_NV[rows], labels_N[rows], rows
+            of_rows = comparison.compare(*part)
             found[:, rows] = torch.stack(of_rows)
             if ctx.needs_input_grad[0]:
-                _gradient_(*part, of_rows, columns, wanted)
+                comparison.gradient_(*part, of_rows)
         increment_version(student)
         ctx.save_for_backward(student, labels_N)
-        return _losses(_Rows(*found), labels, wanted)
+        return _losses(Found(*found), labels, comparison.wanted)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         student, labels_N = ctx.saved_tensors
         # The same memory, which holds each token's gradient and is scaled by the loss's.
         student = student.detach()
         _scale_(student.flatten(0, -2), grad, labels_N)
         increment_version(student)
-        return student, None, None, None, None
+        return student, None, None
 
 
 class _LinearDivergence(Function):
@@ -149,43 +179,56 @@ class _LinearDivergence(Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        x_teacher: Tensor,
-        weight_teacher: Tensor,
         labels: Tensor,
         rows_per_chunk: int,
-        columns: Columns,
-        wanted: Divergence,
+        comparison: Comparison,
         wgrad_callback: WgradCallback | None,
     ) -> Tensor:
-        x_ND, x_NE, labels_N = x.flatten(0, -2), x_teacher.flatten(0, -2), labels.flatten()
-        found = x.new_empty(6, len(labels_N), dtype=torch.float32)
+        x_ND, labels_N = x.flatten(0, -2), labels.flatten()
+        found = x.new_empty(NUM_FOUND, len(labels_N), dtype=torch.float32)
         for rows in chunks(labels_N, rows_per_chunk):
-            student, teacher = product(x_ND[rows], weight), product(x_NE[rows], weight_teacher)
-            found[:, rows] = torch.stack(
-                _compare(student, teacher, labels_N[rows], columns, wanted)
-            )
-            del student, teacher  # or two chunks of logits would be alive at once
-        ctx.save_for_backward(x, weight, x_teacher, weight_teacher, labels_N, found)
-        ctx.rows_per_chunk, ctx.columns, ctx.wanted = rows_per_chunk, columns, wanted
+            student = product(x_ND[rows], weight)
+            found[:, rows] = torch.stack(comparison.compare(student, labels_N[rows], rows))
+            del student  # or two chunks of logits would be alive at once
+        ctx.save_for_backward(x, weight, labels_N, found)
+        ctx.rows_per_chunk, ctx.comparison = rows_per_chunk, comparison
         ctx.wgrad_callback, ctx.parameter = wgrad_callback, weight
-        return _losses(_Rows(*found), labels, wanted)
+        return _losses(Found(*found), labels, comparison.wanted)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, x_teacher, weight_teacher, labels_N, found = ctx.saved_tensors
-        x_ND, x_NE = x.flatten(0, -2), x_teacher.flatten(0, -2)
-        grad_NV3 = grad.flatten(0, -2)
+        x, weight, labels_N, found = ctx.saved_tensors
+        x_ND, grad_NV3 = x.flatten(0, -2), grad.flatten(0, -2)
 
         def gradient(rows: slice) -> Tensor:
-            student, teacher = product(x_ND[rows], weight), product(x_NE[rows], weight_teacher)
-            _gradient_(
-                student, teacher, labels_N[rows], _Rows(*found[:, rows]), ctx.columns, ctx.wanted
-            )
+            student = product(x_ND[rows], weight)
+            of_rows = tuple(found[:, rows])
+            ctx.comparison.gradient_(student, labels_N[rows], rows, of_rows)
             _scale_(student, grad_NV3[rows], labels_N[rows])
             return student
 
         grad_x, grad_weight = chunked_gradients(ctx, x, weight, ctx.rows_per_chunk, gradient)
-        return grad_x, grad_weight, None, None, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None
+
+
+class _Whole(NamedTuple):
+    """Compares with whole distributions of a teacher."""
+
+    teacher: Callable[[slice], Tensor]
+    """Gives the teacher's logits of some rows, [N,V]."""
+    columns: Columns
+    wanted: Divergence
+
+    def compare(self, student_NV: Tensor, labels_N: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """Return what is found of some rows; see `Comparison`."""
+        return _compare(student_NV, self.teacher(rows), labels_N, self.columns, self.wanted)
+
+    def gradient_(
+        self, student_NV: Tensor, labels_N: Tensor, rows: slice, found: tuple[Tensor, ...]
+    ) -> None:
+        """Overwrite logits with their gradient; see `Comparison`."""
+        teacher_NV = self.teacher(rows)
+        _gradient_(student_NV, teacher_NV, labels_N, Found(*found), self.columns, self.wanted)
 
 
 def _log_softmax(logits_NV: Tensor, lse_N: Tensor, columns: Columns, wanted: Divergence) -> Tensor:
@@ -203,7 +246,7 @@ def _log_sum_exp(
 
 def _compare(
     student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, columns: Columns, wanted: Divergence
-) -> _Rows:
+) -> Found:
     """Return what is found of some rows. Two messages of a few numbers a token are sent, no
     logits."""
     lse_N, target_N = cross_entropy_forward(student_NV, labels_N, columns.first, columns.num_valid)
@@ -222,15 +265,15 @@ def _compare(
         other = (lt.exp() * (lt - ls)).sum(1)
         own = torch.zeros_like(other)
     else:
-        own = (ls.exp() * _score(ls, lt, wanted)).sum(1)
+        own = (ls.exp() * score(ls, lt, wanted)).sum(1)
         other = torch.zeros_like(own)
         if wanted.kind == "jsd":
-            other = (lt.exp() * _score(lt, ls, wanted)).sum(1)
+            other = (lt.exp() * score(lt, ls, wanted)).sum(1)
     own, other = columns.sum(torch.stack((own, other))).unbind()
-    return _Rows(lse_N, target_N, of_student, of_teacher, own, other)
+    return Found(lse_N, target_N, own, other, of_student, of_teacher)
 
 
-def _score(log_p: Tensor, log_q: Tensor, wanted: Divergence) -> Tensor:
+def score(log_p: Tensor, log_q: Tensor, wanted: Divergence) -> Tensor:
     """Return what a part of the divergence is the mean of over p: log p/q, or half of log p/m with
     m their mean."""
     if wanted.kind == "jsd":
@@ -242,7 +285,7 @@ def _gradient_(
     student_NV: Tensor,
     teacher_NV: Tensor,
     labels_N: Tensor,
-    found: _Rows,
+    found: Found,
     columns: Columns,
     wanted: Divergence,
 ) -> None:
@@ -254,7 +297,7 @@ def _gradient_(
     else:
         # Both for KL(s, t) and for half of KL(s, m): what the logarithms themselves change cancels
         # out.
-        grad = ls.exp() * (_score(ls, lt, wanted) - found.own[:, None])
+        grad = ls.exp() * (score(ls, lt, wanted) - found.own[:, None])
     grad *= wanted.weight * wanted.temperature  # T² of the loss, 1/T of the logits
     plain = torch.full_like(found.lse, 1 - wanted.weight)
     cross_entropy_backward_(
@@ -270,7 +313,7 @@ def _scale_(grad_NV: Tensor, grad: Tensor, labels_N: Tensor) -> None:
     grad_NV.mul_(grad_N1).masked_fill_(grad_N1 == 0, 0.0)  # the fill: 0 · inf would be NaN
 
 
-def _losses(found: _Rows, labels: Tensor, wanted: Divergence) -> Tensor:
+def _losses(found: Found, labels: Tensor, wanted: Divergence) -> Tensor:
     cross_entropy, diverged = found.lse - found.target, found.own + found.other
     loss = wanted.weight * wanted.temperature**2 * diverged + (1 - wanted.weight) * cross_entropy
     losses = torch.stack((loss, cross_entropy, diverged), -1).view(*labels.shape, 3)

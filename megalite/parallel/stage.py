@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.kernels.loss import LossTerms
+from megalite.kernels.top_divergence import TopTokens
 from megalite.models.layers import IGNORE, Decoder, SequenceInfo, Streams, last_of
 from megalite.plan import StageSpan
 
@@ -151,6 +152,10 @@ class Inputs:
     answered: Answered | None = None
     frozen: Callable[[], HiddenStates] | None = None
     """Gives what the objective's frozen model makes of these tokens; only on ranks of the last
+    stage."""
+
+    top: TopTokens | None = None
+    """What a teacher that is not in memory said of these tokens, [B,T,K]; only on ranks of the last
     stage."""
 
     @property

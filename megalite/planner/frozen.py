@@ -44,8 +44,15 @@ def frozen_bytes(
     columns.
 
     Raises ConfigError where it does not fit the layout."""
+    none = (0,) * plan.pipeline
+    if table.frozen is None and config.objective.made_of_tokens():
+        # Rows are compared with what is on the disk, of which a token has little.
+        shapes, _ = shapes_of(config, plan, table)
+        rows = min(shapes.loss_chunk or ROWS, shapes.tokens)
+        again = shapes.loss_chunk is not None
+        return FrozenBytes(none, comparing=WIDENED * rows * vocab * FP32, compares_again=again)
     if table.frozen is None:
-        return FrozenBytes((0,) * plan.pipeline)
+        return FrozenBytes(none)
     # No layer keeps anything.
     table, train = (
         table.frozen,

@@ -3,25 +3,45 @@ tokens themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
+from megalite.checkpoint.match import digests_of
 from megalite.comm.collectives import all_reduce
-from megalite.comm.mesh import Axis, Mesh
+from megalite.comm.mesh import Mesh
 from megalite.config import Config, ModelConfig, ObjectiveConfig
+from megalite.data.dataset import Split
+from megalite.data.loader import Batches, MicroBatch
+from megalite.data.mixture import Mixture
+from megalite.data.teacher_logits import TeacherLogits
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_files import tokenizer_file
 from megalite.errors import ConfigError
-from megalite.kernels.divergence import Columns, Divergence, divergence, linear_divergence
+from megalite.kernels.divergence import (
+    Columns,
+    Divergence,
+    compared,
+    divergence,
+    linear_compared,
+    linear_divergence,
+)
+from megalite.kernels.top_divergence import TopComparison, TopTokens
 from megalite.models import model_config
 from megalite.parallel.outputs import HiddenStates
 from megalite.parallel.stage import Inputs, Output
 from megalite.parallel.tensor import combine, enter, vocab_columns
 from megalite.training.objectives import NextToken, Objective
+
+if TYPE_CHECKING:
+    from megalite.training.parts import RankModel
+    from megalite.training.run import Run
 
 
 class DistillConfig(ObjectiveConfig):
@@ -29,7 +49,14 @@ class DistillConfig(ObjectiveConfig):
     cross-entropy."""
 
     name: Literal["distill"] = "distill"
-    teacher: Path = Field(description="Hugging Face folder of the teacher, or a checkpoint.")
+    teacher: Path | None = Field(
+        None, description="Hugging Face folder of the teacher, or a checkpoint."
+    )
+    teacher_logits: Path | None = Field(
+        None,
+        description="Folder of the teacher's likeliest tokens, which `megalite teacher-logits` makes. They are learned "
+        "from instead, without the teacher in memory.",
+    )
     loss: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "forward_kl",
         description="forward_kl: cover all that the teacher may say; reverse_kl: say only what it may say, which small "
@@ -50,14 +77,74 @@ class DistillConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.name: distill needs model.task: causal, not {config.model.task}"
             )
+        if self.teacher_logits is not None:
+            self._check_cached(config)
+        elif self.teacher is None:
+            raise ValueError(
+                "objective.name: distill needs objective.teacher, a model, or objective.teacher_logits, what one said"
+            )
 
-    def frozen_model(self, config: Config) -> Path:
-        return self.teacher
+    def _check_cached(self, config: Config) -> None:
+        """Raise ValueError for settings that make other samples than the teacher has seen."""
+        for name, value, only in (
+            ("fim", config.data.fim, None), ("augment", config.data.augment, None),
+            ("seq_length_warmup", config.data.seq_length_warmup, ()), ("order", config.data.order == "megatron", False),
+        ):  # fmt: skip
+            if value != only:
+                raise ValueError(
+                    f"objective.teacher_logits is of the samples of one epoch, which data.{name} changes; leave it "
+                    "out, or give objective.teacher alone"
+                )
+
+    def frozen_model(self, config: Config) -> Path | None:
+        return None if self.teacher_logits else self.teacher
+
+    def made_of_tokens(self) -> str:
+        return "objective.teacher_logits" if self.teacher_logits else ""
+
+    def check_data(self, config: Config, data: Mapping[Split, Mixture | None]) -> None:
+        if self.teacher_logits and data["train"]:
+            self.open(config, data["train"])
+
+    def open(self, config: Config, train: Mixture) -> TeacherLogits:
+        """Open the teacher's likeliest tokens of the samples of `train`. Raise DataError or
+        ConfigError where they are of something else."""
+        assert self.teacher_logits is not None
+        setting = f"objective.teacher_logits = {self.teacher_logits}"
+        found = TeacherLogits(self.teacher_logits, train, setting)
+        about, own, size = found.about, config.data.tokenizer, config.model.vocab_size
+        its = about["tokenizer"]
+        if own is not None and its is not None and its != load_tokenizer(own).fingerprint():
+            raise ConfigError(f"{setting} is of another tokenizer than data.tokenizer = {own}")
+        if about["vocab_size"] > size or (about["vocab_size"] < size and None in (own, its)):
+            raise ConfigError(
+                f"{setting} is of {about['vocab_size']} tokens, and the trained model has vocab_size = {size}"
+            )
+        if about["temperature"] != self.temperature:
+            raise ConfigError(
+                f"{setting} is of objective.temperature = {about['temperature']}, not {self.temperature}; put it back, "
+                "or make it anew"
+            )
+        if self.teacher and self.teacher.is_dir() and digests_of(self.teacher) != about["teacher"]:
+            raise ConfigError(
+                f"{setting} is of another teacher than objective.teacher = {self.teacher}; make it anew, or set "
+                "objective.teacher: null"
+            )
+        return found
+
+    def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
+        if self.teacher_logits:
+            assert isinstance(parts.objective, Distill)
+            parts.objective.cached = self.open(run.config, source.mixture)
+        return source
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
+        if self.teacher_logits is not None:
+            return Distill(self, mesh, None)
+        assert self.teacher is not None
         teacher = model_config({"hf": self.teacher})
         check_teacher(self.teacher, teacher, config)
-        return Distill(self, mesh.tensor, min(teacher.vocab_size, config.model.vocab_size))
+        return Distill(self, mesh, min(teacher.vocab_size, config.model.vocab_size))
 
 
 def check_teacher(folder: Path, teacher: ModelConfig, config: Config) -> None:
@@ -97,40 +184,66 @@ class Distill(NextToken):
 
     metrics: tuple[str, ...] = ("cross_entropy", "divergence")
 
-    def __init__(self, config: DistillConfig, axis: Axis, num_common: int):
-        """Learn as `config` says; `axis` is the tensor axis, and both models have the first
-        `num_common` tokens."""
+    def __init__(self, config: DistillConfig, mesh: Mesh, num_common: int | None):
+        """Learn as `config` says on this rank of `mesh`. Both models have the first `num_common`
+        tokens; None: what is `cached` says it."""
         super().__init__()
         self.wanted = Divergence(config.loss, config.temperature, config.weight)
-        self.axis, self.num_common = axis, num_common
+        self.axis, self.num_common = mesh.tensor, num_common
+        self.is_last = mesh.pipeline.rank == mesh.pipeline.size - 1
+        self.cached: TeacherLogits | None = None
+        """What the teacher said, where it is not in memory."""
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        # Only ranks with the last stage compare: the others need not read the files.
+        if self.cached is None or split != "train" or not self.is_last:
+            return inputs
+        found = self.cached.read(micro.samples.numpy(), micro.labels.numpy())
+        device, index = inputs.tokens_BT.device, inputs.places.index_T
+        # This context rank's tokens of the whole sequence.
+        said = [torch.from_numpy(x).to(device, non_blocking=True)[:, index] for x in found]
+        return replace(inputs, top=TopTokens(*said))
 
     def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         assert isinstance(out, HiddenStates)
-        assert inputs.frozen is not None
         assert inputs.labels_BT is not None
-        teacher, labels_BT = inputs.frozen(), inputs.labels_BT
-        head, of_teacher = out.chunked, teacher.chunked
-        if head is not None and of_teacher is not None:
-            losses_BT3 = linear_divergence(
-                # Whole on every rank: only their gradient is to be summed, of all columns.
-                enter(out.states_BTD, self.axis, sequence=False),
-                head.weight,
-                teacher.states_BTD,
-                of_teacher.weight,
-                labels_BT,
-                head.rows,
-                self._columns(head.weight.shape[0], head.vocab_size),
-                self.wanted,
-                head.wgrad_callback,
-            )
-        else:
-            shards = out.head(out.states_BTD)
-            logits_BTV = shards.padded_BTV
-            columns = self._columns(logits_BTV.shape[-1], shards.vocab_size)
-            teacher_BTV = teacher.head(teacher.states_BTD).padded_BTV
-            losses_BT3 = divergence(logits_BTV, teacher_BTV, labels_BT, columns, self.wanted)
-        losses_B3 = losses_BT3.sum(1)
+        losses_B3 = self._losses(out, inputs, inputs.labels_BT).sum(1)
         return losses_B3[:, 0], losses_B3[:, 1:].detach()
+
+    def _losses(self, out: HiddenStates, inputs: Inputs, labels_BT: Tensor) -> Tensor:
+        """Return the loss to minimise of every token, its cross-entropy and the divergence,
+        [B,T,3]."""
+        head, top = out.chunked, inputs.top
+        teacher = inputs.frozen() if inputs.frozen else None
+        of_teacher = teacher.chunked if teacher else None
+        if head is not None and (top or of_teacher):
+            # Whole on every rank: only their gradient is to be summed, of all columns.
+            x_BTD = enter(out.states_BTD, self.axis, sequence=False)
+            columns = self._columns(head.weight.shape[0], head.vocab_size)
+            if top:
+                return linear_compared(
+                    x_BTD, head.weight, labels_BT, head.rows, self._against(top, columns),
+                    head.wgrad_callback,
+                )  # fmt: skip
+            assert teacher is not None
+            assert of_teacher is not None
+            return linear_divergence(
+                x_BTD, head.weight, teacher.states_BTD, of_teacher.weight, labels_BT, head.rows,
+                columns, self.wanted, head.wgrad_callback,
+            )  # fmt: skip
+        shards = out.head(out.states_BTD)
+        logits_BTV = shards.padded_BTV
+        columns = self._columns(logits_BTV.shape[-1], shards.vocab_size)
+        if top:
+            return compared(logits_BTV, labels_BT, self._against(top, columns))
+        assert teacher is not None
+        teacher_BTV = teacher.head(teacher.states_BTD).padded_BTV
+        return divergence(logits_BTV, teacher_BTV, labels_BT, columns, self.wanted)
+
+    def _against(self, top: TopTokens, columns: Columns) -> TopComparison:
+        """Return the comparison with what the teacher said of a micro-batch, [B,T,K]."""
+        flat = TopTokens(top.ids.flatten(0, 1), top.log_p.flatten(0, 1), top.rest.flatten())
+        return TopComparison(flat.normalised(), columns, self.wanted)
 
     def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return NextToken().measure(out, inputs)
@@ -138,7 +251,9 @@ class Distill(NextToken):
     def _columns(self, held: int, vocab_size: int) -> Columns:
         """Return the columns of the vocabulary of which this rank holds `held`."""
         axis = self.axis
+        num_common = self.cached.about["vocab_size"] if self.cached else self.num_common
+        assert num_common is not None
         first, num_valid = vocab_columns(held, axis, vocab_size)
-        _, num_common = vocab_columns(held, axis, self.num_common)
+        _, common = vocab_columns(held, axis, num_common)
         both = partial(combine, axis=axis) if axis.size > 1 else None
-        return Columns(first, num_valid, num_common, both, partial(all_reduce, axis=axis))
+        return Columns(first, num_valid, common, both, partial(all_reduce, axis=axis))

@@ -27,6 +27,7 @@ from megalite.plan import make_plan
 from megalite.training.parts import build, forward_backward
 from megalite.training.reference import prepare_references
 from megalite.training.run import Run, make_loader
+from megalite.training.teacher_logits import make_teacher_logits
 from ranks import run_ranks
 
 BATCH, LENGTH, BETA, SMOOTHING, CHUNK = 4, 96, 0.3, 0.1, 20
@@ -43,6 +44,8 @@ LABELS = ("place", "greeting", "number")
 DPO = {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING}
 TEMPERATURE, WEIGHT, TEACHER = 1.5, 0.7, "teacher"
 DISTILL = {"name": "distill", "temperature": TEMPERATURE, "weight": WEIGHT, "teacher": TEACHER}
+TOP = 20
+KEPT = {"teacher_logits": "teacher-logits"}
 # Format of the rows, objective, transformers' class of the model.
 OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
     "sft": ("chat", {}, "LlamaForCausalLM"),
@@ -51,6 +54,13 @@ OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
     "distill in chunks": ("chat", DISTILL, "LlamaForCausalLM"),
     "distill, reverse": ("chat", DISTILL | {"loss": "reverse_kl"}, "LlamaForCausalLM"),
     "distill, jsd in chunks": ("chat", DISTILL | {"loss": "jsd"}, "LlamaForCausalLM"),
+    "distill, kept": ("chat", DISTILL | KEPT, "LlamaForCausalLM"),
+    "distill, kept reverse in chunks": (
+        "chat",
+        DISTILL | KEPT | {"loss": "reverse_kl"},
+        "LlamaForCausalLM",
+    ),
+    "distill, kept jsd": ("chat", DISTILL | KEPT | {"loss": "jsd"}, "LlamaForCausalLM"),
     "classes": ("classification", {}, "LlamaForSequenceClassification"),
     "classes-gpt2": ("classification", {}, "GPT2ForSequenceClassification"),
     "labels": ("labels", {}, "LlamaForTokenClassification"),
@@ -74,6 +84,8 @@ def config_of(root: Path, objective: str, layout: str) -> Config:
     asked = dict(OBJECTIVES[objective][1])
     if "teacher" in asked:
         asked["teacher"] = str(root / TEACHER)
+    if "teacher_logits" in asked:
+        asked["teacher_logits"] = str(root / f"{objective}-said")
     return parse_config(
         {
             "run": {"name": f"{objective} {layout}".replace(" ", "-").replace(",", ""), "dir": str(root / "runs")},
@@ -127,7 +139,8 @@ def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
         prepare_references(run, parts, data)
     parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh))
     with make_loader(data["train"], run) as loader:
-        found = forward_backward(parts, next(loader), mesh, seed=0)
+        batches = config.objective.batches(loader, run, parts)
+        found = forward_backward(parts, next(batches), mesh, seed=0)
     owners = {
         weight.name: plan.rank_at(
             next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0
@@ -187,6 +200,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         preprocess_rows(
             [str(file)], root / objective, Settings(kind, str(tokenizer), labels=labels)
         )
+        if "teacher_logits" in OBJECTIVES[objective][1]:
+            make_teacher_logits(config_of(root, objective, "one process"), TOP, "fp32")
     return root
 
 
@@ -219,9 +234,10 @@ def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def distilled(
-    root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: str
+    root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: str, top: int | None
 ) -> dict[str, Tensor]:
-    """Means over the tokens that are learned, from whole logits of each row alone."""
+    """Means over the tokens that are learned, from whole logits of each row alone. With `top`, of
+    the teacher's so many likeliest tokens, and all others as one."""
     import transformers
 
     teacher = transformers.LlamaForCausalLM.from_pretrained(root / TEACHER).eval()
@@ -233,6 +249,12 @@ def distilled(
                 teacher(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0] / TEMPERATURE, -1
             )
         s = F.log_softmax(logits / TEMPERATURE, -1)
+        if top:
+            order = t.argsort(-1, descending=True)
+            t, s = (
+                torch.cat((x[:, :top], x[:, top:].logsumexp(-1, keepdim=True)), -1)
+                for x in (t.gather(-1, order), s.gather(-1, order))
+            )
         m = ((s.exp() + t.exp()) / 2).log()
         crosses.append(F.cross_entropy(logits, ids[1:][mask[1:] > 0], reduction="none"))
         pairs = {"forward_kl": [(t, s)], "reverse_kl": [(s, t)], "jsd": [(s, m), (t, m)]}[kind]
@@ -281,7 +303,8 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
         return {"loss": found["loss"].item()}, {n: p.grad for n, p in later.named_parameters()}
     asked = OBJECTIVES[objective][1]
     if asked.get("name") == "distill":
-        found = distilled(root, later, rows, asked.get("loss", "forward_kl"))
+        top = TOP if "teacher_logits" in asked else None
+        found = distilled(root, later, rows, asked.get("loss", "forward_kl"), top)
         found["loss"].backward()
         return {name: x.item() for name, x in found.items()}, {
             n: p.grad for n, p in later.named_parameters()
