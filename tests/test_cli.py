@@ -115,7 +115,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     """`megalite` alone lists the verbs, but for those of scripts; each shows examples."""
     with pytest.raises(SystemExit):
         main([])
-    listed = re.findall(r"^    (\w+)", capsys.readouterr().out, re.M)
+    listed = re.findall(r"^    ([\w-]+)", capsys.readouterr().out, re.M)
     assert "job" not in listed
     assert {"train", "preprocess", "tokenizer", "corpus", "convert"} < set(listed)
     below = [f"{verb} {name}" for verb, names in BELOW.items() for name in names]
