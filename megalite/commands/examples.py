@@ -71,6 +71,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "generate": (
         "megalite generate runs/my --prompt 'Once upon a time' --max-tokens 64",
         "megalite generate runs/chat --chat --prompt 'Who are you?' --temperature 0",
+        "megalite generate runs/my --prompt 'Once upon a time' --beams 4 --answers 2",
     ),
     "chat": ("megalite chat runs/chat", "megalite chat runs/chat --system 'Answer in one word.'"),
     "fill": ("megalite fill runs/bert 'The capital of France is [MASK].'",),

@@ -66,8 +66,13 @@ class ObjectiveConfig(Choice):
         objective."""
 
     def predicted(self) -> float:
-        """Return the share of the tokens of which the head is computed, about."""
+        """Return the share of the tokens of which the head is computed, about, as a mean over the
+        run."""
         return 1.0
+
+    def most_predicted(self) -> float:
+        """Return what `predicted` is at most at any step, for which there must be memory."""
+        return self.predicted()
 
     def frozen_model(self, config: Config) -> Path | None:
         """Return the Hugging Face folder of a frozen model that runs beside the trained one, or

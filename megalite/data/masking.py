@@ -4,7 +4,7 @@ and every layout the same."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,20 +56,33 @@ class Words:
         return np.maximum.accumulate(places, axis=1)
 
 
+class Shares(NamedTuple):
+    """Share of the tokens to predict, over a run of `total` samples."""
+
+    start: float
+    end: float
+    total: int = 1
+
+    def at(self, index: Int64s) -> npt.NDArray[np.float32]:
+        """Return the share of each sample of the run, by its number, [n]."""
+        passed = np.minimum(index / max(self.total - 1, 1), 1.0)
+        return (self.start + (self.end - self.start) * passed).astype(np.float32)
+
+
 class Masking:
-    """Chooses a `share` of the tokens, special ones excepted, to be predicted, and hides most of
+    """Chooses a share of the tokens, special ones excepted, to be predicted, and hides most of
     them."""
 
-    def __init__(self, share: float, tokenizer: Tokenizer, key: int, whole_words: bool = False):
-        """Take the mask token and the special tokens of `tokenizer`; `key` is of the run and the
-        split. With `whole_words` all tokens of a word are chosen, or none. Raise DataError for a
+    def __init__(self, shares: Shares, tokenizer: Tokenizer, key: int, whole_words: bool = False):
+        """Take the `shares` to choose, the mask token and the special tokens of `tokenizer`; `key` is
+        of the run and the split. With `whole_words` all tokens of a word are chosen, or none. Raise DataError for a
         tokenizer without a mask token, or without marks of words where they are needed."""
         if tokenizer.mask_id is None:
             raise DataError(
                 "objective.name: masked_lm needs a data.tokenizer with a mask token: give tokenizer_config.json a "
                 "mask_token, or train one with `megalite tokenizer train --type wordpiece`"
             )
-        self.share, self.key, self.mask_id = share, key, tokenizer.mask_id
+        self.shares, self.key, self.mask_id = shares, key, tokenizer.mask_id
         self.words = Words(tokenizer) if whole_words else None
         ids = {*tokenizer.vocabulary().values()}
         self._special = np.array(sorted(tokenizer.special_ids), np.int64)
@@ -90,7 +103,8 @@ class Masking:
             # One draw decides for a word: that of its first token.
             first = self.words.first_places(tokens, is_special)
             chosen = np.take_along_axis(chosen, first, axis=1)
-        is_chosen = (chosen < self.share) & learned & ~is_special
+        share_n1 = self.shares.at(index)[:, None]
+        is_chosen = (chosen < share_n1) & learned & ~is_special
         labels = np.where(is_chosen, tokens, IGNORE)
         # The low bits alone are taken, as a modulus of negative numbers would be none.
         drawn = (random_bits(key_of(self.key, "random"), places) & (2**62 - 1)).numpy() % len(
@@ -104,9 +118,12 @@ class Masking:
 
     def identity(self) -> list[Any]:
         """Return what decides what it does, for a fingerprint."""
+        start_is_end = self.shares.start == self.shares.end
         return [
             "masked",
-            self.share,
+            # Without the total: as for the learning rate's schedule, a run that goes on for longer has
+            # another one from there on. One number where there is one, as before there were two.
+            self.shares.start if start_is_end else [self.shares.start, self.shares.end],
             self.key,
             self.mask_id,
             len(self._special),

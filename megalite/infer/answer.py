@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megalite.infer.beams import Beams
 from megalite.infer.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled", "time", "failed", "not_finite"]
@@ -33,6 +34,10 @@ class Request:
     """Token ids that end this answer, in addition to those that end every answer."""
     scored: bool = False
     """Add up the log probabilities of the answer's tokens."""
+    beams: Beams | None = None
+    """Search for the answer with so many beams; None: choose one token after another."""
+    place: int = 0
+    """Of the answers that the beams find, the best at 0. Those of one search follow each other."""
     plain: bool = False
     """The text is meant for people: decode it without control tokens."""
 
@@ -61,6 +66,16 @@ class Answer:
     finish: Finish | None = None
     logprob: float = 0.0
     """Sum of its tokens' log probabilities, if the request is scored."""
+    others: list[Answer] = field(default_factory=list)
+    """Further answers of the same search by beams, which this one, the best, leads."""
+
+    def take_all(self, tokens: Sequence[int], ends: frozenset[int], room: int) -> None:
+        """Take all tokens of an answer that is found as a whole, and finish it. Arguments are as
+        for `take`."""
+        for count, token in enumerate(tokens):
+            if self.finish is None:
+                self.take(token, ends, room - count)
+        self.end("stop")
 
     def take(self, token: int, ends: frozenset[int], room: int) -> None:
         """Append the next `token` and finish the answer if it ends there.
@@ -88,6 +103,16 @@ class Answer:
     def text(self) -> str:
         """Return the text as far as it is certain, without what a stop string may still remove."""
         return self.stream.said
+
+
+def link(answers: Sequence[Answer]) -> None:
+    """Put answers of one search by beams together; each leads those of further places behind it."""
+    lead = None
+    for answer in answers:
+        if answer.request.place == 0:
+            lead = answer
+        elif lead is not None:
+            lead.others.append(answer)
 
 
 class TextStream:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megalite.errors import ConfigError, NotFinite
 from megalite.infer.answer import Answer, Choice, Request
+from megalite.infer.beams import BeamSearch
 from megalite.infer.cache import CachedSequenceInfo, Row, lay_out
 from megalite.infer.sampling import choose
 from megalite.models.layers import SequenceInfo
@@ -50,6 +51,11 @@ class Predictor(Protocol):
         the index in its row of the token that the logits follow."""
         ...
 
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Give each slot of `targets` the first `num_tokens` cached tokens of the slot of `sources`
+        in its place."""
+        ...
+
     def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the next-token logits behind every token of `tokens_BT`: [B,T,V]. The cache is
         neither read nor written."""
@@ -60,8 +66,8 @@ class _Sequence:
     """Holds a running answer, its slot in the cache, all its token ids, and how many of them are
     cached."""
 
-    def __init__(self, answer: Answer, slot: int):
-        self.answer, self.slot, self.cached = answer, slot, 0
+    def __init__(self, answer: Answer, slot: int, search: _Search | None = None):
+        self.answer, self.slot, self.cached, self.search = answer, slot, 0, search
         # Prompt and answer so far; the last token may not have been an input yet.
         self.ids = list(answer.request.prompt)
 
@@ -74,6 +80,70 @@ class _Sequence:
         """Return the next tokens to compute, at most `limit`, as a row of the batch."""
         tokens = self.ids[self.cached : self.cached + limit]
         return Row(self.slot, self.cached, tokens, len(self.ids))
+
+
+class _Search:
+    """Searches for an answer by beams, each with a slot of its own."""
+
+    def __init__(
+        self, model: Predictor, answer: Answer, slots: Sequence[int], ends: frozenset[int]
+    ):
+        """Begin with the prompt in the first slot: it is computed once, for all beams."""
+        request = answer.request
+        assert request.beams is not None
+        self.model, self.answers, self.slots = model, [answer, *answer.others], list(slots)
+        self.prompt, self.room = list(request.prompt), model.capacity - len(request.prompt)
+        self.ends = ends | request.ends
+        most = min(request.max_tokens, self.room)
+        self.beams = BeamSearch(1, request.beams, most, self.ends, model.device)
+        self.sequences = [_Sequence(answer, slot, self) for slot in slots]
+        for waiting in self.sequences[1:]:
+            waiting.ids = []
+        self._logits: dict[int, Tensor] = {}
+        """Logits [V] behind the beams, by slot, as far as they are computed."""
+
+    def take(self, slot: int, logits_V: Tensor) -> list[Answer]:
+        """Take the logits behind the beam in a slot, and go on once those of all are there. Return
+        the answers when they are found, finished."""
+        self._logits[slot] = logits_V
+        is_first = self.beams.length == 0
+        if len(self._logits) < len(self.slots) and not is_first:
+            return []
+        some = [logits_V] * len(self.slots) if is_first else [self._logits[x] for x in self.slots]
+        logits = torch.stack(some)
+        self._logits.clear()
+        if not logits.amax(-1).isfinite().all():
+            return self._end()
+        going = self.beams.advance(logits, self.answers[0].request.sampling, [self.prompt])
+        if not self.beams.is_done:
+            self._go_on([0] * len(self.slots) if is_first else going.tolist())
+            return []
+        for answer, found in zip(self.answers, self.beams.found()[0], strict=False):
+            answer.logprob = found.logprob
+            answer.take_all(found.tokens, self.ends, self.room)
+        return self.answers
+
+    def _end(self) -> list[Answer]:
+        for answer in self.answers:
+            answer.end("not_finite")
+        return self.answers
+
+    def _go_on(self, beams: Sequence[int]) -> None:
+        """Have each slot continue the beam of the slot that `beams` names."""
+        cached = self.sequences[0].cached
+        moved = [
+            (self.slots[beam], slot)
+            for beam, slot in zip(beams, self.slots, strict=True)
+            if self.slots[beam] != slot
+        ]
+        if moved:
+            self.model.copy_slots([x for x, _ in moved], [x for _, x in moved], cached)
+        before = [self.sequences[beam].ids for beam in beams]
+        for sequence, ids, token in zip(
+            self.sequences, before, self.beams.tokens.tolist(), strict=True
+        ):
+            sequence.ids = [*ids, token]
+            sequence.cached = 0 if len(ids) in self.model.turning_points else cached
 
 
 class Batch:
@@ -112,13 +182,21 @@ class Batch:
             raise ConfigError(
                 f"the prompt has the token {unknown}, but the model knows those from 0 to {last}"
             )
+        if request.beams and request.beams.width > self.model.num_slots:
+            raise ConfigError(
+                f"{request.beams.width} beams are asked for, but this model computes {self.model.num_slots} "
+                "sequences at a time"
+            )
 
     def add(self, answer: Answer) -> None:
         """Queue an answer. Raise ConfigError as `check` does. An answer of no tokens ends at
         once."""
         self.check(answer.request)
+        if answer.request.place > 0:  # whoever leads it is queued, and ends it
+            return
         if answer.request.max_tokens <= 0:
-            answer.end("length")
+            for each in (answer, *answer.others):
+                each.end("length")
         else:
             self.waiting.append(answer)
 
@@ -160,10 +238,20 @@ class Batch:
 
     def _admit(self) -> None:
         """Give free slots to waiting answers, first come first served."""
-        # The lowest free one first: a decode step computes all slots up to the highest taken one.
-        for slot in range(self.model.num_slots):
-            if self.waiting and slot not in self._running:
-                self._running[slot] = _Sequence(self.waiting.popleft(), slot)
+        free = [slot for slot in range(self.model.num_slots) if slot not in self._running]
+        while self.waiting:
+            beams = self.waiting[0].request.beams
+            count = beams.width if beams else 1
+            if count > len(free):  # others do not overtake it, or it might wait for ever
+                return
+            # The lowest free ones first: a decode step computes all slots up to the highest taken.
+            slots, free = free[:count], free[count:]
+            answer = self.waiting.popleft()
+            if beams:
+                found = _Search(self.model, answer, slots, self.ends).sequences
+                self._running.update(zip(slots, found, strict=True))
+            else:
+                self._running[slots[0]] = _Sequence(answer, slots[0])
 
     def _prompts(self) -> list[Row]:
         """Return the rows to prefill in this step, in order of arrival: as many as fit into
@@ -171,8 +259,8 @@ class Batch:
         rows: list[Row] = []
         widest = 0
         for sequence in self._running.values():
-            # Its prompt is done: it goes along with the decode step.
-            if sequence.fresh == 1:
+            # Its prompt is done: it goes along with the decode step. A beam may not have begun.
+            if sequence.fresh <= 1:
                 continue
             # A longer prompt goes in pieces of `prompt_tokens`, step by step.
             width = min(max(widest, sequence.fresh), self.prompt_tokens)
@@ -200,11 +288,27 @@ class Batch:
             # Of a prompt in several pieces, only the last piece's logits lead to a token.
             if not sequence.fresh:
                 done.append((number, sequence))
-        if done:
+        chosen = [(number, sequence) for number, sequence in done if not sequence.search]
+        if chosen:
             self._choose(
-                logits_BV[[number for number, _ in done]], [sequence for _, sequence in done]
+                logits_BV[[number for number, _ in chosen]], [sequence for _, sequence in chosen]
             )
-        return [sequence.answer for _, sequence in done]
+        advanced = [sequence.answer for _, sequence in chosen]
+        for number, sequence in done:
+            if sequence.search:
+                advanced += self._search_on(sequence.search, sequence.slot, logits_BV[number])
+        return advanced
+
+    def _search_on(self, search: _Search, slot: int, logits_V: Tensor) -> list[Answer]:
+        """Take the logits behind one beam of a search. Return its answers once they are found, and
+        free its slots."""
+        # Some may have been given up before.
+        running = [answer for answer in search.answers if answer.finish is None]
+        found = search.take(slot, logits_V)
+        if found:
+            for each in search.slots:
+                del self._running[each]
+        return [answer for answer in found if answer in running]
 
     def _choose(self, logits_BV: Tensor, sequences: Sequence[_Sequence]) -> None:
         """Choose the next token of each sequence from its logits [B,V], record it, and free the

@@ -169,6 +169,14 @@ class KVCache:
         self.keys = self._written(self.keys, k_BTGK, places)
         return places.read(self.keys)
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Give each slot of `targets` the first `num_tokens` of the slot of `sources` in its
+        place."""
+        for cache in (self.keys, self.values):
+            if cache is not None:
+                # Indexing copies first, so that a slot may be both a source and a target.
+                cache[targets, :, : 1 + num_tokens] = cache[sources, :, : 1 + num_tokens]
+
     def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
         """Return the cache of keys, or of values, with the new ones written to it, grown where it
         was too short."""
@@ -230,6 +238,10 @@ class LatentKVCache:
         positions."""
         return self._keys.keys
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Copy slots, as `KVCache.copy` does."""
+        self._keys.copy(sources, targets, num_tokens)
+
     def write(self, latents_BTC: Tensor, places: SequenceInfo) -> Tensor | None:
         """Write new latents to the cache; return all that the rows' slots hold, [B,1,C,L+R], or
         None where sequences begin here or nothing is cached."""
@@ -268,6 +280,16 @@ def add_cache(model: nn.Module, num_slots: int) -> None:
             module.strategy = KVCache(num_slots)
 
 
+def copy_slots(
+    model: nn.Module, sources: Sequence[int], targets: Sequence[int], num_tokens: int
+) -> None:
+    """Copy slots in every cache of `model`, as `KVCache.copy` does."""
+    for module in model.modules():
+        for cache in (getattr(module, "strategy", None), getattr(module, "cache", None)):
+            if isinstance(cache, KVCache | LatentKVCache):
+                cache.copy(sources, targets, num_tokens)
+
+
 class CachedModel:
     """Runs an unsharded model on one device with a KV cache, as a `batch.Predictor`. The model is
     modified in place."""
@@ -297,3 +319,8 @@ class CachedModel:
     def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the next-token logits behind every token, [B,T,V]. The cache is left alone."""
         return self.model(tokens_BT, places)
+
+    @torch.inference_mode()
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Copy cached sequences between slots."""
+        copy_slots(self.model, sources, targets, num_tokens)

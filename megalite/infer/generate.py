@@ -27,7 +27,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokeni
 from megalite.data.tokenizer_files import tokenizer_file
 from megalite.data.turn_end import TurnEndIds
 from megalite.errors import ConfigError, DataError, NotFinite, TemplateLimit
-from megalite.infer.answer import Answer, Request, TextStream
+from megalite.infer.answer import Answer, Request, TextStream, link
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
 from megalite.infer.habits import LIKELY, Habits, read_habits
@@ -395,6 +395,7 @@ class Generator:
         prompt that is too long, and NotFinite for logits that are not finite."""
         # A batch of its own: one that an error leaves behind would go on computing dead answers.
         batch, answers = Batch(self.model, self.ends), [self.start(request) for request in requests]
+        link(answers)
         for answer in answers:
             batch.add(answer)
         for _ in batch.finish():

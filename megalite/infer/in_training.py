@@ -252,6 +252,10 @@ class TrainingModel:
         """Return the next-token logits behind every token, fp32 [B,T,V]."""
         return self._run(tokens_BT, places.whole_length)[:, : tokens_BT.shape[1]]
 
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Copy sequences between slots."""
+        self._tokens_SL[targets, : 1 + num_tokens] = self._tokens_SL[sources, : 1 + num_tokens]
+
     def source_of(self, sources: Sequence[Sequence[int]], padding: int) -> Source:
         """Return what an encoder reads of these rows of tokens. `padding` behind them is a document
         of its own, to which no token attends."""

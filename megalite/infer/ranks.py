@@ -3,6 +3,7 @@ pipeline, it answers as an unsharded one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import Config, ModelConfig, TrainConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
-from megalite.infer.cache import CachedSequenceInfo, add_cache
+from megalite.infer.cache import CachedSequenceInfo, add_cache, copy_slots
 from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import SequenceInfo
 from megalite.parallel.apply import apply_parallelism
@@ -66,6 +67,11 @@ class RanksModel:
         """Return the next-token logits behind every token, fp32 [B,T,V]. The cache is left
         alone."""
         return self._run(Inputs(tokens_BT, places))
+
+    @torch.inference_mode()
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Copy cached sequences between slots, of this rank's layers and heads."""
+        copy_slots(self.stage.model, sources, targets, num_tokens)
 
     @torch.inference_mode()
     def _run(self, inputs: Inputs) -> Tensor:

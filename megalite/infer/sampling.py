@@ -44,6 +44,11 @@ class Sampling:
     rules: Rules = NO_RULES
     """Tokens that must not come next."""
 
+    @property
+    def is_restricted(self) -> bool:
+        """Return whether the tokens so far have a say in what comes next."""
+        return self.repetition_penalty != 1 or self.rules != NO_RULES
+
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
@@ -73,6 +78,29 @@ def choose(
     end it."""
     # In transformers' order, for each step changes what the next one sees: penalty, rules,
     # temperature, top-k, top-p, min-p.
+    logits_BV = follow_rules(logits_BV, samplings, ids, num_new, ends)
+    likeliest_B = logits_BV.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not drawn:
+        return likeliest_B
+    if len(drawn) < len(samplings):
+        logits_BV = logits_BV[drawn]
+    samplings = [samplings[row] for row in drawn]
+    draws = _draw(
+        warp(logits_BV, samplings), [s.seed for s in samplings], [len(ids[row]) for row in drawn]
+    )
+    return likeliest_B.index_copy(0, torch.tensor(drawn, device=draws.device), draws)
+
+
+def follow_rules(
+    logits_BV: Tensor,
+    samplings: Sequence[Sampling],
+    ids: Sequence[Sequence[int]],
+    num_new: Sequence[int],
+    ends: Sequence[frozenset[int]],
+) -> Tensor:
+    """Return logits, or log probabilities, [B,V], with repetition penalties, and -inf for tokens
+    that the rules forbid. Arguments are those of `choose`."""
     penalized = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
     ruled = [row for row, sampling in enumerate(samplings) if sampling.rules != NO_RULES]
     if penalized or ruled:
@@ -90,17 +118,7 @@ def choose(
         # If all were forbidden, nothing could be drawn: the rules are ignored.
         if len(known) < logits_BV.shape[1]:
             logits_BV[row, known] = -torch.inf
-    likeliest_B = logits_BV.argmax(-1)
-    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if not drawn:
-        return likeliest_B
-    if len(drawn) < len(samplings):
-        logits_BV = logits_BV[drawn]
-    samplings = [samplings[row] for row in drawn]
-    draws = _draw(
-        warp(logits_BV, samplings), [s.seed for s in samplings], [len(ids[row]) for row in drawn]
-    )
-    return likeliest_B.index_copy(0, torch.tensor(drawn, device=draws.device), draws)
+    return logits_BV
 
 
 def warp(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:

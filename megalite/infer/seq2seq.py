@@ -20,6 +20,7 @@ from torch import Tensor
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError, NotFinite
 from megalite.infer.batch import NOT_FINITE
+from megalite.infer.beams import Beams, BeamSearch, check_beams
 from megalite.infer.generate import find_model, load_model
 from megalite.infer.habits import Habits, read_habits
 from megalite.infer.sampling import Sampling, choose
@@ -29,18 +30,8 @@ from megalite.models.layers import SequenceInfo, Source
 from megalite.models.t5 import T5, DecoderLayer, buckets
 
 ALL = AttentionKind(scale=1.0, causal=False)
-WORST = -1e9
-"""Stands for a score that no beam has, as in transformers."""
 BATCH_TOKENS = 8192
 """Most tokens of a batch's sources, padding included, beams counted."""
-
-
-class Beams(NamedTuple):
-    """Settings of beam search."""
-
-    width: int
-    length_penalty: float = 1.0
-    """Sums of log-probabilities are divided by the number of tokens to this power."""
 
 
 class LayerCache(NamedTuple):
@@ -171,11 +162,12 @@ class TargetGenerator:
         max_tokens: int,
         sampling: Sampling | None = None,
         beams: Beams | None = None,
+        num_answers: int = 1,
     ) -> list[str]:
-        """Return the target of each source. Raise ConfigError for one that is too long."""
-        found = self.generate(
-            [self.source_ids(text) for text in texts], max_tokens, sampling, beams
-        )
+        """Return the target of each source, or several, as `generate` does. Raise ConfigError for a
+        source that is too long."""
+        sources = [self.source_ids(text) for text in texts]
+        found = self.generate(sources, max_tokens, sampling, beams, num_answers)
         return [self.tokenizer.decode_plain(ids) for ids in found]
 
     def generate(
@@ -184,11 +176,16 @@ class TargetGenerator:
         max_tokens: int,
         sampling: Sampling | None = None,
         beams: Beams | None = None,
+        num_answers: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> list[list[int]]:
         """Return the tokens of each source's target, at most `max_tokens`, without the start and
-        the end: by `beams`, or as `sampling` says, by default as the model's folder does. Row n of
-        a call draws with the seed and n. `check` is called before every step, and may raise.
+        the end: by `beams`, or as `sampling` says, by default as the model's folder does. Of
+        `sampling` beams follow what restricts, and draw nothing.
+
+        With `num_answers` there are so many rows for each source, one behind another: the best
+        beams, or drawn ones. Row n of a call draws with the seed and n. `check` is called before
+        every step, and may raise.
 
         Raise ConfigError for a source without tokens, one that is longer than the model's
         max_positions, or token ids that it does not know."""
@@ -204,8 +201,12 @@ class TargetGenerator:
                 raise ConfigError(
                     f"a source has the token {unknown}, but the model knows those from 0 to {last}"
                 )
-        room = min(max_tokens, self.max_positions)
-        found: dict[int, list[int]] = {}
+        room, sampling = min(max_tokens, self.max_positions), sampling or self.habits.sampling
+        if beams:
+            check_beams(beams, num_answers)
+        else:
+            sources = [source for source in sources for _ in range(num_answers)]
+        found: dict[int, list[list[int]]] = {}
         # Like lengths together, for little padding; each row keeps its number, which seeds it.
         left = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
         while left and room > 0:
@@ -214,21 +215,25 @@ class TargetGenerator:
             with torch.inference_mode():
                 decoding = Decoding(self.model, [sources[number] for number in some], room, check)
                 targets = (
-                    _by_beams(decoding, beams, room, self.ends)
+                    _by_beams(decoding, beams, sampling, room, self.ends)
                     if beams
-                    else _one_by_one(
-                        decoding, sampling or self.habits.sampling, some, room, self.ends
-                    )
+                    else _one_by_one(decoding, sampling, some, room, self.ends)
                 )
             found |= zip(some, targets, strict=True)
-        return [found.get(number, []) for number in range(len(sources))]
+        num_each = num_answers if beams else 1
+        nothing: list[list[int]] = [[]] * num_each
+        return [
+            target
+            for number in range(len(sources))
+            for target in found.get(number, nothing)[:num_each]
+        ]
 
 
 def _one_by_one(
     decoding: Decoding, sampling: Sampling, numbers: Sequence[int], room: int, ends: frozenset[int]
-) -> list[list[int]]:
-    """Return the targets of a batch by choosing one token after another. `numbers` are those of the
-    rows in the call."""
+) -> list[list[list[int]]]:
+    """Return the target of each row of a batch, alone in a list, by choosing one token after
+    another. `numbers` are those of the rows in the call."""
     device, start = decoding.document_BS.device, decoding.model.config.START_TOKEN
     targets: list[list[int]] = [[] for _ in numbers]
     running = list(range(len(numbers)))
@@ -256,63 +261,21 @@ def _one_by_one(
             decoding.keep(torch.tensor(going, device=device))
         running = [running[place] for place in going]
         tokens_B = torch.tensor([targets[row][-1] for row in running], device=device)
-    return targets
+    return [[target] for target in targets]
 
 
-def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int]) -> list[list[int]]:
-    """Return the targets of a batch by beam search, as transformers' `generate` does with
-    `early_stopping: false`: the best of those that have ended, by their mean log-probability where
-    the length penalty is 1."""
-    device, count, penalty = decoding.document_BS.device, beams.width, beams.length_penalty
-    num_rows, vocab_size = len(decoding.document_BS), decoding.model.config.vocab_size
-    rows_B1 = torch.arange(num_rows, device=device)[:, None]
-    decoding.keep(rows_B1.expand(-1, count).flatten())
-    # Every beam may end with each of the end tokens: as many more candidates leave enough that go
-    # on.
-    num_kept = min(max(2, 1 + len(ends)) * count, count * vocab_size)
-    all_ends = torch.tensor(sorted(ends), device=device)
-    running_BWC = torch.zeros(num_rows, count, room, dtype=torch.int64, device=device)
-    scores_BW = torch.full((num_rows, count), WORST, device=device)
-    scores_BW[:, 0] = 0.0  # at first all beams are the same: one counts
-    ended_BWC, of_ended_BW = running_BWC.clone(), torch.full_like(scores_BW, WORST)
-    has_ended_BW = torch.zeros_like(scores_BW, dtype=torch.bool)
-    may_improve_B1 = torch.ones_like(rows_B1, dtype=torch.bool)
-    tokens = torch.full((num_rows * count,), decoding.model.config.START_TOKEN, device=device)
-    for length in range(room):
-        logprobs = decoding.step(tokens).log_softmax(-1).view(num_rows, count, -1)
-        logprobs = logprobs + scores_BW[..., None]  # of the whole beam
-        # Over all beams of a source at once: several may go on from the same one.
-        found, places = logprobs.flatten(1).topk(num_kept)
-        beam, token = places // vocab_size, places % vocab_size
-        candidates = running_BWC.take_along_dim(beam[..., None], 1)
-        candidates[:, :, length] = token
-        ends_here = torch.isin(token, all_ends) | (length == room - 1)
-        # The best candidates that have not ended go on.
-        going = found + ends_here * WORST
-        next_BW = going.topk(count).indices
-        # Of those that have ended only the first ones count, and only where they could still be
-        # better.
-        is_counted = ends_here & (torch.arange(num_kept, device=device) < count)
-        by_length = found / (length + 1) ** penalty + ~may_improve_B1 * WORST + ~is_counted * WORST
-        best = torch.cat((of_ended_BW, by_length), 1).topk(count)
-        of_ended_BW = best.values
-        ended_BWC = torch.cat((ended_BWC, candidates), 1).take_along_dim(best.indices[..., None], 1)
-        has_ended_BW = torch.cat((has_ended_BW, is_counted), 1).gather(1, best.indices)
-        running_BWC = candidates.take_along_dim(next_BW[..., None], 1)
-        scores_BW = going.gather(1, next_BW)
-        # A source is done once its best running beam, as long as it is now, is no better than the
-        # worst that has ended.
-        worst_B1 = of_ended_BW.amin(1, keepdim=True)
-        to_beat_BW = torch.where(has_ended_BW, worst_B1, WORST)
-        hope = scores_BW[:, :1] / (length + 1) ** penalty > to_beat_BW
-        may_improve_B1 &= hope.any(1, keepdim=True)
-        if ends_here.all() or not may_improve_B1.any():
-            break
-        decoding.keep((rows_B1 * count + beam.gather(1, next_BW)).flatten())
-        tokens = running_BWC[:, :, length].flatten()
-    return [_until(row[: length + 1], ends) for row in ended_BWC[:, 0].tolist()]
-
-
-def _until(ids: list[int], ends: frozenset[int]) -> list[int]:
-    """Return the ids before the first that is an end."""
-    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+def _by_beams(
+    decoding: Decoding, beams: Beams, sampling: Sampling, room: int, ends: frozenset[int]
+) -> list[list[list[int]]]:
+    """Return for each source of a batch as many targets as there are `beams`, the best first."""
+    device, start = decoding.document_BS.device, decoding.model.config.START_TOKEN
+    num_rows = len(decoding.document_BS)
+    search = BeamSearch(num_rows, beams, room, ends, device)
+    rows = torch.arange(num_rows, device=device).repeat_interleave(beams.width)
+    tokens = torch.full((len(rows),), start, device=device)
+    while True:
+        decoding.keep(rows)
+        rows = search.advance(decoding.step(tokens), sampling, [[start]] * num_rows)
+        if search.is_done:
+            return [[each.tokens for each in found] for found in search.found()]
+        tokens = search.tokens

@@ -138,7 +138,7 @@ class Costs:
         """Return the times of the last norm, the head and the loss."""
         shapes = self.shapes
         memory = self.kernels.memory
-        tokens = shapes.head_tokens
+        tokens = shapes.mean_head_tokens
         logit_bytes = tokens * shapes.vocab * shapes.element / 2
         chunks = -(-tokens // (shapes.loss_chunk or tokens))
         loss_forward, loss_backward = (

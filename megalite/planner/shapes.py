@@ -79,7 +79,9 @@ class Shapes:
     """Tokens of a micro-batch that an encoder reads beside the decoder's; 0 where there is none."""
     head_tokens: int
     """Predictions of the head: of some of these tokens, or of all, and of the further ones that
-    predictors predict of each."""
+    predictors predict of each. Where their share changes during the run, the most of it."""
+    mean_head_tokens: int
+    """The same, as a mean over the run."""
     predictors: int
     """Predictors of further tokens: layers behind the last one, on the last stage."""
     micro_batch_size: int
@@ -380,14 +382,13 @@ def shapes_of(
     architecture, train = config.model.architecture, config.train
     _, source, length = config.lengths
     tokens = plan.micro_batch_size * length // plan.context
-    hidden = config.model.hidden_size
+    hidden, num_predicted = config.model.hidden_size, 1 + len(architecture.predictors)
     rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
         source_tokens=plan.micro_batch_size * source,
-        head_tokens=max(
-            ceil(tokens * config.objective.predicted() * (1 + len(architecture.predictors))), 1
-        ),
+        head_tokens=max(ceil(tokens * config.objective.most_predicted() * num_predicted), 1),
+        mean_head_tokens=max(ceil(tokens * config.objective.predicted() * num_predicted), 1),
         predictors=len(architecture.predictors),
         micro_batch_size=plan.micro_batch_size,
         seq_length=length,

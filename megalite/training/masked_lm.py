@@ -4,7 +4,7 @@ around them."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -13,7 +13,7 @@ from megalite.comm.mesh import Mesh
 from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
-from megalite.data.masking import Masking
+from megalite.data.masking import Masking, Shares
 from megalite.data.mixture import Corruption
 from megalite.data.tokenizer import Tokenizer
 from megalite.models.layers import IGNORE
@@ -23,17 +23,19 @@ from megalite.parallel.stage import Inputs, Output, Picked
 from megalite.training.objectives import NextToken, Objective
 from megalite.utils.keys import key_of
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 
 class MaskedLMConfig(ObjectiveConfig):
     """Cross-entropy of the tokens that are masked. Which these are is another choice in every
     epoch."""
 
     name: Literal["masked_lm"] = "masked_lm"
-    share: float = Field(
+    share: Share | tuple[Share, Share] = Field(
         0.15,
-        gt=0,
-        lt=1,
-        description="Share of the tokens to predict. Of these, 80% become the mask token, 10% a random one.",
+        description="Share of the tokens to predict. Of these, 80% become the mask token, 10% a random one. Two "
+        "numbers are those at the start and at the end of the run, between which it goes evenly with the samples "
+        "(Yang et al. 2022); validation takes the last.",
     )
     whole_words: bool = Field(
         False,
@@ -64,10 +66,22 @@ class MaskedLMConfig(ObjectiveConfig):
         assert tokenizer is not None
         # Keyed by the seed and the split, not by ranks: every layout masks the same tokens.
         key = key_of(config.train.seed, "masked", split)
-        return Masking(self.share, tokenizer, key, self.whole_words)
+        start, end = self.shares
+        total = config.train.samples_after(config.train.steps)
+        # Validations are compared with each other: all have one share.
+        shares = Shares(start if split == "train" else end, end, total)
+        return Masking(shares, tokenizer, key, self.whole_words)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Return the shares at the start and at the end of the run."""
+        return self.share if isinstance(self.share, tuple) else (self.share, self.share)
 
     def predicted(self) -> float:
-        return self.share
+        return sum(self.shares) / 2
+
+    def most_predicted(self) -> float:
+        return max(self.shares)
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
         return MaskedLM(mesh, config.parallel.sequence)

@@ -16,7 +16,7 @@ from encoders import masked_config, write_words
 from megalite.data.checks import open_data
 from megalite.data.inspect import inspect_samples
 from megalite.data.loader import Loader
-from megalite.data.masking import Masking, Words
+from megalite.data.masking import Masking, Shares, Words
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import DataError
@@ -27,7 +27,7 @@ LENGTH, MASK = 64, 4
 
 @pytest.fixture
 def masking(tmp_path: Path) -> Masking:
-    return Masking(0.15, load_tokenizer(write_words(tmp_path)), 7)
+    return Masking(Shares(0.15, 0.15), load_tokenizer(write_words(tmp_path)), 7)
 
 
 def applied(masking: Masking, index: Any, low: int = 5) -> tuple[np.ndarray, ...]:
@@ -56,6 +56,35 @@ def test_shares_are_those_of_bert(masking: Masking) -> None:
     assert not counts[:5].any(), "no special token is drawn"
     expected = random.sum() / 92
     assert abs(counts[5:] - expected).max() < 5 * expected**0.5  # of Poisson counts, 92 of them
+
+
+def test_a_share_goes_evenly_to_its_end(tmp_path: Path) -> None:
+    shares = Shares(0.5, 0.1, 3001)
+    _, _, labels = applied(Masking(shares, load_tokenizer(write_words(tmp_path)), 7), range(4000))
+    for first, last, share in (
+        (0, 100, 0.5 - 0.4 * 50 / 3000),
+        (1450, 1550, 0.3),
+        (3000, 3999, 0.1),
+    ):
+        found = labels[first:last] != IGNORE
+        # Four standard deviations √(p·q/n), and half of what it changes by within such a piece.
+        spread = 4 * (share * (1 - share) / found.size) ** 0.5
+        assert found.mean() == pytest.approx(share, abs=spread)
+
+
+def test_the_run_says_how_long_a_share_takes(tmp_path: Path) -> None:
+    """Validation has the share of the end, and a longer run is the same run."""
+    overrides = ["data.order=sequential", "objective.share=[0.9,0.1]", "train.steps=5"]
+    mixture = train_of(tmp_path, *overrides)
+    assert [round(float(x), 3) for x in mixture.view.corruption.shares.at(np.array([0, 19]))] == [
+        0.9,
+        0.1,
+    ]
+    valid = train_of(tmp_path, *overrides, split="valid")
+    assert valid.view.corruption.shares[:2] == (0.1, 0.1)
+    longer = train_of(tmp_path, *overrides, "train.steps=50")
+    assert longer.fingerprint() == mixture.fingerprint()
+    assert longer.fingerprint() != train_of(tmp_path, "data.order=sequential").fingerprint()
 
 
 def test_special_tokens_and_those_not_learned_are_left_alone(masking: Masking) -> None:
@@ -94,7 +123,7 @@ def test_all_tokens_of_a_word_are_masked_or_none(kind: str) -> None:
         def vocabulary(self) -> dict[str, int]:
             return {name: number for number, name in enumerate(names)}
 
-    masking = Masking(0.4, cast(Tokenizer, Named()), 7, whole_words=True)
+    masking = Masking(Shares(0.4, 0.4), cast(Tokenizer, Named()), 7, whole_words=True)
     tokens = np.tile([0, *(names.index(piece) for piece in pieces)], (2000, 1))
     _, labels = masking.apply(tokens, np.ones(tokens.shape, bool), np.arange(2000))
     assert (labels[:, 0] == IGNORE).all(), "a special token, which no word goes on from"
@@ -128,7 +157,7 @@ def test_a_token_that_no_tokenizer_has_belongs_to_a_word() -> None:
 
 def test_a_tokenizer_that_marks_no_words_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"whole_words: true needs a data\.tokenizer that marks"):
-        Masking(0.15, load_tokenizer(write_words(tmp_path)), 7, whole_words=True)
+        Masking(Shares(0.15, 0.15), load_tokenizer(write_words(tmp_path)), 7, whole_words=True)
 
 
 def test_a_sample_is_masked_alike_beside_any_others(masking: Masking) -> None:

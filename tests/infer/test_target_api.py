@@ -16,6 +16,7 @@ from local_server import PATIENCE_S, Local, serving
 
 from encoder_decoders import write_words
 from megalite.infer import seq2seq
+from megalite.infer.beams import Beams
 from megalite.infer.sampling import Sampling
 from megalite.infer.seq2seq import TargetGenerator
 from tiny_models import CASES, randomize
@@ -66,6 +67,15 @@ def test_targets_are_those_of_generate(local: Local, generator: TargetGenerator)
     rows = generator.generate([ids[0]] * 3, 12, usual)
     assert [c.text for c in drawn.choices] == [*map(generator.tokenizer.decode_plain, rows)]
     assert len({c.text for c in drawn.choices}) > 1
+
+
+def test_several_targets_are_found_by_beams(local: Local, generator: TargetGenerator) -> None:
+    ids = [generator.source_ids(text) for text in SOURCES]
+    beams = Beams(3, 0.5, early_stopping=True)
+    rows = generator.generate(ids, 12, beams=beams, num_answers=2)
+    more = {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True}
+    found = ask(local, prompt=SOURCES, max_tokens=12, n=2, extra_body=more)
+    assert [c.text for c in found.choices] == [*map(generator.tokenizer.decode_plain, rows)]
 
 
 def test_a_stream_and_stop_strings(local: Local) -> None:

@@ -11,12 +11,14 @@ import torch
 
 from encoder_decoders import rows_config, write_words
 from megalite.cli import main
-from megalite.commands.generate import _generate_target
+from megalite.commands.generate import _generate_targets
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
+from megalite.infer.beams import Beams
 from megalite.infer.habits import read_habits
+from megalite.infer.rules import Rules
 from megalite.infer.sampling import Sampling
-from megalite.infer.seq2seq import Beams, TargetGenerator
+from megalite.infer.seq2seq import TargetGenerator
 from megalite.train import train
 from tiny_models import CASES, OWN_HEAD, randomize
 
@@ -63,8 +65,10 @@ def theirs_of(theirs: Any, room: int, **options: Any) -> list[list[int]]:
         ({"num_beams": 4}, Beams(4)),
         ({"num_beams": 3, "length_penalty": 0.6}, Beams(3, 0.6)),
         ({"num_beams": 2, "length_penalty": 2.0}, Beams(2, 2.0)),
+        ({"num_beams": 3, "early_stopping": True}, Beams(3, early_stopping=True)),
+        ({"num_beams": 3, "early_stopping": "never"}, Beams(3, early_stopping="never")),
     ],
-    ids=["greedy", "4 beams", "short", "long"],
+    ids=["greedy", "4 beams", "short", "long", "early", "never"],
 )
 def test_targets_are_those_of_transformers(
     options: dict[str, Any], beams: Beams | None, pair: tuple[Any, TargetGenerator]
@@ -75,6 +79,18 @@ def test_targets_are_those_of_transformers(
     if not options and not getattr(theirs.config, "scale_decoder_outputs", False):
         lengths = {len(target) for target in wanted}
         assert len(lengths) > 1, "some targets end before the others"
+
+
+def test_several_targets_are_the_best_beams(pair: tuple[Any, TargetGenerator]) -> None:
+    """Beside a rule and a penalty, which count for beams as for other answers."""
+    theirs, ours = pair
+    options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    wanted = theirs_of(theirs, 12, num_beams=4, num_return_sequences=3, **options)
+    restricted = Sampling(repetition_penalty=1.3, rules=Rules(no_repeat_ngram_size=2))
+    assert ours.generate(SOURCES, 12, restricted, Beams(4), num_answers=3) == wanted
+    assert wanted != ours.generate(SOURCES, 12, LIKELIEST, Beams(4), num_answers=3)
+    with pytest.raises(ConfigError, match="3 answers are asked for, but 2 beams"):
+        ours.generate(SOURCES, 12, LIKELIEST, Beams(2), num_answers=3)
 
 
 def test_what_is_drawn_depends_on_the_seed_and_the_row_alone(
@@ -150,4 +166,4 @@ def test_the_command_says_the_target(
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = argparse.Namespace(chat=False, stop=[], tensor=1, pipeline=1)
     with pytest.raises(ConfigError, match="answers on one device"):
-        _generate_target(asked, config.run.folder)
+        _generate_targets(asked, config.run.folder, None)

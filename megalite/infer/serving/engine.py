@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megalite.infer.answer import Answer, Choice, Finish, Request
+from megalite.infer.answer import Answer, Choice, Finish, Request, link
 from megalite.infer.batch import Batch
 from megalite.infer.generate import Generator
 from megalite.infer.serving.metrics import Metrics
@@ -131,6 +131,7 @@ class Engine:
             Ticket(self.generator.start(request), number, streamed, now + timeout_s, now, deliver)
             for number, request in enumerate(requests)
         ]
+        link([ticket.answer for ticket in tickets])
         with self._changed:
             if self._ends_at is not None:
                 raise Overloaded("the server is about to end")

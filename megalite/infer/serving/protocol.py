@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from megalite.infer.answer import Choice, Request
+from megalite.infer.beams import Beams
 from megalite.infer.sampling import Sampling
 
 MOST_LOGPROBS = 20
@@ -112,6 +113,11 @@ class Asked(Body):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
+    num_beams: int = Field(1, ge=1, le=MOST_CHOICES)
+    length_penalty: float | None = Field(None, ge=-100, le=100)
+    early_stopping: (
+        Annotated[bool | Literal["never"], _one_of("true, false or the text never")] | None
+    ) = None
     # Accepted and ignored, since these do not change an answer.
     user: Text | None = None
     metadata: dict[Text, Text] | None = None
@@ -138,6 +144,27 @@ class Asked(Body):
             raise ValueError("stream_options need stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _options_of_beams(self) -> Self:
+        if self.num_beams == 1:
+            if self.length_penalty is not None or self.early_stopping is not None:
+                raise ValueError("length_penalty and early_stopping need num_beams")
+            return self
+        if self.temperature or self.top_p not in (None, 1) or self.top_k not in (None, -1, 0):
+            raise ValueError("num_beams draws no tokens: leave temperature, top_p and top_k out")
+        if self.min_p or getattr(self, "logprobs", None) not in (None, False):
+            raise ValueError("num_beams has no min_p and no logprobs: leave them out")
+        if self.n > self.num_beams:
+            raise ValueError("n must be at most num_beams, which find no more answers")
+        return self
+
+    @property
+    def beams(self) -> Beams | None:
+        """Return the settings of beam search; None without it."""
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        beams = Beams(self.num_beams, penalty, self.early_stopping or False)
+        return beams if beams.width > 1 else None
+
     @property
     def tells_usage(self) -> bool:
         """Return whether a stream ends with the counts of its tokens."""
@@ -148,7 +175,7 @@ class Asked(Body):
     ) -> list[Request]:
         """Return one Request for each of `n` choices, of at most `max_tokens` tokens behind
         `prompt` (ids). `sampling` holds the defaults, `num_logprobs` the number of logprobs per
-        token. Without a seed, choices differ every time."""
+        token. Without a seed, choices differ every time; beams find the same."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == -1:  # as vLLM has it
@@ -159,7 +186,11 @@ class Asked(Body):
         samplings = [
             replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)
         ]
-        return [Request(prompt, max_tokens, one, stop, num_logprobs) for one in samplings]
+        requests = [Request(prompt, max_tokens, one, stop, num_logprobs) for one in samplings]
+        return [
+            replace(request, beams=self.beams, place=place if self.beams else 0)
+            for place, request in enumerate(requests)
+        ]
 
 
 def wrap(seed: int) -> int:

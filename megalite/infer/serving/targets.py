@@ -90,9 +90,9 @@ class TargetService:
             sources = [
                 self.generator.source_ids(x) if isinstance(x, str) else x for x in body.prompts
             ]
-            rows = [source for source in sources for _ in range(body.n)]
+            sampling, most = self._sampling(body), body.max_tokens
             found = self.generator.generate(
-                rows, body.max_tokens, self._sampling(body), check=deadline.check
+                sources, most, sampling, body.beams, body.n, deadline.check
             )
             return sum(map(len, sources)), found
 
