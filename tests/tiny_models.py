@@ -332,3 +332,24 @@ def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{block}.experts.{number}.{part}.weight": rows for part, rows in parts.items()
             }
     return found
+
+
+def make_byte_model(folder: Path, settings: Mapping[str, Any], **more: Any) -> Path:
+    """Save a random model of these settings that speaks in bytes, and never ends by itself."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # Weights large enough that its answers vary.
+    config = AutoConfig.for_model(
+        **{**settings, "vocab_size": 256, "initializer_range": 0.3, **more}
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(letters)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

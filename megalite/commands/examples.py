@@ -102,6 +102,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite serve runs/chat",
         "megalite serve runs/base --also runs/chat",
         "megalite serve runs/chat --challenger runs/chat-2 --share 0.1 --request-log requests",
+        "torchrun --nproc-per-node=4 -m megalite serve runs/big --tensor 4 --expert 2",
         "megalite serve runs/chat --host 0.0.0.0 --port 8080 --api-key-file keys.txt",
     ),
     "monitor": (

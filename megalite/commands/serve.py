@@ -6,9 +6,14 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megalite.commands.numbers import at_least, number
-from megalite.commands.parser import VerbParser, add_model
+from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
+
+if TYPE_CHECKING:
+    from megalite.comm.mesh import Launch
+    from megalite.infer.serving.app import Settings
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -49,6 +54,7 @@ def add_arguments(parser: VerbParser) -> None:
     _add_other_models(parser)
     _add_limits(parser)
     _add_logs(parser)
+    add_layout(parser)
     parser.set_defaults(verb=_serve)
 
 
@@ -129,7 +135,8 @@ def _add_logs(parser: VerbParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    """Serve a model. The address is bound before the weights are read."""
+    """Serve a model, on one device or over ranks."""
+    from megalite.comm.mesh import Launch
     from megalite.errors import ConfigError
 
     try:
@@ -139,14 +146,21 @@ def _serve(arguments: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
-    from megalite.infer.serving.app import Settings
-    from megalite.infer.serving.by_name import make_by_name
-    from megalite.infer.serving.guards import ADMIN_KEY_VARIABLE, read_keys
-    from megalite.infer.serving.loading import open_model
-    from megalite.infer.serving.run import bind, serve
-    from megalite.infer.serving.split import make_hosting
+    if arguments.also and arguments.challenger:
+        raise ConfigError("--also and --challenger do not go together: one server does either")
+    launch = Launch.from_environment()
+    if launch.world_size > 1 or set(layout_of(arguments).values()) != {1}:
+        _serve_on_ranks(arguments, launch)
+    else:
+        _serve_here(arguments)
 
-    settings = Settings(
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Return the server's settings. Raise ConfigError."""
+    from megalite.infer.serving.app import Settings
+    from megalite.infer.serving.guards import ADMIN_KEY_VARIABLE, read_keys
+
+    return Settings(
         name=arguments.name or _name_of(arguments.model),
         ratings=arguments.ratings,
         keys=read_keys(arguments.api_key_file),
@@ -159,8 +173,16 @@ def _serve(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         admin_key=os.environ.get(ADMIN_KEY_VARIABLE, "").strip(),
     )
-    if arguments.also and arguments.challenger:
-        raise ConfigError("--also and --challenger do not go together: one server does either")
+
+
+def _serve_here(arguments: argparse.Namespace) -> None:
+    """Serve one or more models on one device. The address is bound before the weights are read."""
+    from megalite.infer.serving.by_name import make_by_name
+    from megalite.infer.serving.loading import open_model
+    from megalite.infer.serving.run import bind, serve
+    from megalite.infer.serving.split import make_hosting
+
+    settings = _settings(arguments)
     # Before weights are read, which takes minutes: a port that is taken is told at once.
     address = bind(arguments.host, arguments.port)
     size = arguments.slots, arguments.max_length
@@ -172,6 +194,36 @@ def _serve(arguments: argparse.Namespace) -> None:
         serve(partial(make_by_name, settings, first, others), address, arguments.grace)
     else:
         serve(make, address, arguments.grace)
+
+
+def _serve_on_ranks(arguments: argparse.Namespace, launch: Launch) -> None:
+    """Serve a model over ranks, which all call this; rank 0 answers. End the process, as failed
+    where a rank is gone before."""
+    from megalite.comm.mesh import leave
+    from megalite.errors import ConfigError
+    from megalite.infer.serving.ranks import follow, lead, open_on_ranks
+    from megalite.infer.serving.run import bind
+    from megalite.runtime.exit_codes import Exit, end_process
+    from megalite.runtime.streams import flush_output
+
+    for option, given in (("also", arguments.also), ("challenger", arguments.challenger)):
+        if given:
+            raise ConfigError(
+                f"--{option}: a server over ranks has one model; start another for it"
+            )
+    size, layout = (arguments.slots, arguments.max_length), layout_of(arguments)
+    if launch.rank > 0:
+        generator, _ = open_on_ranks(arguments.model, *size, launch, layout)
+        is_whole = follow(generator.model)
+    else:
+        settings, address = _settings(arguments), bind(arguments.host, arguments.port)
+        generator, version = open_on_ranks(arguments.model, *size, launch, layout)
+        is_whole = lead(generator, version, settings, address, arguments.grace)
+    if not is_whole:
+        # At once: leaving the process group could wait for a rank that is not there.
+        flush_output()
+        end_process(Exit.FAILED)
+    leave()
 
 
 def _name_of(path: Path) -> str:

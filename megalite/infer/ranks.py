@@ -27,6 +27,10 @@ from megalite.parallel.stage import Inputs, Stage
 from megalite.plan import Plan, StageSpan, make_plan
 
 
+class RankLost(RuntimeError):
+    """Raised where ranks that answer together cannot any more, since one of them is gone."""
+
+
 class RanksModel:
     """Runs a sharded model as a `batch.Predictor`. Every rank calls it with the same tokens and
     gets the same logits."""

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
+from tiny_models import GROUPED, make_byte_model
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -45,24 +45,7 @@ FILES = 512
 
 def make_folder(folder: Path) -> Path:
     """A random model that speaks in bytes, and never ends by itself."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=LENGTH, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    make_byte_model(folder, GROUPED, max_position_embeddings=LENGTH)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megalite.infer.answer import Answer, Choice, Finish, Request, link
 from megalite.infer.batch import Batch
 from megalite.infer.generate import Generator
+from megalite.infer.ranks import RankLost
 from megalite.infer.serving.metrics import Metrics
 
 LOG = logging.getLogger("megalite.serve")
@@ -172,8 +173,10 @@ class Engine:
             self._step_began = time.monotonic()
             try:
                 answers = self._batch.step()
-            except BaseException:  # a panic of a tokenizer in Rust is no Exception
-                LOG.exception("a step of the model failed: the answers under way are given up")
+            except BaseException as error:  # a panic of a tokenizer in Rust is no Exception
+                # A rank that is gone is told when the server ends, by all that there is to say.
+                if not isinstance(error, RankLost):
+                    LOG.exception("a step of the model failed: the answers under way are given up")
                 # All that the batch has, those that wait for a slot included; only `_arrived` ones
                 # stay.
                 answers = list(self._tickets)

@@ -40,9 +40,13 @@ class Server(uvicorn.Server):
     """Runs uvicorn with a graceful shutdown: on SIGTERM and SIGINT it accepts nothing more, and
     gives answers in progress `grace_s` seconds to end. A second SIGINT ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, engine: Any, grace_s: float):
+    def __init__(
+        self, config: uvicorn.Config, engine: Any, grace_s: float, lost: Callable[[], str] = str
+    ):
+        """Serve with `engine`. Begin the shutdown as well when `lost` says why nothing can be answered
+        any more, other than an empty text."""
         super().__init__(config)
-        self._engine, self._grace_s = engine, grace_s
+        self._engine, self._grace_s, self._lost = engine, grace_s, lost
         self.server_state = State(most_connections())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -66,6 +70,9 @@ class Server(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection):
                     connection.close_if_late(now)
+        if self._lost():
+            self._grace_s = 0.0  # whatever is asked would fail
+            self.handle_exit(signal.SIGTERM, None)
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -94,13 +101,19 @@ def cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
     return ConfigError(f"--host {host} --port {port} cannot be listened on: {why}")
 
 
-def serve(make_host: Callable[[], Hosting], address: socket.socket, grace_s: float) -> None:
-    """Serve what `make_host` returns on the socket `address` of `bind` until a signal ends it;
-    answers in progress then get `grace_s` seconds. On SIGHUP its model is opened anew."""
+def serve(
+    make_host: Callable[[], Hosting],
+    address: socket.socket,
+    grace_s: float,
+    lost: Callable[[], str] = str,
+) -> None:
+    """Serve what `make_host` returns on the socket `address` of `bind` until a signal ends it, or
+    `lost` says why nothing can be answered any more; answers in progress then get `grace_s` seconds.
+    On SIGHUP its model is opened anew."""
     logs.set_up()
     host = make_host()
     settings = host.settings
-    server = make_server(make_front(host), grace_s)
+    server = make_server(make_front(host), grace_s, lost)
     # uvicorn installs the same handler later; but after shutdown it raises the signal again, which
     # must not kill then.
     signal.signal(signal.SIGTERM, server.handle_exit)
@@ -132,7 +145,7 @@ def _has_terminal() -> bool:
     return True
 
 
-def make_server(app: Any, grace_s: float) -> Server:
+def make_server(app: Any, grace_s: float, lost: Callable[[], str] = str) -> Server:
     """Return the server of `app` with its limits."""
     config = uvicorn.Config(
         app, http=Connection, ws="none", loop="asyncio", log_config=None, access_log=False, server_header=False,
@@ -140,4 +153,4 @@ def make_server(app: Any, grace_s: float) -> Server:
         proxy_headers=False, backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=IDLE_S,
     )  # fmt: skip
-    return Server(config, app.state.engine, grace_s)
+    return Server(config, app.state.engine, grace_s, lost)
