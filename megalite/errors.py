@@ -1,11 +1,19 @@
 """Errors that a user can cause and fix."""
 
 
-class ConfigError(ValueError):
+class _OfAUser:
+    """An error whose message says it all."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks for it: a cell that ends so shows the line, as the command does.
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(_OfAUser, ValueError):
     """Raised for a config that cannot be used. The message says which setting to change and how."""
 
 
-class DataError(ValueError):
+class DataError(_OfAUser, ValueError):
     """Raised for data that cannot be used. The message names the file, what is wrong with it and
     what to do."""
 
@@ -24,7 +32,7 @@ class Unreachable(DataError):
     """Raised for data that cannot be read now, but perhaps later."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(_OfAUser, RuntimeError):
     """Raised for a checkpoint that cannot be used. The message names the folder and what is wrong
     with it."""
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import megalite
 from user_folder import make
 
@@ -16,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
 
-def test_the_program_on_the_page_runs(tmp_path: Path) -> None:
+def test_the_program_on_the_page_runs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--whole"):
+        pytest.skip("one of the cases of --whole; test_notebooks.py runs it cell by cell")
     make(tmp_path)
     (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     (tmp_path / "program.py").write_text(program)

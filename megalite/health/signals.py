@@ -19,6 +19,7 @@ from typing import Any
 from megalite.comm.collectives import start_highest
 from megalite.comm.mesh import Mesh
 from megalite.runtime.exit_codes import end_process, killed_by
+from megalite.utils.notebook import in_notebook
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -95,6 +96,8 @@ class StopRequests:
                 continue
             if not self._asked:
                 self._asked, first = number, time.monotonic()
+            elif number == signal.SIGINT and in_notebook():
+                pass  # its kernel holds more than this run, and its stop button is soon pressed again
             elif time.monotonic() - first > ONE_REQUEST_S:
                 end_process(killed_by(number))
 

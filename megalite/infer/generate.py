@@ -38,6 +38,7 @@ from megalite.models import build_model, model_config, set_parameters, weight_ta
 from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.peft import is_adapter
 from megalite.utils.hub import how_to_get, local
+from megalite.utils.notebook import NotebookBar, in_notebook
 from megalite.utils.spelling import instead_of
 
 SCORED_TOKENS = 4096
@@ -398,8 +399,14 @@ class Generator:
         link(answers)
         for answer in answers:
             batch.add(answer)
+        bar = NotebookBar() if in_notebook() else None
         for _ in batch.finish():
-            pass
+            if bar:
+                done = sum(answer.finish is not None for answer in answers)
+                tokens = sum(len(answer.tokens) for answer in answers)
+                bar.show(done, len(answers), f"{done} of {len(answers)} answers, {tokens:,} tokens")
+        if bar:
+            bar.close()
         return answers
 
     def stream(self, request: Request) -> Iterator[str]:

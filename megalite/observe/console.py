@@ -1,5 +1,5 @@
-"""The console: one live line on a terminal, or one plain line every `observe.log_every` steps in a
-log file."""
+"""The console: one live line on a terminal or in a notebook, or one plain line every
+`observe.log_every` steps in a log file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megalite.config import Config
 from megalite.models import weight_table
 from megalite.observe.jsonl import read_metrics
 from megalite.utils.counts import compact
+from megalite.utils.notebook import NotebookBar, in_notebook
 
 REDRAW_SECONDS = 0.1
 
@@ -60,9 +61,12 @@ class Console:
         # A log file gets plain prints: no width to wrap at, and flushed line by line.
         live = sys.stdout.isatty() and not self._rich.is_dumb_terminal
         self._progress = self._live_line(start_step) if live else None
+        self._bar = NotebookBar() if in_notebook() else None
         self._header(config, num_params, start_step, layout, hardware)
         if self._progress:
             self._progress.start()
+        if self._bar:
+            self._bar.show(start_step, self._total, "first step ...")
 
     def _live_line(self, start_step: int) -> Progress:
         columns: list[ProgressColumn] = []
@@ -133,6 +137,8 @@ class Console:
             self._progress.update(self._task, completed=step, line=self._live(record), refresh=due)
             if due:
                 self._drawn = time.perf_counter()
+        elif self._bar:
+            self._bar.show(step, self._total, self._plain(record))
         elif step % self._log_every == 0 or step in (self._first_step, self._total):
             self._print(self._plain(record | {"loss": _mean(self._losses)}))
             self._losses.clear()
@@ -201,7 +207,8 @@ class Console:
         # is NaN must not be the best for good.
         self._best = min(self._best, loss)
         # In a log file, the mark makes evaluations stand out among the steps.
-        self._print(text if self._progress else f"{text}  <<<", "bold green")
+        live = self._progress or self._bar
+        self._print(text if live else f"{text}  <<<", "bold green")
 
     def tasks(self, record: dict[str, float]) -> None:
         """Print the metrics of downstream tasks."""
@@ -225,6 +232,8 @@ class Console:
         """Print how and where the run ended. `status` is that of `Recorder.close`."""
         if self._progress:
             self._progress.stop()
+        if self._bar:
+            self._bar.close()
         last = self._first_step - 1
         if self._pace:
             _, last = self._pace[-1]

@@ -13,6 +13,7 @@ import numpy as np
 from megalite.observe.band import Band
 from megalite.observe.jsonl import read_metrics
 from megalite.utils.files import replacing
+from megalite.utils.notebook import NotebookPicture, in_notebook
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ Records = list[dict[str, float | None]]
 
 class PlotSink:
     """Sink that redraws loss.png at evaluations, as often as SHARE_OF_TIME allows, and at the
-    end."""
+    end. A notebook shows it."""
 
     name = "loss.png"
 
@@ -37,6 +38,7 @@ class PlotSink:
         self._out_path = out_path
         self._band = band
         self._not_before = 0.0
+        self._shown = NotebookPicture() if in_notebook() else None
 
     def step(self, record: dict[str, float]) -> None:
         pass
@@ -57,6 +59,9 @@ class PlotSink:
     def _draw(self) -> None:
         began = time.perf_counter()
         plot_loss(self._metrics_path, self._out_path, band=self._band)
+        # A run that is stopped in its first step has none.
+        if self._shown and self._out_path.exists():
+            self._shown.show(self._out_path)
         now = time.perf_counter()
         self._not_before = now + (now - began) / SHARE_OF_TIME
 

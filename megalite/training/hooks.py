@@ -36,6 +36,7 @@ from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
 from megalite.training.parts import RankModel, validate
 from megalite.training.run import Data, Run, Start, make_loader
+from megalite.utils.notebook import in_notebook
 from megalite.utils.outside import shown
 
 
@@ -488,9 +489,9 @@ class Save(Hook):
         self._run.say(*self._saver.news())
         if not step.asked:
             return None
-        self._run.say(
-            f"{step.asked.name}: leaving after step {step.number}; a second signal does not wait for the checkpoint"
-        )
+        # `StopRequests` lets a notebook's kernel live on.
+        second = "" if in_notebook() else "; a second signal does not wait for the checkpoint"
+        self._run.say(f"{step.asked.name}: leaving after step {step.number}{second}")
         return Ending(Exit.STOPPED)
 
     def save(self, number: int, samples: int, step: Step) -> None:

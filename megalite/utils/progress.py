@@ -9,12 +9,14 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TextColumn
 
+from megalite.utils.notebook import NotebookBar, in_notebook
+
 SECONDS_PER_LINE = 5.0
 
 
 class ProgressMeter:
-    """Show a progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds.
-    Without console, nothing."""
+    """Show a progress bar on a terminal or in a notebook; elsewhere, as in a job's log, a line every
+    few seconds. Without console, nothing."""
 
     def __init__(
         self,
@@ -29,6 +31,7 @@ class ProgressMeter:
         self.total, self._console = total, console
         self._start = self._said = time.monotonic()
         self._bar: Progress | None = None
+        self._in_notebook = NotebookBar() if console is not None and in_notebook() else None
         if console is not None and console.is_terminal:
             self._bar = Progress(TextColumn(name), *columns, console=console)
             self._task = self._bar.add_task("", total=total, **fields)
@@ -45,6 +48,8 @@ class ProgressMeter:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, **fields)
+        elif self._in_notebook is not None:
+            self._in_notebook.show(completed, self.total, line)
         elif self._console is not None and (due or now - self._said >= SECONDS_PER_LINE):
             self._said = now
             self._console.print(line, highlight=False)
@@ -57,3 +62,5 @@ class ProgressMeter:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._in_notebook is not None:
+            self._in_notebook.close()

@@ -76,7 +76,8 @@ def test_every_file_is_listed() -> None:
         ]
         listed = {"kustomization.yaml", *kustomization["resources"], *generated}
         here = {path.name for path in (FOLDER / name).iterdir()}
-        assert here - listed == ({"hpa-by-waiting.yaml"} if name == "serve" else set())
+        instead = "hpa-by-waiting.yaml" if name == "serve" else "jobset.yaml"
+        assert here - listed == {instead}
         # No image without a tag, and none that moves.
         (image,) = kustomization["images"]
         assert image["newTag"] not in ("", "latest")
@@ -180,6 +181,51 @@ def test_the_pods_are_as_many_as_the_ranks_expect_and_meet_at_the_first() -> Non
     }
     assert str(config.run.folder.parent) in mounts
     assert {f"/{Path(source.path).parts[1]}" for source in config.data.train} <= mounts
+
+
+def test_the_jobset_runs_the_pods_of_the_job() -> None:
+    """JobSet's own schema comes with its controller, and is not here: its keys are those below. What it
+    makes is a Job, for which there is one."""
+    validate = pytest.importorskip("kubernetes_validate")
+    jobset = yaml.safe_load((FOLDER / "train" / "jobset.yaml").read_text())
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    spec = jobset["spec"]
+    assert {*spec} == {"network", "failurePolicy", "replicatedJobs"}
+    network, (jobs,) = spec["network"], spec["replicatedJobs"]
+    assert {*jobs} == {"name", "replicas", "template"}
+    assert {*network} == {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"}
+    job = jobs["template"]["spec"]
+    made = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"], "spec": job}
+    validate.validate(made, validate.latest_version(), strict=True)
+
+    # The same pods, but for the name by which the first is found.
+    words, env = command_of_training()
+    template = json.loads(json.dumps(job["template"]))
+    first = f"{jobset['metadata']['name']}-{jobs['name']}-0-0.{network['subdomain']}"
+    (container,) = template["spec"]["containers"]
+    assert f"--master-addr={first} " in container["args"][0]
+    (master,) = (word for word in words if word.startswith("--master-addr="))
+    container["args"][0] = container["args"][0].replace(f"--master-addr={first}", master)
+    template["spec"]["subdomain"] = network["subdomain"]
+    assert template == WORKLOADS["train"]["spec"]["template"]
+    assert job["completions"] == job["parallelism"] == int(env["NODES"])
+
+
+def test_a_jobset_ends_and_restarts_as_the_job_does() -> None:
+    jobset = yaml.safe_load((FOLDER / "train" / "jobset.yaml").read_text())["spec"]
+    (jobs,) = jobset["replicatedJobs"]
+    job, policy = jobs["template"]["spec"], jobset["failurePolicy"]
+    rules = WORKLOADS["train"]["spec"]["podFailurePolicy"]["rules"]
+    # Kubernetes fills in a condition's status for a Job; a JobSet's schema wants it.
+    filled = json.loads(json.dumps(rules[:-1]))
+    filled[1]["onPodConditions"][0]["status"] = "True"
+    assert job["podFailurePolicy"]["rules"] == filled
+    assert (rules[-1]["action"], job["backoffLimit"]) == ("Count", 0)
+    # What fails a job by the policy is met again; any other failure is counted and tried again.
+    assert {*policy} == {"maxRestarts", "restartStrategy", "rules"}
+    (rule,) = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert policy["restartStrategy"] == "BlockingRecreate"
 
 
 def test_serving_is_called_as_the_command_line_wants_it_and_ends_in_time() -> None:
