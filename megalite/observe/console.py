@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -138,7 +139,8 @@ class Console:
             if due:
                 self._drawn = time.perf_counter()
         elif self._bar:
-            self._bar.show(step, self._total, self._plain(record))
+            line = re.sub(" {2,}", " ", self._plain(record))  # in one line, on a narrow page
+            self._bar.show(step, self._total, line)
         elif step % self._log_every == 0 or step in (self._first_step, self._total):
             self._print(self._plain(record | {"loss": _mean(self._losses)}))
             self._losses.clear()

@@ -35,6 +35,10 @@ HEIGHT, TRAFFIC_HEIGHT = 0.62, 0.14
 WIDTH_IN, DPI = 14.0, 150
 NARROWEST_LABEL_IN = 0.17
 """Inches a pass needs for the number of its micro-batch."""
+NARROWEST_EDGED_IN = 0.04
+"""Inches a pass needs for a white edge."""
+NARROWEST_PASS_IN = 0.08
+"""Inches of the shortest pass, below which the middle of a step is left out."""
 
 
 def draw_timeline(estimate: Estimate, path: Path) -> None:
@@ -44,42 +48,61 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    events = estimate.timeline.events
-    plan = estimate.plan
-    assert events, "estimate(…, record=True) keeps the events a picture needs"
+    assert estimate.timeline.events, "estimate(…, record=True) keeps the events a picture needs"
     scale, unit = _unit(estimate.step_time_s)
-    rows = plan.pipeline
-    height_in = 1.9 + 0.42 * max(rows, 2)
+    parts = _parts(estimate)
+    height_in = 1.9 + 0.42 * max(estimate.plan.pipeline, 2)
     figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_xlim(0, estimate.step_time_s * scale)
-    axes.set_ylim(rows - 0.4, -0.5)
+    all_axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    inches_a_second = WIDTH_IN * 0.9 / sum(end - start for start, end in parts)
+    for axes, (start, end) in zip(all_axes, parts, strict=True):
+        axes.set_xlim(start * scale, end * scale)
+        axes.set_ylim(estimate.plan.pipeline - 0.4, -0.5)
+        _draw(axes, estimate, scale, inches_a_second)
+    _dress(figure, all_axes, estimate, unit)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor="white")
+
+
+def _parts(estimate: Estimate) -> list[tuple[float, float]]:
+    """Return what is drawn of the step, from and to in seconds: all of it or, where passes would be
+    too narrow to be told apart, its beginning and its end. What lies between goes on alike."""
+    passes = [event for event in estimate.timeline.events if event.kind in ("F", "B", "I", "W")]
+    shortest = min(event.end - event.start for event in passes)
+    end, shown = estimate.step_time_s, shortest * WIDTH_IN * 0.9 / NARROWEST_PASS_IN
+    # What fills and drains a pipeline is drawn whole.
+    fill = max(event.start for event in passes if event.micro_batch == 0 and event.kind == "F")
+    shown = max(shown, 4 * fill)
+    return [(0.0, shown / 2), (end - shown / 2, end)] if shown * 1.5 < end else [(0.0, end)]
+
+
+def _draw(axes: Any, estimate: Estimate, scale: float, inches_a_second: float) -> None:
+    """Draw the passes and collectives of all pipeline ranks; the axes show what lies in them."""
+    events, plan = estimate.timeline.events, estimate.plan
     passes_end = estimate.timeline.passes_end * scale
     # What no pass covers later is waiting.
-    for rank in range(rows):
+    for rank in range(plan.pipeline):
         axes.barh(rank, passes_end, height=HEIGHT, color=BUBBLE, zorder=1)
-    few = len(events) < 4000  # edges around more boxes would hide them
+    passes = [event for event in events if event.kind in ("F", "B", "I", "W")]
+    # Edges around narrower boxes would hide them, and look like waiting.
+    shortest = min(event.end - event.start for event in passes)
+    wide = shortest * inches_a_second >= NARROWEST_EDGED_IN
     for kind in ("F", "B", "I", "W"):
         for chunk in range(plan.virtual):
             # Stage number // pipeline ranks is its place among the virtual stages of its rank.
             of_kind = [event for event in events if event.kind == kind]
             chosen = [event for event in of_kind if event.stage // plan.pipeline == chunk]
             colour = _lighter(COLOURS[kind], 0.55 * chunk / plan.virtual)
-            _boxes(axes, chosen, scale, HEIGHT, 0.0, colour, edge=few)
+            _boxes(axes, chosen, scale, HEIGHT, 0.0, colour, edge=wide)
     below = (HEIGHT + TRAFFIC_HEIGHT) / 2 + 0.02
     for kind in ("gather", "reduce"):
         chosen = [event for event in events if event.kind == kind]
         _boxes(axes, chosen, scale, TRAFFIC_HEIGHT, below, COLOURS[kind], edge=False)
-    end = estimate.timeline.end * scale
-    for rank in range(rows):
-        axes.barh(
-            rank, estimate.optimizer_s * scale, left=end, height=HEIGHT, color=OPTIMIZER, zorder=3
-        )
-    _number(axes, events, scale, estimate.step_time_s)
-    _dress(figure, axes, estimate, unit)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor="white")
+    end, width = estimate.timeline.end * scale, estimate.optimizer_s * scale
+    for rank in range(plan.pipeline):
+        axes.barh(rank, width, left=end, height=HEIGHT, color=OPTIMIZER, zorder=3)
+    _number(axes, events, scale, inches_a_second)
 
 
 def _unit(seconds: float) -> tuple[float, str]:
@@ -119,9 +142,8 @@ def _lighter(colour: str, share: float) -> str:
     return mixed
 
 
-def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> None:
+def _number(axes: Any, events: Iterable[Event], scale: float, inches_a_second: float) -> None:
     """Write the number of its micro-batch into each pass that is wide enough."""
-    inches_a_second = WIDTH_IN * 0.9 / step
     for event in events:
         if (
             event.micro_batch >= 0
@@ -138,10 +160,11 @@ def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> No
                 fontsize=7,
                 color="white",
                 zorder=4,
+                clip_on=True,  # there are some before and behind what the axes show
             )
 
 
-def _dress(figure: Any, axes: Any, estimate: Estimate, unit: str) -> None:
+def _dress(figure: Any, all_axes: Any, estimate: Estimate, unit: str) -> None:
     """Add legend, title, labels and scales."""
     from matplotlib.patches import Patch
 
@@ -163,20 +186,32 @@ def _dress(figure: Any, axes: Any, estimate: Estimate, unit: str) -> None:
     model = estimate.config.model.preset or estimate.config.model.family
     stages = "one stage" if plan.virtual == 1 else f"{plan.virtual} stages"
     schedule = f"{plan.schedule}, {stages} a rank, " if plan.pipeline > 1 else ""
-    axes.set_title(
-        f"{model} on {plan.world_size} × {hardware.chip.chip}: one step, predicted",
-        loc="left", fontsize=13, fontweight="bold", color=INK, pad=24,
-    )  # fmt: skip
-    axes.annotate(
-        f"{schedule}{plan.micro_batches} micro-batches   ·   bubble {estimate.bubble:.1%}   ·   MFU {estimate.mfu:.1%}",
-        (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points", fontsize=10, color="#444444",
-    )  # fmt: skip
+    about = [
+        f"{schedule}{plan.micro_batches} micro-batches",
+        f"bubble {estimate.bubble:.1%}",
+        f"MFU {estimate.mfu:.1%}",
+    ]
+    if len(all_axes) > 1:
+        about.append("beginning and end: what lies between goes on alike")
+    # Texts that the layout does not see, as they are wider than the first axes; a title keeps their room.
+    all_axes[0].set_title(" ", fontsize=13, pad=30)
+    title = f"{model} on {plan.world_size} × {hardware.chip.chip}: one step, predicted"
+    above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+    bold = all_axes[0].annotate(
+        title, (0, 1), xytext=(0, 27), fontsize=13, fontweight="bold", color=INK, **above
+    )
+    plain = all_axes[0].annotate(
+        "   ·   ".join(about), (0, 1), xytext=(0, 9), fontsize=10, color="#444444", **above
+    )
+    for text in (bold, plain):
+        text.set_in_layout(False)
     labels = ["every rank"]
     if plan.pipeline > 1:
         labels = [f"pipeline {rank}" for rank in range(plan.pipeline)]
-    axes.set_yticks(range(plan.pipeline), labels)
-    axes.set_xlabel(unit, fontsize=10)
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color("#bbbbbb")
-    axes.tick_params(axis="y", length=0, labelsize=9)
-    axes.tick_params(axis="x", labelsize=9, color="#bbbbbb")
+    all_axes[0].set_yticks(range(plan.pipeline), labels)
+    for axes in all_axes:
+        axes.set_xlabel(unit, fontsize=10)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+        axes.spines["bottom"].set_color("#bbbbbb")
+        axes.tick_params(axis="y", length=0, labelsize=9)
+        axes.tick_params(axis="x", labelsize=9, color="#bbbbbb")

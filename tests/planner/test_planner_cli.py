@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megalite.cli import main
 from megalite.config_file import load_config
+from megalite.planner import timeline
+from megalite.planner.simulate import Event
 
 CONFIG = """
 run: {name: test}
@@ -109,6 +113,21 @@ def test_picture(config: str, tmp_path: Path) -> None:
         assert main(arguments) == 0
         assert (tmp_path / name).stat().st_size > 10_000
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("count", [4, 400])
+def test_a_picture_of_many_passes_shows_where_they_begin_and_end(count: int) -> None:
+    """Where all were drawn, they would be a grey wall; of few none may be missing."""
+    events = [Event(0, kind, 0, n, 3.0 * n + at, 3.0 * n + end) for n in range(count)
+              for kind, at, end in (("F", 0.0, 1.0), ("B", 1.0, 3.0))]  # fmt: skip
+    estimate: Any = SimpleNamespace(
+        timeline=SimpleNamespace(events=events), step_time_s=3.0 * count
+    )
+    parts = timeline._parts(estimate)
+    assert (parts[0][0], parts[-1][1]) == (0.0, 3.0 * count)
+    assert len(parts) == (1 if count == 4 else 2)
+    shown = sum(end - start for start, end in parts)
+    assert timeline.WIDTH_IN * 0.9 / shown >= timeline.NARROWEST_PASS_IN * 0.6
 
 
 @pytest.mark.parametrize(
