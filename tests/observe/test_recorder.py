@@ -246,7 +246,7 @@ def test_drawing_never_takes_much_of_the_run(
 ) -> None:
     drawn: list[Path] = []
     monkeypatch.setattr(
-        plot, "plot_loss", lambda metrics, out: (drawn.append(out), time.sleep(0.02))
+        plot, "plot_loss", lambda metrics, out, **_: (drawn.append(out), time.sleep(0.02))
     )
     monkeypatch.setattr(plot, "SHARE_OF_TIME", 1e-4)  # 0.02 s of drawing at most every 200 s
     recorder = open_recorder(tmp_path)
