@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from megalite.comm.mesh import Launch
 from megalite.errors import ConfigError
+from megalite.infer.beams import Beams
 from megalite.infer.cache import CachedSequenceInfo, Row, lay_out
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
@@ -43,6 +45,7 @@ ASKED = [
     {"prompt": "There was " * 6, "max_tokens": 9, "temperature": 0},
     {"prompt": "a", "max_tokens": 14, "temperature": 1.5, "top_p": 1.0, "seed": 3},
     {"prompt": "In a hole", "max_tokens": 17, "temperature": 0.9, "top_p": 0.9, "seed": 4},
+    {"prompt": "Two ways", "max_tokens": 12, "num_beams": 2},
 ]
 
 
@@ -123,13 +126,15 @@ def test_ranks_answer_as_one_process(
     tmp_path: Path, model: dict[str, Any], layout: dict[str, int]
 ) -> None:
     folder = make_byte_model(tmp_path / "model", model, max_position_embeddings=5000)
-    alone = Generator.open(folder, num_slots=1)
+    alone = Generator.open(folder, num_slots=2)
     wanted = []
     for body in ASKED:
         sampling = Sampling(
-            body["temperature"], top_p=body.get("top_p", 1.0), seed=body.get("seed", 0)
+            body.get("temperature", 0), top_p=body.get("top_p", 1.0), seed=body.get("seed", 0)
         )
         request = alone.request(body["prompt"], body["max_tokens"], sampling)
+        beams = Beams(body["num_beams"], 1.0, False) if "num_beams" in body else None
+        request = replace(request, beams=beams)
         wanted += [answer.text for answer in alone.answer([request])]
     told, followed = run_ranks(2, serve_on_rank, folder, layout, tmp_path)
     assert "error" not in told, told["error"]

@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from functools import partial
@@ -48,6 +48,7 @@ class Kind(IntEnum):
     WAIT = 0
     STEP = 1
     END = 2
+    COPY = 3
 
 
 def open_on_ranks(
@@ -118,6 +119,14 @@ class Leader:
         """Raise ConfigError: no request needs the logits behind every token."""
         raise ConfigError("a server over ranks does not score texts; `megalite eval` does")
 
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
+        """Copy cached sequences between slots, on all ranks. Raise RankLost as `predict` does."""
+        pairs = torch.tensor([*sources, *targets, *[0] * len(sources)])
+        with self._turn, self._losing():
+            _tell(_header(Kind.COPY, len(sources), 0, num_tokens), pairs)
+            self._is_fresh = True
+            self.model.copy_slots(sources, targets, num_tokens)
+
     def end(self) -> bool:
         """Let the other ranks end. Return whether all are there to do so. May be called again."""
         if self._ended.is_set():
@@ -169,6 +178,9 @@ def follow(model: Predictor) -> bool:
             return True
         if header[0] == Kind.STEP:
             _run(model, *_unpacked(header, numbers))
+        if header[0] == Kind.COPY:
+            sources, targets, _ = numbers.view(3, -1).tolist()
+            model.copy_slots(sources, targets, header[3])
 
 
 def _run(model: Predictor, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
