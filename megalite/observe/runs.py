@@ -63,8 +63,9 @@ class RunRecord:
     def model(self) -> str:
         """Return the preset, the Hugging Face folder or the family of the model."""
         model = self.section("model")
-        hf = model.get("hf")
-        name = Path(str(hf)).name if hf else ""
+        path = Path(str(model.get("hf") or ""))
+        # Of a checkpoint the run is named, RUN/checkpoints/step-N: many have the same number.
+        name = path.parents[1].name if path.parent.name == "checkpoints" else path.name
         return str(model.get("preset") or name or model.get("family") or "-")
 
     @property

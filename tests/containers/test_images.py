@@ -3,6 +3,7 @@ the shell have no known traps. Nothing is built here: there is no engine and no 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -90,6 +91,61 @@ def test_what_is_copied_is_there_and_let_through(path: Path) -> None:
         ignore = Path(f"{path}.dockerignore").read_text().splitlines()
         assert {line[1:] for line in ignore if line.startswith("!")} == set(copied)
         assert "*" in ignore
+
+
+def test_the_steps_of_the_image_for_cpus_can_be_done(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The build stage, line by line, in a folder that stands for the image's root, and what it leaves to
+    the runtime. apt is left out: this machine has a compiler."""
+    if not request.config.getoption("--whole"):
+        pytest.skip(
+            "one of the cases of --whole: it installs every package and compiles the kernels"
+        )
+    source = tmp_path / "src"
+    source.mkdir()
+    environment = os.environ | {"TORCH_INDEX": ""}
+
+    def here(text: str) -> str:
+        return re.sub(r"/(opt/megalite|src)\b", rf"{tmp_path}/\1", text)
+
+    def do(command: str) -> str:
+        done = subprocess.run(
+            ["sh", "-euc", here(command)],
+            cwd=source,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    for line in stages((CONTAINERS / "Dockerfile.cpu").read_text())["build"]:
+        instruction, _, rest = line.partition(" ")
+        if instruction == "RUN" and "apt-get" not in rest:
+            do(rest)
+        elif instruction == "ENV":
+            for name, value in (pair.split("=", 1) for pair in rest.split()):
+                environment[name] = here(value).replace("$PATH", environment["PATH"])
+        elif instruction == "COPY":
+            *names, target = rest.split()
+            for name in names:
+                to = source / target / Path(name).name if target.endswith("/") else source / target
+                to.parent.mkdir(exist_ok=True)
+                if (ROOT / name).is_dir():  # without what .dockerignore keeps out
+                    left_out = shutil.ignore_patterns("__pycache__", "*.so")
+                    shutil.copytree(ROOT / name, to, ignore=left_out)
+                else:
+                    shutil.copy(ROOT / name, to)
+    # The runtime has nothing of what was built from.
+    shutil.rmtree(source)
+    source.mkdir()
+    assert do("megalite --version").startswith("megalite ")
+    made = do("python -P -c 'import megalite._ops as ops, megalite._data; print(ops.__file__)'")
+    assert made.startswith(str(tmp_path))
+    assert "serve" in do("megalite --help")
+    assert "--ratings" in do("megalite serve --help")
+    assert "preset: llama-1m" in do("megalite config new --preset llama-1m")
 
 
 def test_the_definition_does_what_the_dockerfile_does() -> None:

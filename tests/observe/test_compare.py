@@ -76,6 +76,17 @@ def test_a_table_says_what_became_of_each_run(
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_model_that_a_run_goes_on_from_has_a_name_of_its_own(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "chat", 1, "finished")
+    for hf, name in {
+        "models/base": "base",
+        "runs/first/checkpoints/step-00000057": "first",  # as many as there are runs have that step
+        "owner/name": "name",
+    }.items():
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"hf": hf}}))
+        assert RunRecord(folder).model == name
+
+
 def test_a_run_whose_folder_is_held_is_running(tmp_path: Path) -> None:
     """In another process, as it always is."""
     folder = make_run(tmp_path / "now", 4, "")
