@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -45,7 +45,7 @@ class Scorer(Protocol):
         """Return the sum of the log-probabilities of each row's scored tokens, in nats."""
 
 
-def open_scorer(folder: Path, launch: Launch, num_slots: int, **layout: int) -> Scorer:
+def open_scorer(folder: Path, launch: Launch, num_slots: int, **layout: Any) -> Scorer:
     """Load the model in `folder`, a checkpoint or a Hugging Face folder, over the ranks of
     `launch`. Raise ConfigError for one that tells no likelihood of texts."""
     if model_config({"hf": str(folder)}).task == "masked":

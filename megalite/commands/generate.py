@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite.commands.numbers import at_least, number
-from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
+from megalite.commands.parser import VerbParser, add_kv_cache, add_layout, add_model, layout_of
 
 if TYPE_CHECKING:
     from megalite.infer.answer import Request
@@ -68,6 +68,7 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument(
         "--answers", type=at_least(1), default=1, help="several: the best beams, or drawn ones"
     )
+    add_kv_cache(parser)
     add_layout(parser)
     parser.set_defaults(verb=_generate)
 
@@ -79,7 +80,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megalite.comm.mesh import Launch, leave
     from megalite.data.chat import ChatTemplate
     from megalite.data.tokenizer import load_tokenizer
-    from megalite.infer.generate import Generator, find_model_on_ranks
+    from megalite.infer.generate import Generator, check_keeps_bits, find_model_on_ranks
     from megalite.models import model_config
 
     launch = Launch.from_environment()
@@ -87,13 +88,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     if folder != arguments.model and launch.rank == 0:
         print(f"{arguments.model}: {folder}", file=sys.stderr)  # beside the answer, not in it
     beams = _beams_of(arguments)
-    if model_config({"hf": str(folder)}).task == "seq2seq":
+    task = model_config({"hf": str(folder)}).task
+    if arguments.kv_cache:
+        check_keeps_bits(folder, task)
+    if task == "seq2seq":
         return _generate_targets(arguments, folder, beams)
     if arguments.chat:
         # Fails before the weights are read, which takes long.
         ChatTemplate.of(folder, load_tokenizer(folder))
     num_slots = beams.width if beams else min(arguments.answers, 8)
-    generator = Generator.open(folder, num_slots=num_slots, launch=launch, **layout_of(arguments))
+    kept, layout = arguments.kv_cache, layout_of(arguments)
+    generator = Generator.open(folder, num_slots=num_slots, launch=launch, kv_cache=kept, **layout)
     sampling = _sampling_of(arguments, generator.sampling)
     said = arguments.prompt
     prompt = (

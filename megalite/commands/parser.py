@@ -221,6 +221,15 @@ def layout_of(arguments: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(arguments, name) for name in ("tensor", "pipeline", "expert")}
 
 
+def add_kv_cache(parser: VerbParser) -> None:
+    """Add the option of a verb that generates."""
+    parser.add_argument(
+        "--kv-cache",
+        choices=("int8", "fp8"),
+        help="keep keys and values in 8 bits (docs/quantization.md; default: in the model's precision)",
+    )
+
+
 def add_cluster(parser: VerbParser) -> None:
     """Add the options of a verb that asks about a cluster that need not be there."""
     parser.add_argument("--gpus", type=at_least(1), required=True, help="how many, all together")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite.commands.numbers import at_least, number
-from megalite.commands.parser import VerbParser, add_layout, add_model, layout_of
+from megalite.commands.parser import VerbParser, add_kv_cache, add_layout, add_model, layout_of
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Launch
@@ -40,6 +40,7 @@ def add_arguments(parser: VerbParser) -> None:
         default=4096,
         help="tokens of prompt and answer (default: %(default)s)",
     )
+    add_kv_cache(parser)
     parser.add_argument(
         "--api-key-file",
         type=Path,
@@ -186,11 +187,14 @@ def _serve_here(arguments: argparse.Namespace) -> None:
     # Before weights are read, which takes minutes: a port that is taken is told at once.
     address = bind(arguments.host, arguments.port)
     size = arguments.slots, arguments.max_length
-    first, other = partial(open_model, arguments.model, *size), arguments.challenger
-    second = partial(open_model, other, *size) if other else None
+    kept = {"kv_cache": arguments.kv_cache}
+    first, other = partial(open_model, arguments.model, *size, **kept), arguments.challenger
+    second = partial(open_model, other, *size, **kept) if other else None
     make = partial(make_hosting, settings, first, second, arguments.share, arguments.shadow)
     if arguments.also:
-        others = [(_name_of(path), partial(open_model, path, *size)) for path in arguments.also]
+        others = [
+            (_name_of(path), partial(open_model, path, *size, **kept)) for path in arguments.also
+        ]
         serve(partial(make_by_name, settings, first, others), address, arguments.grace)
     else:
         serve(make, address, arguments.grace)
@@ -213,11 +217,13 @@ def _serve_on_ranks(arguments: argparse.Namespace, launch: Launch) -> None:
             )
     size, layout = (arguments.slots, arguments.max_length), layout_of(arguments)
     if launch.rank > 0:
-        generator, _ = open_on_ranks(arguments.model, *size, launch, layout)
+        generator, _ = open_on_ranks(arguments.model, *size, launch, layout, arguments.kv_cache)
         is_whole = follow(generator.model)
     else:
         settings, address = _settings(arguments), bind(arguments.host, arguments.port)
-        generator, version = open_on_ranks(arguments.model, *size, launch, layout)
+        generator, version = open_on_ranks(
+            arguments.model, *size, launch, layout, arguments.kv_cache
+        )
         is_whole = lead(generator, version, settings, address, arguments.grace)
     if not is_whole:
         # At once: leaving the process group could wait for a rank that is not there.

@@ -17,6 +17,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.infer.cells import (
+    CacheKind,
+    Cells,
+    PartedCells,
+    make_cells,
+)
 from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind, eager_heads
 from megalite.kernels.library import pick
@@ -26,8 +32,6 @@ from megalite.models.layers import CoreAttention, Decoder, SequenceInfo
 READ_AT_ONCE = 32
 """The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries
 prepare anew for each."""
-FEWEST_CELLS = 256
-"""Cells per slot that a cache starts with."""
 
 
 class Row(NamedTuple):
@@ -60,10 +64,10 @@ class CachedSequenceInfo(SequenceInfo):
     biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     """Attention biases already made, by window and precision."""
 
-    def read(self, cache_SGLK: Tensor) -> Tensor:
-        """Return the rows' cached keys or values, [B,G,C,K]."""
+    def read(self, cache: Tensor) -> Tensor:
+        """Return the rows' cells of a buffer [S,G,1+L,...]: [B,G,C,...]."""
         rows: slice | Tensor = self.slot_B if self.slots is None else self.slots
-        return cache_SGLK[rows, :, 1 : 1 + self.num_cells]
+        return cache[rows, :, 1 : 1 + self.num_cells]
 
     def cells(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the first and the last cell that the single token of each row attends to, both
@@ -123,14 +127,11 @@ class KVCache:
     """Continue sequences with the keys and values of their earlier tokens: the strategy of
     attention in generation."""
 
-    def __init__(self, num_slots: int):
-        """Create it for `num_slots` sequences. The memory is allocated by the first forward pass,
-        from whose keys and values the number of KV heads on this rank and their sizes are known."""
-        self.num_slots = num_slots
-        self.keys: Tensor | None = None
-        """Keys [S,G,1+L,K]."""
-        self.values: Tensor | None = None
-        """Values [S,G,1+L,V], whose heads may have another size."""
+    def __init__(self, num_slots: int, kind: CacheKind | None = None):
+        """Create it for `num_slots` sequences. Keys and values are kept in 8 bits of `kind`; None:
+        as they are. The memory is allocated by the first forward pass, from whose keys and values
+        the number of KV heads on this rank and their sizes are known."""
+        self.keys, self.values = make_cells(num_slots, kind), make_cells(num_slots, kind)
 
     def attend(
         self,
@@ -146,52 +147,38 @@ class KVCache:
         nothing is cached."""
         if not isinstance(places, CachedSequenceInfo):
             return None
-        keys = self.write_keys(k_BTGK, places)
-        self.values = self._written(self.values, v_BTGV, places)
+        self.keys.write(k_BTGK, places)
+        self.values.write(v_BTGV, places)
         # From its beginning a sequence has no more keys than those at hand, which the kernels of
         # training take without a bias and without copying the cache.
         if places.fresh:
             return None
-        values = places.read(self.values)
-        plain = sinks_H is None and keys.shape == values.shape
+        plain = sinks_H is None and k_BTGK.shape == v_BTGV.shape
         # A single query: our kernel reads each row's own cells alone, where SDPA reads those of the
         # longest row for all, and hides them by the bias.
         if q_BTHK.shape[1] == 1 and plain and pick("attention", q_BTHK) == "megalite":
-            scaling = kind.scale_of(q_BTHK.shape[-1]), kind.softcap or 0.0
-            out = torch.ops.megalite.decode_attention(
-                q_BTHK[:, 0], keys, values, *places.cells(kind.window), *scaling
-            )
-            return out.flatten(1)[:, None]
+            return self._attend_once(q_BTHK[:, 0], places, kind)[:, None]
+        keys, values = self.keys.read(places), self.values.read(places)
         return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind, sinks_H)
-
-    def write_keys(self, k_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
-        """Write new keys to the cache; return all that the rows' slots hold, [B,G,C,K]."""
-        self.keys = self._written(self.keys, k_BTGK, places)
-        return places.read(self.keys)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
         """Give each slot of `targets` the first `num_tokens` of the slot of `sources` in its
         place."""
-        for cache in (self.keys, self.values):
-            if cache is not None:
-                # Indexing copies first, so that a slot may be both a source and a target.
-                cache[targets, :, : 1 + num_tokens] = cache[sources, :, : 1 + num_tokens]
+        for cells in (self.keys, self.values):
+            cells.copy(sources, targets, num_tokens)
 
-    def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
-        """Return the cache of keys, or of values, with the new ones written to it, grown where it
-        was too short."""
-        cache, num_cells = old, 1 + places.num_cells
-        if old is None or cache is None or old.shape[2] < num_cells:
-            # Doubling keeps the total cost of copying linear in the length.
-            grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[2])
-            # Zeros, not uninitialized memory: hidden cells are multiplied by 0, and 0 times NaN is
-            # NaN.
-            cache = new_BTGK.new_zeros(self.num_slots, new_BTGK.shape[2], grown, new_BTGK.shape[3])
-            if old is not None:
-                cache[:, :, : old.shape[2]] = old
-        # Indexing [B,1] and [B,T] around a slice gives [B,T,G,K]: each token to its slot and cell.
-        cache[places.slot_B[:, None], :, places.cell_BT] = new_BTGK
-        return cache
+    def _attend_once(
+        self, q_BHK: Tensor, places: CachedSequenceInfo, kind: AttentionKind
+    ) -> Tensor:
+        """Attend from one token of each row, [B,H·K], by the kernel that reads cells as they are
+        stored."""
+        rest = *places.cells(kind.window), kind.scale_of(q_BHK.shape[-1]), kind.softcap or 0.0
+        keys, *key_scales = self.keys.stored(places)
+        values, *value_scales = self.values.stored(places)
+        kernel = torch.ops.megalite.decode_attention
+        if key_scales:
+            kernel = torch.ops.megalite.decode_quantised
+        return kernel(q_BHK, keys, values, *key_scales, *value_scales, *rest).flatten(1)
 
 
 def attend(
@@ -227,28 +214,26 @@ class LatentKVCache:
     """Continue sequences with the latents of their earlier tokens: one vector of each, whatever the
     number of heads."""
 
-    def __init__(self, num_slots: int, up: Tensor):
+    def __init__(self, num_slots: int, up: Tensor, rotated: int, kind: CacheKind | None = None):
         """Create it for `num_slots` sequences, as `KVCache` does. `up` is the weight that makes keys
-        and values of latents."""
-        self._keys, self.up = KVCache(num_slots), up
-
-    @property
-    def latents(self) -> Tensor | None:
-        """Return the latents in the cache [S,1,1+L,C], each with its part of keys that has
-        positions."""
-        return self._keys.keys
+        and values of latents; `rotated` counts the features of keys that have positions."""
+        self.up = up
+        # What has positions is not normalised as latents are, and has a scale of its own.
+        sizes = up.shape[1], rotated
+        self.cells = Cells(num_slots) if kind is None else PartedCells(num_slots, kind, sizes)
+        """Latents [S,1,1+L,C], each with its part of keys that has positions."""
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_tokens: int) -> None:
         """Copy slots, as `KVCache.copy` does."""
-        self._keys.copy(sources, targets, num_tokens)
+        self.cells.copy(sources, targets, num_tokens)
 
     def write(self, latents_BTC: Tensor, places: SequenceInfo) -> Tensor | None:
         """Write new latents to the cache; return all that the rows' slots hold, [B,1,C,L+R], or
         None where sequences begin here or nothing is cached."""
         if not isinstance(places, CachedSequenceInfo):
             return None
-        keys = self._keys.write_keys(latents_BTC[:, :, None], places)
-        return None if places.fresh else keys
+        self.cells.write(latents_BTC[:, :, None], places)
+        return None if places.fresh else self.cells.read(places)
 
     def attend(
         self,
@@ -265,19 +250,19 @@ class LatentKVCache:
         return attend(q_BTHC, keys_B1SC, keys_B1SC[..., :value_size], bias, kind)
 
 
-def add_cache(model: nn.Module, num_slots: int) -> None:
+def add_cache(model: nn.Module, num_slots: int, kind: CacheKind | None = None) -> None:
     """Give every causal attention of `model` a KV cache of `num_slots` slots, in place: latent
     attention one of latents, unless adapters change what makes keys and values of these. Others see
-    their whole source in every forward pass."""
+    their whole source in every forward pass. `kind`: how many bits are kept (None: the model's)."""
     latent = [module for module in model.modules() if isinstance(module, LatentAttention)]
     # With adapters keys and values come of a weight and its update, not of `kv.weight` alone.
     latent = [module for module in latent if getattr(module.kv, "updates", None) is None]
     for attention in latent:
-        attention.cache = LatentKVCache(num_slots, attention.kv.weight)
+        attention.cache = LatentKVCache(num_slots, attention.kv.weight, attention.turned, kind)
     others = {module.core for module in latent}
     for module in model.modules():
         if isinstance(module, CoreAttention) and module.kind.causal and module not in others:
-            module.strategy = KVCache(num_slots)
+            module.strategy = KVCache(num_slots, kind)
 
 
 def copy_slots(
@@ -294,15 +279,21 @@ class CachedModel:
     """Runs an unsharded model on one device with a KV cache, as a `batch.Predictor`. The model is
     modified in place."""
 
-    def __init__(self, model: Decoder, num_slots: int, max_length: int | None = None):
-        """Take over `model` and give it a cache of `num_slots` sequences. `max_length` limits
-        prompt and answer together; None, or more than the model's `max_positions`, means
-        `max_positions`."""
+    def __init__(
+        self,
+        model: Decoder,
+        num_slots: int,
+        max_length: int | None = None,
+        kv_cache: CacheKind | None = None,
+    ):
+        """Take over `model` and give it a cache of `num_slots` sequences, in 8 bits of `kv_cache`
+        (None: in the model's precision). `max_length` limits prompt and answer together; None, or
+        more than the model's `max_positions`, means `max_positions`."""
         self.model, self.num_slots, self.vocab_size = model, num_slots, model.config.vocab_size
         self.capacity = min(max_length or model.config.max_positions, model.config.max_positions)
         self.turning_points = model.config.architecture.turning_points
         self.device = next(model.parameters()).device
-        add_cache(model, num_slots)
+        add_cache(model, num_slots, kv_cache)
         pack_linears(model)
 
     @torch.inference_mode()

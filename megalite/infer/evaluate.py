@@ -89,7 +89,7 @@ def evaluate_model(
     output: Path | None = None,
     num_slots: int = 8,
     launch: Launch | None = None,
-    **layout: int,
+    **layout: Any,
 ) -> dict[str, float]:
     """Evaluate the model in `path`: a run, a checkpoint or a Hugging Face folder. All ranks of
     `launch` call it.
@@ -167,7 +167,7 @@ def _check_of_loss(asked: Asked) -> None:
 
 
 def evaluate_loss(
-    path: Path, asked: Asked, output: Path | None, launch: Launch, **layout: int
+    path: Path, asked: Asked, output: Path | None, launch: Launch, **layout: Any
 ) -> dict[str, float]:
     """Measure the held-out loss of the model in `path`, and report it as `evaluate_model` does."""
     from megalite.infer.held_out import measure

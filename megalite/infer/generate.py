@@ -30,9 +30,10 @@ from megalite.errors import ConfigError, DataError, NotFinite, TemplateLimit
 from megalite.infer.answer import Answer, Request, TextStream, link
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
+from megalite.infer.cells import CacheKind, memory_line
 from megalite.infer.habits import LIKELY, Habits, read_habits
 from megalite.infer.integer_linears import keep_integers
-from megalite.infer.ranks import load_on_ranks
+from megalite.infer.ranks import RanksModel, load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.models import build_model, model_config, set_parameters, weight_table
 from megalite.models.layers import Decoder, SequenceInfo
@@ -159,6 +160,15 @@ def check_speaks(folder: Path) -> None:
         )
 
 
+def check_keeps_bits(folder: Path, task: str) -> None:
+    """Raise ConfigError for a model of `task` that has no cache to be kept in 8 bits."""
+    if task != "causal":
+        raise ConfigError(
+            f"--kv-cache: {folder} holds a model of model.task: {task}; only the keys and values of decoders "
+            "(model.task: causal) are kept in 8 bits"
+        )
+
+
 def load_model(
     folder: Path,
     dtype: torch.dtype | None = None,
@@ -237,13 +247,15 @@ class Generator:
         tensor: int = 1,
         pipeline: int = 1,
         expert: int = 1,
+        kv_cache: CacheKind | None = None,
     ) -> Generator:
         """Load a run, a checkpoint or a Hugging Face folder, on one device or over ranks that all
         call this.
 
         `num_slots` sequences are computed at a time, each of at most `max_length` tokens (default:
         the model's `max_positions`). `tensor` and `pipeline` are the sizes of the model-parallel
-        groups over the ranks of `launch`; `expert` of the tensor ranks hold different experts. Raise
+        groups over the ranks of `launch`; `expert` of the tensor ranks hold different experts.
+        `kv_cache` keeps keys and values in 8 bits, and says on stderr what that saves. Raise
         ConfigError, DataError or CheckpointError."""
         launch = launch or Launch.from_environment()
         folder = find_model_on_ranks(Path(path), launch)
@@ -257,13 +269,18 @@ class Generator:
         habits = read_habits(folder, tokenizer)
         if habits.warning and launch.rank == 0:
             print(habits.warning, file=sys.stderr, flush=True)
-        model: Predictor
+        model: CachedModel | RanksModel
         if launch.world_size == tensor == pipeline == expert == 1:
             whole = load_model(folder)
             keep_integers(whole, folder)
-            model = CachedModel(whole, num_slots, max_length)
+            model = CachedModel(whole, num_slots, max_length, kv_cache)
         else:
-            model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length, expert)
+            layout = launch, tensor, pipeline
+            model = load_on_ranks(folder, *layout, num_slots, max_length, expert, kv_cache)
+        if kv_cache is not None and launch.rank == 0:
+            part = model.model if isinstance(model, CachedModel) else model.stage.model
+            size = next(part.parameters()).dtype, kv_cache, model.num_slots * model.capacity
+            print(memory_line(part.config.architecture, *size), file=sys.stderr, flush=True)
         return cls(model, tokenizer, habits.ends, habits.sampling, folder, habits)
 
     def request(

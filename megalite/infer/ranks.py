@@ -20,6 +20,7 @@ from megalite.config import Config, ModelConfig, TrainConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.infer.cache import CachedSequenceInfo, add_cache, copy_slots
+from megalite.infer.cells import CacheKind
 from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import SequenceInfo
 from megalite.parallel.apply import apply_parallelism
@@ -43,16 +44,18 @@ class RanksModel:
         dtype: torch.dtype,
         num_slots: int,
         max_length: int | None = None,
+        kv_cache: CacheKind | None = None,
     ):
         """Wrap this rank's pipeline `stage` under `plan` and `mesh` and give it a cache of
-        `num_slots` sequences. `dtype` is the precision of hidden states between stages;
-        `max_length` limits prompt and answer (default: `max_positions`)."""
+        `num_slots` sequences, in 8 bits of `kv_cache` (None: in the model's precision). `dtype` is
+        the precision of hidden states between stages; `max_length` limits prompt and answer
+        (default: `max_positions`)."""
         self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
         self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
         self.turning_points, self.device = self.config.architecture.turning_points, mesh.device
         # Keys and values of this rank's layers and heads only.
-        add_cache(stage.model, num_slots)
+        add_cache(stage.model, num_slots, kv_cache)
         self.pipeline = None
         if plan.pipeline > 1:
             from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
@@ -125,6 +128,7 @@ def load_on_ranks(
     num_slots: int,
     max_length: int | None = None,
     expert: int = 1,
+    kv_cache: CacheKind | None = None,
 ) -> RanksModel:
     """Load this rank's part of the Hugging Face model in `folder`, in the stored precision, over
     `tensor` × `pipeline` ranks of `launch`. Of a mixture of experts, `expert` of the tensor ranks
@@ -153,7 +157,7 @@ def load_on_ranks(
     mesh = make_mesh(plan, launch.device)
     (span,) = plan.stages_of(mesh.pipeline.rank)
     stage, stored = load_stage(folder, config.model, plan, span, mesh, config.train)
-    return RanksModel(stage, plan, mesh, stored, num_slots, max_length)
+    return RanksModel(stage, plan, mesh, stored, num_slots, max_length, kv_cache)
 
 
 def load_stage(

@@ -21,7 +21,7 @@ from chats import write_tokenizer
 from megalite.cli import main
 from megalite.comm.mesh import Launch
 from megalite.errors import ConfigError
-from megalite.infer import cache
+from megalite.infer import cache, cells
 from megalite.infer.batch import Batch
 from megalite.infer.cache import CachedModel
 from megalite.infer.generate import Generator, find_model, load_model
@@ -183,10 +183,10 @@ def test_the_cache_grows_with_its_sequences(small: Path, monkeypatch: pytest.Mon
         module.strategy for module in gen.model.model.modules() if isinstance(module, CoreAttention)
     ]
     wanted = answers(gen, SAMPLINGS)
-    assert [x.shape[:3] for it in caches for x in (it.keys, it.values)] == [
-        (3, 4, cache.FEWEST_CELLS)
+    assert [x.shape[:3] for it in caches for x in (it.keys.numbers, it.values.numbers)] == [
+        (3, 4, cells.FEWEST_CELLS)
     ] * 4
-    monkeypatch.setattr(cache, "FEWEST_CELLS", 1)
+    monkeypatch.setattr(cells, "FEWEST_CELLS", 1)
     monkeypatch.setattr(cache, "READ_AT_ONCE", 3)
     assert answers(generator(small), SAMPLINGS, prompt_tokens=5) == wanted
 

@@ -50,8 +50,10 @@ def test_the_cache_holds_a_latent_of_each_token() -> None:
         cache = attention.cache
         assert isinstance(cache, LatentKVCache)
         assert attention.core.strategy is None
-        assert cache.latents.shape[:2] == (3, 1)
-        assert cache.latents.shape[3] == MODEL["kv_lora_rank"] + MODEL["qk_rope_head_dim"]
+        latents = cache.cells.numbers
+        assert latents is not None
+        assert latents.shape[:2] == (3, 1)
+        assert latents.shape[3] == MODEL["kv_lora_rank"] + MODEL["qk_rope_head_dim"]
     assert "up" not in {name.rpartition(".")[2] for name, _ in model.named_parameters()}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite.infer.cells import CacheKind, quantise
 from megalite.kernels.library import own
 
 pytestmark = pytest.mark.skipif(own() is None, reason="megalite's kernels are not built")
@@ -71,3 +72,46 @@ def test_impossible_cells_are_refused() -> None:
     for first, last in ((FIRST, LAST + 1), (LAST + 1, LAST), (FIRST - 1, LAST)):
         with pytest.raises(ValueError, match="has cells"):
             torch.ops.megalite.decode_attention(q, keys, values, first, last, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [20, 32, 64, 128, 256])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("isa", [0, 1, 2])
+def test_cells_of_8_bits_are_what_they_stand_for(
+    isa: int, kind: CacheKind, size: int, dtype: torch.dtype
+) -> None:
+    module = own()
+    assert module is not None
+    q, keys, values = (x.nan_to_num() for x in inputs(dtype, size))
+    keys[:, 1] *= 20  # scales differ between heads, and between keys and values
+    found = [quantise(x, kind) for x in (keys, values)]
+    # Every code is met: rows of zeros, and fp8's subnormals.
+    found[1].numbers[0, 0, 100] = (
+        torch.arange(size).remainder(127).to(torch.uint8).view(found[1].numbers.dtype)
+    )
+    module.set_isa(isa)
+    try:
+        out = torch.ops.megalite.decode_quantised(
+            q, found[0].numbers, found[1].numbers, found[0].scales, found[1].scales, FIRST, LAST, SCALE, 1.5
+        )  # fmt: skip
+    finally:
+        module.set_isa(2)
+    whole = [x.numbers.double() * x.scales.double()[..., None] for x in found]
+    expected = wanted(q, *whole, SCALE, 1.5)
+    # As above: fp32 sums, and bf16's rounding of the result.
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    assert ((out.double() - expected).norm() / expected.norm()).item() <= bound
+
+
+def test_scales_that_lie_elsewhere_are_refused() -> None:
+    q, keys, values = inputs(torch.float32)
+    (k, of_k), (v, of_v) = (quantise(x.nan_to_num(), "int8") for x in (keys, values))
+    rest = FIRST, LAST, 1.0, 0.0
+    with pytest.raises(ValueError, match="value_scales has shape"):
+        torch.ops.megalite.decode_quantised(q, k, v, of_k, of_v[..., :-1], *rest)
+    apart = of_k.new_empty(*of_k.shape[:2], CELLS * 2)[..., ::2]
+    with pytest.raises(ValueError, match="key_scales must lie as the cells do"):
+        torch.ops.megalite.decode_quantised(q, k, v, apart, of_v, *rest)
+    with pytest.raises(TypeError, match="must be int8 or float8_e4m3fn"):
+        torch.ops.megalite.decode_quantised(q, keys, values, of_k, of_v, *rest)

@@ -20,6 +20,35 @@ inline vec load_floats(const bf16* from) {
   return (vec)(__builtin_convertvector(load_vector<halves>(from), bits) << 16);
 }
 
+// Through 16 bits on the way to 32: GCC does a conversion of 8 to 32 number by number.
+typedef int8_t bytes __attribute__((vector_size(WIDTH)));
+typedef int16_t shorts __attribute__((vector_size(2 * WIDTH)));
+typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
+
+using megalite::cpu::MEGALITE_ISA::to_float;  // else the two below would hide it
+inline float to_float(int8_t x) { return static_cast<float>(x); }
+inline vec load_floats(const int8_t* from) {
+  const shorts half = __builtin_convertvector(load_vector<bytes>(from), shorts);
+  return __builtin_convertvector(__builtin_convertvector(half, integers), vec);
+}
+
+// E4M3 without its NaN: the exponent and mantissa of fp32 where the bias is 7 instead of 127, subnormals too.
+struct e4m3 { uint8_t bits; };
+constexpr float REBIAS = 0x1p120f;
+
+inline float to_float(e4m3 x) {
+  const uint32_t bits = (static_cast<uint32_t>(x.bits & 0x80) << 24) | (static_cast<uint32_t>(x.bits & 0x7f) << 20);
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value * REBIAS;
+}
+inline vec load_floats(const e4m3* from) {
+  typedef uint8_t codes __attribute__((vector_size(WIDTH)));
+  typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+  const bits wide = __builtin_convertvector(__builtin_convertvector(load_vector<codes>(from), halves), bits);
+  return (vec)(((wide & 0x80u) << 24) | ((wide & 0x7fu) << 20)) * REBIAS;
+}
+
 inline float sum_of(vec x) {
   float lanes[WIDTH], sum = 0.0f;
   store_vector(lanes, x);
@@ -75,22 +104,51 @@ void add_values(const float* shares, const T* values, int64_t count, int64_t siz
   }
 }
 
-template <int V, class T>
+// numbers[c] *= scales[c] for all heads that share the cells; nothing where cells have no scales.
+template <class T>
+void scale_cells(float* numbers, const void* scales, int64_t start, int64_t count, int64_t shared) {
+  if (!scales) return;
+  const T* of_cell = static_cast<const T*>(scales) + start;
+  for (int64_t h = 0; h < shared; ++h)
+    for (int64_t c = 0; c < count; ++c) numbers[h * count + c] *= to_float(of_cell[c]);
+}
+
+// The cells of a chunk as they are read: those of 8 bits are made floats once for all heads that share them.
+template <class C>
+const C* chunk_of(const C* cells, int64_t, std::vector<float>&) { return cells; }
+template <class C>
+  requires(sizeof(C) == 1)
+const float* chunk_of(const C* cells, int64_t count, std::vector<float>& wide) {
+  wide.resize(count);
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) {
+    __builtin_prefetch(cells + i + 2048);
+    store_vector(&wide[i], load_floats(cells + i));
+  }
+  for (; i < count; ++i) wide[i] = to_float(cells[i]);
+  return wide.data();
+}
+
+// T: of queries, scales and outputs; C: of the cells.
+template <int V, class T, class C>
 void decode_size(const Decode& a, int64_t begin, int64_t end) {
   const int64_t shared = a.heads / a.kv_heads;
-  std::vector<float> q(shared * a.size), sums(shared * a.size), scores;
+  std::vector<float> q(shared * a.size), sums(shared * a.size), scores, wide;
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t row = pair / a.kv_heads, group = pair % a.kv_heads, first = a.first[row];
     const int64_t count = a.last[row] - first + 1, head = row * a.heads + group * shared;
     const int64_t start = row * a.row_stride + group * a.head_stride + first * a.size;
-    const T* keys = static_cast<const T*>(a.keys) + start;
-    const T* values = static_cast<const T*>(a.values) + start;
+    const C* keys = static_cast<const C*>(a.keys) + start;
+    const C* values = static_cast<const C*>(a.values) + start;
     const T* from = static_cast<const T*>(a.q) + head * a.size;
     for (int64_t i = 0; i < shared * a.size; ++i) q[i] = to_float(from[i]) * a.scale;
     scores.resize(shared * count);
-    for (int64_t c = 0; c < count; c += CHUNK)
-      for (int64_t h = 0; h < shared; ++h)
-        score<V>(&q[h * a.size], keys + c * a.size, std::min(CHUNK, count - c), a.size, &scores[h * count + c]);
+    for (int64_t c = 0; c < count; c += CHUNK) {
+      const int64_t some = std::min(CHUNK, count - c);
+      const auto* cells = chunk_of(keys + c * a.size, some * a.size, wide);
+      for (int64_t h = 0; h < shared; ++h) score<V>(&q[h * a.size], cells, some, a.size, &scores[h * count + c]);
+    }
+    scale_cells<T>(scores.data(), a.key_scales, start / a.size, count, shared);
     for (int64_t h = 0; h < shared; ++h) {
       float* of_head = &scores[h * count];
       if (a.softcap != 0.0f)
@@ -102,22 +160,34 @@ void decode_size(const Decode& a, int64_t begin, int64_t end) {
       for (int64_t c = 0; c < count; ++c) sum += of_head[c] = exp(of_head[c] - highest);
       for (int64_t c = 0; c < count; ++c) of_head[c] /= sum;
     }
+    scale_cells<T>(scores.data(), a.value_scales, start / a.size, count, shared);
     sums.assign(shared * a.size, 0.0f);
-    for (int64_t c = 0; c < count; c += CHUNK)
-      for (int64_t h = 0; h < shared; ++h)
-        add_values<V>(&scores[h * count + c], values + c * a.size, std::min(CHUNK, count - c), a.size, &sums[h * a.size]);
+    for (int64_t c = 0; c < count; c += CHUNK) {
+      const int64_t some = std::min(CHUNK, count - c);
+      const auto* cells = chunk_of(values + c * a.size, some * a.size, wide);
+      for (int64_t h = 0; h < shared; ++h) add_values<V>(&scores[h * count + c], cells, some, a.size, &sums[h * a.size]);
+    }
     T* out = static_cast<T*>(a.out) + head * a.size;
     for (int64_t i = 0; i < shared * a.size; ++i) out[i] = from_float<T>(sums[i]);
   }
 }
 
+template <class T, class C>
+void decode_cells(const Decode& a, int64_t begin, int64_t end) {
+  switch (a.size) {
+    case 4 * WIDTH: return decode_size<4, T, C>(a, begin, end);
+    case 8 * WIDTH: return decode_size<8, T, C>(a, begin, end);
+    case 16 * WIDTH: return decode_size<16, T, C>(a, begin, end);
+    default: return decode_size<0, T, C>(a, begin, end);
+  }
+}
+
 template <class T>
 void decode(const Decode& a, int64_t begin, int64_t end) {
-  switch (a.size) {
-    case 4 * WIDTH: return decode_size<4, T>(a, begin, end);
-    case 8 * WIDTH: return decode_size<8, T>(a, begin, end);
-    case 16 * WIDTH: return decode_size<16, T>(a, begin, end);
-    default: return decode_size<0, T>(a, begin, end);
+  switch (a.cell) {
+    case Cell::int8: return decode_cells<T, int8_t>(a, begin, end);
+    case Cell::e4m3: return decode_cells<T, e4m3>(a, begin, end);
+    default: return decode_cells<T, T>(a, begin, end);
   }
 }
 

@@ -13,10 +13,11 @@ from megalite.checkpoint.folder import Damage, damage_of, read_manifest
 from megalite.errors import CheckpointError, NotFinite
 from megalite.infer.batch import NOT_FINITE
 from megalite.infer.cache import Row, lay_out
+from megalite.infer.cells import CacheKind
 from megalite.infer.classify import Classifier
 from megalite.infer.classify import Row as TextRow
 from megalite.infer.encode import Encoder
-from megalite.infer.generate import Generator, find_model
+from megalite.infer.generate import Generator, check_keeps_bits, find_model
 from megalite.infer.seq2seq import TargetGenerator
 from megalite.models import model_config
 
@@ -40,13 +41,20 @@ Open = Callable[[bool], Opened]
 ConfigError, DataError, CheckpointError or NotFinite."""
 
 
-def open_model(path: Path, num_slots: int, max_length: int, check: bool) -> Opened:
+def open_model(
+    path: Path,
+    num_slots: int,
+    max_length: int,
+    check: bool,
+    kv_cache: CacheKind | None = None,
+) -> Opened:
     """Load what `path` leads to now: a run's newest checkpoint, a checkpoint or a Hugging Face
     folder, also behind a link.
 
     A decoder computes `num_slots` answers at a time, each of at most `max_length` tokens with its
     prompt. With `check`, the files of a checkpoint are compared with its manifest first, which
-    takes as long as reading them. Raise ConfigError, DataError or CheckpointError, and NotFinite
+    takes as long as reading them. `kv_cache` keeps a decoder's keys and values in 8 bits; it is
+    refused for other models. Raise ConfigError, DataError or CheckpointError, and NotFinite
     for a model whose logits are no numbers."""
     # A link that is turned meanwhile must not have one model's weights read with another's config.
     folder = find_model(path).resolve()
@@ -55,6 +63,8 @@ def open_model(path: Path, num_slots: int, max_length: int, check: bool) -> Open
     # Of the files that are read next, not of those that may lie there afterwards.
     version = version_of(folder)
     config = model_config({"hf": str(folder)})
+    if kv_cache is not None:
+        check_keeps_bits(folder, config.task)
     model: Model
     if config.PREDICTS == "masked":
         model = Encoder.open(folder)
@@ -63,7 +73,9 @@ def open_model(path: Path, num_slots: int, max_length: int, check: bool) -> Open
     elif config.task == "seq2seq":
         model = TargetGenerator.open(folder)
     else:
-        model = Generator.open(folder, num_slots=num_slots, max_length=max_length)
+        model = Generator.open(
+            folder, num_slots=num_slots, max_length=max_length, kv_cache=kv_cache
+        )
     warm_up(model)
     return Opened(model, folder, version)
 

@@ -23,6 +23,7 @@ from megalite.comm.mesh import Launch
 from megalite.errors import ConfigError
 from megalite.infer.batch import Predictor
 from megalite.infer.cache import CachedSequenceInfo
+from megalite.infer.cells import CacheKind
 from megalite.infer.generate import Generator, find_model_on_ranks
 from megalite.infer.ranks import RankLost
 from megalite.infer.serving.app import Settings
@@ -52,11 +53,16 @@ class Kind(IntEnum):
 
 
 def open_on_ranks(
-    path: Path, num_slots: int, max_length: int, launch: Launch, layout: dict[str, int]
+    path: Path,
+    num_slots: int,
+    max_length: int,
+    launch: Launch,
+    layout: dict[str, int],
+    kv_cache: CacheKind | None = None,
 ) -> tuple[Generator, str]:
     """Load this rank's part of what `path` leads to, a decoder, and ask it once. Return it with its
-    version. All ranks of `launch` call it; `layout` has the sizes that `Generator.open` takes. Raise
-    ConfigError, DataError, CheckpointError or NotFinite."""
+    version. All ranks of `launch` call it; `layout` has the sizes that `Generator.open` takes,
+    `kv_cache` is as there. Raise ConfigError, DataError, CheckpointError or NotFinite."""
     folder = find_model_on_ranks(path, launch).resolve()
     task = model_config({"hf": str(folder)}).task
     if task != "causal":
@@ -66,7 +72,12 @@ def open_on_ranks(
         )
     version = version_of(folder)
     generator = Generator.open(
-        folder, num_slots=num_slots, max_length=max_length, launch=launch, **layout
+        folder,
+        num_slots=num_slots,
+        max_length=max_length,
+        launch=launch,
+        kv_cache=kv_cache,
+        **layout,
     )
     warm_up(generator)
     return generator, version
