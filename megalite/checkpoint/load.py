@@ -5,6 +5,8 @@ rank reads only its slices.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch import Tensor
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of, unneeded
 from megalite.comm.mesh import Mesh
-from megalite.config import EMA, Config, ModelConfig
+from megalite.config import EMA, Config, LoraConfig, ModelConfig
 from megalite.engine import ReadState
+from megalite.engine.quantised import in_few_bits
 from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
 from megalite.models.heads import lacking_head
@@ -212,11 +215,40 @@ def for_adapters(
     else:
         own = from_seed(config.train.seed, mesh, device)
 
+    new = not (checkpoint or config.lora.adapter) and config.lora.dora
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    begin = _first_magnitudes(base, frozen, config.lora, mesh, dtype) if new else {}
+
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
-        source = base if weight.frozen else own
+        source = base if weight.frozen else begin.get(weight.name, own)
         return source(weight, kind, start, stop)
 
     return read
+
+
+def _first_magnitudes(
+    base: ReadState, frozen: Sequence[Weight], lora: LoraConfig, mesh: Mesh, dtype: torch.dtype
+) -> dict[str, ReadState]:
+    """Return readers of the magnitudes that DoRA begins with, by the names of their rows: the norms
+    of the rows of what is multiplied by, which is in few bits where `lora` says so, and in
+    `dtype`."""
+
+    def reader(adapter: Adapter) -> ReadState:
+        def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
+            if kind not in VALUES:
+                return torch.zeros(stop - start)
+            row = adapter.base
+            # A weight that no rank shares is read whole.
+            whole = base(replace(row, shard=None), "weight", 0, row.numel).view(row.shape)
+            if row.quantised is not None:
+                numbers, place = in_few_bits(row, whole)
+                whole = numbers.part(place, (0, row.shape[1])).rows(slice(None))
+            norms = whole[adapter.start : adapter.stop].to(dtype).float().norm(dim=1)
+            return _local(weight, lambda _, low, high, __: norms[low:high], mesh, start, stop)
+
+        return read
+
+    return {adapter.rows(lora)[-1].name: reader(adapter) for adapter in adapters_of(frozen, lora)}
 
 
 def _with_adapter(
@@ -232,35 +264,50 @@ def _with_adapter(
     base = from_hf(peft.base_of(folder), weights, model, mesh)
     # A fused weight may have several adapters, one for each of the Hugging Face modules in it.
     adapters = adapters_of(weights, lora)
-    rows = {adapter.module: adapter.rows(lora.rank) for adapter in adapters}
+    rows = {adapter.module: adapter.rows(lora) for adapter in adapters}
     by_base: dict[str, list[Adapter]] = {}
     for adapter in adapters:
         by_base.setdefault(adapter.base.name, []).append(adapter)
-    every = [row for pair in rows.values() for row in pair]
+    every = [row for some in rows.values() for row in some]
     states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), every)
     factors = _from_folder(folder, every, model, mesh, states, peft.TENSORS)
+    # DoRA divides a row by its norm, which a rank that has a part of the row does not know: there
+    # the whole weight is merged, and cut afterwards.
+    whole = lora.dora and mesh.tensor.size > 1
 
     def local(read: ReadState, weight: Weight, kind: str = "weight") -> Tensor:
         """Read this rank's part of a weight, in its shape."""
+        if whole:
+            return read(replace(weight, shard=None), kind, 0, weight.numel).view(weight.shape)
         shape = weight.local_shape(*mesh.fold_of(weight).cut)
         return read(weight, kind, 0, torch.Size(shape).numel()).view(shape)
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
-        own: list[tuple[Adapter, Tensor, Tensor]] = []
-        for adapter in by_base.get(weight.name, ()):
-            row_a, row_b = rows[adapter.module]
-            a = local(factors, row_a, exact or "master")
-            b = local(factors, row_b, exact or "master")
-            own.append((adapter, a, b))
+        own = [
+            (adapter, [local(factors, row, exact or "master") for row in rows[adapter.module]])
+            for adapter in by_base.get(weight.name, ())
+        ]
         if kind not in VALUES or not own:
             return base(weight, kind, start, stop)
         before = local(base, weight)
         # The whole shard is merged for a slice of it: a product of two factors has no cheaper
         # slice.
-        whole = merged(before, own, lora.scale, mesh.tensor.size).flatten()[start:stop]
-        return whole.to(before.dtype) if kind == "weight" else whole
+        found = merged(before, own, lora.scale, 1 if whole else mesh.tensor.size)
+        if whole:
+            found = _local(weight, partial(_rows_of, found), mesh, start, stop)
+        else:
+            found = found.flatten()[start:stop]
+        return found.to(before.dtype) if kind == "weight" else found
 
     return read
+
+
+def _rows_of(
+    whole: Tensor, weight: Weight, low: int, high: int, columns: tuple[int, int] | None
+) -> Tensor:
+    """Return some rows of a whole matrix, as a `RowReader`."""
+    assert columns is not None
+    return whole[low:high, slice(*columns)]
 
 
 def _from_folder(

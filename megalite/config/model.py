@@ -196,6 +196,11 @@ class LoraConfig(Section):
         description="Hugging Face's names of modules. all-linear: all linear modules but the head.",
     )
     rslora: bool = Field(False, description="Scale by alpha / √rank instead (Kalajdzievski 2023).")
+    dora: bool = Field(
+        False,
+        description="Also train the magnitude of each output feature of the adapted modules, apart from their "
+        "direction (DoRA, Liu et al. 2024).",
+    )
     quantize_base: Literal["nf4", "int8"] | None = Field(
         None,
         description="Hold the model's linear modules in few bits while adapters are trained (QLoRA): nf4, 4 bits with "
@@ -211,6 +216,14 @@ class LoraConfig(Section):
     def _one_or_several(cls, targets: Any) -> Any:
         # PEFT's files have either form.
         return (targets,) if isinstance(targets, str) else targets
+
+    @model_validator(mode="after")
+    def _no_dropout_with_dora(self) -> Self:
+        if self.dora and self.dropout:
+            raise ValueError(
+                f"dropout = {self.dropout} must be 0 with dora, which adapts the product of what is not dropped"
+            )
+        return self
 
     @property
     def scale(self) -> float:

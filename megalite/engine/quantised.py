@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from megalite.comm.mesh import Mesh
 from megalite.engine import ReadState
 from megalite.engine.layout import Bucket
-from megalite.kernels.quantised import KINDS, QuantisedWeight
+from megalite.kernels.quantised import KINDS, Int8, Nf4, QuantisedWeight
 from megalite.models.weights import Weight
 
 
@@ -34,11 +35,19 @@ class QuantisedBucket:
         # A weight that no rank shares is read whole.
         uncut = replace(weight, shard=None)
         whole = read(uncut, "weight", 0, weight.numel).to(device).view(weight.shape)
-        # Each of the tensors that the hub has it as is quantised on its own, in its own order of
-        # rows, as another program would that knows no fused weights.
-        order = weight.hf_order()
-        numbers = KINDS[parameter.kind].of([whole[rows.to(device)] for rows in order])
-        place = torch.empty(weight.num_rows, dtype=torch.int64)
-        place[torch.cat(order)] = torch.arange(weight.num_rows)
+        numbers, place = in_few_bits(weight, whole)
         rows, columns = weight.local_part(self.mesh.tensor.rank, self.mesh.tensor.size)
         parameter.adopt(numbers.part(place[rows].to(device), columns))
+
+
+def in_few_bits(weight: Weight, whole: Tensor) -> tuple[Nf4 | Int8, Tensor]:
+    """Return the numbers of a whole matrix, and in which row of them each of its rows is, int64 on
+    the host."""
+    assert weight.quantised is not None
+    # Each of the tensors that the hub has it as is quantised on its own, in its own order of rows,
+    # as another program would that knows no fused weights.
+    order = weight.hf_order()
+    numbers = KINDS[weight.quantised].of([whole[rows.to(whole.device)] for rows in order])
+    place = torch.empty(weight.num_rows, dtype=torch.int64)
+    place[torch.cat(order)] = torch.arange(weight.num_rows)
+    return numbers, place

@@ -8,7 +8,8 @@ weight they adapt:
 
                   of a column-parallel weight         of a row-parallel weight
     A [r, in]     whole on every tensor rank          cut as its input columns
-    B [out, r]    cut as its output rows              whole on every tensor rank"""
+    B [out, r]    cut as its output rows              whole on every tensor rank
+    m [out]       as B: the magnitudes of DoRA (models/dora.py), where `lora.dora` asks for them"""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from torch.autograd import Function
 from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.kernels.linear import input_gradient, linear, weight_gradient
+from megalite.models.dora import Total, factors
 from megalite.models.layers import Decoder, Dropout, SequenceInfo
 from megalite.models.weights import Uniform, Weight
 from megalite.utils.spelling import did_you_mean
@@ -68,8 +70,9 @@ class Adapter:
         # the local ones, scaled down.
         return slice(self.start // ranks, self.stop // ranks)
 
-    def rows(self, rank: int) -> tuple[Weight, Weight]:
-        """Return the rows of A and B for an update of this LoRA `rank`."""
+    def rows(self, lora: LoraConfig) -> tuple[Weight, ...]:
+        """Return the rows of A and B, and under DoRA that of m, for an update as `lora` says."""
+        rank = lora.rank
         base, name, hf = self.base, f"{self.owner}.{self.short}", f"{PREFIX}{self.module}.lora"
         column, alone = base.shard == "column", len(base.hf) == 1
         # A cuts like the base's input, B like its output. Where the base is column-parallel, A sees
@@ -89,7 +92,14 @@ class Adapter:
             parts=base.parts if alone else (), by_unit=base.by_unit,
             init="zeros", place=base.place, partial_grad=None if column else "heads",
         )  # fmt: skip
-        return a, b
+        if not lora.dora:
+            return a, b
+        # What it begins as, the norms of the base's rows, is not told by the seed:
+        # `checkpoint.load.for_adapters` reads it.
+        m = replace(
+            b, name=f"{name}_m", shape=b.shape[:1], hf=(f"{hf}_magnitude_vector",), init="ones"
+        )
+        return a, b, m
 
 
 def is_called(module: str, target: str) -> bool:
@@ -139,7 +149,7 @@ def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, 
     quantised as `lora` says where it could have adapters, followed by the rows of its adapters."""
     rows: dict[str, list[Weight]] = {}
     for adapter in adapters_of(weights, lora):
-        rows.setdefault(adapter.base.name, []).extend(adapter.rows(lora.rank))
+        rows.setdefault(adapter.base.name, []).extend(adapter.rows(lora))
     found: list[Weight] = []
     for weight in weights:
         kind = lora.quantize_base if any(_of_weight(weight)) else None
@@ -148,15 +158,18 @@ def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, 
 
 
 def merged(
-    local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int
+    local: Tensor, adapters: Sequence[tuple[Adapter, Sequence[Tensor]]], scale: float, tensor: int
 ) -> Tensor:
     """Return the local tensor of a weight on one of `tensor` ranks with its adapters' updates
     added, in fp32, to be rounded once by the caller. `adapters` come with that rank's A and B;
-    `scale` multiplies the updates."""
+    under DoRA also with m, and then `tensor` must be 1. `scale` multiplies the updates."""
     # A copy in any case: `local` may be the engine's own memory.
     whole = local.float() if local.dtype != torch.float32 else local.clone()
-    for adapter, a, b in adapters:
-        whole[adapter.local_rows(tensor)].addmm_(b.float(), a.float(), alpha=scale)
+    for adapter, (a, b, *magnitudes) in adapters:
+        rows = whole[adapter.local_rows(tensor)]
+        rows.addmm_(b.float(), a.float(), alpha=scale)
+        for m in magnitudes:
+            rows *= (m.float() / rows.norm(dim=1))[:, None]
     return whole
 
 
@@ -231,10 +244,21 @@ class Updates:
 
     adapters: tuple[Adapter, ...]
     scale: float
+    dora: bool = False
+
+    @property
+    def factors(self) -> str:
+        """Return the last letters of the names of an adapter's weights."""
+        return "abm" if self.dora else "ab"
 
     def parameters(self) -> list[str]:
         """Return the names of the adapters' weights in their module."""
-        return [f"{adapter.short}_{factor}" for adapter in self.adapters for factor in "ab"]
+        return [f"{adapter.short}_{each}" for adapter in self.adapters for each in self.factors]
+
+    def product_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return the bias that the module's own product adds; DoRA adds it behind the magnitudes,
+        which `add` is given it for."""
+        return None if self.dora else bias
 
     def add(
         self,
@@ -243,10 +267,13 @@ class Updates:
         out: Tensor,
         tensor: int = 1,
         enter: Callable[[Tensor], Tensor] | None = None,
+        bias: Tensor | None = None,
+        total: Total | None = None,
     ) -> Tensor:
         """Add to `out` [B,T,O], in place, the updates from `module`'s input `x` [B,T,I]. Each of
         `tensor` ranks holds a share of the features; `enter` takes the low-rank features into the
-        tensor-parallel region."""
+        tensor-parallel region. Under DoRA `out` comes without the `bias`, and `total` sums over the
+        ranks that have other input features."""
         of_a, of_b = (
             [getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters]
             for factor in "ab"
@@ -257,27 +284,36 @@ class Updates:
         # One read of `x` for all of them.
         low = linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
-        return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
+        out = _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
+        if not self.dora:
+            return out
+        of_m = [getattr(module, f"{adapter.short}_m") for adapter in self.adapters]
+        updates = list(zip(of_a, of_b, of_m, strict=True))
+        out = out * factors(module.weight, slices, updates, self.scale, total)
+        return out if bias is None else out + bias
 
 
 class LoraLinear(nn.Linear):
     """Linear module with adapters."""
 
-    def __init__(self, base: nn.Linear, updates: Updates, rank: int, dropout: float):
+    def __init__(self, base: nn.Linear, updates: Updates, lora: LoraConfig):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
         self.dropout = (
-            AdapterDropout(dropout, f"{updates.adapters[0].owner}.lora") if dropout else None
+            AdapterDropout(lora.dropout, f"{updates.adapters[0].owner}.lora")
+            if lora.dropout
+            else None
         )
         # In place of those just made, which took no memory on the meta device.
         self.weight, self.bias, self.updates = base.weight, base.bias, updates
         for adapter in updates.adapters:
-            for row in adapter.rows(rank):
+            for row in adapter.rows(lora):
                 self.register_parameter(
                     row.name.rpartition(".")[2], nn.Parameter(torch.empty(row.shape))
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.updates.add(self, x, linear(x, self.weight, self.bias))
+        out = linear(x, self.weight, self.updates.product_bias(self.bias))
+        return self.updates.add(self, x, out, bias=self.bias)
 
 
 def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
@@ -291,9 +327,7 @@ def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
         base = model.get_submodule(owner)
         assert isinstance(base, nn.Linear)
         with torch.device("meta"):
-            adapted = LoraLinear(
-                base, Updates(tuple(adapters), lora.scale), lora.rank, lora.dropout
-            )
+            adapted = LoraLinear(base, Updates(tuple(adapters), lora.scale, lora.dora), lora)
         setattr(model.get_submodule(parent), name, adapted)
     # A linear's forward takes x alone; its dropout must know which tokens these are.
     for layer in model.layers.values() if lora.dropout else ():

@@ -19,6 +19,8 @@ from megalite.utils.hub import how_to_get, local
 from megalite.utils.outside import check_regular, read_json, reading, shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
+OWN_NAME = r"\.lora_(?:[AB]\.weight|magnitude_vector)$"
+"""Ends of the names of an adapter's tensors."""
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
 
 # Keys that do not change what an adapter computes, beside those that are read.
@@ -26,7 +28,7 @@ MEANINGLESS = (
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern", "exclude_modules",
 )  # fmt: skip
-READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 ONLY: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
@@ -78,6 +80,7 @@ def read_lora(folder: Path) -> dict[str, Any]:
         "alpha": values["lora_alpha"],
         "dropout": values.get("lora_dropout") or 0.0,
         "rslora": bool(values.get("use_rslora")),
+        "dora": bool(values.get("use_dora")),
         "targets": sorted(map(str, targets)) if isinstance(targets, list) else _modules(folder),
     }
 
@@ -95,7 +98,8 @@ def lora_of(folder: Path) -> LoraConfig:
 def with_adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return a `lora:` section with what it leaves out taken from its `adapter`. A run's own config
     leaves nothing out, and does not need that folder any more. Raises ConfigError."""
-    if not values.get("adapter") or LoraConfig.model_fields.keys() <= values.keys():
+    # Configs of earlier versions do not say `dora`.
+    if not values.get("adapter") or LoraConfig.model_fields.keys() - {"dora"} <= values.keys():
         return values
     return read_lora(Path(str(values["adapter"]))) | values
 
@@ -106,9 +110,7 @@ def _modules(folder: Path) -> list[str]:
     check_regular(path, ConfigError)
     with reading(path, ConfigError), safe_open(path, framework="pt") as file:
         names = file.keys()
-        return sorted(
-            {re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names}
-        )
+        return sorted({re.sub(OWN_NAME, "", name).removeprefix(PREFIX) for name in names})
 
 
 def to_peft(
@@ -133,6 +135,7 @@ def to_peft(
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
+        **({"use_dora": True} if lora.dora else {}),
         "target_modules": targets,
         **({"exclude_modules": others} if others else {}),
         # GPT-2's matrices are stored [in, out], which PEFT must be told.

@@ -178,12 +178,12 @@ class ColumnParallelLinear(ParallelLinear):
     sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.multiply(x, self.bias, self.region)
         if self.updates is None:
-            return out
+            return self.multiply(x, self.bias, self.region)
+        out = self.multiply(x, self.updates.product_bias(self.bias), self.region)
         # The low-rank features are communicated, which are few, and not those of `x`.
         # `out` came out of a region input of its own: `x` here is what each rank had before it.
-        return self.updates.add(self, x, out, self.axis.size, self._enter)
+        return self.updates.add(self, x, out, self.axis.size, self._enter, self.bias)
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         super().adapt(linear, parameters)
@@ -204,7 +204,9 @@ class RowParallelLinear(ParallelLinear):
         # Added on each rank, the bias would be in the sum as many times as there are ranks.
         partial_out = self.multiply(x, None)
         if self.updates:
-            partial_out = self.updates.add(self, x, partial_out)
+            # A row's norm is over all its columns, of which this rank has some.
+            total = partial(all_reduce, axis=self.axis)
+            partial_out = self.updates.add(self, x, partial_out, total=total)
         out = leave(partial_out, self.axis, self.sequence)
         return out if self.bias is None else out + self.bias
 
@@ -223,8 +225,10 @@ class ReplicatedLinear(ParallelLinear):
     over the tensor ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.multiply(x, self.bias)
-        return self.updates.add(self, x, out) if self.updates else out
+        if self.updates is None:
+            return self.multiply(x, self.bias)
+        out = self.multiply(x, self.updates.product_bias(self.bias))
+        return self.updates.add(self, x, out, bias=self.bias)
 
 
 class VocabParallelEmbedding(_Parallel):

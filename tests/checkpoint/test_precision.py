@@ -51,9 +51,9 @@ def save_adapter(folder: Path, base: Path, dtype: torch.dtype) -> dict[str, Tens
     for adapter in adapters_of(weights, LORA):
         pair = [
             torch.randn(row.shape, generator=generator).mul(0.02).to(dtype)
-            for row in adapter.rows(LORA.rank)
+            for row in adapter.rows(LORA)
         ]
-        tensors |= {row.hf[0]: x for row, x in zip(adapter.rows(LORA.rank), pair, strict=True)}
+        tensors |= {row.hf[0]: x for row, x in zip(adapter.rows(LORA), pair, strict=True)}
         sums[f"{adapter.module}.weight"] = LORA.scale * pair[1].double() @ pair[0].double()
     save_file(tensors, folder / "adapter_model.safetensors")
     stored = load_file(base / "model.safetensors")

@@ -5,7 +5,7 @@ the model is held in few bits: there PEFT's has what bitsandbytes' formulas make
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Layout:
     compile: bool = False
     dropout: float = 0.0
     quantize: str | None = None
+    dora: bool = False
 
     def __str__(self) -> str:
         shown = [
@@ -135,6 +136,23 @@ RUNS += [
     ("wide", Layout(context=2, quantize="int8")),
     ("qwen3_moe", Layout(tensor=2, quantize="int8")),
 ]
+WITH_MAGNITUDES = [
+    *(
+        (model, replace(layout, dora=True))
+        for layout in EVERY
+        for model in ("llama", "qwen2", "gpt2")
+    ),
+    ("phi3", Layout(tensor=2, dora=True)),
+    ("gpt_neox", Layout(tensor=2, sequence=True, dora=True)),
+    ("deepseek_v3", Layout(tensor=2, dora=True)),
+    *(("llama", Layout(zero=zero, engine="deepspeed", dora=True)) for zero in (1, 3)),
+    *(("llama", each) for each in (Layout(zero=2, dora=True), Layout(context=2, dora=True))),
+    ("wide", Layout(tensor=2, quantize="nf4", dora=True)),
+    ("wide gpt2", Layout(1, quantize="int8", dora=True)),
+]
+"""DoRA: of models with and without biases, fused and not."""
+OF_DORA = {model for model, _ in WITH_MAGNITUDES}
+RUNS += WITH_MAGNITUDES
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -149,13 +167,18 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def adapter_of(dora: bool) -> str:
+    return "adapter-dora" if dora else "adapter"
+
+
 def config_of(folder: Path, layout: Layout) -> Config:
     return parse_config(
         {
             "run": {"name": "lora", "dir": str(folder / "runs")},
             "model": {"hf": str(folder)},
             "lora": {
-                "adapter": str(folder / "adapter"), "dropout": layout.dropout, "quantize_base": layout.quantize,
+                "adapter": str(folder / adapter_of(layout.dora)), "dropout": layout.dropout,
+                "quantize_base": layout.quantize,
             },
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
             "parallel": {
@@ -236,12 +259,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / name)
         targets: Any = TARGETS.get(name, "all-linear")
         options = PEFT | {"use_rslora": name == "phi3", "fan_in_fan_out": name == "gpt2"}
-        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **options))
-        with torch.no_grad():
-            for parameter in adapted.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.1)  # PEFT begins with B = 0, which hides A
-        adapted.save_pretrained(root / name / "adapter")
+        for dora in (False, True) if name in OF_DORA else (False,):
+            adapted = peft.get_peft_model(
+                model, peft.LoraConfig(target_modules=targets, use_dora=dora, **options)
+            )
+            with torch.no_grad():
+                for called, parameter in adapted.named_parameters():
+                    if "magnitude" in called:
+                        parameter.mul_(torch.rand_like(parameter) + 0.5)
+                    elif parameter.requires_grad:
+                        parameter.normal_(std=0.1)  # PEFT begins with B = 0, which hides A
+            adapted.save_pretrained(root / name / adapter_of(dora))
+            model = adapted.unload()
     return root
 
 
@@ -317,7 +346,7 @@ def in_few_bits(weight: Tensor, kind: str) -> Tensor:
 
 
 @cache
-def reference(folder: Path, quantize: str | None = None) -> Result:
+def reference(folder: Path, quantize: str | None = None, dora: bool = False) -> Result:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -329,8 +358,12 @@ def reference(folder: Path, quantize: str | None = None) -> Result:
             turned = module.weight.data.t() if isinstance(module, Conv1D) else module.weight.data
             found = in_few_bits(turned.contiguous(), quantize)
             module.weight.data = found.t() if isinstance(module, Conv1D) else found
-    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
-    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    model = PeftModel.from_pretrained(base, folder / adapter_of(dora), is_trainable=True).eval()
+    trained = {
+        n.replace(".default", "").replace("vector.weight", "vector"): p
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     optimizer = torch.optim.AdamW(
         trained.values(), betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, foreach=False
     )
@@ -357,8 +390,8 @@ def test_two_steps_are_those_of_peft(
 ) -> None:
     if (model, layout) not in results:
         pytest.skip("DeepSpeed is not installed")
-    found, wanted = results[model, layout], reference(root / model, layout.quantize)
-    stored = load_file(root / model / "adapter" / "adapter_model.safetensors")
+    found, wanted = results[model, layout], reference(root / model, layout.quantize, layout.dora)
+    stored = load_file(root / model / adapter_of(layout.dora) / "adapter_model.safetensors")
     assert found["weight"].keys() == stored.keys()
     compare(found, wanted)
 

@@ -72,19 +72,24 @@ def run_of(root: Path, name: str, *overrides: str) -> Config:
 
 SPLIT = ("parallel.pipeline=2", "lora.targets=[q_proj, gate_proj, down_proj]", "lora.rslora=true")
 FEW = ("lora.quantize_base=int8", "health.weights_check_every=1")
+DORA = ("lora.dora=true", "parallel.tensor=2")
 DROPPING = ("parallel.tensor=2", "train.precision=bf16", "lora.dropout=0.1")
 
 
-def train_and_open(rank: int, world_size: int, configs: list[Config]) -> Tensor:
-    """Train all, and open the first one's model over ranks: its logits."""
+def train_and_open(rank: int, world_size: int, configs: list[Config]) -> list[Tensor]:
+    """Train all, and open the first one's model and the last one's over ranks: their logits."""
     train_on_rank(rank, world_size, configs)
-    folder = find_model(configs[0].run.folder)
-    model = load_on_ranks(folder, Launch(rank, world_size, rank), world_size, 1, num_slots=1)
-    return model.logits(TOKENS, SequenceInfo.whole(TOKENS.shape[1], TOKENS.device))
+    found = []
+    for config in (configs[0], configs[-1]):
+        folder = find_model(config.run.folder)
+        model = load_on_ranks(folder, Launch(rank, world_size, rank), world_size, 1, num_slots=1)
+        found.append(model.logits(TOKENS, SequenceInfo.whole(TOKENS.shape[1], TOKENS.device)))
+    return found
 
 
 LOGITS: list[Tensor] = []
 """Of each rank."""
+DORA_LOGITS: list[Tensor] = []
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +100,10 @@ def runs(root: Path) -> dict[str, Config]:
         run_of(root, "broken", *DROPPING, "train.stop_at=3"),
     )
     rest, few = run_of(root, "broken", *DROPPING), run_of(root, "few", *FEW)
-    LOGITS[:] = run_ranks(2, train_and_open, [pipeline, whole, first, rest, few])
-    return {"pipeline": pipeline, "whole": whole, "broken": rest, "few": few}
+    dora = run_of(root, "dora", *DORA)
+    found = run_ranks(2, train_and_open, [pipeline, whole, first, rest, few, dora])
+    LOGITS[:], DORA_LOGITS[:] = zip(*found, strict=True)
+    return {"pipeline": pipeline, "whole": whole, "broken": rest, "few": few, "dora": dora}
 
 
 def checkpoint_of(config: Config) -> Path:
@@ -132,7 +139,7 @@ def test_a_run_goes_on_without_states_that_no_adapter_has(root: Path, optimizer:
     assert curve_of(broken) == curve_of(unbroken)
 
 
-@pytest.mark.parametrize("name", ["pipeline", "whole", "few"])
+@pytest.mark.parametrize("name", ["pipeline", "whole", "few", "dora"])
 def test_peft_opens_a_checkpoint(root: Path, runs: dict[str, Config], name: str) -> None:
     """Over a pipeline two ranks write, and PEFT reads one file."""
     peft = pytest.importorskip("peft")
@@ -151,10 +158,39 @@ def test_peft_opens_a_checkpoint(root: Path, runs: dict[str, Config], name: str)
     assert (ours - theirs).abs().max() <= 1e-4
 
 
-def test_ranks_merge_their_parts(runs: dict[str, Config]) -> None:
+@pytest.mark.parametrize(("name", "logits"), [("pipeline", LOGITS), ("dora", DORA_LOGITS)])
+def test_ranks_merge_their_parts(runs: dict[str, Config], name: str, logits: list[Tensor]) -> None:
     with torch.no_grad():
-        wanted = load_model(checkpoint_of(runs["pipeline"]))(TOKENS)
-    assert all((found - wanted).abs().max() <= 1e-4 for found in LOGITS)  # the project's bound
+        wanted = load_model(checkpoint_of(runs[name]))(TOKENS)
+    assert all((found - wanted).abs().max() <= 1e-4 for found in logits)  # the project's bound
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_magnitudes_begin_as_the_norms_of_what_is_multiplied_by(
+    root: Path, kind: str | None
+) -> None:
+    """On every rank's part, so that DoRA begins as the model it starts from."""
+    config = run_of(root, "begin", "lora.dora=true", f"lora.quantize_base={kind or 'null'}")
+    assert config.lora is not None
+    table = weight_table(config.model, config.lora)
+    stored = load_file(root / "base" / "model.safetensors")
+    for rank in range(2):
+        mesh = replace(Mesh.alone(), tensor=Axis(2, rank))
+        read = initial_state(config, mesh, None)
+        for row in (each for each in table if each.name.endswith("_m")):
+            (shape,) = row.local_shape(2)
+            module = (
+                row.hf[0].removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+            )
+            weight = stored[f"{module}.weight"]
+            if kind:
+                largest = weight.abs().amax(1, keepdim=True)
+                weight = (weight * (127 / largest)).round() * largest / 127
+            norms = weight.norm(dim=1)
+            wanted = norms.chunk(2)[rank] if row.shard == "column" else norms
+            # fp32 sums of squares in another order.
+            torch.testing.assert_close(read(row, "weight", 0, shape), wanted, rtol=1e-6, atol=0)
+            assert not read(row, "exp_avg", 0, shape).any()
 
 
 def test_a_run_goes_on_from_the_adapter_of_another(root: Path, runs: dict[str, Config]) -> None:
@@ -258,6 +294,7 @@ def test_a_model_in_few_bits_takes_as_much_memory_as_planned(
 
 WRONG = {
     "lora.quantize_base=nf4": "has 32 input features on a rank, which do not divide into the blocks of 64",
+    "lora={rank: 4, dora: true, dropout: 0.1}": "dropout = 0.1 must be 0 with dora",
     "lora.quantize_base=int4": "lora.quantize_base",
     "lora={rank: 4, quantize_base: int8} parallel.engine=deepspeed": "needs parallel.engine: native",
     "lora={rank: 4, quantize_base: int8} train.compile=true": "needs train.compile: false",
@@ -295,7 +332,7 @@ def test_an_adapter_of_an_adapter_is_refused(root: Path, runs: dict[str, Config]
         )
 
 
-@pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "rank_pattern"])
+@pytest.mark.parametrize("key", ["lora_bias", "modules_to_save", "rank_pattern"])
 def test_adapters_of_other_kinds_are_refused(
     tmp_path: Path, runs: dict[str, Config], key: str
 ) -> None:
