@@ -14,7 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalite.checkpoint.convert import DTYPES, open_source, write_model
+from megalite.checkpoint.convert import DTYPES, Model, open_source, write_model
+from megalite.checkpoint.gguf_model import KINDS as GGUF_KINDS
+from megalite.checkpoint.gguf_model import write_gguf
 from megalite.checkpoint.megatron import find_megatron
 from megalite.checkpoint.upcycle import Upcycling
 from megalite.commands.numbers import at_least
@@ -50,6 +52,13 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument(
         "--granularity", type=at_least(1), default=1, help="slices of an MLP (default: %(default)s)"
     )
+    parser.add_argument(
+        "--gguf",
+        choices=GGUF_KINDS,
+        metavar="TYPE",
+        help="write the new file TARGET for llama.cpp instead, with matrices in one of "
+        f"{', '.join(GGUF_KINDS)} (docs/quantization.md)",
+    )
     parser.set_defaults(verb=_convert)
 
 
@@ -66,8 +75,23 @@ def _convert(args: argparse.Namespace) -> int:
     model = open_source(source, args.vocab_size, args.ema)
     if args.experts:
         model = Upcycling(args.experts, args.experts_per_token, args.granularity).apply(model)
+    if args.gguf:
+        return _write_gguf(model, args)
     write_model(
         model, args.target, args.dtype, int(min(args.shard_gb, 10**6) * 10**9), Console(stderr=True)
     )
     print(f"{args.target}: {sum(weight.numel for weight in model.weights):,} parameters")
+    return 0
+
+
+def _write_gguf(model: Model, args: argparse.Namespace) -> int:
+    """Write the file of `--gguf`, and print what is in it."""
+    if args.dtype:
+        raise ConfigError(f"--dtype {args.dtype} does not go with --gguf, whose TYPE says it")
+    written = write_gguf(model, args.target, args.gguf)
+    kinds = ", ".join(f"{count} in {kind}" for kind, count in written.kinds.items())
+    megabytes = args.target.stat().st_size / 1e6
+    print(
+        f"{args.target}: {megabytes:,.1f} MB; matrices: {kinds}; rounding changed {written.error:.2%} of their size"
+    )
     return 0

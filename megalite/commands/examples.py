@@ -160,6 +160,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite convert runs/my my-model",
         "megalite convert runs/my my-model --dtype bf16 --ema",
         "megalite convert DENSE OUT --experts 8",
+        "megalite convert runs/my my.gguf --gguf Q8_0",
     ),
     "push": (
         "megalite push runs/my my-team/my-model",
