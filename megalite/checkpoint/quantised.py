@@ -1,10 +1,12 @@
 """Tensors that are stored as small numbers with scales, read as what they stand for: fp8 in blocks
 (DeepSeek-V3's files on the hub), MXFP4 (gpt-oss's), what `quantization` writes (compressed-tensors),
-and GPTQ's and AWQ's own files. They look like slices of safetensors."""
+GPTQ's and AWQ's own files, and bitsandbytes' NF4. They look like slices of safetensors."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,72 @@ def packed_config(folder: Path) -> dict[str, Any]:
     check_packed(said)
     assert isinstance(said, dict)
     return {"bits": said.get("w_bit"), "group_size": said.get("q_group_size", -1)} | said
+
+
+STATE = ".quant_state.bitsandbytes__nf4"
+"""End of the name of what bitsandbytes says of a matrix, as JSON in bytes."""
+NF4 = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+"""Ends of the names of what a matrix in NF4 has beside its numbers."""
+STORED_AS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class Nf4Blocks:
+    """A matrix [out, in] as bitsandbytes writes it: places of 4 bits in a table of 16 values, two in
+    a byte and the first in its high half, along the rows; a scale for each block of them, fp32, or
+    itself a place in a table, with a scale for each block of scales, less their mean."""
+
+    def __init__(self, numbers: Any, parts: Mapping[str, Any]):
+        """Take slices of safetensors, those beside the `numbers` by the ends in `NF4`. Raises
+        ValueError where they do not go together."""
+        self._numbers, self._parts = numbers, parts
+        said = json.loads(bytes(parts[STATE][:].tolist()))
+        shape, self._block = tuple(said["shape"]), said["blocksize"]
+        self._nested = ".nested_absmax" in parts
+        if len(shape) != 2 or said["quant_type"] != "nf4" or said["dtype"] not in STORED_AS:
+            raise ValueError(f"a quant_state of {said} is not that of a matrix in NF4")
+        self._shape, self._dtype = shape, said["dtype"]
+        count = prod(shape)
+        blocks = -(-count // self._block)
+        wanted = {".absmax": blocks, ".quant_map": 16}
+        if self._nested:
+            self._mean, self._outer = said["nested_offset"], said["nested_blocksize"]
+            wanted |= {".nested_absmax": -(-blocks // self._outer), ".nested_quant_map": 256}
+        found = {end: prod(parts[end].get_shape()) for end in wanted if end in parts}
+        if found != wanted or prod(numbers.get_shape()) != -(-count // 2):
+            raise ValueError(f"numbers of {list(shape)} in blocks of {self._block} need {wanted}")
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        """Return the dtype that the matrix had."""
+        return STORED_AS[self._dtype]
+
+    def _scales(self, low: int, high: int) -> Tensor:
+        """Return the scales of some blocks, fp32."""
+        scales: Tensor = self._parts[".absmax"][low:high]
+        if not self._nested:
+            return scales.float()
+        table, outer = self._parts[".nested_quant_map"][:], self._parts[".nested_absmax"][:]
+        number = torch.arange(low, high) // self._outer
+        return table[scales.long()].float() * outer[number].float() + self._mean
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        """Read and scale a slice of one or two dimensions, in the dtype that the matrix had."""
+        rows, columns = (
+            slice(*part.indices(size)[:2])
+            for part, size in zip((*where, slice(None))[:2], self._shape, strict=True)
+        )
+        width = self._shape[1]
+        first, last = rows.start * width, rows.stop * width
+        # Whole blocks around the rows, whose ends may lie within one; a block is of whole bytes.
+        low, high = first // self._block, -(-last // self._block)
+        pairs: Tensor = self._numbers[low * self._block // 2 : -(-high * self._block // 2)]
+        places = torch.stack((pairs.flatten() >> 4, pairs.flatten() & 15), -1).flatten()
+        values = self._parts[".quant_map"][:].float()[places.long()]
+        scales = self._scales(low, high).repeat_interleave(self._block)[: len(values)]
+        wide = (values * scales)[first - low * self._block :][: last - first]
+        return wide.view(-1, width)[:, columns].to(getattr(torch, self._dtype))
 
 
 Kind = type[Fp8Blocks] | type[Mxfp4] | type[Scaled]

@@ -56,6 +56,7 @@ class TensorFolder:
         self._add_unlisted()
         self._add_scaled()
         self._add_packed()
+        self._add_nf4()
 
     def _add_unlisted(self) -> None:
         """Add the tensors that files hold beside those an index lists, because transformers loads
@@ -102,7 +103,26 @@ class TensorFolder:
             self.files[f"{stem}weight"] = self.files[f"{stem}qweight"]
             for end in ends:
                 del self.files[stem + end]
-        _say_unpacked(self.folder, said["quant_method"], said["bits"], parts["scales"].get_dtype())
+        what = f"{said['quant_method'].upper()}'s integers of {said['bits']} bits"
+        _say_unpacked(self.folder, what, parts["scales"].get_dtype())
+
+    def _add_nf4(self) -> None:
+        """Likewise know what bitsandbytes has written."""
+        names = [name for name in self.files if name.endswith(quantised.STATE)]
+        for state in names:
+            name = state.removesuffix(quantised.STATE)
+            ends = [end for end in quantised.NF4 if name + end in self.files]
+            if name not in self.files:
+                raise CheckpointError(f"{self.folder}: there is no {name}")
+            parts = {end: self._slices(name + end) for end in ends}
+            try:
+                self._scaled[name] = quantised.Nf4Blocks(self._slices(name), parts)
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+            for end in ends:
+                del self.files[name + end]
+        if names:
+            _say_unpacked(self.folder, "bitsandbytes' NF4", self._dtype_of(name))
 
     def _dtype_of(self, name: str) -> str:
         return str(self._slices(name).get_dtype())
@@ -192,10 +212,9 @@ class TensorFolder:
 
 
 @cache
-def _say_unpacked(folder: Path, method: str, bits: int, dtype: str) -> None:
+def _say_unpacked(folder: Path, what: str, dtype: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        text = f"{folder}: {method.upper()}'s integers of {bits} bits are unpacked to {dtype}"
-        print(text, file=sys.stderr, flush=True)
+        print(f"{folder}: {what} are unpacked to {dtype}", file=sys.stderr, flush=True)
 
 
 def _weight_map(index: Path, single: str) -> dict[str, str]:

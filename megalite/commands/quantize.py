@@ -1,6 +1,6 @@
 """Write a model with the matrices of its layers in fewer bits: a Hugging Face folder in
-compressed-tensors' formats, which transformers and vLLM open, as do generate, serve, eval and
-convert here."""
+compressed-tensors' formats, or bitsandbytes', which transformers and vLLM open, as do generate,
+serve, eval and convert here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def add_arguments(parser: VerbParser) -> None:
     add_model(parser)
     parser.add_argument("output", type=Path, help="a new Hugging Face folder")
     parser.add_argument(
-        "--scheme", choices=("w8a8", "w4a16", "fp8", "fp8_block"), default="w8a8",
-        help="int8 with inputs in int8; 4-bit integers in groups; fp8 by row, or in blocks (default: %(default)s)",
+        "--scheme", choices=("w8a8", "w4a16", "fp8", "fp8_block", "nf4"), default="w8a8",
+        help="int8 with inputs in int8; 4-bit integers in groups; fp8 by row, or in blocks; bitsandbytes' NF4 "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--method", choices=("rtn", "gptq", "awq", "smoothquant"), default="rtn",

@@ -188,7 +188,12 @@ def check_compressed(values: Any, family: str) -> None:
         return
     if isinstance(values, Mapping) and values.get("quant_method") in ("gptq", "awq"):
         return check_packed(values)
-    read = f"GPTQ, AWQ and compressed-tensors in {', '.join(COMPRESSED)} are read; save the model dequantised otherwise"
+    if isinstance(values, Mapping) and values.get("quant_method") == "bitsandbytes":
+        return check_nf4(values)
+    read = (
+        f"GPTQ, AWQ, bitsandbytes' NF4 and compressed-tensors in {', '.join(COMPRESSED)} are read; save the model "
+        "dequantised otherwise"
+    )
     if not isinstance(values, Mapping) or values.get("quant_method") != "compressed-tensors":
         raise ConfigError(
             f"config.json has quantization_config = {shown(values)}; of the {family} family, {read}"
@@ -207,6 +212,16 @@ def check_compressed(values: Any, family: str) -> None:
                 f"config.json has quantization_config with weights = {shown(weights)}; symmetric ones of 4 or 8 bits "
                 "are read"
             )
+
+
+def check_nf4(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for quantised weights that are not bitsandbytes' NF4. Where products are
+    computed, and in what, is neutral."""
+    if not values.get("load_in_4bit") or values.get("bnb_4bit_quant_type") != "nf4":
+        raise ConfigError(
+            f"config.json has quantization_config = {shown(values)}; of bitsandbytes' files those with load_in_4bit "
+            "and bnb_4bit_quant_type nf4 are read"
+        )
 
 
 def check_packed(values: Any) -> None:

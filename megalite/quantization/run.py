@@ -14,14 +14,18 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import Model, open_source
 from megalite.errors import ConfigError
+from megalite.models.weights import Weight
 from megalite.quantization.gptq import gptq
 from megalite.quantization.layers import LayerRuns
 from megalite.quantization.matrices import MatrixChanges, Report
 from megalite.quantization.scaling import Scaling, awq, smoothquant
-from megalite.quantization.schemes import Scheme
+from megalite.quantization.schemes import Nf4, Scheme
 
 Method = Literal["rtn", "gptq", "awq", "smoothquant"]
 METHODS: tuple[Method, ...] = get_args(Method)
+OF_EXPERTS = ("w4a16", "fp8")
+"""Schemes that transformers opens experts in: it dequantises these two while it puts them
+together."""
 
 
 class Quantiser(MatrixChanges):
@@ -32,18 +36,40 @@ class Quantiser(MatrixChanges):
     ):
         """`runs` gives the inputs of the matrices, which all methods but RTN need. Raises
         ConfigError for a model or a matrix that cannot be quantised."""
+        if method != "rtn" and isinstance(scheme, Nf4):
+            raise ConfigError(
+                f"--method {method} does not go with --scheme nf4, whose steps are uneven: give rtn"
+            )
         if method != "rtn" and runs is None:
             raise ConfigError(f"--method {method} needs inputs of the matrices: give --data")
         super().__init__(model, runs)
         self.scheme, self.method = scheme, method
         for weight in self.matrices:
-            if weight.stack or weight.transpose:
-                what = "experts" if weight.stack else "matrices stored as [in, out]"
-                raise ConfigError(
-                    f"{weight.name}: {what} are not quantised here; they are no torch.nn.Linear"
-                )
-            for name, shape in weight.hf_shapes().items():
-                scheme.check(name, shape)
+            self._check(weight)
+
+    def _check(self, weight: Weight) -> None:
+        """Raise ConfigError for a matrix that cannot be quantised."""
+        if weight.transpose or (weight.stack and len(weight.hf) != len(weight.row_groups)):
+            raise ConfigError(
+                f"{weight.name}: matrices stored as [in, out], or several in one tensor, are not quantised here; they "
+                "are no torch.nn.Linear"
+            )
+        if weight.stack and self.scheme.name not in OF_EXPERTS:
+            raise ConfigError(
+                f"{weight.name}: of experts --scheme {' and '.join(OF_EXPERTS)} are written, which transformers opens; "
+                f"{self.scheme.name} it does not"
+            )
+        if weight.stack and self.method not in ("rtn", "gptq"):
+            raise ConfigError(
+                f"{weight.name}: --method {self.method} scales inputs, which experts share with their router; give rtn "
+                "or gptq"
+            )
+        for name, shape in weight.hf_shapes().items():
+            self.scheme.check(name, shape)
+
+    def takes(self, weight: Weight) -> bool:
+        # What is replicated, such as a router, is small, and chooses: it stays.
+        return super().takes(weight) and weight.shard is not None
 
     def config(self) -> dict[str, object]:
         """Return config.json's `quantization_config`."""
@@ -56,7 +82,8 @@ class Quantiser(MatrixChanges):
                 if is_linear and name not in quantised:
                     ignore.append(name.removesuffix(".weight"))
         # A head that is tied to the embedding has no tensor of its own, but is a Linear there.
-        return self.scheme.config(ignore or ["lm_head"])
+        dtype = self.model.read(self.matrices[0]).dtype
+        return self.scheme.config(ignore or ["lm_head"], dtype)
 
     def scaling(self, dtype: torch.dtype) -> Scaling | None:
         if self.method == "awq":
@@ -66,18 +93,17 @@ class Quantiser(MatrixChanges):
     def change(
         self, name: str, value: Tensor, dtype: torch.dtype, inputs: Tensor | None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        scheme = self.scheme
-        # Found before columns are moved (GPTQ's static groups).
-        scales = scheme.scales(value, dtype)
-        scale = scheme.spread(scales, tuple(value.shape))
+        scheme, stem = self.scheme, name.removesuffix("weight")
         if self.method == "gptq":
             assert inputs is not None
+            # Found before columns are moved (GPTQ's static groups).
+            scales = scheme.scales(value, dtype)
             numbers = gptq(value, inputs, scales, scheme)
+            changed = scheme.decode(numbers, scheme.spread(scales, tuple(value.shape)))
+            packed = scheme.pack(numbers, scales, dtype)
         else:
-            numbers = scheme.encode(value, scale)
-        stem = name.removesuffix("weight")
-        packed = scheme.pack(numbers, scales, dtype)
-        return scheme.decode(numbers, scale), {stem + end: part for end, part in packed.items()}
+            changed, packed = scheme.round_to_nearest(value, dtype)
+        return changed, {stem + end: part for end, part in packed.items()}
 
 
 def quantised(

@@ -1,8 +1,10 @@
 """How the numbers of a quantised matrix and their scales are stored: compressed-tensors' formats,
-as transformers and vLLM read them. All are symmetric: a number stands for itself × its scale."""
+as transformers and vLLM read them, which are symmetric (a number stands for itself × its scale), and
+bitsandbytes' NF4."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor
 
 from megalite.errors import ConfigError
+from megalite.kernels import quantised
+from megalite.kernels.blockwise import DYNAMIC_BLOCK, dynamic_table, nf4_table
+from megalite.kernels.quantised import BLOCK
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 """Scale of numbers that are all 0."""
@@ -64,6 +69,16 @@ class Scheme:
         """Return what stored numbers stand for, fp32."""
         return numbers.float() * scale
 
+    def round_to_nearest(
+        self, weight: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what a matrix stored in `dtype` becomes, fp32, and the tensors to write by what
+        replaces "weight" in its name."""
+        scales = self.scales(weight, dtype)
+        scale = self.spread(scales, tuple(weight.shape))
+        numbers = self.encode(weight, scale)
+        return self.decode(numbers, scale), self.pack(numbers, scales, dtype)
+
     def pack(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the tensors to write by what replaces "weight" in the matrix's name."""
         return {"weight": numbers, "weight_scale": scales.to(dtype)}
@@ -76,8 +91,9 @@ class Scheme:
         """Return what it says of a matrix's input; None: left as it is."""
         return None
 
-    def config(self, ignore: list[str]) -> dict[str, Any]:
-        """Return `quantization_config` of config.json. Modules in `ignore` are not quantised."""
+    def config(self, ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        """Return `quantization_config` of config.json. Modules in `ignore` are not quantised;
+        `dtype` is the model's."""
         group = {
             "targets": ["Linear"], "weights": self.weights_config(), "input_activations": self.activations_config(),
             "output_activations": None,
@@ -183,7 +199,45 @@ class Float8(Scheme):
         return _arguments(8, "float", "token", dynamic=True)
 
 
-SCHEMES = ("w8a8", "w4a16", "fp8", "fp8_block")
+class Nf4(Scheme):
+    """bitsandbytes' NF4 with double quantisation: a scale for each 64 numbers, which is quantised in
+    turn, and both tables beside the numbers."""
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if shape[1] % BLOCK:
+            raise ConfigError(
+                f"{name} has {shape[1]} columns, which do not divide into the blocks of {BLOCK} of --scheme nf4"
+            )
+
+    def round_to_nearest(
+        self, weight: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        numbers = quantised.Nf4.of([weight])
+        state = {
+            "quant_type": "nf4", "blocksize": BLOCK, "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(weight.shape), "nested_blocksize": DYNAMIC_BLOCK, "nested_dtype": "float32",
+            "nested_offset": numbers.mean[0].item(),
+        }  # fmt: skip
+        tensors = {
+            "weight": numbers.codes.reshape(-1, 1),
+            "weight.absmax": numbers.scales.flatten(),
+            "weight.quant_map": nf4_table(weight.device),
+            "weight.nested_absmax": numbers.nested,
+            "weight.nested_quant_map": dynamic_table(weight.device),
+            "weight.quant_state.bitsandbytes__nf4": torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8),
+        }  # fmt: skip
+        # Readers have the numbers in `dtype`.
+        return numbers.rows(slice(None)).to(dtype).float(), tensors
+
+    def config(self, ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), "llm_int8_skip_modules": ignore,
+        }  # fmt: skip
+
+
+SCHEMES = ("w8a8", "w4a16", "fp8", "fp8_block", "nf4")
 GROUP = 128
 """Columns that share a scale under w4a16, and rows and columns of a block under fp8_block, unless
 told otherwise."""
@@ -204,4 +258,6 @@ def make_scheme(name: str, group: int = GROUP) -> Scheme:
             return Float8(name, "float-quantized")
         case "fp8_block":
             return Float8(name, "float-quantized", block=group)
+        case "nf4":
+            return Nf4(name, "bitsandbytes")
     raise ConfigError(f"--scheme {name} is none of {', '.join(SCHEMES)}")

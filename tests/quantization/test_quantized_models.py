@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from megalite.checkpoint.convert import open_source
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.cli import main
+from megalite.infer.generate import load_model
 from megalite.quantization.matrices import relative_error
 from megalite.runtime.exit_codes import Exit
 from quantized_folders import SMALL, weights_of
-from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3, save_model
+from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, save_model
 
 SCHEMES = {"w8a8": [], "w4a16": ["--group", "16"], "fp8": [], "fp8_block": ["--group", "16"]}
 
@@ -56,11 +57,20 @@ def test_transformers_opens_it_with_the_same_weights(
         assert (plain(ids).logits - logits).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "nf4"])
 def test_slices_are_those_of_the_whole(scheme: str, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", LLAMA | SMALL)
     assert (
-        main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]])
+        main(
+            [
+                "quantize",
+                str(source),
+                str(tmp_path / "out"),
+                "--scheme",
+                scheme,
+                *SCHEMES.get(scheme, []),
+            ]
+        )
         == 0
     )
     folder, name = TensorFolder(tmp_path / "out"), "model.layers.1.mlp.down_proj.weight"
@@ -100,6 +110,106 @@ def test_four_bits_lie_as_the_format_says(tmp_path: Path) -> None:
             assert number - 8 == np.clip(
                 np.rint(weight[row, column] / scales[row, column // 16]), -8, 7
             )
+
+
+MIXTURES = {
+    "mixtral": MIXTRAL | SMALL,
+    "qwen3_moe": QWEN3_MOE | SMALL | {"head_dim": 16, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("mixtral", "w4a16"), ("qwen3_moe", "fp8")])
+def test_transformers_opens_experts_with_the_same_weights(
+    name: str, scheme: str, tokens: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    source = save_model(tmp_path / "source", MIXTURES[name])
+    given = ["--scheme", scheme, *SCHEMES[scheme]]
+    if scheme == "w4a16":
+        given += ["--method", "gptq", "--data", tokens, "--rows", "16", "--length", "32"]
+    assert main(["quantize", str(source), str(tmp_path / "out"), *given]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    ids = torch.arange(40)[None] % 99
+    logits = theirs(ids).logits  # decompresses the weights of linears
+    ours, before = open_source(tmp_path / "out"), weights_of(source)
+    found = dict(theirs.named_parameters())
+    seen = 0
+    for weight in ours.weights:
+        whole = ours.read(weight)
+        if weight.stack:
+            prefix = weight.hf[0].split("experts.")[0]
+            end = "gate_up_proj" if "gate_up" in weight.name else "down_proj"
+            (parameter,) = (
+                x for called, x in found.items()
+                if called.endswith(f"experts.{end}") and called.split(".")[2] == prefix.split(".")[2]
+            )  # fmt: skip
+            assert torch.equal(parameter.to(whole.dtype), whole), weight.name
+            seen += 1
+        for hf, tensor in weight.to_hf(whole).items():
+            stays = weight.shard is None or not weight.is_matrix
+            assert torch.equal(tensor, before[hf]) == stays, hf
+    assert seen == 4
+    if scheme == "w4a16":  # inputs are not rounded: a plain model of these weights is the same
+        plain = load_model(tmp_path / "out")
+        with torch.inference_mode():
+            assert (plain(ids) - logits).abs().max() <= 1e-3 * (logits.max() - logits.min())
+
+
+def test_nf4_lies_as_bitsandbytes_has_it(tmp_path: Path) -> None:
+    """Number by number: two places in a byte, the first in its high half; a scale of 64 numbers is a
+    place in the table of scales, times that of its 256, and the mean."""
+    source = save_model(tmp_path / "source", LLAMA | SMALL, torch.bfloat16)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "nf4"]) == 0
+    name = "model.layers.0.mlp.down_proj.weight"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    state = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    assert {key: state[key] for key in ("shape", "dtype", "blocksize", "nested_blocksize")} == {
+        "shape": [64, 128], "dtype": "bfloat16", "blocksize": 64, "nested_blocksize": 256,
+    }  # fmt: skip
+    codes, wanted = stored[name].flatten().tolist(), load_file(source / "model.safetensors")[name]
+    assert stored[name].shape == (64 * 128 // 2, 1)
+    found = torch.zeros(64 * 128)
+    for number in range(len(found)):
+        block = number // 64
+        scale = stored[f"{name}.nested_quant_map"][stored[f"{name}.absmax"][block].item()]
+        scale = scale * stored[f"{name}.nested_absmax"][block // 256] + state["nested_offset"]
+        place = codes[number // 2] & 15 if number % 2 else codes[number // 2] >> 4
+        found[number] = stored[f"{name}.quant_map"][place] * scale
+    read = weights_of(tmp_path / "out")[name]
+    assert read.dtype == torch.bfloat16
+    assert torch.equal(read, found.view(64, 128).bfloat16())
+    # The widest step of NF4 is 0.3 of the largest of a block; scales are off by a few percent.
+    largest = wanted.float().abs().view(64, 2, 64).amax(-1).repeat_interleave(64, 1)
+    assert ((read.float() - wanted.float()).abs() <= 0.2 * largest).all()
+
+
+def test_bitsandbytes_reads_its_own_format(tmp_path: Path) -> None:
+    """And transformers opens the folder."""
+    transformers = pytest.importorskip("transformers")
+    functional = pytest.importorskip("bitsandbytes").functional
+    source = save_model(tmp_path / "source", LLAMA | SMALL, torch.bfloat16)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "nf4"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours, seen = weights_of(tmp_path / "out"), 0
+    for name, parameter in theirs.named_parameters():
+        if state := getattr(parameter, "quant_state", None):
+            seen += 1
+            values = functional.dequantize_4bit(parameter.data, state)
+            assert torch.equal(values, ours[name]), name
+    assert seen == 14
+    # What they write of the same model is read as well.
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False
+    )
+    own = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, dtype=torch.bfloat16
+    )
+    own.save_pretrained(tmp_path / "own")
+    again = weights_of(tmp_path / "own")
+    for name, parameter in own.named_parameters():
+        if state := getattr(parameter, "quant_state", None):
+            assert torch.equal(functional.dequantize_4bit(parameter.data, state), again[name]), name
 
 
 def test_gptq_costs_less_than_rounding(
@@ -168,12 +278,14 @@ def test_a_quantised_model_is_converted_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "given", "words"),
     [
-        (MIXTRAL, [], "experts are not quantised here"),
-        (GPT2, [], "matrices stored as [in, out] are not quantised here"),
+        (MIXTRAL, [], "of experts --scheme w4a16 and fp8 are written"),
+        (GPT2, [], "matrices stored as [in, out], or several in one tensor, are not"),
         (LLAMA, ["--scheme", "w4a16"], "do not divide into groups of 128"),
         (LLAMA, ["--scheme", "w4a16", "--group", "12"], "must be a multiple of 8"),
         (LLAMA, ["--scheme", "fp8_block", "--group", "16"], "does not divide into blocks of 16"),
         (LLAMA, ["--method", "gptq"], "give --data"),
+        (LLAMA, ["--scheme", "nf4", "--method", "awq"], "does not go with --scheme nf4"),
+        (LLAMA, ["--scheme", "nf4"], "do not divide into the blocks of 64"),
         (LLAMA, ["--data", "nowhere"], "does not exist"),
     ],
 )
