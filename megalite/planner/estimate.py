@@ -3,7 +3,6 @@ and traffic."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from megalite.planner.memory import Memory, matrix_bytes, rank_memories
 from megalite.planner.network import Network, place
 from megalite.planner.schedule import Order, order_of
 from megalite.planner.shapes import (
+    ENDS,
     LayerShapes,
     ModelTable,
     Shapes,
@@ -285,16 +285,21 @@ class Outlook:
         """Seconds that an optimizer takes for whole matrices: their owners' products, and the
         messages to and from them, a shard long each."""
         plan, busiest = self.plan, 0.0
+        solving = {
+            place: sum(count * self.kernels.product(*each) for each, count in products.items())
+            for place, products in self.table.products.items()
+        }
         for rank in range(plan.pipeline):
-            products = Counter[tuple[int, int, int]]()
-            for span in plan.stages_of(rank):
-                for layer in span.layers:
-                    products.update(self.table.products[layer])
-            solving = sum(
-                count * self.kernels.product(*product) for product, count in products.items()
-            )
-            # Owners are all ranks of a stage.
-            busiest = max(busiest, solving / (plan.replicas * plan.tensor))
+            stages = plan.stages_of(rank)
+            here = {
+                place: seconds
+                for place, seconds in solving.items()
+                if any(stage.holds(place) for stage in stages)
+            }
+            # Owners are all ranks of a stage. An embedding or a head, where `optimizer.groups` gives
+            # it to such an optimizer, is one matrix, which one of them has.
+            largest = max((x for place, x in here.items() if place in ENDS), default=0.0)
+            busiest = max(busiest, largest, sum(here.values()) / (plan.replicas * plan.tensor))
         if not busiest:
             return 0.0
         element = float(matrix_bytes(self.config))

@@ -243,8 +243,8 @@ class ModelTable:
         """Kind of every layer, by its number, and then of predictors of further tokens; the same
         object for equal layers."""
         self.products = self._products()
-        """Products of an optimizer that looks at whole matrices, for every layer, each with how
-        often it is made."""
+        """Products of an optimizer that looks at whole matrices, for every layer and both ends of
+        the model, each with how often it is made."""
         self._sizes: dict[tuple[int, Cut], LocalSizes] = {}
 
     @cached_property
@@ -257,12 +257,12 @@ class ModelTable:
         model = model_config({"hf": folder}).without_predictors()
         return ModelTable(self.config.model_copy(update={"model": model, "lora": None}))
 
-    def _products(self) -> tuple[Counter[tuple[int, int, int]], ...]:
-        found: list[Counter[tuple[int, int, int]]] = [Counter() for _ in self.kinds]
+    def _products(self) -> dict[Place, Counter[tuple[int, int, int]]]:
+        found: dict[Place, Counter[tuple[int, int, int]]] = {}
         for weight in self.weights:
-            if isinstance(weight.place, int) and not weight.frozen:
-                found[weight.place].update(self.config.optimizer.products(weight))
-        return tuple(found)
+            if not weight.frozen and (products := self.config.optimizer.products(weight)):
+                found.setdefault(weight.place, Counter()).update(products)
+        return found
 
     def sizes(self, plan: Plan) -> LocalSizes:
         """Return the sizes under a plan's degrees of tensor and expert parallelism. Raises

@@ -173,6 +173,23 @@ def test_a_head_is_weighed_against_the_work_of_a_layer() -> None:
         )
 
 
+def test_an_embedding_under_muon_is_one_owners_work() -> None:
+    """Its Newton–Schulz steps are those of one matrix, which ranks cannot share."""
+    muon, group = "optimizer.name=muon", "{match: model.embed_tokens.weight, optimizer: muon}"
+    wide: dict[str, Any] = {"vocab_size": 64000}
+    plain, grouped = (
+        [outlook_of(config_of("llama", muon, *more, **wide), ranks) for ranks in (1, 8)]
+        for more in ((), (f"optimizer.groups=[{group}]",))
+    )
+    kernels = plain[0].kernels
+    # X · Xᵀ, its square, and the sum with X, of [256, 64000], five times.
+    rows = (HIDDEN, HIDDEN, 64000), (HIDDEN, HIDDEN, HIDDEN), (HIDDEN, 64000, HIDDEN)
+    alone = 5 * sum(kernels.product(*each) for each in rows)
+    found = [some._whole_matrices_s for some in (*plain, *grouped)]
+    assert found[2] - found[0] == pytest.approx(alone, rel=1e-3)
+    assert found[3] - found[1] > alone / 2
+
+
 def test_every_other_layer_has_a_window() -> None:
     """Only a layer with a window keeps its mask, on the CPU in bf16 and as bool."""
     config = config_of("gemma2", sliding_window=256)
