@@ -136,6 +136,19 @@ def test_refuses_a_sequence_that_cannot_be_cut() -> None:
     )
 
 
+def test_documents_are_balanced_where_that_can_be() -> None:
+    masked = "parallel.context=2", "data.document_mask=true"
+    assert plan_of(2, *masked).context_balance == "documents"
+    assert "ring, balanced by documents" in plan_of(2, *masked).describe()
+    assert plan_of(2, *masked, "parallel.context_balance=sequence").context_balance == "sequence"
+    assert plan_of(2, "parallel.context=2").context_balance == "sequence"
+    asked = "parallel.context_balance=documents"
+    assert "needs data.document_mask: true" in refusal(2, "parallel.context=2", asked)
+    assert "is for context_method: ring" in refusal(
+        2, *masked, asked, "parallel.context_method=ulysses"
+    )
+
+
 def test_refuses_a_weight_that_cannot_be_cut() -> None:
     found = refusal(2, "parallel.tensor=2", "model.intermediate_size=13")
     assert "parallel.tensor = 2" in found

@@ -65,6 +65,12 @@ class ParallelConfig(Section):
         description="How they attend. ring: keys and values travel around; ulysses: each rank gets all tokens of some "
         "heads, which context × tensor must divide.",
     )
+    context_balance: Literal["sequence", "documents"] | None = Field(
+        None,
+        description="What each context rank takes a front and a back piece of, to have as much attention to compute "
+        "as the others. sequence: the whole sequence; documents: each document of it. null: documents where "
+        "data.document_mask packs them into a ring, and train.fp8 is not set.",
+    )
     expert: int = Field(
         1,
         gt=0,

@@ -110,7 +110,7 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedSe
     neighbours = [row.slot for row in rows] == list(range(first, first + len(rows)))
     highest = max(row.start + len(row.tokens) for row in rows)
     places = CachedSequenceInfo(
-        step_T.to(device),
+        step_T[None].to(device),
         position_BT.to(device),
         whole_length=length_B[:, None, None].to(device),
         slot_B=slot_B.to(device),

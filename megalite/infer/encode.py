@@ -206,7 +206,7 @@ def state_batches(
         padded = [row + row[-1:] * (width - len(row)) for row in (rows[n] for n in numbers)]
         tokens_BT, index_T = torch.tensor(padded, device=device), torch.arange(width, device=device)
         lengths_B1 = torch.tensor([len(rows[n]) for n in numbers], device=device)[:, None]
-        places = SequenceInfo(index_T, index_T[None])
+        places = SequenceInfo(index_T[None], index_T[None])
         if is_encoder:
             # Document 0 is the text, 1 the padding, to which no token of the text attends.
             places = replace(places, document_BT=(index_T >= lengths_B1).long())

@@ -480,7 +480,7 @@ class Generator:
         # For RoPE that is scaled by the length: each row's own, and not the padded width.
         lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
         logits_BTV = self.model.logits(
-            tokens_BT, SequenceInfo(index_T, index_T[None], whole_length=lengths)
+            tokens_BT, SequenceInfo(index_T[None], index_T[None], whole_length=lengths)
         )
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             yield logits_TV[: len(row)].float()

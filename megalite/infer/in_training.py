@@ -27,8 +27,8 @@ from megalite.infer.cache import CachedSequenceInfo
 from megalite.infer.evaluate import load_harness
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
+from megalite.models.context_cut import ContextCut
 from megalite.models.layers import IGNORE, SequenceInfo, Source
-from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage
 from megalite.runtime.activity import NOW
 from megalite.utils.outside import shown
@@ -264,7 +264,7 @@ class TrainingModel:
         rows = [[*row, *[padding] * (width - len(row))] for row in sources]
         index_S = torch.arange(width, device=self.device)
         lengths_B1 = torch.tensor([len(row) for row in sources], device=self.device)[:, None]
-        places = SequenceInfo(index_S, index_S[None], (index_S >= lengths_B1).long())
+        places = SequenceInfo(index_S[None], index_S[None], (index_S >= lengths_B1).long())
         return Source(torch.tensor(rows, device=self.device), places)
 
     def next_logits(self, tokens_BT: Tensor, source: Source) -> Tensor:
@@ -286,13 +286,13 @@ class TrainingModel:
         mesh = self._mesh
         tokens_BT = F.pad(tokens_BT, (0, -tokens_BT.shape[1] % self._width))
         batch, width = tokens_BT.shape
-        index_T = torch.arange(width, device=self.device)
+        cut, index_T = None, torch.arange(width, device=self.device)
         if mesh.context.size > 1:
-            index_T = zigzag(width, mesh.context).to(self.device)
+            cut = ContextCut.of(width, mesh.context.size, device=self.device)
+            (index_T,) = cut.device_RBT[mesh.context.rank]
         # Padding may lie beyond the model's last position.
-        places = SequenceInfo(
-            index_T, index_T[None].clamp(max=self.capacity - 1), whole_length=whole_length
-        )
+        position = index_T[None].clamp(max=self.capacity - 1)
+        places = SequenceInfo(index_T[None], position, whole_length=whole_length, cut=cut)
         if source is not None:  # whose document 0 is what the rows here attend to
             places = replace(places, document_BT=torch.zeros_like(tokens_BT), source=source)
         inputs = Inputs(tokens_BT[:, index_T], places)

@@ -70,7 +70,7 @@ class Decoding:
         # Padding is a document of its own, to which no token attends.
         lengths_B1 = torch.tensor([len(row) for row in sources], device=device)[:, None]
         self.document_BS = (index_S >= lengths_B1).long()
-        places = SequenceInfo(index_S, index_S[None], self.document_BS)
+        places = SequenceInfo(index_S[None], index_S[None], self.document_BS)
         memory_BSD = model.encode(Source(tokens_BS, places))
         self.table_NH, self._undropped = model.bias(), SequenceInfo.whole(1, device)
         self.layers = [layer for layer in model.layers.values() if isinstance(layer, DecoderLayer)]

@@ -27,6 +27,7 @@ from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import LossTerms, cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megalite.kernels.sinks import attention_with_sinks, self_attention_with_sinks
+from megalite.models.context_cut import ContextCut
 from megalite.utils.counter_random import random_bits, uniform
 from megalite.utils.keys import key_of
 
@@ -36,8 +37,8 @@ class SequenceInfo:
     """Positions of a micro-batch's tokens. T counts the tokens at hand: a whole sequence, or a
     context rank's part."""
 
-    index_T: Tensor
-    """Index of each token in its whole sequence, int64, ascending."""
+    index_BT: Tensor
+    """Index of each token in its whole sequence, int64, ascending; B may be 1."""
     position_BT: Tensor
     """Positions to encode, int64: the index in the sequence, or in the token's own document; B may
     be 1."""
@@ -54,24 +55,22 @@ class SequenceInfo:
     """`document_BT` of the whole sequence, where only a part of it is at hand."""
     type_BT: Tensor | None = None
     """Types of the tokens, int64: 1 in the second text of a document. None: all are 0."""
-    overlaps: tuple[tuple[bool, bool], ...] | None = None
-    """For each rank that has a part of the sequence, whether a document goes on from one of its
-    parts to one of this rank's: in the front half of the sequence, and in the back half. None: not
-    known."""
+    cut: ContextCut | None = None
+    """How the sequence is cut over context ranks, where only a part of it is at hand."""
     source: Source | None = None
     """What an encoder reads, to which these tokens attend. None: there is no encoder."""
 
     @property
     def length(self) -> int | Tensor:
         """Return the length of the whole sequence."""
-        return len(self.index_T) if self.whole_length is None else self.whole_length
+        return self.index_BT.shape[1] if self.whole_length is None else self.whole_length
 
     @classmethod
     def whole(cls, length: int, device: torch.device, source: Source | None = None) -> SequenceInfo:
         """Return the places of a whole sequence that is one document, beside the `source` that an
         encoder reads."""
-        index = torch.arange(length, device=device)
-        return cls(index, index[None], source=source)
+        index = torch.arange(length, device=device)[None]
+        return cls(index, index, source=source)
 
 
 @dataclass(frozen=True)
@@ -206,17 +205,17 @@ class Dropout(nn.Module):
             # Numbers of the heads in the whole model, or of the tokens in the whole sequence.
             first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
         else:
-            first = places.index_T.chunk(ranks)[rank]
+            first = places.index_BT.chunk(ranks, 1)[rank]
         inner = x[0, 0].numel()
         part, parts = self.features
         # The index that one process would have given each element, whatever part of the input is
         # here.
         index = (
-            first[:, None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
+            first[..., None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
         )
         # A key a sample and site: two dropouts of a model must not drop the same elements.
         keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
-        keep = uniform(keys, index.view(x.shape[1:])) >= self.p
+        keep = uniform(keys, index.view(-1, *x.shape[1:])) >= self.p
         # Inverted dropout: the expectation stays.
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 

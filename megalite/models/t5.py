@@ -395,7 +395,7 @@ class T5(Decoder):
     def _bias(self, table_NH: Tensor, places: SequenceInfo, both_sides: bool) -> Tensor:
         """Return the bias of a stack's scores, [1,H,T,T]: the same within each document as in the
         whole sequence."""
-        c, index_T = self.config, places.index_T
+        c, (index_T,) = self.config, places.index_BT
         found_TT = buckets(index_T, index_T, both_sides, c.relative_buckets, c.relative_distance)
         return F.embedding(found_TT, table_NH).permute(2, 0, 1)[None]
 

@@ -1,6 +1,6 @@
 """Ulysses attention (Jacobs et al. 2023): context parallelism by heads.
 
-Between attention layers every rank has some tokens of all heads, those that `zigzag` gives it; for
+Between attention layers every rank has some tokens of all heads, those that `ContextCut` gives it; for
 attention it has all tokens of some heads. One all-to-all before attention changes the first into
 the second, another one behind it changes back, and each is the backward pass of the other.
 Attention itself is that of one process.
@@ -26,7 +26,6 @@ from megalite.comm.mesh import Axis
 from megalite.kernels.attention import AttentionKind, attention, largest_logits, self_attention
 from megalite.kernels.sinks import attention_with_sinks, self_attention_with_sinks
 from megalite.models.layers import SequenceInfo
-from megalite.parallel.context import zigzag_order
 
 
 class UlyssesAttention:
@@ -134,7 +133,7 @@ def _to_heads(x_BTRF: Tensor, axis: Axis) -> Tensor:
     received_RBTF = _all_to_all(x_BTRF.permute(2, 0, 1, 3).contiguous(), axis)
     out = x_BTRF.new_empty(x_BTRF.shape[0], x_BTRF.shape[1] * axis.size, x_BTRF.shape[3])
     with x_BTRF.device:
-        order = zigzag_order(out.shape[1], axis.size)
+        order = _order(out.shape[1], axis.size)
     # Tokens come rank by rank; `order` says where in the sequence each belongs.
     out[:, order] = received_RBTF.transpose(0, 1).flatten(1, 2)
     return out
@@ -144,9 +143,16 @@ def _to_tokens(x_BSF: Tensor, axis: Axis) -> Tensor:
     """Send every rank its tokens of this rank's features; return this rank's tokens of all
     features, [B,T,R,F]."""
     with x_BSF.device:
-        order = zigzag_order(x_BSF.shape[1], axis.size)
+        order = _order(x_BSF.shape[1], axis.size)
     parts_BRTF = x_BSF[:, order].unflatten(1, (axis.size, -1))
     return _all_to_all(parts_BRTF.transpose(0, 1).contiguous(), axis).permute(1, 2, 0, 3)
+
+
+def _order(length: int, ranks: int) -> Tensor:
+    """Return the tokens of a sequence that rank 0 has, then those of rank 1, and so on: [length]. A
+    rank has one piece from the front and one from the back, as `ContextCut` says."""
+    pieces_NT = torch.arange(length).view(2 * ranks, -1)
+    return torch.stack((pieces_NT, pieces_NT.flip(0)), 1)[:ranks].flatten()
 
 
 def _all_to_all(x: Tensor, axis: Axis) -> Tensor:

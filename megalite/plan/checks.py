@@ -152,6 +152,7 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
 
 def _check_sequence(config: Config, sequence: bool) -> None:
     """Raise ConfigError for a length of sequences that does not divide."""
+    _check_balance(config)
     for length in config.data.seq_lengths:
         key = (
             "data.seq_length"
@@ -161,6 +162,26 @@ def _check_sequence(config: Config, sequence: bool) -> None:
         _check_length(key, length, config, sequence)
     if config.lengths.source:
         _check_length("the decoder's length", config.lengths.target, config, sequence)
+
+
+def _check_balance(config: Config) -> None:
+    """Raise ConfigError where `parallel.context_balance` asks for what cannot be."""
+    if config.parallel.context_balance != "documents":
+        return
+    if not config.data.document_mask:
+        raise ConfigError(
+            "parallel.context_balance: documents needs data.document_mask: true, which keeps documents apart"
+        )
+    if config.parallel.context_method != "ring":
+        raise ConfigError(
+            "parallel.context_balance: documents is for context_method: ring; ulysses' ranks have equal work already, "
+            "all tokens of some heads each"
+        )
+    if config.train.fp8 is not None:
+        raise ConfigError(
+            "parallel.context_balance: documents does not go with train.fp8, whose blocks of tokens would be others "
+            "than one process has; use sequence"
+        )
 
 
 def _check_length(key: str, length: int, config: Config, sequence: bool) -> None:

@@ -96,6 +96,8 @@ class Plan:
     data: int
     context: int
     context_method: Literal["ring", "ulysses"]
+    context_balance: Literal["sequence", "documents"]
+    """What a context rank takes a front and a back piece of."""
     tensor: int
     experts: Cut
     """How experts are cut. Dense weights are cut over the tensor ranks."""
@@ -166,6 +168,11 @@ class Plan:
             weight for stage in self.stages_of(pipeline_rank) for weight in stage.weights(weights)
         ]
 
+    @property
+    def _context(self) -> str:
+        by_documents = self.context_balance == "documents"
+        return self.context_method + (", balanced by documents" if by_documents else "")
+
     def describe(self) -> str:
         """Return the plan as lines of text for the console."""
         axes = {
@@ -187,7 +194,7 @@ class Plan:
                 "sequence parallel",
                 f"{'on' if self.sequence else 'off'}{', overlapped' if self.tensor_overlap else ''}",
             ),
-            *([("context parallel", self.context_method)] if self.context > 1 else []),
+            *([("context parallel", self._context)] if self.context > 1 else []),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
             (
                 "parameters",
@@ -222,6 +229,18 @@ def smallest_world(config: Config) -> int:
     """Return the smallest number of ranks that the layout can run on."""
     parallel = config.parallel
     return parallel.pipeline * lcm(parallel.tensor * parallel.context, expert_cut(parallel).holders)
+
+
+def context_balance(config: Config) -> Literal["sequence", "documents"]:
+    """Return what each context rank takes a front and a back piece of, as
+    `parallel.context_balance` describes it."""
+    if (asked := config.parallel.context_balance) is not None:
+        return asked
+    # Ulysses' ranks have all tokens of some heads each, which is as much for all of them. Blocks of
+    # fp8 tokens would be others than one process has.
+    is_ring = config.parallel.context_method == "ring"
+    by_documents = config.data.document_mask and is_ring and config.train.fp8 is None
+    return "documents" if by_documents else "sequence"
 
 
 def expert_cut(parallel: ParallelConfig) -> Cut:

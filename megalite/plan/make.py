@@ -8,7 +8,7 @@ from math import gcd
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.plan.checks import check_groups, check_layout, check_stages
-from megalite.plan.layout import Plan, Sized, expert_cut, smallest_world
+from megalite.plan.layout import Plan, Sized, context_balance, expert_cut, smallest_world
 from megalite.plan.memory import fullest_rank, resident_bytes
 from megalite.plan.stages import make_stages
 from megalite.utils.counts import divisors
@@ -57,6 +57,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         data=data,
         context=context,
         context_method=parallel.context_method,
+        context_balance=context_balance(config),
         tensor=tensor,
         experts=expert_cut(parallel),
         sequence=sequence,

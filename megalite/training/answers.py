@@ -127,10 +127,10 @@ class Answers:
     def _first(self, where_BTK: Tensor, inputs: Inputs, count: int) -> Tensor:
         """Return the index in the whole sequence of the first token of each document that is
         marked, [B,D,K]."""
-        document_BT, index_T = inputs.places.document_BT, inputs.places.index_T
+        document_BT, index_BT = inputs.places.document_BT, inputs.places.index_BT
         assert document_BT is not None
-        never = torch.iinfo(index_T.dtype).max // 4
-        index = torch.where(where_BTK, index_T[None, :, None], never)
+        never = torch.iinfo(index_BT.dtype).max // 4
+        index = torch.where(where_BTK, index_BT[..., None], never)
         none = index.new_full((len(index), count, index.shape[2]), never)
         of_token = document_BT[..., None].expand_as(index)
         found = none.scatter_reduce(1, of_token, index, "amin")

@@ -34,6 +34,7 @@ from megalite.kernels.divergence import (
 )
 from megalite.kernels.top_divergence import TopComparison, TopTokens
 from megalite.models import model_config
+from megalite.models.context_cut import take
 from megalite.parallel.outputs import HiddenStates
 from megalite.parallel.stage import Inputs, Output
 from megalite.parallel.tensor import combine, enter, vocab_columns
@@ -199,9 +200,9 @@ class Distill(NextToken):
         if self.cached is None or split != "train" or not self.is_last:
             return inputs
         found = self.cached.read(micro.samples.numpy(), micro.labels.numpy())
-        device, index = inputs.tokens_BT.device, inputs.places.index_T
+        device, index = inputs.tokens_BT.device, inputs.places.index_BT
         # This context rank's tokens of the whole sequence.
-        said = [torch.from_numpy(x).to(device, non_blocking=True)[:, index] for x in found]
+        said = [take(torch.from_numpy(x).to(device, non_blocking=True), index) for x in found]
         return replace(inputs, top=TopTokens(*said))
 
     def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class Entities(Classes):
         document_BT = torch.zeros_like(labels_BT) if document_BT is None else document_BT
         # Spans may go on from one context rank's part of a sequence to another's.
         wholes = [
-            self._whole(x, places.index_T)
+            self._whole(x, places.index_BT)
             for x in (labels_BT - IGNORE, out.whole().argmax(2), document_BT)
         ]
         labels_BT, told_BT, document_BT = wholes[0] + IGNORE, *wholes[1:]
@@ -55,10 +55,10 @@ class Entities(Classes):
         # Context ranks all know whole sequences: one of them counts.
         return losses_B, torch.cat((counts, found * (self.mesh.context.rank == 0)), 1)
 
-    def _whole(self, x_BT: Tensor, index_T: Tensor) -> Tensor:
+    def _whole(self, x_BT: Tensor, index_BT: Tensor) -> Tensor:
         """Return whole sequences from this context rank's part of them."""
         length = x_BT.shape[1] * self.mesh.context.size
-        whole = x_BT.new_zeros(len(x_BT), length).index_copy(1, index_T, x_BT)
+        whole = x_BT.new_zeros(len(x_BT), length).scatter(1, index_BT.expand_as(x_BT), x_BT)
         return all_reduce(whole, self.mesh.context)
 
     def _count(self, labels_BT: Tensor, told_BT: Tensor, document_BT: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from megalite.data.loader import MicroBatch
 from megalite.data.masking import Masking, Shares
 from megalite.data.mixture import Corruption
 from megalite.data.tokenizer import Tokenizer
+from megalite.models.context_cut import take
 from megalite.models.layers import IGNORE
-from megalite.parallel.context import zigzag
 from megalite.parallel.outputs import VocabShards
 from megalite.parallel.stage import Inputs, Output, Picked
 from megalite.training.objectives import NextToken, Objective
@@ -99,9 +99,9 @@ class MaskedLM(NextToken):
         self.mesh, self.slices = mesh, mesh.tensor.size if sequence else 1
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
-        labels, context = micro.labels, self.mesh.context
-        if context.size > 1:
-            labels = labels[:, zigzag(labels.shape[1], context)]
+        labels, cut = micro.labels, inputs.places.cut
+        if cut is not None:
+            labels = take(labels, cut.index_RBT[self.mesh.context.rank])
         # Where the sequence is not cut there is one slice, which all tensor ranks pick from.
         picked = Picked.of(
             labels, self.slices, self.mesh.tensor.rank % self.slices, self.mesh.device

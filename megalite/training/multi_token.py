@@ -11,6 +11,7 @@ from torch import Tensor
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.kernels.loss import LossTerms
+from megalite.models.context_cut import take
 from megalite.models.layers import IGNORE
 from megalite.parallel.stage import Ahead, Inputs
 from megalite.training.objectives import NextToken
@@ -31,9 +32,10 @@ class MultiToken(NextToken):
         if split != "train":
             return inputs
         # Shifted before it is cut: what follows a context rank's last token is another rank's.
-        index_T, ahead = inputs.places.index_T, look_ahead(micro, self.num_predictors)
+        index_BT, ahead = inputs.places.index_BT, look_ahead(micro, self.num_predictors)
         tokens_ABT, labels_ABT = (
-            x.to(index_T.device, non_blocking=True)[:, :, index_T] for x in ahead
+            torch.stack([take(x, index_BT) for x in each.to(index_BT.device, non_blocking=True)])
+            for each in ahead
         )
         return replace(inputs, ahead=Ahead(tokens_ABT, labels_ABT))
 

@@ -21,10 +21,10 @@ from megalite.kernels import library
 from megalite.kernels.attention import note_documents
 from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
+from megalite.models.context_cut import ContextCut, take
 from megalite.models.layer_loss import LayerLoss, LayerLosses
 from megalite.models.layers import SequenceInfo, Source
 from megalite.parallel.apply import apply_parallelism
-from megalite.parallel.context import document_overlaps, zigzag
 from megalite.parallel.outputs import LastStage
 from megalite.parallel.rules import vocab_size_of
 from megalite.parallel.stage import Inputs, Output, Stage, lengths_of, positions_of
@@ -57,6 +57,8 @@ class RankModel:
     """The frozen model that the objective compares with."""
     layer_losses: LayerLosses
     """What layers add to the objective."""
+    by_documents: bool
+    """Whether context ranks share each document, not the sequence."""
 
     def train(self, mode: bool = True) -> None:
         """Put all stages into training mode, or into evaluation mode."""
@@ -129,6 +131,7 @@ def connected(
         config.objective.NEEDS,
         frozen,
         losses,
+        plan.context_balance == "documents",
     )
 
 
@@ -144,7 +147,9 @@ def forward_backward(
     `batch` has a label, in which case the gradient is exactly 0."""
     objective, layers = parts.objective, parts.layer_losses
     inputs = [
-        objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train")
+        objective.complete(
+            make_inputs(micro, mesh, seed, parts.needs, parts.by_documents), micro, "train"
+        )
         for micro in batch
     ]
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
@@ -216,7 +221,9 @@ def forward(
     """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its
     inputs and the micro-batch itself; nothing before the last stage. With `split`, inputs are
     completed for the objective."""
-    inputs = [make_inputs(micro, mesh, output=output) for micro in batch]
+    inputs = [
+        make_inputs(micro, mesh, output=output, by_documents=parts.by_documents) for micro in batch
+    ]
     if split:
         pairs = zip(inputs, batch, strict=True)
         inputs = [parts.objective.complete(some, micro, split) for some, micro in pairs]
@@ -240,43 +247,50 @@ def _outputs(parts: RankModel, inputs: list[Inputs], output: Output) -> Iterator
 
 
 def make_inputs(
-    micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: Output = "losses"
+    micro: MicroBatch,
+    mesh: Mesh,
+    seed: int | None = None,
+    output: Output = "losses",
+    by_documents: bool = False,
 ) -> Inputs:
     """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives
-    dropout its keys, None: no dropout; `output` is what is asked of the last stage."""
-    context, overlaps = mesh.context, None
-    if context.size > 1 and micro.documents is not None:
-        # On the host: what is not to be computed must be known there.
-        overlaps = document_overlaps(micro.documents, context)
-    on_host = micro.documents
-    micro = micro.to(mesh.device)
+    dropout its keys, None: no dropout; `output` is what is asked of the last stage; `by_documents`
+    cuts each document over context ranks, not the sequence."""
+    context, on_host = mesh.context, micro.documents
     length = micro.tokens.shape[1]
-    with mesh.device:  # made on the device: a copy would wait for it
-        # Which tokens of the whole sequence this rank has, [T]. Everything below is cut by it.
-        index = zigzag(length, context) if context.size > 1 else torch.arange(length)
+    # Which tokens of the whole sequence this rank has, [B or 1,T]. Everything below is cut by it.
+    if context.size > 1:
+        cut = ContextCut.of(length, context.size, on_host, by_documents, mesh.device)
+        index = cut.device_RBT[context.rank]
+    else:
+        cut = None
+        index = torch.arange(length, device=mesh.device)[None]
+    micro = micro.to(mesh.device)
     # From the whole documents, and cut afterwards: a part does not know where its documents began.
-    position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
-    document = None if micro.documents is None else micro.documents[:, index]
+    position = index if micro.documents is None else take(positions_of(micro.documents), index)
+    document = None if micro.documents is None else take(micro.documents, index)
     # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
-    whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
+    whole: int | Tensor = length
+    if micro.documents is not None:
+        whole = take(lengths_of(micro.documents)[..., 0], index)[..., None]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
     whole_document = micro.documents if context.size > 1 else None
     if micro.documents is not None and document is not None and on_host is not None:
         note_documents(document if context.size == 1 else micro.documents, on_host)
-    types = None if micro.types is None else micro.types[:, index]
+    types = None if micro.types is None else take(micro.types, index)
     source = None if micro.source is None else _source_of(micro, micro.source, keys)
     places = SequenceInfo(
-        index, position, document, keys, whole, whole_document, types, overlaps, source
+        index, position, document, keys, whole, whole_document, types, cut, source
     )
-    return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
+    return Inputs(take(micro.tokens, index), places, take(micro.labels, index), output)
 
 
 def _source_of(micro: MicroBatch, tokens_BS: Tensor, keys: Tensor | None) -> Source:
     """Return what an encoder reads of a micro-batch on the device, with the dropout `keys` of its
     samples."""
     document = micro.source_documents
-    index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-    position = index[None] if document is None else positions_of(document)
+    index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+    position = index if document is None else positions_of(document)
     return Source(tokens_BS, SequenceInfo(index, position, document, keys))
 
 

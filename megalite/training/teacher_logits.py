@@ -254,7 +254,7 @@ class _Making:
         assert asked.frozen is not None
         assert asked.labels_BT is not None
         length = micro.tokens.shape[1]
-        place_BT = micro.samples.to(self._mesh.device)[:, None] * length + asked.places.index_T
+        place_BT = micro.samples.to(self._mesh.device)[:, None] * length + asked.places.index_BT
         # The last batch begins again: its samples beyond the last are known already.
         is_asked_N = (asked.labels_BT != IGNORE).flatten()
         top = self._top(asked.frozen(), is_asked_N)

@@ -25,7 +25,8 @@ def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
     stages = tuple(StageSpan(i, i, i + 1, i == 0, i == pipeline - 1) for i in range(pipeline))
     return Plan(
         world_size=pipeline * tensor * data, pipeline=pipeline, data=data, context=1, tensor=tensor,
-        context_method="ring", experts=Cut(tensor), sequence=False, tensor_overlap=False, engine="native", zero_stage=1,
+        context_method="ring", context_balance="sequence", experts=Cut(tensor), sequence=False,
+        tensor_overlap=False, engine="native", zero_stage=1,
         schedule="1f1b", virtual=1, stages=stages, micro_batch_size=1, micro_batches=1, tokens_per_step=1, steps=1,
         tokens=1, num_params=1, params_per_rank=1, num_trained=1, memory_bytes={},
     )  # fmt: skip

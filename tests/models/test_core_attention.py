@@ -96,7 +96,7 @@ def test_attention_to_another_sequence(dropout: bool) -> None:
     q, (_, k, v) = random(1, 9, 4, 8, seed=7), parts(12, 2, (8, 6), 3)
     of_queries, of_keys = torch.tensor([[0] * 4 + [1] * 5]), torch.tensor([[0] * 7 + [1] * 5])
     places, source = (
-        SequenceInfo(torch.arange(x.shape[1]), torch.arange(x.shape[1])[None], x, torch.tensor([5]))
+        SequenceInfo(*[torch.arange(x.shape[1])[None]] * 2, x, torch.tensor([5]))
         for x in (of_queries, of_keys)
     )
     found = core.attend(q, k, v, places, source)
@@ -145,7 +145,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     # As many keys as queries, so that no shape gives the mistake away.
     with pytest.raises(ValueError, match="to another sequence must be neither causal nor windowed"):
         CoreAttention().attend(q, k, v, places, SequenceInfo.whole(6, CPU))
-    packed = SequenceInfo(places.index_T, places.position_BT, torch.zeros(1, 6, dtype=torch.int64))
+    packed = SequenceInfo(places.index_BT, places.position_BT, torch.zeros(1, 6, dtype=torch.int64))
     with pytest.raises(
         ValueError, match="give the documents of queries and of keys, or of neither"
     ):

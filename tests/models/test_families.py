@@ -189,7 +189,9 @@ def test_logits_of_classes_are_those_of_transformers(tmp_path: Path, case: str, 
     with torch.no_grad():
         wanted = theirs(tokens, attention_mask=mask).logits
         document = torch.repeat_interleave(torch.tensor([len(text) for text in texts]))[None]
-        places = SequenceInfo(torch.arange(document.shape[1]), positions_of(document), document)
+        places = SequenceInfo(
+            torch.arange(document.shape[1])[None], positions_of(document), document
+        )
         found = load_model(tmp_path / "ours")(torch.cat(texts)[None], places)[0].split(
             [len(text) for text in texts]
         )
@@ -571,8 +573,8 @@ KEYS = torch.arange(11, 15) * 7919
 def places(
     length: int, keys: Tensor | None = None, documents: Tensor | None = None
 ) -> SequenceInfo:
-    index = torch.arange(length)
-    return SequenceInfo(index, index[None], documents, keys)
+    index = torch.arange(length)[None]
+    return SequenceInfo(index, index, documents, keys)
 
 
 def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS, ranks: int = 1) -> Tensor:

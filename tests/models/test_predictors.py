@@ -110,7 +110,7 @@ def test_predictors_are_those_of_transformers(
         h = theirs.model(tokens).last_hidden_state
         wanted = [theirs.lm_head(h)]
         for depth, further in enumerate(ahead):
-            h = behind.forward_layer(depth, h, places.index_T[None], None, input_ids=further)
+            h = behind.forward_layer(depth, h, places.index_BT, None, input_ids=further)
             wanted.append(theirs.lm_head(h))
     for mine, other in zip(found, wanted, strict=True):
         assert other.std() > 0.3, "logits large enough that the bound means something"

@@ -231,8 +231,8 @@ def reference(recipe: str) -> tuple[float, dict[str, Tensor]]:
         if (number, name) != (1, "mlp.down"):
             linear = model.layers[str(number)].get_submodule(name)
             linear.forward = lambda x, weight=linear.weight: ByHand.apply(x, weight, recipe)
-    index, total = torch.arange(LENGTH), 0.0
-    places = SequenceInfo(index, index[None], None, None)
+    index, total = torch.arange(LENGTH)[None], 0.0
+    places = SequenceInfo(index, index, None, None)
     for row in range(BATCH):
         micro = batch(slice(row, row + 1))
         x = last_of(model.run_layers(model.embed(micro.tokens, places), places))

@@ -141,6 +141,7 @@ class Layout:
     virtual: int = 1
     context: int = 1
     context_method: str = "ring"
+    context_balance: str | None = None
     expert: int = 1
     expert_tensor: int | None = None
     gathers: bool = False
@@ -162,6 +163,7 @@ class Layout:
             name += f"-pp{self.pipeline}-{self.schedule}{self.virtual}"
         if self.context > 1:
             name += f"-cp{self.context}{'-ulysses' * (self.context_method == 'ulysses')}"
+            name += f"-by-{self.context_balance}" if self.context_balance else ""
         name += f"-ep{self.expert}" if self.expert > 1 else ""
         name += f"-etp{self.expert_tensor}" if self.expert_tensor else ""
         name += "-gathered" if self.gathers else ""
@@ -552,6 +554,7 @@ def config_of(model: str, layout: Layout) -> Config:
                 "tensor": layout.tensor, "sequence": layout.sequence, "zero_stage": layout.zero,
                 "pipeline": layout.pipeline, "schedule": layout.schedule, "virtual": layout.virtual,
                 "context": layout.context, "context_method": layout.context_method, "engine": layout.engine,
+                "context_balance": layout.context_balance,
                 "expert": layout.expert, "expert_tensor": layout.expert_tensor, "tensor_overlap": layout.overlap,
                 "bucket_mb": 0.05,  # several buckets even in so small a model
             },
@@ -572,6 +575,8 @@ CASES = [
     *(("moe-packed", layout) for layout in WITH_EXPERTS),
     *(("latent-packed", layout) for layout in WITH_LATENTS),
     *(("ahead-packed", layout) for layout in WITH_PREDICTORS),
+    # By documents where the others are packed.
+    ("llama-packed", Layout(2, context=2, context_balance="sequence", micro=2)),
     *ENCODERS,
     *TWO_STACKS,
     *ENCODER_DECODERS,
@@ -868,8 +873,8 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
         places = reference_places(batch, packed=model_name in PACKED)
         if config.lengths.source:
             tokens, documents = sides_of(batch, model_name).values()
-            index = torch.arange(SOURCE)
-            source = Source(tokens, SequenceInfo(index, index[None], documents, places.key_B))
+            index = torch.arange(SOURCE)[None]
+            source = Source(tokens, SequenceInfo(index, index, documents, places.key_B))
             places = replace(places, source=source)
         x = last_of(model.run_layers(model.embed(batch.tokens, places), places))
         loss = model.loss(model.predict(x), batch.labels).sum()
@@ -900,9 +905,9 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
 
 def reference_places(batch: MicroBatch, packed: bool) -> SequenceInfo:
     keys = random_bits(key_of(SEED, "dropout"), batch.samples)
-    index = torch.arange(LENGTH)
+    index = torch.arange(LENGTH)[None]
     if not packed:
-        return SequenceInfo(index, index[None], None, keys)
+        return SequenceInfo(index, index, None, keys)
     assert batch.documents is not None
     position = torch.zeros_like(batch.documents)
     for row, documents in enumerate(batch.documents.tolist()):

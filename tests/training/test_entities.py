@@ -64,11 +64,11 @@ def test_entities_are_counted_as_by_conlleval() -> None:
             there, told = there + len(wholes[0]), told + len(wholes[1])
             right += len(wholes[0] & wholes[1])
         wanted.append([there, told, right])
-    index = torch.arange(40)
+    index = torch.arange(40)[None]
     logits = F.one_hot(told_BT, len(LABELS)).float()
     out: Any = SimpleNamespace(whole=lambda: logits)
     inputs: Any = SimpleNamespace(
-        labels_BT=labels_BT, places=SequenceInfo(index, index[None], document_BT)
+        labels_BT=labels_BT, places=SequenceInfo(index, index, document_BT)
     )
     _, counts = objective.judge(out, inputs)
     assert counts[:, -3:].tolist() == wanted

@@ -198,7 +198,7 @@ def _run(model: Predictor, tokens_BT: Tensor, places: CachedSequenceInfo, last_B
     """Run `model` on inputs that lie on the host."""
     to = partial(Tensor.to, device=model.device)
     # Those of a CachedSequenceInfo that are set; biases are made on the device of the positions.
-    names = ("index_T", "position_BT", "whole_length", "slot_B", "cell_BT")
+    names = ("index_BT", "position_BT", "whole_length", "slot_B", "cell_BT")
     moved: dict[str, Any] = {name: to(getattr(places, name)) for name in names}
     return model.predict(to(tokens_BT), replace(places, **moved), to(last_B))
 
@@ -228,7 +228,7 @@ def _unpacked(header: list[int], numbers: Tensor) -> tuple[Tensor, CachedSequenc
     slot_B, length_B, last_B = of_rows.view(3, rows)
     first = int(slot_B[0])
     places = CachedSequenceInfo(
-        torch.arange(width), position_BT, whole_length=length_B[:, None, None], slot_B=slot_B,
+        torch.arange(width)[None], position_BT, whole_length=length_B[:, None, None], slot_B=slot_B,
         slots=slice(first, first + rows) if neighbours else None, cell_BT=cell_BT, num_cells=num_cells,
         fresh=bool(fresh),
     )  # fmt: skip
