@@ -3,11 +3,12 @@ micro-batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import comb
 
 from megalite.parallel.expert import goes_to_all
 from megalite.planner.kernels import Kernels
-from megalite.planner.network import Network
+from megalite.planner.network import Group, Network
 from megalite.planner.shapes import LayerShapes, Matrix, Shapes
 
 ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
@@ -54,6 +55,16 @@ class PassTimes:
         names = self.__dataclass_fields__
         return PassTimes(*(getattr(self, name) * count for name in names))
 
+    def beyond(self, work: PassTimes) -> PassTimes:
+        """Return these times of messages as far as they are longer than those of the work beside
+        them."""
+        return replace(
+            self,
+            forward=max(0.0, self.forward - work.forward),
+            backward=max(0.0, self.backward - work.backward),
+            backward_input=max(0.0, self.backward_input - work.backward_input),
+        )
+
 
 NOTHING = PassTimes(0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -86,9 +97,9 @@ class Costs:
             total += self._product(matrix)
         size = sum(matrix.elements for matrix in layer.matrices)
         accumulation = self._accumulation(size, self._product_add_bytes)
-        total += (
-            self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
-        )
+        total += self._attention(layer) + self._elementwise(layer) + accumulation
+        dispatch = self._dispatch(layer)
+        total += dispatch.beyond(total) if self.kernels.software.hides_experts else dispatch
         if layer.quantised:
             # For the product of each pass.
             held = [matrix for matrix in layer.matrices if matrix.is_linear]
@@ -199,8 +210,8 @@ class Costs:
             else shapes.tokens
         )
         tokens, rows, columns = matrix.tokens_of_each(here), matrix.rows, matrix.columns
-        # Of experts the operands are rounded, but multiplied as they were.
-        fp8 = matrix.fp8 and count == 1
+        # Ours rounds the operands of experts, but multiplies them as they were.
+        fp8 = matrix.fp8 and (count == 1 or self.kernels.software.fp8_experts)
         forward = count * product(tokens, rows, columns, fp8)
         # The three products of a linear layer have equal FLOPs but different shapes, hence other
         # tiles.
@@ -272,7 +283,11 @@ class Costs:
             sent = (ranks - 1) * (tokens + 3 * rows) + 4 * of_tensor
             return PassTimes(forward, backward, backward, 0.0, 0.0, expert_bytes=sent)
         # Rows are copied together for their way, and sorted by expert behind it.
-        time = shared + network.all_to_all(rows, network.expert) + self.kernels.memory(4 * rows, 2)
+        far = rows
+        if self.kernels.software.once_a_node:
+            far *= _sent_once(layer, network.expert)
+        messages = network.all_to_all(rows, network.expert, far)
+        time = shared + messages + self.kernels.memory(4 * rows, 2)
         sent = rows * (layer.expert - 1) / layer.expert + of_tensor
         # There and back, in the forward pass and in the backward pass.
         return PassTimes(2 * time, 2 * time, 2 * time, 0.0, 0.0, expert_bytes=4 * sent)
@@ -454,3 +469,13 @@ class Costs:
         """Bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends twice what
         a reduce-scatter does."""
         return (1 if self.shapes.sequence else 2) * self._sent(self._whole)
+
+
+def _sent_once(layer: LayerShapes, group: Group) -> float:
+    """Return how many copies of a token leave for each other node, as a share of its rows that do,
+    where it travels there once at most. Its experts are any, as often each."""
+    here = layer.num_experts * group.per_node // group.ranks
+    none_there = comb(layer.num_experts - here, layer.visited) / comb(
+        layer.num_experts, layer.visited
+    )
+    return (1 - none_there) / (layer.visited * here / layer.num_experts)

@@ -413,7 +413,7 @@ class Outlook:
         speed = {
             "tensor": network.bandwidth(network.tensor),
             "context": network.message_bandwidth(network.context.nodes > 1),
-            "expert": network.message_bandwidth(network.expert.nodes > 1),
+            "expert": network.spread_bandwidth(network.expert),
             "data": network.bandwidth(network.replicas),
             "pipeline": network.message_bandwidth(network.pipeline_crosses_nodes),
         }

@@ -62,6 +62,14 @@ class Software:
     (torch's non-reentrant checkpoints)."""
     selective_products: float = 0.0
     """Share of the products that its selective recomputation computes again."""
+    fp8_experts: bool = False
+    """True if `train.fp8` takes products of experts in fp8, too."""
+    once_a_node: bool = False
+    """True if a token travels to another node once, however many of its experts are there, and is
+    spread within it (DeepEP, HybridEP). Otherwise each of its rows travels by itself."""
+    hides_experts: bool = False
+    """True if rows travel to experts and back beside the work on another micro-batch (Megatron's
+    overlap_moe_expert_parallel_comm). Otherwise nothing runs beside them."""
 
 
 MEGALITE = Software(

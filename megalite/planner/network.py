@@ -71,17 +71,28 @@ class Network:
         # One launch instead of two: the base latency counts once.
         return max(0.0, 2 * self.gather(num_bytes, group) - BASE_US * 1e-6)
 
-    def all_to_all(self, num_bytes: float, group: Group) -> float:
+    def all_to_all(self, num_bytes: float, group: Group, across: float | None = None) -> float:
         """Return the seconds in which every rank sends `num_bytes`, as much to each rank of the
-        group, itself included."""
+        group, itself included. Between nodes it is as if there were `across` of them, where what
+        arrives is spread within the node."""
         if group.ranks == 1 or num_bytes == 0:
             return 0.0
         # Shares of the bytes that stay in the node and that leave it; the two travel at the same
         # time.
         near = (group.per_node - 1) / group.ranks
         far = 1 - group.per_node / group.ranks
+        if across is not None:
+            near, far = (group.per_node - 1) / group.per_node, far * across / num_bytes
         latency = BASE_US + (self.hardware.interconnect.latency_us if far else LINK_US)
         return latency * 1e-6 + num_bytes * max(near / self._near, far / self._far)
+
+    def spread_bandwidth(self, group: Group) -> float:
+        """Return the bytes/s that a rank sends to others in an all-to-all, some of which are in its
+        node."""
+        if group.nodes == 1:
+            return self._near
+        near, far = group.per_node - 1, group.ranks - group.per_node
+        return (group.ranks - 1) / max(near / self._near, far / self._far)
 
     def hand_over(self, num_bytes: float) -> float:
         """Return the seconds of a message from one pipeline rank to the next."""
