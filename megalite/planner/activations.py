@@ -80,6 +80,15 @@ def _dequantised(shapes: LayerShapes) -> int:
     return largest * shapes.element + min(largest, AT_ONCE) * BYTES_BESIDE[shapes.quantised]
 
 
+def _before_magnitudes(shapes: LayerShapes) -> int:
+    """Count what matrices return before magnitudes scale it (DoRA), which their gradients need; as if
+    all matrices that adapters could adapt had them."""
+    if not shapes.dora:
+        return 0
+    features = sum(each.rows for each in shapes.matrices if each.is_linear)
+    return shapes.tokens * features * shapes.element
+
+
 class _Layer:
     """Counts the tensors of a layer, and what is alive at each moment of its passes that may be the
     peak."""
@@ -124,6 +133,7 @@ class _Layer:
             + mlp
             + self.routed
             + 2 * self.masks
+            + _before_magnitudes(shapes)
         )
         """All that a layer keeps for its backward pass without recomputation, or holds after it has
         recomputed."""

@@ -106,6 +106,8 @@ class Shapes:
     """True if only adapters of the layers' matrices are trained."""
     quantised: Kind | None
     """The few bits that these matrices are held in, to be dequantised for each product."""
+    dora: bool
+    """True if what these matrices return is scaled by magnitudes that are trained (DoRA)."""
     logits_every: int
     """Steps between those that find the largest attention logits; 0: none does."""
     element: int
@@ -403,6 +405,7 @@ def shapes_of(
         hidden_dropout=architecture.hidden_dropout > 0,
         frozen=config.lora is not None,
         quantised=config.lora.quantize_base if config.lora else None,
+        dora=config.lora is not None and config.lora.dora,
         logits_every=1 if config.optimizer.qk_clip else config.observe.layers_every,
         element=2 if train.precision == "bf16" else 4,
         tensor=plan.tensor,

@@ -261,6 +261,23 @@ def test_frozen_weights_take_no_memory_but_their_own(tmp_path: Path) -> None:
     assert memory.total == pytest.approx(found["lora"]["peak"], rel=0.05)
 
 
+def test_magnitudes_take_as_much_memory_as_planned(tmp_path: Path) -> None:
+    """What each matrix returns is kept once more, for their gradients."""
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_attention_heads": 8,
+    }
+    save_model(tmp_path / "base", **sizes, max_position_embeddings=256)
+    settings = (f"model.hf={tmp_path / 'base'}", "train.precision=bf16", "data.seq_length=256")
+    config = make_config(tmp_path, {}, *settings, "lora.rank=8", "lora.dora=true")
+    found = measure_step(0, 1, config)
+    plan = make_plan(config, weight_table(config.model, config.lora), 1)
+    (memory,) = memory_of(config, plan, device="cpu")
+    assert memory.total == pytest.approx(found["peak"], rel=0.05)
+
+
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.45), ("int8", 0.55)])
 def test_a_model_in_few_bits_takes_as_much_memory_as_planned(
     tmp_path: Path, kind: str, most: float
