@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from megalite.checkpoint.gguf_quants import quantise_q4_k
 from megalite.cli import main
 from megalite.data.tokenizer_training import PATTERN
-from megalite.infer.generate import Generator
+from megalite.infer.generate import Generator, load_model
 from tiny_models import CASES, save_model
 
 gguf = pytest.importorskip("gguf")
@@ -133,6 +133,78 @@ def test_a_file_holds_the_models_numbers(
             size = blocks.flatten(-2)
         assert ((numbers - wanted).abs() <= STEP[of] * size + 1e-7).all(), hf
     assert [*found] == ["rope_freqs.weight"] * (name == "llama")
+
+
+def rotated(x_THK: torch.Tensor, base: float, divisors: torch.Tensor, neighbours: bool) -> Any:
+    """RoPE as llama.cpp's two kinds have it: of pairs of neighbours, or half a head apart."""
+    length, _, size = x_THK.shape
+    angle = torch.outer(
+        torch.arange(length).double(),
+        base ** -(torch.arange(0, size, 2).double() / size) / divisors,
+    ).float()[:, None]
+    first, second = (x_THK[..., ::2], x_THK[..., 1::2]) if neighbours else x_THK.chunk(2, dim=-1)
+    turned = (
+        first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()
+    )  # fmt: skip
+    return torch.stack(turned, -1).flatten(-2) if neighbours else torch.cat(turned, -1)
+
+
+def plain_logits(reader: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """What llama.cpp's graphs of these architectures compute, from nothing but the file: [T, V]."""
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    arch = said["general.architecture"]
+
+    def number(key: str) -> Any:
+        return said[f"{arch}.{key}"]
+
+    weights = {
+        each.name: torch.from_numpy(gguf.dequantize(each.data, each.tensor_type).copy()).view(
+            *reversed([int(size) for size in each.shape])
+        )
+        for each in reader.tensors
+    }
+    heads, groups = number("attention.head_count"), number("attention.head_count_kv")
+    size, base = number("attention.key_length"), number("rope.freq_base")
+    divisors = weights.get("rope_freqs.weight", torch.ones(size // 2)).double()
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        eps = number("attention.layer_norm_rms_epsilon")
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weights[name], eps)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    x = weights["token_embd.weight"][tokens]
+    for layer in range(number("block_count")):
+        own = f"blk.{layer}."
+        normed = norm(x, f"{own}attn_norm.weight")
+        q, k, v = (linear(normed, f"{own}attn_{each}").unflatten(-1, (-1, size)) for each in "qkv")
+        if arch == "qwen3":
+            q, k = norm(q, f"{own}attn_q_norm.weight"), norm(k, f"{own}attn_k_norm.weight")
+        q, k = (rotated(each, base, divisors, arch == "llama") for each in (q, k))
+        k, v = (each.repeat_interleave(heads // groups, 1) for each in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(each.transpose(0, 1) for each in (q, k, v)), is_causal=True
+        )
+        x = x + linear(out.transpose(0, 1).flatten(1), f"{own}attn_output")
+        normed = norm(x, f"{own}ffn_norm.weight")
+        gate = torch.nn.functional.silu(linear(normed, f"{own}ffn_gate"))
+        x = x + linear(gate * linear(normed, f"{own}ffn_up"), f"{own}ffn_down")
+    head = "output" if "output.weight" in weights else "token_embd"
+    return linear(norm(x, "output_norm.weight"), head)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plain_forward_of_the_file_says_what_the_model_says(
+    folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    reader = converted(folders[name], tmp_path / "my.gguf", "F16")
+    tokens = torch.arange(40) * 7 % 258
+    with torch.inference_mode():
+        wanted = load_model(folders[name])(tokens[None])[0]
+        found = plain_logits(reader, tokens)
+    # Weights are rounded to fp16, 11 bits, in each of two layers of wide sums.
+    assert ((found - wanted).norm() / wanted.norm()).item() < 5e-3
 
 
 def test_what_a_file_says_of_model_and_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
