@@ -79,7 +79,7 @@ def _add_precision(parser: VerbParser) -> None:
 def _precision(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
     from megalite.errors import ConfigError
-    from megalite.kernels.fp8 import RECIPES
+    from megalite.kernels.recipes import RECIPES
     from megalite.planner.hardware import DEFAULT_INTERCONNECT, find_hardware
     from megalite.precision.run import Wanted, run_precision
     from megalite.utils.spelling import did_you_mean

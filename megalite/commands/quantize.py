@@ -40,9 +40,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     from megalite.checkpoint.convert import check_new, write_model
     from megalite.infer.generate import find_model
+    from megalite.kernels.schemes import make_scheme
     from megalite.quantization.layers import LayerRuns
     from megalite.quantization.run import quantised
-    from megalite.quantization.schemes import make_scheme
 
     folder, runs = find_model(arguments.model), None
     check_new(arguments.output)

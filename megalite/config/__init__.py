@@ -31,7 +31,7 @@ from megalite.config.parallel import OffloadConfig, ParallelConfig
 from megalite.config.run import CheckpointConfig, HealthConfig, Policy, RunConfig
 from megalite.config.schema import Config
 from megalite.config.section import Choice, Section
-from megalite.config.train import BatchRampConfig, Fp8Config, TrainConfig
+from megalite.config.train import BatchRampConfig, FakeQuantizeConfig, Fp8Config, TrainConfig
 
 __all__ = [
     "ANSWER_LABELS",
@@ -46,6 +46,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DataKind",
+    "FakeQuantizeConfig",
     "FillInTheMiddleConfig",
     "Fp8Config",
     "HealthConfig",

@@ -40,6 +40,9 @@ KEYS = {
     "train.precision": ("dtype", "bf16", "fp16", "fp32", "mixed_precision", "torch_dtype"),
     "train.fp8.recipe": ("fp8_recipe", "fp8_format", "float8_recipe_name"),
     "train.fp8.first_last_bf16": ("first_last_layers_bf16",),
+    "train.fake_quantize": ("qat", "quantization_aware_training"),
+    "train.fake_quantize.start_step": ("fake_quant_after_n_steps",),
+    "train.fake_quantize.group": ("group_size", "groupsize"),
     "train.recompute": (
         "recompute_layer", "activation_checkpointing", "gradient_checkpointing",
         "recompute_granularity", "checkpoint_activations", "enable_activation_checkpointing",

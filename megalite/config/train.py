@@ -31,10 +31,10 @@ class Fp8Config(Section):
     """Compute the products of the layers' linear modules in fp8: x · Wᵀ and both gradients. Weights,
     gradients, optimizer states and checkpoints stay as they are without it."""
 
-    recipe: Literal["current", "rowwise", "blockwise", "mxfp8"] = Field(
+    recipe: Literal["current", "rowwise", "blockwise", "mxfp8", "nvfp4"] = Field(
         "blockwise",
         description="Numbers that share a scale. blockwise: 128 of activations and gradients, 128 × 128 of weights; "
-        "mxfp8: 32; rowwise: a row; current: a whole matrix.",
+        "mxfp8: 32; rowwise: a row; current: a whole matrix; nvfp4: 16 numbers of 4 bits, a study on any device.",
     )
     # As Megatron-LM's --first-last-layers-bf16: rounding costs most at the ends of a model.
     first_last_bf16: tuple[int, int] = Field(
@@ -50,6 +50,36 @@ class Fp8Config(Section):
         if min(layers) < 0:
             raise ValueError("numbers of layers must not be negative")
         return layers
+
+
+class FakeQuantizeConfig(Section):
+    """Train the model that quantising will make of it (QAT): the layers' matrices are rounded in every
+    product as `megalite quantize` rounds them, and gradients go through. Checkpoints are as without
+    it."""
+
+    scheme: Literal["w8a8", "w4a16", "fp8", "fp8_block"] = Field(
+        "w4a16", description="Scheme of `megalite quantize` that the result is for."
+    )
+    group: int = Field(
+        128,
+        gt=0,
+        description="Columns that share a scale under w4a16, a multiple of 8; rows and columns under fp8_block.",
+    )
+    inputs: bool = Field(
+        True,
+        description="Round the inputs of matrices, too, as vLLM does of these schemes but w4a16. false: weights alone.",
+    )
+    start_step: int = Field(
+        0, ge=0, description="Optimizer steps that are trained before rounding begins."
+    )
+
+    @model_validator(mode="after")
+    def _whole_words(self) -> FakeQuantizeConfig:
+        if self.scheme == "w4a16" and self.group % 8:
+            raise ValueError(
+                f"group {self.group} must be a multiple of 8: eight numbers share a word"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -91,6 +121,7 @@ class TrainConfig(Section):
         description="Number format of passes. bf16 keeps weights, gradients and moments in fp32 as well.",
     )
     fp8: Fp8Config | None = None
+    fake_quantize: FakeQuantizeConfig | None = None
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="Activations to recompute in the backward pass. selective: what is large and cheap; full: all "

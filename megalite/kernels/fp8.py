@@ -46,7 +46,7 @@ INFINITY = 0x7F800000
 """Bits of fp32's infinity. Without the sign, those of a NaN are larger, all others smaller."""
 MANTISSA = 0x7FFFFF
 
-Name = Literal["current", "rowwise", "blockwise", "mxfp8"]
+Name = Literal["current", "rowwise", "blockwise", "mxfp8", "nvfp4"]
 Block = tuple[int, int]
 """Rows and columns that share a scale."""
 
@@ -252,14 +252,6 @@ class Recipe:
         one [E·O,I]: no block has rows of two, as O is a multiple of it."""
         operand: Operand = "x" if over == "input" else "grad"
         return self._round(rows, operand, over), self._round(weight, "weight", over)
-
-
-RECIPES: dict[Name, Recipe] = {
-    "current": Recipe("current", None, rows=None, weight_rows=None, gradients=E5M2),
-    "rowwise": Recipe("rowwise", None),
-    "blockwise": Recipe("blockwise", 128, weight_rows=128, multiple=128),
-    "mxfp8": Recipe("mxfp8", 32, multiple=32),
-}
 
 
 def _register() -> None:

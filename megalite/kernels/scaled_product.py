@@ -41,6 +41,8 @@ def takes(name: Name, x: Tensor) -> bool:
 
 def chip_takes(name: Name, capability: tuple[int, int]) -> bool:
     """Return whether chips of a compute capability multiply codes of this recipe."""
+    if name == "nvfp4":  # studied, in torch
+        return False
     if name == "blockwise":
         return capability == (9, 0)
     return capability >= ((10, 0) if name == "mxfp8" else (8, 9))

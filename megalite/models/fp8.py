@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from megalite.config import Config, Fp8Config
 from megalite.errors import ConfigError
-from megalite.kernels.fp8 import RECIPES
+from megalite.kernels.recipes import RECIPES
 from megalite.models.lora import is_called
 from megalite.models.weights import Weight
 from megalite.plan import expert_cut
@@ -91,10 +91,15 @@ def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
             f"train.fp8.recipe: {fp8.recipe} needs parallel.context: 1, not {parallel.context}: its scales are of all "
             "tokens of a micro-batch; blockwise and mxfp8 have smaller blocks"
         )
+    if fp8.recipe == "nvfp4" and config.train.recompute != "none":
+        raise ConfigError(
+            f"train.fp8.recipe: nvfp4 needs train.recompute: none, not {config.train.recompute}: what is computed "
+            "again would not know whose samples it rounds by chance"
+        )
     _check_lengths(config, fp8, recipe.multiple)
     for weight in found:
         ranks_of = expert_cut(parallel).tensor if weight.is_expert else parallel.tensor
-        for what, size, ranks in _sizes(weight, ranks_of):
+        for what, size, ranks in sizes(weight, ranks_of):
             if size % (recipe.multiple * ranks):
                 key = "expert_tensor" if weight.is_expert else "tensor"
                 over = f" over parallel.{key} = {ranks}" if ranks > 1 else ""
@@ -121,7 +126,7 @@ def _check_lengths(config: Config, fp8: Fp8Config, multiple: int) -> None:
             )
 
 
-def _sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:
+def sizes(weight: Weight, tensor: int) -> Iterator[tuple[str, int, int]]:
     """Yield what each dimension of a weight counts, its size, and the ranks that it is cut over. Rows
     are counted in each of its parts."""
     rows = tensor if weight.shard == "column" else 1

@@ -13,14 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Axis, Mesh
-from megalite.config import Fp8Config, TrainConfig
+from megalite.config import FakeQuantizeConfig, Fp8Config, TrainConfig
 from megalite.kernels import library
-from megalite.kernels.fp8 import RECIPES
+from megalite.kernels.fake_quantize import FakeQuantised, Switch
+from megalite.kernels.fp8 import Agree
 from megalite.kernels.linear import WeightGradStore
+from megalite.kernels.nvfp4 import Nvfp4
+from megalite.kernels.recipes import RECIPES
+from megalite.kernels.schemes import make_scheme
 from megalite.models.experts import Experts
 from megalite.models.fp8 import fp8_weights
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import CoreAttention, Decoder, Dropout
+from megalite.models.layers import CoreAttention, Decoder, Dropout, SequenceInfo
 from megalite.models.weights import Weight
 from megalite.parallel.expert import ParallelGroupedLinear
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
@@ -55,6 +59,8 @@ def apply_parallelism(
     apply_rules(parents, make_layout(model, weights, plan, mesh, later))
     if train.fp8:
         apply_fp8(model, weights, train.fp8)
+    if train.fake_quantize:
+        apply_fake_quantize(model, weights, train.fake_quantize)
     if train.loss_chunk and span.last:
         apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
     # The compiler is outermost: it sees what is recomputed, and decides with it what a layer keeps.
@@ -94,15 +100,58 @@ def apply_fp8(model: Decoder, weights: Sequence[Weight], fp8: Fp8Config) -> None
     `weights` is the whole table."""
     rows = fp8_weights(weights, fp8, model.config.num_layers)
     chosen = {weight.name: weight for weight in rows}
+    by_chance: list[ParallelLinear] = []
     for name, module in model.named_modules():
         if f"{name}.weight" in chosen:
             assert isinstance(module, ParallelLinear | ParallelGroupedLinear), name
             if isinstance(module, ParallelGroupedLinear):
                 module.recipe = RECIPES[fp8.recipe]
                 continue
-            axis = module.axis
-            agree = partial(all_reduce, axis=axis, op=dist.ReduceOp.MAX) if axis.size > 1 else None
-            module.recipe = RECIPES[fp8.recipe].on(chosen[f"{name}.weight"].shard, agree)
+            cut = chosen[f"{name}.weight"].shard
+            recipe = RECIPES[fp8.recipe].on(cut, _agree(module.axis))
+            if isinstance(recipe, Nvfp4):
+                row, axis = chosen[f"{name}.weight"], module.axis
+                recipe = recipe.of(name, row.local_part(axis.rank, axis.size)[0])
+                by_chance.append(module)
+            module.recipe = recipe
+    if by_chance:
+        wrap(model, "run_layers", partial(_with_samples, by_chance))
+
+
+def _with_samples(
+    modules: Sequence[ParallelLinear], run_layers: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `run_layers` that tells the recipes of `modules` whose samples a forward pass is of: each
+    pass keeps its own for the backward pass."""
+
+    def run(x: Any, places: SequenceInfo) -> Any:
+        for module in modules:
+            assert isinstance(module.recipe, Nvfp4)
+            module.recipe = module.recipe.of_samples(places.key_B)
+        return run_layers(x, places)
+
+    return run
+
+
+def apply_fake_quantize(
+    model: Decoder, weights: Sequence[Weight], fake_quantize: FakeQuantizeConfig
+) -> None:
+    """Have the layers' linear modules round their operands as quantising the model will, in place.
+    `weights` is the whole table."""
+    scheme = make_scheme(fake_quantize.scheme, fake_quantize.group)
+    inputs = scheme.inputs() if fake_quantize.inputs else None
+    chosen = {weight.name: weight for weight in weights if weight.is_matrix}
+    switch = Switch(on=fake_quantize.start_step == 0)
+    for name, module in model.named_modules():
+        if f"{name}.weight" in chosen:
+            assert isinstance(module, ParallelLinear), name
+            cut = chosen[f"{name}.weight"].shard
+            module.recipe = FakeQuantised(scheme, inputs, switch, cut, _agree(module.axis))
+
+
+def _agree(axis: Axis) -> Agree | None:
+    """Return what finds the largest of numbers over the ranks of an axis; None for one rank."""
+    return partial(all_reduce, axis=axis, op=dist.ReduceOp.MAX) if axis.size > 1 else None
 
 
 def apply_chunked_loss(

@@ -40,6 +40,7 @@ def check_stages(config: Config, weights: Sequence[Sized], stages: Sequence[Stag
     their layers compute."""
     _check_lora(config, stages)
     _check_fp8(config, weights)
+    _check_fake_quantize(config, weights)
     _check_overlap(config)
 
 
@@ -382,6 +383,7 @@ def _check_overlap(config: Config) -> None:
     for name, given, what in (
         ("lora", config.lora, "whose adapters are computed"),
         ("train.fp8", config.train.fp8, "whose operands are rounded"),
+        ("train.fake_quantize", config.train.fake_quantize, "whose operands are rounded"),
     ):
         # Pieces of a product are sent as they are done: nothing may come between the two.
         if config.parallel.tensor_overlap and given is not None:
@@ -398,6 +400,15 @@ def _check_fp8(config: Config, weights: Sequence[Sized]) -> None:
     from megalite.models.fp8 import check_fp8  # here: models import this module
 
     check_fp8(config, cast(Sequence[Any], weights))
+
+
+def _check_fake_quantize(config: Config, weights: Sequence[Sized]) -> None:
+    """Raise ConfigError where `train.fake_quantize` does not fit the model or the layout."""
+    if config.train.fake_quantize is None:
+        return
+    from megalite.models.fake_quantize import check_fake_quantize
+
+    check_fake_quantize(config, cast(Sequence[Any], weights))
 
 
 def _check_compile(config: Config) -> None:

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from megalite.config import Config, Fp8Config
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
-from megalite.kernels.fp8 import RECIPES, Name
+from megalite.kernels.fp8 import Name
+from megalite.kernels.recipes import RECIPES
 from megalite.models import weight_table
 from megalite.models.fp8 import fp8_weights
 from megalite.plan import plan as plan_of

@@ -1,7 +1,6 @@
 """Writes models whose matrices are stored in few bits, in the formats of compressed-tensors, which
-transformers and vLLM open.
+transformers and vLLM open. How numbers and scales are stored says `kernels/schemes.py`.
 
-schemes.py     how numbers and scales are stored: w8a8, w4a16, fp8, fp8_block
 gptq.py        rounds the columns of a matrix one after another, so that later ones make up for the error of earlier
 scaling.py     scales the inputs of matrices, and what makes these by the inverse: AWQ, SmoothQuant
 layers.py      runs a model layer by layer over calibration rows: the inputs of each matrix, and the perplexity

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megalite.quantization.schemes import Scheme
+from megalite.kernels.schemes import Scheme
 
 DAMPING = 0.01
 """Share of the mean of the diagonal that is added to it."""

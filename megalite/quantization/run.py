@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import Model, open_source
 from megalite.errors import ConfigError
+from megalite.kernels.schemes import Nf4, Scheme
 from megalite.models.weights import Weight
 from megalite.quantization.gptq import gptq
 from megalite.quantization.layers import LayerRuns
 from megalite.quantization.matrices import MatrixChanges, Report
 from megalite.quantization.scaling import Scaling, awq, smoothquant
-from megalite.quantization.schemes import Nf4, Scheme
 
 Method = Literal["rtn", "gptq", "awq", "smoothquant"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.errors import ConfigError
-from megalite.quantization.schemes import Scheme
+from megalite.kernels.schemes import Scheme
 
 STEPS = 20
 """Exponents that AWQ tries: 0, 1/20, … 19/20."""

@@ -83,8 +83,10 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
         )
     # There is no backward pass to save memory for, and hidden states are asked for instead of
     # losses.
-    # Nor is it what fp8 is to train.
-    train = config.train.model_copy(update={"recompute": "none", "compile": False, "fp8": None})
+    # Nor is it what is to be trained in fewer bits.
+    train = config.train.model_copy(
+        update={"recompute": "none", "compile": False, "fp8": None, "fake_quantize": None}
+    )
     config = config.model_copy(update={"model": model, "lora": None, "train": train})
     table = weight_table(model)
     try:

@@ -25,6 +25,7 @@ from megalite.errors import CheckpointError
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
+from megalite.kernels.fake_quantize import FakeQuantised
 from megalite.models import weight_table
 from megalite.observe.experts import ExpertLoads, plot_loads
 from megalite.observe.layers import LayerMeasures, largest_logit
@@ -354,6 +355,23 @@ class MeasureTasks(Hook):
             )
 
 
+class BeginRounding(Hook):
+    """Begin to round weights and inputs after `train.fake_quantize.start_step` steps."""
+
+    def __init__(self, run: Run, parts: RankModel):
+        given = run.config.train.fake_quantize
+        assert given is not None
+        self._start = given.start_step
+        recipes = (
+            getattr(each, "recipe", None) for stage in parts.stages for each in stage.modules()
+        )
+        self._switches = [each.switch for each in recipes if isinstance(each, FakeQuantised)]
+
+    def begin(self, step: Step) -> None:
+        for switch in self._switches:
+            switch.on = step.number > self._start
+
+
 class MeasureLayers(Hook):
     """Record measures of each layer every `observe.layers_every` steps."""
 
@@ -542,6 +560,7 @@ def make_hooks(
             if run.config.profile.tensors
             else {}
         ),
+        **({"rounding": BeginRounding(run, parts)} if run.config.train.fake_quantize else {}),
         "signals": ListenToSignals(run, requests),
         "guard": GuardNumbers(run, parts, loader, guard),
         **({"logits": RecordLogits(run, parts)} if run.config.optimizer.qk_clip else {}),

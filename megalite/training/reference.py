@@ -54,8 +54,9 @@ def reference_parts(
         "lora.quantize_base": config.lora and config.lora.quantize_base,
         "train.precision": config.train.precision,
     }
-    if config.train.fp8:
-        start["train.fp8"] = config.train.fp8.model_dump(mode="json")
+    for name, given in (("fp8", config.train.fp8), ("fake_quantize", config.train.fake_quantize)):
+        if given:
+            start[f"train.{name}"] = given.model_dump(mode="json")
     return start | contents | {"weights": dict(base) or None}
 
 

@@ -16,8 +16,8 @@ from megalite.infer import integer_linears
 from megalite.infer.cache import CachedModel
 from megalite.infer.generate import Generator, load_model
 from megalite.infer.integer_linears import INT4_ROWS, Int4Linear, Int8Linear, keep_integers
+from megalite.kernels.schemes import make_scheme
 from megalite.quantization.run import quantised
-from megalite.quantization.schemes import make_scheme
 from tiny_models import CASES, randomize
 
 transformers = pytest.importorskip("transformers")

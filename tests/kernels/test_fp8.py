@@ -18,8 +18,9 @@ from torch import Tensor
 from exactness import BUILT, device, needs_kernels  # noqa: F401
 from megalite.kernels import fp8
 from megalite.kernels.experts import group_by_expert, grouped_linear
-from megalite.kernels.fp8 import E4M3, E5M2, RECIPES, quantise, round_to_fp8, spread
+from megalite.kernels.fp8 import E4M3, E5M2, quantise, round_to_fp8, spread
 from megalite.kernels.linear import WeightGradStore
+from megalite.kernels.recipes import RECIPES
 
 FORMATS = {"e4m3": (E4M3, 3, 7, 0x7E), "e5m2": (E5M2, 2, 15, 0x7B)}
 """Of each the bits of its mantissa, the bias of its exponent, and the code of its largest number."""
@@ -196,7 +197,7 @@ def test_rounded_numbers_are_exact_in_the_dtype_of_products(dtype: torch.dtype) 
     assert torch.equal(round_to_fp8(found, (1, 128)), found)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "nvfp4"])
 def test_blocks_lie_along_the_sum_of_each_product(name: str) -> None:
     """The products of a linear module by matrices that are rounded block by block, in loops."""
     recipe, generator = RECIPES[name], torch.Generator().manual_seed(2)

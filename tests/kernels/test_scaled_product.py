@@ -12,8 +12,9 @@ from torch import Tensor
 
 from exactness import error
 from megalite.kernels import fp8
-from megalite.kernels.fp8 import E5M2, RECIPES, Name, Rounded, quantise
+from megalite.kernels.fp8 import E5M2, Name, Rounded, quantise
 from megalite.kernels.linear import accumulate_weight_gradient, linear
+from megalite.kernels.recipes import RECIPES
 from megalite.kernels.scaled_product import scaled_product, takes
 
 
@@ -92,7 +93,7 @@ def numbers(*shape: int, seed: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "nvfp4"])
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_codes_give_the_products_of_what_they_stand_for(

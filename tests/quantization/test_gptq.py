@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite.kernels.schemes import Scheme, make_scheme
 from megalite.quantization.gptq import DAMPING, gptq
 from megalite.quantization.matrices import relative_error
-from megalite.quantization.schemes import Scheme, make_scheme
 
 
 def plain_gptq(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:

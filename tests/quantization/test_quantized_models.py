@@ -241,9 +241,9 @@ def test_gptq_costs_less_than_rounding(
 def test_held_out_rows_measure_the_models_themselves(tokens: str, tmp_path: Path) -> None:
     """The perplexities are those of the whole model before and after, run at once."""
     from megalite.checkpoint.convert import write_model
+    from megalite.kernels.schemes import make_scheme
     from megalite.quantization.layers import LayerRuns, read_rows
     from megalite.quantization.run import quantised
-    from megalite.quantization.schemes import make_scheme
 
     transformers = pytest.importorskip("transformers")
     source = save_model(tmp_path / "source", LLAMA | SMALL)

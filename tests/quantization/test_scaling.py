@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite.kernels.schemes import make_scheme
 from megalite.quantization.layers import LayerRuns, read_rows
 from megalite.quantization.run import Method, quantised
-from megalite.quantization.schemes import make_scheme
 from quantized_folders import SMALL, weights_of
 from tiny_models import GEMMA2, LLAMA, OLMO3, QWEN3, save_model
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megalite.checkpoint.folder import step_folder
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
-from megalite.kernels.fp8 import RECIPES
+from megalite.kernels.recipes import RECIPES
 from megalite.observe.underflow import Underflow
 from megalite.parallel.tensor import ColumnParallelLinear
 from megalite.train import train

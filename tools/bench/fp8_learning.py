@@ -21,7 +21,7 @@ from typing import Any
 
 from runs import SPLITS
 
-from megalite.kernels.fp8 import RECIPES
+from megalite.kernels.recipes import RECIPES
 from megalite.precision.curves import BF16, Curves, draw, gaps, last_gap, seeds_of, spread
 from megalite.precision.run import train_all
 from megalite.sweep.side_by_side import Job

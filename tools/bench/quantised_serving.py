@@ -43,8 +43,8 @@ def main() -> None:
 def write_models(folder: Path, preset: str) -> dict[str, Path]:
     """Write the model in bf16 and in each scheme."""
     from megalite.checkpoint.convert import write_model as write
+    from megalite.kernels.schemes import make_scheme
     from megalite.quantization.run import quantised
-    from megalite.quantization.schemes import make_scheme
 
     found = {"bf16": folder / "bf16"}
     write_model(found["bf16"], preset, torch.bfloat16)

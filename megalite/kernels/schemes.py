@@ -5,7 +5,7 @@ bitsandbytes' NF4."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,16 +45,20 @@ class Scheme:
 
     def scales(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the scales of a matrix, fp32 numbers that `dtype` holds exactly."""
-        largest = weight.float().abs().unflatten(1, (-1, self.group or weight.shape[1])).amax(2)
-        return self._rounded(largest * self.step, dtype)
+        return self.scales_for(self.largest(weight), dtype)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """Return the largest absolute number under each scale, fp32."""
+        return weight.float().abs().unflatten(1, (-1, self.group or weight.shape[1])).amax(2)
 
     @property
     def step(self) -> float:
         """Return the scale of numbers of which the largest is 1."""
         raise NotImplementedError
 
-    def _rounded(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return scales.to(dtype).float().clamp(min=SMALLEST_SCALE)
+    def scales_for(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scales of numbers of which the `largest` are these."""
+        return (largest * self.step).to(dtype).float().clamp(min=SMALLEST_SCALE)
 
     def spread(self, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the scale of every number of a matrix of `shape` [N, K]."""
@@ -89,6 +93,11 @@ class Scheme:
 
     def activations_config(self) -> dict[str, Any] | None:
         """Return what it says of a matrix's input; None: left as it is."""
+        return None
+
+    def inputs(self) -> Scheme | None:
+        """Return how a matrix's inputs, rows of tokens, are rounded as they come; None: not at
+        all."""
         return None
 
     def config(self, ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -151,6 +160,9 @@ class Integers(Scheme):
             return _arguments(self.bits, "int", "group", group_size=self.group)
         return _arguments(self.bits, "int", "channel")
 
+    def inputs(self) -> Scheme | None:
+        return replace(self, group=None) if self.bits == 8 else None
+
     def activations_config(self) -> dict[str, Any] | None:
         # Rounded as they come, with a scale of each token: int8 × int8 products.
         return _arguments(8, "int", "token", dynamic=True) if self.bits == 8 else None
@@ -172,11 +184,11 @@ class Float8(Scheme):
                 f"{name} of shape {list(shape)} does not divide into blocks of {self.block}; --scheme fp8 takes any"
             )
 
-    def scales(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def largest(self, weight: Tensor) -> Tensor:
         if not self.block:
-            return super().scales(weight, dtype)
+            return super().largest(weight)
         blocks = weight.float().abs().unflatten(1, (-1, self.block)).unflatten(0, (-1, self.block))
-        return self._rounded(blocks.amax((1, 3)) * self.step, dtype)
+        return blocks.amax((1, 3))
 
     def spread(self, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not self.block:
@@ -192,6 +204,9 @@ class Float8(Scheme):
         if self.block:
             return _arguments(8, "float", "block", block_structure=[self.block, self.block])
         return _arguments(8, "float", "channel")
+
+    def inputs(self) -> Scheme | None:
+        return replace(self, group=self.block, block=None)
 
     def activations_config(self) -> dict[str, Any] | None:
         if self.block:
