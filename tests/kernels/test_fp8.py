@@ -175,7 +175,8 @@ def test_products_of_what_is_not_finite_are_not(bad: float, dtype: torch.dtype) 
     """A cast alone makes 448 of an infinity, which the guard of bad numbers would not see."""
     x, weight = torch.ones(6, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype)
     x[2, 5] = bad
-    for recipe in RECIPES.values():
+    # Of NVFP4 a whole matrix is NaN (tests/kernels/test_nvfp4.py).
+    for recipe in (recipe for name, recipe in RECIPES.items() if name != "nvfp4"):
         assert recipe.product(x, weight)[2].isnan().all()
         assert recipe.input_gradient(x, weight)[2].isnan().all()
         grad, rows = recipe.wgrad_operands(x, x)
