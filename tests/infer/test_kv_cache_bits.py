@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chats import write_tokenizer
 from megalite.cli import main
 from megalite.comm.mesh import Launch
 from megalite.infer.batch import Batch
@@ -201,6 +202,19 @@ def test_the_memory_that_is_said_is_what_is_taken(llama: Path, kind: CacheKind) 
     said = memory_line(architecture, torch.float32, kind, 10**6)
     assert f"KV cache in {kind}: {small:,} bytes a token ({plain:,} in float32)" in said
     assert f"take {small:,.1f} MB, and {plain:,.1f} MB in float32" in said
+
+
+def test_generate_says_what_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_model(tmp_path / "m", CASES["llama"] | {"vocab_size": 420})
+    write_tokenizer(folder, template=None)
+    options = ["--max-tokens", "4", "--temperature", "0", "--kv-cache", "fp8"]
+    assert main(["generate", str(folder), "--prompt", "the end", *options]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("the end")
+    # Two layers of 4 heads of 8 features, keys and values, and a scale of each.
+    assert "KV cache in fp8: 192 bytes a token (512 in float32)" in said.err
+    config = model_config({"hf": str(folder)})
+    assert f"the {config.max_positions:,} tokens that there is room for" in said.err
 
 
 def test_models_without_such_a_cache_refuse_it(
