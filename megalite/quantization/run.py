@@ -56,8 +56,8 @@ class Quantiser(MatrixChanges):
             )
         if weight.stack and self.scheme.name not in OF_EXPERTS:
             raise ConfigError(
-                f"{weight.name}: of experts --scheme {' and '.join(OF_EXPERTS)} are written, which transformers opens; "
-                f"{self.scheme.name} it does not"
+                f"{weight.name}: of experts --scheme {' and '.join(OF_EXPERTS)} are written, which transformers "
+                f"opens, and not {self.scheme.name}"
             )
         if weight.stack and self.method not in ("rtn", "gptq"):
             raise ConfigError(
