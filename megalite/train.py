@@ -12,6 +12,7 @@ from typing import Any
 
 from megalite import make_callable
 from megalite.checkpoint.export import keep_source, write_extras
+from megalite.checkpoint.load import states_begun
 from megalite.checkpoint.match import base_files, check_match
 from megalite.checkpoint.resume import find_checkpoint, leave_newer, way_back
 from megalite.checkpoint.save import Saver
@@ -167,7 +168,9 @@ def open_run(
         from megalite.ladder.curve import read_band
 
         band = read_band(config.observe.ladder, config)
-    start = Start(state, initial_state(config, mesh, checkpoint), base)
+    trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
+    begun = states_begun(checkpoint, state, config, trained) if checkpoint else {}
+    start = Start(state, initial_state(config, mesh, checkpoint), base, begun)
     all_agree(True, mesh)  # a start that any rank refuses has written nothing
     recorder = None
     if mesh.world.rank == 0:
@@ -258,7 +261,7 @@ def train_from(
         run.say(*_epochs(config, data["train"]))
     if isinstance(parts.objective, DPO):
         prepare_references(run, parts, data)
-    parts.engine.load(start.weights, state.get("updates", state["step"]))
+    parts.engine.load(start.weights, state.get("updates", state["step"]), start.begun)
     read = make_loader(
         data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()), ramps=True
     )

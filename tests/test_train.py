@@ -293,7 +293,7 @@ def test_another_optimizer_takes_over_what_fits(
     said = capfd.readouterr().out
     assert "optimizer.name adamw → muon" in said
     assert re.search(
-        r"has no momentum_buffer of \d+ weights; these optimizer states begin at zero", said
+        r"of some weights, whose states begin at zero: momentum_buffer of \d+ weights\n", said
     )
     after = tensors_of(rest, 5)
     embedding, matrix = "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"
@@ -311,6 +311,40 @@ def test_another_optimizer_takes_over_what_fits(
     begun = before[f"master.safetensors/{matrix}"]
     wanted = 0.4 * begun + 0.6 * after[f"master.safetensors/{matrix}"]
     torch.testing.assert_close(after[f"ema.safetensors/{matrix}"], wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["muon", "lion"])
+def test_states_that_begin_in_a_runs_middle_are_corrected_for_updates_since(
+    tmp_path: Path, name: str
+) -> None:
+    """AdamW divides a first gradient by its own size, whatever another optimizer did before; and
+    knows of that again when the run goes on from a checkpoint."""
+
+    def config_of(folder: str, last: int, *overrides: str) -> Config:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        constant = "optimizer.schedule={name: constant}"
+        plain = constant, "optimizer.weight_decay=0", "optimizer.clip=0"
+        return make_config(tmp_path / folder, "llama", f"train.stop_at={last}", *plain, *overrides)
+
+    for folder, stops in ("whole", (7,)), ("parts", (5, 7)):
+        train(config_of(folder, 4, f"optimizer.name={name}"))
+        for stop in stops:
+            train(config_of(folder, stop))
+    found = [tensors_of(config_of(folder, 7), 7) for folder in ("whole", "parts")]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(x, found[1][key]) for key, x in found[0].items())
+    config = config_of("parts", 5)
+    before, after = (tensors_of(config, step) for step in (4, 5))
+    matrix = "model.safetensors/model.layers.0.mlp.down_proj.weight"
+    grad = after[matrix.replace("model.safetensors", "exp_avg.safetensors")] / 0.1
+    moved = (before[matrix] - after[matrix]) / config.optimizer.lr
+    # All of a step's size; those of an uncorrected mean are about half of it after four updates.
+    torch.testing.assert_close(moved, grad / (grad.abs() + 1e-8), rtol=1e-2, atol=2e-2)
+    begun = read_train_state(step_folder(config.run.folder / "checkpoints", 7))
+    (entry,) = begun["states_begun"]
+    assert entry["updates"] == 4
+    # Muon's AdamW went on with the embedding; Lion has one average, which means something else.
+    assert ("model.embed_tokens.weight" in entry["weights"]) == (name == "lion")
 
 
 def test_never_resume_refuses_to_mix_runs(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from megalite.checkpoint.unneeded import ends_of, unneeded
 from megalite.comm.mesh import Mesh
 from megalite.config import EMA, Config, LoraConfig, ModelConfig
 from megalite.engine import ReadState
+from megalite.engine.optimizers import SummingOptimizer
 from megalite.engine.quantised import in_few_bits
 from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
@@ -108,7 +109,19 @@ def from_checkpoint(
 
     `folder` is the checkpoint, `weights` the table of the config's model, `mesh` says which part of
     each a rank holds. Raises CheckpointError if names or shapes are not those of the model."""
-    return _from_folder(folder, weights, config.model, mesh, _with_masters(folder, config, weights))
+    read = _from_folder(folder, weights, config.model, mesh, _with_masters(folder, config, weights))
+    return _beginning(read, states_that_begin(folder, config, weights))
+
+
+def _beginning(read: ReadState, begin: Collection[str]) -> ReadState:
+    """Return a reader whose optimizer states are zero of the weights named in `begin`."""
+
+    def zero_or_read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
+        if kind not in VALUES and weight.name in begin:
+            return torch.zeros(stop - start)
+        return read(weight, kind, start, stop)
+
+    return zero_or_read
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
@@ -166,6 +179,51 @@ def states_held(
     return {state: [row(weight, state) for weight in some] for state, some in held.items() if some}
 
 
+def states_that_begin(folder: Path, config: Config, trained: Sequence[Weight]) -> set[str]:
+    """Return the weights of `trained` whose optimizer states begin at zero, by name: a checkpoint
+    does not have all of them.
+
+    These begin together, since one count of updates corrects all of them: those of a weight; under
+    an optimizer that looks at all of its weights at once, and under DeepSpeed, those of all."""
+    optimizer = config.optimizer
+    members = {name: member.build() for name, member in optimizer.members().items()}
+    held = {
+        state: {row.name for row in rows}
+        for state, rows in states_held(folder, config, trained).items()
+    }
+
+    def together(weight: Weight) -> str:
+        if config.parallel.engine == "deepspeed":
+            return "deepspeed"
+        name = optimizer.treatment(weight).optimizer
+        return name if isinstance(members.get(name), SummingOptimizer) else f"of {weight.name}"
+
+    incomplete = {
+        together(weight)
+        for weight in trained
+        for state in optimizer.states_of(weight)
+        if state != EMA and weight.name not in held.get(state, ())
+    }
+    return {weight.name for weight in trained if together(weight) in incomplete}
+
+
+def states_begun(
+    folder: Path, state: Mapping[str, Any], config: Config, trained: Sequence[Weight]
+) -> dict[str, int]:
+    """Return after how many updates of a run each weight's optimizer states began, by its first
+    Hugging Face name; 0 for those left out. `state` is the train_state.json of the checkpoint
+    `folder`, from which the run goes on."""
+    found = {
+        name: begun["updates"]
+        for begun in state.get("states_begun", ())
+        for name in begun["weights"]
+    }
+    begin = states_that_begin(folder, config, trained)
+    updates = state.get("updates", state["step"])
+    found |= {weight.hf[0]: updates for weight in trained if weight.name in begin}
+    return {name: number for name, number in found.items() if number}
+
+
 def _with_masters(
     folder: Path, config: Config, trained: Sequence[Weight]
 ) -> dict[str, Sequence[Weight]]:
@@ -210,6 +268,7 @@ def for_adapters(
     if checkpoint:
         states = _with_masters(checkpoint, config, trained)
         own = _from_folder(checkpoint, trained, config.model, mesh, states, peft.TENSORS)
+        own = _beginning(own, states_that_begin(checkpoint, config, trained))
     elif config.lora.adapter:
         own = _from_folder(config.lora.adapter, trained, config.model, mesh, {}, peft.TENSORS)
     else:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from megalite.checkpoint.load import states_held, stored_config
+from megalite.checkpoint.load import states_that_begin, stored_config
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import EMA, Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
@@ -98,19 +98,20 @@ def _new_states(checkpoint: Path, config: Config) -> list[str]:
     """Say which states a changed optimizer begins at zero, since the checkpoint has none for these
     weights."""
     trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
-    held = {
-        state: {row.name for row in rows}
-        for state, rows in states_held(checkpoint, config, trained).items()
-    }
-    new = Counter[str]()
-    for weight in trained:
-        needed = [
-            state for state in config.optimizer.states_of(weight) if state != EMA
-        ]  # begins as the weights
-        new.update(state for state in needed if weight.name not in held.get(state, ()))
-    missing = ", no ".join(f"{state} of {count} weights" for state, count in new.items())
+    begin = states_that_begin(checkpoint, config, trained)
+    new = Counter(
+        state
+        for weight in trained
+        if weight.name in begin
+        for state in config.optimizer.states_of(weight)
+        if state != EMA  # begins as the weights
+    )
+    missing = ", ".join(f"{state} of {count} weights" for state, count in new.items())
     return (
-        [f"warning: {checkpoint} has no {missing}; these optimizer states begin at zero"]
+        [
+            f"warning: {checkpoint} has not all that the optimizer now keeps of some weights, whose states begin at "
+            f"zero: {missing}"
+        ]
         if missing
         else []
     )

@@ -42,10 +42,17 @@ class _Data(_State):
     skipped: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
 
 
+class _Begun(_State):
+    updates: Count
+    weights: list[str]
+
+
 class _TrainState(_State):
     step: Count
     data: _Data
     updates: Count = 0
+    states_begun: list[_Begun] = []
+    """Weights whose optimizer states began after so many updates, where that is above 0."""
     valid_loss: float | None = None
     refused: Count = 0
     doubted: bool = False

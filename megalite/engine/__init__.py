@@ -57,10 +57,13 @@ class Engine(Protocol):
         """Return how often the weights were updated, which Adam's bias correction counts. Waits for
         the device."""
 
-    def load(self, read: ReadState, num_updates: int = 0) -> None:
+    def load(
+        self, read: ReadState, num_updates: int = 0, begun: Mapping[str, int] | None = None
+    ) -> None:
         """Fill weights and optimizer state, calling `read` only for the elements this rank is
-        responsible for. `num_updates` is how often the weights have been updated already. All ranks
-        call it."""
+        responsible for. `num_updates` is how often the weights have been updated already; `begun`
+        how often before the states of some began, by the first Hugging Face name: theirs are
+        corrected for the updates since. All ranks call it."""
 
     def begin(self, num_micro_batches: int) -> None:
         """Announce the number of micro-batches: how many times each weight's gradient will

@@ -3,7 +3,7 @@ optimizer's states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,28 +130,48 @@ class BucketState(BucketWeights):
         if kind in self.stored:
             self.stored[kind].write(slice(0, len(into)), into)
 
-    def update(self, lr: float, update: Callable[[Shard], None]) -> None:
-        """Have `update` do a step whose schedule says `lr`, of a piece at a time where states have
-        to be widened for it."""
+    def update(self, lr: float, update: Callable[[Shard], None], part: slice) -> None:
+        """Have `update` do a step whose schedule says `lr`, of a `part` of what is stepped: of a
+        piece at a time where states have to be widened for it."""
         whole = self.shard(lr)
-        size = len(whole.master)
-        for start in range(0, size, AT_ONCE) if self.stored else ():
-            part = slice(start, min(start + AT_ONCE, size))
-            states = {name: state.read(part) for name, state in self.stored.items()}
-            weights = None if whole.weights is None else whole.weights[part]
-            update(
-                replace(
-                    whole,
-                    master=whole.master[part],
-                    weights=weights,
-                    grad=whole.grad[part],
-                    states=states,
-                )
-            )
+
+        def piece(of: slice, states: dict[str, Tensor]) -> Shard:
+            weights = None if whole.weights is None else whole.weights[of]
+            master, grad = whole.master[of], whole.grad[of]
+            return replace(whole, master=master, weights=weights, grad=grad, states=states)
+
+        for start in range(part.start, part.stop, AT_ONCE) if self.stored else ():
+            some = slice(start, min(start + AT_ONCE, part.stop))
+            states = {name: state.read(some) for name, state in self.stored.items()}
+            update(piece(some, states))
             for name, state in self.stored.items():
-                state.write(part, states[name])
+                state.write(some, states[name])
         if not self.stored:
-            update(whole)
+            update(piece(part, {name: state[part] for name, state in self.states.items()}))
+
+    def runs(self, begun: Mapping[str, int]) -> list[tuple[slice, int]]:
+        """Return the parts of what is stepped whose states began after the same number of updates,
+        as `Engine.load` is told, each with that number."""
+        found: list[tuple[slice, int]] = []
+        for slot in self.layout.slots:
+            number = begun.get(slot.weight.hf[0], 0)
+            if found and found[-1][1] == number:
+                continue
+            if found:
+                found[-1] = (slice(found[-1][0].start, slot.start), found[-1][1])
+            # Padding goes with the weight before it.
+            found.append((slice(slot.start if found else 0, self.layout.size), number))
+        inside = [
+            (
+                slice(
+                    max(part.start, self.stepped.start) - self.stepped.start,
+                    min(part.stop, self.stepped.stop) - self.stepped.start,
+                ),
+                number,
+            )
+            for part, number in found
+        ]
+        return [(part, number) for part, number in inside if part.start < part.stop]
 
     def shard(self, lr: float) -> Shard:
         """Return what the optimizer updates, in a step whose schedule says `lr`."""

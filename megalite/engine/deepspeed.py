@@ -306,12 +306,17 @@ class DeepSpeedEngine:
     def num_updates(self) -> int:
         # All partitions count alike. torch's AdamW counts only steps that were made, as we do.
         with self._resident(0) as (_, state):
-            return int(state["step"])
+            return int(state["step"]) + self._begun
 
     # --- state, in logical terms ------------------------------------------------------------------
 
     @torch.no_grad()
-    def load(self, read: ReadState, num_updates: int = 0) -> None:
+    def load(
+        self, read: ReadState, num_updates: int = 0, begun: Mapping[str, int] | None = None
+    ) -> None:
+        # DeepSpeed counts for a flat partition, in which all states began together: `states_that_begin`
+        # sees to that.
+        self._begun = max((begun or {}).values(), default=0)
         if self.zero_stage == 3:
             # whole weights that are still cached would be used with their old values
             self.engine.empty_partition_cache()
@@ -321,7 +326,8 @@ class DeepSpeedEngine:
             with self._resident(number, write=True) as (flat, state):
                 for kind in MOMENTS:
                     state.setdefault(kind, torch.zeros_like(flat))
-                state["step"] = torch.tensor(float(num_updates), device=flat.device)
+                since = float(num_updates - self._begun)
+                state["step"] = torch.tensor(since, device=flat.device)
                 for fragment in self.fragments:
                     if fragment.group == number and fragment.low < fragment.high:
                         for kind, whole in (("master", flat), *((s, state[s]) for s in MOMENTS)):

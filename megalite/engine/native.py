@@ -68,6 +68,7 @@ class NativeEngine:
         self.mesh, self.config, self.zero_stage = mesh, config.optimizer, plan.zero_stage
         # Counted on the device: whether a step updates anything is decided there.
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._begun: Mapping[str, int] = {}
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         optimizer = config.optimizer
         # In the order of the backward pass, which is that of the reductions. Every rank of a stage
@@ -160,9 +161,7 @@ class NativeEngine:
         # Before the first update, where there is nothing to correct yet, a refused step must not
         # divide by 0.
         num_updates = self._num_updates.clamp(min=1)
-        common = {
-            name: each.begin_step(divisor, num_updates) for name, each in self.optimizers.items()
-        }
+        common = self._common(divisor)
         if self._qk_clip:
             self._qk_clip.find_scales(divisor > 0)
         # Weights of the last step may still be arriving (modules that a forward pass never called
@@ -181,13 +180,28 @@ class NativeEngine:
         self.gradients.forget()
         return norm
 
-    def _update(self, common: Mapping[str, Tensor], lr: float) -> None:
-        """Update every bucket's shard, and start to gather the new weights; `common` is what each
-        optimizer computed once for the step."""
+    def _common(self, divisor: Tensor) -> dict[tuple[str, int], Tensor]:
+        """Return what each optimizer computes once for the step: for the states that began with the
+        run, and for those that began after so many updates."""
+        # A mean that begins at zero is too small until it has seen many gradients. What corrects
+        # that must count the updates since, not those of an optimizer before.
+        return {
+            (name, begun): each.begin_step(divisor, (self._num_updates - begun).clamp(min=1))
+            for name, each in self.optimizers.items()
+            for begun in {0, *self._begun.values()}
+        }
+
+    def _newest(self, buckets: Sequence[BucketState]) -> int:
+        """Return after how many updates the last of some buckets' states began."""
+        return max((begun for b in buckets for _, begun in b.runs(self._begun)), default=0)
+
+    def _update(self, common: Mapping[tuple[str, int], Tensor], lr: float) -> None:
+        """Update every bucket's shard, and start to gather the new weights; `common` is what
+        `_common` returned."""
         # Whole matrices travel to their owners while the other buckets are updated.
-        solving = {name: each.start(common[name], lr) for name, each in self._matrices.items()}
+        solving = {name: each.start(common[name, 0], lr) for name, each in self._matrices.items()}
         for name, sums in self._sums.items():
-            sums.update(common[name], lr)
+            sums.update(common[name, self._newest(sums.buckets)], lr)
         for bucket in self._forward_order:
             name = bucket.layout.treatment.optimizer
             optimizer = self.optimizers[name]
@@ -195,7 +209,10 @@ class NativeEngine:
                 continue
             if not isinstance(optimizer, SummingOptimizer):
                 with record_function(STEP):
-                    bucket.update(lr, partial(optimizer.update_, common=common[name]))
+                    for part, begun in bucket.runs(self._begun):
+                        bucket.update(
+                            lr, partial(optimizer.update_, common=common[name, begun]), part
+                        )
             self._clip_and_send(bucket)
         # In one order on all ranks, since solving exchanges messages; by now those to the owners
         # are here.
@@ -243,9 +260,12 @@ class NativeEngine:
 
     # --- state, in logical terms ------------------------------------------------------------------
 
-    def load(self, read: ReadState, num_updates: int = 0) -> None:
+    def load(
+        self, read: ReadState, num_updates: int = 0, begun: Mapping[str, int] | None = None
+    ) -> None:
         self.await_copies()
         self._num_updates.fill_(num_updates)
+        self._begun = begun or {}
         for bucket in self.buckets:
             # In fp32 the weights are the master weights, and begin as them.
             kind = "master" if bucket.weights.dtype == torch.float32 else "weight"

@@ -491,12 +491,20 @@ class Save(Hook):
         parts: RankModel,
         loader: Batches,
         saver: Saver,
-        base: Mapping[str, str],
+        start: Start,
         others: Mapping[str, Hook],
     ):
-        """Save with the states of `others`, the hooks by their names; `base` is that of `Start`."""
+        """Save with the states of `others`, the hooks by their names; `start` is what the run began
+        with."""
         self._run, self._parts, self._loader, self._saver = run, parts, loader, saver
-        self._base, self._others = base, others
+        self._base, self._others = start.base, others
+        self._begun = [
+            {
+                "updates": number,
+                "weights": [w for w, begun in start.begun.items() if begun == number],
+            }
+            for number in sorted(set(start.begun.values()))
+        ]
 
     def is_due(self, step: Step) -> bool:
         return bool(step.asked) or self._run.due(step.number, self._run.config.checkpoint.every)
@@ -522,6 +530,7 @@ class Save(Hook):
             # Refused steps do not count: Adam's bias correction goes by updates, the schedule by
             # steps.
             "updates": self._parts.engine.num_updates,
+            "states_begun": self._begun,
             "data": self._loader.state(samples),
             "valid_loss": step.valid_loss,
             "refused": step.refused,
@@ -579,7 +588,7 @@ def make_hooks(
         # A hook may be there twice; states in a checkpoint are found by these names.
         hooks[f"{config.name}#{same + 1}" if same else config.name] = config.build(run, parts)
     load_states(hooks, run, start)
-    save = Save(run, parts, loader, saver, start.base, hooks)
+    save = Save(run, parts, loader, saver, start, hooks)
     return (*hooks.values(), save), save
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Start:
     weights: ReadState
     base: dict[str, str]
     """Contents of the frozen model's files, from `base_files`."""
+    begun: Mapping[str, int] = field(default_factory=dict)
+    """After how many updates optimizer states began, where the optimizer changed: see
+    `Engine.load`."""
 
     @property
     def step(self) -> int:
