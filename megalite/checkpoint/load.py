@@ -24,6 +24,7 @@ from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
 from megalite.models.heads import lacking_head
 from megalite.models.lora import Adapter, adapters_of, merged
+from megalite.models.projections import PREFIX
 from megalite.models.weights import RowReader, Weight
 from megalite.utils.outside import shown
 from megalite.utils.resources import read_yaml
@@ -382,7 +383,7 @@ def _from_folder(
     optimizer/, each with the weights that have it there; it is zero for others."""
     source = TensorFolder(folder, stem)
     sources = {"weight": source}
-    new: set[str] = set()  # weights of a head that the folder lacks
+    new: set[str] = set()  # weights that the folder lacks: those of a head, and projections
     spare: set[str] = set()
     if stem == "model":
         source.end_names(model.OLD_ENDS)
@@ -394,6 +395,10 @@ def _from_folder(
         source.add_base_prefix(prefix, {*apart, head})
         new = lacking_head(model, weights, source.files) if new_head else new
         spare = unneeded(source, model, bool(new), mesh.world)
+        if new_head:  # which a run draws as well
+            new |= {w.name for w in weights if w.hf[0].startswith(PREFIX)} - {
+                w.name for w in weights if w.hf[0] in source.files
+            }
     # All is checked before anything is read: a mistake must not cost a start of minutes.
     stored = {
         weight.name: weight.as_stored(source.files) for weight in weights if weight.name not in new

@@ -14,6 +14,7 @@ from megalite.comm.mesh import ALONE, Axis
 from megalite.config import ModelConfig
 from megalite.models import weight_table
 from megalite.models.heads import names_of, own_table
+from megalite.models.projections import PREFIX
 
 BLOCK_BYTES = 2**24
 """Bytes of a tensor that a comparison reads at a time."""
@@ -44,6 +45,9 @@ def unneeded(
         found.add(head)
     if head_is_replaced:
         found |= names_of(own_table(model)) - names_of(weight_table(model))
+    # What a distillation projected hidden states by is no part of the model.
+    needed = names_of(weight_table(model))
+    found |= {name for name in source.files if name.startswith(PREFIX) and name not in needed}
     starts = model.starts_of_spare(source.files)
     found |= {name for name in source.files if name.startswith(starts)}
     copies = dict.fromkeys(model.COPIES, embedding)

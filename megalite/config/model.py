@@ -66,6 +66,10 @@ class ModelConfig(Section):
         None,
         description="Have the best learning rate be that of a narrower model: muP. null: it is as given at any width.",
     )
+    projections: dict[int, int] = Field(
+        {},
+        description="Widths of a teacher, by the layers whose outputs are projected to them: objective.hidden sets it.",
+    )
     task: Literal["causal", "masked", "seq2seq", "classification", "labels", "answers"] = Field(
         "causal",
         description="What the head predicts. causal: the next token; masked: the token that was masked (encoders); "

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -15,12 +15,16 @@ from megalite.registry import Registry
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
+    from megalite.config.model import ModelConfig
     from megalite.config.schema import Config
     from megalite.data.dataset import Split
     from megalite.data.loader import Batches
     from megalite.data.mixture import Corruption, Mixture
     from megalite.data.stacks import Views
     from megalite.data.tokenizer import Tokenizer
+    from megalite.parallel.stage import Stage
+    from megalite.plan import Plan
+    from megalite.training.hidden import HiddenMatch
     from megalite.training.objectives import Objective
     from megalite.training.parts import RankModel
     from megalite.training.run import Run
@@ -78,6 +82,22 @@ class ObjectiveConfig(Choice):
         """Return the Hugging Face folder of a frozen model that runs beside the trained one, or
         None; `Inputs.frozen` gives the objective what it computes."""
         return None
+
+    def projections(self, model: ModelConfig) -> dict[int, int]:
+        """Return to which widths the outputs of layers of `model`, by their numbers, are projected
+        in training. Raise ValueError where it does not have them."""
+        return {}
+
+    def refuses(self, config: Config) -> str:
+        """Return why the objective does not go with the layout of a config, for an error; empty
+        where it does."""
+        return ""
+
+    def match_layers(
+        self, stages: Sequence[Stage], plan: Plan, mesh: Mesh
+    ) -> tuple[HiddenMatch, ...]:
+        """Return the pairs of layers, one of them of the frozen model, whose outputs are compared."""
+        return ()
 
     def corruption(
         self, config: Config, tokenizer: Tokenizer | None, split: Split

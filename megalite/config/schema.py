@@ -84,6 +84,16 @@ class Config(Section):
             )
 
     @model_validator(mode="after")
+    def _model_has_projections(self) -> Config:
+        # A config that a run has written has those that its objective asked for then.
+        wanted = self.objective.projections(self.model)
+        if self.model.projections == wanted:
+            return self
+        return self.model_copy(
+            update={"model": self.model.model_copy(update={"projections": wanted})}
+        )
+
+    @model_validator(mode="after")
     def _objective_and_hooks_fit(self) -> Config:
         task, has_classes = self.model.task, self.model.has_classes
         if has_classes and not self.data.document_mask:

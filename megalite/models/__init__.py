@@ -20,6 +20,7 @@ from megalite.models.hf import Keys, stored_names
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.mup import by_width
+from megalite.models.projections import add_projections, with_projections
 from megalite.models.weights import Weight
 from megalite.registry import families, hint
 from megalite.utils.hub import how_to_get
@@ -217,6 +218,7 @@ def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[W
     # Before adapters, whose initial values go by their rank and not by the model's width.
     if config.mup:
         weights = tuple(by_width(config, weights))
+    weights = with_projections(config, weights)
     return with_adapters(weights, lora) if lora else weights
 
 
@@ -235,6 +237,7 @@ def build_model(config: ModelConfig, lora: LoraConfig | None = None) -> Decoder:
     weights."""
     with torch.device("meta"):
         model = heads.put_on(family(config.family).MODEL(config), config)
+        add_projections(model, config)
     if lora:
         adapt(model, weight_table(config), lora)
     return model

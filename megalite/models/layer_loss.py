@@ -42,7 +42,7 @@ class LayerLoss(nn.Module):
     def begin(self, num_tokens: int, num_rows: int, gradient: Tensor) -> None:
         """Begin a step whose global batch has `num_tokens` tokens in `num_rows` rows. `gradient`,
         fp32 [], is what the engine's backward pass starts from: that of the objective's loss."""
-        self._num_tokens, self._num_rows, self._gradient = num_tokens, num_rows, gradient
+        self.num_tokens, self._num_rows, self._gradient = num_tokens, num_rows, gradient
         self.mean = gradient.new_zeros(())
         """This rank's part of the loss's mean over the global batch, without `weight`, fp32 []: 0
         where it does not count."""
@@ -64,7 +64,7 @@ class LayerLoss(nn.Module):
             return x
         of_rows = loss.dim() == 1
         # By the counts of the GLOBAL batch: the sum over micro-batches and ranks is then the mean.
-        mean = loss.float().sum() / (self._num_rows if of_rows else self._num_tokens)
+        mean = loss.float().sum() / (self._num_rows if of_rows else self.num_tokens)
         return _Attach.apply(x, mean, self, self.row_share if of_rows else 1.0)
 
     def attached(self, mean: Tensor, share: float) -> Tensor:

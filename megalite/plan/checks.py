@@ -32,6 +32,8 @@ def check_layout(
     _check_experts(config, weights, sequence)
     _check_qk_clip(config)
     _check_predictors(config)
+    if why := config.objective.refuses(config):
+        raise ConfigError(why)
     _check_noise_scale(config, data, train.global_batch_size // (micro_batch_size * data))
 
 

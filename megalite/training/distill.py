@@ -3,7 +3,7 @@ tokens themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,13 @@ from megalite.kernels.top_divergence import TopComparison, TopTokens
 from megalite.models import model_config
 from megalite.models.context_cut import take
 from megalite.parallel.outputs import HiddenStates
-from megalite.parallel.stage import Inputs, Output
+from megalite.parallel.stage import Inputs, Output, Stage
 from megalite.parallel.tensor import combine, enter, vocab_columns
+from megalite.training.hidden import HiddenMatch, HiddenPair, match_layers
 from megalite.training.objectives import NextToken, Objective
 
 if TYPE_CHECKING:
+    from megalite.plan import Plan
     from megalite.training.parts import RankModel
     from megalite.training.run import Run
 
@@ -70,6 +72,10 @@ class DistillConfig(ObjectiveConfig):
         0.5, gt=0, le=1, description="Weight of the divergence; the cross-entropy has the rest."
     )
 
+    hidden: tuple[HiddenPair, ...] = Field(
+        (), description="Pairs of layers whose outputs are compared as well."
+    )
+
     NEEDS: ClassVar[Output] = "hidden_states"
     IN_CHUNKS: ClassVar[bool] = True
 
@@ -96,6 +102,50 @@ class DistillConfig(ObjectiveConfig):
                     f"objective.teacher_logits is of the samples of one epoch, which data.{name} changes; leave it "
                     "out, or give objective.teacher alone"
                 )
+
+    def projections(self, model: ModelConfig) -> dict[int, int]:
+        if not self.hidden:
+            return {}
+        if self.teacher is None or self.teacher_logits is not None:
+            raise ValueError(
+                "objective.hidden needs objective.teacher in memory, and no objective.teacher_logits, which has no "
+                "hidden states"
+            )
+        teacher = model_config({"hf": self.teacher})
+        for number, pair in enumerate(self.hidden):
+            for name, count in (("student", model.num_layers), ("teacher", teacher.num_layers)):
+                if (layer := getattr(pair, name)) >= count:
+                    raise ValueError(
+                        f"objective.hidden[{number}].{name} = {layer} is none of its layers, which are 0 to {count - 1}"
+                    )
+        students = [pair.student for pair in self.hidden]
+        if len(set(students)) < len(students):
+            raise ValueError(f"objective.hidden names a student's layer twice, in {students}")
+        width = teacher.hidden_size
+        return {} if width == model.hidden_size else dict.fromkeys(sorted(students), width)
+
+    def refuses(self, config: Config) -> str:
+        if not self.hidden:
+            return ""
+        parallel = config.parallel
+        if parallel.pipeline > 1:
+            return (
+                f"objective.hidden needs parallel.pipeline: 1, not {parallel.pipeline}: layers of student and teacher "
+                "that are compared may be on different ranks"
+            )
+        if parallel.engine != "native":
+            return f"objective.hidden needs parallel.engine: native, not {parallel.engine}"
+        if config.lora is not None and config.model.projections:
+            return (
+                "objective.hidden needs lora: null where teacher and student differ in width: adapters alone are "
+                "trained, and no projections"
+            )
+        return ""
+
+    def match_layers(
+        self, stages: Sequence[Stage], plan: Plan, mesh: Mesh
+    ) -> tuple[HiddenMatch, ...]:
+        return match_layers(self.hidden, stages, plan, mesh) if self.hidden else ()
 
     def frozen_model(self, config: Config) -> Path | None:
         return None if self.teacher_logits else self.teacher

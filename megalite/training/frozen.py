@@ -4,13 +4,15 @@ gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn as nn
+from torch import Tensor
 
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
@@ -26,12 +28,46 @@ if TYPE_CHECKING:
     from megalite.parallel.pipeline import Pipeline
 
 
+class Asked:
+    """What the frozen model makes of a micro-batch, computed when it is first asked for."""
+
+    def __init__(self, run: Callable[[], HiddenStates], layers: dict[int, Tensor]):
+        """`run` computes it, and leaves outputs of layers in `layers`."""
+        self._run, self._left = run, layers
+        self._found: HiddenStates | None = None
+        self._layers: dict[int, Tensor] = {}
+
+    def __call__(self) -> HiddenStates:
+        """Return the hidden states that the head takes. They are not kept for another call."""
+        found, self._found = self._found or self._run(), None
+        return found
+
+    def layer(self, number: int) -> Tensor:
+        """Return the output of a layer that is tapped, [B,T,D], once."""
+        if number not in self._layers:
+            self._found = self._run()
+            self._layers |= self._left
+            self._left.clear()
+        return self._layers.pop(number)
+
+
 class FrozenModel:
     """This rank's stages of a frozen model, which computes hidden states of the trained model's
     inputs."""
 
     def __init__(self, stages: Sequence[Stage], last_stage: LastStage, pipeline: Pipeline | None):
         self._stages, self._last_stage, self._pipeline = stages, last_stage, pipeline
+        self._tapped: dict[int, Tensor] = {}
+
+    def tap(self, layers: Iterable[int]) -> None:
+        """Keep the outputs of some layers, by their numbers, for `Asked.layer`."""
+        (stage,) = self._stages
+        for number in layers:
+
+            def keep(module: nn.Module, inputs: Any, out: Tensor, number: int = number) -> None:
+                self._tapped[number] = out
+
+            stage.model.layers[str(number)].register_forward_hook(keep)
 
     def beside(self, inputs: Sequence[Inputs]) -> list[Inputs]:
         """Return micro-batches with what the frozen model makes of each, which `Inputs.frozen`
@@ -45,7 +81,7 @@ class FrozenModel:
         ]
         if self._pipeline is None:
             return [
-                replace(micro, frozen=partial(self._run, each))
+                replace(micro, frozen=Asked(partial(self._run, each), self._tapped))
                 for micro, each in zip(inputs, asked, strict=True)
             ]
         # All micro-batches before the first trained one: two pipelines cannot take turns within a

@@ -31,6 +31,7 @@ from megalite.parallel.stage import Inputs, Output, Stage, lengths_of, positions
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 from megalite.training.frozen import FrozenModel, load_frozen
+from megalite.training.hidden import METRIC, HiddenMatch
 from megalite.training.objectives import Objective
 from megalite.utils.counter_random import random_bits
 from megalite.utils.keys import key_of
@@ -59,6 +60,8 @@ class RankModel:
     """What layers add to the objective."""
     by_documents: bool
     """Whether context ranks share each document, not the sequence."""
+    matches: tuple[HiddenMatch, ...] = ()
+    """Pairs of a layer with one of the frozen model, whose outputs are compared."""
 
     def train(self, mode: bool = True) -> None:
         """Put all stages into training mode, or into evaluation mode."""
@@ -85,8 +88,11 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
         stages.append(Stage(model, span))
     # The engine comes after all parallelism: it sets hooks on modules that rules may have replaced.
     rows = plan.weights_of(mesh.pipeline.rank, table)
+    matches = config.objective.match_layers(stages, plan, mesh)
+    if matches:
+        num_losses[METRIC] = len(matches)
     engine = make_engine(stages, rows, plan, mesh, config)
-    return connected(config, plan, mesh, stages, engine, deferred, num_losses)
+    return connected(config, plan, mesh, stages, engine, deferred, num_losses, matches)
 
 
 def connected(
@@ -97,10 +103,11 @@ def connected(
     engine: Engine,
     deferred: list[WeightGradStore | None],
     num_losses: Counter[str],
+    matches: tuple[HiddenMatch, ...] = (),
 ) -> RankModel:
     """Return the parts of a rank that has `stages`, with what joins them to those of other ranks.
     `deferred` are the stores of the stages' weight gradients, `num_losses` how many layers of the
-    whole model have a loss of each name."""
+    whole model have a loss of each name, `matches` the pairs of layers that are compared."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     num_rows = vocab_size_of(weight_table(config.model, config.lora))
     pipeline = None
@@ -117,6 +124,8 @@ def connected(
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, num_rows)
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
+    if frozen and matches:
+        frozen.tap({match.pair.teacher for match in matches})
     here = [
         module for stage in stages for module in stage.modules() if isinstance(module, LayerLoss)
     ]
@@ -132,6 +141,7 @@ def connected(
         frozen,
         losses,
         plan.context_balance == "documents",
+        matches,
     )
 
 
@@ -179,6 +189,8 @@ def forward_backward(
             num_rows,
             parts.engine.loss_scale * (num_labels > 0).float(),
         )
+    for match in parts.matches:
+        match.count = count
     if parts.pipeline:
         parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
     else:
@@ -203,6 +215,8 @@ def _one_after_another(
     parts.engine.begin(len(inputs))
     for number, micro in enumerate(inputs):
         NOW.do("forward", number)
+        for match in parts.matches:
+            match.micro = micro
         loss = loss_of(stage(None, micro), micro)
         NOW.do("backward", number)
         parts.engine.backward(loss)

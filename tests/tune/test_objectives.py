@@ -44,7 +44,11 @@ LABELS = ("place", "greeting", "number")
 DPO = {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING}
 TEMPERATURE, WEIGHT, TEACHER = 1.5, 0.7, "teacher"
 DISTILL = {"name": "distill", "temperature": TEMPERATURE, "weight": WEIGHT, "teacher": TEACHER}
-TOP = 20
+TOP, SEED = 20, 5
+HIDDEN = [
+    {"student": 0, "teacher": 1},
+    {"student": 1, "teacher": 2, "loss": "cosine", "weight": 0.5},
+]
 KEPT = {"teacher_logits": "teacher-logits"}
 # Format of the rows, objective, transformers' class of the model.
 OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
@@ -54,6 +58,7 @@ OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
     "distill in chunks": ("chat", DISTILL, "LlamaForCausalLM"),
     "distill, reverse": ("chat", DISTILL | {"loss": "reverse_kl"}, "LlamaForCausalLM"),
     "distill, jsd in chunks": ("chat", DISTILL | {"loss": "jsd"}, "LlamaForCausalLM"),
+    "distill, hidden": ("chat", DISTILL | {"hidden": HIDDEN}, "LlamaForCausalLM"),
     "distill, kept": ("chat", DISTILL | KEPT, "LlamaForCausalLM"),
     "distill, kept reverse in chunks": (
         "chat",
@@ -123,6 +128,8 @@ def step_on_rank(
 def fits(objective: str, layout: str) -> bool:
     """Whether it is run. Heads for classes, and divergences, differ from others at the model's end
     alone."""
+    if "hidden" in OBJECTIVES[objective][1]:
+        return layout in ("one process", "tensor 2", "context 2", "data 2, ZeRO-2")
     if OBJECTIVES[objective][0] in CLASSES or objective.startswith("distill, "):
         return layout in ("one process", "tensor 2", "pipeline 2", "context 2")
     return True
@@ -137,7 +144,8 @@ def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
     run = Run(config, plan, mesh, None)
     if objective == "dpo":
         prepare_references(run, parts, data)
-    parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh))
+    # Projections are in no folder, and drawn from the seed.
+    parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh, SEED))
     with make_loader(data["train"], run) as loader:
         batches = config.objective.batches(loader, run, parts)
         found = forward_backward(parts, next(batches), mesh, seed=0)
@@ -234,14 +242,20 @@ def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def distilled(
-    root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: str, top: int | None
+    root: Path,
+    model: Any,
+    rows: list[tuple[Tensor, Tensor]],
+    kind: str,
+    top: int | None,
+    projections: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Means over the tokens that are learned, from whole logits of each row alone. With `top`, of
     the teacher's so many likeliest tokens, and all others as one."""
     import transformers
 
     teacher = transformers.LlamaForCausalLM.from_pretrained(root / TEACHER).eval()
-    crosses, divergences = [], []
+    crosses, divergences, hidden = [], [], []
+    outputs = [outputs_of(each) for each in (model, teacher)]
     for ids, mask in rows:
         logits = model(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0]
         with torch.no_grad():
@@ -256,12 +270,41 @@ def distilled(
                 for x in (t.gather(-1, order), s.gather(-1, order))
             )
         m = ((s.exp() + t.exp()) / 2).log()
+        if projections:
+            hidden.append(unlike(*outputs, projections, mask[1:] > 0))
         crosses.append(F.cross_entropy(logits, ids[1:][mask[1:] > 0], reduction="none"))
         pairs = {"forward_kl": [(t, s)], "reverse_kl": [(s, t)], "jsd": [(s, m), (t, m)]}[kind]
         divergences.append(sum((p.exp() * (p - q)).sum(-1) / len(pairs) for p, q in pairs))
     cross, diverged = torch.cat(crosses).mean(), torch.cat(divergences).mean()
     loss = WEIGHT * TEMPERATURE**2 * diverged + (1 - WEIGHT) * cross
-    return {"loss": loss, "cross_entropy": cross, "divergence": diverged}
+    found = {"loss": loss, "cross_entropy": cross, "divergence": diverged}
+    return found | ({"layer_loss/hidden": torch.cat(hidden, 1).mean(1)} if hidden else {})
+
+
+def outputs_of(model: Any) -> dict[int, Tensor]:
+    """Outputs of the layers of a model of transformers, after each forward pass."""
+    found: dict[int, Tensor] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(
+            lambda module, inputs, out, number=number: found.update({number: out[0]})
+        )
+    return found
+
+
+def unlike(
+    student: dict[int, Tensor],
+    teacher: dict[int, Tensor],
+    projections: dict[str, Tensor],
+    is_learned: Tensor,
+) -> Tensor:
+    """What pairs of layers differ by at the tokens that are learned: [pairs, tokens]."""
+    x, y = (
+        student[n][:-1][is_learned] @ projections[f"distill.layers.{n}.weight"].T for n in (0, 1)
+    )
+    wanted = [teacher[n][:-1][is_learned].detach() for n in (1, 2)]
+    return torch.stack((
+        (x - wanted[0]).square().mean(-1), 1 - F.cosine_similarity(y, wanted[1], dim=-1)
+    ))  # fmt: skip
 
 
 def loss_of_classes(model: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -304,11 +347,23 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
     asked = OBJECTIVES[objective][1]
     if asked.get("name") == "distill":
         top = TOP if "teacher_logits" in asked else None
-        found = distilled(root, later, rows, asked.get("loss", "forward_kl"), top)
-        found["loss"].backward()
-        return {name: x.item() for name, x in found.items()}, {
-            n: p.grad for n, p in later.named_parameters()
+        model = config_of(root, objective, "one process").model
+        projections = {
+            weight.hf[0]: weight.initial_rows(SEED, 0, weight.shape[0], None)
+            .view(weight.shape)
+            .requires_grad_()
+            for weight in weight_table(model)
+            if weight.hf[0].startswith("distill.")
         }
+        found = distilled(root, later, rows, asked.get("loss", "forward_kl"), top, projections)
+        total = found["loss"]
+        if projections:
+            of_pairs = found["layer_loss/hidden"]
+            total = total + of_pairs[0] + 0.5 * of_pairs[1]
+            found["layer_loss/hidden"] = of_pairs.mean()
+        total.backward()
+        named = [*later.named_parameters(), *projections.items()]
+        return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in named}
     of_rows = torch.stack([log_probability(later, *row) for row in rows])
     if objective == "sft":
         found = {"loss": -of_rows.sum() / sum(int(mask.sum()) for _, mask in rows)}
