@@ -82,6 +82,9 @@ class RanksModel:
 
     @torch.inference_mode()
     def _run(self, inputs: Inputs) -> Tensor:
+        return self.logits_of(inputs)
+
+    def logits_of(self, inputs: Inputs) -> Tensor:
         """Run all stages, gather the vocabulary over the tensor group, and broadcast the logits
         from the last stage."""
         outputs = self.pipeline.forward([inputs]) if self.pipeline else [self.stage(None, inputs)]

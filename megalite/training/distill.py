@@ -17,13 +17,14 @@ from megalite.checkpoint.match import digests_of
 from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Mesh
 from megalite.config import Config, ModelConfig, ObjectiveConfig
-from megalite.data.dataset import Split
-from megalite.data.loader import Batches, MicroBatch
+from megalite.config.section import Section
+from megalite.data.dataset import RowSource, Split
+from megalite.data.loader import Batches, MadeBatches, MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.data.teacher_logits import TeacherLogits
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_files import tokenizer_file
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, DataError
 from megalite.kernels.divergence import (
     Columns,
     Divergence,
@@ -40,11 +41,27 @@ from megalite.parallel.stage import Inputs, Output, Stage
 from megalite.parallel.tensor import combine, enter, vocab_columns
 from megalite.training.hidden import HiddenMatch, HiddenPair, match_layers
 from megalite.training.objectives import NextToken, Objective
+from megalite.utils.changes import spelled
 
 if TYPE_CHECKING:
     from megalite.plan import Plan
     from megalite.training.parts import RankModel
     from megalite.training.run import Run
+
+
+class OnPolicyConfig(Section):
+    """Have the student write answers that it learns from."""
+
+    share: float = Field(
+        0.5, gt=0, le=1, description="Share of the samples whose answers the student writes."
+    )
+    max_tokens: int = Field(
+        128, ge=1, description="Longest answer; it is never longer than the row it stands in."
+    )
+    temperature: float = Field(1.0, gt=0, description="Temperature that answers are drawn at.")
+    slots: int = Field(
+        8, ge=1, description="Answers that are written at a time, where there is a KV cache."
+    )
 
 
 class DistillConfig(ObjectiveConfig):
@@ -76,6 +93,11 @@ class DistillConfig(ObjectiveConfig):
         (), description="Pairs of layers whose outputs are compared as well."
     )
 
+    on_policy: OnPolicyConfig | None = Field(
+        None,
+        description="Learn from answers that the student writes itself. null: from the data alone.",
+    )
+
     NEEDS: ClassVar[Output] = "hidden_states"
     IN_CHUNKS: ClassVar[bool] = True
 
@@ -84,12 +106,27 @@ class DistillConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.name: distill needs model.task: causal, not {config.model.task}"
             )
+        if self.on_policy is not None:
+            self._check_on_policy(config)
         if self.teacher_logits is not None:
             self._check_cached(config)
         elif self.teacher is None:
             raise ValueError(
                 "objective.name: distill needs objective.teacher, a model, or objective.teacher_logits, what one said"
             )
+
+    def _check_on_policy(self, config: Config) -> None:
+        """Raise ValueError for settings that do not go with answers of the student."""
+        for key, value, only, why in (
+            ("objective.teacher_logits", self.teacher_logits, None, "the teacher is asked about new answers"),
+            ("objective.weight", self.weight, 1, "the cross-entropy of what it says itself teaches a student nothing"),
+            ("data.document_mask", config.data.document_mask, True, "an answer sees its own row alone"),
+        ):  # fmt: skip
+            if value != only:
+                wanted, found = (
+                    spelled(str(x) if isinstance(x, Path) else x) for x in (only, value)
+                )
+                raise ValueError(f"objective.on_policy needs {key}: {wanted}, not {found}: {why}")
 
     def _check_cached(self, config: Config) -> None:
         """Raise ValueError for settings that make other samples than the teacher has seen."""
@@ -125,9 +162,16 @@ class DistillConfig(ObjectiveConfig):
         return {} if width == model.hidden_size else dict.fromkeys(sorted(students), width)
 
     def refuses(self, config: Config) -> str:
+        parallel = config.parallel
+        if self.on_policy and parallel.engine != "native":
+            return f"objective.on_policy needs parallel.engine: native, not {parallel.engine}"
+        if self.on_policy and parallel.expert > 1:
+            return (
+                f"objective.on_policy needs parallel.expert: 1, not {parallel.expert}: ranks that share experts would "
+                "have to write answers in step"
+            )
         if not self.hidden:
             return ""
-        parallel = config.parallel
         if parallel.pipeline > 1:
             return (
                 f"objective.hidden needs parallel.pipeline: 1, not {parallel.pipeline}: layers of student and teacher "
@@ -154,8 +198,15 @@ class DistillConfig(ObjectiveConfig):
         return "objective.teacher_logits" if self.teacher_logits else ""
 
     def check_data(self, config: Config, data: Mapping[Split, Mixture | None]) -> None:
-        if self.teacher_logits and data["train"]:
-            self.open(config, data["train"])
+        train = data["train"]
+        if train and self.teacher_logits:
+            self.open(config, train)
+        for source in train.sources if train and self.on_policy else ():
+            if not isinstance(source, RowSource):
+                raise DataError(
+                    f"{source.dataset.prefix} is plain text, which has no answers; objective.on_policy needs rows, "
+                    "such as `megalite preprocess --format chat` makes"
+                )
 
     def open(self, config: Config, train: Mixture) -> TeacherLogits:
         """Open the teacher's likeliest tokens of the samples of `train`. Raise DataError or
@@ -187,6 +238,10 @@ class DistillConfig(ObjectiveConfig):
         if self.teacher_logits:
             assert isinstance(parts.objective, Distill)
             parts.objective.cached = self.open(run.config, source.mixture)
+        if self.on_policy:
+            from megalite.training.on_policy import StudentAnswers  # which needs all of inference
+
+            return MadeBatches(source, StudentAnswers(self.on_policy, run, parts))
         return source
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
