@@ -39,18 +39,30 @@ def _quantize(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megalite.checkpoint.convert import check_new, write_model
+    from megalite.comm.mesh import Launch, leave
+    from megalite.errors import ConfigError
     from megalite.infer.generate import find_model
     from megalite.kernels.schemes import make_scheme
     from megalite.quantization.layers import LayerRuns
     from megalite.quantization.run import quantised
 
-    folder, runs = find_model(arguments.model), None
+    folder, runs, launch = find_model(arguments.model), None, Launch.from_environment()
     check_new(arguments.output)
+    if launch.world_size > 1 and not arguments.data:
+        raise ConfigError("ranks share what --data calibrates: give --data, or run one process")
     if arguments.data:
         runs = LayerRuns.from_tokens(folder, arguments.data, arguments.rows, arguments.length)
+        runs.rank, runs.ranks = launch.rank, launch.world_size
     model, report = quantised(
         folder, make_scheme(arguments.scheme, arguments.group), arguments.method, runs
     )
+    launch.join()
+    if launch.rank:
+        assert model.encode is not None
+        # All that rank 0 does but writing: its matrices are changed here.
+        for weight in model.weights:
+            model.encode(weight, weight.to_hf(model.read(weight)))
+        return leave()
     write_model(model, arguments.output, console=Console(stderr=True))
     # Without data there are no outputs to compare.
     of = "outputs" if runs else "weights"
@@ -60,3 +72,4 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if runs and report.perplexities:
         before, after = report.perplexities
         print(f"perplexity of {len(runs.held_out)} rows held out: {before:.4f} → {after:.4f}")
+    leave()

@@ -30,7 +30,7 @@ def check_fake_quantize(config: Config, weights: Sequence[Weight]) -> None:
         if weight.stack or weight.transpose:
             what = "experts" if weight.stack else "matrices stored as [in, out]"
             raise ConfigError(
-                f"train.fake_quantize: {weight.name} is of {what}, which `megalite quantize` does not write"
+                f"train.fake_quantize: {weight.name} is of {what}, which are not rounded in training"
             )
         _check_sizes(weight, given.scheme, given.group, parallel.tensor)
 

@@ -4,7 +4,7 @@ as the model that comes out will see them; held-out rows go through both models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,8 @@ class LayerRuns:
         """Of the model as it was, and as it becomes."""
         self.perplexities: tuple[float, float] | None = None
         """Of the held-out rows before and after, once the last layer has run."""
+        self.rank, self.ranks = 0, 1
+        """Of the processes that share a layer's matrices."""
 
     @torch.no_grad()
     def run(
@@ -89,11 +91,13 @@ class LayerRuns:
         layer: int,
         change: Callable[[Weight, Tensor, torch.dtype, Tensor], Tensor],
         scaling: Scaling | None = None,
+        exchange: Callable[[Weight, int, Tensor], None] = lambda *_: None,
     ) -> dict[str, Tensor]:
         """Run the next layer, scaled first where there is a `scaling`. For each of its matrices,
         `change` takes the row of the table, the weight and the dtype it is stored in, and the sum
         of x xᵀ, fp64 [K, K], over the tokens that went into it ([E, K, K] of experts, each with its
-        own tokens); it returns the weight to go on with.
+        own tokens); it returns the weight to go on with. Ranks that share the matrices each change
+        those they own; `exchange` then brings a weight, in place, from its owner to all.
 
         Returns the other weights that were scaled, by name."""
         stage = self._load(layer)
@@ -104,16 +108,21 @@ class LayerRuns:
             for weight in self.table
             if weight.is_matrix and weight.place == layer
         }
-        inputs, exact = self._collect(stage, weights), dict[str, Tensor]()
+        exact, owners = dict[str, Tensor](), owners_of(weights.values(), self.ranks)
         if scaling:
-            calibration = self._calibration
+            # By every rank: what is divided by the factors of one matrix, another one makes.
+            inputs, calibration = self._collect(stage, weights), self._calibration
             exact = scaling.apply(stage.model, layer, inputs, lambda: calibration.some(stage))
-            inputs = self._collect(stage, weights)  # scaling has changed what goes in
+        own = {name: weight for name, weight in weights.items() if owners[name] == self.rank}
+        inputs = self._collect(stage, own)  # scaling has changed what goes in
         for name, weight in weights.items():
             parameter = stage.model.get_parameter(name)
             # What was scaled, in fp32 and not rounded to the parameter's dtype in between.
             value = exact.pop(name, parameter)
-            parameter.copy_(change(weight, value, parameter.dtype, inputs[name].products))
+            if name in own:
+                parameter.copy_(change(weight, value, parameter.dtype, inputs[name].products))
+        for name, weight in weights.items():
+            exchange(weight, owners[name], stage.model.get_parameter(name))
         self._held_out[1].through(stage)
         if stage.span.last:
             self.perplexities = self._held_out[0].perplexity, self._held_out[1].perplexity
@@ -182,6 +191,17 @@ class LayerRuns:
                     "or too large for their precision; take an earlier checkpoint"
                 )
         return found
+
+
+def owners_of(weights: Iterable[Weight], ranks: int) -> dict[str, int]:
+    """Return which of so many ranks changes each weight, so that all have about as much to do."""
+    load, owners = [0] * ranks, {}
+    # Largest first, each to the rank with the least so far; what it costs is x xᵀ and its inverse.
+    for weight in sorted(weights, key=lambda weight: -weight.numel * weight.shape[-1]):
+        rank = min(range(ranks), key=load.__getitem__)
+        owners[weight.name] = rank
+        load[rank] += weight.numel * weight.shape[-1]
+    return owners
 
 
 def _products(rows: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalite.checkpoint.convert import Model
@@ -27,7 +29,8 @@ class Report:
 
     @property
     def mean_error(self) -> float:
-        return sum(self.errors.values()) / len(self.errors)
+        # In an order that does not tell who has found which.
+        return sum(self.errors[name] for name in sorted(self.errors)) / len(self.errors)
 
 
 class MatrixChanges:
@@ -70,7 +73,8 @@ class MatrixChanges:
         if self.runs and isinstance(weight.place, int) and weight.place != self._layer:
             self._layer = weight.place
             scaling = self.scaling(next(iter(tensors.values())).dtype)
-            self._scaled = self.runs.run(weight.place, self._in_layer, scaling)
+            exchange = [self._exchange] if self.runs.ranks > 1 else []
+            self._scaled = self.runs.run(weight.place, self._in_layer, scaling, *exchange)
             self.report.perplexities = self.runs.perplexities
         if not self.takes(weight):
             value = self._scaled.get(weight.name)
@@ -99,6 +103,21 @@ class MatrixChanges:
             own = inputs[number // each] if each else inputs
             changed[name] = self._change(name, part, dtype, own)
         return weight.from_hf(changed).to(dtype)
+
+    def _exchange(self, weight: Weight, owner: int, parameter: Tensor) -> None:
+        """Give all ranks what the owner of a weight has made of it. A collective."""
+        assert self.runs is not None
+        found: list[Any] = [None]
+        if owner == self.runs.rank and self.takes(weight):
+            ready = {name: dict(self._ready[name]) for name in weight.hf}
+            errors = {name: self.report.errors[name] for name in weight.hf}
+            found = [(ready, errors, parameter.detach())]
+        dist.broadcast_object_list(found, src=owner)
+        if found[0] is not None:
+            ready, errors, value = found[0]
+            self._ready |= ready
+            self.report.errors |= errors
+            parameter.copy_(value)
 
     def _change(
         self, name: str, value: Tensor, dtype: torch.dtype, inputs: Tensor | None
