@@ -3,7 +3,9 @@ installed."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,49 @@ def test_what_a_file_says_of_model_and_tokenizer(folders: dict[str, Path], tmp_p
     np.testing.assert_allclose(factors.data, 1 / (smooth + (1 - smooth) / 8), rtol=1e-5)
 
 
+def merged_by_scores(text: str, tokens: list[str], scores: list[float]) -> list[int]:
+    """As llama.cpp does with SentencePiece's BPE: of neighbours whose joined text is a token, those
+    with the largest score are joined first."""
+    known = {token: number for number, token in enumerate(tokens)}
+    parts = list(("\u2581" + text).replace(" ", "\u2581"))
+    while pairs := [
+        (scores[known[a + b]], -place)
+        for place, (a, b) in enumerate(itertools.pairwise(parts))
+        if a + b in known
+    ]:
+        place = -max(pairs)[1]
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+    return [known[part] for part in parts]
+
+
+def test_a_sentencepiece_model_is_written_as_it_is(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder, text = tmp_path / "m", "the end of the thieves, and then the other end"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folders["mistral"] / name, folder / name)
+    (tmp_path / "text").write_text(f"{text}\n" * 20)
+    for squeezed in (True, False):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=300,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=squeezed, minloglevel=2,
+        )  # fmt: skip
+        if squeezed:
+            assert main(["convert", str(folder), str(tmp_path / "no.gguf"), "--gguf", "F16"]) == 2
+            assert "normalizes texts" in capsys.readouterr().err
+    reader = converted(folder, tmp_path / "my.gguf", "F16")
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    assert said["tokenizer.ggml.model"] == "llama"
+    assert said["tokenizer.ggml.add_space_prefix"] is True
+    pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    tokens, scores = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.scores"]
+    assert tokens[:300] == [pieces.IdToPiece(number) for number in range(300)]
+    assert said["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]  # unknown, two controls, bytes
+    assert merged_by_scores(text, tokens, scores) == pieces.encode(text)
+
+
 def test_q4_k_is_nearer_than_rounding_between_the_ends() -> None:
     """Than 15 steps from the least to the largest of each 32, which is Q4_1 with fp16 scales; and
     rows without a span are what they are."""
@@ -320,7 +365,6 @@ def test_models_that_would_be_others_are_refused(
 def test_tokenizers_that_llama_cpp_would_split_otherwise_are_refused(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
 
     folder = shutil.copytree(folders["qwen3"], tmp_path / "m")
     command = ["convert", str(folder), str(tmp_path / "my.gguf"), "--gguf", "Q8_0"]
