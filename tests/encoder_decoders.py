@@ -80,7 +80,7 @@ def rows_config(folder: Path, *overrides: str, model: dict[str, Any] = MODEL) ->
         write_rows(rows, reversing_rows(200))
         write_rows(folder / "held-out", reversing_rows(60, seed=1))
     return make_config(
-        folder, model, f"data.tokenizer={tokenizer}", "objective.name=seq2seq", "objective.target_length=14",
+        folder, model, f"data.tokenizer={tokenizer}", "objective.name=seq2seq", "objective.target_length=16",
         "data.document_mask=true", f"data.train=[{{path: {rows}}}]", f"data.valid=[{{path: {folder / 'held-out'}}}]",
         *overrides,
     )  # fmt: skip

@@ -64,7 +64,7 @@ class CrossAttention(nn.Module):
             nn.Linear(hidden, hidden, bias=False),
             nn.Linear(hidden, 2 * hidden, bias=False),
         )
-        self.core = CoreAttention(kind=AttentionKind(causal=False))
+        self.core = CoreAttention(kind=AttentionKind(causal=False), crosses=True)
         self.out = nn.Linear(hidden, hidden, bias=False)
 
     def forward(self, x_BTD: Tensor, memory_BSD: Tensor, places: SequenceInfo) -> Tensor:

@@ -84,7 +84,7 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         write_json(folder / name, values)
     if config.lora:
         assert config.model.hf is not None
-        task_type = "CAUSAL_LM" if config.model.task == "causal" else None
+        task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(config.model.task)
         adapter = peft.to_peft(config.lora, weight_table(config.model), config.model.hf, task_type)
         write_json(folder / peft.CONFIG, adapter)
         return

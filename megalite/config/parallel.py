@@ -62,8 +62,8 @@ class ParallelConfig(Section):
     context: int = Field(1, gt=0, description="Context-parallel ranks, which share every sequence.")
     context_method: Literal["ring", "ulysses"] = Field(
         "ring",
-        description="How they attend. ring: keys and values travel around; ulysses: each rank gets all tokens of some "
-        "heads, which context × tensor must divide.",
+        description="How they attend. ring: keys and values travel around, and are gathered where scores have a bias; "
+        "ulysses: each rank gets all tokens of some heads, which context × tensor must divide.",
     )
     context_balance: Literal["sequence", "documents"] | None = Field(
         None,

@@ -29,6 +29,7 @@ from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.models.context_cut import ContextCut
 from megalite.models.layers import IGNORE, SequenceInfo, Source
+from megalite.parallel.context import part_of_source
 from megalite.parallel.stage import Inputs, Stage
 from megalite.runtime.activity import NOW
 from megalite.utils.outside import shown
@@ -294,7 +295,13 @@ class TrainingModel:
         position = index_T[None].clamp(max=self.capacity - 1)
         places = SequenceInfo(index_T[None], position, whole_length=whole_length, cut=cut)
         if source is not None:  # whose document 0 is what the rows here attend to
-            places = replace(places, document_BT=torch.zeros_like(tokens_BT), source=source)
+            documents = torch.zeros_like(tokens_BT)
+            places = replace(
+                places,
+                document_BT=documents[:, index_T],
+                whole_document_BT=documents if mesh.context.size > 1 else None,
+                source=part_of_source(source, mesh.context),
+            )
         inputs = Inputs(tokens_BT[:, index_T], places)
         # Eager, because torch.compile would recompile for each of many shapes.
         with torch.compiler.set_stance("force_eager"):

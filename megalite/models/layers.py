@@ -65,6 +65,12 @@ class SequenceInfo:
         """Return the length of the whole sequence."""
         return self.index_BT.shape[1] if self.whole_length is None else self.whole_length
 
+    @property
+    def index_S(self) -> Tensor:
+        """Return the index of every token of the whole sequence, [S]."""
+        ranks = 1 if self.cut is None else len(self.cut.index_RBT)
+        return torch.arange(self.index_BT.shape[1] * ranks, device=self.index_BT.device)
+
     @classmethod
     def whole(cls, length: int, device: torch.device, source: Source | None = None) -> SequenceInfo:
         """Return the places of a whole sequence that is one document, beside the `source` that an
@@ -125,6 +131,11 @@ class Decoder(nn.Module):
         """Return what all layers need besides the hidden states, computed once."""
         raise NotImplementedError
 
+    def takes_source(self, module: str) -> bool:
+        """Return whether the linear module of this name takes hidden states of the encoder's
+        tokens, and not of the decoder's."""
+        return False
+
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V]."""
         return self.project(self.finish(x_BTD))
@@ -184,12 +195,13 @@ class Dropout(nn.Module):
 
     Tensor parallelism sets `shard` to (rank, ranks) where it cuts dimension 1 of the input over
     ranks: the sequence of hidden states, or the heads where `over_heads`; and `features` likewise
-    where it cuts the last dimension, as it does where `over_features`: between two matrices."""
+    where it cuts the last dimension, as it does where `over_features`: between two matrices. Context
+    parallelism sets `parts` to its ranks, each of which has that part of the queries."""
 
     def __init__(self, p: float, site: str, over_heads: bool = False, over_features: bool = False):
         super().__init__()
         self.p, self.site, self.over_heads, self.shard = p, key_of(site), over_heads, (0, 1)
-        self.over_features, self.features = over_features, (0, 1)
+        self.over_features, self.features, self.parts = over_features, (0, 1), 1
 
     def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
         """Drop elements of `x` [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in
@@ -201,18 +213,17 @@ class Dropout(nn.Module):
     def drop(self, x: Tensor, places: SequenceInfo, key_B: Tensor) -> Tensor:
         """Drop elements of `x`; `key_B` has the key of each sample."""
         rank, ranks = self.shard
-        if self.over_heads:
-            # Numbers of the heads in the whole model, or of the tokens in the whole sequence.
-            first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
-        else:
-            first = places.index_BT.chunk(ranks, 1)[rank]
-        inner = x[0, 0].numel()
-        part, parts = self.features
         # The index that one process would have given each element, whatever part of the input is
-        # here.
-        index = (
-            first[..., None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
-        )
+        # here: first come the heads of the whole model, or the tokens of the whole sequence.
+        if self.over_heads:
+            heads, queries, num_keys = x.shape[1:]
+            head_H1 = rank * heads + torch.arange(heads, device=x.device)[:, None]
+            query_BHT = head_H1 * (queries * self.parts) + places.index_BT[:, None]
+            index = query_BHT[..., None] * num_keys + torch.arange(num_keys, device=x.device)
+        else:
+            inner, (part, parts) = x[0, 0].numel(), self.features
+            token_BT1 = places.index_BT.chunk(ranks, 1)[rank][..., None]
+            index = (token_BT1 * parts + part) * inner + torch.arange(inner, device=x.device)
         # A key a sample and site: two dropouts of a model must not drop the same elements.
         keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(-1, *x.shape[1:])) >= self.p
@@ -366,6 +377,25 @@ class AttentionStrategy(Protocol):
         kind has them."""
 
 
+class GatheredKeys(Protocol):
+    """Attend to the keys and values of all context ranks at once: `GatheredAttention`."""
+
+    def attend(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGV: Tensor,
+        places: SequenceInfo,
+        kind: AttentionKind,
+        source: SequenceInfo | None,
+        bias: Tensor | None,
+        drop: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """Return the attention of the tokens at `places` to those of `source`, or of their own
+        sequence, [B,T,H·V]."""
+        ...
+
+
 def _largest_logits(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
@@ -390,16 +420,20 @@ class CoreAttention(nn.Module):
         kind: AttentionKind = PLAIN,
         num_heads: int = 0,
         biased: bool = False,
+        crosses: bool = False,
     ):
         """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window,
         soft cap and scale, and whether each of `num_heads` heads of queries has a sink. `biased`:
-        `attend` is given a bias of the scores that is trained."""
+        `attend` is given a bias of the scores that is trained; `crosses`: keys of another
+        sequence."""
         super().__init__()
         # Whether anything is ever dropped is known here, and not asked in every pass.
         self.dropout = dropout if dropout and dropout.p else None
-        self.kind, self.biased = kind, biased
+        self.kind, self.biased, self.crosses = kind, biased, crosses
         self.sinks = nn.Parameter(torch.empty(num_heads)) if kind.sinks else None
         self.strategy: AttentionStrategy | None = None
+        self.gathering: GatheredKeys | None = None
+        """What attends to the keys of all context ranks, where it is `biased` or `crosses`."""
         self.logits_of: Callable[..., Tensor] = _largest_logits
         """(queries, keys, places, kind, places of the keys of another sequence or None) → the
         largest logit of each head. Context parallelism sets another function, which finds those of
@@ -447,9 +481,9 @@ class CoreAttention(nn.Module):
         differ: [B,T,H·V].
 
         `places` are those of the queries, and of the keys where `source` is None. `source` are
-        those of keys of another sequence (cross-attention), whole on this rank. `bias` [B or 1,H or
-        1,T,S] is added to the scores. Raises ValueError where these, the kind and the strategy do
-        not go together."""
+        those of keys of another sequence (cross-attention), whole on this rank but for context
+        parallelism. `bias` [B or 1,H or 1,T,S] is added to the scores. Raises ValueError where
+        these, the kind and the strategy do not go together."""
         if self.largest_logits is not None:
             self.note_logits(q_BTHK, k_BSGK, places, source)
         out = self._by_strategy_or_eager(q_BTHK, k_BSGK, v_BSGV, places, source, bias)
@@ -494,6 +528,11 @@ class CoreAttention(nn.Module):
             raise ValueError(
                 "attention sinks go with no keys of another sequence, no bias and no dropout"
             )
+        is_dropping = self.dropout is not None and self.training and places.key_B is not None
+        # The random numbers of fused kernels would depend on the layout.
+        drop = partial(self.dropout, places=places) if self.dropout and is_dropping else None
+        if self.gathering is not None:
+            return self.gathering.attend(q, k, v, places, self.kind, source, bias, drop)
         # A strategy is about keys of the sequence itself; those of another one are whole on each
         # rank.
         if source is not None:
@@ -508,9 +547,7 @@ class CoreAttention(nn.Module):
             )
             if out is not None:
                 return out
-        if self.dropout is None or not self.training or places.key_B is None:
+        if drop is None:
             return None
-        # The random numbers of fused kernels would depend on the layout.
-        drop = partial(self.dropout, places=places)
         source_BS = None if source is None else source.document_BT
         return eager_attention(q, k, v, places.document_BT, self.kind, source_BS, bias, drop)

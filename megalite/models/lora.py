@@ -135,7 +135,8 @@ def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
 
 def _of_weight(weight: Weight) -> Iterator[Adapter]:
     """Yield an adapter for each Hugging Face module of a linear weight."""
-    if weight.shard not in ("column", "row") or len(weight.shape) != 2:
+    # Tables that are looked up, as T5's of relative positions, are no linear modules.
+    if weight.shard not in ("column", "row") or len(weight.shape) != 2 or weight.is_looked_up:
         return
     # A fused weight that Hugging Face stores apart (q_proj, k_proj, v_proj) has an adapter for
     # each; one that it stores fused (Wqkv) has a single one.
@@ -214,9 +215,10 @@ def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 class AdapterDropout(Dropout):
     """Dropout on the input of adapters. Linear modules are not given places: they are those of the
-    layer's current call."""
+    layer's current call, of the encoder's tokens where `of_source`."""
 
     places: SequenceInfo
+    of_source = False
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, self.places)
@@ -229,9 +231,10 @@ def _tell_places(layer: nn.Module) -> None:
     dropouts = [module for module in layer.modules() if isinstance(module, AdapterDropout)]
 
     def telling(x: Tensor, shared: Any) -> Tensor:
+        # GPT-2's layers are given places themselves, Llama's a tuple that has them.
+        places = getattr(shared, "places", shared)
         for dropout in dropouts:
-            # GPT-2's layers are given places themselves, Llama's a tuple that has them.
-            dropout.places = getattr(shared, "places", shared)
+            dropout.places = places.source.places if dropout.of_source else places
         return forward(x, shared)
 
     layer.forward = telling
@@ -328,6 +331,8 @@ def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
         assert isinstance(base, nn.Linear)
         with torch.device("meta"):
             adapted = LoraLinear(base, Updates(tuple(adapters), lora.scale, lora.dora), lora)
+        if adapted.dropout is not None:
+            adapted.dropout.of_source = model.takes_source(owner)
         setattr(model.get_submodule(parent), name, adapted)
     # A linear's forward takes x alone; its dropout must know which tokens these are.
     for layer in model.layers.values() if lora.dropout else ():

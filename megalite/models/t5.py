@@ -203,7 +203,7 @@ class RelativeBias(nn.Module):
 
 class Shared(NamedTuple):
     """What all layers need besides the hidden states: places, and biases of the scores, [1,H,S,S]
-    and [1,H,T,T], where there are layers of that stack."""
+    and [1,H,T,T], where there are layers of that stack; on a context rank of its queries alone."""
 
     places: SequenceInfo
     source: SequenceInfo
@@ -236,7 +236,7 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(config.hidden_size, config.inner_heads, bias=False)
         self.kv = nn.Linear(config.hidden_size, 2 * config.inner_heads, bias=False)
         dropout = Dropout(config.dropout, f"{site}.probabilities", over_heads=True)
-        self.core = CoreAttention(dropout, AttentionKind(scale=1.0, causal=False))
+        self.core = CoreAttention(dropout, AttentionKind(scale=1.0, causal=False), crosses=True)
         self.out = nn.Linear(config.inner_heads, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, memory_BSD: Tensor, shared: Shared) -> Tensor:
@@ -392,12 +392,20 @@ class T5(Decoder):
         assert isinstance(first, DecoderLayer)
         return first.memory_dropout(first.memory_norm(x), source.places)
 
+    def takes_source(self, module: str) -> bool:
+        number = int(module.split(".")[1])
+        return number < self.config.encoder_layers or module.endswith(".cross.kv")
+
     def _bias(self, table_NH: Tensor, places: SequenceInfo, both_sides: bool) -> Tensor:
-        """Return the bias of a stack's scores, [1,H,T,T]: the same within each document as in the
-        whole sequence."""
-        c, (index_T,) = self.config, places.index_BT
-        found_TT = buckets(index_T, index_T, both_sides, c.relative_buckets, c.relative_distance)
-        return F.embedding(found_TT, table_NH).permute(2, 0, 1)[None]
+        """Return the bias of a stack's scores, [1,H,T,S]: the same within each document as in the
+        whole sequence. On a context rank T are its queries, and S the whole sequence's keys."""
+        c, (index_T,), index_S = self.config, places.index_BT, places.index_S
+        # GPUs' kernels take biases whose rows are contiguous, and a multiple of 8 numbers apart;
+        # others cost a copy in every layer, or all scores written out.
+        wide_S = F.pad(index_S, (0, -len(index_S) % 8))
+        found_TS = buckets(index_T, wide_S, both_sides, c.relative_buckets, c.relative_distance)
+        bias_HTS = F.embedding(found_TS, table_NH).permute(2, 0, 1).contiguous()
+        return bias_HTS[None, :, :, : len(index_S)]
 
     def final_states(self, x_BTD: Tensor) -> Tensor:
         return x_BTD

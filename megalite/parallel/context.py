@@ -16,6 +16,7 @@ size of queries and keys, V of values.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,10 +30,28 @@ from megalite.comm.mesh import Axis
 from megalite.kernels.attention import AttentionKind, largest_of
 from megalite.kernels.partial_attention import attend, attend_backward
 from megalite.kernels.sinks import sinks_gradient, with_sinks
-from megalite.models.context_cut import Block, ContextCut
-from megalite.models.layers import SequenceInfo
+from megalite.models.context_cut import Block, ContextCut, take
+from megalite.models.layers import SequenceInfo, Source
 
 Slices = tuple[slice, slice, slice]
+
+
+def part_of_source(source: Source, axis: Axis) -> Source:
+    """Return this rank's part of what an encoder reads, from all of it."""
+    if axis.size == 1:
+        return source
+    places, length = source.places, source.tokens_BS.shape[1]
+    cut = ContextCut.of(length, axis.size, device=source.tokens_BS.device)
+    index, document = cut.device_RBT[axis.rank], places.document_BT
+    part = replace(
+        places,
+        index_BT=index,
+        position_BT=take(places.position_BT, index),
+        document_BT=None if document is None else take(document, index),
+        whole_document_BT=document,
+        cut=cut,
+    )
+    return Source(take(source.tokens_BS, index), part)
 
 
 class RingAttention:

@@ -32,6 +32,7 @@ from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.expert import ParallelExperts, ParallelGroupedLinear
+from megalite.parallel.gathered import GatheredAttention
 from megalite.parallel.overlap import OVERLAPPED
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
@@ -270,6 +271,7 @@ def _(dropout: Dropout, layout: Layout) -> None:
     # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
     elif layout.sequence or dropout.over_heads:
         dropout.shard = (layout.tensor.rank, layout.tensor.size)
+    dropout.parts = layout.context.size
 
 
 @rule(LayerLoss)
@@ -298,6 +300,9 @@ def _(dropout: AdapterDropout, layout: Layout) -> None:
 @rule(CoreAttention)
 def _(attention: CoreAttention, layout: Layout) -> None:
     if layout.context.size == 1:
+        return
+    if attention.biased or attention.crosses:
+        attention.gathering = GatheredAttention(layout.context)
         return
     by_heads = layout.context_method == "ulysses"
     if attention.writes_scores and not (by_heads and attention.dropout is None):

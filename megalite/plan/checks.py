@@ -40,7 +40,7 @@ def check_layout(
 def check_stages(config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan]) -> None:
     """Raise ConfigError for settings that do not go with the pipeline's `stages`, or with what
     their layers compute."""
-    _check_lora(config, stages)
+    _check_lora(config, weights, stages)
     _check_fp8(config, weights)
     _check_fake_quantize(config, weights)
     _check_overlap(config)
@@ -180,6 +180,11 @@ def _check_balance(config: Config) -> None:
             "parallel.context_balance: documents is for context_method: ring; ulysses' ranks have equal work already, "
             "all tokens of some heads each"
         )
+    if any(mixer.bias for mixer in config.model.architecture.attentions):
+        raise ConfigError(
+            "parallel.context_balance: documents does not go with a bias of the scores, which model.family = "
+            f"{config.model.family!r} has; use sequence"
+        )
     if config.train.fp8 is not None:
         raise ConfigError(
             "parallel.context_balance: documents does not go with train.fp8, whose blocks of tokens would be others "
@@ -213,7 +218,13 @@ def _check_model(config: Config) -> None:
     if architecture.num_streams > 1:
         _check_stacks(config)
     for mixer in architecture.attentions if context > 1 else ():
-        if mixer.dropout:
+        # Where scores have a bias, each rank gathers all keys, and writes out whole rows of scores.
+        if mixer.bias and config.parallel.context_method == "ulysses":
+            raise ConfigError(
+                "parallel.context_method: ulysses has no bias of the scores, which model.family = "
+                f"{config.model.family!r} has; use ring"
+            )
+        if mixer.dropout and not mixer.bias:
             raise ConfigError(
                 f"model.attention_dropout = {mixer.dropout} needs parallel.context: 1; "
                 "attention over several ranks knows no dropout"
@@ -258,11 +269,9 @@ def _check_head(config: Config, weights: Sequence[Sized]) -> None:
 
 def _check_stacks(config: Config) -> None:
     """Raise ConfigError for settings that a model of several stacks cannot be combined with."""
-    parallel = config.parallel
     for key, value, only in (
-        ("parallel.context", parallel.context, 1), ("parallel.engine", parallel.engine, "native"),
         ("optimizer.qk_clip", config.optimizer.qk_clip, None), ("observe.layers_every", config.observe.layers_every, 0),
-        ("lora", config.lora, None), ("data.seq_length_warmup", config.data.seq_length_warmup, ()),
+        ("data.seq_length_warmup", config.data.seq_length_warmup, ()),
     ):  # fmt: skip
         if value != only:
             needs = f"{key}: {'null' if only is None else only}" if only != () else f"no {key}"
@@ -350,7 +359,7 @@ def _check_noise_scale(config: Config, data: int, micro_batches: int) -> None:
         )
 
 
-def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
+def _check_lora(config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan]) -> None:
     """Raise ConfigError for settings that cannot be combined with lora."""
     if config.lora is None:
         return
@@ -360,6 +369,13 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
             f"parallel.stage_layers = {list(config.parallel.stage_layers or ())}: with lora every stage needs a layer, "
             "or there is nothing in it to train"
         )
+    for stage in stages:
+        if all(weight.frozen for weight in stage.weights(weights)):
+            raise ConfigError(
+                f"lora.targets = {list(config.lora.targets)} adapt no module of layers {stage.start} to "
+                f"{stage.stop - 1}, a stage of parallel.pipeline = {config.parallel.pipeline}, in which there is then "
+                "nothing to train; name more modules, or use fewer stages"
+            )
     if config.lora.dropout and (config.train.recompute == "selective" or config.train.compile):
         raise ConfigError(
             f"lora.dropout = {config.lora.dropout} needs train.recompute: none or full, and train.compile: false: what "

@@ -239,7 +239,10 @@ def context_balance(config: Config) -> Literal["sequence", "documents"]:
     # Ulysses' ranks have all tokens of some heads each, which is as much for all of them. Blocks of
     # fp8 tokens would be others than one process has.
     is_ring = config.parallel.context_method == "ring"
-    by_documents = config.data.document_mask and is_ring and config.train.fp8 is None
+    # A bias of the scores is that of all rows of a batch, which are cut alike for it.
+    is_biased = any(mixer.bias for mixer in config.model.architecture.attentions)
+    fits = is_ring and config.train.fp8 is None and not is_biased
+    by_documents = config.data.document_mask and fits
     return "documents" if by_documents else "sequence"
 
 

@@ -293,7 +293,8 @@ def _attended(shapes: LayerShapes) -> int:
 def _copied(shapes: LayerShapes) -> int:
     """Count the copies of queries, keys and values for the products of attention that materializes
     its scores, in which every query head has keys and values of its own."""
-    return shapes.tokens * (2 * shapes.q + shapes.attended) * shapes.element
+    of_keys = shapes.key_tokens * (shapes.q + shapes.attended)
+    return (shapes.tokens * shapes.q + of_keys) * shapes.element
 
 
 def _scores(shapes: LayerShapes) -> int:
@@ -333,12 +334,12 @@ def _repeated(shapes: LayerShapes, on_gloo: bool) -> int:
 def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count what attention keeps for its backward pass."""
     if _widens(shapes, on_gloo):
-        masked = shapes.seq_length**2 if shapes.causal else 0
+        masked = shapes.pairs if shapes.causal else 0
         return _widened(shapes) + _scores(shapes) * FP32 + masked + _attended(shapes)
     if _fuses_bias(shapes, on_gloo):
         # Keys and values once more for each head; and the bias with what is not attended to, if it
         # is not that of all layers.
-        copied = shapes.tokens * shapes.kv * shapes.element + _masked_bias(shapes)
+        copied = shapes.key_tokens * shapes.kv * shapes.element + _masked_bias(shapes)
         return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + copied
     if not shapes.writes_scores:
         # The projection, the output and its log-sum-exp.
@@ -350,7 +351,7 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
     # copied for their products, after which the projection is freed. [B, H, T, S] in fp32 and in
     # the model's dtype, and a bool mask [T, S].
     scores = _scores(shapes) * (FP32 + shapes.element)
-    scores += shapes.seq_length**2 if shapes.causal else 0
+    scores += shapes.pairs if shapes.causal else 0
     if shapes.attention_dropout:
         scores += _scores(shapes) * shapes.element  # the dropout's mask beside its output
     if shapes.attention_softcap:
@@ -372,20 +373,19 @@ def _fuses_bias(shapes: LayerShapes, on_gloo: bool) -> bool:
 
 def _widened(shapes: LayerShapes) -> int:
     """Count queries, keys and values in fp32."""
-    return shapes.tokens * (shapes.q + shapes.kv) * FP32
+    return (shapes.tokens * shapes.q + shapes.key_tokens * shapes.kv) * FP32
 
 
 def bias_bytes(shapes: LayerShapes) -> PartBytes:
     """Count the bias of a stack's scores that all its layers share: the bucket of each pair of
     positions, int64, kept until its gradient is added up; in the forward pass the bias itself."""
-    pairs = shapes.seq_length**2
-    bias = shapes.heads * pairs * shapes.element
-    return PartBytes(pairs * INT64, bias, bias, bias, for_weights=0)
+    bias = shapes.heads * shapes.pairs * shapes.element
+    return PartBytes(shapes.pairs * INT64, bias, bias, bias, for_weights=0)
 
 
 def _masked_bias(shapes: LayerShapes) -> int:
     """Count the bias of the scores put together with what is not attended to."""
-    pairs = shapes.seq_length**2 if shapes.biased and shapes.causal else 0
+    pairs = shapes.pairs if shapes.biased and shapes.causal else 0
     return shapes.heads * pairs * shapes.element
 
 
@@ -403,9 +403,15 @@ def _cross(shapes: LayerShapes, lean: bool = False) -> int:
         kept += shapes.source_bytes if shapes.hidden_dropout else 0
     if shapes.attention_dropout and not lean:
         kept += _cross_scores(shapes) * (FP32 + 2 * shapes.element)
-    projections = shapes.tokens * shapes.q + shapes.source_tokens * shapes.kv
+    projections = _cross_projections(shapes)
     log_sum_exp = 0 if shapes.attention_dropout else shapes.tokens * shapes.heads * FP32
     return kept + projections * shapes.element + _attended(shapes) + log_sum_exp
+
+
+def _cross_projections(shapes: LayerShapes) -> int:
+    """Return the number (not bytes) of queries' features, and of those of the keys and values of all
+    context ranks."""
+    return shapes.tokens * shapes.q + shapes.source_tokens * shapes.context * shapes.kv
 
 
 def _cross_scores(shapes: LayerShapes) -> int:
@@ -426,7 +432,7 @@ def _cross_forward(shapes: LayerShapes) -> int:
 
 def _cross_backward(shapes: LayerShapes) -> int:
     """Count the gradients of attention to an encoder's states."""
-    projections = shapes.tokens * shapes.q + shapes.source_tokens * shapes.kv
+    projections = _cross_projections(shapes)
     scores = _cross_scores(shapes) * 2 * FP32 if shapes.attention_dropout else 0
     return projections * shapes.element + scores
 
@@ -468,7 +474,7 @@ def _attention_forward(shapes: LayerShapes, on_gloo: bool) -> int:
     if shapes.by_heads:
         # Its features by rank; as they arrive, behind each other, and in the order of tokens.
         size = max(size, 5 * _projection(shapes))
-    elif shapes.context > 1:
+    elif shapes.context > 1 and not shapes.gathers:
         # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of
         # all blocks.
         keys_values = 2 * shapes.kv * shapes.element
@@ -492,7 +498,7 @@ def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
     if shapes.by_heads:
         # Then the gradient as it is, in the order of ranks, as messages and as they arrive.
         size = max(size + _attended(shapes), 4 * _projection(shapes))
-    elif shapes.context > 1:
+    elif shapes.context > 1 and not shapes.gathers:
         # Keys and values twice, own and arriving. In fp32 the gradients of queries, and of keys and
         # values twice. The gradients of the last block, which has half of the queries or half of
         # the keys. And the projection's gradient in pieces before it is whole.

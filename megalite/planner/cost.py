@@ -340,6 +340,8 @@ class Costs:
             backward += self.kernels.memory(float(scores * back), 8)
         if shapes.context == 1:
             return PassTimes(forward, backward, backward, 0.0, 0.0)
+        if layer.gathers:
+            return self._attention_to_gathered(layer, forward, backward)
         if shapes.by_heads:
             return self._attention_by_heads(layer, forward, backward)
         kv = float(shapes.tokens * layer.kv)
@@ -359,6 +361,24 @@ class Costs:
         home = self.network.ring_step(kv * 4)
         backward = around(backward, kv * (shapes.element + 4)) + home
         sent = steps * kv * shapes.element * 2 + (steps + 1) * kv * 4
+        return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
+
+    def _attention_to_gathered(
+        self, layer: LayerShapes, forward: float, backward: float
+    ) -> PassTimes:
+        """Return the times of attention to keys and values that each context rank gathers, from
+        those of its products.
+
+        An all-gather in the forward pass, and a reduce-scatter of fp32 gradients in the backward
+        pass, with nothing beside them; each number is then put in its place."""
+        tokens = layer.tokens + (layer.source_tokens if layer.crosses else 0)
+        own, ranks = float(tokens * layer.kv), self.shapes.context
+        there, back = own * self.shapes.element, own * 4
+        forward += self.network.gather(there * ranks, self.network.context)
+        backward += self.network.gather(back * ranks, self.network.context)
+        forward += self.kernels.memory(2 * there * ranks, 4)
+        backward += self.kernels.memory(2 * back * ranks, 4)
+        sent = (there + back) * (ranks - 1)
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
     def _attention_by_heads(self, layer: LayerShapes, forward: float, backward: float) -> PassTimes:

@@ -76,7 +76,8 @@ class Shapes:
     tokens: int
     """Tokens of a micro-batch on one context rank; of a layer, those of its own stack."""
     source_tokens: int
-    """Tokens of a micro-batch that an encoder reads beside the decoder's; 0 where there is none."""
+    """Those that an encoder reads beside the decoder's, on one context rank; 0 where there are
+    none."""
     head_tokens: int
     """Predictions of the head: of some of these tokens, or of all, and of the further ones that
     predictors predict of each. Where their share changes during the run, the most of it."""
@@ -88,7 +89,7 @@ class Shapes:
     seq_length: int
     """Length of a whole sequence, over all context ranks."""
     source_length: int
-    """Length of an encoder's sequence beside the decoder's; 0 where there is none."""
+    """Length of an encoder's whole sequence beside the decoder's; 0 where there is none."""
     hidden: int
     norm_hidden: int
     """Hidden features per token here: all of them, or under sequence parallelism this rank's share
@@ -118,6 +119,11 @@ class Shapes:
     by_heads: bool
     """True if context ranks attend with some heads each (Ulysses), not in a ring."""
     document_mask: bool
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a query on this rank with a key of its whole sequence, of one sample."""
+        return self.tokens // self.micro_batch_size * self.seq_length
 
     @property
     def hidden_bytes(self) -> int:
@@ -196,6 +202,16 @@ class LayerShapes(Shapes):
     relu: bool
     """True if the MLP's activation is remembered by its output alone."""
     inner_dropout: bool
+
+    @property
+    def gathers(self) -> bool:
+        """True if each context rank gathers the keys and values of all (`GatheredAttention`)."""
+        return self.context > 1 and self.biased
+
+    @property
+    def key_tokens(self) -> int:
+        """Tokens whose keys and values attention takes at once."""
+        return self.tokens * (self.context if self.gathers else 1)
 
     @property
     def q(self) -> int:
@@ -388,7 +404,7 @@ def shapes_of(
     rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
-        source_tokens=plan.micro_batch_size * source,
+        source_tokens=plan.micro_batch_size * source // plan.context,
         head_tokens=max(ceil(tokens * config.objective.most_predicted() * num_predicted), 1),
         mean_head_tokens=max(ceil(tokens * config.objective.predicted() * num_predicted), 1),
         predictors=len(architecture.predictors),

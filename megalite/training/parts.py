@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalite.comm.collectives import all_reduce
-from megalite.comm.mesh import Mesh
+from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
 from megalite.data.dataset import Split
 from megalite.data.loader import Batches, MicroBatch
@@ -25,6 +25,7 @@ from megalite.models.context_cut import ContextCut, take
 from megalite.models.layer_loss import LayerLoss, LayerLosses
 from megalite.models.layers import SequenceInfo, Source
 from megalite.parallel.apply import apply_parallelism
+from megalite.parallel.context import part_of_source
 from megalite.parallel.outputs import LastStage
 from megalite.parallel.rules import vocab_size_of
 from megalite.parallel.stage import Inputs, Output, Stage, lengths_of, positions_of
@@ -117,10 +118,11 @@ def connected(
         # What a stage hands to the next: cut over context ranks, and under sequence parallelism
         # over tensor ranks as well.
         length = config.lengths.target // plan.context // (plan.tensor if plan.sequence else 1)
+        source = config.lengths.source // plan.context
         hidden = torch.empty(
             plan.micro_batch_size, length, config.model.hidden_size, dtype=dtype, device="meta"
         )
-        pipeline = Pipeline(stages, plan, mesh, hidden, deferred, config.lengths.source)
+        pipeline = Pipeline(stages, plan, mesh, hidden, deferred, source)
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, num_rows)
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
@@ -292,20 +294,20 @@ def make_inputs(
     if micro.documents is not None and document is not None and on_host is not None:
         note_documents(document if context.size == 1 else micro.documents, on_host)
     types = None if micro.types is None else take(micro.types, index)
-    source = None if micro.source is None else _source_of(micro, micro.source, keys)
+    source = None if micro.source is None else _source_of(micro, micro.source, keys, context)
     places = SequenceInfo(
         index, position, document, keys, whole, whole_document, types, cut, source
     )
     return Inputs(take(micro.tokens, index), places, take(micro.labels, index), output)
 
 
-def _source_of(micro: MicroBatch, tokens_BS: Tensor, keys: Tensor | None) -> Source:
+def _source_of(micro: MicroBatch, tokens_BS: Tensor, keys: Tensor | None, context: Axis) -> Source:
     """Return what an encoder reads of a micro-batch on the device, with the dropout `keys` of its
-    samples."""
+    samples: this rank's part of it on the axis `context`."""
     document = micro.source_documents
     index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
     position = index if document is None else positions_of(document)
-    return Source(tokens_BS, SequenceInfo(index, position, document, keys))
+    return part_of_source(Source(tokens_BS, SequenceInfo(index, position, document, keys)), context)
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megalite.comm.mesh import Mesh
+from megalite.comm.collectives import all_reduce
+from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config, DataKind, Lengths, ObjectiveConfig, Section
 from megalite.data.dataset import Split
 from megalite.data.stacks import (
@@ -41,18 +42,26 @@ class Seq2Seq(NextToken):
     judges: Output = "logits"
     num_judged = 3
 
+    def __init__(self, context: Axis):
+        """Take the axis whose ranks have parts of each target."""
+        super().__init__()
+        self.context = context
+
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
         labels_BT = inputs.labels_BT
         assert labels_BT is not None
         losses_BT, has_label_BT = out.cross_entropy(labels_BT), labels_BT != IGNORE
         is_right_BT = has_label_BT & (out.target(labels_BT) >= out.largest_BT)
-        document_BT = inputs.places.document_BT
+        document_BT, whole_BT = inputs.places.document_BT, inputs.places.whole_document_BT
         document_BT = torch.zeros_like(labels_BT) if document_BT is None else document_BT
-        count = int(document_BT.max()) + 1
+        # As many on every rank that has a part of them.
+        count = int((document_BT if whole_BT is None else whole_BT).max()) + 1
         labels_BD, right_BD = (
-            sum_by_document(x.float(), document_BT, count) for x in (has_label_BT, is_right_BT)
+            all_reduce(sum_by_document(x.float(), document_BT, count), self.context)
+            for x in (has_label_BT, is_right_BT)
         )
-        there_BD = labels_BD > 0
+        # All of these ranks know all targets, and one of them counts.
+        there_BD = (labels_BD > 0) & (self.context.rank == 0)
         whole_B = (there_BD & (labels_BD == right_BD)).sum(1)
         return losses_BT.sum(1), torch.stack(
             (is_right_BT.sum(1), there_BD.sum(1), whole_B), 1
@@ -83,7 +92,7 @@ class SourceObjectiveConfig(ObjectiveConfig):
             )
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
-        return Seq2Seq()
+        return Seq2Seq(mesh.context)
 
 
 class Denoiser(Section):

@@ -31,7 +31,7 @@ sacrebleu = pytest.importorskip("sacrebleu")
 NAMES = ("bleu", "chrf", "rouge1", "rouge2", "rougeLsum")
 LAYOUTS = {
     "data": ("parallel.zero_stage=1",), "tensor": ("parallel={tensor: 2, sequence: true}",),
-    "pipeline": ("parallel.pipeline=2", "train.micro_batch_size=2"),
+    "pipeline": ("parallel.pipeline=2", "train.micro_batch_size=2"), "context": ("parallel.context=2",),
 }  # fmt: skip
 SHORT = ("train.steps=12", "observe.eval_every=12", "optimizer.lr=5e-3")
 
@@ -76,7 +76,7 @@ def test_targets_are_those_of_the_checkpoint_on_every_layout(tmp_path: Path) -> 
     tokenizer, generator = load_tokenizer(folder), TargetGenerator.open(folder)
     said = [
         tokenizer.decode_plain(ids)
-        for ids in generator.generate([[*row, 1] for row, _ in rows], 14, Sampling(temperature=0.0))
+        for ids in generator.generate([[*row, 1] for row, _ in rows], 16, Sampling(temperature=0.0))
     ]
     wanted = [tokenizer.decode_plain(target) for _, target in rows]
     assert found["valid_bleu"] == pytest.approx(sacrebleu.corpus_bleu(said, [wanted]).score)

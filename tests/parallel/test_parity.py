@@ -363,6 +363,7 @@ TWO_STACKS = [
         Layout(2, pipeline=2, recompute="full", micro=2),
         Layout(2, pipeline=2, schedule="interleaved", virtual=2),
         Layout(2, pipeline=2, schedule="zero_bubble", virtual=2),
+        Layout(2, context=2, micro=2),
         Layout(4, tensor=2, sequence=True, pipeline=2),
     )),
 ]  # fmt: skip
@@ -373,6 +374,10 @@ ENCODER_DECODERS = [
     ("t5", Layout(2, tensor=2, sequence=True, micro=2, recompute="full")),
     ("t5-packed", Layout(2, pipeline=2)),
     ("t5", Layout(2, pipeline=2, schedule="zero_bubble", virtual=2, micro=2)),
+    ("t5-packed", Layout(2, context=2)),
+    ("t5", Layout(2, context=2, micro=2, recompute="selective")),
+    ("t5-packed", Layout(2, zero=3, recompute="full", engine="deepspeed")),
+    ("t5", Layout(2, tensor=2, sequence=True, zero=1, engine="deepspeed")),
     ("t5-packed", Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective")),
 ]
 MORE_ENCODER_DECODERS = [
@@ -391,6 +396,12 @@ MORE_ENCODER_DECODERS = [
         Layout(4, tensor=4),
         Layout(4, tensor=2, pipeline=2, schedule="interleaved", virtual=2),
         Layout(4, pipeline=2, zero=2, recompute="full"),
+        Layout(2, context=2, zero=2, recompute="full", loss_chunk=5),
+        Layout(4, context=4),
+        Layout(4, context=2, pipeline=2, schedule="zero_bubble"),
+        Layout(4, context=2, tensor=2, sequence=True, optimizer="muon"),
+        *(Layout(2, zero=zero, micro=2, engine="deepspeed") for zero in (1, 2, 3)),
+        Layout(2, context=2, zero=3, recompute="selective", engine="deepspeed"),
     )
 ]  # fmt: skip
 """Run with --whole."""

@@ -212,6 +212,7 @@ PAIRS = {
     ),
     "zero": (LLAMA, "parallel.zero_stage=2", "train.global_batch_size=16"),
     "t5, tensor": (T5, *SPANS, "parallel.tensor=2"),
+    "t5, context": (T5, *SPANS, "parallel.context=2", SMALL_HEAD),
     "t5, 1f1b": (T5, *SPANS, PIPELINE, "train.global_batch_size=32"),
     "muon": (LLAMA, "parallel.zero_stage=1", "optimizer.name=muon", "data.seq_length=64"),
     "muon, tensor": (LLAMA, "parallel.tensor=2", "optimizer.name=muon", "data.seq_length=64"),

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from encoder_decoders import MODEL, reversing_rows, rows_config, span_config, write_rows
+from megalite.cli import main
+from megalite.comm.mesh import Axis
 from megalite.data.checks import open_data
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator, find_model, load_model
 from megalite.infer.seq2seq import TargetGenerator
-from megalite.models.layers import SequenceInfo, Source
+from megalite.models.context_cut import ContextCut
+from megalite.models.layers import IGNORE, SequenceInfo, Source
+from megalite.parallel.stage import Inputs
 from megalite.plan import plan
 from megalite.train import train
+from megalite.training.seq2seq import Seq2Seq
 from ranks import run_ranks
 from small_runs import curve_of, make_config, metrics_of, train_on_rank
 
@@ -26,6 +33,7 @@ LAYOUTS = {
     "data": ("parallel.zero_stage=2",),
     "tensor": ("parallel.tensor=2", "parallel.sequence=false"),
     "pipeline": ("parallel.pipeline=2",),
+    "context": ("parallel.context=2",),
 }
 SHORT = ("train.steps=4", "observe.eval_every=2")
 KINDS = {"spans": span_config, "rows": rows_config}
@@ -61,6 +69,27 @@ def test_layouts_learn_and_judge_alike(kind: str, name: str, runs: Path) -> None
             wanted["valid_exact"],
         )
         assert mine["valid_loss"] == pytest.approx(wanted["valid_loss"], rel=1e-5)
+
+
+def judge_part(rank: int, world_size: int) -> list[float]:
+    """What a context rank counts of two targets, and of what fills up: the second target is wrong
+    in one token, which is the first rank's."""
+    labels, documents = torch.tensor([[5] * 7 + [IGNORE]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
+    is_right, axis = torch.ones(1, 8), Axis(world_size, rank, dist.group.WORLD, "context")
+    is_right[0, 6] = 0.0
+    (index,) = ContextCut.of(8, world_size).index_RBT[rank]
+    places = SequenceInfo(
+        index[None], index[None], documents[:, index], whole_document_BT=documents
+    )
+    out: Any = SimpleNamespace(
+        cross_entropy=torch.zeros_like, target=lambda _: is_right[:, index], largest_BT=0.5
+    )
+    return Seq2Seq(axis).judge(out, Inputs(index, places, labels[:, index]))[1][0].tolist()
+
+
+def test_a_target_on_two_ranks_is_right_where_both_are() -> None:
+    counts = torch.tensor(run_ranks(2, judge_part)).sum(0)
+    assert counts.tolist() == [6, 2, 1], "tokens that are right, targets, and right targets"
 
 
 def test_validation_is_a_plain_statement(runs: Path) -> None:
@@ -126,6 +155,39 @@ def test_a_checkpoint_opens_in_transformers(name: str, runs: Path) -> None:
     assert ids[0, 0] == 0, "generation_config.json names the token to begin with"
 
 
+def test_adapters_of_a_run_are_opened_by_peft_and_merged(runs: Path, tmp_path: Path) -> None:
+    """All linear modules have one, and no table of relative positions, which is none."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = find_model(runs / "runs" / "rows-alone")
+    lora = ("lora.rank=3", "lora.targets=all-linear", "lora.dropout=0.1", "optimizer.lr=0.02")
+    config = rows_config(tmp_path, f"model.hf={base}", *SHORT, *lora, model={})
+    train(config)
+    folder = find_model(config.run.folder)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
+    draw = torch.Generator().manual_seed(0)
+    tokens, source = (torch.randint(2, 80, (2, length), generator=draw) for length in (9, 13))
+    ids = {"input_ids": source, "decoder_input_ids": tokens}
+    assert main(["convert", str(folder), str(tmp_path / "merged")]) == 0
+    with torch.no_grad():
+        before = model.eval()(**ids).logits
+        theirs = peft.PeftModel.from_pretrained(model, folder).eval()
+        assert type(theirs).__name__ == "PeftModelForSeq2SeqLM"
+        wanted = theirs(**ids).logits
+        places = SequenceInfo.whole(9, tokens.device, Source.whole(source))
+        found = [load_model(each)(tokens, places) for each in (folder, tmp_path / "merged")]
+    assert (wanted - before).abs().max() > 0.1, "something was learned"
+    for each in found:
+        # The project's bound; W x + B A x and (W + B A) x are rounded in another order.
+        assert (each - wanted).abs().max() <= 1e-4
+    generator = TargetGenerator.open(config.run.folder)
+    asked = generator.source_ids("w7 w8 w9")
+    answer = theirs.generate(
+        input_ids=torch.tensor([asked]), max_new_tokens=5, do_sample=False, use_cache=False
+    )
+    said = [token for token in answer[0, 1:].tolist() if token != 1]
+    assert generator.generate([asked], 5) == [said]
+
+
 def test_a_task_is_learned_and_answered(tmp_path: Path) -> None:
     """Rows of up to three words turned round: after 250 steps nearly all held-out ones are right,
     word for word."""
@@ -169,8 +231,10 @@ def test_other_verbs_refuse_it_by_name(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("parallel.context=2", "of two stacks, needs parallel.context: 1"),
-        ("parallel.engine=deepspeed", "of two stacks, needs parallel.engine: native"),
+        (
+            "parallel={context: 2, context_method: ulysses}",
+            "ulysses has no bias of the scores, which model.family = 't5' has; use ring",
+        ),
         ("observe.layers_every=2", "of two stacks, needs observe.layers_every: 0"),
         ("optimizer.qk_clip.threshold=30", "of two stacks, needs optimizer.qk_clip: null"),
     ],
@@ -180,6 +244,17 @@ def test_what_two_stacks_cannot_do_is_refused_by_the_plan(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         plan(span_config(tmp_path, override), 2)
+
+
+def test_a_stage_without_adapters_is_refused(runs: Path, tmp_path: Path) -> None:
+    base, last = (
+        find_model(runs / "runs" / "rows-alone"),
+        "decoder.block.2.layer.1.EncDecAttention.q",
+    )
+    lora = f"lora.targets=[{last}]"
+    with pytest.raises(ConfigError, match=r"adapt no module of layers 0 to \d, a stage of"):
+        plan(rows_config(tmp_path, f"model.hf={base}", lora, "parallel.pipeline=2", model={}), 2)
+    assert plan(rows_config(tmp_path, f"model.hf={base}", lora, model={}), 1).num_trained > 0
 
 
 @pytest.mark.parametrize(
