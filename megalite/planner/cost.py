@@ -20,6 +20,12 @@ DEQUANTISE_BYTES = 26
 and read; their fp32 numbers, written, scaled, read and rounded."""
 
 
+UNEVEN = 1.15
+"""Attention of the busiest context rank over the mean, where packed rows are cut and not their
+documents: of 4 and 8 ranks over rows of 8,192 tokens of source files, by
+tools/bench/context_balance.py."""
+
+
 def optimizer_bytes(params: float, states: float) -> float:
     """Return the bytes that an optimizer moves to update `params` elements with `states` elements
     of fp32 states.
@@ -351,7 +357,8 @@ class Costs:
             """Return the time of a ring in which each block's work overlaps the next block's
             message."""
             step = self.network.ring_step(num_bytes)
-            block = work / shapes.context
+            # The busiest rank's work, which the others wait for.
+            block = work * (UNEVEN if shapes.uneven else 1.0) / shapes.context
             # The first block has no message to wait for; each later one waits for the longer of the
             # two.
             return block + steps * max(step, block)

@@ -119,6 +119,9 @@ class Shapes:
     by_heads: bool
     """True if context ranks attend with some heads each (Ulysses), not in a ring."""
     document_mask: bool
+    uneven: bool
+    """True if packed documents leave context ranks with unequal attention: a ring that cuts rows
+    and not documents."""
 
     @property
     def pairs(self) -> int:
@@ -429,6 +432,7 @@ def shapes_of(
         context=plan.context,
         by_heads=plan.context > 1 and plan.context_method == "ulysses",
         document_mask=config.data.document_mask,
+        uneven=_is_uneven(config, plan),
     )
     if not architecture.source_layers:
         return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, plan, kind)))
@@ -436,6 +440,11 @@ def shapes_of(
     split, kinds = architecture.source_layers, table.kinds
     encoder = each(kinds[:split], lambda kind: _layer_shapes(of_source, plan, kind, is_source=True))
     return model, (*encoder, *each(kinds[split:], lambda kind: _layer_shapes(model, plan, kind)))
+
+
+def _is_uneven(config: Config, plan: Plan) -> bool:
+    is_ring = plan.context > 1 and plan.context_method == "ring"
+    return is_ring and config.data.document_mask and plan.context_balance == "sequence"
 
 
 def _layer_shapes(

@@ -190,6 +190,15 @@ def test_an_embedding_under_muon_is_one_owners_work() -> None:
     assert found[3] - found[1] > alone / 2
 
 
+def test_a_ring_waits_for_the_rank_that_has_whole_documents() -> None:
+    packed = "parallel.context=2", "data.document_mask=true"
+    even, uneven, alone = (
+        outlook_of(config_of("llama", *some), 2).estimate().step_time_s
+        for some in (packed, (*packed, "parallel.context_balance=sequence"), packed[:1])
+    )
+    assert uneven > even == alone
+
+
 def test_every_other_layer_has_a_window() -> None:
     """Only a layer with a window keeps its mask, on the CPU in bf16 and as bool."""
     config = config_of("gemma2", sliding_window=256)

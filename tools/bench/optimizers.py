@@ -4,8 +4,8 @@ own tuned rate.
 Every optimizer is first trained at each of as many learning rates; the best goes on with further
 seeds. Then, by seed: after how many steps, and seconds of training, its validation loss is down to
 AdamW's last. Runs are ordinary ones, made with `megalite train` side by side on one core each; a
-run that is there already is not made again. Needs the data of tools/quickstart.sh. Writes
-report.md, runs.json and losses.png.
+run that is there already is not made again, and one that was stopped goes on. Needs the data of
+tools/quickstart.sh. Writes report.md, runs.json and losses.png.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def config_of(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
             "precision": arguments.precision, "seed": case.seed,
         },
         "optimizer": {"name": case.optimizer, "lr": case.lr, "schedule": schedule},
-        "checkpoint": {"every": 0, "keep": 1},
+        # A run that is stopped goes on from here, to the same bits.
+        "checkpoint": {"every": max(1, arguments.steps // 8), "keep": 1},
         "observe": {"log_every": 50, "eval_every": max(1, arguments.steps // 30), "eval_batches": 20},
     }  # fmt: skip
 
