@@ -61,7 +61,9 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
             "data": found | document,
             "train": {
                 "stop_at": steps,
-                "steps": config.train.steps or steps,
+                # Of a run of one step there would be nothing to say: its steps after the first are
+                # what a plan is about.
+                "steps": max(config.train.steps or 0, steps),
                 "epochs": None,
                 "compile": False,
             },

@@ -16,7 +16,9 @@ import yaml
 
 from dry_runs import built
 from megalite.cli import main
+from megalite.config_file import parse_config
 from megalite.dryrun import device
+from megalite.dryrun.data import dry_config
 from megalite.dryrun.run import run_jobs
 
 WITHIN = 0.02  # of the plan: what a GPU's allocator adds comes on top of both
@@ -43,6 +45,41 @@ def dryrun(
     status = main(["dryrun", str(config), "--gpus", str(gpus), "--gpu", "h200", *options])
     said = capsys.readouterr()
     return status, said.out + said.err
+
+
+# As published speeds are planned (tests/planner/test_planner_experts_published.py), with fewer micro-batches.
+EXPERTS = {
+    "qwen3-30b-a3b": (16, "h100", {"expert": 16}, 32, "selective"),
+}  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("preset", EXPERTS)
+def test_mixtures_of_experts_need_what_the_plan_says(
+    config: Path, capsys: pytest.CaptureFixture[str], pytestconfig: pytest.Config, preset: str
+) -> None:
+    if not pytestconfig.getoption("--whole"):
+        pytest.skip("minutes: layers of 128 and 256 experts, micro-batch after micro-batch")
+    gpus, gpu, parallel, batch, recompute = EXPERTS[preset]
+    values = yaml.safe_load(config.read_text()) | {"model": {"preset": preset}}
+    values["parallel"] = {"expert_tensor": 1, "zero_stage": 1, **parallel}
+    values["train"] = {"steps": 5, "global_batch_size": batch, "recompute": recompute}
+    values["data"]["split"] = [100, 0, 0]
+    config.write_text(yaml.safe_dump(values))
+    assert main(["dryrun", str(config), "--gpus", str(gpus), "--gpu", gpu]) == 0
+    said = capsys.readouterr().out
+    ranks = re.findall(r"^rank \d+ .* ([\d.]+) +([\d.]+)[+-][\d.]+% +[\d.]+ +[\d.]+$", said, re.M)
+    assert len(ranks) == parallel.get("pipeline", 1)
+    for peak, planned in ranks:
+        assert float(planned) == pytest.approx(float(peak), rel=WITHIN)
+
+
+def test_a_run_of_one_step_is_run_dry_for_more(config: Path, tmp_path: Path) -> None:
+    """What a plan is about are the steps after the first."""
+    values = yaml.safe_load(config.read_text())
+    values["train"]["steps"] = 1
+    train = dry_config(parse_config(values), tmp_path, 3).train
+    assert (train.steps, train.stop_at) == (3, 3)
 
 
 @built
