@@ -62,7 +62,7 @@ def unneeded(
                 f"{source.folder}: {copy} must be a copy of {of}, but row {row} is the first that differs"
             )
         found.add(copy)
-    return found | source.files.keys() & set(model.SPARE)
+    return found | source.files.keys() & set(model.SPARE) - names_of(weight_table(model))
 
 
 def ends_of(model: ModelConfig) -> tuple[str, str]:

@@ -91,6 +91,10 @@ def add_arguments(parser: VerbParser) -> None:
         help="take Hugging Face's tokenizers, not gigatoken, which is faster and compared with them on samples",
     )  # fmt: skip
     parser.add_argument(
+        "--split-sentences", action="store_true",
+        help="keep the borders of sentences, which objective.sentences needs; documents have the same tokens",
+    )  # fmt: skip
+    parser.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only part I (from 0) of N of the input"
     )
     _add_rows(parser)
@@ -132,13 +136,15 @@ def _preprocess(args: argparse.Namespace) -> int:
     for_text = (
         args.exact
         or args.shard
+        or args.split_sentences
         or args.json_keys != ["text"]
         or args.append_eod is not None
         or args.prepend_bos is not None
     )
     if args.format and for_text:
         raise ConfigError(
-            "--append-eod, --prepend-bos, --exact, --shard and --json-keys are for plain text, not for --format"
+            "--append-eod, --prepend-bos, --exact, --shard, --split-sentences and --json-keys are for plain text, "
+            "not for --format"
         )
     # A cancelled job ends like an interrupted one: with nothing left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -170,6 +176,7 @@ def _preprocess(args: argparse.Namespace) -> int:
             exact=args.exact,
             shard=args.shard,
             prepend_bos=args.prepend_bos,
+            by_sentence=args.split_sentences,
         )
         print(result)
     return 0

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
     from megalite.config.model import ModelConfig
     from megalite.config.schema import Config
-    from megalite.data.dataset import Split
+    from megalite.data.dataset import SampleSource, Split
+    from megalite.data.indexed import IndexedDataset
     from megalite.data.loader import Batches
     from megalite.data.mixture import Corruption, Mixture
     from megalite.data.stacks import Views
@@ -105,6 +106,13 @@ class ObjectiveConfig(Choice):
         """Return what makes inputs and labels of the tokens that are read for `split`; None: each
         token's label is the one that follows, or a class. `tokenizer` is the config's. Raise
         DataError where it lacks a token."""
+        return None
+
+    def pairs_of(
+        self, config: Config, tokenizer: Tokenizer | None, split: Split
+    ) -> Callable[[IndexedDataset, int, int], SampleSource] | None:
+        """Return what makes pairs of the sentences of documents [first, last) of a file; None: texts
+        are read as they stand. `tokenizer` is the config's."""
         return None
 
     def lengths(self, config: Config) -> Lengths:

@@ -445,7 +445,9 @@ class IndexedWriter:
                 f"{prefix}: tokens of type {self.dtype.name} cannot be stored in this format"
             )
         self._code = codes[0]
-        self.num_documents = self.num_tokens = 0
+        self.num_documents = self.num_sequences = self.num_tokens = 0
+        self._counts: list[Array] = []
+        """Sequences of each document, where any has several."""
         self._mask_dtype = None if mask_dtype is None else np.dtype(mask_dtype)
         # Complete when there is an index.
         kinds = ("bin", "mask", "idx") if self._mask_dtype else ("bin", "idx")
@@ -466,10 +468,15 @@ class IndexedWriter:
         self.add_documents(array, [array.size])
 
     def add_documents(
-        self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, mask: npt.ArrayLike | None = None
+        self,
+        tokens: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+        mask: npt.ArrayLike | None = None,
+        counts: npt.ArrayLike | None = None,
     ) -> None:
         """Append documents whose `tokens` lie end to end, [sum(lengths)], as do their values in
-        `mask`. Raise DataError for an empty document, one of 2^31 tokens or more, or an id that the
+        `mask`. With `counts`, for all documents of a file, each is of so many sequences, whose
+        lengths these are. Raise DataError for an empty document, one of 2^31 tokens or more, or an id that the
         dtype cannot hold."""
         flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         if not sizes.size:
@@ -492,7 +499,10 @@ class IndexedWriter:
             self._files[1].write(np.ascontiguousarray(mask, self._mask_dtype).data)
         self._bin.write(np.ascontiguousarray(flat, self.dtype).data)
         self._idx.write(sizes.astype("<i4").data)
-        self.num_documents += sizes.size
+        if counts is not None:
+            self._counts.append(np.asarray(counts, np.int32))
+        self.num_documents += sizes.size if counts is None else self._counts[-1].size
+        self.num_sequences += sizes.size
         self.num_tokens += flat.size
 
     def add_pair(self, prefix: str | Path) -> None:
@@ -515,6 +525,7 @@ class IndexedWriter:
         for start in range(0, other.num_sequences, CHUNK_DOCUMENTS):
             self._idx.write(other._lengths[start : start + CHUNK_DOCUMENTS].tobytes())
         self.num_documents += other.num_documents
+        self.num_sequences += other.num_sequences
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
@@ -548,7 +559,7 @@ class IndexedWriter:
 
     def _write_index(self) -> None:
         """Compute pointers and documents from the lengths, in chunks, and write the header last."""
-        num, offset, chunk = self.num_documents, 0, CHUNK_DOCUMENTS
+        num, offset, chunk = self.num_sequences, 0, CHUNK_DOCUMENTS
         for start in range(0, num, chunk):
             self._idx.seek(HEADER.size + 4 * start)
             ends = np.frombuffer(self._idx.read(4 * min(chunk, num - start)), "<i4").cumsum(
@@ -560,11 +571,14 @@ class IndexedWriter:
             self._idx.seek(HEADER.size + 4 * num + 8 * start)
             self._idx.write(pointers.data)
             offset += int(ends[-1]) * self.dtype.itemsize
-        for start in range(0, num + 1, chunk):
+        if self._counts:
+            counts = np.concatenate([np.zeros(1, np.int32), *self._counts])
+            self._idx.write(counts.cumsum(dtype="<i8").data)
+        for start in () if self._counts else range(0, num + 1, chunk):
             self._idx.write(np.arange(start, min(start + chunk, num + 1), dtype="<i8").data)
         # The header comes last: until then the file is not a valid index.
         self._idx.seek(0)
-        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, num, num + 1))
+        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, num, self.num_documents + 1))
 
     def abort(self) -> None:
         """Remove what has been written so far; does nothing after `finish`."""

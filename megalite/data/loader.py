@@ -39,6 +39,9 @@ class MicroBatch:
     """What an encoder reads beside them, [B,S] int64; None: there is no encoder."""
     source_documents: torch.Tensor | None = field(default=None, kw_only=True)
     """[B,S] int64."""
+    sentences: torch.Tensor | None = field(default=None, kw_only=True)
+    """At the first token of a pair of sentences whether it is out of order, 1 or 0, [B,T] int64; IGNORE
+    elsewhere. None: there are no pairs."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to `device`. The host does not wait for pinned tensors."""
@@ -352,6 +355,7 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
         "types": mixture.types(found),
         "source": found.source,
         "source_documents": found.source_documents,
+        "sentences": found.sentences,
     }
     steps = {name: by_micro_batch(x) for name, x in columns.items()}
     return [

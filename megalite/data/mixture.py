@@ -34,6 +34,7 @@ from megalite.data.fim import FillInTheMiddle
 from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronBlend, sizes_of
 from megalite.data.order import Int64s, Phase, PhasedOrder, SampleOrder
+from megalite.data.sentences import IN_ORDER, SentencePairs
 from megalite.data.stacks import Views
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
@@ -108,6 +109,8 @@ class Samples(NamedTuple):
         None  # [n, S], what an encoder reads beside them; None: there is no encoder
     )
     source_documents: Int64s | None = None  # [n, S]
+    # [n, L], at the first token of a pair 1 where its texts are not in order, or else 0.
+    sentences: Int64s | None = None
 
 
 class Mixture:
@@ -124,7 +127,10 @@ class Mixture:
         self.sources, self.names, self.order, self.view = tuple(sources), tuple(names), order, view
         self.seq_length = sources[0].seq_length
         self._fingerprint = ""
-        self._masked = any(source.dataset.mask is not None for source in sources)
+        self._masked = any(
+            source.dataset.mask is not None or isinstance(source, SentencePairs)
+            for source in sources
+        )
         self._has_removed = any(source.dataset.removed is not None for source in sources)
         if any(source.seq_length != self.seq_length for source in sources):
             raise DataError(
@@ -200,7 +206,12 @@ class Mixture:
             learned = np.ones_like(tokens[:, :-1], bool) if mask is None else mask[:, :-1] > 0
             # Padding is no token to predict.
             learned &= np.arange(self.seq_length) < filled[:, None]
-            return Samples(*view.corruption.apply(tokens[:, :-1].copy(), learned, index), kept)
+            sentences = None
+            if mask is not None and isinstance(self.sources[0], SentencePairs):
+                is_told = mask[:, :-1] >= IN_ORDER
+                sentences = np.where(is_told, mask[:, :-1] - IN_ORDER, IGNORE)
+            inputs, labels = view.corruption.apply(tokens[:, :-1].copy(), learned, index)
+            return Samples(inputs, labels, kept, sentences=sentences)
         if view.labels != "next":
             return Samples(tokens[:, :-1].copy(), _classes(view, documents, filled, mask), kept)
         # Before the labels are taken, which are the tokens moved by one.
@@ -228,7 +239,13 @@ class Mixture:
         source, sample = self.order.locate(index)
         for number in np.unique(source):
             rows = np.flatnonzero(source == number)
-            read_windows(self.sources[number], sample[rows], windows, rows)
+            one = self.sources[number]
+            if isinstance(one, SentencePairs):
+                epochs = self.order.epochs(index)
+                assert epochs is not None  # Megatron-LM's order is of whole tokens
+                one.read(sample[rows], epochs[rows], windows, rows)
+            else:
+                read_windows(one, sample[rows], windows, rows)
         return windows
 
     def is_learned(self, number: int) -> bool:
@@ -237,6 +254,8 @@ class Mixture:
         source = self.sources[number]
         if isinstance(source, TokenSource) and self.view._replace(document_mask=False) == PLAIN:
             return True  # every token but the first
+        if isinstance(source, SentencePairs):
+            return True  # every pair has an order
         if source.dataset.removed is not None:
             return True  # it had labels before, and may be left without any
         for samples in self._pieces_of(source.num_samples):
@@ -412,7 +431,7 @@ def _build_mixture(
             opened[item.path] = IndexedDataset(item.path)
             opened[item.path].check(config.model.highest_label)
         try:
-            sources.append(_cut(opened[item.path], config, which, sizes[number]))
+            sources.append(_cut(opened[item.path], config, which, sizes[number], tokenizer))
         except DataError as error:
             setting = (
                 f"data.{which}[{number}]"
@@ -449,9 +468,8 @@ def _view_of(config: Config, which: Split, tokenizer: Tokenizer | None) -> View:
         else None
     )
     model, corruption = config.model, config.objective.corruption(config, tokenizer, which)
-    separator = (
-        tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
-    )
+    has_pairs = model.has_classes or config.objective.pairs_of(config, tokenizer, which) is not None
+    separator = tokenizer.eod_id if tokenizer and has_pairs and model.has_token_types else None
     stacks = config.objective.stacks(config, tokenizer, which) if model.task == "seq2seq" else None
     augment = None
     if data.augment and which == "train":
@@ -503,11 +521,20 @@ def _why_unlearned(config: Config, source: SampleSource) -> str:
 
 
 def _cut(
-    dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None
+    dataset: IndexedDataset,
+    config: Config,
+    which: Split,
+    megatron_samples: int | None,
+    tokenizer: Tokenizer | None,
 ) -> SampleSource:
     """Return one split of a dataset as samples; in Megatron-LM's order if `megatron_samples` gives
     their number."""
     length = config.lengths.read
+    if (pairs := config.objective.pairs_of(config, tokenizer, which)) is not None:
+        if dataset.mask is not None:
+            raise DataError("objective.sentences takes texts, not labelled rows")
+        first, last = _part_of(dataset.num_documents, config, which)
+        return pairs(dataset, first, last)
     if dataset.mask is not None:
         return _cut_rows(dataset, config, which)
     if config.model.has_classes or config.objective.DATA == "seq2seq":

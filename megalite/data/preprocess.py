@@ -49,6 +49,7 @@ from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
 from megalite.data.origins import writing_origins
+from megalite.data.sentences import split_sentences
 from megalite.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -78,6 +79,8 @@ class Encoded(NamedTuple):
     num_left: int
     read: Texts  # whose texts are left out
     num_empty: int
+    # Sentences of each document, whose lengths then are those above; None: documents are not cut.
+    counts: npt.NDArray[np.int32] | None = None
 
 
 class Packing(NamedTuple):
@@ -87,6 +90,7 @@ class Packing(NamedTuple):
     begin: int | None  # a token for every document that does not begin, or end, with it already
     end: int | None
     dtype: np.dtype[Any]
+    by_sentence: bool = False
 
 
 def preprocess(
@@ -100,6 +104,7 @@ def preprocess(
     exact: bool = False,
     shard: Shard | None = None,
     prepend_bos: bool | None = None,
+    by_sentence: bool = False,
 ) -> Preprocessed:
     """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, .json which says what they
     were made from, and .src which says where each document comes from.
@@ -113,6 +118,9 @@ def preprocess(
     compared samples of the inputs, everything is tokenized again by Hugging Face's tokenizers. With
     a `shard`, only that part is written, unless it is there already; the job that completes the
     last shard returns the whole.
+
+    With `by_sentence` each sentence is a sequence of the index, of which documents are made, as by
+    Megatron-LM's --split-sentences; Hugging Face's or sentencepiece then tokenize each by itself.
 
     With one of the `workers`, Hugging Face's or sentencepiece runs in this very process. `console`
     shows the progress. The files appear under their names only when complete. Raise DataError, with
@@ -135,7 +143,11 @@ def preprocess(
         "inputs": list(inputs),
         "input_bytes": shard_bytes(files, Shard())[1],
     }
-    packing = Packing(json_key, begin, end, token_dtype(opened.vocab_size))
+    if by_sentence:
+        if shard is not None:
+            raise DataError("--split-sentences and --shard do not go together: give one of them")
+        settings["by_sentence"] = exact = True
+    packing = Packing(json_key, begin, end, token_dtype(opened.vocab_size), by_sentence)
     job = _Job(str(tokenizer), opened, files, report, settings, packing, workers, exact, console)
     prefix = f"{output_prefix}_{json_key}_document"
     check_inputs(prefix, files)
@@ -283,7 +295,7 @@ class _Job:
                 closing(in_order(blocks, encode, pool, self.workers)) as results,
             ):
                 for block, encoded in results:
-                    writer.add_documents(encoded.tokens, encoded.lengths)
+                    writer.add_documents(encoded.tokens, encoded.lengths, counts=encoded.counts)
                     places, paths = numbers.add(block, *encoded.read[1:]), encoded.read.paths
                     origins.add(places, [(path, self.files.get(path, 0)) for path in paths])
                     report.num_empty += encoded.num_empty
@@ -327,11 +339,47 @@ def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
     """Tokenize one block with the exact library."""
     read = texts_of(block, packing.json_key)
     rows: list[npt.NDArray[np.uint32]] = []
-    for texts in _bites([text.decode() for text in read.texts]):
+    texts_of_block = [text.decode() for text in read.texts]
+    sentences = [split_sentences(text) for text in texts_of_block] if packing.by_sentence else None
+    if sentences is not None:
+        texts_of_block = [sentence for document in sentences for sentence in document]
+    for texts in _bites(texts_of_block):
         with _turn if len(texts[0]) > BITE else nullcontext():
             rows += [np.array(ids, np.uint32) for ids in _opened(tokenizer).encode_documents(texts)]
     flat = np.concatenate([np.empty(0, np.uint32), *rows])
-    return _pack(read, flat, np.array([len(row) for row in rows], np.int64), 0, packing)
+    lengths = np.array([len(row) for row in rows], np.int64)
+    if sentences is None:
+        return _pack(read, flat, lengths, 0, packing)
+    return _pack_sentences(read, flat, lengths, [*map(len, sentences)], packing)
+
+
+def _pack_sentences(
+    read: Texts,
+    flat: npt.NDArray[np.uint32],
+    lengths: npt.NDArray[np.int64],
+    counts: Sequence[int],
+    packing: Packing,
+) -> Encoded:
+    """Put sentences together to documents, of which each has some of the `counts`, as `_pack` does
+    with whole ones. What is added at both ends belongs to the first sentence and the last."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    whole = np.bincount(of, lengths, len(counts)).astype(np.int64)
+    packed = _pack(read, flat, whole, 0, packing)
+    # Sentences without tokens are none.
+    of, lengths = of[lengths > 0], lengths[lengths > 0]
+    found = np.bincount(of, minlength=len(counts))[whole > 0]
+    last = np.cumsum(found) - 1
+    first = last - found + 1
+    whole, stops = whole[whole > 0], np.cumsum(packed.lengths, dtype=np.int64)
+    added = packed.lengths - whole
+    if packing.begin is not None:
+        tokens, begins = flat, np.cumsum(whole) - whole
+        no_begin = tokens[begins] != packing.begin
+        lengths[first] += no_begin
+        added = added - no_begin
+    lengths[last] += added
+    assert lengths.sum() == (stops[-1] if len(stops) else 0)
+    return packed._replace(lengths=lengths.astype(np.int32), counts=found.astype(np.int32))
 
 
 def _bites(texts: Sequence[str]) -> Iterator[list[str]]:

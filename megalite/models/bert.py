@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.kernels.activation import gelu
@@ -37,6 +37,8 @@ class HeadNames(NamedTuple):
     bias: str
     decoder: str
     pooler: str
+    sentences: str = ""
+    """Head for pairs of sentences; empty where the family has none."""
 
 
 class BertConfig(GPT2Like):
@@ -50,6 +52,11 @@ class BertConfig(GPT2Like):
     tie_embeddings: Literal[True] = True
     tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
     task: Literal["masked", "classification", "labels", "answers"] = "masked"
+    sentence_head: bool = Field(
+        False,
+        description="Have a pooler and a head beside the one for masked tokens, which tell whether two texts follow "
+        "each other (objective.sentences).",
+    )
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"
     CLASS_AT: ClassVar[Literal["first", "last"]] = "first"
@@ -60,6 +67,7 @@ class BertConfig(GPT2Like):
         bias="cls.predictions.bias",
         decoder="cls.predictions.decoder",
         pooler="bert.pooler.dense",
+        sentences="cls.seq_relationship",
     )
     # Published files keep the heads of pretraining on pairs of sentences beside the masked one.
     SPARE: ClassVar[tuple[str, ...]] = (
@@ -76,6 +84,14 @@ class BertConfig(GPT2Like):
     """True if the head has the activation of the layers, and not GELU in any case."""
     OFFSET: ClassVar[int] = 0
     """Rows of the embedding of positions before that of the first position."""
+
+    @model_validator(mode="after")
+    def _head_of_pretraining(self) -> BertConfig:
+        if self.sentence_head and not self.HEAD.sentences:
+            raise ValueError(f"sentence_head: true is not known for the {self.family} family")
+        if self.sentence_head and self.task != "masked":
+            raise ValueError(f"sentence_head: true needs task: masked, not {self.task}")
+        return self
 
     @property
     def has_token_types(self) -> bool:
@@ -107,9 +123,22 @@ class Layer(nn.Module):
         return x
 
 
+class SentenceHead(nn.Module):
+    """Tell of final states of texts' first tokens [1,N,D] whether two texts follow each other:
+    logits [1,M,2], of all ranks where parallelism has cut the tokens. 0 says that they do."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.pooler, self.head = nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+        self.gather: Callable[[Tensor], Tensor] = lambda x: x
+
+    def forward(self, x_1ND: Tensor) -> Tensor:
+        return self.gather(self.head(self.pooler(x_1ND).tanh()))
+
+
 class Bert(Decoder):
     INPUT: tuple[str, ...] = ("embedding", "positions", "token_types", "embedding_norm", "dropout")
-    OUTPUT: tuple[str, ...] = ("transform", "norm", "head", "loss")
+    OUTPUT: tuple[str, ...] = ("transform", "norm", "sentences", "head", "loss")
     config: BertConfig
 
     def __init__(self, config: BertConfig):
@@ -125,6 +154,8 @@ class Bert(Decoder):
         if config.task in ("masked", "classification"):
             # One module in two roles: before the masked head's norm, or the pooler of a whole text.
             self.transform = nn.Linear(hidden, hidden)
+        if config.sentence_head:
+            self.sentences = SentenceHead(hidden)
         if config.task == "masked":
             self.norm = LayerNorm(hidden, config.norm_eps)
             self.head = nn.Linear(hidden, config.vocab_size)
@@ -194,6 +225,10 @@ def weights(config: BertConfig) -> Iterator[Weight]:
     if config.task in ("masked", "classification"):
         hf = names.transform if config.task == "masked" else names.pooler
         yield from linear_rows("transform", (hf,), (hidden, hidden), None, std, place="last")
+    if config.sentence_head:
+        for name, hf, size in (("pooler", names.pooler, hidden), ("head", names.sentences, 2)):
+            shape = (size, hidden)
+            yield from linear_rows(f"sentences.{name}", (hf,), shape, None, std, place="last")
     if config.task == "masked":
         yield from norm_rows("norm", names.norm, hidden, "last")
         hf_head = None if config.tie_embeddings else f"{names.decoder}.weight"
@@ -238,7 +273,7 @@ KEYS = Keys().but(
 
 
 def to_hf(config: BertConfig) -> dict[str, Any]:
-    return fields_to_hf(config, "BertForMaskedLM")
+    return fields_to_hf(config, "BertForPreTraining" if config.sentence_head else "BertForMaskedLM")
 
 
 def fields_to_hf(config: BertConfig, architecture: str) -> dict[str, Any]:

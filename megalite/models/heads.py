@@ -52,6 +52,8 @@ KINDS = {
     "classification": "ForSequenceClassification", "labels": "ForTokenClassification",
     "answers": "ForQuestionAnswering",
 }  # fmt: skip
+SENTENCES = "sentences."
+"""How rows of BERT's pooler and head for pairs of sentences begin."""
 PROBLEMS = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
@@ -153,11 +155,22 @@ def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[s
         head = [row for row in rows if row.place == "last" and not own & set(row.hf)]
     else:  # what is not below the prefix of transformers' model without a head
         prefix = rows[0].hf[0].partition(".")[0] + "."
-        head = [row for row in rows if row.place == "last" and not row.hf[0].startswith(prefix)]
+        last = [row for row in rows if row.place == "last" and not row.name.startswith(SENTENCES)]
+        head = [row for row in last if not row.hf[0].startswith(prefix)]
     lacking = {row.name for row in head if not any(name in files for name in row.hf)}
     # A head that is there in part is no missing one, but a damaged file.
     may_be_new = config.has_classes or (config.task == "masked" and len(lacking) == len(head))
-    return lacking if may_be_new else set()
+    return (lacking if may_be_new else set()) | _lacking_for_sentences(rows, files)
+
+
+def _lacking_for_sentences(rows: Sequence[Weight], files: Container[str]) -> set[str]:
+    """Return the names of those rows for pairs of sentences whose whole module files lack."""
+    modules: dict[str, list[Weight]] = {}
+    for row in rows:
+        if row.name.startswith(SENTENCES):
+            modules.setdefault(row.name.rpartition(".")[0], []).append(row)
+    lacking = [of for of in modules.values() if not any(row.hf[0] in files for row in of)]
+    return {row.name for of in lacking for row in of}
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

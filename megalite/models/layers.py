@@ -122,6 +122,8 @@ class Decoder(nn.Module):
     norm: nn.Module
     head: nn.Module
     loss: nn.Module
+    sentences: nn.Module
+    """Tells of first tokens whether two texts follow each other, where the family has it."""
 
     def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Any:
         """Return the hidden states [B,T,D] that the first layer takes: `Streams`."""

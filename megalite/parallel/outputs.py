@@ -145,6 +145,13 @@ class _GatherSequence(Function):
         return grad.chunk(ctx.axis.size, SEQUENCE)[ctx.axis.rank], None
 
 
+def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """Return a sequence from the slices of the tensor ranks, of each of which dimension 1 is a part;
+    what is computed of it must be alike on all."""
+    found: Tensor = _GatherSequence.apply(x, axis)
+    return found
+
+
 class _CutSequence(Function):
     """This rank's slice of the sequence in the forward pass, all-gather in the backward pass."""
 
@@ -176,7 +183,7 @@ class LastStage:
             return VocabShards(out, self.tensor, self.vocab_size)
         cut = self.sequence and self.tensor.size > 1
         if output == "final_states":
-            return _GatherSequence.apply(out, self.tensor) if cut else out
+            return gather_sequence(out, self.tensor) if cut else out
 
         def head(x_BTD: Tensor) -> VocabShards:
             # The head is column-parallel and gathers the sequence itself.
@@ -186,4 +193,4 @@ class LastStage:
         # Not `enter`, whose backward pass sums: an objective computes alike on all tensor ranks,
         # and a sum would count its gradient n times.
         chunked = self.model.head if isinstance(self.model.head, ChunkedHead) else None
-        return HiddenStates(_GatherSequence.apply(out, self.tensor) if cut else out, head, chunked)
+        return HiddenStates(gather_sequence(out, self.tensor) if cut else out, head, chunked)

@@ -24,6 +24,7 @@ from torch import Tensor
 from megalite.comm.mesh import Axis, Fold, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
+from megalite.models.bert import SentenceHead
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.models.latent import LatentAttention
 from megalite.models.layer_loss import LayerLoss
@@ -33,6 +34,7 @@ from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.expert import ParallelExperts, ParallelGroupedLinear
 from megalite.parallel.gathered import GatheredAttention
+from megalite.parallel.outputs import gather_sequence
 from megalite.parallel.overlap import OVERLAPPED
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
@@ -255,6 +257,13 @@ def _(loss: CrossEntropy, layout: Layout) -> nn.Module | None:
         if layout.tensor.size > 1
         else None
     )
+
+
+@rule(SentenceHead)
+def _(head: SentenceHead, layout: Layout) -> None:
+    # Its linears are replicated, and see this rank's tokens where a sequence is cut.
+    if layout.sequence and layout.tensor.size > 1:
+        head.gather = partial(gather_sequence, axis=layout.tensor)
 
 
 @rule(ColumnLoss)

@@ -145,6 +145,10 @@ class Inputs:
     """The one token of each row whose logits are asked for; None: logits of all tokens."""
     picked: Picked | None = None
     """The tokens whose losses or logits are asked for; None: all of them."""
+    sentences: Picked | None = None
+    """The first tokens of pairs of sentences, with whether they are out of order."""
+    per_pair: Tensor | None = None
+    """Masked tokens of the global batch for each of its pairs of sentences, fp32."""
     ahead: Ahead | None = None
     """What predictors of further tokens take, whose losses are then returned as well."""
     pairs: Pairs | None = None
@@ -182,7 +186,8 @@ class Stage(nn.Module):
         """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for
         the next stage, a tuple where the model has several streams of hidden states; the last
         returns `inputs.output`: losses [B,T], with `terms` [B,T,2], fp32 (0 where there is no
-        label), and behind them, as further rows, those of each predictor `ahead`; logits
+        label), and behind them, as further rows, those of each predictor `ahead`, or of pairs of
+        `sentences`, whose logits stand behind those of picked tokens likewise; logits
         [B,T or 1,V/n], of picked tokens [1,M,V/n]; or hidden states [B,T,D], as the head takes them
         or final."""
         model = self.model
@@ -198,7 +203,8 @@ class Stage(nn.Module):
             # Generation: cut to [B, 1, D] before the head, whose logits are the largest tensor of
             # all.
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
-        picked = inputs.picked
+        picked, pairs = inputs.picked, inputs.sentences
+        told_1M2 = None if pairs is None else model.sentences(pairs.take(x_BTD))
         if picked is not None:
             x_BTD = picked.take(x_BTD)
         if inputs.output == "final_states":
@@ -207,9 +213,15 @@ class Stage(nn.Module):
         if inputs.output == "hidden_states":
             return states_BTD
         if inputs.output == "logits":
-            return model.project(states_BTD)
+            logits = model.project(states_BTD)
+            if told_1M2 is None:
+                return logits
+            return torch.cat((logits, F.pad(told_1M2, (0, logits.shape[2] - 2))), 1)
         if picked is not None:
-            return picked.spread(model.losses_of(states_BTD, picked.labels_1M))
+            losses_BT = picked.spread(model.losses_of(states_BTD, picked.labels_1M))
+            if told_1M2 is None or pairs is None:
+                return losses_BT
+            return torch.cat((losses_BT, pairs.spread(pair_losses(told_1M2, pairs.labels_1M))))
         assert inputs.labels_BT is not None
         if inputs.ahead is None:
             return model.losses_of(states_BTD, inputs.labels_BT, inputs.terms)
@@ -217,6 +229,15 @@ class Stage(nn.Module):
         states = model.predict_ahead(states_BTD, inputs.ahead.tokens_ABT, inputs.places)
         labels = torch.cat((inputs.labels_BT, *inputs.ahead.labels_ABT))
         return model.losses_of(torch.cat(states), labels, inputs.terms)
+
+
+def pair_losses(logits_1M2: Tensor, labels_1M: Tensor) -> Tensor:
+    """Return the cross-entropy of each pair of sentences, fp32 [1,M]; 0 where the label is
+    `IGNORE`."""
+    losses_M = F.cross_entropy(
+        logits_1M2[0].float(), labels_1M[0], ignore_index=IGNORE, reduction="none"
+    )
+    return losses_M[None]
 
 
 def cut(model: Decoder, span: StageSpan, at_both_ends: bool) -> None:
