@@ -59,8 +59,8 @@ class MaskedLMConfig(ObjectiveConfig):
         self._check_sentences(config)
         if config.data.order == "megatron":
             raise ValueError(
-                "data.order: megatron is that of Megatron-LM's GPTDataset; its BERT makes samples by another rule, which "
-                "is not followed: give shuffle or sequential"
+                "data.order: megatron is that of Megatron-LM's GPTDataset; its BERT makes samples by another rule, "
+                "which is not followed: give shuffle or sequential"
             )
         if config.model.task != "masked":
             raise ValueError(
@@ -94,8 +94,8 @@ class MaskedLMConfig(ObjectiveConfig):
             )
         if not data.document_mask or data.seq_length_warmup:
             raise ValueError(
-                f"objective.sentences: {self.sentences} needs data.document_mask: true, which keeps pairs apart, and no "
-                "data.seq_length_warmup"
+                f"objective.sentences: {self.sentences} needs data.document_mask: true, which keeps pairs apart, "
+                "and no data.seq_length_warmup"
             )
 
     def made_of_tokens(self) -> str:
