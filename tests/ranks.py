@@ -29,8 +29,6 @@ SERVER.set_forkserver_preload(
         "megalite.parallel.pipeline",
         "matplotlib.figure",
         "pytest",
-        # Two seconds in each rank of DeepSpeed, one of whose optimizers is compiled, and of torch's own.
-        "torch._inductor.compile_fx",
     ]
 )
 

@@ -93,6 +93,7 @@ def test_what_is_copied_is_there_and_let_through(path: Path) -> None:
         assert "*" in ignore
 
 
+@pytest.mark.timeout(3600)
 def test_the_steps_of_the_image_for_cpus_can_be_done(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
