@@ -1,5 +1,5 @@
-"""The planner's speeds of mixtures of experts beside Megatron-Bridge's published ones, on which nothing
-was calibrated. The page has the same table."""
+"""The planner's speeds of mixtures of experts beside Megatron-Bridge's published ones, to which no
+constant was fitted. The page has the same table, and says which rows are left out."""
 
 from __future__ import annotations
 
