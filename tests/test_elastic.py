@@ -29,11 +29,13 @@ def watch_samples(rank: int) -> None:
     """Note the samples this rank trains on, of each step, beside the run."""
     make_inputs = megalite.training.parts.make_inputs
 
-    def noted(micro: Any, mesh: Mesh, seed: int | None = None, **options: Any) -> Inputs:
+    def noted(
+        micro: Any, mesh: Mesh, seed: int | None = None, *rest: Any, **options: Any
+    ) -> Inputs:
         if seed is not None:
             with open(f"samples-{mesh.data.size}-{rank}.jsonl", "a") as file:
                 print(json.dumps([NOW.step, micro.samples.tolist()]), file=file)
-        return make_inputs(micro, mesh, seed, **options)
+        return make_inputs(micro, mesh, seed, *rest, **options)
 
     megalite.training.parts.make_inputs = noted
 

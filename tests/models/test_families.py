@@ -579,7 +579,9 @@ def places(
 
 def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS, ranks: int = 1) -> Tensor:
     """`x` may be one of `ranks` pieces along dimension 1."""
-    return module.train()(x, places(x.shape[1] * ranks, keys))
+    # Tokens of hidden states, which ranks share; queries of probabilities, which each has.
+    length = x.shape[2] if module.over_heads else x.shape[1] * ranks
+    return module.train()(x, places(length, keys))
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
