@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dir": str(folder),
         "config": str(folder / "config.yaml"),
         "sizes": [size_of(width) for width in WIDTHS],
-        "tokens_per_parameter": [40, 80, 160],
+        "tokens_per_parameter": [20, 40, 80],
         "parallel": 2,
     }
     (folder / "ladder.yaml").write_text(yaml.safe_dump(ladder), encoding="utf-8")
