@@ -163,11 +163,7 @@ def open_run(
         if config.observe.target_rows and tokenizer and valid
         else None
     )
-    band = None
-    if config.observe.ladder:
-        from megalite.ladder.curve import read_band
-
-        band = read_band(config.observe.ladder, config)
+    band = _expected_losses(config)
     trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
     begun = states_begun(checkpoint, state, config, trained) if checkpoint else {}
     start = Start(state, initial_state(config, mesh, checkpoint), base, begun)
@@ -182,6 +178,15 @@ def open_run(
     run = Run(config, plan, mesh, recorder, tasks, samples, targets)
     run.say(*told)
     return run, start
+
+
+def _expected_losses(config: Config) -> Band | None:
+    """Return what `observe.ladder` predicts of the run, or None. Raises ConfigError."""
+    if config.observe.ladder is None:
+        return None
+    from megalite.ladder.curve import read_band
+
+    return read_band(config.observe.ladder, config)
 
 
 def open_recorder(

@@ -8,7 +8,7 @@ run that is over."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,7 @@ def report_of(law_draws: Sequence[Law], ways: Sequence[list[float]]) -> dict[str
     runs, as `over_law` finds them. None where there is none."""
     if not ways:
         return None
-    names = ("E", "A", "B", "alpha", "beta")
-    laws = [{name: float(getattr(law, name)) for name in names} for law in law_draws]
+    laws = [{name: float(number) for name, number in asdict(law).items()} for law in law_draws]
     return {"shares": SHARES.tolist(), "over_law": ways, "laws": laws}
 
 
