@@ -32,6 +32,7 @@ from rich.console import Console
 
 from megalite.data.store import REQUEST_BYTES, Store
 from megalite.errors import DataError
+from megalite.utils.locks import lock_byte
 
 # Shuffled samples are a few KiB each, from all over the object: most of a larger block would be
 # fetched too early.
@@ -47,8 +48,7 @@ SECONDS_PER_LINE = 5.0
 
 Int64s = npt.NDArray[np.int64]
 _FETCHING: dict[Path, threading.Lock] = {}
-"""Locks by object. File locks do not exclude threads of one process, nor two `CachedObject`s of the
-same object."""
+"""Locks by object. File locks do not exclude threads that share an open file."""
 
 
 def cache_folder() -> Path:
@@ -148,7 +148,7 @@ class CachedObject:
                     raise self._unusable(error) from None
             finally:
                 for block in mine.tolist():
-                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, block)
+                    lock_byte(self._locks, fcntl.F_UNLCK, block)
             if not mine.size:
                 time.sleep(POLL_SECONDS)
             if time.monotonic() - said >= SECONDS_PER_LINE:
@@ -164,7 +164,7 @@ class CachedObject:
         mine: list[int] = []
         for block in blocks.tolist():
             try:
-                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
+                lock_byte(self._locks, fcntl.F_WRLCK, block)
             except (BlockingIOError, PermissionError):  # which of them, differs by system
                 continue
             mine.append(block)

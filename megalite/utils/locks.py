@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,19 @@ def lock(file: IO[Any], path: Path) -> bool:
             "mounted with -o flock)"
         ) from None
     return True
+
+
+def lock_byte(file: IO[Any], kind: int, place: int) -> None:
+    """Lock one byte of an open file (`kind` fcntl.F_WRLCK) or unlock it (F_UNLCK), without waiting.
+    Raise BlockingIOError or PermissionError, differing by system, if another process has it, and
+    OSError."""
+    if sys.platform == "linux":
+        # Of this open file: what POSIX has for processes ends as soon as the process closes
+        # any of its descriptors of the same file.
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, 0, place, 1, 0))
+    else:
+        operation = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
+        fcntl.lockf(file, operation, 1, place)
 
 
 @contextmanager

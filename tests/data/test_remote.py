@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from megalite.data.remote import (
 )
 from megalite.errors import ConfigError, DataError
 from megalite.quantization.layers import read_rows
+from megalite.utils.locks import lock_byte
 from object_store import ObjectStore
 from ranks import run_ranks
 from small_runs import curve_of, make_config, train_on_rank, write_corpus
@@ -545,3 +547,16 @@ def test_secrets_in_urls_are_refused_and_not_repeated(url, tmp_path):
 )
 def test_paths_of_sources_stay_as_they_are(path):
     assert Source(path=path).path == path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks of open files are Linux's")
+def test_a_block_stays_locked_while_its_file_is_closed_elsewhere(tmp_path):
+    path = tmp_path / "present"
+    with open(path, "a+b") as first, open(path, "a+b") as second:
+        lock_byte(first, fcntl.F_WRLCK, 3)
+        open(path, "rb").close()  # with locks of a process, all of them would be gone
+        with pytest.raises((BlockingIOError, PermissionError)):
+            lock_byte(second, fcntl.F_WRLCK, 3)
+        lock_byte(second, fcntl.F_WRLCK, 4)
+        lock_byte(first, fcntl.F_UNLCK, 3)
+        lock_byte(second, fcntl.F_WRLCK, 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -74,6 +73,7 @@ def test_each_request_ends_with_the_model_it_began_with(local: Local, shelf: She
     shelf.next = opened(new, "second")
     new.run()
     began: Any = old.engine.generator.model
+    its_thread = old.engine._thread
     chunks = ask(local, stream=True)
     began.step(1)
     assert next(iter(chunks)).choices[0].text == "o"
@@ -90,7 +90,7 @@ def test_each_request_ends_with_the_model_it_began_with(local: Local, shelf: She
         assert "".join(chunk.choices[0].text for chunk in chunks) == "ldold"
         last = waiting.result()
     assert (last.choices[0].text, last.system_fingerprint) == ("oldold", "first")
-    until(lambda: [thread.name for thread in threading.enumerate()].count("engine") == 1)
+    until(lambda: not its_thread.is_alive())
     local.until('megalite_model{folder="second",version="second"} 1.0', "megalite_slots_busy 0.0")
     assert httpx.get(f"{local.url}/health", verify=False).json() == {"status": "ok"}
 
