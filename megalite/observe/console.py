@@ -191,8 +191,10 @@ class Console:
                 of_sources.append(f"{source} {x:.4f}")
             elif key != "step" and "loss" not in key:
                 name = key.removeprefix(f"{split}_")
-                digits = 2 if name == "perplexity" else 4
-                text += f"  {name.replace('_', ' ')} {x:.{digits}f}"
+                digits = ".4f"
+                if name.startswith("perplexity"):
+                    digits = ".2f" if x < 1e6 else ".2e"  # a model that learnt nothing has dozens
+                text += f"  {name.replace('_', ' ')} {x:{digits}}"
         if of_sources:
             text += f"  ({', '.join(of_sources)})"
         if split == "test":

@@ -292,7 +292,8 @@ class Evaluate(Hook):
     @property
     def _why(self) -> str:
         loss, step = self._lowest
-        return f"{self._since} validations have not been below the {loss:.4f} of step {step} (train.patience)"
+        those = "a validation has" if self._since == 1 else f"{self._since} validations have"
+        return f"{those} not been below the {loss:.4f} of step {step} (train.patience)"
 
     def state(self) -> dict[str, Any]:
         if self._patience is None:

@@ -128,6 +128,16 @@ def test_a_log_file_gets_a_plain_line_every_log_every_steps(
     assert lines[-1].startswith("finished at step 20 of 20 after 0:0")
 
 
+def test_a_perplexity_is_no_row_of_digits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recorder = open_recorder(tmp_path)
+    record = {"step": 4, "valid_loss": 100.0, "valid_perplexity": math.exp(100.0)}
+    recorder.evaluation(record | {"valid_perplexity_ema": 19.15131})
+    recorder.close("stopped")
+    assert "perplexity 2.69e+43  perplexity ema 19.15 " in capfd.readouterr().out
+
+
 def test_a_resumed_run_knows_how_good_it_was(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
