@@ -4,6 +4,7 @@ without nodes that are not fit, or lost."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from megalite.config import Config
+from megalite.config_file import load_config
 from small_runs import curve_of, make_config
 
 ROOT = Path(__file__).parents[2]
@@ -221,3 +223,43 @@ def test_two_runs_in_one_allocation(
         assert log.read_text().count("exit status 0; done") == 2
     assert curve_of(configs[0]) == curve_of(configs[1])
     assert len(curve_of(configs[0])) == 20
+
+
+def test_the_tasks_of_an_array_share_a_sweep(
+    cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--whole"):
+        pytest.skip("one of the cases of --whole; test_sweep.py has two workers without Slurm")
+    base = make_config(tmp_path, "llama", *SETTINGS, "train.steps=60", "checkpoint.every=10")
+    (tmp_path / "base.yaml").write_text(base.to_yaml())
+    rates = [1e-3, 3e-3, 1e-2, 3e-2]
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"{{name: shared, dir: {tmp_path}, config: {tmp_path / 'base.yaml'}, sampler: grid, "
+        f"objective: valid_loss, space: {{optimizer.lr: {rates}}}}}"
+    )
+    folder, logs = tmp_path / "shared", [tmp_path / f"job-{task}.log" for task in range(2)]
+    job = cluster.run(
+        *("sbatch", "--parsable", "--array=0-1", "--gpus-per-node=0", "--cpus-per-task=1", "--exclusive"),
+        *(f"--output={tmp_path / 'job-%a.log'}", "slurm/sweep.sh", sweep),
+    )  # fmt: skip
+
+    def states() -> list[str]:
+        return cluster.state(job).split()
+
+    with told_by(logs[1]):
+        until(lambda: len(list(folder.glob("trial-*/checkpoints/step-*"))) >= 2, "two checkpoints")
+        cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")  # as near its time limit
+        until(lambda: "PENDING" in states(), "the requeue of one task")
+        until(lambda: states() == ["COMPLETED"] * 2, "the end of both tasks")
+    trials = [path.parent for path in folder.glob("trial-*/config.yaml")]
+    assert sorted(load_config(trial / "config.yaml").optimizer.lr for trial in trials) == rates
+    for trial in trials:
+        lines = (trial / "metrics.jsonl").read_text().splitlines()
+        steps = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+        assert steps == list(range(1, 61)), trial
+    assert load_config(folder / "best.yaml").optimizer.lr in rates
+    took = [
+        set(re.findall(r"trial-\d{4}", log.read_text().split("the best is")[0])) for log in logs
+    ]
+    assert all(took), "each task trained some of them"
