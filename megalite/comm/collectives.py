@@ -50,11 +50,6 @@ def noted(kind: str, axis: Axis, wait: Wait) -> Wait:
     return noted_wait
 
 
-def _on_gloo(x: Tensor) -> bool:
-    """Return whether gloo moves this tensor, as it does on the CPU."""
-    return x.device.type == "cpu"
-
-
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x`, which is contiguous, over the axis in place."""
     if axis.size > 1:
@@ -183,7 +178,7 @@ def start_reduce_scatter(flat: Tensor, axis: Axis, out: Tensor | None = None) ->
         return _done
     mine = flat.view(axis.size, -1)[axis.rank]
     shard = mine if out is None else out
-    if not _on_gloo(flat):
+    if flat.device.type != "cpu":
         work = _reduce_scatter(shard, flat, group=axis.group, async_op=True)
         return noted("reduce_scatter", axis, work.wait)
     others = [rank for rank in range(axis.size) if rank != axis.rank]
@@ -208,12 +203,9 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
     if axis.size == 1:
         return _done
     shards = flat.view(axis.size, -1)
-    if not _on_gloo(flat):
-        return noted(
-            "all_gather",
-            axis,
-            _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait,
-        )
+    if flat.device.type != "cpu":
+        work = _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True)
+        return noted("all_gather", axis, work.wait)
     others = [rank for rank in range(axis.size) if rank != axis.rank]
     # gloo: this rank's shard goes to every other rank, and theirs come straight to their place in
     # `flat`.

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to `device`. The host does not wait for pinned tensors."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        return self._each(partial(torch.Tensor.to, device=device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
         """Copy into pinned host memory, which a GPU copies from asynchronously."""

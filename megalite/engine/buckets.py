@@ -58,6 +58,8 @@ class BucketState(BucketWeights):
         self.states: dict[str, Tensor] = {}
         # Those that are not held in fp32.
         self.stored: dict[str, StoredState] = {}
+        self.runs: list[tuple[slice, int]] = []
+        self.note_begun({})
         for name in states:
             if optimizer.keeps_fp32(layout.slots[0].weight):
                 self.states[name] = torch.zeros_like(self.master)
@@ -149,9 +151,9 @@ class BucketState(BucketWeights):
         if not self.stored:
             update(piece(part, {name: state[part] for name, state in self.states.items()}))
 
-    def runs(self, begun: Mapping[str, int]) -> list[tuple[slice, int]]:
-        """Return the parts of what is stepped whose states began after the same number of updates,
-        as `Engine.load` is told, each with that number."""
+    def note_begun(self, begun: Mapping[str, int]) -> None:
+        """Set `runs`: the parts of what is stepped whose states began after the same number of
+        updates, as `Engine.load` is told, each with that number."""
         found: list[tuple[slice, int]] = []
         for slot in self.layout.slots:
             number = begun.get(slot.weight.hf[0], 0)
@@ -171,7 +173,7 @@ class BucketState(BucketWeights):
             )
             for part, number in found
         ]
-        return [(part, number) for part, number in inside if part.start < part.stop]
+        self.runs = [(part, number) for part, number in inside if part.start < part.stop]
 
     def shard(self, lr: float) -> Shard:
         """Return what the optimizer updates, in a step whose schedule says `lr`."""

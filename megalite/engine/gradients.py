@@ -184,14 +184,12 @@ class Gradients:
             # Stages 0 and 1 reduce once a step. Buckets may be completed out of order, and not in
             # the same order on all ranks; yet collectives must start in one order everywhere. So a
             # complete bucket waits for those before it.
-            while self._next < len(self.buckets) and self._complete(self.buckets[self._next]):
-                self._reduce(self.buckets[self._next])
+            for bucket in self.buckets[self._next :]:
+                has_all = bucket.events == self._micro_batches * bucket.num_events
+                if not has_all or bucket.layout.tied:  # a tied one is left to `finish`
+                    break
+                self._reduce(bucket)
                 self._next += 1
-
-    def _complete(self, bucket: BucketState) -> bool:
-        """Return whether every gradient of the step has arrived in a bucket. A tied one is left to
-        `finish`."""
-        return bucket.events == self._micro_batches * bucket.num_events and not bucket.layout.tied
 
     def finish(self) -> None:
         """Reduce what is left, and wait until all of it is."""

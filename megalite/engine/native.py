@@ -193,7 +193,7 @@ class NativeEngine:
 
     def _newest(self, buckets: Sequence[BucketState]) -> int:
         """Return after how many updates the last of some buckets' states began."""
-        return max((begun for b in buckets for _, begun in b.runs(self._begun)), default=0)
+        return max((begun for b in buckets for _, begun in b.runs), default=0)
 
     def _update(self, common: Mapping[tuple[str, int], Tensor], lr: float) -> None:
         """Update every bucket's shard, and start to gather the new weights; `common` is what
@@ -209,7 +209,7 @@ class NativeEngine:
                 continue
             if not isinstance(optimizer, SummingOptimizer):
                 with record_function(STEP):
-                    for part, begun in bucket.runs(self._begun):
+                    for part, begun in bucket.runs:
                         bucket.update(
                             lr, partial(optimizer.update_, common=common[name, begun]), part
                         )
@@ -267,6 +267,7 @@ class NativeEngine:
         self._num_updates.fill_(num_updates)
         self._begun = begun or {}
         for bucket in self.buckets:
+            bucket.note_begun(self._begun)
             # In fp32 the weights are the master weights, and begin as them.
             kind = "master" if bucket.weights.dtype == torch.float32 else "weight"
             fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,14 +101,14 @@ class Numbers:
 
         The gate takes the gradient norm (fp32 []) and returns whether the step may update the
         weights (bool []). It is called once a step, and remembers the step in the window."""
-        return lambda norm: self._judge(torch.stack([loss, norm]).double())
+        return partial(self._judge, loss)
 
     @torch.no_grad()
-    def _judge(self, values: Tensor) -> Tensor:
-        """Judge a step by `values` [2], its loss and gradient norm in fp64, and enter them in the
-        window.
+    def _judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Judge a step by its loss and gradient norm, fp32 [], and enter them in the window.
 
         Everything stays on the device: a branch on a number would make the host wait for it."""
+        values = torch.stack([loss, norm]).double()
         count = self._entered.clamp(max=WINDOW)
         # [2], as all that follows: of losses, and of gradient norms. Empty places of the window are
         # 0.

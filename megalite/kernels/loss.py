@@ -145,14 +145,14 @@ class _CrossEntropy(Function):
     ) -> Tensor:
         # `flatten` below must be a view, for the backward pass to write into it.
         logits = logits.contiguous()
-        labels_N = labels.flatten()
-        lse, target = _forward(logits.flatten(0, -2), labels_N, first, num_valid, terms)
-        # From here on lse is that of the whole vocabulary: with it each rank computes its columns'
-        # softmax in the backward pass without a further message.
-        lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
-        ctx.save_for_backward(logits, labels_N, lse)
+        logits_NV, labels_N = logits.flatten(0, -2), labels.flatten()
+        lse, target = cross_entropy_forward(logits_NV, labels_N, first, num_valid)
+        if terms and terms.label_smoothing:
+            target = _with_smoothed(target, logits_NV, num_valid, terms)
         ctx.columns, ctx.terms = (first, num_valid), terms
-        return _losses(lse, target, labels, terms)
+        lse, losses = _whole_losses(lse, target, labels, ctx.columns, combine, terms)
+        ctx.save_for_backward(logits, labels_N, lse)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -213,14 +213,17 @@ class _LinearCrossEntropy(Function):
         # logits themselves.
         for rows in chunks(labels_N, rows_per_chunk):
             logits = product(x_ND[rows], weight)
-            lse[rows], target[..., rows] = _forward(logits, labels_N[rows], first, num_valid, terms)
+            lse[rows], found = cross_entropy_forward(logits, labels_N[rows], first, num_valid)
+            if terms and terms.label_smoothing:
+                found = _with_smoothed(found, logits, num_valid, terms)
+            target[..., rows] = found
             del logits  # or two chunks of logits would be alive at once
-        lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
+        ctx.columns, ctx.terms = (first, num_valid), terms
+        lse, losses = _whole_losses(lse, target, labels, ctx.columns, combine, terms)
         ctx.save_for_backward(x, weight, labels_N, lse)
         ctx.rows_per_chunk = rows_per_chunk
-        ctx.columns, ctx.terms = (first, num_valid), terms
         ctx.wgrad_callback, ctx.parameter = wgrad_callback, weight
-        return _losses(lse, target, labels, terms)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -283,20 +286,15 @@ def chunks(rows: Tensor, size: int) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, len(rows), size))
 
 
-def _forward(
-    logits_NV: Tensor, labels_N: Tensor, first: int, num_valid: int, terms: LossTerms | None
-) -> tuple[Tensor, Tensor]:
-    """Return what `cross_entropy_forward` does. With label smoothing the targets are [2,N]: those
-    of the labels, and the mean logits under the smoothed labels."""
-    lse, target = cross_entropy_forward(logits_NV, labels_N, first, num_valid)
-    if not terms or not terms.label_smoothing:
-        return lse, target
+def _with_smoothed(target_N: Tensor, logits_NV: Tensor, num_valid: int, terms: LossTerms) -> Tensor:
+    """Return [2,N]: the labels' logits `target_N`, and the mean logits under the smoothed labels,
+    of which `num_valid` of the columns `logits_NV` are this rank's part."""
+    share = terms.label_smoothing
     # Divided by all classes and not by this rank's columns: over the ranks these add up to the
     # mean.
     mean = logits_NV[:, :num_valid].sum(1, dtype=torch.float32) / terms.num_classes
-    return lse, torch.stack(
-        (target, (1 - terms.label_smoothing) * target + terms.label_smoothing * mean)
-    )
+    smoothed = (1 - share) * target_N + share * mean
+    return torch.stack((target_N, smoothed))
 
 
 def _backward_(
@@ -326,33 +324,33 @@ def _backward_(
         logits_NV[:, :num_valid] -= (terms.label_smoothing / terms.num_classes) * grad_N[:, None]
 
 
-def _whole(
-    lse: Tensor,
+def _whole_losses(
+    lse_N: Tensor,
     target: Tensor,
-    labels_N: Tensor,
-    first: int,
-    num_valid: int,
+    labels: Tensor,
+    columns: tuple[int, int],
     combine: Combine | None,
+    terms: LossTerms | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (lse, target) of the whole vocabulary. Without `combine`, assert that all labels are
-    in it."""
+    """Return the log-sum-exp [N] over the whole vocabulary, with which each rank computes its
+    columns' softmax in the backward pass without a further message, and the losses. `target` is [N]
+    or, smoothed, [2,N]. Without `combine`, assert that all labels are in `columns`."""
+    ignored = labels == IGNORE
     if combine:
-        return combine(lse, target)
-    end = first + num_valid
-    known = (labels_N == IGNORE) | ((labels_N >= first) & (labels_N < end))
-    # The host must not wait for a GPU's answer in the middle of a step.
-    torch._assert_async(known.all(), f"a label is neither {IGNORE} nor from {first} to {end - 1}")
-    return lse, target
-
-
-def _losses(lse_N: Tensor, target: Tensor, labels: Tensor, terms: LossTerms | None) -> Tensor:
+        lse_N, target = combine(lse_N, target)
+    else:
+        first, last = columns[0], sum(columns) - 1
+        known = ignored | ((labels >= first) & (labels <= last))
+        # The host must not wait for a GPU's answer in the middle of a step.
+        torch._assert_async(known.all(), f"a label is neither {IGNORE} nor from {first} to {last}")
     losses = lse_N - target
     if not terms:
-        return losses.view_as(labels).masked_fill(labels == IGNORE, 0.0)
+        return lse_N, losses.view_as(labels).masked_fill(ignored, 0.0)
     # One row without label smoothing (then both are it), else two.
     plain, smoothed = losses.view(-1, len(lse_N))[[0, -1]]
-    both = torch.stack((smoothed + terms.z_loss * lse_N.square(), plain), -1).view(*labels.shape, 2)
-    return both.masked_fill((labels == IGNORE)[..., None], 0.0)
+    to_minimise = smoothed + terms.z_loss * lse_N.square()
+    both = torch.stack((to_minimise, plain), -1).view(*labels.shape, 2)
+    return lse_N, both.masked_fill(ignored[..., None], 0.0)
 
 
 def _counted(grad: Tensor, labels_N: Tensor, terms: LossTerms | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class LayerLosses:
     num_layers: Mapping[str, int]
     """How many layers of the whole model have a loss of each name; alike on all ranks."""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Return the names of their metrics."""
         return tuple(f"layer_loss/{name}" for name in self.num_layers)
