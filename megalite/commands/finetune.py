@@ -175,8 +175,8 @@ def _model(path: Path) -> Path:
 
 def _format(inputs: Sequence[str]) -> Format:
     """Return the format of rows by the fields of the first. Raise DataError where none has them."""
-    from megalite.data.documents import Report
     from megalite.data.formats import FORMATS, format_of
+    from megalite.data.inputs import Report
     from megalite.data.rows import excerpt, list_rows, read_rows
     from megalite.errors import DataError
 
@@ -215,9 +215,9 @@ def _tokenize(inputs: Sequence[str], prefix: Path, format: Format, tokenizer: st
     are there from others."""
     from rich.console import Console
 
-    from megalite.data.documents import Report
     from megalite.data.formats import Settings
     from megalite.data.indexed import read_note
+    from megalite.data.inputs import Report
     from megalite.data.preprocess_rows import preprocess_rows
     from megalite.data.rows import list_rows
     from megalite.errors import ConfigError

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, Literal
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from megalite.data.documents import Reading, Report, read_files
+from megalite.data.documents import Reading, read_files
+from megalite.data.inputs import Report
 from megalite.errors import DataError
 from megalite.utils.files import replacing
 

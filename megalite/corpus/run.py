@@ -30,7 +30,7 @@ from megalite.corpus.report import WriteReport
 from megalite.corpus.sources import ReadInputs, list_inputs, shards_of
 from megalite.corpus.split import SPLITS, WriteSplits
 from megalite.corpus.steps import Without
-from megalite.data.documents import Report
+from megalite.data.inputs import Report
 from megalite.errors import DataError
 from megalite.utils.changes import changes
 from megalite.utils.locks import alone_in

@@ -18,7 +18,8 @@ from megalite.corpus import warc
 from megalite.corpus.config import Source
 from megalite.corpus.tally import Count
 from megalite.data.documents import Document as Read
-from megalite.data.documents import Reading, Report, list_documents, read_files
+from megalite.data.documents import Reading, read_files
+from megalite.data.inputs import Report, list_documents
 from megalite.errors import DataError
 
 MOST_SHARDS = 1000

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megalite.corpus.charsets import decode
-from megalite.data.documents import LONGEST_LINE, Document, Report, read_bytes
+from megalite.data.documents import LONGEST_LINE, Document, read_bytes
+from megalite.data.inputs import Report
 from megalite.errors import DataError
 
 SUFFIXES = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz")

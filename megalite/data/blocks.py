@@ -20,16 +20,15 @@ import orjson
 from megalite.data.documents import (
     BOM,
     LONGEST_TEXT,
-    MAX_MESSAGES,
     Document,
     Reading,
-    Report,
     is_json_lines,
     mend,
     read_bytes,
     read_files,
     record_of,
 )
+from megalite.data.inputs import MAX_MESSAGES, Report
 from megalite.data.kinds import is_packed
 from megalite.data.origins import PLACE, Array, places_of
 from megalite.errors import DataError

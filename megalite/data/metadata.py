@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from megalite.data.documents import Report
+from megalite.data.inputs import Report
 from megalite.errors import DataError
 from megalite.utils.changes import changes
 from megalite.utils.files import replacing

@@ -44,9 +44,9 @@ from megalite.data.blocks import (
     shard_bytes,
     texts_of,
 )
-from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.inputs import Report, list_documents
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
 from megalite.data.origins import writing_origins
 from megalite.data.sentences import split_sentences

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from megalite.config import NUM_LABELS
 from megalite.data.annotations import Annotated, Disagreement, read_annotations, tool_of
-from megalite.data.documents import Report
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
 from megalite.data.indexed import MASKS, IndexedWriter, token_dtype
+from megalite.data.inputs import Report
 from megalite.data.metadata import Preprocessed, check_inputs
 from megalite.data.origins import places_of, writing_origins
 from megalite.data.preprocess import Meter, in_order, start_tokenizing

@@ -12,15 +12,13 @@ import orjson
 
 from megalite.data.documents import (
     BOM,
-    HF_COMPANIONS,
     LONGEST_LINE,
-    Report,
     check_batch,
     check_libraries,
     lines_of,
-    list_files,
     read_bytes,
 )
+from megalite.data.inputs import HF_COMPANIONS, Report, list_files
 from megalite.data.kinds import JSON_LINES, PARQUET, kind_by_name, suffix_of
 from megalite.data.store import open_file
 from megalite.errors import DataError

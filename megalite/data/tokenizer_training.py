@@ -19,7 +19,8 @@ from typing import Literal, get_args
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megalite.data.documents import Document, Report, iter_documents
+from megalite.data.documents import Document, iter_documents
+from megalite.data.inputs import Report
 from megalite.data.sentencepiece_json import GRID
 from megalite.data.tokenizer import (
     SentencePieceTokenizer,

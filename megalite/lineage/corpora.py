@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megalite.data.documents import Report, is_json_lines, read_bytes
+from megalite.data.documents import is_json_lines, read_bytes
 from megalite.data.indexed import IndexedDataset
+from megalite.data.inputs import Report
 from megalite.data.kinds import is_packed
 from megalite.data.origins import Origin, Origins
 from megalite.data.tokenizer import Tokenizer

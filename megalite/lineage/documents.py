@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import orjson
 
-from megalite.data.documents import Report, is_json_lines, lines_of, read_bytes
+from megalite.data.documents import is_json_lines, lines_of, read_bytes
 from megalite.data.indexed import IndexedDataset
+from megalite.data.inputs import Report
 from megalite.data.origins import Origins, full_path, open_origins
 from megalite.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megalite.data.documents import Report
+from megalite.data.inputs import Report
 from megalite.data.order import Int64s
 from megalite.data.rows import list_rows, read_rows
 from megalite.errors import DataError

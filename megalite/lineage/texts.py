@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megalite.data.documents import Reading, Report, is_json_lines, lines_of, read_bytes, read_files
+from megalite.data.documents import Reading, is_json_lines, lines_of, read_bytes, read_files
 from megalite.data.indexed import IndexedDataset
+from megalite.data.inputs import Report
 from megalite.data.kinds import is_packed
 from megalite.data.origins import Origin
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megalite.data.annotations import read_annotations, tool_of
-from megalite.data.documents import Report
+from megalite.data.inputs import Report
 from megalite.data.rows import Row, list_rows, read_rows
 from megalite.utils.files import replacing
 

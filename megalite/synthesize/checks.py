@@ -17,7 +17,7 @@ from megalite.corpus.checks import Language, Length
 from megalite.corpus.duplicates import Signatures, minhash_config
 from megalite.corpus.steps import Check
 from megalite.corpus.tokenizing import WORD, Words
-from megalite.data.documents import Report
+from megalite.data.inputs import Report
 from megalite.data.order import Int64s
 from megalite.data.rows import list_rows, read_rows
 from megalite.errors import DataError

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from megalite.data.documents import Report, iter_documents
+from megalite.data.documents import iter_documents
+from megalite.data.inputs import Report
 from megalite.data.order import permute
 from megalite.data.rows import list_rows, read_rows
 from megalite.errors import DataError

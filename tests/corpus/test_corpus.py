@@ -17,7 +17,8 @@ from machine_corpus import check, plant, planted, prose
 
 from megalite.corpus.config import CorpusConfig, load_corpus_config
 from megalite.corpus.run import prepare_corpus
-from megalite.data.documents import Reading, Report, list_files, read_files
+from megalite.data.documents import Reading, read_files
+from megalite.data.inputs import Report, list_files
 from megalite.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from megalite.corpus.files import whole_file
 from megalite.corpus.run import _remove_leftovers, prepare_corpus
 from megalite.corpus.sources import InputFile, ReadInputs, list_inputs, shards_of
 from megalite.corpus.warc import OTHER_TYPES, read_warc
-from megalite.data.documents import Reading, Report, list_files, read_files
+from megalite.data.documents import Reading, read_files
+from megalite.data.inputs import Report, list_files
 from megalite.errors import DataError
 from megalite.utils.locks import alone_in
 

@@ -17,7 +17,8 @@ import zstandard
 from megalite.corpus import charsets
 from megalite.corpus.charsets import codec_of, declared_in, decode
 from megalite.corpus.warc import OTHER_TYPES, read_warc, unpacked
-from megalite.data.documents import Document, Report
+from megalite.data.documents import Document
+from megalite.data.inputs import Report
 from megalite.errors import DataError
 
 WORDS = {

@@ -9,7 +9,8 @@ from pyarrow import parquet
 
 from megalite.data import blocks as module
 from megalite.data.blocks import LineNumbers, Shard, add_to, iter_blocks, texts_of
-from megalite.data.documents import Report, iter_documents, list_files
+from megalite.data.documents import iter_documents
+from megalite.data.inputs import Report, list_files
 
 LINES = [
     b'{"text": "one"}',

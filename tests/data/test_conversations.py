@@ -432,7 +432,7 @@ def test_nulls_that_arrow_writes_into_tool_calls_are_not_learned(
         {"messages": [Q, said("", tool_calls=made)]} for made in (calls({"city": "Paris"}), other)
     ]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
-    from megalite.data.documents import Report
+    from megalite.data.inputs import Report
     from megalite.data.rows import list_rows, read_rows
 
     encoder = Encoder(Settings("chat", str(folders["qwen3"])))

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megalite.data.documents import Reading, Report, iter_documents, list_documents, read_files
+from megalite.data.documents import Reading, iter_documents, read_files
+from megalite.data.inputs import Report, list_documents
 from megalite.data.rows import list_rows
 from megalite.errors import DataError
 

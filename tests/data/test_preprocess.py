@@ -17,8 +17,9 @@ from pyarrow import parquet
 
 from megalite.data import preprocess as module
 from megalite.data.blocks import iter_blocks
-from megalite.data.documents import Report, iter_documents
+from megalite.data.documents import iter_documents
 from megalite.data.indexed import IndexedDataset, read_note
+from megalite.data.inputs import Report
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_training import train_tokenizer

@@ -17,8 +17,9 @@ import pytest
 from megalite.config import Source
 from megalite.config_file import parse_config
 from megalite.data import remote, store
-from megalite.data.documents import Report, iter_documents
+from megalite.data.documents import iter_documents
 from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
+from megalite.data.inputs import Report
 from megalite.data.remote import (
     BLOCK_BYTES,
     BLOCKS_PER_REQUEST,

@@ -22,9 +22,10 @@ from megalite.cli import main
 from megalite.config import Config
 from megalite.config_file import load_config, parse_config
 from megalite.data.checks import open_data
-from megalite.data.documents import Report, read_bytes
+from megalite.data.documents import read_bytes
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.inputs import Report
 from megalite.data.mixture import IGNORE
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows

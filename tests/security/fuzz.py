@@ -46,9 +46,10 @@ from megalite.corpus.charsets import LABELS, decode
 from megalite.corpus.warc import read_warc
 from megalite.data.chat import ChatTemplate
 from megalite.data.contents import ContentEncoder
-from megalite.data.documents import Reading, Report, read_files
+from megalite.data.documents import Reading, read_files
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
+from megalite.data.inputs import Report
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError

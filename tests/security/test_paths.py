@@ -12,7 +12,7 @@ from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.config import Source
 from megalite.config_file import parse_config
 from megalite.corpus.config import CorpusConfig
-from megalite.data.documents import Report, list_files
+from megalite.data.inputs import Report, list_files
 from megalite.errors import ConfigError
 from megalite.train import train
 from small_runs import make_config

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import zstandard
 
-from megalite.data.documents import Reading, Report, list_files, read_files
+from megalite.data.documents import Reading, read_files
+from megalite.data.inputs import Report, list_files
 
 FILE_BYTES = 8_000_000
 PLANTED = "planted"  # the folder, and the source in configs/corpus/machine.yaml
