@@ -23,10 +23,10 @@ from megalite.infer.encode import Encoder
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.seq2seq import TargetGenerator
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.front import Host, make_front
 from megalite.infer.serving.loading import Open, Opened
 from megalite.infer.serving.run import Server, make_server
+from megalite.infer.serving.settings import Settings
 from scripted import Bytes, Scripted
 
 PATIENCE_S = 60.0

@@ -13,7 +13,7 @@ from megalite.commands.parser import VerbParser, add_kv_cache, add_layout, add_m
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Launch
-    from megalite.infer.serving.app import Settings
+    from megalite.infer.serving.settings import Settings
 
 
 def add_arguments(parser: VerbParser) -> None:
@@ -158,8 +158,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     """Return the server's settings. Raise ConfigError."""
-    from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import ADMIN_KEY_VARIABLE, read_keys
+    from megalite.infer.serving.settings import Settings
 
     return Settings(
         name=arguments.name or _name_of(arguments.model),

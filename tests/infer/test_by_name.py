@@ -15,8 +15,8 @@ import httpx
 from local_server import PATIENCE_S, Gated, Local, opened, running
 
 from megalite.errors import CheckpointError, ConfigError
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.by_name import make_by_name
+from megalite.infer.serving.settings import Settings
 
 
 def hosting(folder: Path, *names: str, **settings: Any) -> Any:

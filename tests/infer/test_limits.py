@@ -26,12 +26,12 @@ from local_server import PATIENCE_S, Clock, Gated, Local, opened, serving
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.front import Host, make_front
 from megalite.infer.serving.guards import WRONG_KEYS_PER_MINUTE, _client, check_parts
 from megalite.infer.serving.lanes import LARGE_AT_ONCE
 from megalite.infer.serving.names import is_own_name
 from megalite.infer.serving.run import Server, bind, make_server, serve
+from megalite.infer.serving.settings import Settings
 from scripted import Bytes
 
 ANSWER = b"0123456789"

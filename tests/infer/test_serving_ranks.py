@@ -34,8 +34,8 @@ from tiny_models import GROUPED, MIXTRAL, make_byte_model
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 from megalite.infer.serving import ranks  # noqa: E402
-from megalite.infer.serving.app import Settings  # noqa: E402
 from megalite.infer.serving.run import bind  # noqa: E402
+from megalite.infer.serving.settings import Settings  # noqa: E402
 
 PATIENCE_S = 60.0
 # More answers than the two slots, of different lengths: they join and leave a running batch. One is

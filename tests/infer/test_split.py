@@ -19,8 +19,8 @@ from local_server import PATIENCE_S, Gated, Local, opened, running
 
 from megalite.errors import ConfigError
 from megalite.infer.seq2seq import TargetGenerator
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.front import Host
+from megalite.infer.serving.settings import Settings
 from megalite.infer.serving.split import Split, falls_to_challenger, make_hosting
 
 

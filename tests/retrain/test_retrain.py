@@ -35,10 +35,10 @@ from megalite.cli import main
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.front import Host
 from megalite.infer.serving.loading import open_model
 from megalite.infer.serving.ratings import RatingBody, Ratings
+from megalite.infer.serving.settings import Settings
 from megalite.monitor.intervals import Interval
 from megalite.retrain import judge as judging
 from megalite.retrain import rows, run

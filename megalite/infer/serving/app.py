@@ -6,108 +6,45 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from megalite.errors import ConfigError, DataError
+from megalite.errors import DataError
 from megalite.infer import answer as answers
-from megalite.infer.batch import NOT_FINITE, NoRoom
+from megalite.infer.batch import NOT_FINITE
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
-from megalite.infer.serving.guards import CLIENT, QUEUE, Refused
+from megalite.infer.serving.errors import (
+    Trouble,
+    as_event,
+    as_json,
+    explain_errors,
+    server_mistake,
+    told,
+)
+from megalite.infer.serving.guards import CLIENT, QUEUE
 from megalite.infer.serving.lanes import BYTES_PER_TOKEN, Lanes
 from megalite.infer.serving.logs import AsJson
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.pages import origin_of, page
-from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, error, usage
+from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, usage
 from megalite.infer.serving.ratings import RatingBody, Ratings
 from megalite.infer.serving.request_log import RequestLog, are_noted, language_of, note
+from megalite.infer.serving.settings import Settings
 
 T = TypeVar("T")
 LOG = logging.getLogger("megalite.serve")
-PLAINLY = {
-    "model_attributes_type": "must be a JSON object",
-    "model_type": "must be a JSON object",
-    "dict_type": "must be a JSON object",
-    "list_type": "must be a list",
-    "string_type": "must be a text",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "bool_type": "must be true or false",
-    "string_unicode": "must be a text; half of a surrogate pair is none",
-    "missing": "is required",
-}
-"""Plain words for pydantic's errors, which speak of Python's types."""
-# Pydantic's "Input should be at most 16" is sent as "must be at most 16".
-SHOULD = re.compile(r"^(Input|String|List|Dictionary|Value) should")
-KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Holds the server's settings. Raises ConfigError for a value out of range."""
-
-    name: str
-    """The model's name for clients."""
-    ratings: Path
-    keys: Sequence[str] = ()
-    max_bytes: int = 1 << 20
-    """Largest request body."""
-    requests_per_minute: int = 0
-    timeout_s: float = 600.0
-    """Time limit of an answer, including the wait for a slot."""
-    max_waiting: int = 256
-    log_prompts: bool = False
-    host: str = "127.0.0.1"
-    """Address or name that the server was asked to listen on."""
-    request_log: Path | None = None
-    """Folder for a line a request; None: they are not logged."""
-    keep_days: int = 30
-    """Days after which lines of requests are deleted."""
-    admin_key: str = ""
-    """Key of who may have the model reloaded; empty: nobody may over HTTP."""
-    beside: tuple[str, ...] = ()
-    """Names of other models at the same address, which are asked for elsewhere."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        for what, value, least in (
-            ("bytes of a request", self.max_bytes, 1),
-            ("requests a minute", self.requests_per_minute, 0),
-            ("days that requests are kept", self.keep_days, 1),
-            ("seconds of an answer", self.timeout_s, 0.001),
-        ):
-            if not least <= value < float("inf"):
-                raise ConfigError(f"{value} {what}: give a number of at least {least}")
-
-
-class Trouble(Exception):
-    """Raised for an error that is sent to the client in OpenAI's form."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str,
-        param: str | None = None,
-        code: str | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.body = status, error(message, kind, param, code)
 
 
 def make_app(generator: Generator, settings: Settings, metrics: Metrics, version: str) -> FastAPI:
@@ -553,75 +490,6 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     raise Trouble(499, "the client is gone", "invalid_request_error")
 
 
-@contextlib.contextmanager
-def told(param: str) -> Iterator[None]:
-    """Turn a ConfigError into Trouble for the client that sent the request; `param` names the
-    field."""
-    try:
-        yield
-    except ConfigError as problem:
-        code = "context_length_exceeded" if isinstance(problem, NoRoom) else None
-        raise Trouble(400, str(problem), "invalid_request_error", param, code) from None
-
-
-def explain_errors(app: FastAPI) -> None:
-    """Register handlers that send every error in OpenAI's form."""
-
-    @app.exception_handler(Trouble)
-    async def trouble(request: Request, problem: Trouble) -> Response:
-        # As `Guards` and a full server say it: clients that try again by themselves wait so long.
-        headers = {"retry-after": "1"} if problem.body["error"]["code"] == "overloaded" else None
-        return as_json(problem.body, problem.status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, problem: RequestValidationError) -> Response:
-        """Report the first mistake, without the value: it may be a secret, and clients may log the
-        message."""
-        first = problem.errors()[0]
-        place = _place(problem.body, first["loc"][1:], first["type"] == "missing")
-        if first["type"] == "json_invalid":
-            return as_json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = PLAINLY.get(first["type"]) or SHOULD.sub(
-            "must", first["msg"].removeprefix("Value error, ")
-        )
-        if first["type"] == "extra_forbidden":
-            what = "is not known or not supported"
-        # Fields like `tools`, which protocol.py accepts empty only.
-        elif first.get("ctx", {}).get("max_length") == 0:
-            what = "is not supported: leave it out"
-        elif not place and "json" not in request.headers.get("content-type", ""):
-            what = "must be JSON, and the header Content-Type: application/json say so"
-        param = ".".join(place) or None
-        return as_json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
-
-    @app.exception_handler(Exception)
-    async def mistake(request: Request, problem: Exception) -> Response:
-        """Answer in this form, too. The error goes on to `Noted`, which logs it."""
-        return _server_mistake()
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, problem: HTTPException) -> Response:
-        kind = KINDS.get(problem.status_code, "server_error")
-        body = problem.body if isinstance(problem, Refused) else error(str(problem.detail), kind)
-        # Such as Allow of 405, which HTTP asks for, and Retry-After.
-        return as_json(body, problem.status_code, problem.headers)
-
-
-def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[str]:
-    """Return the path of the faulty field in the body, without pydantic's own markers for union
-    types."""
-    place = []
-    for number, part in enumerate(location):
-        if isinstance(body, dict) and part in body:
-            body = body[part]
-        elif isinstance(body, list) and isinstance(part, int):
-            body = body[part] if part < len(body) else None
-        elif not (is_missing and number == len(location) - 1):
-            continue
-        place.append(str(part))
-    return place
-
-
 class Noted:
     """ASGI middleware that counts and logs each request when it has ended. It logs no headers,
     bodies or query strings, which may hold secrets."""
@@ -653,7 +521,7 @@ class Noted:
             # A response that has begun cannot be replaced.
             if not status:
                 status = 500
-                await _server_mistake()(scope, receive, send)
+                await server_mistake()(scope, receive, send)
         finally:
             seconds = time.monotonic() - began
             # The route, not the requested path: labels must be few.
@@ -671,15 +539,3 @@ class Noted:
 def is_logged(scope: Any) -> bool:
     """Return whether a request's line is written: where a model is asked, or rated."""
     return bool(scope["method"] == "POST" and scope["path"].startswith(("/v1/", QUEUE)))
-
-
-def _server_mistake() -> Response:
-    return as_json(error("the server made a mistake; its log says which", "server_error"), 500)
-
-
-def as_json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, media_type="application/json")
-
-
-def as_event(body: Any) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"

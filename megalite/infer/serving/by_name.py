@@ -11,9 +11,9 @@ import orjson
 from fastapi import FastAPI
 
 from megalite.errors import ConfigError
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.front import Host, Loaded, reload_all
 from megalite.infer.serving.loading import Model, Open
+from megalite.infer.serving.settings import Settings
 
 
 def make_by_name(settings: Settings, open_it: Open, others: Sequence[tuple[str, Open]]) -> ByName:

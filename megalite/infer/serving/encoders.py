@@ -32,20 +32,18 @@ from megalite.infer.classify import (
 )
 from megalite.infer.encode import Encoder
 from megalite.infer.serving.app import (
-    Settings,
-    Trouble,
     add_models,
     add_monitoring,
-    as_json,
     bare_app,
     check_model,
-    told,
     unless_gone,
 )
 from megalite.infer.serving.engine import Overloaded
+from megalite.infer.serving.errors import Trouble, as_json, told
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import ClassifyBody, EmbeddingsBody, RerankBody, usage
 from megalite.infer.serving.request_log import are_noted, language_of, note
+from megalite.infer.serving.settings import Settings
 
 T = TypeVar("T")
 MOST_INPUTS = 2048

@@ -19,20 +19,15 @@ from starlette.concurrency import run_in_threadpool
 from megalite.errors import CheckpointError, ConfigError, DataError, NotFinite
 from megalite.infer.generate import Generator
 from megalite.infer.seq2seq import TargetGenerator
-from megalite.infer.serving.app import (
-    Noted,
-    Settings,
-    Trouble,
-    as_json,
-    explain_errors,
-    make_app,
-)
+from megalite.infer.serving.app import Noted, make_app
 from megalite.infer.serving.encoders import make_encoder_app
+from megalite.infer.serving.errors import Trouble, as_json, explain_errors
 from megalite.infer.serving.guards import RELOAD, Guards
 from megalite.infer.serving.loading import Model, Open, Opened
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.request_log import RequestLog, note
 from megalite.infer.serving.review import add_review
+from megalite.infer.serving.settings import Settings
 from megalite.infer.serving.targets import make_target_app
 
 LOG = logging.getLogger("megalite.serve")

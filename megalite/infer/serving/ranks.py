@@ -26,10 +26,10 @@ from megalite.infer.cache import CachedSequenceInfo
 from megalite.infer.cells import CacheKind
 from megalite.infer.generate import Generator, find_model_on_ranks
 from megalite.infer.ranks import RankLost
-from megalite.infer.serving.app import Settings
 from megalite.infer.serving.front import Host
 from megalite.infer.serving.loading import Opened, version_of, warm_up
 from megalite.infer.serving.run import serve
+from megalite.infer.serving.settings import Settings
 from megalite.models import model_config
 from megalite.models.layers import SequenceInfo
 

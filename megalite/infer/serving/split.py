@@ -16,11 +16,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from megalite.errors import ConfigError
-from megalite.infer.serving.app import Settings, is_logged
+from megalite.infer.serving.app import is_logged
 from megalite.infer.serving.front import Host, Hosting, Loaded, reload_all
 from megalite.infer.serving.guards import CLIENT
 from megalite.infer.serving.loading import Open
 from megalite.infer.serving.request_log import note, noted
+from megalite.infer.serving.settings import Settings
 
 LOG = logging.getLogger("megalite.serve")
 HEADER = b"x-split-key"

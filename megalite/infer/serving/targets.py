@@ -13,20 +13,13 @@ from fastapi.responses import Response
 
 from megalite.infer.sampling import Sampling
 from megalite.infer.seq2seq import TargetGenerator
-from megalite.infer.serving.app import (
-    Events,
-    Settings,
-    Trouble,
-    add_pages,
-    as_event,
-    as_json,
-    check_model,
-    told,
-)
+from megalite.infer.serving.app import Events, add_pages, check_model
 from megalite.infer.serving.encoders import EncoderEngine, make_serial_app, within_time
+from megalite.infer.serving.errors import Trouble, as_event, as_json, told
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import CompletionBody, Reply, usage, wrap
 from megalite.infer.serving.request_log import note
+from megalite.infer.serving.settings import Settings
 
 
 def make_target_app(
