@@ -1,6 +1,6 @@
 """Run training from its start to its end: pretraining and finetuning, on one process or on a
 thousand. The steps themselves are in training/loop.py, and what is done beside them in
-training/hooks.py."""
+training/run_hooks.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from megalite.config import Config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.tokenizer import write_tokenizer_config
 from megalite.data.tokenizer_training import T5_SETTINGS, T5_SPECIAL
 from small_runs import VOCAB, make_config

@@ -10,7 +10,7 @@ import numpy as np
 
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.train import train
 
 VOCAB = 97

@@ -13,7 +13,7 @@ import pytest
 from megalite.cli import main
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.errors import DataError
 from megalite.train import train

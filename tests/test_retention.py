@@ -238,7 +238,7 @@ def test_the_best_is_kept_and_named(
     losses = {2: 4.5, 4: 3.25, 6: 3.5, 8: 4.0}
     found = iter(losses.values())
     monkeypatch.setattr(
-        "megalite.training.hooks.validate", lambda *arguments: {"loss": next(found)}
+        "megalite.training.run_hooks.validate", lambda *arguments: {"loss": next(found)}
     )
     assert train(config) == Exit.DONE
     step = 4

@@ -45,7 +45,8 @@ from megalite.data.blocks import (
     texts_of,
 )
 from megalite.data.fast_bpe import FastBPE, NotFast
-from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.indexed import token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report, list_documents
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
 from megalite.data.origins import writing_origins

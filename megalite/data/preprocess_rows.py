@@ -21,7 +21,8 @@ from rich.console import Console
 from megalite.config import NUM_LABELS
 from megalite.data.annotations import Annotated, Disagreement, read_annotations, tool_of
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
-from megalite.data.indexed import MASKS, IndexedWriter, token_dtype
+from megalite.data.indexed import MASKS, token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report
 from megalite.data.metadata import Preprocessed, check_inputs
 from megalite.data.origins import places_of, writing_origins

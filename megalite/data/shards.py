@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite.data.blocks import Shard, add_to
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report
 from megalite.data.metadata import Preprocessed, read_metadata
 from megalite.data.origins import open_origins, writing_origins

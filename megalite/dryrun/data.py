@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from megalite.config import Config
-from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.indexed import token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.tokenizer import write_tokenizer_config
 from megalite.data.tokenizer_training import BERT, SENTINELS, T5_SPECIAL
 from megalite.errors import ConfigError

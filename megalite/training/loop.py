@@ -13,9 +13,10 @@ from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
-from megalite.training.hooks import Hook, Step, make_hooks
+from megalite.training.hooks import Hook, Step
 from megalite.training.parts import RankModel, forward_backward
 from megalite.training.run import Data, Run, Start
+from megalite.training.run_hooks import make_hooks
 from megalite.training.schedules import learning_rate
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megalite.data.dataset import TokenSource, split_range
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.data.order import BLOCK
 from megalite.errors import DataError

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.dataset import TokenSource
-from megalite.data.indexed import IndexedDataset, IndexedWriter, document_starts_reference
+from megalite.data.indexed import IndexedDataset, document_starts_reference
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader
 from megalite.data.mixture import View
 from megalite.parallel.stage import positions_of

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalite.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, IndexedWriter, token_dtype
+from megalite.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 
 # Written by Megatron-LM for the documents [[a, b, c], [d, e]] in u16.

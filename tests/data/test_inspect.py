@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megalite.cli import main
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inspect import _marked
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import Tokenizer

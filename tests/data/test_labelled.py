@@ -15,7 +15,8 @@ import torch
 from encoders import write_words
 from megalite.config import Config, ModelConfig
 from megalite.data.formats import Encoder, Settings
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import IGNORE, Mixture, _types, build_mixtures
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import DataError

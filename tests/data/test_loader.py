@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.dataset import TokenSource
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import PLAIN, Mixture, View
 from megalite.errors import DataError

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megalite.data.dataset import PackedSource, TokenSource
 from megalite.data.fim import SHORTEST, FillInTheMiddle
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import IGNORE, View, build_mixtures
 from megalite.data.order import BLOCK, Phase, PhasedOrder
 from megalite.errors import ConfigError, DataError

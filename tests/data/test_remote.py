@@ -18,7 +18,8 @@ from megalite.config import Source
 from megalite.config_file import parse_config
 from megalite.data import remote, store
 from megalite.data.documents import iter_documents
-from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
+from megalite.data.indexed import IndexedDataset, read_note
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report
 from megalite.data.remote import (
     BLOCK_BYTES,

@@ -10,7 +10,8 @@ import pytest
 
 from encoders import write_words
 from megalite.data.dataset import Windows, empty_windows
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.preprocess import preprocess
 from megalite.data.sentences import SentencePairs, Specials, split_sentences
 from megalite.errors import DataError

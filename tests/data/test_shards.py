@@ -16,7 +16,8 @@ from rich.console import Console
 from megalite.data import preprocess as module
 from megalite.data import shards
 from megalite.data.blocks import Shard
-from megalite.data.indexed import HEADER, MAGIC, IndexedDataset, IndexedWriter
+from megalite.data.indexed import HEADER, MAGIC, IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import DataError

@@ -16,10 +16,10 @@ from megalite.data.indexed import (
     HEADER,
     MAGIC,
     IndexedDataset,
-    IndexedWriter,
     document_starts,
     document_starts_reference,
 )
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.errors import DataError
 from mixtures import config_of

@@ -23,7 +23,8 @@ from megalite.checkpoint.folder import complete_steps
 from megalite.checkpoint.train_state import read_train_state
 from megalite.comm.mesh import Mesh, node_name
 from megalite.config import Config
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import ConfigError
 from megalite.health import numbers
 from megalite.observe.environment import read_starts

@@ -24,7 +24,8 @@ from megalite.config_file import load_config, parse_config
 from megalite.data.checks import open_data
 from megalite.data.documents import read_bytes
 from megalite.data.formats import Settings
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report
 from megalite.data.mixture import IGNORE
 from megalite.data.preprocess import preprocess

@@ -17,7 +17,8 @@ from megalite.cli import main
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import ConfigError
 from megalite.infer.ranks import load_stage
 from megalite.kernels.fake_quantize import FakeQuantised, Switch

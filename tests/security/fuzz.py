@@ -48,7 +48,8 @@ from megalite.data.chat import ChatTemplate
 from megalite.data.contents import ContentEncoder
 from megalite.data.documents import Reading, read_files
 from megalite.data.formats import Settings
-from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
+from megalite.data.indexed import IndexedDataset, read_note
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.data.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megalite.config_file import load_config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan

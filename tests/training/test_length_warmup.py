@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megalite.checkpoint.load import from_seed
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import build_mixtures
 from megalite.errors import ConfigError, DataError

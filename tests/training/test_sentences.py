@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from encoders import MODEL, masked_config
 from megalite.config import Config
 from megalite.data.checks import open_data
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import IGNORE
 from megalite.errors import ConfigError, DataError
 from megalite.infer.generate import find_model

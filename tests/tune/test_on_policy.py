@@ -11,7 +11,7 @@ import torch
 
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import IGNORE, build_mixtures
 from megalite.errors import ConfigError, DataError

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from megalite.config_file import parse_config
 from megalite.data.gather import gather, gather_reference
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader
 from megalite.data.megatron_order import MegatronOrder, blend
 from megalite.data.mixture import build_mixtures

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from runs import train
 
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 
 VOCAB, LENGTH, BATCH = 24, 32, 32
 TEACHER = {

@@ -38,7 +38,7 @@ from megalite import cli, launch
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.health.signals import SIGNALS
 from megalite.runtime.activity import Activity
 

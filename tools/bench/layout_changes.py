@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.train import train
 
 PARTS: list[tuple[str, int, dict[str, Any]]] = [

@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.planner.schedule import order_of
 from megalite.planner.simulate import Links, StageWork, simulate
 from megalite.train import train

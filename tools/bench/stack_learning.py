@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from runs import train
 
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 
 END, FIRST_DIGIT, NUM_DIGITS = 1, 5, 10
 TASKS = (2, 3, 4)
