@@ -76,10 +76,12 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     """Return Wilson's interval (1927) of a share of `count` independent items. Unlike that by the
     standard error it has a width at shares of 0 and 1, and stays between them."""
     centre = share + Z**2 / (2 * count)
-    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    variance = share * (1 - share) / count
+    half = Z * math.sqrt(variance + Z**2 / (4 * count**2))
     whole = 1 + Z**2 / count
     # At shares of 0 and 1 an end is the share itself, which rounding could leave outside.
-    low, high = min(share, (centre - half) / whole), max(share, (centre + half) / whole)
+    low = min(share, (centre - half) / whole)
+    high = max(share, (centre + half) / whole)
     return max(0.0, low), min(1.0, high)
 
 

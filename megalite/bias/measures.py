@@ -277,9 +277,12 @@ def associations_of(items: Sequence[tuple[Filled, float]]) -> dict[tuple[str, st
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for item, score in items:
         scores[item.group, item.attribute].append(score)
-    groups, attributes = (list(dict.fromkeys(pair[side] for pair in scores)) for side in (0, 1))
-    means = np.array([[np.mean(scores[g, a]) for a in attributes] for g in groups])
+    groups = list(dict.fromkeys(group for group, _ in scores))
+    attributes = list(dict.fromkeys(attribute for _, attribute in scores))
+    rows = [[np.mean(scores[group, each]) for each in attributes] for group in groups]
+    means = np.array(rows)
     # What is left of a table when the means of its rows and columns are taken out: the
     # interaction of an analysis of variance. With two of each all four differ by sign alone.
     apart = means - means.mean(0) - means.mean(1)[:, None] + means.mean()
-    return dict(zip(product(groups, attributes), apart.reshape(-1).tolist(), strict=True))
+    pairs = product(groups, attributes)
+    return dict(zip(pairs, apart.reshape(-1).tolist(), strict=True))

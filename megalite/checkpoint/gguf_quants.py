@@ -72,9 +72,12 @@ def _six_bits(x: Floats) -> tuple[Floats, NDArray[np.uint8], Floats]:
 def _pack_scales(scales: NDArray[np.uint8], mins: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return 8 scales and 8 minima of 6 bits, [N, 8] each, in 12 bytes: of the first four the low
     six bits of a byte, of the others four bits, and their upper two above those of the first."""
-    first = scales[:, :4] | (scales[:, 4:] >> 4) << 6
-    second = mins[:, :4] | (mins[:, 4:] >> 4) << 6
-    return np.concatenate((first, second, (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4), -1)
+    low_scales, high_scales = scales[:, :4], scales[:, 4:]
+    low_mins, high_mins = mins[:, :4], mins[:, 4:]
+    first = low_scales | (high_scales >> 4) << 6
+    second = low_mins | (high_mins >> 4) << 6
+    third = (high_scales & 15) | (high_mins & 15) << 4
+    return np.concatenate((first, second, third), -1)
 
 
 def quantise_q4_k(matrix: Floats) -> NDArray[np.uint8]:
@@ -87,15 +90,18 @@ def quantise_q4_k(matrix: Floats) -> NDArray[np.uint8]:
 def _q4_k(rows: Floats) -> NDArray[np.uint8]:
     count = len(rows)
     x = rows.reshape(-1, BLOCK)
-    scale, least = (each.reshape(count, -1) for each in _fit(x))
-    d, scales, stored_d = _six_bits(scale)
-    m, mins, stored_m = _six_bits(np.maximum(least, 0))
+    scale, least = _fit(x)
+    d, scales, stored_d = _six_bits(scale.reshape(count, -1))
+    m, mins, stored_m = _six_bits(np.maximum(least.reshape(count, -1), 0))
     # From the scales as they are stored, not as they were found.
     step = (d * scales)[..., None]
     shifted = x.reshape(count, -1, BLOCK) + (m * mins)[..., None]
-    q = np.clip(np.rint(shifted / np.where(step > 0, step, 1)), 0, 15) * (step > 0)
+    is_step = step > 0
+    rounded = np.rint(shifted / np.where(is_step, step, 1))
+    q = np.clip(rounded, 0, 15) * is_step
     # Of each 64 numbers the first 32 are in the low halves of 32 bytes.
     pairs = q.astype(np.uint8).reshape(count, -1, 2, BLOCK)
-    bytes_of_q = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(count, -1)
+    low, high = pairs[:, :, 0], pairs[:, :, 1]
+    bytes_of_q = (low | high << 4).reshape(count, -1)
     header = np.concatenate((stored_d, stored_m), -1).view(np.uint8)
     return np.concatenate((header, _pack_scales(scales, mins), bytes_of_q), -1)

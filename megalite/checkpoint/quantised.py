@@ -170,10 +170,13 @@ class Packed(Scaled):
         return (*stored[:-1], 8 * stored[-1])
 
     def _stored_numbers(self, rows: slice, columns: slice) -> Tensor:
-        words: Tensor = self._numbers[rows, slice(columns.start // 8, -(-columns.stop // 8))]
+        # Eight numbers of four bits are in a word: whole words around the columns.
+        packed = slice(columns.start // 8, -(-columns.stop // 8))
+        words: Tensor = self._numbers[rows, packed]
         numbers = (words[..., None] >> torch.arange(0, 32, 4)) & 15
         here = (numbers.flatten(-2) - 8).to(torch.int8)
-        return here.narrow(-1, columns.start % 8, columns.stop - columns.start)
+        count = columns.stop - columns.start
+        return here.narrow(-1, columns.start % 8, count)
 
 
 class PackedInputs:
@@ -235,16 +238,18 @@ class PackedInputs:
     def _unpacked(self, words: Any, rows: slice, columns: slice, along: int) -> Tensor:
         """Return integers of `rows` and `columns`, of which several along a dimension share a word
         of `words`."""
-        per_word, part = 32 // self._bits, (rows, columns)[along]
-        start, stop = part.indices(words.get_shape()[along] * per_word)[:2]
+        per_word = 32 // self._bits
+        part = columns if along else rows
+        length = words.get_shape()[along] * per_word
+        start, stop, _ = part.indices(length)
         packed = slice(start // per_word, -(-stop // per_word))
         read = words[(packed, columns) if along == 0 else (rows, packed)]
         shifts = torch.arange(0, 32, self._bits, dtype=torch.int32)
         if self._awq:
             shifts = shifts[[0, 4, 1, 5, 2, 6, 3, 7]]
-        found = (read.unsqueeze(along + 1) >> shifts.view(-1, *[1] * (1 - along))) & (
-            2**self._bits - 1
-        )
+        by_word = shifts if along else shifts.view(-1, 1)
+        all_ones = 2**self._bits - 1
+        found = (read.unsqueeze(along + 1) >> by_word) & all_ones
         return found.flatten(along, along + 1).narrow(along, start % per_word, stop - start)
 
 
@@ -311,19 +316,21 @@ class Nf4Blocks:
 
     def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
         """Read and scale a slice of one or two dimensions, in the dtype that the matrix had."""
-        rows, columns = (
-            slice(*part.indices(size)[:2])
-            for part, size in zip((*where, slice(None))[:2], self._shape, strict=True)
-        )
-        width = self._shape[1]
-        first, last = rows.start * width, rows.stop * width
+        height, width = self._shape
+        top, bottom, _ = where[0].indices(height)
+        columns = where[1] if len(where) > 1 else slice(None)
+        first, last = top * width, bottom * width
         # Whole blocks around the rows, whose ends may lie within one; a block is of whole bytes.
-        low, high = first // self._block, -(-last // self._block)
-        pairs: Tensor = self._numbers[low * self._block // 2 : -(-high * self._block // 2)]
-        places = torch.stack((pairs.flatten() >> 4, pairs.flatten() & 15), -1).flatten()
-        values = self._parts[".quant_map"][:].float()[places.long()]
-        scales = self._scales(low, high).repeat_interleave(self._block)[: len(values)]
-        wide = (values * scales)[first - low * self._block :][: last - first]
+        block = self._block
+        low, high = first // block, -(-last // block)
+        pairs: Tensor = self._numbers[low * block // 2 : -(-high * block // 2)]
+        pairs = pairs.flatten()
+        places = torch.stack((pairs >> 4, pairs & 15), -1).flatten()
+        table = self._parts[".quant_map"][:].float()
+        values = table[places.long()]
+        scales = self._scales(low, high).repeat_interleave(block)[: len(values)]
+        begin = first - low * block
+        wide = (values * scales)[begin : begin + last - first]
         return wide.view(-1, width)[:, columns].to(getattr(torch, self._dtype))
 
 

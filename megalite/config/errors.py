@@ -46,8 +46,10 @@ def refusal(mistakes: Sequence[str], origin: str, overrides: Sequence[str] = ())
     given = [override.partition("=")[0] for override in overrides]
     typed = [line for line in mistakes if any(_is_about(line, key) for key in given)]
     filed = [line for line in mistakes if line not in typed]
-    lines = [f"{origin}: {filed[0]}", *filed[1:]] if filed else []
-    return ConfigError("\n  ".join([*lines, *(f"command line: {line}" for line in typed)]))
+    if filed:
+        filed[0] = f"{origin}: {filed[0]}"
+    typed = [f"command line: {line}" for line in typed]
+    return ConfigError("\n  ".join([*filed, *typed]))
 
 
 def _is_about(mistake: str, key: str) -> bool:

@@ -21,9 +21,11 @@ def cohen(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
     """Return Cohen's kappa (1960) of two annotators' labels of the same items, both [n]; NaN where
     neither ever differs from one single class, so that chance agrees too."""
     count = len(one)
-    agreed = sum(a == b for a, b in zip(one, other, strict=True)) / count if count else math.nan
+    if not count:
+        return math.nan
+    agreed = sum(a == b for a, b in zip(one, other, strict=True)) / count
     here, there = Counter(one), Counter(other)
-    chance = sum(here[label] * there[label] for label in here) / count**2 if count else math.nan
+    chance = sum(here[label] * there[label] for label in here) / count**2
     return (agreed - chance) / (1 - chance) if chance < 1 else math.nan
 
 

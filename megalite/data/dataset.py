@@ -345,13 +345,16 @@ class RowSource:
     def rows_of(self, samples: Int64s) -> tuple[Int64s, Int64s]:
         """Return the documents of `samples` [n] in their order: the sample that each belongs to, 0 …
         n - 1, and its number in the token file, both [documents]."""
-        first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
-        row = np.repeat(np.arange(len(samples)), last - first)
-        piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
+        first_piece = self._packing.first_piece
+        first, last = first_piece[samples], first_piece[samples + 1]
+        num_pieces = last - first
+        row = np.repeat(np.arange(len(samples)), num_pieces)
+        within = _before(np.ones_like(row), row)
+        piece = np.repeat(first, num_pieces) + within
         # What was packed are groups among those kept: back to their numbers, then to their rows.
         group = self._kept[self._packing.document[piece]]
-        document = (group[:, None] * self.together + np.arange(self.together)).ravel()
-        return np.repeat(row, self.together), document + self._first
+        document = group[:, None] * self.together + np.arange(self.together)
+        return np.repeat(row, self.together), document.ravel() + self._first
 
     def samples_with(self, start: int, stop: int) -> Int64s:
         begin = self._starts[:-1]

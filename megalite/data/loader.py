@@ -91,10 +91,10 @@ def number_samples(places: Int64s, skipped: Sequence[Span]) -> Int64s:
 def add_spans(skipped: Sequence[Span], samples: Int64s) -> tuple[Span, ...]:
     """Return `skipped` extended by these samples, which may come in any order."""
     # All skipped samples one by one, then cut into runs where a number is left out.
-    numbers = np.unique(
-        np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)])
-    )
-    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    spans = [np.arange(first, last) for first, last in skipped]
+    numbers = np.unique(np.concatenate([samples, *spans]))
+    begins = np.flatnonzero(np.diff(numbers) > 1) + 1
+    runs = np.split(numbers, begins)
     return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
 
 

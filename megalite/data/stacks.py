@@ -182,24 +182,35 @@ class Denoisers:
     def apply(self, windows: Windows, index: Int64s) -> Stacks:
         """Return what the stacks see of `windows`, which are full; `index` [n] are the numbers of
         the samples."""
-        count, (_, source, target) = len(index), self.lengths
-        drawn = uniform(key_of(self.key, "denoiser"), torch.from_numpy(index)).numpy()
-        which = np.minimum(np.searchsorted(self._until, drawn, side="right"), len(self.parts) - 1)
-        sources, tokens = (np.full((count, length), self.start) for length in (source, target))
-        labels = np.full((count, target), IGNORE)
+        _, source, target = self.lengths
+        of_sources, of_targets = (len(index), source), (len(index), target)
+        sources, tokens = np.full(of_sources, self.start), np.full(of_targets, self.start)
+        labels = np.full(of_targets, IGNORE)
         # Padding is a document of its own, on both sides.
-        of_source, documents = (np.ones((count, x), np.int64) for x in (source, target))
+        source_documents = np.ones(of_sources, np.int64)
+        documents = np.ones(of_targets, np.int64)
+        which = self._drawn(index)
         for number in np.unique(which).tolist():
             part, rows = self.parts[number], np.flatnonzero(which == number)
             some = Windows(windows.tokens[rows], windows.filled[rows], None)
-            found, begin = part.apply.apply(some, index[rows]), int(part.mode is not None)
-            ends = begin + found.source.shape[1], found.labels.shape[1]
+            found = part.apply.apply(some, index[rows])
+            begin = 0
             if part.mode is not None:
-                sources[rows, 0] = part.mode
-            sources[rows, begin : ends[0]], of_source[rows, : ends[0]] = found.source, 0
-            tokens[rows, : ends[1]], labels[rows, : ends[1]] = found.tokens, found.labels
-            documents[rows, : ends[1]] = 0
-        return Stacks(sources, tokens, labels, of_source, documents)
+                sources[rows, 0], begin = part.mode, 1
+            end = begin + found.source.shape[1]
+            sources[rows, begin:end] = found.source
+            source_documents[rows, :end] = 0
+            end = found.labels.shape[1]
+            tokens[rows, :end] = found.tokens
+            labels[rows, :end] = found.labels
+            documents[rows, :end] = 0
+        return Stacks(sources, tokens, labels, source_documents, documents)
+
+    def _drawn(self, index: Int64s) -> Int64s:
+        """Return the number of the part that is done to each sample, [n]."""
+        drawn = uniform(key_of(self.key, "denoiser"), torch.from_numpy(index)).numpy()
+        which = np.searchsorted(self._until, drawn, side="right")
+        return np.minimum(which, len(self.parts) - 1)
 
     def identity(self) -> list[Any]:
         """Return what decides what it does, for a fingerprint."""

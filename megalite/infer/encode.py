@@ -172,14 +172,16 @@ class Encoder:
         """Return how well each text goes with a query by a model that `scores_pairs`, [n] between 0
         and 1, and how many tokens these are. Texts are cut where the two together are longer than
         `longest`."""
-        between = self.tokenizer.between_ids
-        first = [self._begin, *self.tokenizer.encode(query), *between][: self.longest - 1]
+        asked = [self._begin, *self.tokenizer.encode(query), *self.tokenizer.between_ids]
+        first = asked[: self.longest - 1]
         room = self.longest - len(first) - 1
-        rows = [[*first, *ids[:room], self._end] for ids in self.tokenizer.encode_batch(texts)]
+        seconds = self.tokenizer.encode_batch(texts)
+        rows = [[*first, *ids[:room], self._end] for ids in seconds]
+        begins = [len(first)] * len(rows) if self.model.config.has_token_types else None
         logits = np.zeros(len(rows), np.float32)
-        seconds = [len(first)] * len(rows) if self.model.config.has_token_types else None
-        for numbers, _, x_BTD in state_batches(self.model, rows, seconds):
-            logits[numbers] = logits_of(self.model, x_BTD[:, :1])[:, 0, 0].cpu().numpy()
+        for numbers, _, x_BTD in state_batches(self.model, rows, begins):
+            logits_B11 = logits_of(self.model, x_BTD[:, :1])
+            logits[numbers] = logits_B11[:, 0, 0].cpu().numpy()
         # As sentence-transformers has it for models of one label: a logistic function.
         shares = np.asarray(1 / (1 + np.exp(-logits)), np.float32)
         return shares, sum(map(len, rows))

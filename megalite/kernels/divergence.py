@@ -314,7 +314,9 @@ def _scale_(grad_NV: Tensor, grad: Tensor, labels_N: Tensor) -> None:
 
 
 def _losses(found: Found, labels: Tensor, wanted: Divergence) -> Tensor:
-    cross_entropy, diverged = found.lse - found.target, found.own + found.other
-    loss = wanted.weight * wanted.temperature**2 * diverged + (1 - wanted.weight) * cross_entropy
+    cross_entropy = found.lse - found.target
+    diverged = found.own + found.other
+    of_divergence = wanted.weight * wanted.temperature**2
+    loss = of_divergence * diverged + (1 - wanted.weight) * cross_entropy
     losses = torch.stack((loss, cross_entropy, diverged), -1).view(*labels.shape, 3)
     return losses.masked_fill((labels == IGNORE)[..., None], 0.0)

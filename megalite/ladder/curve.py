@@ -78,17 +78,19 @@ class Curve:
         """Return low, middle and high of the loss after `tokens`, as [3, len(tokens)]; NaN before
         the first share of the run, in its warmup. 90% lie between low and high."""
         share = np.asarray(tokens, float) / self.tokens
-        known = (share >= self.report.shares[0] - 1e-9) & (share <= 1 + 1e-9)
-        over = np.stack([np.interp(share, self.report.shares, x) for x in self.report.over_law])
+        shares = self.report.shares
+        known = (share >= shares[0] - 1e-9) & (share <= 1 + 1e-9)
+        over = np.stack([np.interp(share, shares, way) for way in self.report.over_law])
         with np.errstate(divide="ignore"):  # after 0 tokens, which are not known
             middle = self.law.loss(self.parameters, tokens) * np.median(over, axis=0)
             drawn = [x.law.loss(self.parameters, tokens) for x in self.report.laws]
         # Every law of the bootstrap with the way of every run.
-        each = (np.stack(drawn)[:, None] * over[None]).reshape(-1, len(share))
-        # An interval of few draws may lie beside the middle itself.
-        ends = np.percentile(np.where(known, each, np.nan), INTERVAL, axis=0)
+        each = np.stack(drawn)[:, None] * over[None]
+        each = np.where(known, each.reshape(-1, len(share)), np.nan)
+        low, high = np.percentile(each, INTERVAL, axis=0)
         middle = np.where(known, middle, np.nan)
-        return np.stack([np.fmin(ends[0], middle), middle, np.fmax(ends[1], middle)])
+        # An interval of few draws may lie beside the middle itself.
+        return np.stack([np.fmin(low, middle), middle, np.fmax(high, middle)])
 
 
 def over_law(run: Path, law: Law, parameters: float, tokens: float) -> list[float] | None:
@@ -100,12 +102,14 @@ def over_law(run: Path, law: Law, parameters: float, tokens: float) -> list[floa
     found = np.array([line["loss"] for line in lines if "loss" in line], dtype=float)
     if len(found) < len(SHARES) or not np.isfinite(found).all():
         return None
-    reach = max(1, round(REACH * len(found)))
-    at = [max(1, round(share * len(found))) for share in SHARES]
+    count = len(found)
+    reach = max(1, round(REACH * count))
+    at = [max(1, round(share * count)) for share in SHARES]
     smooth = np.array([found[max(0, end - reach) : end + reach].mean() for end in at])
     # The law is of validation losses. Those of training differ by a factor: that of the last one.
-    ratio = smooth / smooth[-1] * law.loss(parameters, tokens)
-    return [float(x) for x in ratio / law.loss(parameters, SHARES * tokens)]
+    scaled = smooth / smooth[-1] * law.loss(parameters, tokens)
+    expected = law.loss(parameters, SHARES * tokens)
+    return [float(x) for x in scaled / expected]
 
 
 def report_of(law_draws: Sequence[Law], ways: Sequence[list[float]]) -> dict[str, Any] | None:

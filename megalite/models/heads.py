@@ -158,9 +158,10 @@ def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[s
         last = [row for row in rows if row.place == "last" and not row.name.startswith(SENTENCES)]
         head = [row for row in last if not row.hf[0].startswith(prefix)]
     lacking = {row.name for row in head if not any(name in files for name in row.hf)}
+    of_sentences = _lacking_for_sentences(rows, files)
     # A head that is there in part is no missing one, but a damaged file.
-    may_be_new = config.has_classes or (config.task == "masked" and len(lacking) == len(head))
-    return (lacking if may_be_new else set()) | _lacking_for_sentences(rows, files)
+    is_all = config.task == "masked" and len(lacking) == len(head)
+    return lacking | of_sentences if config.has_classes or is_all else of_sentences
 
 
 def _lacking_for_sentences(rows: Sequence[Weight], files: Container[str]) -> set[str]:

@@ -133,8 +133,9 @@ def _bootstrapped(
 def _of_pairs(rows: Sequence[Row]) -> list[Measured]:
     """Return means of what clients got and of what the shadow made of the same requests."""
     shadows = {row["of"]: row for row in rows if row.get("arm") == SHADOW and row.get("of")}
-    pairs = [(row, shadows[row["id"]]) for row in asked(rows) if row.get("id") in shadows]
-    sides = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
+    shadowed = [row for row in asked(rows) if row.get("id") in shadows]
+    pairs = [(row, shadows[row["id"]]) for row in shadowed]
+    sides = [shadowed, [shadow for _, shadow in pairs]]
     found = [_share("failed by the server", sides, is_error)]
     for feature, name in {**NUMBERS, "seconds": "seconds"}.items():
         whole = [
@@ -142,7 +143,8 @@ def _of_pairs(rows: Sequence[Row]) -> list[Measured]:
         ]
         # The pair is one observation of its client: resampled together, its difference stays whole.
         clients = [str(row.get("client")) for row, _ in whole]
-        one, other = (np.array([pair[at][feature] for pair in whole], float) for at in (0, 1))
+        one = np.array([row[feature] for row, _ in whole], float)
+        other = np.array([shadow[feature] for _, shadow in whole], float)
         each = [bootstrap([x], [clients], _mean) for x in (one, other, other - one)]
         found.append(Measured(f"{name}, mean", ".4g", *each))
     return [each for each in found if np.isfinite(each.difference.value)]

@@ -136,13 +136,15 @@ class ParallelExperts(Experts):
         """Return each token's weighted sum of its experts on all ranks: each rank computes the rows
         of its own experts, and nothing travels but the sum."""
         axis, here = self.fold.expert, len(self.down.weight)
-        x_BTD, weight_BTK = (enter(part, self.fold.holders, False) for part in (x_BTD, weight_BTK))
+        x_BTD = enter(x_BTD, self.fold.holders, False)
+        weight_BTK = enter(weight_BTK, self.fold.holders, False)
         groups = group_by_expert(index_BTK, axis.size * here)
-        counts, first = groups.counts.on_host, axis.rank * here
-        own = slice(first, first + here)
+        counts = groups.counts.on_host
+        own = slice(axis.rank * here, (axis.rank + 1) * here)
         # Sorted by expert, the rows of experts here lie together.
-        before, after = sum(counts[:first]), sum(counts[first + here :])
-        by_expert = groups._replace(counts=RowCounts(groups.counts.on_device[own], counts[own]))
+        before, after = sum(counts[: own.start]), sum(counts[own.stop :])
+        own_counts = RowCounts(groups.counts.on_device[own], counts[own])
+        by_expert = groups._replace(counts=own_counts)
         rows_ND = permute(x_BTD, groups)[before : index_BTK.numel() - after]
         out_ND = self.activation_and_down_proj(self.gate_up(rows_ND, by_expert), by_expert)
         # Zeros stand for the rows of other ranks' experts.

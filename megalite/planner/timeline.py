@@ -70,11 +70,15 @@ def _parts(estimate: Estimate) -> list[tuple[float, float]]:
     too narrow to be told apart, its beginning and its end. What lies between goes on alike."""
     passes = [event for event in estimate.timeline.events if event.kind in ("F", "B", "I", "W")]
     shortest = min(event.end - event.start for event in passes)
-    end, shown = estimate.step_time_s, shortest * WIDTH_IN * 0.9 / NARROWEST_PASS_IN
+    end = estimate.step_time_s
+    legible = shortest * WIDTH_IN * 0.9 / NARROWEST_PASS_IN
     # What fills and drains a pipeline is drawn whole.
-    fill = max(event.start for event in passes if event.micro_batch == 0 and event.kind == "F")
-    shown = max(shown, 4 * fill)
-    return [(0.0, shown / 2), (end - shown / 2, end)] if shown * 1.5 < end else [(0.0, end)]
+    firsts = [event for event in passes if event.micro_batch == 0 and event.kind == "F"]
+    fill = max(event.start for event in firsts)
+    shown = max(legible, 4 * fill)
+    if shown * 1.5 >= end:
+        return [(0.0, end)]
+    return [(0.0, shown / 2), (end - shown / 2, end)]
 
 
 def _draw(axes: Any, estimate: Estimate, scale: float, inches_a_second: float) -> None:

@@ -181,10 +181,11 @@ class Instructions(Task):
         random = np.random.Generator(np.random.Philox(key_of(seed, "examples", number)))
         # At least one example is a person's: a model that only sees its own tasks drifts from them.
         num_made = min(self.made_examples, self.examples - 1, len(made))
-        shown = [made[at] for at in _some(random, len(made), num_made)]
-        rest = min(self.examples - num_made, len(inputs))
-        shown += [inputs[at].text for at in _some(random, len(inputs), rest)]
-        return Slot(number, None, tuple(shown))
+        num_given = min(self.examples - num_made, len(inputs))
+        # Drawn in this order: slots of a seed stay what they are.
+        of_model = [made[at] for at in _some(random, len(made), num_made)]
+        of_people = [inputs[at].text for at in _some(random, len(inputs), num_given)]
+        return Slot(number, None, (*of_model, *of_people))
 
     async def make(self, slot: Slot, ask: Ask) -> Made:
         examples = "\n\n".join(f"{n}. {text}" for n, text in enumerate(slot.examples, 1))

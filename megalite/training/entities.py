@@ -34,10 +34,13 @@ class Entities(Classes):
         super().__init__(len(labels), terms)
         self.num_judged += 3
         self.mesh = mesh
-        parts = [match.groups() if (match := LABEL.fullmatch(x)) else (OUTSIDE, "") for x in labels]
+        matches = map(LABEL.fullmatch, labels)
+        parts = [match.groups() if match else (OUTSIDE, "") for match in matches]
         kinds = sorted({kind for _, kind in parts})
-        self._tags = torch.tensor([ord(tag) for tag, _ in parts], device=mesh.device)
-        self._kinds = torch.tensor([kinds.index(kind) for _, kind in parts], device=mesh.device)
+        tag_of = [ord(tag) for tag, _ in parts]
+        kind_of = [kinds.index(kind) for _, kind in parts]
+        self._tags = torch.tensor(tag_of, device=mesh.device)
+        self._kinds = torch.tensor(kind_of, device=mesh.device)
 
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
         losses_B, counts = super().judge(out, inputs)
@@ -70,12 +73,12 @@ class Entities(Classes):
         text_N = row_N * (document_BT.max() + 1) + document_BT[is_word]
         begins_N = torch.ones_like(text_N, dtype=torch.bool)
         begins_N[1:] = text_N[1:] != text_N[:-1]
-        there, told = (self._spans(x[is_word], begins_N) for x in (labels_BT, told_BT))
-        right_N = there[0] & told[0] & (there[1] == told[1]) & (there[2] == told[2])
+        there_N, kind_N, end_N = self._spans(labels_BT[is_word], begins_N)
+        told_N, told_kind_N, told_end_N = self._spans(told_BT[is_word], begins_N)
+        right_N = there_N & told_N & (kind_N == told_kind_N) & (end_N == told_end_N)
         counts = labels_BT.new_zeros(len(labels_BT), 3, dtype=torch.float32)
-        return counts.index_add(
-            0, row_N, torch.stack((there[0], told[0], right_N), 1).to(counts.dtype)
-        )
+        found_N3 = torch.stack((there_N, told_N, right_N), 1)
+        return counts.index_add(0, row_N, found_N3.to(counts.dtype))
 
     def _spans(self, labels_N: Tensor, begins_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return for each word whether an entity begins with it, its kind, and the number of the
@@ -85,16 +88,20 @@ class Entities(Classes):
         kind_before = torch.cat((kind[:1], kind[:-1]))
         is_inside, was_inside = tag != ord(OUTSIDE), before != ord(OUTSIDE)
         changes = kind != kind_before
-        starts = is_inside & (
-            _in(tag, "BS") | (_in(tag, "EI") & (_in(before, "ES") | ~was_inside)) | changes
-        )
-        ends = was_inside & (_in(before, "ES") | (_in(before, "BI") & _in(tag, "BSO")) | changes)
+        had_ended = _in(before, "ES")
+        goes_in = _in(tag, "EI") & (had_ended | ~was_inside)
+        starts = is_inside & (_in(tag, "BS") | goes_in | changes)
+        goes_out = _in(before, "BI") & _in(tag, "BSO")
+        ends = was_inside & (had_ended | goes_out | changes)
         # An entity ends where its text does.
         ends = ends | begins_N
         count = len(labels_N)
         index = torch.arange(count, device=tag.device)
-        end_at = torch.cat((index.masked_fill(~ends, count), index.new_full((1,), count)))
-        return starts, kind, end_at.flip(0).cummin(0).values.flip(0)[1:]
+        last = index.new_full((1,), count)
+        end_at = torch.cat((index.masked_fill(~ends, count), last))
+        # The nearest end from here on: the smallest index behind.
+        nearest = end_at.flip(0).cummin(0).values.flip(0)
+        return starts, kind, nearest[1:]
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         there, told, right = judged[-3:].double().tolist()

@@ -205,8 +205,9 @@ class MaskedLMOfPairs(MaskedLM):
         # Both losses are means of their own, and all of a batch is divided by the masked tokens.
         pairs = torch.stack([_count(each).sum() for each in inputs]).sum()
         tokens = torch.stack([each.count_B.sum() for each in inputs]).sum()
-        counts = all_reduce(torch.stack((tokens, pairs)).float(), self.mesh.replicas)
-        per_pair = counts[0] / counts[1].clamp(min=1)
+        here = torch.stack((tokens, pairs)).float()
+        num_tokens, num_pairs = all_reduce(here, self.mesh.replicas)
+        per_pair = num_tokens / num_pairs.clamp(min=1)
         return [replace(each, per_pair=per_pair) for each in inputs]
 
     def measure(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:

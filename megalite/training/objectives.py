@@ -228,10 +228,12 @@ class ClassSets(NextToken):
         return self.loss(logits_BTC, labels_BT).sum(1), counts.sum(1, dtype=torch.float32)
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
-        there, told, right = judged[1:].double().view(3, -1)
+        num_exact, of_classes = judged[0], judged[1:]
+        there, told, right = of_classes.double().view(3, -1)
         f1 = 2 * right.sum() / (there + told).sum().clamp(min=1)
-        accuracy = {"accuracy": judged[0].item() / max(count, 1.0), "f1_micro": f1.item()}
-        return accuracy | means_over_classes(there, told, right)
+        accuracy = num_exact.item() / max(count, 1.0)
+        found = {"accuracy": accuracy, "f1_micro": f1.item()}
+        return found | means_over_classes(there, told, right)
 
 
 class Numbers(NextToken):

@@ -163,9 +163,11 @@ def _gaps(micro: MicroBatch, is_chosen: Tensor, max_positions: int) -> Iterator[
 def _put(micro: MicroBatch, gap: Gap, answer: Answer) -> None:
     """Put an answer in place of what stood in its gap, in place. What follows it has no label."""
     tokens, labels = micro.tokens[gap.row], micro.labels[gap.row]
-    said = [*answer.tokens, *(answer.request.ends if answer.finish == "stop" else ())]
+    ends = answer.request.ends if answer.finish == "stop" else ()
+    said = torch.tensor([*answer.tokens, *ends], dtype=labels.dtype)
     labels[gap.start : gap.stop] = IGNORE
-    labels[gap.start : gap.start + len(said)] = torch.tensor(said, dtype=labels.dtype)
+    labels[gap.start : gap.start + len(said)] = said
     # The token behind a label is that label; of the last one there may be no place.
     inputs = said[: gap.stop - gap.start - 1]
-    tokens[gap.start + 1 : gap.start + 1 + len(inputs)] = torch.tensor(inputs, dtype=tokens.dtype)
+    after = gap.start + 1
+    tokens[after : after + len(inputs)] = inputs

@@ -39,6 +39,8 @@ class Lion(PlainOptimizer):
     def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         average = shard.states["exp_avg"]
         # Two rates: the step looks further into the new gradient (β₁) than what is kept does (β₂).
-        step = average.lerp(shard.grad, 1 - self.betas[0]).sign()
-        value = (shard.master * (1 - shard.lr * shard.weight_decay)).sub_(step, alpha=shard.lr)
-        return value, {"exp_avg": average.lerp(shard.grad, 1 - self.betas[1])}
+        beta1, beta2 = self.betas
+        step = average.lerp(shard.grad, 1 - beta1).sign()
+        decayed = shard.master * (1 - shard.lr * shard.weight_decay)
+        value = decayed.sub_(step, alpha=shard.lr)
+        return value, {"exp_avg": average.lerp(shard.grad, 1 - beta2)}
