@@ -19,17 +19,9 @@ from megalite.planner.kernels import MEGALITE, Kernels, Software
 from megalite.planner.memory import Memory, matrix_bytes, rank_memories
 from megalite.planner.network import Network, place
 from megalite.planner.schedule import Order, order_of
-from megalite.planner.shapes import (
-    ENDS,
-    LayerShapes,
-    ModelTable,
-    Shapes,
-    StageSizes,
-    each,
-    runs,
-    shapes_of,
-)
+from megalite.planner.shapes import LayerShapes, ModelTable, Shapes, each, runs, shapes_of
 from megalite.planner.simulate import Links, Piece, StageWork, Timeline, simulate
+from megalite.planner.sizes import ENDS, StageSizes
 
 HEADROOM_GB = 2.0
 """GiB of a GPU that tensors cannot have: the CUDA context, cuBLAS' workspaces and NCCL's

@@ -29,7 +29,8 @@ from megalite.planner.activations import (
 )
 from megalite.planner.frozen import FrozenBytes
 from megalite.planner.schedule import Order
-from megalite.planner.shapes import LayerShapes, Shapes, StageSizes, each, runs
+from megalite.planner.shapes import LayerShapes, Shapes, each, runs
+from megalite.planner.sizes import StageSizes
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from megalite.models.architecture import ExpertsSpec
 from megalite.plan import Plan, make_plan, resident_bytes
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
-from megalite.planner.shapes import ModelTable, Together, together
+from megalite.planner.shapes import ModelTable
+from megalite.planner.sizes import Together, together
 from megalite.utils.counts import divisors
 
 MOST_STAGES_A_RANK = 16

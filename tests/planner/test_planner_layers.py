@@ -19,7 +19,8 @@ from megalite.planner.activations import layer_bytes
 from megalite.planner.estimate import Outlook
 from megalite.planner.hardware import find_hardware
 from megalite.planner.search import search
-from megalite.planner.shapes import Matrix, ModelTable, together
+from megalite.planner.shapes import Matrix, ModelTable
+from megalite.planner.sizes import together
 from megalite.registry import families
 
 HIDDEN, INNER, LAYERS, LENGTH, VOCAB = 256, 512, 4, 1024, 1000

@@ -17,7 +17,8 @@ from megalite.plan import make_plan
 from megalite.planner.estimate import Outlook, estimate, usable_bytes
 from megalite.planner.hardware import find_hardware
 from megalite.planner.search import _layouts, _outlook, search
-from megalite.planner.shapes import ModelTable, together
+from megalite.planner.shapes import ModelTable
+from megalite.planner.sizes import together
 
 H100 = find_hardware("h100")
 
