@@ -51,7 +51,6 @@ DTYPES = {
         8: "<u2",
     }.items()
 }
-CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
 Array = npt.NDArray[Any]
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.data.indexed import (
-    CHUNK_DOCUMENTS,
     DTYPES,
     HEADER,
     MAGIC,
@@ -25,6 +24,8 @@ from megalite.errors import DataError
 from megalite.utils.files import name_full_disk
 from megalite.utils.locks import NoLocks, lock
 from megalite.utils.resources import fsync
+
+CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
 
 
 class IndexedWriter:

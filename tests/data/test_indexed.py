@@ -118,7 +118,7 @@ def test_index_longer_than_one_chunk(tmp_path, monkeypatch):
         return (tmp_path / "x.idx").read_bytes()
 
     whole = index()
-    monkeypatch.setattr("megalite.data.indexed.CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr("megalite.data.indexed_writer.CHUNK_DOCUMENTS", 7)
     assert index() == whole
     dataset = IndexedDataset(tmp_path / "x")
     assert [dataset.document_start(d) for d in range(1001)] == [0, *lengths.cumsum().tolist()]
