@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from undrawn import drawn  # noqa: F401
+
 # Ranks and test processes share the two cores of a small machine; torch must not start a thread a
 # core in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

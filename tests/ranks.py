@@ -25,6 +25,7 @@ SERVER.set_forkserver_preload(
     [
         "dies_with_parent",
         "tampered_ranks",
+        "undrawn",
         "megalite.train",
         "megalite.parallel.pipeline",
         "matplotlib.figure",

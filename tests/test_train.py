@@ -91,6 +91,7 @@ def test_deterministic_runs_forbid_torch_everything_else_and_change_nothing_on_c
     assert curves[0] == curves[1]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_loss_falls_and_metrics_are_complete(tmp_path: Path) -> None:
     config = make_config(tmp_path, "llama", "train.steps=30", "observe.tensorboard=true")
     train(config)

@@ -244,6 +244,7 @@ def leave_curves(ladder: LadderConfig, law: Law) -> None:
         (ladder.folder / rung.name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_is_watched_beside_its_curve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,6 +216,7 @@ def test_numbers_are_short() -> None:
     assert [clock(x) for x in (4.6, 61, 3_600, 200_000)] == ["0:05", "1:01", "1:00:00", "2d 7h"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_plot_is_a_picture_with_every_part(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path)
     play(recorder, 1, 20)
@@ -251,6 +252,7 @@ def test_the_plot_survives_a_run_that_diverged(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("drawn")
 def test_drawing_never_takes_much_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +318,7 @@ def test_a_console_that_is_gone_does_not_end_training(
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 24
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     ("module", "override", "what"),
     [
