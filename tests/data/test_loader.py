@@ -59,9 +59,9 @@ def global_step(ranks: list[list[list[MicroBatch]]], step: int) -> dict[int, lis
 
 
 def wait_for(condition) -> None:
-    end = time.monotonic() + 20  # far beyond what a thread needs to be scheduled
+    end = time.monotonic() + 120  # far beyond what a thread needs to be scheduled
     while not condition():
-        assert time.monotonic() < end, "waited 20 s in vain"
+        assert time.monotonic() < end, "waited 120 s in vain"
         time.sleep(0.005)
 
 

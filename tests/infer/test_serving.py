@@ -479,14 +479,14 @@ def test_it_ends_as_asked_and_has_told_no_secrets(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     body = ASKED | {"prompt": "a secret of the user's", "max_tokens": 16_000, "stream": True}
     with httpx.stream(
-        "POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=30
+        "POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S
     ) as response:
         lines = response.iter_lines()
         next(lines)
         served.process.send_signal(signal.SIGTERM)
         last = [line for line in lines if line]
     assert last[-1] == "data: [DONE]", "cut off cleanly"
-    assert served.process.wait(20) == 0
+    assert served.process.wait(PATIENCE_S) == 0
     log = served.log.read_text()
     assert "POST /v1/completions 200" in log
     assert KEY not in log

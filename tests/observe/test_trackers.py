@@ -168,7 +168,7 @@ def test_prometheus_reads_a_port_and_a_file(
     recorder = open_recorder(tmp_path / "run", *asked)
     recorder.step(record(3, **{"tokens/web": 7.0}))
     recorder.evaluation({"step": 3, "valid_loss": 2.5, "valid_loss/web": 2.25})
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as answer:
         told = answer.read().decode()
     for line in (
         'megalite_train_step{run="demo"} 3.0',
@@ -188,7 +188,7 @@ def test_prometheus_reads_a_port_and_a_file(
     recorder.close("finished")
     assert 'megalite_train_running{run="demo"} 0.0' in file.read_text()
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120)
 
 
 @pytest.fixture
