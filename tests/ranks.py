@@ -4,13 +4,16 @@ gloo."""
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,27 +24,35 @@ from dies_with_parent import end_with_parent
 # Ranks are forked from a process that has imported what takes long: they start within a tenth of a
 # second.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "dies_with_parent",
-        "tampered_ranks",
-        "undrawn",
-        "megalite.train",
-        "megalite.parallel.pipeline",
-        "matplotlib.figure",
-        "pytest",
-    ]
-)
+PRELOADED = [
+    "dies_with_parent",
+    "tampered_ranks",
+    "undrawn",
+    "megalite.train",
+    "megalite.parallel.pipeline",
+    "matplotlib.figure",
+    "pytest",
+]
+SERVER.set_forkserver_preload(PRELOADED)
+# Not by the one server of all ranks: DeepSpeed replaces functions of torch.
+OF_DEEPSPEED = multiprocessing.forkserver.ForkServer()
+OF_DEEPSPEED.set_forkserver_preload([*PRELOADED, "with_deepspeed"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, deepspeed: bool = False
+) -> list[Any]:
     """What `function(rank, world_size, *arguments)` returned on each rank. It must be importable
     (not a local function).
 
-    A failing rank fails the test with its own traceback."""
+    A failing rank fails the test with its own traceback. `deepspeed` has ranks begin with DeepSpeed
+    imported, which takes longer than what they do with it."""
     with tempfile.TemporaryDirectory() as folder:
         task = (world_size, folder, dict(os.environ), function, arguments)
-        ranks = mp.start_processes(_rank, task, world_size, join=False, start_method="forkserver")
+        with _server(deepspeed):
+            ranks = mp.start_processes(
+                _rank, task, world_size, join=False, start_method="forkserver"
+            )
         try:
             while not ranks.join():
                 pass
@@ -54,6 +65,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)
         ]
+
+
+@contextmanager
+def _server(deepspeed: bool) -> Iterator[None]:
+    """The server of which multiprocessing starts processes meanwhile."""
+    if not deepspeed:
+        yield
+        return
+    connect = OF_DEEPSPEED.connect_to_new_process
+    with patch.object(multiprocessing.forkserver, "connect_to_new_process", connect):
+        yield
 
 
 def cases_asked_for(

@@ -947,7 +947,7 @@ def results_of(
         for case in (*CASES, *MORE_ENCODER_DECODERS)
         if case in chosen and (case[1].ranks, case[1].engine, case[1].compile) == kind
     ]
-    of_ranks = run_ranks(ranks, train_layouts, cases)
+    of_ranks = run_ranks(ranks, train_layouts, cases, deepspeed=engine == "deepspeed")
     return {
         case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)
     }
