@@ -24,7 +24,7 @@ class Ranks:
     folder: Path
     processes: list[BaseProcess]
 
-    def exit_codes(self, of: Sequence[int] = (), patience_s: float = 120.0) -> list[int | None]:
+    def exit_codes(self, of: Sequence[int] = (), patience_s: float = 420.0) -> list[int | None]:
         """Of all ranks, when those `of` (all, where none is given) have left; None of one that has
         not."""
         deadline = time.monotonic() + patience_s

@@ -149,7 +149,7 @@ class Outcome:
 
 def run_cases(world_size: int, folder: Path, cases: Cases) -> dict[str, Outcome]:
     with started(world_size, folder, train_cases, cases) as ranks:
-        assert ranks.exit_codes(patience_s=240) == [0] * world_size, ranks.said(0)
+        assert ranks.exit_codes() == [0] * world_size, ranks.said(0)
         said = ranks.said(0)
     found = {}
     for name, (config, _) in cases.items():
