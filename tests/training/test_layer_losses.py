@@ -153,7 +153,8 @@ def results(ranks: int, engine: str) -> dict[str, list[dict[str, Any]]]:
     layouts = [
         name for name, layout in LAYOUTS.items() if (layout[0], engine_of(name)) == (ranks, engine)
     ]
-    of_ranks = run_ranks(ranks, on_rank, step, [(layout,) for layout in layouts])
+    each = [(layout,) for layout in layouts]
+    of_ranks = run_ranks(ranks, on_rank, step, each, deepspeed=engine == "deepspeed")
     return {layout: [found[number] for found in of_ranks] for number, layout in enumerate(layouts)}
 
 
