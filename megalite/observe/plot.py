@@ -87,18 +87,20 @@ def plot_loss(
     figure = new_figure(10, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     norm = lower.twinx()  # rates are about 1e-4 and norms about 1: no scale fits both
-    _draw_losses(upper, train, valid, reference or {})
+    shown = _draw_losses(upper, train, valid, reference or {})
     if band:
-        _draw_band(upper, band, column(train, "step"))
+        shown.append(_draw_band(upper, band, column(train, "step")))
+    limit_to(upper, shown)
+    upper.legend(frameon=False, fontsize=11, loc="upper right")
     title = metrics_path.resolve().parent.name
     upper.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=10)
     _draw_rate_and_norm(lower, norm, train)
 
     for axes in (upper, lower, norm):
         style(axes)
-    for axes in (upper, lower):
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
+    # None below, where the lines of one scale would cross the curve of the other.
+    upper.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    upper.set_axisbelow(True)
 
     with replacing(out_path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white")
@@ -135,8 +137,9 @@ def _draw_losses(
     train: Records,
     valid: Records,
     reference: Mapping[str, float],
-) -> None:
-    """Draw the training loss, raw and smoothed, the validation loss and the reference lines."""
+) -> list[np.ndarray]:
+    """Draw the training loss, raw and smoothed, the validation loss and the reference lines. Return
+    what must be in sight."""
     step = column(train, "step")
     loss = column(train, "loss")
     valid_loss = column(valid, "valid_loss")
@@ -160,18 +163,22 @@ def _draw_losses(
     for name, value in reference.items():
         label = f"{name}  {value:.3f}"
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 4)), label=label, zorder=1)
-    limit_to(axes, [line, valid_loss, np.array(list(reference.values()))])
     axes.set_ylabel("loss (nats per token)", fontsize=11)
-    axes.legend(frameon=False, fontsize=11, loc="upper right")
+    # Low losses are seen; a spike may leave the picture at its top.
+    return [line, _percentile(loss, 1), valid_loss, np.array(list(reference.values()))]
 
 
-def _draw_band(axes: Axes, band: Band, steps: np.ndarray) -> None:
-    """Draw what the validation losses are expected between, up to the last of `steps`."""
+def _draw_band(axes: Axes, band: Band, steps: np.ndarray) -> np.ndarray:
+    """Draw what the validation losses are expected between, up to the last of `steps`. Return what is
+    expected there: low, middle and high."""
     at = np.unique(np.linspace(1, steps.max(), 400).astype(int))
     low, middle, high = band(at)
     axes.fill_between(at, low, high, color=ORANGE, alpha=0.18, linewidth=0, zorder=0)
-    axes.plot(at, middle, color=ORANGE, linewidth=1, linestyle=(0, (2, 2)), label="predicted")
-    axes.legend(frameon=False, fontsize=11, loc="upper right")
+    label = "predicted"
+    if np.isfinite(middle[-1]):
+        label += f"  {middle[-1]:.3f}  ({low[-1]:.3f} to {high[-1]:.3f})"
+    axes.plot(at, middle, color=ORANGE, linewidth=1.2, linestyle=(0, (3, 2)), label=label)
+    return np.array([low[-1], middle[-1], high[-1]])
 
 
 def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
@@ -181,7 +188,7 @@ def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
     grad_norm = column(train, "grad_norm")
     some = thin(train)
     norm.plot(step[some], grad_norm[some], color=GREY, alpha=0.6, linewidth=0.8)
-    limit_to(norm, [smooth(grad_norm, window(train)), np.zeros(1)])
+    limit_to(norm, [smooth(grad_norm, window(train)), _percentile(grad_norm, 98), np.zeros(1)])
     rate.plot(step[some], lr[some], color=GREEN, linewidth=1.8)
     rate.set_ylim(bottom=0)
     rate.set_ylabel("learning rate", fontsize=11, color=GREEN)
@@ -211,6 +218,12 @@ def column(records: Records, key: str) -> np.ndarray:
 def _last(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if len(finite) else float("nan")
+
+
+def _percentile(values: np.ndarray, percent: float) -> np.ndarray:
+    """Return a percentile of the finite `values` as an array of one, empty where none is finite."""
+    finite = values[np.isfinite(values)]
+    return np.percentile(finite, [percent]) if len(finite) else finite
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

@@ -244,6 +244,28 @@ def test_a_short_run_is_drawn_over_whole_steps(
     assert all(tick == round(tick) for tick in ticks), "a step has no half"
 
 
+def test_low_losses_and_what_is_predicted_are_in_sight_and_a_spike_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    made = plot.new_figure
+    monkeypatch.setattr(plot, "new_figure", lambda *size: drawn.append(made(*size)) or drawn[-1])
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
+    for step in range(1, 201):
+        sink.step(record(step, loss=50.0 if step == 90 else 2.0 if step % 20 == 0 else 4.0))
+
+    def band(steps: Any) -> plot.np.ndarray:
+        return plot.np.repeat([[8.0], [8.1], [8.3]], len(steps), axis=1)
+
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", band=band)
+    upper = drawn[0].axes[0]
+    low, high = upper.get_ylim()
+    assert 1.0 < low < 2.0
+    assert 8.3 < high < 40.0
+    labels = [text.get_text() for text in upper.get_legend().get_texts()]
+    assert labels[-1] == "predicted  8.100  (8.000 to 8.300)"
+
+
 def test_the_plot_survives_a_run_that_diverged(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
     for step in range(1, 5):
