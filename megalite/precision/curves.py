@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from megalite.observe.jsonl import read_metrics
+from megalite.observe.plot import count_along, new_figure, style
 from megalite.utils.files import replacing
 
 BF16 = "bf16"
@@ -60,30 +63,33 @@ def spread(curves: Curves) -> list[float]:
 
 
 def draw(path: Path, curves: Curves, recipes: Sequence[str], bound: float | None = None) -> None:
-    """Draw the gap of each recipe over the steps to a PNG, beside the noise, and a `bound` of it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Draw the gap of each recipe over the steps to a PNG, beside the noise, and a `bound` of it.
+    Raises ImportError without matplotlib."""
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    noise = np.array(spread(curves))
     steps = curves[BF16, seeds_of(curves, BF16)[0]].steps
-    noise = spread(curves)
-    below = [-x for x in noise]
-    axes.fill_between(steps, below, noise, color="0.9", label="bf16: spread over seeds")
+    if noise.any():
+        label = f"bf16: spread over seeds  ±{noise[-1]:.2%}"
+        axes.fill_between(steps, -noise, noise, color="0.9", linewidth=0, label=label)
     axes.axhline(0, color="0.6", linewidth=0.8)
     for at in (-bound, bound) if bound else ():
         axes.axhline(at, color="0.6", linewidth=0.8, linestyle=":")
     for recipe, color in zip(recipes, COLORS, strict=False):
         of_seeds = gaps(curves, recipe)
-        for gap in of_seeds:
-            axes.plot(steps, gap, color=color, alpha=0.3, linewidth=0.8)
-        mean = [statistics.mean(at) for at in zip(*of_seeds, strict=True)]
-        axes.plot(steps, mean, color=color, linewidth=1.8, label=recipe)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        if len(of_seeds) > 1:
+            for gap in of_seeds:
+                axes.plot(steps, gap, color=color, alpha=0.3, linewidth=0.8)
+        label = f"{recipe}  {last_gap(curves, recipe):+.2%}"
+        axes.plot(steps, np.mean(of_seeds, axis=0), color=color, linewidth=1.8, label=label)
+    style(axes)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(xlabel="step", ylabel="validation loss, from bf16's of the same seed")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    count_along(axes)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+        figure.savefig(temporary, format="png", facecolor="white")
