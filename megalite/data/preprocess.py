@@ -249,9 +249,13 @@ class _Job:
                 )
             result.remark = (
                 f"by gigatoken: on {fast.num_compared:,} characters from all over the text its ids are those of "
-                f"Hugging Face's tokenizers; {result.num_left:,} documents were left to these, for characters or added "
-                "tokens on which the two may disagree"
+                "Hugging Face's tokenizers"
             )
+            if result.num_left:
+                result.remark += (
+                    f"; {result.num_left:,} documents were left to these, for characters or added tokens on which "
+                    "the two may disagree"
+                )
             return result
         except NotFast as why:
             remark = f"by Hugging Face's tokenizers, since gigatoken cannot stand in for them here: {why}"
