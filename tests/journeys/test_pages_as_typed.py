@@ -26,7 +26,7 @@ TOLD = yaml.safe_load(Path(__file__).with_name("pages.yaml").read_text(encoding=
 LEFT_OUT: dict[str, str] = TOLD.pop("left out")
 """What no page can run here, as patterns, and why."""
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
-WAIT_S = 120.0
+WAIT_S = 600.0
 
 
 def entry(name: str) -> dict[str, Any]:
