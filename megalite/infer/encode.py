@@ -288,15 +288,22 @@ def read_texts(files: Sequence[Path], key: str = "text") -> list[str]:
 
 def read_lines(files: Sequence[Path]) -> Iterator[tuple[str, str, Any]]:
     """Yield where each line of files is, the line, and what it holds: itself, or in a .jsonl its
-    object; None where there is none. Raise DataError for a file that cannot be read."""
+    object; None where there is none. Raise DataError for a file that cannot be read, or is empty."""
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start:,}): convert "
+                "it, as by `iconv -f latin1 -t utf-8`"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror or error}") from None
+        if not text:
+            raise DataError(f"{file} is empty")
         is_json = file.suffix in (".jsonl", ".ndjson")
         # Not `splitlines`, which also splits at characters that stand within a JSON text.
-        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             found: Any = line
             if is_json:
                 try:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megalite.kernels.library import added, own, pick
+from megalite.kernels.library import added, own, pick, torch_takes_full_rows
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,38 @@ def self_attention(
     num_kv_heads: int,
     document_BT: Tensor | None = None,
     kind: AttentionKind = PLAIN,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Compute the `attention` of a fused projection to itself: [B,T,N,K] → [B,T,H·K].
 
     `qkv_BTNK` has `num_heads` query heads, then `num_kv_heads` key heads and as many value heads.
-    `document_BT` and `kind` are those of `attention`.
+    `document_BT`, `kind` and `bias` are those of `attention`.
 
     megalite's kernel works in tiles, as flash attention does (Dao et al. 2022), and its backward
-    pass returns the gradient of the whole fused projection at once. It computes the plain kind
-    only; `attention` computes the others."""
+    pass returns the gradient of the whole fused projection at once. It knows no soft cap;
+    `attention` computes what it does not take."""
     kind = kind.within(qkv_BTNK.shape[1])
     # An added function comes first and gets every kind; it must refuse those it does not compute.
-    if function := added.get("self_attention"):
+    function = added.get("self_attention")
+    if function and bias is None:
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
-    if kind == PLAIN and pick("attention", qkv_BTNK) == "megalite":
+    is_masked = document_BT is not None or bias is not None
+    if not function and _is_own(qkv_BTNK, kind, is_masked):
         # The operator also returns the log-sum-exp of the scores, which its backward pass reads.
-        return torch.ops.megalite.attention_forward(qkv_BTNK, num_heads, num_kv_heads, document_BT)[
-            0
-        ]
-    return attention(*split_heads(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
+        return torch.ops.megalite.attention_forward(
+            qkv_BTNK, num_heads, num_kv_heads, document_BT, None, None,
+            kind.causal, kind.window, kind.scale, None if bias is None else bias.float(),
+        )[0]  # fmt: skip
+    return attention(*split_heads(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind, bias=bias)
+
+
+def _is_own(x_BTNK: Tensor, kind: AttentionKind, is_masked: bool) -> bool:
+    """Return whether megalite's kernel computes attention of such a kind; `is_masked`: within
+    documents, or with a bias."""
+    if kind.softcap is not None or kind.sinks or pick("attention", x_BTNK) != "megalite":
+        return False
+    is_full = not (kind.causal or is_masked or kind.window)
+    return not (is_full and torch_takes_full_rows(x_BTNK.dtype, x_BTNK.shape[1]))
 
 
 def attention(
@@ -102,7 +115,8 @@ def attention(
     causal nor windowed, and a query whose document has no key gets 0. `bias` [B or 1,H or 1,T,S] is
     added to the scores, behind their scale and cap.
 
-    torch computes it; soft-capped scores are materialized (`eager_attention`).
+    torch computes it, but for packed documents of another sequence, which megalite's kernel takes on
+    the CPU; soft-capped scores are materialized (`eager_attention`).
 
     Raises ValueError for tensors and a kind that do not go together."""
     kind = kind.within(q_BTHK.shape[1])
@@ -118,6 +132,13 @@ def attention(
     )
     if ours and pick("attention", q_BTHK) == "flash_attn":
         return _flash_attn(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
+    is_crossing = source_BS is not None and bias is None and k_BSGK.shape == v_BSGV.shape
+    if is_crossing and _is_own(q_BTHK, kind, True):
+        kv = torch.cat((k_BSGK, v_BSGV), 2)
+        return torch.ops.megalite.attention_forward(
+            q_BTHK, q_BTHK.shape[2], k_BSGK.shape[2], document_BT, kv, source_BS,
+            False, None, kind.scale, None,
+        )[0]  # fmt: skip
     if kind.softcap is not None:
         return eager_attention(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
     return _torch(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
@@ -554,10 +575,7 @@ def _register() -> None:
 
     @torch.library.register_fake("megalite::attention_forward")
     def _(
-        qkv: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        document: Tensor | None,
+        qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         # [B, T, N, K] → output [B, T, H · K] and log-sum-exp [B, H, T].
         batch, length, _, size = qkv.shape
@@ -574,22 +592,41 @@ def _register() -> None:
         num_heads: int,
         num_kv_heads: int,
         document: Tensor | None,
-    ) -> Tensor:
-        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        kv: Tensor | None = None,
+        source: Tensor | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        scale: float | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def like(x: Tensor | None, none: Tensor) -> Tensor:
+            if x is None:
+                return none.new_empty(0)
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+        return like(qkv, qkv), like(kv, qkv), like(bias, lse)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        qkv, num_heads, num_kv_heads, document = inputs
+        qkv, num_heads, num_kv_heads, document, kv, source, *kind, bias = inputs
         # The log-sum-exp, part of `output`, lets the backward pass recompute probabilities tile by
         # tile.
-        ctx.save_for_backward(qkv, *output, document)
-        ctx.heads = num_heads, num_kv_heads
+        ctx.save_for_backward(qkv, *output, document, kv, source, bias)
+        ctx.heads, ctx.kind = (num_heads, num_kv_heads), kind
 
-    def backward(
-        ctx: Any, grad: Tensor, grad_lse: Tensor | None
-    ) -> tuple[Tensor, None, None, None]:
-        qkv, out, lse, document = ctx.saved_tensors
-        grad_qkv = ops.attention_backward(grad, qkv, out, lse, *ctx.heads, document)
-        return grad_qkv, None, None, None
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, document, kv, source, bias = ctx.saved_tensors
+        dqkv, dkv, dbias = ops.attention_backward(
+            grad, qkv, out, lse, *ctx.heads, document, kv, source, *ctx.kind, bias
+        )
+        none = None, None, None
+        return (
+            dqkv,
+            *none,
+            None if kv is None else dkv,
+            None,
+            *none,
+            None if bias is None else dbias,
+        )
 
     torch.library.register_autograd("megalite::attention_forward", backward, setup_context=keep)
 

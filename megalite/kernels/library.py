@@ -4,8 +4,8 @@ torch, an installed library such as flash_attn, or what a plugin has registered
 
 `use` takes the `kernels:` section of the config once, before a model runs; `pick` answers for a
 given tensor. The plain torch version of every operation is its reference. It also serves where the
-kernels are not built, for dtypes they do not take, and for attention with a sliding window,
-soft-capping or another scale (`attention.AttentionKind`).
+kernels are not built, for dtypes they do not take, and for attention with soft-capping
+(`attention.AttentionKind`).
 """
 
 from __future__ import annotations
@@ -108,6 +108,21 @@ def pick(operation: str, x: Tensor) -> str:
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
+FULL_ROWS = 512
+"""Tokens of a row from which on torch's attention is the quicker on the CPU where bf16 tokens attend
+to all of the row and the processor has AMX (tools/bench/attention.py). Of rows in documents, windows
+or biases, and of shorter ones, megalite's is."""
+
+
+def torch_takes_full_rows(dtype: torch.dtype, length: int) -> bool:
+    """Return whether torch computes attention of each token to all `length` of a row on the CPU."""
+    return length >= FULL_ROWS and dtype == torch.bfloat16 and _amx_is_taken("attention")
+
+
+def _amx_is_taken(operation: str) -> bool:
+    return getattr(_wishes, operation) == "auto" and has_matrix_unit()
+
+
 def explain(operation: str, device: str) -> tuple[str, str]:
     """Return (implementation, reason) of `operation` for fp32 and bf16 tensors of a `device` type,
     for a person."""
@@ -118,6 +133,8 @@ def explain(operation: str, device: str) -> tuple[str, str]:
         return "torch", "oneDNN uses this processor's AMX for bf16"
     if _takes(operation, device, torch.float32):
         isa = f", runs with {own().isa()}" if device == "cpu" else ""  # type: ignore[union-attr]
+        if operation == "attention" and _amx_is_taken(operation):
+            isa += f"; torch, with AMX, where bf16 tokens attend to all of {FULL_ROWS} or more"
         return "megalite", f"built{isa}"
     if operation == "attention" and device == "cuda" and torch.cuda.is_available():
         return "torch", _attention_on(torch.cuda.get_device_capability())
@@ -183,6 +200,7 @@ def tell_compiler() -> None:
     This is not a decorator on `_takes`, because that would import torch's compiler, which takes a
     second of every process."""
     torch.compiler.assume_constant_result(_takes)
+    torch.compiler.assume_constant_result(_amx_is_taken)
 
 
 def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:

@@ -101,7 +101,7 @@ class _OwnKernel(Function):
         qkv_BTNK, sinks_H, out, lse_BHT, document_BT = ctx.saved_tensors
         grad_qkv = torch.ops.megalite.attention_backward(
             grad, qkv_BTNK, out, lse_BHT, *ctx.heads, document_BT
-        )
+        )[0]
         grad_BHTK, out_BHTK = (_heads_first(x, ctx.heads[0]) for x in (grad, out))
         return grad_qkv, sinks_gradient(grad_BHTK, out_BHTK, lse_BHT, sinks_H), None, None, None
 

@@ -450,25 +450,33 @@ class CoreAttention(nn.Module):
         return self.kind.softcap is not None or self.biased or self.dropout is not None
 
     def forward(
-        self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo
+        self,
+        qkv_BTNK: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        places: SequenceInfo,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of
         keys + as many of values. Returns [B,T,H·K]; `places` says which tokens are of one
-        document."""
+        document, and `bias` [1,H,T,S] is added to the scores."""
         if self.largest_logits is not None:
             self.note_logits(*split_heads(qkv_BTNK, num_heads, num_kv_heads)[:2], places)
         # Split only here: the fused path takes the projection as it is, and returns its gradient
         # whole.
-        if self.strategy is not None or self.dropout is not None:
+        elsewhere = self.strategy is not None or self.gathering is not None
+        if elsewhere or self.dropout is not None:
             out = self._by_strategy_or_eager(
-                *split_heads(qkv_BTNK, num_heads, num_kv_heads), places
+                *split_heads(qkv_BTNK, num_heads, num_kv_heads), places, bias=bias
             )
             if out is not None:
                 return out
         if self.sinks is not None:
             arguments = num_heads, num_kv_heads, self.sinks, places.document_BT, self.kind
             return self_attention_with_sinks(qkv_BTNK, *arguments)
-        return self_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind)
+        return self_attention(
+            qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind, bias
+        )
 
     def attend(
         self,

@@ -223,8 +223,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.inner_heads, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, places: SequenceInfo, bias: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size)).chunk(3, dim=2)
-        return self.out(self.core.attend(q, k, v, places, bias=bias))
+        qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
+        heads = qkv_BTNK.shape[2] // 3
+        return self.out(self.core(qkv_BTNK, heads, heads, places, bias))
 
 
 class CrossAttention(nn.Module):

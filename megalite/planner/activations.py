@@ -304,10 +304,10 @@ def _scores(shapes: LayerShapes) -> int:
 
 def _mask(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count the mask that attention keeps, in numbers to add to the scores, where torch's kernel
-    takes one: on the CPU for windows, with the bool mask beside it; on a GPU, where variable-length
-    attention does not compute it, for documents as well, which differ from row to row."""
+    takes one: on a GPU, where variable-length attention does not compute it, for windows and for
+    documents, which differ from row to row."""
     if on_gloo:
-        return shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
+        return 0
     size = shapes.head_size
     if (
         shapes.element != FP32
@@ -341,6 +341,9 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
         # is not that of all layers.
         copied = shapes.key_tokens * shapes.kv * shapes.element + _masked_bias(shapes)
         return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + copied
+    if _adds_bias(shapes, on_gloo):
+        kept = _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
+        return kept + (0 if shapes.element == FP32 else _exact_bias(shapes))
     if not shapes.writes_scores:
         # The projection, the output and its log-sum-exp.
         kept = _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
@@ -361,8 +364,21 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
 
 def _widens(shapes: LayerShapes, on_gloo: bool) -> bool:
     """Return whether torch adds the bias of the scores, and computes with them, in fp32: on the CPU,
-    where nothing is dropped."""
-    return shapes.biased and not shapes.attention_dropout and on_gloo
+    where nothing is dropped, and keys come from other context ranks."""
+    gathers = shapes.context > 1
+    return shapes.biased and not shapes.attention_dropout and on_gloo and gathers
+
+
+def _adds_bias(shapes: LayerShapes, on_gloo: bool) -> bool:
+    """Return whether megalite's kernel adds the bias of the scores: on the CPU, where nothing is
+    dropped, and all keys are here."""
+    gathers = shapes.context > 1
+    return shapes.biased and not shapes.attention_dropout and on_gloo and not gathers
+
+
+def _exact_bias(shapes: LayerShapes) -> int:
+    """Count the bias of the scores in fp32."""
+    return shapes.heads * shapes.pairs * FP32
 
 
 def _fuses_bias(shapes: LayerShapes, on_gloo: bool) -> bool:
@@ -493,6 +509,8 @@ def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
         size += _latents(shapes) + _projection(shapes)
     if _fuses_bias(shapes, on_gloo):
         size += _scores(shapes) * shapes.element  # the gradient of the bias, of each sample
+    elif _adds_bias(shapes, on_gloo):
+        size += _exact_bias(shapes)  # the gradient of the bias
     elif shapes.writes_scores:
         size += _scores(shapes) * 2 * FP32  # gradients of the probabilities and of the scores
     if shapes.by_heads:

@@ -176,10 +176,14 @@ class _Counts:
         # What is recomputed takes the biases once more. The peak is at the first layer of the
         # backward pass, before there is a gradient of them, or at any where little is kept.
         biases, gradient = sum(table.forward for table in tables), 0
-        if self.train.recompute != "none" or not self.on_gloo:  # kept by the kernel for GPUs
+        # Kept by the kernels, but for that of the CPU, which takes fp32.
+        is_copied = self.on_gloo and self.shapes.element != FP32
+        if self.train.recompute != "none" or not is_copied:
             beside, biases = beside + biases, 0
         if self.train.recompute == "full":
-            gradient = max((table.backward for table in tables), default=0)
+            # That of the decoder waits until the encoder's layers are done: both are looked up before
+            # the layers, and so come after them on the way back.
+            gradient = sum(table.backward for table in tables)
         return PartBytes(
             kept=beside + kept,
             forward=beside + biases + _fullest(0, forward),

@@ -126,7 +126,8 @@ def test_long_texts_are_cut_and_long_words_refused(tmp_path: Path) -> None:
     classifier = Classifier.open(tmp_path / "text")
     words = " ".join(["w7"] * 62)
     long, whole = classifier.classify([Question(f"{words} w8"), Question(words)])
-    assert long == whole
+    # The head's product of two rows may sum up each in another order.
+    assert (long.label, long.scores) == (whole.label, pytest.approx(whole.scores, rel=1e-6))
     row = classifier.row(Question(words[: 3 * 30], words), 64)
     assert (len(row.ids), row.second, row.ids[-1]) == (64, 32, 3)
     write_model(tmp_path / "words", "bert", "TokenClassification", NAMES)

@@ -133,6 +133,9 @@ KINDS = [
     AttentionKind(window=40),
     AttentionKind(softcap=2.0),
     AttentionKind(window=7, softcap=0.5, scale=1.0),
+    AttentionKind(causal=False),
+    AttentionKind(window=7, causal=False),
+    AttentionKind(window=33, scale=0.5, causal=False),
 ]
 
 
@@ -149,6 +152,106 @@ def test_kinds(kind: AttentionKind, packed: bool, dtype: torch.dtype, device: to
         dtype,
         device,
     )
+
+
+# (T, lengths of documents), several blocks of queries and of keys: borders within strips, tiles and
+# blocks, and the last of them not full.
+ROWS = [
+    (65, None),
+    (385, None),
+    (600, (5, 1, 90, 96, 1, 200, 207)),
+    (193, (70, 123)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "lengths"), ROWS, ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_encoders_rows(
+    length: int,
+    lengths: tuple[int, ...] | None,
+    biased: bool,
+    dtype: torch.dtype,
+    device: torch.device,  # noqa: F811
+) -> None:
+    """Of full rows and of windows, causal ones as well, with a bias for all rows or for each: results
+    and gradients, that of the bias among them."""
+    document = None
+    if lengths is not None:
+        document = torch.stack((numbers(*lengths) + 3, 2 * numbers(*reversed(lengths))))
+    qkv = random(2, length, 8, 24)
+    for kind in (
+        AttentionKind(causal=False, scale=0.3),
+        AttentionKind(100, causal=False),
+        AttentionKind(33, scale=0.3),
+    ):
+        biases = [random(1 + length % 2, 4, length, length, seed=2)] if biased else []
+
+        def ours(x: Tensor, *bias: Tensor, kind: AttentionKind = kind) -> Tensor:
+            there = None if document is None else document.to(device)
+            # Asked of the kernel itself on the CPU, whatever the rule of speed says.
+            if device.type == "cpu" and library.own():
+                return torch.ops.megalite.attention_forward(
+                    x, 4, 2, there, None, None, kind.causal, kind.window, kind.scale,
+                    bias[0].float() if bias else None,
+                )[0]  # fmt: skip
+            return self_attention(x, 4, 2, there, kind, *bias)
+
+        def plain(x: Tensor, *bias: Tensor, kind: AttentionKind = kind) -> Tensor:
+            return plain_parts(*x.split((4, 2, 2), 2), document, kind, None, *bias)
+
+        check_against_float64(ours, plain, [qkv, *biases], dtype, device)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "sources"),
+    [((7, 1, 16), (3, 9, 5)), ((0, 24, 100), (130,)), ((30, 140, 30), (70, 0, 123)), ((9, 8), (0, 70))],
+    ids=str,
+)  # fmt: skip
+def test_packed_documents_of_another_sequence(
+    lengths: tuple[int, ...],
+    sources: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,  # noqa: F811
+) -> None:
+    """Queries whose document has no key get 0 and give nothing; so do keys that no query reaches."""
+    document, source = (torch.stack((numbers(*of), numbers(*of) + 1)) for of in (lengths, sources))
+    free = AttentionKind(causal=False)
+    parts = [
+        random(2, len(document[0]), 4, 24),
+        *(random(2, len(source[0]), 2, 24, seed=seed) for seed in (1, 2)),
+    ]
+    check_against_float64(
+        lambda q, k, v: attention(q, k, v, document, free, source),
+        lambda q, k, v: plain_parts(q, k, v, document, free, source),
+        parts,
+        dtype,
+        device,
+    )
+
+
+def test_the_rule_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where AMX makes torch the quicker, and where megalite's kernel is asked for by name."""
+    full, is_own = AttentionKind(causal=False), attention_module._is_own
+    long, short = torch.zeros(1, 512, 3, 1).bfloat16(), torch.zeros(1, 511, 3, 1).bfloat16()
+    monkeypatch.setattr(library, "_takes", lambda *_: True)
+    monkeypatch.setattr(library, "has_matrix_unit", lambda: True)
+    assert not is_own(long, full, False)
+    assert is_own(long, full, True)
+    assert is_own(long, AttentionKind(64, causal=False), False)
+    assert is_own(long, PLAIN, False)
+    assert is_own(long.float(), full, False)
+    assert is_own(short, full, False)
+    assert not is_own(short, AttentionKind(softcap=1.0), False)
+    told = library.explain("attention", "cpu")[1]
+    assert told.endswith("torch, with AMX, where bf16 tokens attend to all of 512 or more")
+    monkeypatch.setattr(library, "_wishes", KernelsConfig(attention="megalite"))
+    assert is_own(long, full, False)
+    monkeypatch.setattr(library, "has_matrix_unit", lambda: False)
+    monkeypatch.setattr(library, "_wishes", KernelsConfig())
+    assert is_own(long, full, False)
 
 
 BATCH, LENGTH, HEADS = 2, 24, 4
@@ -268,7 +371,15 @@ def test_no_number_of_threads_changes_a_bit(batch: int) -> None:
 
     def run() -> tuple[Tensor, ...]:
         out, lse = torch.ops.megalite.attention_forward(qkv, 4, 2, None)
-        return out, lse, torch.ops.megalite.attention_backward(grad, qkv, out, lse, 4, 2, None)
+        bias = random(1, 4, 150, 150, seed=3).float()
+        rest = None, None, None, False, 40, 0.5, bias
+        of_bias = torch.ops.megalite.attention_backward(grad, qkv, out, lse, 4, 2, *rest)
+        return (
+            out,
+            lse,
+            torch.ops.megalite.attention_backward(grad, qkv, out, lse, 4, 2, None)[0],
+            *of_bias,
+        )
 
     threads = torch.get_num_threads()
     try:
@@ -315,6 +426,25 @@ def test_bad_input_is_named() -> None:
         forward(qkv, 4, 2, torch.zeros(2, 6, dtype=torch.int32))
     with pytest.raises(ValueError, match="document falls from 1 to 0 at token 3 of row 1"):
         forward(qkv, 4, 2, torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]]))
+    kv = torch.zeros(2, 5, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"kv has shape \[2, 5, 3, 4\], but must have \[2, 5, 4, 4\]"
+    ):
+        forward(qkv[:, :, :4], 4, 2, None, kv[:, :, :3], None, False)
+    with pytest.raises(ValueError, match="attention to kv must be neither causal nor windowed"):
+        forward(qkv[:, :, :4], 4, 2, None, kv)
+    with pytest.raises(ValueError, match="give document and source with kv, or neither"):
+        forward(qkv[:, :, :4], 4, 2, numbers(2, 4).expand(2, -1), kv, None, False)
+    with pytest.raises(ValueError, match="window is 0, but must be above 0"):
+        forward(qkv, 4, 2, None, window=0)
+    with pytest.raises(ValueError, match="scale is -1, but must be above 0"):
+        forward(qkv, 4, 2, None, scale=-1.0)
+    with pytest.raises(TypeError, match=r"bias is .*BFloat16, but must be float32"):
+        forward(qkv, 4, 2, None, bias=torch.zeros(1, 4, 6, 6).bfloat16())
+    with pytest.raises(
+        ValueError, match=r"bias has shape \[1, 4, 6, 5\], but must have \[1, 4, 6, 6\]"
+    ):
+        forward(qkv, 4, 2, None, bias=torch.zeros(1, 4, 6, 5))
     out, lse = forward(qkv, 4, 2, None)
     with pytest.raises(
         ValueError,
@@ -338,6 +468,12 @@ def test_operators_are_well_formed() -> None:
             torch.ops.megalite.attention_backward,
             (torch.randn_like(out), qkv.detach(), out, lse, 4, 2, document),
         )
+    kv, source = torch.randn(2, 5, 4, 4).requires_grad_(), numbers(1, 4).expand(2, -1).contiguous()
+    bias = torch.randn(1, 4, 9, 5).requires_grad_()
+    rest = document, kv, source, False, None, 0.5, bias
+    torch.library.opcheck(
+        torch.ops.megalite.attention_forward, (torch.randn(2, 9, 4, 4), 4, 2, *rest)
+    )
 
 
 def kind_of(
@@ -536,6 +672,7 @@ def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     built = ModuleType("_ops")
     built.has_cuda, built.isa = 1, lambda: "avx2"  # type: ignore[attr-defined]
     monkeypatch.setattr(library, "own", lambda: built)
+    monkeypatch.setattr(library, "has_matrix_unit", lambda: False)
     assert library.explain("attention", "cuda") == (
         "torch",
         "megalite's own attention is for the CPU",

@@ -201,11 +201,11 @@ def test_a_ring_waits_for_the_rank_that_has_whole_documents() -> None:
 
 
 def test_every_other_layer_has_a_window() -> None:
-    """Only a layer with a window keeps its mask, on the CPU in bf16 and as bool."""
+    """On the CPU it keeps no mask, which megalite's kernel does not take; it has fewer products."""
     config = config_of("gemma2", sliding_window=256)
     local, whole, *_ = outlook_of(config).layers
     kept = [layer_bytes(layer, "none", on_gloo=True).kept for layer in (local, whole)]
-    assert kept[0] - kept[1] == LENGTH**2 * (2 + 1)
+    assert kept[0] == kept[1]
     width = 8 * 32
     assert model_flops_per_token(
         config_of("gemma2", sliding_window=LENGTH)

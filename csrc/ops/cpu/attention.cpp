@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "tile.h"
 
@@ -259,13 +260,11 @@ constexpr float ones[TILE_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
 template <class T>
 struct Layout {
   explicit Layout(const Attention& a)
-      : token((a.heads + 2 * a.kv_heads) * a.size),
-        padded(a.padded_size),
+      : padded(a.padded_size),
         length(a.padded_length),
         steps((a.size + STEP<T> - 1) / STEP<T>),
         vectors((a.size + WIDTH - 1) / WIDTH),
         group(a.heads / a.kv_heads) {}
-  const int64_t token;           // from one token of qkv to the next
   const int64_t padded, length;  // of packed heads
   const int64_t steps;           // of the depth of products over the head size
   const int64_t vectors;         // of a head
@@ -278,10 +277,16 @@ struct Span { int64_t first, end, last; };
 
 // Who attends to whom, in one row of the batch. Queries beyond the last one, which fill up a strip, are as the last.
 struct Reach {
-  const int64_t* start;
+  Reach(const Attention& a, int64_t b)
+      : firsts(a.first ? a.first + b * a.length : nullptr), ends(a.end ? a.end + b * a.length : nullptr),
+        length(a.length) {}
+  const int64_t *firsts, *ends;
   int64_t length;
-  int64_t first(int64_t query) const { return start ? start[query < length ? query : length - 1] : 0; }
-  int64_t end(int64_t query) const { return query < length ? query + 1 : length; }
+  int64_t first(int64_t query) const { return firsts ? firsts[smaller(query, length - 1)] : 0; }
+  int64_t end(int64_t query) const {
+    const int64_t last = smaller(query, length - 1);
+    return ends ? ends[last] : last + 1;
+  }
   // Of the strip that begins with `query`, in the `keys` keys from `begin` on.
   Span span(int64_t query, int64_t begin, int64_t keys) const {
     const int64_t from = larger(round_down(first(query), WIDTH) - begin, 0);
@@ -301,15 +306,36 @@ inline void hide(const Reach& reach, int64_t query, float* scores, int64_t row, 
   }
 }
 
+// The biases of one head. Scores are scaled later, so that what is added to them is divided by the scale.
+struct Bias {
+  Bias(const Attention& a, int64_t b, int64_t h)
+      : from(a.bias ? a.bias + b * a.bias_batch + h * a.bias_head : nullptr), row(a.bias_row), length(a.length),
+        sources(a.sources), factor(1.0f / a.scale) {}
+  const float* from;
+  int64_t row, length, sources;
+  float factor;
+  // To the scores of a strip of queries, the first of them `query`, and keys [begin, end).
+  void add(int64_t query, float* scores, int64_t scores_row, int64_t begin, int64_t end) const {
+    if (!from) return;
+    for (int64_t r = 0; r < TILE_ROWS && query + r < length; ++r, scores += scores_row) {
+      const float* bias = from + (query + r) * row + begin;
+      const int64_t count = smaller(end, sources) - begin;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) scores[i] += bias[i] * factor;
+    }
+  }
+};
+
 template <class T>
 void pack(const AttentionForward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
-    const T* k = static_cast<const T*>(a.qkv) + b * a.length * at.token + (a.heads + g) * a.size;
+    const int64_t from = b * a.sources * a.k_token + g * a.size;
     T* packed = static_cast<T*>(a.packed) + pair * 2 * at.length * at.padded;
-    pack_columns(k, at.token, a.length, a.size, packed);
-    pack_rows(k + a.kv_heads * a.size, at.token, a.length, a.size, packed + at.length * at.padded, at.padded);
+    pack_columns(static_cast<const T*>(a.k) + from, a.k_token, a.sources, a.size, packed);
+    pack_rows(
+        static_cast<const T*>(a.v) + from, a.k_token, a.sources, a.size, packed + at.length * at.padded, at.padded);
   }
 }
 
@@ -347,7 +373,7 @@ template <class T>
 void forward(const AttentionForward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
   const int64_t blocks = (a.length + QUERIES - 1) / QUERIES, panel = at.steps * TILE_COLUMNS * STEP<T>;
-  const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
+  const float scale = a.scale * LOG2E;
   const Buffer<T> q(QUERIES * at.padded), probabilities(GROUP * FORWARD_KEYS);
   const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(GROUP * FORWARD_KEYS), keep(GROUP);
   const Buffer<vec> sum(QUERIES);
@@ -356,16 +382,18 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     // Early and late blocks take turns, so that any run of items is as much work as any other.
     const int64_t turn = item % blocks, block = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
     const int64_t h = item / blocks % a.heads, b = item / blocks / a.heads, g = h / at.group;
-    const Reach reach{a.start ? a.start + b * a.length : nullptr, a.length};
+    const Reach reach(a, b);
+    const Bias bias(a, b, h);
     const int64_t q0 = block * QUERIES, rows = smaller(QUERIES, a.length - q0), padded_rows = round_up(rows, TILE_ROWS);
-    const T* from = static_cast<const T*>(a.qkv) + (b * a.length + q0) * at.token + h * a.size;
+    const T* from = static_cast<const T*>(a.q) + (b * a.length + q0) * a.q_token + h * a.size;
     const T* k = static_cast<const T*>(a.packed) + (b * a.kv_heads + g) * 2 * at.length * at.padded;
     const T* v = k + at.length * at.padded;
-    copy_rows<T>(from, at.token, rows, a.size, q, at.padded);
+    copy_rows<T>(from, a.q_token, rows, a.size, q, at.padded);
     for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) q[i] = T{};
     for (int64_t r = 0; r < padded_rows; ++r) top[r] = LOWEST, sum[r] = vec{};
 
-    for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < q0 + rows; k0 += FORWARD_KEYS) {
+    const int64_t k_end = reach.end(q0 + rows - 1);
+    for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < k_end; k0 += FORWARD_KEYS) {
       for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
         const int64_t g1 = smaller(g0 + GROUP, padded_rows);
         for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
@@ -383,6 +411,7 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
           const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
           if (span.first >= span.last) continue;
           const int64_t place = (r0 - g0) * FORWARD_KEYS;
+          bias.add(q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
           hide(reach, q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
           take_in<T>(
               scores + place, span.first, span.last, scale, top + r0, sum + r0, probabilities + place, keep + r0 - g0);
@@ -399,9 +428,13 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const float weight = total(sum[r]);
-      a.lse[(b * a.heads + h) * a.length + q0 + r] = top[r] * root + std::log(weight);
+      const bool is_empty = reach.first(q0 + r) >= reach.end(q0 + r);
+      a.lse[(b * a.heads + h) * a.length + q0 + r] = is_empty ? 0.0f : top[r] * a.scale + std::log(weight);
       T* to = static_cast<T*>(a.out) + ((b * a.length + q0 + r) * a.heads + h) * a.size;
-      write_row(to, out + r * at.padded, a.size, 1.0f / weight);
+      if (is_empty)
+        for (int64_t i = 0; i < a.size; ++i) to[i] = T{};
+      else
+        write_row(to, out + r * at.padded, a.size, 1.0f / weight);
     }
   }
 }
@@ -445,10 +478,10 @@ void load_queries(
     const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t h, int64_t q0, int64_t rows,
     const Queries<T>& to) {
   const int64_t out_row = a.heads * a.size, place = ((b * a.length + q0) * a.heads + h) * a.size;
-  const T* q = static_cast<const T*>(a.qkv) + (b * a.length + q0) * at.token + h * a.size;
+  const T* q = static_cast<const T*>(a.q) + (b * a.length + q0) * a.q_token + h * a.size;
   const T* grad = static_cast<const T*>(a.grad) + place;
   const T* out = static_cast<const T*>(a.out) + place;
-  copy_rows<T>(q, at.token, rows, a.size, to.q, at.padded);
+  copy_rows<T>(q, a.q_token, rows, a.size, to.q, at.padded);
   copy_rows<T>(grad, out_row, rows, a.size, to.grad, at.padded);
   for (int64_t r = 0; r < rows; ++r) {
     to.delta[r] = dot(grad + r * out_row, out + r * out_row, a.size);
@@ -457,16 +490,17 @@ void load_queries(
   // Rows that fill up the last strip are zeros: they add nothing.
   const int64_t padded_rows = round_up(rows, TILE_ROWS);
   for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) to.q[i] = to.grad[i] = T{};
+  std::memset(to.dq, 0, padded_rows * at.padded * sizeof(float));
   for (int64_t r = rows; r < padded_rows; ++r) to.lse[r] = to.delta[r] = 0.0f;
   pack_rows<T>(to.q, at.padded, padded_rows, at.padded, to.q_steps, at.padded);
   pack_rows<T>(to.grad, at.padded, padded_rows, at.padded, to.grad_steps, at.padded);
 }
 
 // From raw scores and dP of one strip, in rows of TILE_COLUMNS, the columns of `span`: P = e^(score - lse) and
-// dS = P (dP - delta).
-template <class T>
+// dS = P (dP - delta), which also takes the place of dP if KEEPS.
+template <bool KEEPS, class T>
 inline void differentiate(
-    const float* raw, const float* dp, Span span, float scale, const float* lse, const float* delta, T* p, T* ds,
+    const float* raw, float* dp, Span span, float scale, const float* lse, const float* delta, T* p, T* ds,
     T* ds_rows) {
   for (int r = 0; r < TILE_ROWS; r += 2)
     for (int64_t i = span.first; i < span.last; i += WIDTH) {
@@ -475,6 +509,7 @@ inline void differentiate(
         const int64_t from = (r + j) * TILE_COLUMNS + i;
         probability[j] = exp2(load_vector<vec>(raw + from) * scale - lse[r + j]);
         gradient[j] = probability[j] * (load_vector<vec>(dp + from) - delta[r + j]);
+        if constexpr (KEEPS) store_vector(dp + from, gradient[j]);
         if constexpr (STEP<T> == 2) store_row(ds_rows + (r + j) * BACKWARD_KEYS + i, gradient[j]);
       }
       store_steps(p + r * BACKWARD_KEYS + i * STEP<T>, BACKWARD_KEYS, probability[0], probability[1]);
@@ -492,14 +527,31 @@ inline void clear(const Scores<T>& to, int64_t r0, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to.ds_rows()[r * BACKWARD_KEYS + i] = T{};
 }
 
-// Queries [q0, q0 + rows), rounded up to strips, and keys [k0, k0 + keys) of one head.
+// Queries [q0, q0 + rows) and keys [k0, k0 + keys) of one head, both rounded up to strips.
 struct Pair { int64_t q0, rows, k0, keys; };
+
+// The gradient of the biases of one head: of a strip's keys [begin, end), += dS.
+struct BiasGradient {
+  BiasGradient(const AttentionBackward& a, int64_t b, int64_t h)
+      : to(a.dbias ? a.dbias + b * a.dbias_batch + h * a.length * a.sources : nullptr), length(a.length),
+        sources(a.sources) {}
+  float* to;
+  int64_t length, sources;
+  void add(int64_t query, const float* ds, int64_t begin, int64_t end) const {
+    for (int64_t r = 0; r < TILE_ROWS && query + r < length; ++r, ds += TILE_COLUMNS) {
+      float* row = to + (query + r) * sources + begin;
+      const int64_t count = smaller(end, sources) - begin;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) row[i] += ds[i];
+    }
+  }
+};
 
 // P and dS of a block.
 template <class T>
 void score(
-    const Layout<T>& at, const Reach& reach, const Pair& pair, float scale, const Queries<T>& queries,
-    const Keys<T>& keys, const Scores<T>& to) {
+    const Layout<T>& at, const Reach& reach, const Bias& bias, const BiasGradient& dbias, const Pair& pair, float scale,
+    const Queries<T>& queries, const Keys<T>& keys, const Scores<T>& to) {
   constexpr int64_t columns_step = TILE_COLUMNS * STEP<T>;
   for (int64_t c = 0; c < pair.keys; c += TILE_COLUMNS) {
     const int64_t k0 = pair.k0 + c, panel = k0 * at.steps * STEP<T>;
@@ -518,114 +570,140 @@ void score(
       }
       for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
         const Span span = reach.span(pair.q0 + r0, k0, TILE_COLUMNS);
+        const bool is_empty = span.first >= span.last;
+        // Of causal attention, no product reads what lies behind the span.
+        if (reach.ends) clear(to, r0, c + (is_empty ? 0 : span.last), c + TILE_COLUMNS);
         if (span.first > 0) clear(to, r0, c, c + span.first);
-        if (span.first >= span.last) continue;
+        if (is_empty) continue;
         const int64_t from = (r0 - g0) * TILE_COLUMNS, place = r0 * BACKWARD_KEYS + c * STEP<T>;
-        hide(reach, pair.q0 + r0, to.raw + from + span.first, TILE_COLUMNS, k0 + span.first, k0 + span.last);
-        differentiate<T>(
-            to.raw + from, to.dp + from, span, scale, queries.lse + r0, queries.delta + r0, to.p + place,
-            to.ds + place, to.ds_rows() + r0 * BACKWARD_KEYS + c);
+        float* raw = to.raw + from + span.first;
+        bias.add(pair.q0 + r0, raw, TILE_COLUMNS, k0 + span.first, k0 + span.last);
+        hide(reach, pair.q0 + r0, raw, TILE_COLUMNS, k0 + span.first, k0 + span.last);
+        const auto run = [&](auto keeps) {
+          differentiate<keeps.value, T>(
+              to.raw + from, to.dp + from, span, scale, queries.lse + r0, queries.delta + r0, to.p + place,
+              to.ds + place, to.ds_rows() + r0 * BACKWARD_KEYS + c);
+        };
+        if (!dbias.to) {
+          run(std::false_type());
+          continue;
+        }
+        run(std::true_type());
+        dbias.add(pair.q0 + r0, to.dp + from + span.first, k0 + span.first, k0 + span.last);
       }
     }
   }
 }
 
-// dV += P^T dO and dK += dS^T Q, but = where a strip of keys meets its first queries if `begins`. It is reached by the
-// queries from its own place on, and until `done`, where its documents have ended.
+// dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the strips of queries from `begin` on, and until `done`.
 template <class T>
 void add_to_keys(
-    const Layout<T>& at, const Reach& reach, const Pair& pair, bool begins, const Queries<T>& queries,
-    const Scores<T>& scores, const Keys<T>& to) {
+    const Layout<T>& at, const Reach& reach, const Pair& pair, const Queries<T>& queries, const Scores<T>& scores,
+    const Keys<T>& to) {
   constexpr int64_t step = BACKWARD_KEYS * STEP<T>;
-  for (int64_t s = 0, done = 0; s < pair.keys; s += TILE_ROWS) {
-    const int64_t key = pair.k0 + s, r0 = larger(key - pair.q0, 0);
+  for (int64_t s = 0, begin = 0, done = 0; s < pair.keys; s += TILE_ROWS) {
+    const int64_t key = pair.k0 + s;
+    while (begin < pair.rows && reach.end(pair.q0 + begin + TILE_ROWS - 1) <= key) begin += TILE_ROWS;
     while (done < pair.rows && reach.first(pair.q0 + done) < key + TILE_ROWS) ++done;
-    if (r0 >= done) continue;
-    const float* keep = begins && key >= pair.q0 ? nullptr : ones;
-    const int64_t steps = (done - r0 + STEP<T> - 1) / STEP<T>, from = r0 * BACKWARD_KEYS + s * STEP<T>;
-    const int64_t columns = r0 * at.padded, columns_step = at.padded * STEP<T>, place = key * at.padded;
+    if (begin >= done) continue;
+    const int64_t steps = (done - begin + STEP<T> - 1) / STEP<T>, from = begin * BACKWARD_KEYS + s * STEP<T>;
+    const int64_t columns = begin * at.padded, columns_step = at.padded * STEP<T>, place = key * at.padded;
     multiply<T>(
         steps, scores.p + from, STEP<T>, step, queries.grad_steps + columns, columns_step, at.vectors, to.dv + place,
-        at.padded, keep);
+        at.padded, ones);
     multiply<T>(
         steps, scores.ds + from, STEP<T>, step, queries.q_steps + columns, columns_step, at.vectors, to.dk + place,
-        at.padded, keep);
+        at.padded, ones);
   }
 }
 
-// dQ += dS K, but = if `begins`.
+// dQ += dS K.
 template <class T>
 void add_to_queries(
-    const Layout<T>& at, const Reach& reach, const Pair& pair, bool begins, const Keys<T>& keys,
-    const Scores<T>& scores, const Queries<T>& to) {
+    const Layout<T>& at, const Reach& reach, const Pair& pair, const Keys<T>& keys, const Scores<T>& scores,
+    const Queries<T>& to) {
   for (int64_t r0 = 0; r0 < pair.rows; r0 += TILE_ROWS) {
     const Span span = reach.span(pair.q0 + r0, pair.k0, BACKWARD_KEYS);
-    const int64_t steps = larger(span.end - span.first + STEP<T> - 1, 0) / STEP<T>;
+    if (span.first >= span.end) continue;
     multiply<T>(
-        steps, scores.ds_rows() + r0 * BACKWARD_KEYS + span.first, BACKWARD_KEYS, STEP<T>,
-        keys.k_steps + (pair.k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors, to.dq + r0 * at.padded,
-        at.padded, begins ? nullptr : ones);
+        (span.end - span.first + STEP<T> - 1) / STEP<T>, scores.ds_rows() + r0 * BACKWARD_KEYS + span.first,
+        BACKWARD_KEYS, STEP<T>, keys.k_steps + (pair.k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors,
+        to.dq + r0 * at.padded, at.padded, ones);
+  }
+}
+
+template <class T>
+void load_keys(const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t g, const Keys<T>& to) {
+  const int64_t from = b * a.sources * a.k_token + g * a.size;
+  const T *k = static_cast<const T*>(a.k) + from, *v = static_cast<const T*>(a.v) + from;
+  pack_columns<T>(k, a.k_token, a.sources, a.size, to.k_columns);
+  pack_columns<T>(v, a.k_token, a.sources, a.size, to.v_columns);
+  pack_rows<T>(k, a.k_token, a.sources, a.size, to.k_steps, at.padded);
+  const int64_t rows = round_up(at.length, TILE_ROWS);
+  std::memset(to.dk, 0, rows * at.padded * sizeof(float));
+  std::memset(to.dv, 0, rows * at.padded * sizeof(float));
+}
+
+// The gradients of keys and values, from one of the parts.
+template <class T>
+void write_keys(
+    const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t g, int64_t part, const Keys<T>& keys) {
+  const int64_t place = b * a.sources * a.k_token + g * a.size;
+  for (int64_t t = 0; t < a.sources; ++t) {
+    const float *dk = keys.dk + t * at.padded, *dv = keys.dv + t * at.padded;
+    if (a.partial) {
+      float* to = a.partial + (((b * a.kv_heads + g) * a.parts + part) * 2 * a.sources + t) * a.size;
+      write_row(to, dk, a.size, a.scale);
+      write_row(to + a.sources * a.size, dv, a.size, 1.0f);
+    } else {
+      write_row(static_cast<T*>(a.dk) + place + t * a.k_token, dk, a.size, a.scale);
+      write_row(static_cast<T*>(a.dv) + place + t * a.k_token, dv, a.size, 1.0f);
+    }
   }
 }
 
 template <class T>
 void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
-  const float root = 1.0f / std::sqrt(static_cast<float>(a.size));
   const int64_t heads = at.group / a.parts;
   const Queries<T> queries(at);
   const Keys<T> keys(at);
   const Scores<T> scores;
-  for (int64_t part = begin; part < end; ++part) {
-    const int64_t b = part / a.parts / a.kv_heads, g = part / a.parts % a.kv_heads;
-    const int64_t h0 = g * at.group + part % a.parts * heads;
-    const Reach reach{a.start ? a.start + b * a.length : nullptr, a.length};
-    const T* k = static_cast<const T*>(a.qkv) + b * a.length * at.token + (a.heads + g) * a.size;
-    T* dqkv = static_cast<T*>(a.dqkv) + b * a.length * at.token;
-    pack_columns<T>(k, at.token, a.length, a.size, keys.k_columns);
-    pack_columns<T>(k + a.kv_heads * a.size, at.token, a.length, a.size, keys.v_columns);
-    pack_rows<T>(k, at.token, a.length, a.size, keys.k_steps, at.padded);
-
-    for (int64_t h = h0; h < h0 + heads; ++h)
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item % a.batch, part = item / a.batch % a.parts, g = item / a.batch / a.parts;
+    const int64_t h0 = g * at.group + part * heads;
+    const Reach reach(a, b);
+    load_keys(a, at, b, g, keys);
+    for (int64_t h = h0; h < h0 + heads; ++h) {
+      const Bias bias(a, b, h);
+      const BiasGradient dbias(a, b, h);
       for (int64_t q0 = 0; q0 < a.length; q0 += QUERIES) {
-        const int64_t rows = smaller(QUERIES, a.length - q0);
+        const int64_t rows = smaller(QUERIES, a.length - q0), k_end = reach.end(q0 + rows - 1);
         load_queries(a, at, b, h, q0, rows, queries);
-        const int64_t k_begin = round_down(reach.first(q0), BACKWARD_KEYS);
-        for (int64_t k0 = k_begin; k0 < q0 + rows; k0 += BACKWARD_KEYS) {
-          const Pair pair{q0, round_up(rows, TILE_ROWS), k0, smaller(BACKWARD_KEYS, q0 + rows - k0)};
-          score(at, reach, pair, root * LOG2E, queries, keys, scores);
-          add_to_keys(at, reach, pair, h == h0, queries, scores, keys);
-          add_to_queries(at, reach, pair, k0 == k_begin, keys, scores, queries);
+        for (int64_t k0 = round_down(reach.first(q0), BACKWARD_KEYS); k0 < k_end; k0 += BACKWARD_KEYS) {
+          const int64_t count = smaller(BACKWARD_KEYS, round_up(k_end - k0, TILE_ROWS));
+          const Pair pair{q0, round_up(rows, TILE_ROWS), k0, count};
+          score(at, reach, bias, dbias, pair, a.scale * LOG2E, queries, keys, scores);
+          add_to_keys(at, reach, pair, queries, scores, keys);
+          add_to_queries(at, reach, pair, keys, scores, queries);
         }
-        for (int64_t r = 0; r < rows; ++r)
-          write_row(dqkv + (q0 + r) * at.token + h * a.size, queries.dq + r * at.padded, a.size, root);
-      }
-
-    for (int64_t t = 0; t < a.length; ++t) {
-      const float *dk = keys.dk + t * at.padded, *dv = keys.dv + t * at.padded;
-      if (a.partial) {
-        float* to = a.partial + (part * 2 * a.length + t) * a.size;
-        write_row(to, dk, a.size, root);
-        write_row(to + a.length * a.size, dv, a.size, 1.0f);
-      } else {
-        T* to = dqkv + t * at.token + (a.heads + g) * a.size;
-        write_row(to, dk, a.size, root);
-        write_row(to + a.kv_heads * a.size, dv, a.size, 1.0f);
+        T* to = static_cast<T*>(a.dq) + (b * a.length + q0) * a.q_token + h * a.size;
+        for (int64_t r = 0; r < rows; ++r) write_row(to + r * a.q_token, queries.dq + r * at.padded, a.size, a.scale);
       }
     }
+    write_keys(a, at, b, g, part, keys);
   }
 }
 
 template <class T>
 void add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {
-  const Layout<T> at(a);
-  const int64_t next = 2 * a.length * a.size;
+  const int64_t next = 2 * a.sources * a.size;
   for (int64_t pair = begin; pair < end; ++pair)
     for (int64_t kind = 0; kind < 2; ++kind) {
       const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
-      float* sum = a.partial + pair * a.parts * next + kind * a.length * a.size;
-      T* to = static_cast<T*>(a.dqkv) + b * a.length * at.token + (a.heads + kind * a.kv_heads + g) * a.size;
-      for (int64_t t = 0; t < a.length; ++t, sum += a.size, to += at.token) {
+      float* sum = a.partial + pair * a.parts * next + kind * a.sources * a.size;
+      T* to = static_cast<T*>(kind ? a.dv : a.dk) + b * a.sources * a.k_token + g * a.size;
+      for (int64_t t = 0; t < a.sources; ++t, sum += a.size, to += a.k_token) {
         for (int64_t part = 1; part < a.parts; ++part) {
           const float* more = sum + part * next;
 #pragma omp simd
