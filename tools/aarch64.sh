@@ -2,15 +2,41 @@
 # Builds csrc for aarch64, the processor of Grace hosts, with Debian's cross compiler, and runs the tests of kernels and of
 # data helpers there under qemu. Python and torch of that processor come from Debian and PyPI into build/aarch64, once.
 # Arguments go to pytest. Status 77: the compiler or qemu is missing (apt install g++-aarch64-linux-gnu qemu-user-static).
+# `--kernels`: only the CPU kernels, without Python and torch: half a minute, nothing is downloaded. They must compute what
+# they compute on this processor.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 
-for needed in aarch64-linux-gnu-g++ qemu-aarch64-static apt-get cmake; do
+if [[ ${1-} == --kernels ]]; then
+    needs=(aarch64-linux-gnu-g++ qemu-aarch64-static g++)
+else
+    needs=(aarch64-linux-gnu-g++ qemu-aarch64-static apt-get cmake)
+fi
+for needed in "${needs[@]}"; do
     command -v "$needed" >/dev/null || { echo "aarch64.sh: there is no $needed" >&2 && exit 77; }
 done
 here=$PWD/build/aarch64 torch=2.10.0 # the last that PyPI has for this processor without CUDA; the oldest that is supported
 mkdir -p "$here"
+
+if [[ ${1-} == --kernels ]]; then
+    # The flags of csrc/ops/ops.cmake. Built again only where a source has changed.
+    flags=(-std=c++20 -Wno-psabi -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast -DMEGALITE_ISA=base)
+    sources=(tests/aarch64/kernels.cpp csrc/ops/cpu/*.cpp)
+    key=$(cat tools/aarch64.sh "${sources[@]}" csrc/ops/*.h csrc/ops/cpu/*.h | sha256sum | cut -c1-16)
+    built=$here/kernels-$key
+    if [[ ! -f $built/done ]]; then
+        rm -rf "$here"/kernels-*
+        mkdir -p "$built"
+        aarch64-linux-gnu-g++ "${flags[@]}" -O2 -static -o "$built/aarch64" "${sources[@]}"
+        g++ "${flags[@]}" -O1 -o "$built/here" "${sources[@]}"
+        touch "$built/done"
+    fi
+    "$built/here" >"$built/here.txt"
+    qemu-aarch64-static "$built/aarch64" >"$built/aarch64.txt"
+    python3 tests/aarch64/compare.py "$built/here.txt" "$built/aarch64.txt"
+    exit
+fi
 
 if [[ ! -f $here/root/done ]]; then
     rm -rf "$here/root" "$here/apt"
