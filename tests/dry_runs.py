@@ -44,6 +44,13 @@ AHEAD = {
 """With a predictor of the token after the next."""
 
 
+V3 = {
+    "preset": "deepseek-v3", "num_layers": 4, "num_experts": 8, "n_group": 2, "topk_group": 2, "vocab_size": 8192,
+    "first_k_dense_replace": 1, "intermediate_size": 4096,
+}  # fmt: skip
+"""Of its width, whose rows for eight experts a token are what is most."""
+
+
 class Case(NamedTuple):
     """A config to run dry."""
 

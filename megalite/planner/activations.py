@@ -239,12 +239,13 @@ def _routed(shapes: LayerShapes) -> int:
 
 
 def _under_way(shapes: LayerShapes, on_gloo: bool) -> int:
-    """Return how many times a rank's rows there are while they travel to experts of other ranks:
-    those that go and those that come; by all-gather a place for each row of all ranks, and gloo's
+    """Return how many times a rank's rows there are while their gradients travel to experts of other
+    ranks, beside what the layer has kept: those that go and those that come, for each expert's
+    output, which is freed by then; by all-gather a place for each row of all ranks, and gloo's
     received ones beside them."""
     num_rows, ranks = shapes.routed_tokens * shapes.visited, shapes.expert
     if not goes_to_all(num_rows, shapes.hidden * shapes.element, ranks):
-        return 2
+        return 1
     return ranks + 4 + (ranks - 1) * on_gloo
 
 

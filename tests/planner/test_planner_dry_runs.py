@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from dry_runs import AHEAD, GPT2, LLAMA, MISTRAL, MIXTRAL, Case, Dry, built, run_dry
+from dry_runs import AHEAD, GPT2, LLAMA, MISTRAL, MIXTRAL, V3, Case, Dry, built, run_dry
 from megalite.dryrun.match import bytes_by_axis
 from megalite.errors import ConfigError
 from megalite.planner.estimate import estimate, memory_of
@@ -55,6 +55,9 @@ SAMPLE = {
     "mixtral, tensor": Case(MIXTRAL, 8, (tensor(4),), "0"),
     "experts, few tokens": Case(MIXTRAL, 4, (expert(2), "data.seq_length=64"), "0"),
     "predictors, pipeline": Case(AHEAD, 8, (expert(4), pipeline(2)), "0,4"),
+    "deepseek, full, interleaved": Case(
+        V3, 4, (expert(2), pipeline(2), FULL, *INTERLEAVED, "train.global_batch_size=8"), "0,2"
+    ),
 }
 OTHERS = {
     "experts": Case(MIXTRAL, 8, (expert(4),), "0,1,2,3"),
