@@ -25,13 +25,15 @@ if [[ ${1-} == --kernels ]]; then
     sources=(tests/aarch64/kernels.cpp csrc/ops/cpu/*.cpp)
     key=$(cat tools/aarch64.sh "${sources[@]}" csrc/ops/*.h csrc/ops/cpu/*.h | sha256sum | cut -c1-16)
     built=$here/kernels-$key
-    if [[ ! -f $built/done ]]; then
+    if [[ ! -d $built ]]; then
         rm -rf "$here"/kernels-*
         mkdir -p "$built"
-        aarch64-linux-gnu-g++ "${flags[@]}" -O2 -static -o "$built/aarch64" "${sources[@]}"
-        g++ "${flags[@]}" -O1 -o "$built/here" "${sources[@]}"
-        touch "$built/done"
     fi
+    build() { # FILE COMPILER FLAG...: a build that was interrupted leaves no FILE
+        [[ -f $1 ]] || { "${@:2}" "${flags[@]}" -o "$1.part" "${sources[@]}" && mv "$1.part" "$1"; }
+    }
+    build "$built/aarch64" aarch64-linux-gnu-g++ -O2 -static
+    build "$built/here" g++ -O1
     "$built/here" >"$built/here.txt"
     qemu-aarch64-static "$built/aarch64" >"$built/aarch64.txt"
     python3 tests/aarch64/compare.py "$built/here.txt" "$built/aarch64.txt"
