@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 # As frames name files, through whatever links the package was imported.
@@ -185,8 +185,36 @@ def open_device(name: str, gpus_per_node: int) -> tuple[Any, Places]:
     cuda.max_memory_allocated = lambda device=None: _dryrun.peak()
     cuda.memory_allocated = lambda device=None: _dryrun.allocated()
     cuda.empty_cache = lambda: None
+    _answer_deepspeed(cuda, name, capability)
     cuda.synchronize = lambda device=None: _places.ask("waits: device") and None
     return _dryrun, _places
+
+
+def _answer_deepspeed(cuda: Any, name: str, capability: tuple[int, int]) -> None:
+    """Answer what DeepSpeed asks of torch.cuda besides."""
+    import torch
+
+    cuda.is_bf16_supported = lambda *arguments, **named: True
+    # It only prints how much memory is left.
+    properties = SimpleNamespace(
+        name=name, major=capability[0], minor=capability[1], total_memory=2**40
+    )
+    cuda.get_device_properties = lambda device=None: properties
+    for asked in ("memory_reserved", "max_memory_reserved", "memory_cached", "max_memory_cached"):
+        setattr(cuda, asked, cuda.memory_allocated)
+    # The peaks are the phases' own (rank.py).
+    for told in (
+        "reset_peak_memory_stats",
+        "reset_max_memory_allocated",
+        "reset_max_memory_cached",
+    ):
+        setattr(cuda, told, lambda device=None: None)
+    cuda.memory_stats = lambda device=None: {}
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
+    # Blocks are freed when the program drops them, whichever streams use them.
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment,method-assign]
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *arguments: None
 
 
 _current = [0]

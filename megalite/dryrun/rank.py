@@ -28,6 +28,7 @@ class Job:
     world_size: int
     gpus_per_node: int
     chip: str
+    engine: str = "native"
 
 
 @dataclass
@@ -166,7 +167,9 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     """Put stand-ins in the place of what a rank alone, without data and without a GPU, cannot
     do."""
     from megalite.checkpoint.save import Saver
+    from megalite.dryrun.deepspeed import spans_of
     from megalite.engine import gather
+    from megalite.engine.deepspeed import DeepSpeedEngine
     from megalite.kernels import library
     from megalite.parallel import expert, overlap
     from megalite.runtime.activity import Activity
@@ -210,6 +213,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     expert.read_counts = balanced_counts
     Saver._write = lambda self, folder, collect, train_state: None  # type: ignore[method-assign]
     _without_weights(train)
+    DeepSpeedEngine._share_spans = spans_of  # type: ignore[method-assign,assignment]
     if log:
         _static_pipelines()
         places.on_wait = log.synchronize

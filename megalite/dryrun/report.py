@@ -155,7 +155,8 @@ def _traffic(outcome: Outcome, records: Sequence[Record]) -> list[str]:
     sent: Counter[str] = Counter()
     for record in records:
         if record.traffic:
-            sent |= Counter(bytes_by_axis(record.traffic, STEADY))  # the largest of each axis
+            sizes = bytes_by_axis(record.traffic, STEADY)
+            sent |= Counter({axis: size for axis, size in sizes.items() if size})  # the largest
     if not sent:
         return []
     lines = [f"{'axis':<12}{'GB a step':>12}{'planned':>12}"]

@@ -80,11 +80,12 @@ def check_possible(config: Config) -> None:
             else "megalite/_dryrun is not built: install a C++ compiler, then megalite again"
         )
         raise ConfigError(f"megalite dryrun: {why}")
-    if config.parallel.engine != "native":
-        raise ConfigError(
-            f"parallel.engine: {config.parallel.engine} cannot be run dry: DeepSpeed builds and loads CUDA code of its "
-            "own; `megalite plan` estimates it"
-        )
+    for what in ("optimizer", "parameters"):
+        if (place := getattr(config.parallel.offload, what)) != "none":
+            raise ConfigError(
+                f"parallel.offload.{what}: {place} cannot be run dry: it would take this machine's memory or disk; "
+                "`megalite plan` estimates it"
+            )
     if config.kernels.attention == "flash_attn":
         raise ConfigError(
             "kernels.attention: flash_attn cannot be run dry: it is CUDA code of another package"
@@ -129,7 +130,10 @@ def make_jobs(
     path = folder / "config.yaml"
     path.write_text(dry_config(config, folder, steps).to_yaml(), encoding="utf-8")
     chip = f"NVIDIA {hardware.chip.chip.removesuffix(' SXM')}"
-    return [Job(str(path), rank, plan.world_size, hardware.gpus_per_node, chip) for rank in ranks]
+    return [
+        Job(str(path), rank, plan.world_size, hardware.gpus_per_node, chip, plan.engine)
+        for rank in ranks
+    ]
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Record]:

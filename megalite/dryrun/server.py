@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from megalite.dryrun.deepspeed import import_deepspeed
 from megalite.dryrun.device import open_device
 from megalite.dryrun.rank import Job, run_rank
 
@@ -25,6 +26,9 @@ def main(jobs: str, folder: str, at_once: str) -> None:
 
     import megalite.parallel.pipeline
     import megalite.train  # noqa: F401
+
+    if any(job.engine == "deepspeed" for job in wanted):
+        import_deepspeed()
 
     running: set[int] = set()
     for number, job in enumerate(wanted):

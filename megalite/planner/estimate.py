@@ -78,6 +78,12 @@ def usable_bytes(hardware: Hardware) -> float:
     return (hardware.chip.memory_gb - HEADROOM_GB) * (1 - FRAGMENTATION) * 2**30
 
 
+def all_reduces(plan: Plan) -> bool:
+    """Return whether gradients are summed by an all-reduce over the replicas, not by a
+    reduce-scatter: without ZeRO, and by DeepSpeed, which keeps its share of the sum."""
+    return plan.zero_stage == 0 or (plan.engine == "deepspeed" and plan.zero_stage < 3)
+
+
 def estimate(
     config: Config,
     plan: Plan,
@@ -234,10 +240,9 @@ class Outlook:
         return self._whole_time(size, of_experts) if self.plan.zero_stage in (1, 2) else 0.0
 
     def _reduce_time(self, size: int, of_experts: int) -> float:
-        """Return the seconds to reduce fp32 gradients over the replicas: a reduce-scatter under
-        ZeRO."""
+        """Return the seconds to reduce fp32 gradients over the replicas."""
         network = self.network
-        collective = network.gather if self.plan.zero_stage else network.all_reduce
+        collective = network.all_reduce if all_reduces(self.plan) else network.gather
         dense = collective(4.0 * (size - of_experts), network.replicas)
         return dense + (
             collective(4.0 * of_experts, network.expert_replicas) if of_experts else 0.0
@@ -421,9 +426,9 @@ class Outlook:
         # ZeRO 3 gathers the weights in the forward pass and again in the backward pass.
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
         for part in held:
-            # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.
+            # A ring sends this share of the whole tensor; an all-reduce sends it twice.
             share = (part.replicas - 1) / part.replicas
-            reduced = part.trained * 4 * reductions * (1 if plan.zero_stage else 2)
+            reduced = part.trained * 4 * reductions * (2 if all_reduces(plan) else 1)
             # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
             size = part.params if plan.zero_stage == 3 else part.trained
             total += share * (reduced + size * self.shapes.element * gathers)

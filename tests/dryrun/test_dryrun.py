@@ -135,8 +135,12 @@ def test_a_config_that_runs_out_of_memory_is_refused(
         (("--ranks", "0,16"), "--ranks 0,16: the ranks are 0 to 15"),
         (("--ranks", "some"), "--ranks 'some': `roles`, `all`, or numbers"),
         (
-            ("parallel.pipeline=1", "parallel.engine=deepspeed"),
-            "parallel.engine: deepspeed cannot be run dry",
+            (
+                "parallel.pipeline=1",
+                "parallel.engine=deepspeed",
+                "parallel.offload.optimizer=cpu",
+            ),
+            "parallel.offload.optimizer: cpu cannot be run dry",
         ),
         (("kernels.attention=flash_attn",), "kernels.attention: flash_attn cannot be run dry"),
         (("parallel.tensor=3",), "does not divide the 16 rank(s)"),
