@@ -32,6 +32,7 @@ from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog
 from megalite.infer.in_training import SamplesInTraining, TargetsInTraining, TasksInTraining
 from megalite.models import weight_table
+from megalite.models.fp8 import gathered_in_codes
 from megalite.models.peft import TENSORS
 from megalite.observe.band import Band
 from megalite.observe.environment import hardware_of, unused_gpus
@@ -281,7 +282,13 @@ def train_from(
         table,
         run.mesh,
         parts.engine,
-        choose_owners(run.plan, table, config.optimizer, bucket_elements(config, run.plan)),
+        choose_owners(
+            run.plan,
+            table,
+            config.optimizer,
+            bucket_elements(config, run.plan),
+            gathered_in_codes(config, run.plan),
+        ),
         lambda path: write_extras(path, config, tokenizer),
         stem=TENSORS if config.lora else "model",
         keep_best=config.checkpoint.keep_best,

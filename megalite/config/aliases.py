@@ -39,6 +39,9 @@ KEYS = {
     "train.epochs": ("num_epochs", "num_train_epochs", "max_epochs", "n_epochs", "epoch"),
     "train.precision": ("dtype", "bf16", "fp16", "fp32", "mixed_precision", "torch_dtype"),
     "train.fp8.recipe": ("fp8_recipe", "fp8_format", "float8_recipe_name"),
+    "train.fp8.param_gather": (
+        "fp8_param_gather", "fp8_param", "enable_fsdp_float8_all_gather", "float8_all_gather",
+    ),
     "train.fp8.first_last_bf16": ("first_last_layers_bf16",),
     "train.fake_quantize": ("qat", "quantization_aware_training"),
     "train.fake_quantize.start_step": ("fake_quant_after_n_steps",),

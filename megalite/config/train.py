@@ -43,6 +43,12 @@ class Fp8Config(Section):
     exclude: tuple[str, ...] = Field(
         (), description="Hugging Face's names of modules that stay as they are, such as down_proj."
     )
+    # Megatron-LM's --fp8-param-gather; torchtitan's enable_fsdp_float8_all_gather.
+    param_gather: bool = Field(
+        False,
+        description="Gather the weights of these products as codes behind an update, under ZeRO 1 and 2: half of bf16's "
+        "bytes, and the same model. For blockwise.",
+    )
 
     @field_validator("first_last_bf16")
     @classmethod

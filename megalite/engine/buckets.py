@@ -11,11 +11,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.comm.collectives import Wait
+from megalite.comm.collectives import Wait, start_all_gather
 from megalite.comm.mesh import Mesh
 from megalite.config import EMA, OptimizerConfig
 from megalite.engine import ReadState
-from megalite.engine.layout import Bucket
+from megalite.engine.codes import Codes
+from megalite.engine.layout import Bucket, Slot
 from megalite.engine.optimizers import Shard
 from megalite.engine.optimizers.states import AT_ONCE, StoredState, make_state
 
@@ -33,7 +34,30 @@ class BucketWeights:
         self.low, self.high = layout.shard(replicas.rank, replicas.size)
         # All of a bucket are of one kind: their dtype is that of the first.
         dtype = layout.slots[0].weight.dtype_in(dtype)
-        self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
+        # Of weights that are gathered as codes, a rank has its own shard, and the codes of all.
+        self.codes = Codes(layout, self.fold, mesh.device) if layout.in_codes else None
+        self.first = self.low if self.codes else 0
+        """Number of the first element of `weights` in the bucket."""
+        size = self.high - self.low if self.codes else layout.size
+        self.weights = torch.zeros(size, dtype=dtype, device=mesh.device)
+
+    def held(self, start: int, stop: int) -> Tensor:
+        """Return the elements [start, stop) of the bucket's weights."""
+        return self.weights[start - self.first : stop - self.first]
+
+    def parameter(self, slot: Slot, shape: torch.Size) -> nn.Parameter:
+        """Return the weight of a slot as modules hold it."""
+        if self.codes:
+            return self.codes.parameter(slot, self.weights.dtype)
+        # A view and no copy: an all-gather into the flat buffer is what updates the model.
+        view = self.held(slot.start, slot.stop).view(shape)
+        return nn.Parameter(view, requires_grad=not slot.weight.frozen)
+
+    def start_gather(self) -> Wait:
+        """Start to gather the weights of all replicas."""
+        if self.codes:
+            return self.codes.start_gather(self.weights)
+        return start_all_gather(self.weights, self.fold.replicas)
 
 
 class BucketState(BucketWeights):
@@ -52,7 +76,7 @@ class BucketState(BucketWeights):
         self.zero_stage = zero_stage
         # The part that the optimizer updates: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
-        master = self.weights[self.stepped]
+        master = self.own
         # For fp32 weights, .float() copies nothing: they are their own master weights.
         self.master = master.float()
         self.states: dict[str, Tensor] = {}
@@ -84,6 +108,11 @@ class BucketState(BucketWeights):
             None  # set while the new weights travel from the other replicas
         )
 
+    @property
+    def own(self) -> Tensor:
+        """Return the weights of the part that the optimizer updates."""
+        return self.held(self.stepped.start, self.stepped.stop)
+
     def await_weights(self) -> None:
         """Wait until the new weights of all replicas are here."""
         if self.gathered is not None:
@@ -111,7 +140,7 @@ class BucketState(BucketWeights):
             # Weights are whole on every rank at stages 0 to 2; masters and states only as wide as
             # `stepped`. At stage 0 a shard is cut out of both, so that replicas share the writing
             # of a checkpoint.
-            return self.weights[self.low : self.high]
+            return self.held(self.low, self.high)
         whole = self.gradient() if kind == "grad" else self.stepped_state(kind)
         return whole if self.zero_stage else whole[self.low : self.high]
 
@@ -179,7 +208,7 @@ class BucketState(BucketWeights):
         """Return what the optimizer updates, in a step whose schedule says `lr`."""
         treatment = self.layout.treatment
         # fp32 weights share the memory of their master weights.
-        weights = None if self.weights.dtype == torch.float32 else self.weights[self.stepped]
+        weights = None if self.weights.dtype == torch.float32 else self.own
         return Shard(
             self.master,
             weights,
@@ -193,7 +222,7 @@ class BucketState(BucketWeights):
         """Put the weights' average in their place, in the part that the optimizer updates; return
         what was there."""
         assert self.average is not None
-        part = self.weights[self.stepped]
+        part = self.own
         before = part.clone()
         part.copy_(self.average)
         return before

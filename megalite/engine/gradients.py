@@ -79,9 +79,7 @@ class Gradients:
         for bucket in [*self.buckets, *frozen]:
             for slot in bucket.layout.slots:
                 name = slot.weight.name
-                view = bucket.weights[slot.start : slot.stop].view(shapes[name])
-                # A view and no copy: an all-gather into the flat buffer is what updates the model.
-                views[name] = nn.Parameter(view, requires_grad=not slot.weight.frozen)
+                views[name] = bucket.parameter(slot, shapes[name])
                 if isinstance(bucket, BucketState):
                     views[name].register_post_accumulate_grad_hook(self._take_gradient)
                     self._home[views[name]] = (bucket, slot)

@@ -3,7 +3,7 @@ of every other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -54,6 +54,8 @@ class Bucket:
     """Of experts that are cut over other ranks than dense weights, and have other replicas."""
     quantised: bool
     """Held in few bits."""
+    in_codes: bool
+    """Gathered as codes of fp8, of which ranks have no more than these."""
     alignment: int
     """Weights, and shards, begin at multiples of so many elements."""
 
@@ -72,11 +74,16 @@ def bucket_elements(config: Config, plan: Plan) -> int:
 
 
 def make_buckets(
-    weights: Sequence[Weight], plan: Plan, optimizer: OptimizerConfig, max_elements: int
+    weights: Sequence[Weight],
+    plan: Plan,
+    optimizer: OptimizerConfig,
+    max_elements: int,
+    in_codes: Collection[str] = (),
 ) -> tuple[Bucket, ...]:
     """Fill buckets in the order in which a backward pass finishes the gradients: the last of
     `weights` first. Tied weights, whose gradient is only complete after the whole step, come last.
-    `plan` says what is cut and summed, `optimizer` how each is updated.
+    `plan` says what is cut and summed, `optimizer` how each is updated, `in_codes` names what
+    replicas gather as codes of fp8.
 
     A weight larger than `max_elements` gets a bucket to itself."""
     open_slots: dict[_Kind, list[Slot]] = {}
@@ -85,6 +92,8 @@ def make_buckets(
     # by one collective and updated by one call of the optimizer: mixing two kinds would need a
     # branch a slot.
     for weight in reversed(weights):
+        coded = weight.name in in_codes
+        plain = weight.frozen or optimizer.keeps_fp32(weight)
         kind = _Kind(
             optimizer.treatment(weight),
             is_cut(weight, plan.cut_of(weight)),
@@ -93,7 +102,8 @@ def make_buckets(
             weight.frozen,
             weight.is_expert and plan.folds_experts,
             weight.quantised is not None,
-            ALIGNMENT if weight.frozen or optimizer.keeps_fp32(weight) else DYNAMIC_BLOCK,
+            coded,
+            ALIGNMENT if plain and not coded else DYNAMIC_BLOCK,
         )
         slots = open_slots.setdefault(kind, [])
         numel = prod(weight.local_shape(*plan.cut_of(weight)))
@@ -122,6 +132,7 @@ class _Kind(NamedTuple):
     frozen: bool
     of_experts: bool
     quantised: bool
+    in_codes: bool
     alignment: int
 
 
@@ -143,18 +154,22 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def choose_owners(
-    plan: Plan, weights: Sequence[Weight], optimizer: OptimizerConfig, max_elements: int
+    plan: Plan,
+    weights: Sequence[Weight],
+    optimizer: OptimizerConfig,
+    max_elements: int,
+    in_codes: Collection[str] = (),
 ) -> dict[str, int]:
     """Return the global rank that writes each weight, so that all ranks of a pipeline stage write
     about as much. All weights of a bucket are on one replica; a tied weight is written by the first
-    stage. `optimizer` and `max_elements` are those of `make_buckets`."""
+    stage. `optimizer`, `max_elements` and `in_codes` are those of `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
         # Elements that each rank of this stage is to write; stages hold other weights and are
         # balanced apart.
         load = [0] * (plan.replicas * plan.tensor)
         buckets = make_buckets(
-            plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements
+            plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements, in_codes
         )
         # Largest first, each to the rank with the least so far (Graham's rule, as `Matrices` has
         # it).

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from megalite.comm.collectives import start_all_gather
 from megalite.comm.mesh import Mesh
 from megalite.config import BY_COUNTS, EMA, Config, Member, OptimizerConfig
 from megalite.engine import ReadState, Sharing, UpdateGate
@@ -45,6 +44,7 @@ from megalite.engine.optimizers.by_counts import ByCounts
 from megalite.engine.qk_clip import QKClip
 from megalite.engine.quantised import QuantisedBucket
 from megalite.engine.sums import Sums
+from megalite.models.fp8 import gathered_in_codes
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.plan import Plan
@@ -73,7 +73,13 @@ class NativeEngine:
         optimizer = config.optimizer
         # In the order of the backward pass, which is that of the reductions. Every rank of a stage
         # gets the same list, as it follows from the table and the plan alone.
-        layout = make_buckets(weights, plan, config.optimizer, bucket_elements(config, plan))
+        layout = make_buckets(
+            weights,
+            plan,
+            config.optimizer,
+            bucket_elements(config, plan),
+            gathered_in_codes(config, plan),
+        )
         members = dict(config.optimizer.members())
         if config.model.bias_rate is not None:
             # Biases that balance a router's load go through the same buckets: their "gradient" is a
@@ -230,7 +236,7 @@ class NativeEngine:
     def _send(self, bucket: BucketState) -> None:
         """Start to gather a bucket's new weights from all replicas."""
         if bucket.is_gathered:
-            bucket.gathered = start_all_gather(bucket.weights, bucket.fold.replicas)
+            bucket.gathered = bucket.start_gather()
 
     def wait_for_params(self) -> None:
         """Wait until all of the new weights are here."""
@@ -250,7 +256,7 @@ class NativeEngine:
             yield
         finally:
             for bucket, weights in zip(self._forward_order, before, strict=True):
-                bucket.weights[bucket.stepped] = weights
+                bucket.own.copy_(weights)
             self._gather_all()
 
     def _gather_all(self) -> None:
@@ -270,7 +276,8 @@ class NativeEngine:
             bucket.note_begun(self._begun)
             # In fp32 the weights are the master weights, and begin as them.
             kind = "master" if bucket.weights.dtype == torch.float32 else "weight"
-            fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
+            shard = slice(bucket.low, bucket.high)
+            fill(bucket, bucket.weights, bucket.first, shard, read, kind)
             for state in filter(bucket.has, self.states):
                 bucket.load(state, read)
         for sums in self._sums.values():
@@ -281,9 +288,7 @@ class NativeEngine:
             bits.load(read)
         # Each replica has read its shard alone, so that the weights are read once in all, and not
         # once by each replica.
-        for wait in [
-            start_all_gather(b.weights, b.fold.replicas) for b in [*self.buckets, *self.frozen]
-        ]:
+        for wait in [bucket.start_gather() for bucket in [*self.buckets, *self.frozen]]:
             wait()
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
@@ -292,7 +297,13 @@ class NativeEngine:
             sharing = Sharing(
                 True, not bucket.layout.cut, bucket.layout.tied, bucket.layout.of_experts
             )
-            yield sharing, bucket.weights
+            if bucket.codes:
+                # What all replicas have; who else has this shard, among holders, has it as it is.
+                yield sharing, bucket.codes.codes
+                yield sharing, bucket.codes.scales
+                yield sharing._replace(replicas=False), bucket.weights
+            else:
+                yield sharing, bucket.weights
             # From stage 1 on each replica has the states of a shard of its own: nobody to
             # compare with.
             for state in filter(bucket.has, self.states):

@@ -126,7 +126,7 @@ class QKClip:
             if start < stop:
                 part = bucket.master[start - first : stop - first]
                 scale_rows_(part, scales, width, start - slot.start)
-                bucket.weights[start:stop] = part
+                bucket.held(start, stop).copy_(part)
 
 
 def scale_rows_(flat: Tensor, scales: Tensor, width: int, offset: int) -> None:

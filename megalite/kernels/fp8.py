@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,6 +46,9 @@ LOWEST = -126
 INFINITY = 0x7F800000
 """Bits of fp32's infinity. Without the sign, those of a NaN are larger, all others smaller."""
 MANTISSA = 0x7FFFFF
+WITHOUT_SIGN = 0x7FFFFFFF
+SQUARE = 128
+"""Rows and columns of weights that share a scale under `blockwise`."""
 
 Name = Literal["current", "rowwise", "blockwise", "mxfp8", "nvfp4"]
 Block = tuple[int, int]
@@ -68,6 +72,28 @@ class Rounded(NamedTuple):
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Return the numbers that it stands for, [R,C]."""
         return spread(self.scales, self.block, self.codes.shape).mul_(self.codes.float()).to(dtype)
+
+
+class CodedWeight(nn.Parameter):
+    """The weight of a linear module, or of a stack of them, of which a rank has no more than codes
+    and the scales of squares. As a tensor it is NaN everywhere: only products in fp8 read it."""
+
+    rounded: Rounded
+
+    def __new__(cls, rounded: Rounded, shape: torch.Size, dtype: torch.dtype) -> Self:
+        """Make the weight of this `shape`, whose rows are those of `rounded`, for products in
+        `dtype`."""
+        # One number stands for all: no memory.
+        nothing = torch.full((), torch.nan, dtype=dtype, device=rounded.codes.device)
+        self = super().__new__(cls, nothing.expand(shape))
+        self.rounded = rounded
+        return self
+
+    def dequantise(self) -> Tensor:
+        """Return what it stands for, in the dtype and shape of the weight."""
+        codes, scales, (rows, columns), _ = self.rounded
+        blocks = codes.to(self.dtype).unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        return blocks.mul_(scales.to(self.dtype)[:, None, :, None]).view(self.shape)
 
 
 def spread(scales: Tensor, block: Block, shape: torch.Size) -> Tensor:
@@ -97,14 +123,26 @@ def quantise(x: Tensor, block: Block, format: Format = E4M3, agree: Agree | None
     padding = (0, -columns % block[1], 0, -rows % block[0])
     blocks = F.pad(x.float(), padding).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
     # As integers, bits without the sign are in the order of absolute values, NaN above infinity.
-    largest = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax((1, 3))
-    exponent = scale_exponents(agree(largest) if agree else largest, format)
-    finite = exponent < 128
-    inverse = power_of_two(torch.where(finite, -exponent, 0)).masked_fill(~finite, torch.nan)
-    scales = power_of_two(torch.where(finite, exponent, 0)).masked_fill(~finite, torch.nan)
+    largest = (blocks.contiguous().view(torch.int32) & WITHOUT_SIGN).amax((1, 3))
+    scales, inverse = scales_of(agree(largest) if agree else largest, format)
     scaled = blocks * inverse[:, None, :, None]
     codes = scaled.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(format.dtype)
     return Rounded(codes, scales, block)
+
+
+def scales_of(largest: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Return the scales of blocks, and what their numbers are multiplied by, fp32: NaN where a block
+    has an infinity or a NaN. `largest` is as in `scale_exponents`."""
+    exponent = scale_exponents(largest, format)
+    finite = exponent < 128
+    inverse = power_of_two(torch.where(finite, -exponent, 0)).masked_fill(~finite, torch.nan)
+    scales = power_of_two(torch.where(finite, exponent, 0)).masked_fill(~finite, torch.nan)
+    return scales, inverse
+
+
+def _turned(x: Rounded) -> Rounded:
+    """Return the transposed matrix, whose rows lie in one piece."""
+    return Rounded(x.codes.t().contiguous(), x.scales.t().contiguous(), x.block[::-1], x.recipe)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -179,6 +217,8 @@ class Recipe:
 
     def _round(self, x: Tensor, operand: Operand, over: Sum) -> Tensor:
         """Return the numbers that an operand stands for once it is rounded."""
+        if isinstance(x, CodedWeight):
+            return x.dequantise()
         block, _ = self._block(x.flatten(0, -2).shape, operand, over)
         return round_to_fp8(x, block, self._format(operand), self._agree(operand, over))
 
@@ -190,6 +230,8 @@ class Recipe:
     def _codes(self, x: Tensor, operand: Operand, over: Sum) -> Rounded:
         """Return an operand's codes and scales, transposed where that is what lays the product's
         sum along rows."""
+        if isinstance(x, CodedWeight):
+            return x.rounded if over == "input" else _turned(x.rounded)
         rows = x.flatten(0, -2)
         if operand != "weight" and over != "tokens":
             # Chips take whole groups of tokens; what is more is cut off from the product.

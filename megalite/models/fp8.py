@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from megalite.config import Config, Fp8Config
 from megalite.errors import ConfigError
 from megalite.kernels.recipes import RECIPES
+from megalite.models import weight_table
 from megalite.models.lora import is_called
 from megalite.models.weights import Weight
-from megalite.plan import expert_cut
+from megalite.plan import Plan, expert_cut
 from megalite.utils.spelling import did_you_mean
 
 
@@ -38,6 +39,18 @@ def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> l
         and not _is_excluded(weight, fp8)
         and (experts or not weight.is_expert)
     ]
+
+
+def gathered_in_codes(config: Config, plan: Plan) -> frozenset[str]:
+    """Return the names of the weights whose codes replicas gather behind an update, in place of the
+    weights themselves; none where `train.fp8.param_gather` is off, or there is nobody to gather
+    from."""
+    fp8 = config.train.fp8
+    if fp8 is None or not fp8.param_gather or plan.zero_stage == 0:
+        return frozenset()
+    # The whole table: `exclude` may name what other stages have.
+    found = fp8_weights(weight_table(config.model), fp8, config.model.num_layers)
+    return frozenset(w.name for w in found if plan.replicas_of(plan.cut_of(w)) > 1)
 
 
 def _is_linear(weight: Weight) -> bool:
@@ -79,6 +92,8 @@ def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
         if value != only:
             needs = "null" if only is None else str(only).lower()
             raise ConfigError(f"train.fp8 needs {key}: {needs}")
+    if fp8.param_gather:
+        _check_gather(fp8, parallel.zero_stage)
     recipe = RECIPES[fp8.recipe]
     found = fp8_weights(weights, fp8, config.model.num_layers)
     if not found:
@@ -108,6 +123,24 @@ def check_fp8(config: Config, weights: Sequence[Weight]) -> None:
                     f"train.fp8.recipe: {fp8.recipe} takes multiples of {recipe.multiple}, into which the {size} "
                     f"{what} do not divide{over}; train.fp8.exclude: [{', '.join(names)}] leaves them out"
                 )
+
+
+def _check_gather(fp8: Fp8Config, zero_stage: int) -> None:
+    """Raise ConfigError where codes of weights cannot be gathered."""
+    if fp8.recipe != "blockwise":
+        why = (
+            "it has one scale for a whole matrix, with parts of it on other ranks"
+            if fp8.recipe == "current"
+            else "it rounds a weight along either of its dimensions, so that codes would be gathered twice"
+        )
+        raise ConfigError(
+            f"train.fp8.param_gather needs train.fp8.recipe: blockwise, not {fp8.recipe}: {why}"
+        )
+    if zero_stage == 0:
+        raise ConfigError(
+            "train.fp8.param_gather needs parallel.zero_stage: 1 or 2, not 0, where every rank updates all weights "
+            "and gathers none"
+        )
 
 
 def _check_lengths(config: Config, fp8: Fp8Config, multiple: int) -> None:
