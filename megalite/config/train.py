@@ -46,8 +46,8 @@ class Fp8Config(Section):
     # Megatron-LM's --fp8-param-gather; torchtitan's enable_fsdp_float8_all_gather.
     param_gather: bool = Field(
         False,
-        description="Gather the weights of these products as codes behind an update, under ZeRO 1 and 2: half of bf16's "
-        "bytes, and the same model. For blockwise.",
+        description="Gather the weights of these products as codes behind an update, under ZeRO 1 and 2: half of "
+        "bf16's bytes, and the same model. For blockwise.",
     )
 
     @field_validator("first_last_bf16")

@@ -21,7 +21,9 @@ from megalite.utils.spelling import did_you_mean
 def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> list[Weight]:
     """Return the rows whose products `fp8` asks for, of a model of `num_layers` layers. Raises
     ConfigError for what it excludes and the model has not, or has in one product with others."""
-    linear = [weight for weight in weights if _is_linear(weight)]
+    # A planner's search has rows that stand for many.
+    rows = [row for weight in weights for row in getattr(weight, "stands_for", (weight,))]
+    linear = [row for row in rows if _is_linear(row)]
     modules = [module for weight in linear for module in _modules(weight)]
     for target in fp8.exclude:
         if not any(is_called(module, target) for module in modules):
@@ -45,12 +47,20 @@ def gathered_in_codes(config: Config, plan: Plan) -> frozenset[str]:
     """Return the names of the weights whose codes replicas gather behind an update, in place of the
     weights themselves; none where `train.fp8.param_gather` is off, or there is nobody to gather
     from."""
-    fp8 = config.train.fp8
-    if fp8 is None or not fp8.param_gather or plan.zero_stage == 0:
-        return frozenset()
     # The whole table: `exclude` may name what other stages have.
-    found = fp8_weights(weight_table(config.model), fp8, config.model.num_layers)
-    return frozenset(w.name for w in found if plan.replicas_of(plan.cut_of(w)) > 1)
+    table = weight_table(config.model)
+    names = names_in_codes(config, table) if plan.zero_stage else frozenset()
+    return frozenset(
+        w.name for w in table if w.name in names and plan.replicas_of(plan.cut_of(w)) > 1
+    )
+
+
+def names_in_codes(config: Config, weights: Sequence[Weight]) -> frozenset[str]:
+    """Return the names of the weights that are gathered as codes wherever they are gathered."""
+    fp8 = config.train.fp8
+    if fp8 is None or not fp8.param_gather:
+        return frozenset()
+    return frozenset(w.name for w in fp8_weights(weights, fp8, config.model.num_layers))
 
 
 def _is_linear(weight: Weight) -> bool:

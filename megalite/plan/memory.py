@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from megalite.config import Config
 from megalite.errors import ConfigError
@@ -24,6 +24,13 @@ class Held(NamedTuple):
     quantised: int = 0
     """Of the elements of weights, those that are held in few bits."""
     quantised_bytes: int = 0
+    coded: int = 0
+    """Of the elements of weights, those that are gathered as codes of fp8, where they are
+    gathered."""
+
+
+SCALED_TOGETHER = 128 * 128
+"""Weights that share a scale in codes of fp8."""
 
 
 def fullest_rank(
@@ -32,6 +39,7 @@ def fullest_rank(
     """Return what the rank holds that holds most, which decides whether a layout fits: of dense
     weights, and of experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight
     cannot be cut."""
+    coded = _in_codes(config, weights)
     pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
     dense = Cut(config.parallel.tensor)
     # Once a weight: the stages of all pipeline ranks ask for it again.
@@ -71,6 +79,7 @@ def fullest_rank(
                     ranks // cut.holders,
                     sum(local[weight.name] for weight in own if quantised[weight.name]),
                     sum(quantised[weight.name] for weight in own),
+                    sum(local[weight.name] for weight in own if weight.name in coded),
                 )
             )
         per_rank.append(tuple(held))
@@ -78,14 +87,29 @@ def fullest_rank(
     return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
 
 
+def _in_codes(config: Config, weights: Sequence[Sized]) -> Collection[str]:
+    if config.train.fp8 is None:
+        return ()
+    from megalite.models.fp8 import names_in_codes  # here: models import this module
+
+    return names_in_codes(config, cast(Sequence[Any], weights))
+
+
 def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:
     """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and
     optimizer state, of all that is `held`."""
     is_bf16 = config.train.precision == "bf16"
+    element = 2 if is_bf16 else 4
     weights = gradients = in_few_bits = 0
     optimizer = 0.0
-    for params, trained, states, replicas, quantised, quantised_bytes in held:
+    for params, trained, states, replicas, quantised, quantised_bytes, coded in held:
         whole = params - quantised
+        if zero_stage in (1, 2) and replicas > 1:
+            # A byte each, the scales, and this rank's own shard as it is, with the number of the
+            # block of each 128.
+            whole -= coded
+            shard = -(-coded // replicas)
+            in_few_bits += coded + coded // SCALED_TOGETHER * 4 + shard * element + shard // 128 * 8
         # Divided and rounded up: shards are padded to one size.
         weights += -(-whole // replicas) if zero_stage == 3 else whole
         in_few_bits += quantised_bytes
@@ -94,7 +118,7 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
         kept = states + trained * is_bf16
         optimizer += -(-kept // replicas) if zero_stage >= 1 else kept
     return {
-        "weights": weights * (2 if is_bf16 else 4) + in_few_bits,
+        "weights": weights * element + in_few_bits,
         "gradients": gradients * 4,
         "optimizer": round(optimizer * 4),
     }

@@ -11,7 +11,7 @@ from typing import Literal
 
 from megalite.config import Config
 from megalite.observe.throughput import model_flops_per_token
-from megalite.plan import Held, Plan, StageSpan
+from megalite.plan import SCALED_TOGETHER, Held, Plan, StageSpan
 from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
 from megalite.planner.frozen import FrozenBytes, frozen_bytes
 from megalite.planner.hardware import Hardware
@@ -190,6 +190,10 @@ class Outlook:
         # Each part's times, its elements, those of them that are trained, and of these those of
         # experts with other replicas, in the order of the forward pass.
         parts: list[tuple[PassTimes, int, int, int]] = []
+        # Of what is gathered behind an update: the elements that travel as codes, with those of
+        # experts among them.
+        coded = [(0, 0)] * span.first + [*zip(sizes.coded, sizes.experts.coded, strict=True)]
+        coded += [(0, 0)] * span.last
         if span.first:
             parts.append((self.costs.embedding(), sizes.before, trained.before, 0))
         for number, of_layer in enumerate(
@@ -201,12 +205,12 @@ class Outlook:
             parts.append((self.costs.end(), sizes.after, trained.after, 0))
         total = sum((times for times, *_ in parts), NOTHING)
         pieces = []
-        for times, _, size_trained, of_experts in parts:
+        for (times, _, size_trained, of_experts), codes in zip(parts, coded, strict=True):
             pieces.append(
                 Piece(
                     forward=times.forward,
                     backward=times.backward_weight if self._separate else times.backward,
-                    gather=self._gather_time(size_trained, of_experts),
+                    gather=self._gather_time(size_trained, of_experts, codes),
                     reduce=self._reduce_time(size_trained, of_experts)
                     if self.plan.zero_stage < 3
                     else 0.0,
@@ -227,17 +231,25 @@ class Outlook:
             forward, backward, total.backward_input, total.backward_weight, tuple(pieces)
         )
 
-    def _whole_time(self, size: int, of_experts: int = 0) -> float:
+    def _whole_time(self, size: int, of_experts: int = 0, codes: tuple[int, int] = (0, 0)) -> float:
         """Return the seconds to all-gather weights of `size` elements over the replicas,
-        `of_experts` of them over theirs."""
+        `of_experts` of them over theirs. `codes` are those that travel as codes, and those of
+        experts among them."""
         network, element = self.network, self.shapes.element
-        dense = network.gather((size - of_experts) * element, network.replicas)
-        return dense + network.gather(of_experts * element, network.expert_replicas)
+        coded, of_these = codes
+        dense = (size - of_experts) * element - (coded - of_these) * (element - 1)
+        experts = of_experts * element - of_these * (element - 1)
+        time = network.gather(dense, network.replicas)
+        time += network.gather(experts, network.expert_replicas)
+        # First the largest number of each block: little more than a latency.
+        return time + (
+            network.all_reduce(4 * coded / SCALED_TOGETHER, network.replicas) if coded else 0.0
+        )
 
-    def _gather_time(self, size: int, of_experts: int) -> float:
+    def _gather_time(self, size: int, of_experts: int, codes: tuple[int, int]) -> float:
         """Return the seconds of the all-gather after the optimizer step, at ZeRO stages that have
         one."""
-        return self._whole_time(size, of_experts) if self.plan.zero_stage in (1, 2) else 0.0
+        return self._whole_time(size, of_experts, codes) if self.plan.zero_stage in (1, 2) else 0.0
 
     def _reduce_time(self, size: int, of_experts: int) -> float:
         """Return the seconds to reduce fp32 gradients over the replicas."""
@@ -431,7 +443,13 @@ class Outlook:
             reduced = part.trained * 4 * reductions * (2 if all_reduces(plan) else 1)
             # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
             size = part.params if plan.zero_stage == 3 else part.trained
-            total += share * (reduced + size * self.shapes.element * gathers)
+            gathered = size * self.shapes.element * gathers
+            if plan.zero_stage in (1, 2) and part.replicas > 1:
+                # A byte each; before, the largest number of each block in an all-reduce.
+                gathered -= (
+                    part.coded * (self.shapes.element - 1) - part.coded / SCALED_TOGETHER * 8
+                )
+            total += share * (reduced + gathered)
         return total
 
     @property

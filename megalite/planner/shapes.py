@@ -23,7 +23,7 @@ from megalite.models.architecture import (
     LatentSpec,
     LayerSpec,
 )
-from megalite.models.fp8 import fp8_weights
+from megalite.models.fp8 import fp8_weights, names_in_codes
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Place, Plan
 from megalite.planner.sizes import LocalSizes
@@ -291,7 +291,8 @@ class ModelTable:
         # Sizes depend on nothing else of a plan: a search's thousands of plans have few such pairs.
         cuts = plan.tensor, plan.experts
         if cuts not in self._sizes:
-            self._sizes[cuts] = LocalSizes(self.weights, plan, self.config.optimizer)
+            coded = names_in_codes(self.config, self.weights)
+            self._sizes[cuts] = LocalSizes(self.weights, plan, self.config.optimizer, coded)
         return self._sizes[cuts]
 
     def _kinds(self) -> tuple[LayerKind, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +20,8 @@ class Experts:
     solved: int
     largest: int
     """The largest single weight of experts, all that the rank has of it."""
+    coded: tuple[int, ...] = ()
+    """Of each layer, what is gathered as codes of fp8."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class StageSizes:
     """Elements of these that are held in few bits."""
     quantised_bytes: int = 0
 
+    coded: tuple[int, ...] = ()
+    """Of each layer, elements that are gathered as codes of fp8 where they are gathered; those of
+    experts as well."""
+
     unfrozen: StageSizes | None = None
     """The same for the trained weights only, if some are frozen."""
 
@@ -71,10 +77,11 @@ class StageSizes:
             sum(trained.experts.layers),
             experts.states,
             plan.replicas_of(plan.experts),
+            coded=sum(experts.coded),
         )
         dense = Held(
             self.total - of_experts.params, trained.total - of_experts.trained, self.states - experts.states,
-            plan.replicas, self.quantised, self.quantised_bytes,
+            plan.replicas, self.quantised, self.quantised_bytes, sum(self.coded) - of_experts.coded,
         )  # fmt: skip
         return dense, of_experts
 
@@ -83,15 +90,24 @@ class LocalSizes:
     """Adds up the elements of all weights on one tensor rank, by the place of the weight in the
     model."""
 
-    def __init__(self, weights: Sequence[Weight], plan: Plan, optimizer: OptimizerConfig):
-        """Add up `weights` as `plan` cuts them, with the states that `optimizer` keeps.
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        plan: Plan,
+        optimizer: OptimizerConfig,
+        coded: Collection[str] = (),
+    ):
+        """Add up `weights` as `plan` cuts them, with the states that `optimizer` keeps. `coded`
+        names those that are gathered as codes.
 
         Raises ValueError where a weight cannot be split."""
         folded = [weight for weight in weights if weight.is_expert and plan.folds_experts]
         # The second condition ends the recursion: among experts alone there is nothing to tell
         # apart.
         self.experts = (
-            LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
+            LocalSizes(folded, plan, optimizer, coded)
+            if folded and len(folded) < len(weights)
+            else None
         )
         self.states: dict[Place, float] = {}
         self.solved: dict[Place, int] = {}
@@ -101,8 +117,11 @@ class LocalSizes:
         self.largest_looked_up = 0
         self.quantised: dict[Place, int] = {}
         self.quantised_bytes: dict[Place, int] = {}
+        self.coded: dict[Place, int] = {}
         for weight in weights:
             size = prod(weight.local_shape(*plan.cut_of(weight)))
+            if weight.name in coded:
+                self.coded[weight.place] = self.coded.get(weight.place, 0) + size
             if in_few_bits := weight.quantised_bytes(*plan.cut_of(weight)):
                 self.quantised[weight.place] = self.quantised.get(weight.place, 0) + size
                 before = self.quantised_bytes.get(weight.place, 0)
@@ -119,7 +138,7 @@ class LocalSizes:
         unfrozen = [weight for weight in weights if not weight.frozen]
         self.unfrozen: LocalSizes | None = None
         if len(unfrozen) < len(weights):
-            self.unfrozen = LocalSizes(unfrozen, plan, optimizer)
+            self.unfrozen = LocalSizes(unfrozen, plan, optimizer, coded)
 
     def of(self, stage: StageSpan) -> StageSizes:
         """Return the sizes of a pipeline stage."""
@@ -140,19 +159,21 @@ class LocalSizes:
             experts=self._experts(layers),
             quantised=sum(self.quantised.get(place, 0) for place in places),
             quantised_bytes=sum(self.quantised_bytes.get(place, 0) for place in places),
+            coded=tuple(self.coded.get(number, 0) for number in layers),
             unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
 
     def _experts(self, layers: Sequence[int]) -> Experts:
         if self.experts is None:
-            return Experts((0,) * len(layers), 0, 0, 0)
+            return Experts((0,) * len(layers), 0, 0, 0, (0,) * len(layers))
         found = self.experts
-        of_layers, solved, largest = (
+        of_layers, solved, largest, coded = (
             [of.get(number, 0) for number in layers]
-            for of in (found.total, found.solved, found.largest)
+            for of in (found.total, found.solved, found.largest, found.coded)
         )
         states = sum(found.states.get(number, 0) for number in layers)
-        return Experts(tuple(of_layers), states, sum(solved), max(largest, default=0))
+        most = max(largest, default=0)
+        return Experts(tuple(of_layers), states, sum(solved), most, tuple(coded))
 
 
 ENDS: tuple[Place, ...] = ("first", "last", "both")
@@ -182,7 +203,7 @@ class Together:
         self.name = f"{place} {frozen} {is_expert} {num_states} {quantised}"
         self.numel = sum(weight.numel for weight in weights)
         self.multiplied = sum(weight.multiplied for weight in weights)
-        self._weights = weights
+        self.stands_for = weights
         self._local: dict[Cut, tuple[int]] = {}
 
     def num_states(self, optimizer: OptimizerConfig) -> float:
@@ -197,14 +218,14 @@ class Together:
         Raises ValueError where a weight cannot be split."""
         cut = Cut(tensor, expert)
         if cut not in self._local:
-            elements = sum(prod(weight.local_shape(*cut)) for weight in self._weights)
+            elements = sum(prod(weight.local_shape(*cut)) for weight in self.stands_for)
             self._local[cut] = (elements,)
         return self._local[cut]
 
     def quantised_bytes(self, tensor: int, expert: int = 1) -> int:
         """Return the bytes on one of these ranks, where the weights are quantised; 0 where they are
         not."""
-        return sum(weight.quantised_bytes(tensor, expert) for weight in self._weights)
+        return sum(weight.quantised_bytes(tensor, expert) for weight in self.stands_for)
 
 
 def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:

@@ -3,7 +3,6 @@ to the bit."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,8 @@ from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.engine.native import NativeEngine
 from megalite.errors import ConfigError
-from megalite.kernels.fp8 import CodedWeight
+from megalite.kernels.fp8 import SQUARE, CodedWeight, quantise
+from megalite.kernels.recipes import RECIPES
 from megalite.models import weight_table
 from megalite.models.fp8 import gathered_in_codes
 from megalite.plan import make_plan
@@ -78,7 +78,10 @@ def train(rank: int, world_size: int) -> Results:
             assert isinstance(engine, NativeEngine)
             engine.load(from_seed(SEED, mesh))
             tokens = torch.randint(
-                0, 97, (BATCH, config.data.seq_length + 1), generator=torch.Generator().manual_seed(0)
+                0,
+                97,
+                (BATCH, config.data.seq_length + 1),
+                generator=torch.Generator().manual_seed(0),
             )
             micro = [
                 MicroBatch(tokens[row, None, :-1], tokens[row, None, 1:], torch.tensor([row]))
@@ -134,3 +137,44 @@ def test_codes_train_the_same_model_to_the_bit(name: str, ranks: list[Results]) 
         weight = coded["weight"][key].view_as(codes)
         assert not torch.equal(codes, weight)
         assert (codes - weight).abs().max() <= weight.abs().max() / 16
+
+
+def test_products_take_codes_as_they_would_round_the_weight() -> None:
+    """Along both dimensions, and where a chip takes codes: transposed. Zeros, subnormal numbers and
+    blocks that are not finite among them."""
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight[:128, :128] *= 2.0**-130
+    weight[5, 200] = torch.inf
+    weight[200] = 0.0
+    block = (SQUARE, SQUARE)
+    coded = CodedWeight(quantise(weight, block), weight.shape, weight.dtype)
+    recipe = RECIPES["blockwise"]
+    for over in ("input", "output"):
+        for found, wanted in (
+            (recipe._round(coded, "weight", over), recipe._round(weight, "weight", over)),
+            *zip(
+                recipe._codes(coded, "weight", over)[:2],
+                recipe._codes(weight, "weight", over)[:2],
+                strict=True,
+            ),
+        ):
+            assert found.is_contiguous()
+            assert torch.equal(found.float().nan_to_num(1e9), wanted.float().nan_to_num(1e9))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "zero_stage", "said"),
+    [
+        ({"recipe": "mxfp8"}, 1, "recipe: blockwise, not mxfp8: it rounds a weight along either"),
+        ({"recipe": "current"}, 1, "recipe: blockwise, not current: it has one scale for a whole"),
+        ({}, 0, "needs parallel.zero_stage: 1 or 2, not 0"),
+    ],
+)
+def test_what_cannot_be_gathered_as_codes_is_refused(
+    fp8: dict[str, Any], zero_stage: int, said: str
+) -> None:
+    config = config_of((MODEL, {"zero_stage": zero_stage}, {}, "bf16"), True, **fp8)
+    with pytest.raises(ConfigError) as refused:
+        make_plan(config, weight_table(config.model), 2)
+    assert "train.fp8.param_gather needs " in str(refused.value)
+    assert said in str(refused.value)

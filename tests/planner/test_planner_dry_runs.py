@@ -51,6 +51,7 @@ SAMPLE = {
     "zero bubble, tensor": Case(LLAMA, 16, (pipeline(2), tensor(4), ZERO_BUBBLE), "0,8"),
     "zero 2": Case(LLAMA, 4, ("parallel.zero_stage=2",)),
     "documents": Case(LLAMA, 8, (DOCUMENTS,)),
+    "codes of fp8": Case(LLAMA, 4, ("train.fp8.recipe=blockwise", "train.fp8.param_gather=true")),
     "full, tensor": Case(LLAMA, 8, (FULL, tensor(4)), "0"),
     "mixtral, tensor": Case(MIXTRAL, 8, (tensor(4),), "0"),
     "experts, few tokens": Case(MIXTRAL, 4, (expert(2), "data.seq_length=64"), "0"),

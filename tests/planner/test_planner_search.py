@@ -84,6 +84,14 @@ def test_rows_put_together_make_the_same_plan() -> None:
         )
 
 
+def test_layouts_in_fp8_are_searched_and_those_that_cut_blocks_refused() -> None:
+    narrow = ("model.intermediate_size=5632", "train.fp8.recipe=blockwise")
+    found = search(config_of("llama-8b", "model.num_layers=3", *narrow), 8, H100, keep=100)
+    # 5632 = 44 × 128: over 8 tensor ranks blocks would lie on two.
+    assert found.num_refused
+    assert {one.plan.tensor for one in found.best} == {1, 2, 4}
+
+
 def test_what_fits_nowhere_is_said() -> None:
     with pytest.raises(ConfigError, match="take more GPUs"):
         search(config_of("llama-70b"), 8, find_hardware("rtx 4090"))

@@ -59,6 +59,27 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def test_a_run_that_gathers_codes_resumes_bitwise_and_is_the_run_without(tmp_path: Path) -> None:
+    """A checkpoint is the model itself, and not what codes stand for."""
+    settings = ("train.fp8.recipe=blockwise", "parallel.zero_stage=1", "train.precision=bf16")
+    codes = "train.fp8.param_gather=true"
+    whole, broken, plain = (
+        config_of(tmp_path, *settings, codes, "run.name=whole"),
+        config_of(tmp_path, *settings, codes, "run.name=broken"),
+        config_of(tmp_path, *settings, "run.name=plain"),
+    )
+    stopped = broken.model_copy(update={"train": broken.train.model_copy(update={"stop_at": 3})})
+    run_ranks(2, train_on_rank, [whole, stopped, broken, plain])
+    assert curve_of(whole) == curve_of(broken) == curve_of(plain)
+    files = [
+        load_file(step_folder(config.run.folder / "checkpoints", 6) / "model.safetensors")
+        for config in (whole, broken, plain)
+    ]
+    for name, x in files[2].items():
+        assert torch.equal(files[0][name], x), name
+        assert torch.equal(files[1][name], x), name
+
+
 def test_what_vanishes_is_measured_by_layer(tmp_path: Path) -> None:
     """The same on two tensor ranks; none where blocks hold the numbers of one magnitude."""
     settings = (
