@@ -446,9 +446,8 @@ class Outlook:
             gathered = size * self.shapes.element * gathers
             if plan.zero_stage in (1, 2) and part.replicas > 1:
                 # A byte each; before, the largest number of each block in an all-reduce.
-                gathered -= (
-                    part.coded * (self.shapes.element - 1) - part.coded / SCALED_TOGETHER * 8
-                )
+                gathered -= part.coded * (self.shapes.element - 1)
+                gathered += part.coded // SCALED_TOGETHER * 8
             total += share * (reduced + gathered)
         return total
 

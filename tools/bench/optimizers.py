@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import Progress
 from runs import SPLITS, train
 
-LRS = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (2e-3, 4e-3, 8e-3)}
+LRS = {"adamw": (1e-3, 2e-3, 4e-3), "muon": (2e-3, 4e-3, 8e-3)}
 """Learning rates that are tried, as many of each."""
 COLORS = {"adamw": "tab:gray", "muon": "tab:red"}
 
