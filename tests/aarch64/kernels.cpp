@@ -114,14 +114,20 @@ void attention(Type type) {
   for (int64_t t = 0; t < T_; ++t) start[t] = t < 37 ? 0 : 37;
   std::vector<T> packed(B * G * 2 * 128 * 32), out(B * T_ * H * K), dqkv(qkv.size());
   std::vector<float> lse(B * H * T_), partial(B * G * 2 * 2 * T_ * K);
-  const Attention a{type, qkv.data(), start.data(), B, T_, H, G, K, 128, 32};
+  constexpr int64_t token = (H + 2 * G) * K, k = H * K, v = k + G * K;  // queries, keys and values of a token
+  Attention a{};
+  a.type = type, a.q = qkv.data(), a.k = qkv.data() + k, a.v = qkv.data() + v, a.q_token = a.k_token = token;
+  a.first = start.data(), a.scale = 1.0f / std::sqrt(static_cast<float>(K));
+  a.batch = B, a.length = a.sources = T_, a.heads = H, a.kv_heads = G, a.size = K;
+  a.padded_length = 128, a.padded_size = 32;
   AttentionForward forward{a};
   forward.packed = packed.data(), forward.out = out.data(), forward.lse = lse.data();
   cpu::attention_pack(forward, 0, B * G);
   cpu::attention_forward(forward, 0, B * H * 2);
   say("attention", out);
   AttentionBackward backward{a};
-  backward.grad = grad.data(), backward.out = out.data(), backward.lse = lse.data(), backward.dqkv = dqkv.data();
+  backward.grad = grad.data(), backward.out = out.data(), backward.lse = lse.data();
+  backward.dq = dqkv.data(), backward.dk = dqkv.data() + k, backward.dv = dqkv.data() + v;
   backward.partial = partial.data(), backward.parts = 2;
   cpu::attention_backward(backward, 0, B * G * 2);
   cpu::attention_add_parts(backward, 0, B * G);

@@ -22,6 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("user"))
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task["task"].replace(" ", "-"))
 def test_a_task_ends_in_what_the_page_promises(
     task: dict[str, Any],

@@ -161,6 +161,7 @@ RUN = [
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("reader", RUN, indirect=True)
 def test_what_stands_on_a_page_runs(reader: Reader) -> None:
     settings = iter(reader.told.get("settings", ()))
