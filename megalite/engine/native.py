@@ -73,26 +73,16 @@ class NativeEngine:
         optimizer = config.optimizer
         # In the order of the backward pass, which is that of the reductions. Every rank of a stage
         # gets the same list, as it follows from the table and the plan alone.
-        layout = make_buckets(
-            weights,
-            plan,
-            config.optimizer,
-            bucket_elements(config, plan),
-            gathered_in_codes(config, plan),
-        )
-        members = dict(config.optimizer.members())
+        size, in_codes = bucket_elements(config, plan), gathered_in_codes(config, plan)
+        layout = make_buckets(weights, plan, optimizer, size, in_codes)
+        members = dict(optimizer.members())
         if config.model.bias_rate is not None:
             # Biases that balance a router's load go through the same buckets: their "gradient" is a
             # count of tokens, which a reduction sums as any other.
             members[BY_COUNTS] = Member(partial(ByCounts, config.model.bias_rate), (), 1.0, 0.0)
         self.buckets = [
             BucketState(
-                b,
-                mesh,
-                self.dtype,
-                plan.zero_stage,
-                _sharded_states(b, optimizer),
-                optimizer,
+                b, mesh, self.dtype, plan.zero_stage, _sharded_states(b, optimizer), optimizer
             )
             for b in layout
             if not b.frozen

@@ -568,6 +568,13 @@ def _find_ends(document_BT: Tensor) -> Tensor:
     return F.pad(starts, (0, 1), value=document_BT.numel()).int()
 
 
+def _gradient_of(x: Tensor | None, none: Tensor) -> Tensor:
+    """Return an empty tensor like `x`, or of no elements and the dtype of `none`."""
+    if x is None:
+        return none.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _register() -> None:
     ops = torch.ops.megalite
 
@@ -599,12 +606,7 @@ def _register() -> None:
         scale: float | None = None,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def like(x: Tensor | None, none: Tensor) -> Tensor:
-            if x is None:
-                return none.new_empty(0)
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-        return like(qkv, qkv), like(kv, qkv), like(bias, lse)
+        return _gradient_of(qkv, qkv), _gradient_of(kv, qkv), _gradient_of(bias, lse)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         qkv, num_heads, num_kv_heads, document, kv, source, *kind, bias = inputs
