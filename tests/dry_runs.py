@@ -12,6 +12,7 @@ import pytest
 
 from megalite.config import Config
 from megalite.config_file import parse_config
+from megalite.dryrun.data import Start
 from megalite.dryrun.rank import Record
 from megalite.dryrun.run import make_jobs, run_jobs, wanted_ranks
 from megalite.models import weight_table
@@ -93,7 +94,7 @@ def run_dry(cases: Mapping[str, Case], folder: Path, steps: int = 2) -> dict[str
         plan = make_plan(config, weight_table(config.model, config.lora), case.gpus)
         place = folder / str(number)
         place.mkdir()
-        own = make_jobs(config, plan, wanted_ranks(case.ranks, plan), hardware, steps, place)
+        own = make_jobs(config, plan, wanted_ranks(case.ranks, plan), hardware, Start(steps), place)
         jobs += own
         found.append((config, plan, len(own)))
     records = iter(run_jobs(jobs, folder))

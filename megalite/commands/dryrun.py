@@ -23,6 +23,11 @@ def add_arguments(parser: VerbParser) -> None:
     parser.add_argument(
         "--steps", type=at_least(2), default=3, help="steps that each rank makes (default: 3)"
     )
+    parser.add_argument(
+        "--restart-gpus", type=_counts, default=(), metavar="N[,N]",
+        help="then restart from its checkpoint on so many GPUs, as after nodes are lost or come back; with "
+        "parallel.elastic on as many of them as fit",
+    )  # fmt: skip
     parser.set_defaults(verb=_dryrun)
 
 
@@ -39,4 +44,9 @@ def _dryrun(arguments: argparse.Namespace) -> Exit:
         gpus_per_node=arguments.nodes_of,
         ranks=arguments.ranks,
         steps=arguments.steps,
+        restart_gpus=arguments.restart_gpus,
     )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(at_least(1), text.split(",")))

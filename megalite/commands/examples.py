@@ -67,7 +67,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megalite plan configs/llama-8b.yaml --gpus 512 --gpu h200 --search --output best.yaml --picture step.png",
         "megalite plan my.yaml --gpus 64 --gpu h200 --precision --steps 1000",
     ),
-    "dryrun": ("megalite dryrun configs/llama-8b.yaml --gpus 512 --gpu h200",),
+    "dryrun": (
+        "megalite dryrun configs/llama-8b.yaml --gpus 512 --gpu h200",
+        "megalite dryrun configs/llama-8b.yaml parallel.elastic=true --gpus 64 --gpu h200 --restart-gpus 56,64",
+    ),
     "generate": (
         "megalite generate runs/my --prompt 'Once upon a time' --max-tokens 64",
         "megalite generate runs/chat --chat --prompt 'Who are you?' --temperature 0",

@@ -4,6 +4,7 @@ there.
     device     a GPU without one: `csrc/dryrun` gives tensors on it shapes and counted memory, and computes nothing
     groups     process groups that write down what is asked of them
     data       token files and settings that stand for what a laptop does not have
+    checkpoint what is saved, without numbers, and resumed from on other GPUs
     deepspeed  what its ranks tell one another
     rank       one rank: `megalite.train.train` on these, and the record of what it did
     server     runs ranks in processes of their own

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,25 @@ HIDING = ("masked", "seq2seq")
 """Tasks of models whose objectives hide tokens."""
 
 
-def dry_config(config: Config, folder: Path, steps: int) -> Config:
-    """Return `config` with token files in `folder` instead of its own, a run folder there, and
-    `steps` steps. Raise ConfigError where made-up tokens cannot stand for those of the run."""
+class Start(NamedTuple):
+    """One start of a run that is run dry."""
+
+    steps: int
+    """Steps that it makes."""
+    number: int = 0
+    """0, or above that for a restart, which resumes where the start before it ended."""
+    of: int = 1
+    """Starts in all."""
+
+    @property
+    def begins_at(self) -> int:
+        """Return the step of the checkpoint that it resumes from; 0 for none."""
+        return self.number * self.steps
+
+
+def dry_config(config: Config, folder: Path, start: Start) -> Config:
+    """Return `config` with token files in `folder` instead of its own, a run folder there, and the
+    steps of `start`. Raise ConfigError where made-up tokens cannot stand for those of the run."""
     if key := config.objective.made_of_tokens():
         raise ConfigError(
             f"{key} is of the run's own tokens, and a dry run has others; `megalite plan` takes it, or leave it out"
@@ -61,14 +77,14 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
             # counts.
             "data": found | document,
             "train": {
-                "stop_at": steps,
+                "stop_at": start.begins_at + start.steps,
                 # Of a run of one step there would be nothing to say: its steps after the first are
                 # what a plan is about.
-                "steps": max(config.train.steps or 0, steps),
+                "steps": max(config.train.steps or 0, start.steps * start.of),
                 "epochs": None,
                 "compile": False,
             },
-            "checkpoint": {"resume": "never"},
+            "checkpoint": {"resume": "auto" if start.number else "never"},
             "observe": _without_tracking(config),
             "health": {"hang_timeout_s": 0},
             "profile": {"steps": ()},

@@ -12,10 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalite.dryrun.checkpoint import resume_without_numbers, write_checkpoint
 from megalite.dryrun.device import Places
 
 STEADY = "training"
 """Phase of the steps after the first: these are what a plan is about."""
+RESTART = "restart"
+"""Phase of a run that resumes, from its search for a checkpoint to its first step."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Job:
     gpus_per_node: int
     chip: str
     engine: str = "native"
+    begins_at: int = 0
+    """Step of the checkpoint that it resumes from; 0 for none."""
+    leaves: bool = False
+    """Whether its checkpoint is resumed from later."""
 
 
 @dataclass
@@ -81,13 +88,19 @@ def run_rank(job: Job, device: Any, places: Places) -> Record:
         from megalite.errors import ConfigError, DataError
         from megalite.train import train
 
+        config = load_config(Path(job.config))
         stand_in(record, log, phases, places)
+        _stand_in_for_checkpoints(job, config, phases)
         try:
-            status = train(load_config(Path(job.config)))
+            status = train(config)
         except (ConfigError, DataError) as error:
             record.error, record.mistake = str(error), True
         else:
             record.error = "" if status == 0 else f"the run ended with status {status}"
+            if not record.error and phases.first_step != job.begins_at + 1:
+                record.error = (
+                    f"it began with step {phases.first_step} instead of resuming at {job.begins_at}"
+                )
     except BaseException as error:
         record.error = f"{type(error).__name__}: {error}"
         record.trace = traceback.format_exc()
@@ -109,6 +122,8 @@ class Phases:
         self._name = places.phase
         self.logits = 0
         """Elements of a micro-batch's logits."""
+        self.first_step = 0
+        """The first step that was made."""
 
     def begin(self, name: str) -> None:
         """End the phase that was, and begin another."""
@@ -166,7 +181,6 @@ def use_of(function: str, phase: str) -> str:
 def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     """Put stand-ins in the place of what a rank alone, without data and without a GPU, cannot
     do."""
-    from megalite.checkpoint.save import Saver
     from megalite.dryrun.deepspeed import spans_of
     from megalite.engine import gather
     from megalite.engine.deepspeed import DeepSpeedEngine
@@ -179,6 +193,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
 
     def noted_begin(self: Activity, phase: str, step: int) -> None:
         phases.begin(phase)
+        phases.first_step = phases.first_step or step
         begin(self, phase, step)
 
     def named_mesh(*arguments: Any) -> Any:
@@ -211,12 +226,32 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
         return _balanced_counts(ranks, experts, rank, num_rows)
 
     expert.read_counts = balanced_counts
-    Saver._write = lambda self, folder, collect, train_state: None  # type: ignore[method-assign]
     _without_weights(train)
     DeepSpeedEngine._share_spans = spans_of  # type: ignore[method-assign,assignment]
     if log:
         _static_pipelines()
         places.on_wait = log.synchronize
+
+
+def _stand_in_for_checkpoints(job: Job, config: Any, phases: Phases) -> None:
+    """Write a checkpoint without numbers, where one is asked for, and resume from such a one."""
+    from megalite.checkpoint.save import Saver
+
+    def write(saver: Any, folder: Path, collect: Any, train_state: dict[str, Any]) -> None:
+        if job.leaves and job.rank == 0:
+            write_checkpoint(saver, config, folder, train_state)
+
+    Saver._write = write  # type: ignore[method-assign,assignment]
+    if job.begins_at:
+        train: Any = importlib.import_module("megalite.train")
+        open_run = train.open_run
+
+        def noted_open(*arguments: Any) -> Any:
+            phases.begin(RESTART)
+            return open_run(*arguments)
+
+        train.open_run = noted_open
+        resume_without_numbers()
 
 
 def _name_axes(log: Any, mesh: Any) -> None:
@@ -256,7 +291,12 @@ def _without_weights(train: Any) -> None:
 
     initial = train.initial_state
     # Patched where they are looked up: each module has imported the name for itself.
-    train.initial_state = lambda config, *rest: read if config.model.hf else initial(config, *rest)
+
+    def state(config: Any, mesh: Any, checkpoint: Path | None) -> Any:
+        is_there = checkpoint or not config.model.hf
+        return initial(config, mesh, checkpoint) if is_there else read
+
+    train.initial_state = state
     reference.initial_state = train.initial_state
     train.base_files = reference.base_files = lambda config: {}
     ranks.from_hf = lambda *arguments: read

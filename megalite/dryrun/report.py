@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalite.config import Config
+from megalite.dryrun.data import Start
 from megalite.dryrun.match import bytes_by_axis
-from megalite.dryrun.rank import STEADY, Record
+from megalite.dryrun.rank import RESTART, STEADY, Record
 from megalite.plan import Plan
 from megalite.planner.estimate import usable_bytes
 from megalite.planner.hardware import Hardware
@@ -39,12 +40,19 @@ class Outcome:
     """Planned bytes that a rank sends, by axis; empty where they are not known."""
     refusals: Sequence[str]
     """Why the config would not run."""
-    ranks: str
-    steps: int
+    start: Start
+    num_gpus: int
+    """GPUs that were there: the plan may use fewer."""
 
 
-def describe(outcome: Outcome) -> str:
-    """Return the report of a dry run."""
+def describe(outcomes: Sequence[Outcome]) -> str:
+    """Return the report of a dry run, and of its restarts."""
+    sections = [section for outcome in outcomes for section in _describe(outcome)]
+    return "\n\n".join("\n".join(lines) for lines in [*sections, [SIMULATED]] if lines)
+
+
+def _describe(outcome: Outcome) -> list[list[str]]:
+    """Return the sections of a start's report."""
     sections = [_header(outcome)]
     failed = [record for record in outcome.records if record.error]
     if failed:
@@ -56,11 +64,12 @@ def describe(outcome: Outcome) -> str:
             ]
         )
     done = [record for record in outcome.records if record.peaks]
-    if done:
+    if done and outcome.start.number:
+        # What a step is spent on does not change by a restart.
+        sections += [_memory(outcome, done), _traffic(outcome, done)]
+    elif done:
         sections += [_memory(outcome, done), _largest(done), _waits(done), _traffic(outcome, done)]
-    sections.append(_verdict(outcome))
-    sections.append([SIMULATED])
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return [*sections, _verdict(outcome)]
 
 
 def _header(outcome: Outcome) -> list[str]:
@@ -73,10 +82,16 @@ def _header(outcome: Outcome) -> list[str]:
     }
     layout = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one rank"
     seconds = sum(record.seconds for record in outcome.records)
+    where = f"on {plan.world_size} × {outcome.hardware.chip.chip}: {layout}; ZeRO stage {plan.zero_stage}"
+    ran = f"{len(outcome.records)} ranks run dry for {outcome.start.steps} steps, {seconds:.0f} s of work"
+    if not outcome.start.number:
+        return [f"{outcome.config.model.preset or outcome.config.model.family} {where}", ran]
+    unused = outcome.num_gpus - plan.world_size
+    fewer = [f"{unused} of {outcome.num_gpus} GPUs are left idle: no more fit the config"]
     return [
-        f"{outcome.config.model.preset or outcome.config.model.family} on {plan.world_size} × "
-        f"{outcome.hardware.chip.chip}: {layout}; ZeRO stage {plan.zero_stage}",
-        f"{len(outcome.records)} ranks run dry for {outcome.steps} steps, {seconds:.0f} s of work",
+        f"RESTART from step {outcome.start.begins_at} {where}",
+        f"micro-batches of {plan.micro_batch_size}, {plan.micro_batches} a step; {ran}",
+        *(fewer if unused else []),
     ]
 
 
@@ -94,8 +109,9 @@ def _place(plan: Plan, rank: int) -> str:
 
 def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
     plan = outcome.plan
+    names = [*USES, "step peak", "planned", "save peak", "planned"]
     heads = "".join(
-        f"{name:>12}" for name in (*USES, "step peak", "planned", "save peak", "planned")
+        f"{name:>12}" for name in (*names, *(["restart"] if outcome.start.number else []))
     )
     lines = [f"{'GiB':<34}{heads}"]
     for record in records:
@@ -110,6 +126,8 @@ def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
             )
             save = f"{memory.save / GIB:.2f}"
         values += [planned, f"{record.peaks.get('saving', 0) / GIB:.2f}", save]
+        if outcome.start.number:
+            values.append(f"{record.peaks.get(RESTART, 0) / GIB:.2f}")
         name = f"rank {record.rank}  {_place(plan, record.rank)}"
         lines.append(f"{name:<34}" + "".join(f"{value:>12}" for value in values))
     room = usable_bytes(outcome.hardware) / GIB
@@ -152,20 +170,28 @@ def _waits(records: Sequence[Record]) -> list[str]:
 
 
 def _traffic(outcome: Outcome, records: Sequence[Record]) -> list[str]:
-    sent: Counter[str] = Counter()
-    for record in records:
-        if record.traffic:
-            sizes = bytes_by_axis(record.traffic, STEADY)
-            sent |= Counter({axis: size for axis, size in sizes.items() if size})  # the largest
+    sent, loaded = _most_sent(records, STEADY), _most_sent(records, RESTART)
     if not sent:
         return []
-    lines = [f"{'axis':<12}{'GB a step':>12}{'planned':>12}"]
-    for axis, size in sent.items():
+    is_restart = outcome.start.number > 0
+    lines = [f"{'axis':<12}{'GB a step':>12}{'planned':>12}" + f"{'restart':>12}" * is_restart]
+    for axis in sent | loaded:
         planned = outcome.volume.get(axis)
         shown = "-" if planned is None else f"{planned / 1e9:.3f}"
-        lines.append(f"{axis:<12}{size / 1e9:>12.3f}{shown:>12}")
+        more = f"{loaded[axis] / 1e9:>12.3f}" * is_restart
+        lines.append(f"{axis:<12}{sent[axis] / 1e9:>12.3f}{shown:>12}{more}")
     lines.append("sent by the rank that sends most, as a ring sends it")
     return lines
+
+
+def _most_sent(records: Sequence[Record], phase: str) -> Counter[str]:
+    """Return by axis what the rank that sends most in a phase sends."""
+    most: Counter[str] = Counter()
+    for record in records:
+        if record.traffic:
+            sizes = bytes_by_axis(record.traffic, phase)
+            most |= Counter({axis: size for axis, size in sizes.items() if size})
+    return most
 
 
 def _verdict(outcome: Outcome) -> list[str]:

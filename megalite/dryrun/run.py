@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megalite.config import Config
-from megalite.dryrun.data import dry_config
+from megalite.dryrun.data import Start, dry_config
 from megalite.dryrun.match import compare, play
 from megalite.dryrun.rank import Job, Record
 from megalite.dryrun.report import Outcome, describe
 from megalite.errors import ConfigError
-from megalite.plan import Plan
+from megalite.plan import Plan, nodes_that_fit
 from megalite.plan import plan as plan_of
 from megalite.planner.estimate import estimate, memory_of, usable_bytes
 from megalite.planner.hardware import Hardware, find_hardware
@@ -33,27 +33,79 @@ AT_ONCE = 2
 
 
 def run_dryrun(
-    config: Config, *, num_gpus: int, gpu: str, gpus_per_node: int, ranks: str, steps: int
+    config: Config,
+    *,
+    num_gpus: int,
+    gpu: str,
+    gpus_per_node: int,
+    ranks: str,
+    steps: int,
+    restart_gpus: Sequence[int] = (),
 ) -> Exit:
     """Run `config` dry on `num_gpus` GPUs of the kind `gpu` (see `find_hardware`), `gpus_per_node`
-    to a node, for `steps` steps, and print what was found. `ranks` is "roles", "all", or numbers
-    such as "0,384".
+    to a node, for `steps` steps; resume it on each of `restart_gpus`; and print what was found.
+    `ranks` is "roles", "all", or numbers such as "0,384".
 
     Returns MISTAKE where the config would not run, FAILED where the program itself failed. Raises
     ConfigError."""
-    outcome = dry_run(config, num_gpus, find_hardware(gpu, gpus_per_node), ranks, steps)
-    print(describe(outcome))
-    if any(record.error and not record.mistake for record in outcome.records):
+    hardware = find_hardware(gpu, gpus_per_node)
+    outcomes = dry_runs(config, (num_gpus, *restart_gpus), hardware, ranks, steps)
+    print(describe(outcomes))
+    last = outcomes[-1]
+    if any(record.error and not record.mistake for record in last.records):
         return Exit.FAILED
-    return Exit.MISTAKE if outcome.refusals else Exit.DONE
+    return Exit.MISTAKE if last.refusals else Exit.DONE
 
 
-def dry_run(config: Config, num_gpus: int, hardware: Hardware, ranks: str, steps: int) -> Outcome:
-    """Return what was found; the arguments are those of `run_dryrun`. Raises ConfigError."""
+def dry_runs(
+    config: Config, num_gpus: Sequence[int], hardware: Hardware, ranks: str, steps: int
+) -> list[Outcome]:
+    """Return what was found of a run on the first of `num_gpus`, and of its restarts on the others,
+    up to the first that would not run. Raises ConfigError."""
     check_possible(config)
-    plan = plan_of(config, num_gpus)
-    wanted = wanted_ranks(ranks, plan)
-    records = run_ranks(config, plan, wanted, hardware, steps)
+    plans = [
+        plan_of(config, (start and gpus_that_fit(config, count, hardware.gpus_per_node)) or count)
+        for start, count in enumerate(num_gpus)
+    ]
+    wanted = [wanted_ranks(ranks, plan) for plan in plans]
+    if len(plans) > 1 and not all(0 in each for each in wanted):
+        raise ConfigError(f"--ranks {ranks}: rank 0, which saves what a restart needs, is left out")
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="megalite-dryrun-") as folder:
+        for start, plan in enumerate(plans):
+            place = Start(steps, start, len(plans))
+            jobs = make_jobs(config, plan, wanted[start], hardware, place, Path(folder))
+            records = run_jobs(jobs, Path(folder) / f"{start}")
+            outcomes.append(_judge(config, plan, hardware, records, ranks, place, num_gpus[start]))
+            if outcomes[-1].refusals or any(record.error for record in records):
+                break
+    return outcomes
+
+
+def gpus_that_fit(config: Config, num_gpus: int, gpus_per_node: int) -> int:
+    """Return how many of `num_gpus` GPUs a restart uses, in whole nodes, as launchers do: all, or
+    with `parallel.elastic` as many as fit. Raises ConfigError."""
+    from megalite.models import weight_table
+
+    a_node = min(gpus_per_node, num_gpus)
+    if num_gpus % a_node:
+        raise ConfigError(
+            f"--restart-gpus {num_gpus}: nodes are lost and come back whole; a multiple of --nodes-of = {a_node}"
+        )
+    table = weight_table(config.model, config.lora)
+    return a_node * nodes_that_fit(config, table, num_gpus // a_node, a_node)
+
+
+def _judge(
+    config: Config,
+    plan: Plan,
+    hardware: Hardware,
+    records: list[Record],
+    ranks: str,
+    start: Start,
+    num_gpus: int,
+) -> Outcome:
+    """Compare what ranks did with the plan, the chip and one another."""
     memory: Sequence[Memory] = ()
     volume: Mapping[str, float] = {}
     with contextlib.suppress(ConfigError):  # a model or a precision that the planner does not know
@@ -64,7 +116,7 @@ def dry_run(config: Config, num_gpus: int, hardware: Hardware, ranks: str, steps
     traffics = {record.rank: record.traffic for record in records if record.traffic}
     if not any(record.error for record in records):
         refusals += compare(traffics) or play(traffics)
-    return Outcome(config, plan, hardware, records, memory, volume, refusals, ranks, steps)
+    return Outcome(config, plan, hardware, records, memory, volume, refusals, start, num_gpus)
 
 
 def check_possible(config: Config) -> None:
@@ -115,30 +167,33 @@ def wanted_ranks(ranks: str, plan: Plan) -> list[int]:
     return numbers
 
 
-def run_ranks(
-    config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, steps: int
-) -> list[Record]:
-    """Run ranks of `plan` in processes of their own, and return their records."""
-    with tempfile.TemporaryDirectory(prefix="megalite-dryrun-") as folder:
-        return run_jobs(make_jobs(config, plan, ranks, hardware, steps, Path(folder)), Path(folder))
-
-
 def make_jobs(
-    config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, steps: int, folder: Path
+    config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, start: Start, folder: Path
 ) -> list[Job]:
-    """Write what these ranks need into `folder`, and return their jobs."""
-    path = folder / "config.yaml"
-    path.write_text(dry_config(config, folder, steps).to_yaml(), encoding="utf-8")
+    """Write what these ranks need into `folder`, and return their jobs. All starts of a run have
+    one folder."""
+    path = folder / f"config-{start.number}.yaml"
+    path.write_text(dry_config(config, folder, start).to_yaml(), encoding="utf-8")
     chip = f"NVIDIA {hardware.chip.chip.removesuffix(' SXM')}"
     return [
-        Job(str(path), rank, plan.world_size, hardware.gpus_per_node, chip, plan.engine)
+        Job(
+            str(path),
+            rank,
+            plan.world_size,
+            hardware.gpus_per_node,
+            chip,
+            plan.engine,
+            start.begins_at,
+            start.number + 1 < start.of,
+        )
         for rank in ranks
     ]
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Record]:
     """Run jobs of one kind of GPU, and return their records in order. `folder` is for what they
-    write."""
+    tell; those of another run must not be there."""
+    folder.mkdir(exist_ok=True)
     (folder / "jobs").write_text(
         "\n".join(json.dumps(asdict(job)) for job in jobs), encoding="utf-8"
     )

@@ -18,7 +18,7 @@ from dry_runs import built
 from megalite.cli import main
 from megalite.config_file import parse_config
 from megalite.dryrun import device
-from megalite.dryrun.data import dry_config
+from megalite.dryrun.data import Start, dry_config
 from megalite.dryrun.run import run_jobs
 
 WITHIN = 0.02  # of the plan: what a GPU's allocator adds comes on top of both
@@ -78,7 +78,7 @@ def test_a_run_of_one_step_is_run_dry_for_more(config: Path, tmp_path: Path) -> 
     """What a plan is about are the steps after the first."""
     values = yaml.safe_load(config.read_text())
     values["train"]["steps"] = 1
-    train = dry_config(parse_config(values), tmp_path, 3).train
+    train = dry_config(parse_config(values), tmp_path, Start(3)).train
     assert (train.steps, train.stop_at) == (3, 3)
 
 
