@@ -32,7 +32,6 @@ from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog
 from megalite.infer.in_training import SamplesInTraining, TargetsInTraining, TasksInTraining
 from megalite.models import weight_table
-from megalite.models.fp8 import gathered_in_codes
 from megalite.models.peft import TENSORS
 from megalite.observe.band import Band
 from megalite.observe.environment import hardware_of, unused_gpus
@@ -275,7 +274,8 @@ def train_from(
     tokenizer = (
         load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
     )
-    table = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
+    weights = weight_table(config.model, config.lora, config.train.fp8)
+    table = [weight for weight in weights if not weight.frozen]
     saver = Saver(
         folder / "checkpoints",
         config.checkpoint.keep,
@@ -287,7 +287,6 @@ def train_from(
             table,
             config.optimizer,
             bucket_elements(config, run.plan),
-            gathered_in_codes(config, run.plan),
         ),
         lambda path: write_extras(path, config, tokenizer),
         stem=TENSORS if config.lora else "model",

@@ -31,12 +31,19 @@ from megalite.config.parallel import OffloadConfig, ParallelConfig
 from megalite.config.run import CheckpointConfig, HealthConfig, Policy, RunConfig
 from megalite.config.schema import Config
 from megalite.config.section import Choice, Section
-from megalite.config.train import BatchRampConfig, FakeQuantizeConfig, Fp8Config, TrainConfig
+from megalite.config.train import (
+    FP8_BLOCK,
+    BatchRampConfig,
+    FakeQuantizeConfig,
+    Fp8Config,
+    TrainConfig,
+)
 
 __all__ = [
     "ANSWER_LABELS",
     "BY_COUNTS",
     "EMA",
+    "FP8_BLOCK",
     "MOST_LAYERS",
     "NUM_LABELS",
     "AugmentConfig",

@@ -27,6 +27,10 @@ class BatchRampConfig(Section):
     )
 
 
+FP8_BLOCK = 128
+"""Rows and columns of a weight that share a scale under `train.fp8.recipe: blockwise`."""
+
+
 class Fp8Config(Section):
     """Compute the products of the layers' linear modules in fp8: x · Wᵀ and both gradients. Weights,
     gradients, optimizer states and checkpoints stay as they are without it."""

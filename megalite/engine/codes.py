@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megalite.comm.collectives import Wait, all_reduce, start_all_gather
 from megalite.comm.mesh import Fold
+from megalite.config import FP8_BLOCK
 from megalite.engine.layout import Bucket, Slot
-from megalite.kernels.fp8 import E4M3, SQUARE, WITHOUT_SIGN, CodedWeight, Rounded, scales_of
+from megalite.kernels.fp8 import E4M3, WITHOUT_SIGN, CodedWeight, Rounded, scales_of
 
 AT_ONCE = 2**24
 """Elements that are rounded at a time: they are widened to fp32 for it."""
@@ -36,7 +37,7 @@ class Codes:
         number = 0
         for slot in layout.slots:
             self._first[slot] = number
-            number += (slot.stop - slot.start) // SQUARE**2
+            number += (slot.stop - slot.start) // FP8_BLOCK**2
         self.codes = torch.zeros(layout.size, dtype=torch.uint8, device=device)
         # One more than there are blocks: padding between weights is of the last.
         self.scales = torch.zeros(number + 1, device=device)
@@ -52,14 +53,16 @@ class Codes:
                 continue
             yield self._padding(start - end)
             end = stop
-            across = self._shapes[slot][-1] // SQUARE
-            piece = torch.arange((start - slot.start) // SQUARE, (stop - slot.start) // SQUARE)
+            across = self._shapes[slot][-1] // FP8_BLOCK
+            piece = torch.arange(
+                (start - slot.start) // FP8_BLOCK, (stop - slot.start) // FP8_BLOCK
+            )
             row, column = piece // across, piece % across
-            yield self._first[slot] + row // SQUARE * across + column
+            yield self._first[slot] + row // FP8_BLOCK * across + column
         yield self._padding(self.high - end)
 
     def _padding(self, elements: int) -> Tensor:
-        return torch.full((elements // SQUARE,), len(self.scales) - 1, dtype=torch.int64)
+        return torch.full((elements // FP8_BLOCK,), len(self.scales) - 1, dtype=torch.int64)
 
     def parameter(self, slot: Slot, dtype: torch.dtype) -> nn.Parameter:
         """Return the weight of a slot as modules hold it. What is gathered later is there at once."""
@@ -67,9 +70,9 @@ class Codes:
         rows, columns = prod(shape[:-1]), shape[-1]
         codes = self.codes[slot.start : slot.stop].view(E4M3.dtype).view(rows, columns)
         first = self._first[slot]
-        across = columns // SQUARE
-        scales = self.scales[first : first + rows // SQUARE * across].view(-1, across)
-        return CodedWeight(Rounded(codes, scales, (SQUARE, SQUARE)), torch.Size(shape), dtype)
+        across = columns // FP8_BLOCK
+        scales = self.scales[first : first + rows // FP8_BLOCK * across].view(-1, across)
+        return CodedWeight(Rounded(codes, scales, (FP8_BLOCK, FP8_BLOCK)), torch.Size(shape), dtype)
 
     def start_gather(self, shard: Tensor) -> Wait:
         """Round this rank's `shard`, and start gathering those of all replicas, who call this, too."""
@@ -90,8 +93,8 @@ class Codes:
 
     def _pieces(self, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pieces of the shard, fp32 [n,128], with the block of each row."""
-        rows = AT_ONCE // SQUARE
+        rows = AT_ONCE // FP8_BLOCK
         for x, block in zip(
-            shard.view(-1, SQUARE).split(rows), self._block.split(rows), strict=True
+            shard.view(-1, FP8_BLOCK).split(rows), self._block.split(rows), strict=True
         ):
             yield x.float(), block

@@ -3,7 +3,7 @@ of every other."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -78,12 +78,10 @@ def make_buckets(
     plan: Plan,
     optimizer: OptimizerConfig,
     max_elements: int,
-    in_codes: Collection[str] = (),
 ) -> tuple[Bucket, ...]:
     """Fill buckets in the order in which a backward pass finishes the gradients: the last of
     `weights` first. Tied weights, whose gradient is only complete after the whole step, come last.
-    `plan` says what is cut and summed, `optimizer` how each is updated, `in_codes` names what
-    replicas gather as codes of fp8.
+    `plan` says what is cut and summed, `optimizer` how each is updated.
 
     A weight larger than `max_elements` gets a bucket to itself."""
     open_slots: dict[_Kind, list[Slot]] = {}
@@ -92,7 +90,7 @@ def make_buckets(
     # by one collective and updated by one call of the optimizer: mixing two kinds would need a
     # branch a slot.
     for weight in reversed(weights):
-        coded = weight.name in in_codes
+        coded = weight.coded and plan.gathers(weight)
         plain = weight.frozen or optimizer.keeps_fp32(weight)
         kind = _Kind(
             optimizer.treatment(weight),
@@ -158,18 +156,17 @@ def choose_owners(
     weights: Sequence[Weight],
     optimizer: OptimizerConfig,
     max_elements: int,
-    in_codes: Collection[str] = (),
 ) -> dict[str, int]:
     """Return the global rank that writes each weight, so that all ranks of a pipeline stage write
     about as much. All weights of a bucket are on one replica; a tied weight is written by the first
-    stage. `optimizer`, `max_elements` and `in_codes` are those of `make_buckets`."""
+    stage. `optimizer` and `max_elements` are those of `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
         # Elements that each rank of this stage is to write; stages hold other weights and are
         # balanced apart.
         load = [0] * (plan.replicas * plan.tensor)
         buckets = make_buckets(
-            plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements, in_codes
+            plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements
         )
         # Largest first, each to the rank with the least so far (Graham's rule, as `Matrices` has
         # it).

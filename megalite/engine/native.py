@@ -44,7 +44,6 @@ from megalite.engine.optimizers.by_counts import ByCounts
 from megalite.engine.qk_clip import QKClip
 from megalite.engine.quantised import QuantisedBucket
 from megalite.engine.sums import Sums
-from megalite.models.fp8 import gathered_in_codes
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.plan import Plan
@@ -73,8 +72,7 @@ class NativeEngine:
         optimizer = config.optimizer
         # In the order of the backward pass, which is that of the reductions. Every rank of a stage
         # gets the same list, as it follows from the table and the plan alone.
-        size, in_codes = bucket_elements(config, plan), gathered_in_codes(config, plan)
-        layout = make_buckets(weights, plan, optimizer, size, in_codes)
+        layout = make_buckets(weights, plan, optimizer, bucket_elements(config, plan))
         members = dict(optimizer.members())
         if config.model.bias_rate is not None:
             # Biases that balance a router's load go through the same buckets: their "gradient" is a

@@ -47,8 +47,6 @@ INFINITY = 0x7F800000
 """Bits of fp32's infinity. Without the sign, those of a NaN are larger, all others smaller."""
 MANTISSA = 0x7FFFFF
 WITHOUT_SIGN = 0x7FFFFFFF
-SQUARE = 128
-"""Rows and columns of weights that share a scale under `blockwise`."""
 
 Name = Literal["current", "rowwise", "blockwise", "mxfp8", "nvfp4"]
 Block = tuple[int, int]

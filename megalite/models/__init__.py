@@ -12,10 +12,11 @@ import torch
 import torch.nn as nn
 from pydantic import ValidationError
 
-from megalite.config import LoraConfig, ModelConfig
+from megalite.config import Fp8Config, LoraConfig, ModelConfig
 from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
 from megalite.models import heads, peft, rope
+from megalite.models.fp8 import with_codes
 from megalite.models.hf import Keys, stored_names
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
@@ -210,16 +211,21 @@ def copied_hf_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:
+def weight_table(
+    config: ModelConfig, lora: LoraConfig | None = None, fp8: Fp8Config | None = None
+) -> tuple[Weight, ...]:
     """Return every weight of the model, in the order in which a forward pass uses them. With
-    `lora`, those of its adapters are among them, and the others frozen. Raises ConfigError where
-    the model does not have what `lora` asks for."""
+    `lora`, those of its adapters are among them, and the others frozen; with `fp8`, rows say which
+    are gathered as its codes. Raises ConfigError where the model does not have what these ask
+    for."""
     weights = tuple(heads.with_head(config, family(config.family).weights(config)))
     # Before adapters, whose initial values go by their rank and not by the model's width.
     if config.mup:
         weights = tuple(by_width(config, weights))
     weights = with_projections(config, weights)
-    return with_adapters(weights, lora) if lora else weights
+    if lora:
+        weights = with_adapters(weights, lora)
+    return with_codes(weights, fp8, config.num_layers) if fp8 else weights
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

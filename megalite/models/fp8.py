@@ -7,23 +7,21 @@ routers, norms and attention's own products are not, nor are the first and last 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from megalite.config import Config, Fp8Config
 from megalite.errors import ConfigError
 from megalite.kernels.recipes import RECIPES
-from megalite.models import weight_table
 from megalite.models.lora import is_called
 from megalite.models.weights import Weight
-from megalite.plan import Plan, expert_cut
+from megalite.plan import expert_cut
 from megalite.utils.spelling import did_you_mean
 
 
 def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> list[Weight]:
     """Return the rows whose products `fp8` asks for, of a model of `num_layers` layers. Raises
     ConfigError for what it excludes and the model has not, or has in one product with others."""
-    # A planner's search has rows that stand for many.
-    rows = [row for weight in weights for row in getattr(weight, "stands_for", (weight,))]
-    linear = [row for row in rows if _is_linear(row)]
+    linear = [weight for weight in weights if _is_linear(weight)]
     modules = [module for weight in linear for module in _modules(weight)]
     for target in fp8.exclude:
         if not any(is_called(module, target) for module in modules):
@@ -43,24 +41,13 @@ def fp8_weights(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> l
     ]
 
 
-def gathered_in_codes(config: Config, plan: Plan) -> frozenset[str]:
-    """Return the names of the weights whose codes replicas gather behind an update, in place of the
-    weights themselves; none where `train.fp8.param_gather` is off, or there is nobody to gather
-    from."""
-    # The whole table: `exclude` may name what other stages have.
-    table = weight_table(config.model)
-    names = names_in_codes(config, table) if plan.zero_stage else frozenset()
-    return frozenset(
-        w.name for w in table if w.name in names and plan.replicas_of(plan.cut_of(w)) > 1
-    )
-
-
-def names_in_codes(config: Config, weights: Sequence[Weight]) -> frozenset[str]:
-    """Return the names of the weights that are gathered as codes wherever they are gathered."""
-    fp8 = config.train.fp8
-    if fp8 is None or not fp8.param_gather:
-        return frozenset()
-    return frozenset(w.name for w in fp8_weights(weights, fp8, config.model.num_layers))
+def with_codes(weights: Sequence[Weight], fp8: Fp8Config, num_layers: int) -> tuple[Weight, ...]:
+    """Return the table of a model of `num_layers` layers with the weights `coded` whose codes `fp8`
+    has gathered."""
+    if not fp8.param_gather:
+        return tuple(weights)
+    names = {weight.name for weight in fp8_weights(weights, fp8, num_layers)}
+    return tuple(replace(weight, coded=weight.name in names) for weight in weights)
 
 
 def _is_linear(weight: Weight) -> bool:

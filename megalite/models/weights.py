@@ -106,6 +106,8 @@ class Weight:
     """Not trained: no gradient, no optimizer state, and in no checkpoint."""
     quantised: Kind | None = None
     """The few bits that a frozen matrix is held in; None: as all weights."""
+    coded: bool = False
+    """Gathered as codes of fp8 where replicas gather it (`train.fp8.param_gather`)."""
     wider_in: float = 1.0
     """How many times as many input features it has as in the model that muP begins from
     (`models/mup.py`)."""

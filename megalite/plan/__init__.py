@@ -21,14 +21,13 @@ from megalite.plan.layout import (
     expert_cut,
     smallest_world,
 )
-from megalite.plan.make import make_plan, nodes_that_fit, plan
-from megalite.plan.memory import SCALED_TOGETHER, Held, resident_bytes
+from megalite.plan.make import make_plan, nodes_that_fit, plan, plan_of_sizes
+from megalite.plan.memory import Held, resident_bytes
 from megalite.plan.stages import balance
 
 make_callable(__name__)  # as `plan`
 
 __all__ = [
-    "SCALED_TOGETHER",
     "Cut",
     "Held",
     "Place",
@@ -40,6 +39,7 @@ __all__ = [
     "make_plan",
     "nodes_that_fit",
     "plan",
+    "plan_of_sizes",
     "resident_bytes",
     "smallest_world",
 ]

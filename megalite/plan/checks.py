@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from megalite.config import Config, ParallelConfig
 from megalite.errors import ConfigError
@@ -41,9 +41,21 @@ def check_stages(config: Config, weights: Sequence[Sized], stages: Sequence[Stag
     """Raise ConfigError for settings that do not go with the pipeline's `stages`, or with what
     their layers compute."""
     _check_lora(config, weights, stages)
-    _check_fp8(config, weights)
-    _check_fake_quantize(config, weights)
     _check_overlap(config)
+
+
+def check_products(config: Config, weights: Sequence[Weight]) -> None:
+    """Raise ConfigError where the layout, or the model, does not fit what `train.fp8` and
+    `train.fake_quantize` round. `weights` is the whole table."""
+    # Here, as models import this module, and only where they are used, as they import torch.
+    if config.train.fp8 is not None:
+        from megalite.models.fp8 import check_fp8
+
+        check_fp8(config, weights)
+    if config.train.fake_quantize is not None:
+        from megalite.models.fake_quantize import check_fake_quantize
+
+        check_fake_quantize(config, weights)
 
 
 def check_groups(config: Config, weights: Sequence[Weight]) -> None:
@@ -409,24 +421,6 @@ def _check_overlap(config: Config) -> None:
                 f"parallel.tensor_overlap: true is for training without {name}, {what} between a product and its "
                 "collective"
             )
-
-
-def _check_fp8(config: Config, weights: Sequence[Sized]) -> None:
-    """Raise ConfigError where the layout does not fit `train.fp8`."""
-    if config.train.fp8 is None:
-        return
-    from megalite.models.fp8 import check_fp8  # here: models import this module
-
-    check_fp8(config, cast(Sequence[Any], weights))
-
-
-def _check_fake_quantize(config: Config, weights: Sequence[Sized]) -> None:
-    """Raise ConfigError where `train.fake_quantize` does not fit the model or the layout."""
-    if config.train.fake_quantize is None:
-        return
-    from megalite.models.fake_quantize import check_fake_quantize
-
-    check_fake_quantize(config, cast(Sequence[Any], weights))
 
 
 def _check_compile(config: Config) -> None:

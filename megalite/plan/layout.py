@@ -44,6 +44,8 @@ class Sized(Protocol):
     def frozen(self) -> bool: ...
     @property
     def is_expert(self) -> bool: ...
+    @property
+    def coded(self) -> bool: ...
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]: ...
     def quantised_bytes(self, tensor: int, expert: int = 1) -> int: ...
     def num_states(self, optimizer: OptimizerConfig) -> float: ...
@@ -140,6 +142,10 @@ class Plan:
     def folds_experts(self) -> bool:
         """Return whether experts are cut over other ranks than dense weights are."""
         return self.experts != Cut(self.tensor)
+
+    def gathers(self, weight: Sized) -> bool:
+        """Return whether replicas gather a weight behind an update, of which each updates a part."""
+        return self.zero_stage > 0 and self.replicas_of(self.cut_of(weight)) > 1
 
     def cut_of(self, weight: Sized) -> Cut:
         """Return how a weight is cut."""

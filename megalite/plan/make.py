@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
+from typing import TYPE_CHECKING
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.plan.checks import check_groups, check_layout, check_stages
+from megalite.plan.checks import check_groups, check_layout, check_products, check_stages
 from megalite.plan.layout import Plan, Sized, context_balance, expert_cut, smallest_world
 from megalite.plan.memory import fullest_rank, resident_bytes
 from megalite.plan.stages import make_stages
 from megalite.utils.counts import divisors
+
+if TYPE_CHECKING:
+    from megalite.models.weights import Weight
 
 
 def plan(config: Config, ranks: int) -> Plan:
@@ -22,14 +26,22 @@ def plan(config: Config, ranks: int) -> Plan:
     # Imports torch, which the arithmetic of a plan does without.
     from megalite.models import weight_table
 
-    weights = weight_table(config.model, config.lora)
+    weights = weight_table(config.model, config.lora, config.train.fp8)
     check_groups(config, weights)
     return make_plan(config, weights, ranks)
 
 
-def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:
+def make_plan(config: Config, weights: Sequence[Weight], world_size: int) -> Plan:
     """Return the plan of `config` for a table of `weights` on `world_size` ranks. Raise ConfigError
     with the setting to change if the layout does not fit the ranks, the model or the batch."""
+    made = plan_of_sizes(config, weights, world_size)
+    check_products(config, weights)
+    return made
+
+
+def plan_of_sizes(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:
+    """Return the plan as `make_plan` does, but of `weights` that may each be the sum of many: what
+    `check_products` asks of single ones is left to the caller."""
     parallel, train = config.parallel, config.train
     tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
     unit = smallest_world(config)
@@ -80,7 +92,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
 
 
 def nodes_that_fit(
-    config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int
+    config: Config, weights: Sequence[Weight], nodes: int, ranks_per_node: int
 ) -> int:
     """Return how many of `nodes` nodes with `ranks_per_node` ranks each the layout can use: all, or
     with `parallel.elastic` as many as possible.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-from megalite.config import Config
+from megalite.config import FP8_BLOCK, Config
 from megalite.errors import ConfigError
 from megalite.plan.layout import Cut, Sized, StageSpan, expert_cut
 
@@ -29,17 +29,12 @@ class Held(NamedTuple):
     gathered."""
 
 
-SCALED_TOGETHER = 128 * 128
-"""Weights that share a scale in codes of fp8."""
-
-
 def fullest_rank(
     config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan], ranks: int
 ) -> tuple[Held, ...]:
     """Return what the rank holds that holds most, which decides whether a layout fits: of dense
     weights, and of experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight
     cannot be cut."""
-    coded = _in_codes(config, weights)
     pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
     dense = Cut(config.parallel.tensor)
     # Once a weight: the stages of all pipeline ranks ask for it again.
@@ -79,20 +74,12 @@ def fullest_rank(
                     ranks // cut.holders,
                     sum(local[weight.name] for weight in own if quantised[weight.name]),
                     sum(quantised[weight.name] for weight in own),
-                    sum(local[weight.name] for weight in own if weight.name in coded),
+                    sum(local[weight.name] for weight in own if weight.coded),
                 )
             )
         per_rank.append(tuple(held))
     # By parameters first; a list compares trained ones and states only between equals.
     return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
-
-
-def _in_codes(config: Config, weights: Sequence[Sized]) -> Collection[str]:
-    if config.train.fp8 is None:
-        return ()
-    from megalite.models.fp8 import names_in_codes  # here: models import this module
-
-    return names_in_codes(config, cast(Sequence[Any], weights))
 
 
 def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:
@@ -105,11 +92,13 @@ def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dic
     for params, trained, states, replicas, quantised, quantised_bytes, coded in held:
         whole = params - quantised
         if zero_stage in (1, 2) and replicas > 1:
-            # A byte each, the scales, and this rank's own shard as it is, with the number of the
-            # block of each 128.
+            # A byte each, a scale in fp32 for each block, and this rank's own shard as it is, with
+            # the number, int64, of the block of each part of a row.
             whole -= coded
             shard = -(-coded // replicas)
-            in_few_bits += coded + coded // SCALED_TOGETHER * 4 + shard * element + shard // 128 * 8
+            scales = coded // FP8_BLOCK**2 * 4
+            numbers = shard // FP8_BLOCK * 8
+            in_few_bits += coded + scales + shard * element + numbers
         # Divided and rounded up: shards are padded to one size.
         weights += -(-whole // replicas) if zero_stage == 3 else whole
         in_few_bits += quantised_bytes

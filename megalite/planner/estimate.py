@@ -9,9 +9,9 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-from megalite.config import Config
+from megalite.config import FP8_BLOCK, Config
 from megalite.observe.throughput import model_flops_per_token
-from megalite.plan import SCALED_TOGETHER, Held, Plan, StageSpan
+from megalite.plan import Held, Plan, StageSpan
 from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
 from megalite.planner.frozen import FrozenBytes, frozen_bytes
 from megalite.planner.hardware import Hardware
@@ -243,7 +243,7 @@ class Outlook:
         time += network.gather(experts, network.expert_replicas)
         # First the largest number of each block: little more than a latency.
         return time + (
-            network.all_reduce(4 * coded / SCALED_TOGETHER, network.replicas) if coded else 0.0
+            network.all_reduce(4 * coded / FP8_BLOCK**2, network.replicas) if coded else 0.0
         )
 
     def _gather_time(self, size: int, of_experts: int, codes: tuple[int, int]) -> float:
@@ -447,7 +447,7 @@ class Outlook:
             if plan.zero_stage in (1, 2) and part.replicas > 1:
                 # A byte each; before, the largest number of each block in an all-reduce.
                 gathered -= part.coded * (self.shapes.element - 1)
-                gathered += part.coded // SCALED_TOGETHER * 8
+                gathered += part.coded // FP8_BLOCK**2 * 8
             total += share * (reduced + gathered)
         return total
 

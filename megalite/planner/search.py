@@ -16,7 +16,8 @@ from typing import Any, Literal
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.models.architecture import ExpertsSpec
-from megalite.plan import Plan, make_plan, resident_bytes
+from megalite.plan import Plan, plan_of_sizes, resident_bytes
+from megalite.plan.checks import check_products
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.shapes import ModelTable
@@ -167,7 +168,8 @@ def _outlook(
     # `stage_layers` is of the config's own pipeline, and fits no other.
     parallel |= {"zero_stage": 1, "engine": "native", "stage_layers": None}
     config = _updated(config, parallel, train)
-    plan = make_plan(config, rows, world_size)
+    plan = plan_of_sizes(config, rows, world_size)
+    check_products(config, table.weights)
     return Outlook(config, plan, hardware, table)
 
 

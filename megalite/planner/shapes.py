@@ -23,7 +23,7 @@ from megalite.models.architecture import (
     LatentSpec,
     LayerSpec,
 )
-from megalite.models.fp8 import fp8_weights, names_in_codes
+from megalite.models.fp8 import fp8_weights
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Place, Plan
 from megalite.planner.sizes import LocalSizes
@@ -257,7 +257,7 @@ class ModelTable:
         Raises ConfigError for a layer that the planner does not know, or that its family describes
         wrongly."""
         self.config = config
-        self.weights = weight_table(config.model, config.lora)
+        self.weights = weight_table(config.model, config.lora, config.train.fp8)
         self.vocab = next(weight for weight in self.weights if weight.shard == "vocab")
         """Row of the embedding."""
         self.kinds = self._kinds()
@@ -291,8 +291,7 @@ class ModelTable:
         # Sizes depend on nothing else of a plan: a search's thousands of plans have few such pairs.
         cuts = plan.tensor, plan.experts
         if cuts not in self._sizes:
-            coded = names_in_codes(self.config, self.weights)
-            self._sizes[cuts] = LocalSizes(self.weights, plan, self.config.optimizer, coded)
+            self._sizes[cuts] = LocalSizes(self.weights, plan, self.config.optimizer)
         return self._sizes[cuts]
 
     def _kinds(self) -> tuple[LayerKind, ...]:

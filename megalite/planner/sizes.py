@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -95,19 +95,15 @@ class LocalSizes:
         weights: Sequence[Weight],
         plan: Plan,
         optimizer: OptimizerConfig,
-        coded: Collection[str] = (),
     ):
-        """Add up `weights` as `plan` cuts them, with the states that `optimizer` keeps. `coded`
-        names those that are gathered as codes.
+        """Add up `weights` as `plan` cuts them, with the states that `optimizer` keeps.
 
         Raises ValueError where a weight cannot be split."""
         folded = [weight for weight in weights if weight.is_expert and plan.folds_experts]
         # The second condition ends the recursion: among experts alone there is nothing to tell
         # apart.
         self.experts = (
-            LocalSizes(folded, plan, optimizer, coded)
-            if folded and len(folded) < len(weights)
-            else None
+            LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
         )
         self.states: dict[Place, float] = {}
         self.solved: dict[Place, int] = {}
@@ -120,7 +116,7 @@ class LocalSizes:
         self.coded: dict[Place, int] = {}
         for weight in weights:
             size = prod(weight.local_shape(*plan.cut_of(weight)))
-            if weight.name in coded:
+            if weight.coded:
                 self.coded[weight.place] = self.coded.get(weight.place, 0) + size
             if in_few_bits := weight.quantised_bytes(*plan.cut_of(weight)):
                 self.quantised[weight.place] = self.quantised.get(weight.place, 0) + size
@@ -138,7 +134,7 @@ class LocalSizes:
         unfrozen = [weight for weight in weights if not weight.frozen]
         self.unfrozen: LocalSizes | None = None
         if len(unfrozen) < len(weights):
-            self.unfrozen = LocalSizes(unfrozen, plan, optimizer, coded)
+            self.unfrozen = LocalSizes(unfrozen, plan, optimizer)
 
     def of(self, stage: StageSpan) -> StageSizes:
         """Return the sizes of a pipeline stage."""
@@ -192,18 +188,20 @@ class Together:
         is_expert: bool,
         num_states: float,
         quantised: str | None,
+        coded: bool,
         weights: Sequence[Weight],
     ):
-        """Sum up `weights`, all of this `place`, all `frozen` or not, of experts or not and
-        `quantised` alike, with so many states of the optimizer."""
+        """Sum up `weights`, all of this `place`, all `frozen` or not, of experts or not, `quantised`
+        and `coded` alike, with so many states of the optimizer."""
         self._num_states = num_states
         self.place = place
         self.frozen = frozen
         self.is_expert = is_expert
-        self.name = f"{place} {frozen} {is_expert} {num_states} {quantised}"
+        self.coded = coded
+        self.name = f"{place} {frozen} {is_expert} {num_states} {quantised} {coded}"
         self.numel = sum(weight.numel for weight in weights)
         self.multiplied = sum(weight.multiplied for weight in weights)
-        self.stands_for = weights
+        self._weights = weights
         self._local: dict[Cut, tuple[int]] = {}
 
     def num_states(self, optimizer: OptimizerConfig) -> float:
@@ -218,22 +216,24 @@ class Together:
         Raises ValueError where a weight cannot be split."""
         cut = Cut(tensor, expert)
         if cut not in self._local:
-            elements = sum(prod(weight.local_shape(*cut)) for weight in self.stands_for)
+            elements = sum(prod(weight.local_shape(*cut)) for weight in self._weights)
             self._local[cut] = (elements,)
         return self._local[cut]
 
     def quantised_bytes(self, tensor: int, expert: int = 1) -> int:
         """Return the bytes on one of these ranks, where the weights are quantised; 0 where they are
         not."""
-        return sum(weight.quantised_bytes(tensor, expert) for weight in self.stands_for)
+        return sum(weight.quantised_bytes(tensor, expert) for weight in self._weights)
 
 
 def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:
-    """Group weights by place, by whether they are frozen, of experts and quantised, and by how many
-    states `optimizer` keeps for them."""
-    places: dict[tuple[Place, bool, bool, float, str | None], list[Weight]] = {}
+    """Group weights by place, by whether they are frozen, of experts, quantised and coded, and by
+    how many states `optimizer` keeps for them."""
+    places: dict[tuple[Place, bool, bool, float, str | None, bool], list[Weight]] = {}
     for weight in weights:
         states = weight.num_states(optimizer)
-        kind = weight.place, weight.frozen, weight.is_expert, states, weight.quantised
+        kind = (
+            weight.place, weight.frozen, weight.is_expert, states, weight.quantised, weight.coded,
+        )  # fmt: skip
         places.setdefault(kind, []).append(weight)
     return [Together(*kind, rows) for kind, rows in places.items()]

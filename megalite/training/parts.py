@@ -74,7 +74,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     """Build this rank's part of the model, with its weights still zero. Chooses the process's
     kernels."""
     library.use(config.kernels, config.train.deterministic)
-    table = weight_table(config.model, config.lora)
+    table = weight_table(config.model, config.lora, config.train.fp8)
     spans = plan.stages_of(mesh.pipeline.rank)
     zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
     deferred = [WeightGradStore() if zero_bubble else None for _ in spans]

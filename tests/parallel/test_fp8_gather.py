@@ -10,15 +10,14 @@ import torch
 
 from megalite.checkpoint.load import from_seed
 from megalite.comm.mesh import make_mesh
-from megalite.config import Config
+from megalite.config import FP8_BLOCK, Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.engine.native import NativeEngine
 from megalite.errors import ConfigError
-from megalite.kernels.fp8 import SQUARE, CodedWeight, quantise
+from megalite.kernels.fp8 import CodedWeight, quantise
 from megalite.kernels.recipes import RECIPES
 from megalite.models import weight_table
-from megalite.models.fp8 import gathered_in_codes
 from megalite.plan import make_plan
 from megalite.training.parts import build, forward_backward
 from ranks import run_ranks
@@ -70,7 +69,7 @@ def train(rank: int, world_size: int) -> Results:
     for name in CASES:
         for param_gather in (False, True):
             config = config_of(CASES[name], param_gather)
-            weights = weight_table(config.model)
+            weights = weight_table(config.model, fp8=config.train.fp8)
             plan = make_plan(config, weights, world_size)
             mesh = make_mesh(plan, torch.device("cpu"))
             parts = build(config, plan, mesh)
@@ -104,7 +103,7 @@ def train(rank: int, world_size: int) -> Results:
                 for name, parameter in stage.model.named_parameters()
                 if isinstance(parameter, CodedWeight)
             }
-            assert held.keys() == gathered_in_codes(config, plan)
+            assert held.keys() == {w.name for w in weights if w.coded and plan.gathers(w)}
             results[name, param_gather] = {
                 "losses": losses,
                 "held": held,
@@ -146,7 +145,7 @@ def test_products_take_codes_as_they_would_round_the_weight() -> None:
     weight[:128, :128] *= 2.0**-130
     weight[5, 200] = torch.inf
     weight[200] = 0.0
-    block = (SQUARE, SQUARE)
+    block = (FP8_BLOCK, FP8_BLOCK)
     coded = CodedWeight(quantise(weight, block), weight.shape, weight.dtype)
     recipe = RECIPES["blockwise"]
     for over in ("input", "output"):

@@ -13,7 +13,7 @@ from megalite.config import Config, LoraConfig
 from megalite.config_file import load_config, parse_config
 from megalite.errors import ConfigError
 from megalite.models import weight_table
-from megalite.plan import make_plan
+from megalite.plan import make_plan, plan_of_sizes
 from megalite.planner.estimate import Outlook, estimate, usable_bytes
 from megalite.planner.hardware import find_hardware
 from megalite.planner.search import _layouts, _outlook, search
@@ -77,17 +77,23 @@ def test_nothing_better_was_left_out(found: Any) -> None:
 def test_rows_put_together_make_the_same_plan() -> None:
     config = config_of("llama-8b", "parallel.tensor=4", "parallel.pipeline=2")
     table = weight_table(config.model)
-    assert make_plan(config, together(table, config.optimizer), 16) == make_plan(config, table, 16)
+    rows = together(table, config.optimizer)
+    assert plan_of_sizes(config, rows, 16) == make_plan(config, table, 16)
     with pytest.raises(ConfigError, match=r"parallel\.tensor = 16"):
-        make_plan(
-            config_of("llama-8b", "parallel.tensor=16"), together(table, config.optimizer), 16
-        )
+        plan_of_sizes(config_of("llama-8b", "parallel.tensor=16"), rows, 16)
 
 
 def test_layouts_in_fp8_are_searched_and_those_that_cut_blocks_refused() -> None:
     narrow = ("model.intermediate_size=5632", "train.fp8.recipe=blockwise")
     found = search(config_of("llama-8b", "model.num_layers=3", *narrow), 8, H100, keep=100)
     # 5632 = 44 × 128: over 8 tensor ranks blocks would lie on two.
+    assert found.num_refused
+    assert {one.plan.tensor for one in found.best} == {1, 2, 4}
+
+
+def test_layouts_that_cut_groups_of_fake_quantized_weights_are_refused() -> None:
+    narrow = ("model.intermediate_size=5632", "train.fake_quantize.group=128")
+    found = search(config_of("llama-8b", "model.num_layers=3", *narrow), 8, H100, keep=100)
     assert found.num_refused
     assert {one.plan.tensor for one in found.best} == {1, 2, 4}
 
