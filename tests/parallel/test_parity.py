@@ -100,6 +100,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "bert", "vocab_size": 193, "hidden_size": 48, "num_layers": 4, "num_attention_heads": 4,
         "max_positions": LENGTH, "init_std": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.2, "tanh_gelu": True,
     },
+    # Beside masked tokens it tells whether two texts follow each other.
+    "bert-pairs": {
+        "family": "bert", "vocab_size": 193, "hidden_size": 48, "num_layers": 4, "num_attention_heads": 4,
+        "max_positions": LENGTH, "init_std": 0.1, "hidden_dropout": 0.1, "sentence_head": True,
+    },
     "t5-packed": {
         "family": "t5", "encoder_layers": 2, "vocab_size": 193, "hidden_size": 48, "head_dim": 16,
         "intermediate_size": 80, "num_layers": 5, "num_attention_heads": 4, "max_positions": LENGTH,
@@ -124,6 +129,7 @@ PACKED = (
     "latent-packed",
     "ahead-packed",
     "bert-packed",
+    "bert-pairs",
     "two-stacks-packed",
     "t5-packed",
 )
@@ -340,15 +346,19 @@ LAYOUTS = [
 ENCODERS = [
     *(("bert-packed", layout) for layout in (
         Layout(1, micro=2, recompute="selective"),
-        Layout(2, zero=2, recompute="full"),
         Layout(2, tensor=2),
-        Layout(2, tensor=2, sequence=True, micro=2),
-        Layout(2, pipeline=2, schedule="zero_bubble", virtual=2, micro=2),
         Layout(2, context=2, zero=1, micro=2),
-        Layout(2, tensor=2, sequence=True, zero=1, engine="deepspeed"),
         Layout(2, tensor=2, sequence=True, optimizer="muon"),
         Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective"),
         Layout(8, tensor=2, sequence=True, pipeline=2, schedule="1f1b", context=2),
+    )),
+    # All that the others have, and pairs, of which some micro-batches have none.
+    *(("bert-pairs", layout) for layout in (
+        Layout(2, zero=2, recompute="full"),
+        Layout(2, tensor=2, sequence=True, micro=2),
+        Layout(2, pipeline=2, schedule="zero_bubble", virtual=2, micro=2),
+        Layout(2, context=2, zero=2),
+        Layout(2, tensor=2, sequence=True, zero=1, engine="deepspeed"),
     )),
     ("bert", Layout(1, recompute="selective")),
     ("bert", Layout(2, tensor=2, sequence=True)),
@@ -508,6 +518,7 @@ def fits(model: str, layout: Layout) -> bool:
         "ahead-packed",
         "mixtral",
         "bert-packed",
+        "bert-pairs",
         "bert",
         "two-stacks-packed",
         "t5-packed",
@@ -559,11 +570,14 @@ LEARNS: dict[str, dict[str, Any]] = {
 
 def config_of(model: str, layout: Layout) -> Config:
     kind = MODELS[model]["family"]
+    objective = LEARNS.get(kind, {"name": "next_token"})
+    if MODELS[model].get("sentence_head"):
+        objective = objective | {"sentences": "nsp"}
     return parse_config(
         {
             "run": {"name": "parity"},
             "model": MODELS[model],
-            "objective": LEARNS.get(kind, {"name": "next_token"}),
+            "objective": objective,
             "data": {
                 "train": [{"path": "unused"}], "seq_length": SOURCE if kind == "t5" else LENGTH,
                 "document_mask": model in PACKED or kind == "t5",
@@ -635,6 +649,7 @@ def micro_batches(
         MicroBatch(
             batch.tokens[row], batch.labels[row], batch.samples[row], None if documents is None else documents[row],
             **(sides_of(batch, model, row) if MODELS[model]["family"] == "t5" else {}),
+            **({name: x[row] for name, x in pairs_of(batch).items()} if model == "bert-pairs" else {}),
         )
         for row in rows
     ]  # fmt: skip
@@ -647,6 +662,21 @@ def sides_of(batch: MicroBatch, model: str, row: Any = slice(None)) -> dict[str,
     return {
         "source": batch.tokens.flip(1)[row, :SOURCE],
         "source_documents": None if documents is None else documents[row, :SOURCE],
+    }
+
+
+def pairs_of(batch: MicroBatch) -> dict[str, Tensor]:
+    """Which documents of a batch are pairs of texts, in order or not, and whose tokens are of the
+    second one. The first row has none."""
+    assert batch.documents is not None
+    begins = torch.ones_like(batch.tokens, dtype=torch.bool)
+    begins[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
+    is_pair = begins & (batch.tokens % 4 > 0)
+    is_pair[0] = False
+    return {
+        # Mostly of one kind: gradients of two steps that nearly cancel would leave their rounding.
+        "sentences": torch.where(is_pair, (batch.tokens % 7 == 0).long(), -100),
+        "types": (batch.tokens % 3 == 0).long(),
     }
 
 
@@ -849,6 +879,14 @@ def plain_loss_ahead(model: Any, x: Tensor, batch: MicroBatch, places: SequenceI
     return config.predictor_weight * total / max(count, 1)
 
 
+def plain_loss_of_pairs(model: Any, x: Tensor, batch: MicroBatch) -> Tensor:
+    """Mean over the pairs of what is lost at their first tokens, for each label of masked tokens."""
+    told = model.sentences.head(model.sentences.pooler(x).tanh())
+    labels = pairs_of(batch)["sentences"]
+    mean = F.cross_entropy(told.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return mean * (batch.labels != -100).sum()
+
+
 @cache
 def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     """The clean model in one process, whole batch at once, optimizers and clipping of torch, or as
@@ -898,9 +936,13 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
             index = torch.arange(SOURCE)[None]
             source = Source(tokens, SequenceInfo(index, index, documents, places.key_B))
             places = replace(places, source=source)
+        if is_of_pairs := model_name == "bert-pairs":
+            places = replace(places, type_BT=pairs_of(batch)["types"])
         x = last_of(model.run_layers(model.embed(batch.tokens, places), places))
         loss = model.loss(model.predict(x), batch.labels).sum()
-        loss = (loss + plain_loss_ahead(model, x, batch, places)) / (batch.labels != -100).sum()
+        loss = loss + plain_loss_ahead(model, x, batch, places)
+        loss = loss + plain_loss_of_pairs(model, x, batch) if is_of_pairs else loss
+        loss = loss / (batch.labels != -100).sum()
         model.zero_grad()
         loss.backward()
         result["loss"].append(loss.item())

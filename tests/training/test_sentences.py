@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,19 @@ from megalite.train import train
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, metrics_of, train_on_rank
 
-LAYOUTS = {
+NSP = "objective.sentences=nsp"
+ALONE = {
     "alone": ("train.micro_batch_size=2",),
-    "data": ("parallel.zero_stage=1",),
+    "alone-nsp": (NSP, "train.micro_batch_size=2"),
+}
+LAYOUTS = {
+    "data": (NSP, "parallel.zero_stage=2"),
     "sequence": ("parallel.tensor=2", "parallel.sequence=true"),
     "pipeline": ("parallel.pipeline=2", "parallel.tensor=1"),
-    "context": ("parallel.context=2",),
+    "context": (NSP, "parallel.context=2"),
     "tensor": ("parallel.tensor=2",),
 }
+RESUMED = ("data", "pipeline", "context")
 OVERRIDES = (
     "objective.sentences=sop",
     "data.document_mask=true",
@@ -62,15 +66,20 @@ def config_of(folder: Path, *overrides: str, model: dict[str, Any] = PAIRED) -> 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    configs = {name: config_of(folder, f"run.name={name}", *more) for name, more in LAYOUTS.items()}
-    train(configs.pop("alone"))
-    run_ranks(2, train_on_rank, [*configs.values()])
+    for name, more in ALONE.items():
+        train(config_of(folder, f"run.name={name}", *more))
+    configs = [config_of(folder, f"run.name={name}", *more) for name, more in LAYOUTS.items()]
+    for name in RESUMED:
+        broken = f"run.name={name}-resumed", *LAYOUTS[name]
+        configs += [config_of(folder, *broken, "train.stop_at=2"), config_of(folder, *broken)]
+    run_ranks(2, train_on_rank, configs)
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "alone"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_learn_and_judge_alike(name: str, runs: Path) -> None:
-    alone, other = (config_of(runs, f"run.name={each}") for each in ("alone", name))
+    one = "alone-nsp" if NSP in LAYOUTS[name] else "alone"
+    alone, other = (config_of(runs, f"run.name={each}") for each in (one, name))
     # fp32 sums in another order; 1e-5 is the project's bound for every layout.
     np.testing.assert_allclose(curve_of(other), curve_of(alone), rtol=1e-5)
     judged = [
@@ -146,19 +155,20 @@ def test_both_heads_of_a_published_model_are_read(runs: Path) -> None:
         assert torch.equal(tensor, after[name]), name
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(runs: Path) -> None:
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_goes_on_bit_for_bit(name: str, runs: Path) -> None:
     from safetensors.torch import load_file
 
-    config = config_of(runs, "run.name=resumed", "checkpoint.every=2", *LAYOUTS["alone"])
-    for _ in range(2):
-        train(config)
-        last = find_model(config.run.folder)
-        assert last.name.endswith("4")
-        found = load_file(last / "model.safetensors")
-        alone = find_model(config_of(runs, "run.name=alone").run.folder)
-        for name, tensor in load_file(alone / "model.safetensors").items():
-            assert torch.equal(tensor, found[name]), name
-        shutil.rmtree(last)
+    unbroken, resumed = (config_of(runs, f"run.name={each}") for each in (name, f"{name}-resumed"))
+    assert curve_of(resumed) == curve_of(unbroken)
+    folders = [find_model(config.run.folder) for config in (unbroken, resumed)]
+    assert all(folder.name.endswith("4") for folder in folders)
+    files = [sorted(folder.rglob("*.safetensors")) for folder in folders]
+    for wanted, found in zip(*files, strict=True):
+        assert wanted.relative_to(folders[0]) == found.relative_to(folders[1])
+        tensors = load_file(found)
+        for key, tensor in load_file(wanted).items():
+            assert torch.equal(tensor, tensors[key]), key
 
 
 @pytest.mark.parametrize(
