@@ -13,11 +13,17 @@ from typing import Any
 from megalite.checkpoint.folder import MANIFEST, write_json
 from megalite.config import Config
 
+HIDDEN = "saved"
+"""Subfolder of a run for checkpoints of a start that has not ended."""
+
 
 def write_checkpoint(saver: Any, config: Config, folder: Path, train_state: dict[str, Any]) -> None:
     """Write what the ranks' savers would have left in `folder`: settings as they are, and files of
-    tensors whose numbers are holes, which take no room. `saver` is rank 0's `Saver`."""
-    target = saver.target
+    tensors whose numbers are holes, which take no room. `saver` is rank 0's `Saver`.
+
+    It is found once `show_checkpoints` has been called: other ranks of this start, which come
+    after rank 0, begin where it did."""
+    target, folder = saver.target, folder.parent.with_name(HIDDEN) / folder.name
     weights = [target.row(name, "weight") for name in target.owners]
     (folder / "optimizer").mkdir(parents=True, exist_ok=True)
     for kind in ("weight", *saver.engine.states):
@@ -40,6 +46,14 @@ def write_checkpoint(saver: Any, config: Config, folder: Path, train_state: dict
         if path.is_file()
     }
     write_json(folder / MANIFEST, {"files": files})
+
+
+def show_checkpoints(runs: Path) -> None:
+    """Put what the runs below `runs` have saved where a restart looks for it."""
+    for folder in runs.glob(f"*/{HIDDEN}/step-*"):
+        root = folder.parent.with_name("checkpoints")
+        root.mkdir(exist_ok=True)
+        folder.rename(root / folder.name)
 
 
 def _write_holes(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
