@@ -17,6 +17,7 @@ from megalite.checkpoint.match import base_files, check_match
 from megalite.checkpoint.resume import find_checkpoint, leave_newer, way_back
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.train_state import read_train_state
+from megalite.checkpoint.unneeded import left_behind
 from megalite.comm.collectives import all_agree
 from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import Config
@@ -152,6 +153,8 @@ def open_run(
         state["data"]["skipped"] = sent_back.skipped
     else:
         told += no_effect(config, int(state["step"]), mesh.world.size)
+    if checkpoint is None:
+        told += left_behind(config)
     samples = (
         SamplesInTraining(config, tokenizer)
         if config.observe.samples.prompts and tokenizer

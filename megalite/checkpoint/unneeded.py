@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.comm.mesh import ALONE, Axis
-from megalite.config import ModelConfig
-from megalite.models import weight_table
+from megalite.config import Config, ModelConfig
+from megalite.models import peft, weight_table
 from megalite.models.heads import names_of, own_table
+from megalite.models.hf import stored_names
 from megalite.models.projections import PREFIX
 
 BLOCK_BYTES = 2**24
@@ -63,6 +64,28 @@ def unneeded(
             )
         found.add(copy)
     return found | source.files.keys() & set(model.SPARE) - names_of(weight_table(model))
+
+
+def left_behind(config: Config) -> list[str]:
+    """Return a line about what the published model that an encoder's run starts from has for other
+    tasks, and the run's checkpoints will not have; nothing where they have all of it."""
+    model, folder = config.model, config.model.hf
+    if folder is None or config.lora or model.task != "masked":
+        return []
+    source = peft.base_of(folder) if peft.is_adapter(folder) else folder
+    needed, stored = names_of(weight_table(model)), stored_names(source)
+    prefix = weight_table(model)[0].hf[0].partition(".")[0] + "."
+    # Files of the model without a head do without its prefix; a head's bias is stored twice.
+    lost = {
+        name.rpartition(".")[0]
+        for name in model.SPARE
+        if name not in needed
+        and {name, name.removeprefix(prefix)} & stored
+        and not name.endswith(".decoder.bias")
+    }
+    if not lost:
+        return []
+    return [f"{folder}: {' and '.join(sorted(lost))} will not be in the run's checkpoints"]
 
 
 def ends_of(model: ModelConfig) -> tuple[str, str]:

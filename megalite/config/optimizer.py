@@ -229,6 +229,9 @@ class OptimizerConfig(Choice):
         cannot take it."""
         if weight.by_counts:
             return Treatment(BY_COUNTS, 1.0, 0.0)
+        if weight.held:
+            # A rate of 0, and no decay, leave every bit as it is.
+            return Treatment(self.member_of(weight), 0.0, 0.0)
         group = next((group for group in self.groups if group.takes(weight.hf)), None)
         name = (group and group.optimizer) or self.member_of(weight)
         if group and not self.takes(name, weight):

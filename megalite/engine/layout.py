@@ -59,6 +59,11 @@ class Bucket:
     alignment: int
     """Weights, and shards, begin at multiples of so many elements."""
 
+    @property
+    def is_held(self) -> bool:
+        """Return whether there are weights in it that nothing uses."""
+        return any(slot.weight.held for slot in self.slots)
+
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible
         for."""
@@ -115,8 +120,9 @@ def make_buckets(
             start = 0
         slots.append(Slot(weight, start, start + numel))
     closed += [_close(slots, kind, plan) for kind, slots in open_slots.items()]
-    # sorted is stable: apart from tied ones, buckets stay in the order in which they fill up.
-    return tuple(sorted(closed, key=lambda bucket: bucket.tied))
+    # sorted is stable: other buckets stay in the order in which they fill up. No gradient arrives of
+    # weights that are held, and what is complete would wait for them.
+    return tuple(sorted(closed, key=lambda bucket: (bucket.tied, bucket.is_held)))
 
 
 class _Kind(NamedTuple):

@@ -72,8 +72,11 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     elif values.get("hf") and "family" not in values:
         # A run's own config.yaml has every field written out.
         # Only the architecture: weights are read later, by checkpoint/load.py.
-        base = from_hf_config(read_hf_config(Path(values["hf"])))
-        base = family(base["family"]).CONFIG.with_files(base, stored_names(Path(values["hf"])))
+        folder = Path(values["hf"])
+        base = from_hf_config(read_hf_config(folder))
+        if peft.is_adapter(folder):  # beside the adapter's tensors there are none of the model
+            folder = peft.base_of(folder)
+        base = family(base["family"]).CONFIG.with_files(base, stored_names(folder))
     if base and values.get("family") not in (None, base["family"]):
         raise ConfigError(
             f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}"

@@ -3,7 +3,8 @@ dropout, and a head that tells what stands behind a [MASK]. RoBERTa shares its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from megalite.models.layers import (
 from megalite.models.llama import residual_std
 from megalite.models.ungated import TANH, is_tanh
 from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
+from megalite.utils.changes import spelled
 
 
 class HeadNames(NamedTuple):
@@ -52,10 +54,11 @@ class BertConfig(GPT2Like):
     tie_embeddings: Literal[True] = True
     tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
     task: Literal["masked", "classification", "labels", "answers"] = "masked"
-    sentence_head: bool = Field(
+    sentence_head: bool | Literal["kept"] = Field(
         False,
         description="Have a pooler and a head beside the one for masked tokens, which tell whether two texts follow "
-        "each other (objective.sentences).",
+        "each other (objective.sentences). kept: those of model.hf go along untrained, which is how a folder with both "
+        "is opened.",
     )
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"
@@ -85,13 +88,31 @@ class BertConfig(GPT2Like):
     OFFSET: ClassVar[int] = 0
     """Rows of the embedding of positions before that of the first position."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_heads_beside_classes(cls, values: Any) -> Any:
+        # What a folder has beside the masked head is left behind with it.
+        is_kept = isinstance(values, dict) and values.get("sentence_head") == "kept"
+        has_classes = is_kept and values.get("task", cls.PREDICTS) != cls.PREDICTS
+        return values | {"sentence_head": False} if has_classes else values
+
     @model_validator(mode="after")
     def _head_of_pretraining(self) -> BertConfig:
         if self.sentence_head and not self.HEAD.sentences:
-            raise ValueError(f"sentence_head: true is not known for the {self.family} family")
+            raise ValueError(
+                f"sentence_head: {spelled(self.sentence_head)} is not known for the {self.family} family"
+            )
         if self.sentence_head and self.task != "masked":
             raise ValueError(f"sentence_head: true needs task: masked, not {self.task}")
         return self
+
+    @classmethod
+    def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+        """Return the fields with the heads that the files have: published models keep both of BERT's
+        pretraining, whatever architecture config.json names."""
+        modules = (cls.HEAD.pooler, cls.HEAD.sentences) if cls.HEAD.sentences else ()
+        has_all = modules and all(f"{module}.weight" in names for module in modules)
+        return fields | {"sentence_head": "kept"} if has_all else fields
 
     @property
     def has_token_types(self) -> bool:
@@ -228,7 +249,9 @@ def weights(config: BertConfig) -> Iterator[Weight]:
     if config.sentence_head:
         for name, hf, size in (("pooler", names.pooler, hidden), ("head", names.sentences, 2)):
             shape = (size, hidden)
-            yield from linear_rows(f"sentences.{name}", (hf,), shape, None, std, place="last")
+            for row in linear_rows(f"sentences.{name}", (hf,), shape, None, std, place="last"):
+                held = config.sentence_head == "kept"
+                yield replace(row, held=held, decay=row.decay and not held)
     if config.task == "masked":
         yield from norm_rows("norm", names.norm, hidden, "last")
         hf_head = None if config.tie_embeddings else f"{names.decoder}.weight"

@@ -104,6 +104,8 @@ class Weight:
     its experts had. fp32 in every precision."""
     frozen: bool = False
     """Not trained: no gradient, no optimizer state, and in no checkpoint."""
+    held: bool = False
+    """Used by nothing and not updated, but in checkpoints: what a model brings along for other tasks."""
     quantised: Kind | None = None
     """The few bits that a frozen matrix is held in; None: as all weights."""
     coded: bool = False
@@ -182,7 +184,7 @@ class Weight:
     @property
     def multiplied(self) -> float:
         """Return the number of its elements that a token is multiplied with."""
-        return self.numel * self.used
+        return 0.0 if self.held else self.numel * self.used
 
     def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
         """Return its dtype in a model of `dtype`."""

@@ -28,6 +28,7 @@ from megalite.models.layers import IGNORE
 from megalite.parallel.outputs import VocabShards
 from megalite.parallel.stage import Inputs, Output, Picked, pair_losses
 from megalite.training.objectives import NextToken, Objective
+from megalite.utils.changes import spelled
 from megalite.utils.keys import key_of
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -80,12 +81,14 @@ class MaskedLMConfig(ObjectiveConfig):
             )
 
     def _check_sentences(self, config: Config) -> None:
-        has_head, data = getattr(config.model, "sentence_head", False), config.data
-        if has_head != (self.sentences is not None):
+        head, data = getattr(config.model, "sentence_head", False), config.data
+        if (head is True) != (self.sentences is not None):
             raise ValueError(
                 f"objective.sentences: {self.sentences or 'null'} does not go with model.sentence_head: "
-                f"{str(has_head).lower()}: give sentences: nsp or sop and sentence_head: true, or neither"
+                f"{spelled(head)}: give sentences: nsp or sop and sentence_head: true, or neither"
             )
+        if head == "kept" and config.model.hf is None:
+            raise ValueError("model.sentence_head: kept needs model.hf, whose heads go along")
         if self.sentences is None:
             return
         if config.lora is not None:
