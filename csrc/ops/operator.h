@@ -57,9 +57,13 @@ inline void check_shape(const at::Tensor& x, at::IntArrayRef shape, const char* 
 }
 
 // That `x` lies on the device of `like` and has its dtype.
-inline void check_like(const at::Tensor& x, const at::Tensor& like, const char* op, const char* name) {
+inline void check_device(const at::Tensor& x, const at::Tensor& like, const char* op, const char* name) {
   TORCH_CHECK_VALUE(
       x.device() == like.device(), op, ": ", name, " is on ", x.device(), ", but must be on ", like.device());
+}
+
+inline void check_like(const at::Tensor& x, const at::Tensor& like, const char* op, const char* name) {
+  check_device(x, like, op, name);
   TORCH_CHECK_TYPE(
       x.scalar_type() == like.scalar_type(), op, ": ", name, " is ", x.scalar_type(), ", but must be ",
       like.scalar_type());

@@ -7,6 +7,7 @@
 namespace {
 
 using at::Tensor;
+using megalite::check_device;
 using megalite::check_like;
 using megalite::check_shape;
 using megalite::type_of;
@@ -31,9 +32,7 @@ void check_weights(const std::optional<Tensor>& weights, const Tensor& master, c
   check_contiguous(*weights, op, "weights");
   TORCH_CHECK_TYPE(
       weights->scalar_type() == at::kBFloat16, op, ": weights is ", weights->scalar_type(), ", but must be bfloat16");
-  TORCH_CHECK_VALUE(
-      weights->device() == master.device(), op, ": weights is on ", weights->device(), ", but must be on ",
-      master.device());
+  check_device(*weights, master, op, "weights");
 }
 
 void check_divisor(const Tensor& divisor, const Tensor& like, const char* op) {
@@ -41,7 +40,16 @@ void check_divisor(const Tensor& divisor, const Tensor& like, const char* op) {
   check_like(divisor, like, op, "divisor");
 }
 
-Tensor momentum_(const Tensor& buffer, const Tensor& grad_in, const Tensor& divisor, double momentum, bool nesterov) {
+// Whether what travels to the owners of matrices and back is in bf16; otherwise it is in fp32.
+bool is_rounded(at::ScalarType type, const char* op, const char* name) {
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16, op, ": ", name, " is ", type, ", but must be float32 or bfloat16");
+  return type == at::kBFloat16;
+}
+
+Tensor momentum_(
+    const Tensor& buffer, const Tensor& grad_in, const Tensor& divisor, double momentum, bool nesterov,
+    at::ScalarType out_type) {
   const char* op = "momentum_";
   check_fp32(buffer, op, "buffer");
   check_contiguous(buffer, op, "buffer");
@@ -49,10 +57,11 @@ Tensor momentum_(const Tensor& buffer, const Tensor& grad_in, const Tensor& divi
   check_shape(grad, buffer.sizes(), op, "grad");
   check_like(grad, buffer, op, "grad");
   check_divisor(divisor, buffer, op);
-  const Tensor out = at::empty_like(buffer);
+  const bool rounds = is_rounded(out_type, op, "out");
+  const Tensor out = at::empty_like(buffer, buffer.options().dtype(out_type));
   const megalite::Momentum a{
-      buffer.data_ptr<float>(), grad.data_ptr<float>(), divisor.data_ptr<float>(), out.data_ptr<float>(),
-      buffer.numel(), static_cast<float>(momentum), nesterov};
+      buffer.data_ptr<float>(), grad.data_ptr<float>(),         divisor.data_ptr<float>(), out.data_ptr(),
+      buffer.numel(),           static_cast<float>(momentum), nesterov,                  rounds};
   if (a.size > 0)
     MEGALITE_LAUNCH(
         buffer, parts_of(buffer), 1, megalite::cpu::momentum(a, begin, end), megalite::cuda::momentum(a, stream));
@@ -68,11 +77,12 @@ void decayed_step_(
   check_weights(weights, master, op);
   const Tensor step = step_in.contiguous();
   check_shape(step, master.sizes(), op, "step");
-  check_like(step, master, op, "step");
+  check_device(step, master, op, "step");
   check_divisor(divisor, master, op);
   const megalite::DecayedStep a{
-      master.data_ptr<float>(), weights ? weights->data_ptr() : nullptr, step.data_ptr<float>(),
-      divisor.data_ptr<float>(), master.numel(), static_cast<float>(lr * weight_decay), static_cast<float>(lr)};
+      master.data_ptr<float>(), weights ? weights->data_ptr() : nullptr, step.data_ptr(), divisor.data_ptr<float>(),
+      master.numel(), static_cast<float>(lr * weight_decay), static_cast<float>(lr),
+      is_rounded(step.scalar_type(), op, "step")};
   if (a.size > 0)
     MEGALITE_LAUNCH(
         master, parts_of(master), 1, megalite::cpu::decayed_step(a, begin, end),
@@ -142,7 +152,8 @@ TORCH_LIBRARY_FRAGMENT(megalite, m) {
   m.def(
       "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights, Tensor grad, "
       "Tensor factors, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
-  m.def("momentum_(Tensor(a!) buffer, Tensor grad, Tensor divisor, float momentum, bool nesterov) -> Tensor");
+  m.def("momentum_(Tensor(a!) buffer, Tensor grad, Tensor divisor, float momentum, bool nesterov, "
+      "ScalarType out_type) -> Tensor");
   m.def(
       "decayed_step_(Tensor(a!) master, Tensor(b!)? weights, Tensor step, Tensor divisor, float lr, "
       "float weight_decay) -> ()");

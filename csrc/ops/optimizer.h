@@ -25,20 +25,21 @@ struct Momentum {
   float* buffer;
   const float* grad;
   const float* divisor;  // of the gradient
-  float* out;
+  void* out;             // fp32, or bf16 where `rounds`
   int64_t size;
   float momentum;
-  bool nesterov;
+  bool nesterov, rounds;
 };
 
 struct DecayedStep {
   float* master;
   void* weights;  // bf16; may be null
-  const float* step;
+  const void* step;  // fp32, or bf16 where `rounded`
   const float* divisor;
   int64_t size;
   float decay;  // lr * weight_decay
   float lr;
+  bool rounded;
 };
 
 struct SumOfSquares {

@@ -153,7 +153,7 @@ class Matrices:
         returned, `lr` the schedule's rate."""
         shards = [bucket.shard(lr) for bucket in self.buckets]
         with record_function(STEP):
-            seen = [self.optimizer.advance_(shard, common) for shard in shards]
+            seen = [self.optimizer.advance_(shard, common, self._message_dtype) for shard in shards]
 
         def piece(held: Held) -> Tensor:
             # `held` counts from the bucket's start, `seen` holds only the stepped part of it.
@@ -206,9 +206,7 @@ class Matrices:
             # used.
             to_send.clear()
             for held in out[axis.rank]:
-                # Alone, a matrix is solved where it is; beside others, it is put together with
-                # pieces that were rounded on their way.
-                yield held, piece(held) if axis.size == 1 else piece(held).to(dtype)
+                yield held, piece(held)
             for rank, some in enumerate(into):
                 if rank != axis.rank:
                     values = received[rank].split([held.stop - held.start for held in some])

@@ -70,8 +70,10 @@ def orthogonalize(
 
 def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
     """Iterate on `x` [rows, columns], or [N, rows, columns]."""
-    is_tall = x.shape[-2] > x.shape[-1]
-    if is_tall:  # XXᵀ is the smaller product of a wide matrix
+    by_kernel, is_tall = has_kernel(x), x.shape[-2] > x.shape[-1]
+    # A wide matrix for megalite's kernel, a tall one for torch, whose products are quicker then.
+    is_turned = by_kernel == is_tall and x.shape[-2] != x.shape[-1]
+    if is_turned:
         x = x.mT.contiguous()
     # Frobenius norms, which no singular value exceeds, in fp32.
     norms = torch.linalg.vector_norm(
@@ -80,36 +82,31 @@ def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
     # Divided by a bound of the largest singular value, so that all of them are in (0, 1], where the
     # iteration converges.
     x = x / norms.clamp(min=EPS).to(x.dtype)
+    step = _wide_step if by_kernel else _tall_step
     # The wanted scale goes into the last step's polynomial, which is linear in it: a pass saved.
     *steps, (a, b, c) = COEFFICIENTS[name]
-    # a·X + (b·G + c·G²)·X with G = XXᵀ: three products a step.
     for each in (*steps, (a * scale, b * scale, c * scale)):
-        gram = symmetric_product(x)
-        polynomial = symmetric_product(gram, gram, alpha=each[2], beta=each[1])
-        x = polynomial_product(polynomial, x, beta=each[0])
-    return x.mT if is_tall else x
+        x = step(x, each)
+    return x.mT if is_turned else x
 
 
-def symmetric_product(
-    x: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
-) -> Tensor:
-    """Return x xᵀ, or with `add`, which is symmetric, too, alpha · x xᵀ + beta · `add`. `x` is
-    [rows, columns] or [N, rows, columns].
+def _wide_step(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Return a·X + (b·G + c·G²)·X with G = XXᵀ. The kernel computes one half of what is symmetric
+    and copies it to the other."""
+    a, b, c = coefficients
+    ops = torch.ops.megalite
+    gram = ops.symmetric_product(x, None, 1.0, 0.0)
+    polynomial = ops.symmetric_product(gram, gram, c, b)
+    return ops.polynomial_product(polynomial, x, a)
 
-    megalite's kernel computes one half of it and copies it to the other."""
-    if has_kernel(x):
-        return torch.ops.megalite.symmetric_product(x, add, alpha, beta)
-    if add is None:
-        return x @ x.mT
+
+def _tall_step(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Return a·X + X·(b·G + c·G²) with G = XᵀX, of one matrix or of a batch of them."""
+    a, b, c = coefficients
     add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-    return add_product(add, x, x.mT, beta=beta, alpha=alpha)
-
-
-def polynomial_product(matrix: Tensor, x: Tensor, beta: float) -> Tensor:
-    """Return `matrix` · x + beta · x: [rows, rows] and [rows, columns], or N of both."""
-    if has_kernel(x):
-        return torch.ops.megalite.polynomial_product(matrix, x, beta)
-    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(x, matrix, x, beta=beta)
+    gram = x.mT @ x
+    polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+    return add_product(x, x, polynomial, beta=a)
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -122,6 +119,6 @@ def has_kernel(x: Tensor) -> bool:
 
 def iteration_products(rows: int, columns: int) -> tuple[tuple[int, int, int], ...]:
     """Return the matrix products [m, k] × [k, n] of one step for a matrix, as (m, n, k)."""
-    # [few, many] is how `_iterate` lays the matrix: G = XXᵀ, G·G, and the polynomial times X.
+    # Of [few, many], or turned, of [many, few]: G = XXᵀ, G·G, and the polynomial times X.
     few, many = sorted((rows, columns))
     return (few, few, many), (few, few, few), (few, many, few)

@@ -57,21 +57,28 @@ def adamw_(
 
 
 def momentum_(
-    buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, nesterov: bool
+    buffer: Tensor,
+    grad: Tensor,
+    divisor: Tensor,
+    momentum: float,
+    nesterov: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Average `grad`, divided by `divisor` (fp32 []), into `buffer` with decay `momentum`, in
     place.
 
-    Returns what an update takes: the buffer, or with `nesterov` its average with the gradient. A
-    divisor that is not above 0 leaves the buffer as it is, and gives zeros."""
+    Returns what an update takes, in `out_dtype`, fp32 or bf16: the buffer, or with `nesterov` its
+    average with the gradient. A divisor that is not above 0 leaves the buffer as it is, and gives
+    zeros."""
     if pick("optimizer", buffer) == "megalite":
-        return torch.ops.megalite.momentum_(buffer, grad, divisor, momentum, nesterov)
+        return torch.ops.megalite.momentum_(buffer, grad, divisor, momentum, nesterov, out_dtype)
     grad = grad / divisor
     average = buffer.lerp(grad, 1 - momentum)
     refused = divisor <= 0
     buffer.copy_(torch.where(refused, buffer, average))
     # Zeros, so that what travels to the owners of matrices is finite even in a refused step.
-    return torch.where(refused, 0.0, grad.lerp(average, momentum) if nesterov else average)
+    out = grad.lerp(average, momentum) if nesterov else average
+    return torch.where(refused, 0.0, out).to(out_dtype)
 
 
 def decayed_step_(
@@ -83,7 +90,7 @@ def decayed_step_(
     weight_decay: float,
 ) -> None:
     """Subtract lr · (`step` + `weight_decay` · `master`) from `master`, in place, and give bf16
-    `weights` the result.
+    `weights` the result. `step` is fp32 or bf16.
 
     A `divisor` (fp32 []) that is not above 0 leaves everything as it is."""
     if pick("optimizer", master) == "megalite":
@@ -147,8 +154,15 @@ def _register() -> None:
         return None
 
     @torch.library.register_fake("megalite::momentum_")
-    def _(buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, nesterov: bool) -> Tensor:
-        return torch.empty_like(buffer)
+    def _(
+        buffer: Tensor,
+        grad: Tensor,
+        divisor: Tensor,
+        momentum: float,
+        nesterov: bool,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        return torch.empty_like(buffer, dtype=out_dtype)
 
     @torch.library.register_fake("megalite::decayed_step_")
     def _(

@@ -292,15 +292,15 @@ def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes], element: int) -> in
     owned = -(-dense // plan.replicas) - (-of_experts // plan.replicas_of(plan.experts))
     updated, ranks = owned if plan.zero_stage else dense + of_experts, plan.replicas * plan.tensor
     if ranks == 1:
-        return updated * FP32
+        return updated * element
     # Of a weight that is cut, the parts are put together, and cut out again one by one.
     is_cut = max(plan.tensor, plan.experts.holders) > 1
     if is_cut:
         whole = owned + sizes[0].largest_solved
     else:
-        # What is this rank's own is solved in place, or is a rounded copy.
-        whole = owned * (ranks - 1) // ranks if element == FP32 else owned
-    return updated * FP32 + (whole + 2 * updated * (ranks - 1) // ranks) * element
+        # What is this rank's own is solved in place.
+        whole = owned * (ranks - 1) // ranks
+    return (updated + whole + 2 * updated * (ranks - 1) // ranks) * element
 
 
 def _tokens(plan: Plan, shapes: Shapes) -> int:

@@ -249,7 +249,7 @@ def run_momentum(
     for step, grad in enumerate(gradients(size, 5), start=1):
         divisor = torch.tensor(0.0 if step == 3 else 1.0 + step / 3, dtype=dtype, device=where)
         grad = make(torch.full_like(grad, torch.nan) if step == 3 else grad).to(dtype)
-        found = momentum_(buffer, grad, divisor, 0.9, nesterov)
+        found = momentum_(buffer, grad, divisor, 0.9, nesterov, dtype)
         assert step != 3 or not found.any(), "a refused step takes nothing"
         decayed_step_(master, weights, make(found), divisor, 1e-2, 0.1)
     return [master, buffer] if weights is None else [master, buffer, weights]
@@ -271,6 +271,25 @@ def test_momentum_against_float64(
         assert error(a, b) <= BOUND[torch.float32]
     if copies:
         assert torch.equal(found[2], found[0].bfloat16())
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_in_bf16_is_the_rounded_one(size: int, offset: int, device: torch.device) -> None:  # noqa: F811
+    def make(value: Tensor) -> Tensor:
+        return torch.cat((torch.zeros(offset, dtype=value.dtype), value)).to(device)[offset:]
+
+    grad, divisor = make(gradients(size, 1)[0]), torch.full((), 1.5, device=device)
+    found, masters = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        buffer, master = make(torch.linspace(2, -2, size)), make(torch.linspace(-1, 1, size))
+        out = momentum_(buffer, grad, divisor, 0.9, True, dtype)
+        assert out.dtype == dtype
+        decayed_step_(master, None, make(out.bfloat16().to(dtype)), divisor, 1e-2, 0.1)
+        found.append(out.bfloat16())
+        masters.append(master)
+    assert torch.equal(*found)
+    assert torch.equal(*masters)
 
 
 def test_weights_may_lie_off_the_alignment_of_their_master(device: torch.device) -> None:  # noqa: F811

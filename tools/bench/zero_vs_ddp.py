@@ -25,8 +25,10 @@ from megalite.checkpoint.load import from_seed
 from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import OptimizerConfig
 from megalite.config_file import parse_config
+from megalite.engine import Engine
 from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.models import family, model_config, weight_table
+from megalite.models.layers import Decoder
 from megalite.plan import make_plan
 from megalite.training.parts import build
 
@@ -65,13 +67,9 @@ def ddp_step(preset: str) -> Step:
     return step
 
 
-def native_step(
-    preset: str,
-    zero_stage: int,
-    ranks: int,
-    optimizer: OptimizerConfig = OPTIMIZER,
-    precision: str = "fp32",
-) -> Step:
+def native_parts(
+    preset: str, zero_stage: int, ranks: int, optimizer: OptimizerConfig, precision: str
+) -> tuple[Decoder, Engine]:
     config = parse_config(
         {
             "run": {"name": "bench"}, "model": {"preset": preset}, "data": {"train": [{"path": "-"}], "seq_length": 1},
@@ -81,8 +79,18 @@ def native_step(
     )  # fmt: skip
     plan = make_plan(config, weight_table(config.model), ranks)
     parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
-    model, engine = parts.stages[0].model, parts.engine
-    engine.load(from_seed(0, Mesh.alone()))
+    parts.engine.load(from_seed(0, Mesh.alone()))
+    return parts.stages[0].model, parts.engine
+
+
+def native_step(
+    preset: str,
+    zero_stage: int,
+    ranks: int,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    precision: str = "fp32",
+) -> Step:
+    model, engine = native_parts(preset, zero_stage, ranks, optimizer, precision)
 
     def step(tokens: Tensor) -> float:
         loss = model.loss(model(tokens[:, :-1]), tokens[:, 1:]).mean()

@@ -43,37 +43,36 @@ void adamw(const AdamW& a, int64_t begin, int64_t end) {
     (a.weights ? update<true> : update<false>)(a, bound(part, a.size), bound(part + 1, a.size));
 }
 
-void momentum(const Momentum& a, int64_t begin, int64_t end) {
+namespace {
+
+template <typename T>
+void average(const Momentum& a, int64_t begin, int64_t end) {
   const float divisor = a.divisor[0], rest = 1.0f - a.momentum, share = a.nesterov ? a.momentum : 1.0f;
-  for (int64_t part = begin; part < end; ++part) {
-    const int64_t first = bound(part, a.size), stop = bound(part + 1, a.size);
-    if (divisor <= 0.0f) {
-      for (int64_t i = first; i < stop; ++i) a.out[i] = 0.0f;
-      continue;
-    }
-    float *const buffer = a.buffer, *const out = a.out;
-    const float* const grad = a.grad;
+  float* const buffer = a.buffer;
+  T* const out = static_cast<T*>(a.out);
+  const float* const grad = a.grad;
+  if (divisor <= 0.0f) {
+    for (int64_t i = begin; i < end; ++i) out[i] = from_float<T>(0.0f);
+    return;
+  }
 #pragma omp simd
-    for (int64_t i = first; i < stop; ++i) {
-      const float g = grad[i] / divisor;
-      const float m = buffer[i] + rest * (g - buffer[i]);
-      buffer[i] = m;
-      out[i] = g + share * (m - g);
-    }
+  for (int64_t i = begin; i < end; ++i) {
+    const float g = grad[i] / divisor;
+    const float m = buffer[i] + rest * (g - buffer[i]);
+    buffer[i] = m;
+    out[i] = from_float<T>(g + share * (m - g));
   }
 }
 
-namespace {
-
-template <bool COPIES>
+template <bool COPIES, typename T>
 void take_step(const DecayedStep& a, int64_t begin, int64_t end) {
   float* const master = a.master;
   bf16* const weights = static_cast<bf16*>(a.weights);
-  const float* const step = a.step;
+  const T* const step = static_cast<const T*>(a.step);
   const float decay = a.decay, lr = a.lr;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
-    const float value = master[i] - decay * master[i] - lr * step[i];
+    const float value = master[i] - decay * master[i] - lr * to_float(step[i]);
     master[i] = value;
     if (COPIES) weights[i] = from_float<bf16>(value);
   }
@@ -81,10 +80,17 @@ void take_step(const DecayedStep& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
+void momentum(const Momentum& a, int64_t begin, int64_t end) {
+  for (int64_t part = begin; part < end; ++part)
+    (a.rounds ? average<bf16> : average<float>)(a, bound(part, a.size), bound(part + 1, a.size));
+}
+
 void decayed_step(const DecayedStep& a, int64_t begin, int64_t end) {
   if (a.divisor[0] <= 0.0f) return;
+  const auto rounded = a.weights ? take_step<true, bf16> : take_step<false, bf16>;
+  const auto exact = a.weights ? take_step<true, float> : take_step<false, float>;
   for (int64_t part = begin; part < end; ++part)
-    (a.weights ? take_step<true> : take_step<false>)(a, bound(part, a.size), bound(part + 1, a.size));
+    (a.rounded ? rounded : exact)(a, bound(part, a.size), bound(part + 1, a.size));
 }
 
 // In fp32 over short runs, then in double: in fp32 alone, the sum of millions of squares is off by up to 5e-4.

@@ -32,16 +32,16 @@ __global__ void update(AdamW a) {
   if (a.weights) store(static_cast<bf16*>(a.weights) + i, weights);
 }
 
-// Reads 8 bytes an element and writes 8.
-template <int N>
+// Reads 8 bytes an element and writes 8, or 6 where T is bf16.
+template <int N, class T>
 __global__ void average(Momentum a) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
   if (i >= a.size) return;
   const float divisor = a.divisor[0], rest = 1.0f - a.momentum, share = a.nesterov ? a.momentum : 1.0f;
-  Pack<float, N> out;
+  Pack<T, N> out;
   if (divisor <= 0.0f) {
-    for (int j = 0; j < N; ++j) out.at[j] = 0.0f;
-    store(a.out + i, out);
+    for (int j = 0; j < N; ++j) out.at[j] = from_float<T>(0.0f);
+    store(static_cast<T*>(a.out) + i, out);
     return;
   }
   const Pack<float, N> grad = load<N>(a.grad + i);
@@ -49,22 +49,22 @@ __global__ void average(Momentum a) {
   for (int j = 0; j < N; ++j) {
     const float g = grad.at[j] / divisor;
     m.at[j] += rest * (g - m.at[j]);
-    out.at[j] = g + share * (m.at[j] - g);
+    out.at[j] = from_float<T>(g + share * (m.at[j] - g));
   }
   store(a.buffer + i, m);
-  store(a.out + i, out);
+  store(static_cast<T*>(a.out) + i, out);
 }
 
-// Reads 8 bytes an element and writes 4, or 6 with weights.
-template <int N>
+// Reads 8 bytes an element, or 6 where T is bf16, and writes 4, or 6 with weights.
+template <int N, class T>
 __global__ void take_step(DecayedStep a) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
   if (i >= a.size || a.divisor[0] <= 0.0f) return;
-  const Pack<float, N> step = load<N>(a.step + i);
+  const Pack<T, N> step = load<N>(static_cast<const T*>(a.step) + i);
   Pack<float, N> master = load<N>(a.master + i);
   Pack<bf16, N> weights;
   for (int j = 0; j < N; ++j) {
-    master.at[j] = master.at[j] - a.decay * master.at[j] - a.lr * step.at[j];
+    master.at[j] = master.at[j] - a.decay * master.at[j] - a.lr * to_float(step.at[j]);
     weights.at[j] = from_float<bf16>(master.at[j]);
   }
   store(a.master + i, master);
@@ -112,43 +112,53 @@ void launch_update(const AdamW& a, cudaStream_t stream) {
   check_launch("adamw_");
 }
 
-template <int N>
+template <int N, class T>
 void launch_average(const Momentum& a, cudaStream_t stream) {
   constexpr int64_t items = THREADS * N;
-  average<N><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
+  average<N, T><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
   check_launch("momentum_");
 }
 
-template <int N>
+template <int N, class T>
 void launch_step(const DecayedStep& a, cudaStream_t stream) {
   constexpr int64_t items = THREADS * N;
-  take_step<N><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
+  take_step<N, T><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
   check_launch("decayed_step_");
 }
 
-// Whether the bf16 weights may be stored in packs, as the fp32 tensors beside them.
-template <int N>
-bool aligned_weights(const void* weights) {
-  return reinterpret_cast<uintptr_t>(weights) % (N * sizeof(bf16)) == 0;
+// Whether numbers of another type may be read and stored in packs, as the fp32 tensors beside them.
+template <class T>
+bool aligned_beside(const void* numbers) {
+  return reinterpret_cast<uintptr_t>(numbers) % (PACK<float> * sizeof(T)) == 0;
+}
+
+template <class T>
+void launch_momentum(const Momentum& a, cudaStream_t stream) {
+  const bool whole = aligned<float>(a.size, a.buffer, a.grad) && aligned_beside<T>(a.out);
+  (whole ? launch_average<PACK<float>, T> : launch_average<1, T>)(a, stream);
+}
+
+template <class T>
+void launch_decayed_step(const DecayedStep& a, cudaStream_t stream) {
+  const bool whole =
+      aligned<float>(a.size, a.master) && aligned_beside<T>(a.step) && aligned_beside<bf16>(a.weights);
+  (whole ? launch_step<PACK<float>, T> : launch_step<1, T>)(a, stream);
 }
 
 }  // namespace
 
 void momentum(const Momentum& a, void* stream) {
-  const bool whole = aligned<float>(a.size, a.buffer, a.grad, a.out);
-  (whole ? launch_average<PACK<float>> : launch_average<1>)(a, static_cast<cudaStream_t>(stream));
+  (a.rounds ? launch_momentum<bf16> : launch_momentum<float>)(a, static_cast<cudaStream_t>(stream));
 }
 
 void decayed_step(const DecayedStep& a, void* stream) {
-  constexpr int N = PACK<float>;
-  const bool whole = aligned<float>(a.size, a.master, a.step) && aligned_weights<N>(a.weights);
-  (whole ? launch_step<N> : launch_step<1>)(a, static_cast<cudaStream_t>(stream));
+  (a.rounded ? launch_decayed_step<bf16> : launch_decayed_step<float>)(a, static_cast<cudaStream_t>(stream));
 }
 
 void adamw(const AdamW& a, void* stream) {
   constexpr int N = PACK<float>;
   const bool whole =
-      aligned<float>(a.size, a.master, a.exp_avg, a.exp_avg_sq, a.grad) && aligned_weights<N>(a.weights);
+      aligned<float>(a.size, a.master, a.exp_avg, a.exp_avg_sq, a.grad) && aligned_beside<bf16>(a.weights);
   (whole ? launch_update<N> : launch_update<1>)(a, static_cast<cudaStream_t>(stream));
 }
 

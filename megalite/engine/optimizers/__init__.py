@@ -97,9 +97,9 @@ class MatrixOptimizer:
         """Return what all shards of a step have in common; see `Optimizer`."""
         return torch.stack((divisor.double(), num_updates))
 
-    def advance_(self, shard: Shard, common: Tensor) -> Tensor:
-        """Advance the states of a shard, and return what its owners are to see of it: fp32, of the
-        shard's shape."""
+    def advance_(self, shard: Shard, common: Tensor, dtype: torch.dtype) -> Tensor:
+        """Advance the states of a shard, and return what its owners are to see of it: of the
+        shard's shape, in `dtype`, which is the `message_dtype`."""
         raise NotImplementedError
 
     def split(self, weight: Weight) -> tuple[int, ...]:
@@ -112,13 +112,13 @@ class MatrixOptimizer:
         raise NotImplementedError
 
     def message_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the precision in which matrices travel to their owners and back, of a model whose
+        """Return the precision in which matrices lie, and travel to their owners and back, of a model whose
         weights are in `dtype`: where `solve` rounds to that anyway, it spares half of the bytes."""
         return torch.float32
 
     def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
-        """Yield what is to be done to whole matrices of one shape, [rows, columns] each, in fp32 or
-        rounded to `message_dtype`; the same in any dtype.
+        """Yield what is to be done to whole matrices of one shape, [rows, columns] each, in
+        `message_dtype`; the results are rounded to it.
 
         `dtype` is the precision of the model's weights. The result for a matrix must not depend on
         the others, and it overwrites the matrix before the next is asked for."""

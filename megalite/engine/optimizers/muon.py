@@ -119,9 +119,9 @@ class Muon(MatrixOptimizer):
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
         return divisor.float()
 
-    def advance_(self, shard: Shard, common: Tensor) -> Tensor:
-        buffer = shard.states["momentum_buffer"]
-        return momentum_(buffer, shard.grad, common, self.config.momentum, self.config.nesterov)
+    def advance_(self, shard: Shard, common: Tensor, dtype: torch.dtype) -> Tensor:
+        buffer, config = shard.states["momentum_buffer"], self.config
+        return momentum_(buffer, shard.grad, common, config.momentum, config.nesterov, dtype)
 
     def split(self, weight: Weight) -> tuple[int, ...]:
         return self.config.split(weight)
