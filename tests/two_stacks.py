@@ -14,7 +14,7 @@ import torch.nn as nn
 from pydantic import Field
 from torch import Tensor
 
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.architecture import Architecture
 from megalite.models.layers import CoreAttention, SequenceInfo, make_embedding
 from megalite.models.llama import (

@@ -24,7 +24,8 @@ from megalite.infer.cells import (
     make_cells,
 )
 from megalite.infer.packed import pack_linears
-from megalite.kernels.attention import AttentionKind, eager_heads
+from megalite.kernels.attention import eager_heads
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.kernels.library import pick
 from megalite.models.latent import LatentAttention
 from megalite.models.layers import CoreAttention, Decoder, SequenceInfo

@@ -24,7 +24,8 @@ from megalite.infer.beams import Beams, BeamSearch, check_beams
 from megalite.infer.generate import find_model, load_model
 from megalite.infer.habits import Habits, read_habits
 from megalite.infer.sampling import Sampling, choose
-from megalite.kernels.attention import AttentionKind, attention
+from megalite.kernels.attention import attention
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models import model_config
 from megalite.models.layers import SequenceInfo, Source
 from megalite.models.t5 import T5, DecoderLayer, buckets

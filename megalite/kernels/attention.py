@@ -9,53 +9,21 @@ and V = K. Query head h reads key/value head h // (H // G).
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from megalite.kernels.attention_kinds import PLAIN, AttentionKind, attention_mask, check_cross
+from megalite.kernels.attention_on_gpus import (
+    flash_attention,
+    sdpa_backends,
+    takes_varlen,
+    varlen_attention,
+)
 from megalite.kernels.library import added, own, pick, torch_takes_full_rows
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """Describe a model's attention: sliding window, soft-capping and scale of the scores, and
-    whether it is causal."""
-
-    window: int | None = None
-    """Size of the sliding window in tokens, the attending token included: as many before it and,
-    where attention is not causal, as many behind it. None: no window."""
-    softcap: float | None = None
-    """Cap c of the scores: s becomes c · tanh(s / c) (Gemma 2). None: no cap."""
-    scale: float | None = None
-    """Factor of the scores. None: 1/√K."""
-    causal: bool = True
-    """Tokens attend to none behind them. False: an encoder's attention, or attention to another
-    sequence."""
-    sinks: bool = False
-    """Each head has one more logit, a sink, that takes a share of the probability and has no value
-    (gpt-oss); see `kernels.sinks`."""
-
-    def within(self, length: int) -> AttentionKind:
-        """Return this kind for sequences of `length` tokens, without a window that would cover them
-        whole."""
-        if self.window is None or self.window < length:
-            return self
-        return replace(self, window=None)
-
-    def scale_of(self, head_size: int) -> float:
-        """Return the factor of the scores, for queries and keys of `head_size`."""
-        return self.scale or head_size**-0.5
-
-
-PLAIN = AttentionKind()
 
 
 def self_attention(
@@ -131,7 +99,7 @@ def attention(
         and q_BTHK.shape[1] == k_BSGK.shape[1]
     )
     if ours and pick("attention", q_BTHK) == "flash_attn":
-        return _flash_attn(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
+        return flash_attention(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
     is_crossing = source_BS is not None and bias is None and k_BSGK.shape == v_BSGV.shape
     if is_crossing and _is_own(q_BTHK, kind, True):
         kv = torch.cat((k_BSGK, v_BSGV), 2)
@@ -188,92 +156,6 @@ def eager_heads(
     return (drop(probabilities) if drop else probabilities) @ v
 
 
-CUDNN_IS_QUICKER = (9, 10)
-"""Major compute capabilities, of Hopper and Blackwell, whose asynchronous products cuDNN's
-attention uses and FlashAttention 2 does not: on an H100 the latter reaches 35% of the peak, the
-former more than half (Shah et al. 2024)."""
-
-LARGEST_FLASH_HEAD = 256
-"""Largest head size that flash attention takes."""
-
-LOGITS_AT_ONCE = 2**24
-"""Attention logits that `largest_logits` has at a time, over all heads."""
-
-
-@torch.no_grad()
-def largest_logits(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    document_BT: Tensor | None = None,
-    kind: AttentionKind = PLAIN,
-    source_BS: Tensor | None = None,
-) -> Tensor:
-    """Return the largest logit of each head, fp32 [H]: of scaled products of queries with keys that
-    they attend to, before a soft cap or a bias. -inf where there are none. The arguments are those
-    of `attention`.
-
-    At no time does it hold more than `LOGITS_AT_ONCE` of them."""
-    kind = kind.within(q_BTHK.shape[1])
-    source_BS = document_BT if source_BS is None else source_BS
-    index_S = torch.arange(k_BSGK.shape[1], device=k_BSGK.device)
-
-    def attended(rows: slice) -> tuple[slice, Tensor | None]:
-        # No key before `first` or from `last` on is seen by any of these queries: they are not
-        # multiplied at all. The mask then decides among those that some query sees.
-        first = 0 if kind.window is None else max(0, rows.start - kind.window + 1)
-        last = rows.stop if kind.causal else len(index_S)
-        keys = slice(first, last)
-        # How many tokens the key lies back of the query, negative where it lies ahead.
-        back = (
-            index_S[rows, None] - index_S[None, keys]
-            if kind.causal or kind.window is not None
-            else None
-        )
-        mask = None if back is None or not kind.causal else back >= 0
-        if kind.window is not None and back is not None:
-            near = back.abs() < kind.window
-            mask = near if mask is None else mask & near
-        if document_BT is not None and source_BS is not None:
-            same = document_BT[:, None, rows, None] == source_BS[:, None, None, keys]
-            mask = same if mask is None else mask & same
-        return keys, mask
-
-    return largest_of(
-        q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), attended, kind.scale_of(q_BTHK.shape[-1])
-    )
-
-
-def largest_of(
-    q_BHTK: Tensor,
-    k_BGSK: Tensor,
-    attended: Callable[[slice], tuple[slice, Tensor | None]],
-    scale: float,
-) -> Tensor:
-    """Return the largest logit of each head, fp32 [H]. `attended` gives for a range of queries a
-    range of keys that holds all they attend to, and a bool mask that broadcasts to [B,H,T,S] of
-    these; None: they attend to all."""
-    (batch, heads, length, _), (groups, sources) = q_BHTK.shape, k_BGSK.shape[1:3]
-    largest = torch.full((heads,), -torch.inf, device=q_BHTK.device)
-    # Queries of one block: so many that their logits, B · H · rows · S, stay below the limit.
-    at_once = max(1, LOGITS_AT_ONCE // (batch * heads * sources))
-    for first in range(0, length, at_once):
-        rows = slice(first, min(first + at_once, length))
-        keys, mask = attended(rows)
-        # The queries that share a key head are one matrix: [B,G,H/G·T,K].
-        q = q_BHTK[:, :, rows].unflatten(1, (groups, -1)).flatten(2, 3)
-        # [B, G, H/G · T, S] → [B, H, T, S]: query heads of a group lie side by side, so this is a
-        # view.
-        logits = (q @ k_BGSK[:, :, keys].transpose(-1, -2)).view(
-            batch, heads, rows.stop - first, -1
-        )
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        # Scaled at last, and once a head: a factor above 0 changes nothing about which is the
-        # largest.
-        largest = torch.maximum(largest, logits.amax((0, 2, 3)).float() * scale)
-    return largest
-
-
 def split_heads(
     qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,35 +184,6 @@ def _check(
         )
     if source_BS is not None or length != sources:
         check_cross(document_BT, source_BS, kind)
-
-
-def check_cross(document_BT: Tensor | None, source_BS: Tensor | None, kind: AttentionKind) -> None:
-    """Raise ValueError where a kind, or the documents of queries and keys, are not for keys of
-    another sequence."""
-    # Positions of two sequences cannot be compared: no key is "before" a query.
-    if kind.causal or kind.window is not None:
-        raise ValueError(
-            f"attention to another sequence must be neither causal nor windowed, but is {kind}"
-        )
-    if (source_BS is None) != (document_BT is None):
-        raise ValueError(
-            "attention to another sequence: give the documents of queries and of keys, or of neither"
-        )
-
-
-def attention_mask(document_BT: Tensor, source_BS: Tensor, kind: AttentionKind) -> Tensor:
-    """Return a mask [B,1,T,S] bool, true where a query (third dimension) may attend to a key (last
-    one), from the numbers of their documents."""
-    mask = document_BT[:, None, :, None] == source_BS[:, None, None, :]
-    if kind.causal:
-        mask = mask.tril()
-    if kind.window is not None:
-        # A key may lie up to window - 1 behind the query: the diagonal -(window - 1) is the last
-        # kept.
-        mask = mask.triu(1 - kind.window)
-        if not kind.causal:
-            mask = mask.tril(kind.window - 1)
-    return mask
 
 
 def _mask(
@@ -385,8 +238,8 @@ def _torch(
     bias: Tensor | None,
 ) -> Tensor:
     is_part = document_BT is not None or kind.window is not None
-    if is_part and source_BS is None and bias is None and _takes_varlen(q_BTHK, v_BSGV):
-        return _varlen(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
+    if is_part and source_BS is None and bias is None and takes_varlen(q_BTHK, v_BSGV):
+        return varlen_attention(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
     num_heads = q.shape[1]
     # torch's kernels leave out by themselves what lies behind a query; a mask would only be read.
@@ -401,7 +254,7 @@ def _torch(
         # The CUDA kernel that takes a mask and fp32 has no grouped-query attention; with enable_gqa
         # torch would fall back to materialized scores.
         k, v = _repeat_kv(k, num_heads), _repeat_kv(v, num_heads)
-    with _backends(q.device) if flash and q.device.type == "cuda" else contextlib.nullcontext():
+    with sdpa_backends(q.device) if flash and q.device.type == "cuda" else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -412,160 +265,6 @@ def _torch(
             enable_gqa=num_heads != k.shape[1],
         )
     return _merged(out, empty)
-
-
-def prefers_cudnn(capability: tuple[int, int], deterministic: bool) -> bool:
-    """Return whether cuDNN's kernel comes before FlashAttention 2 for unmasked attention on a GPU:
-    the rule by which torch's are chosen. It has no `deterministic` backward pass; tensors that it
-    does not take go to the next."""
-    return capability[0] in CUDNN_IS_QUICKER and not deterministic
-
-
-def _backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which torch chooses by `prefers_cudnn`, whatever its version prefers."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    capability, deterministic = (
-        torch.cuda.get_device_capability(device),
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    first = [SDPBackend.CUDNN_ATTENTION] if prefers_cudnn(capability, deterministic) else []
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel([*first, *others], set_priority=True)
-
-
-def _takes_varlen(q_BTHK: Tensor, v_BSGV: Tensor) -> bool:
-    """Return whether torch's variable-length attention (its build of flash attention) computes such
-    queries and values. It takes windows and documents without a mask, and looks at nothing that a
-    query does not attend to."""
-    size = q_BTHK.shape[-1]
-    fits = (
-        q_BTHK.dtype in (torch.bfloat16, torch.float16)
-        and size == v_BSGV.shape[-1]
-        and size % 8 == 0
-    )
-    if q_BTHK.device.type != "cuda" or not fits or size > LARGEST_FLASH_HEAD or not _has_varlen():
-        return False
-    return torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
-
-
-@functools.cache
-def _has_varlen() -> bool:
-    """Return whether this torch has variable-length attention with windows and grouped queries."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(
-        varlen_attn
-    ).parameters.keys()
-
-
-def _varlen(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None, kind: AttentionKind
-) -> Tensor:
-    from torch.nn.attention import varlen
-
-    batch, length = q_BTHK.shape[:2]
-    if document_BT is None:
-        # Each row is one sequence: only its window asks for this kernel.
-        ends = torch.arange(
-            0, (batch + 1) * length, length, dtype=torch.int32, device=q_BTHK.device
-        )
-    else:
-        ends = _document_ends(document_BT)
-    # -1: as many as there are, in flash attention's convention.
-    before = -1 if kind.window is None else kind.window - 1
-    # The tokens of all rows in one sequence, [B · T, heads, K].
-    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
-    out: Any = varlen.varlen_attn(
-        q, k, v, ends, ends, length, length, scale=kind.scale, window_size=(before, 0 if kind.causal else before),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    return out.view(batch, length, -1)
-
-
-def _flash_attn(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGK: Tensor,
-    document_BT: Tensor | None,
-    kind: AttentionKind,
-) -> Tensor:
-    module = _flash_package(q_BTHK.device)
-    # What is not asked for keeps the default of flash_attn.
-    options: dict[str, Any] = {"causal": kind.causal}
-    if kind.scale is not None:
-        options["softmax_scale"] = kind.scale
-    if kind.window is not None:
-        # Tokens before and after.
-        options["window_size"] = (
-            kind.window - 1,
-            0 if kind.causal else kind.window - 1,
-        )
-    if kind.softcap is not None:
-        options["softcap"] = kind.softcap
-    if torch.are_deterministic_algorithms_enabled():
-        options["deterministic"] = True
-    if document_BT is None:
-        # Takes [B, T, heads, K] with grouped queries as they are.
-        return _first(module.flash_attn_func(q_BTHK, k_BTGK, v_BTGK, **options)).flatten(2)
-    batch, length = document_BT.shape
-    ends = _document_ends(document_BT)
-    # "varlen" wants the tokens of all rows in one sequence [B · T, heads, K], cut at `ends`.
-    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
-    # No document is longer than a row: `length` is a bound that needs no wait for the device.
-    out = _first(module.flash_attn_varlen_func(q, k, v, ends, ends, length, length, **options))
-    return out.view(batch, length, -1)
-
-
-def _flash_package(device: torch.device) -> Any:
-    """Return FlashAttention 3, a package of its own, on Hopper where it is installed; otherwise
-    FlashAttention 2."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if importlib.util.find_spec("flash_attn") is None or (
-        hopper and importlib.util.find_spec("flash_attn_interface")
-    ):
-        return importlib.import_module("flash_attn_interface")
-    return importlib.import_module("flash_attn")
-
-
-def _first(found: Any) -> Tensor:
-    """Return the output: some versions of FlashAttention 3 return the log-sum-exp with it."""
-    return found[0] if isinstance(found, tuple) else found
-
-
-# Weak keys: an entry goes with its micro-batch.
-_ends_of_documents = WeakIdKeyDictionary()
-
-
-def _document_ends(document_BT: Tensor) -> Tensor:
-    """Return the cumulative document lengths [documents + 1] int32, from 0, of the batch's rows
-    laid end to end (cu_seqlens). All layers of a micro-batch get the same tensor.
-
-    Where the host does not know the documents (`note_documents`), it waits for the device to learn
-    how many there are: kernels start as many sequences as this tensor is long, so padding it to B·T
-    would cost more than the wait."""
-    if document_BT not in _ends_of_documents:
-        _ends_of_documents[document_BT] = _find_ends(document_BT)
-    return _ends_of_documents[document_BT]
-
-
-def note_documents(document_BT: Tensor, on_host_BT: Tensor) -> None:
-    """Note where documents end, from the same numbers on the host, so that it need not ask the
-    device of `document_BT` for them."""
-    if document_BT.device.type == "cuda":
-        # From pageable memory the copy would wait for the device, even with non_blocking.
-        ends = _find_ends(on_host_BT).pin_memory()
-        _ends_of_documents[document_BT] = ends.to(document_BT.device, non_blocking=True)
-
-
-def _find_ends(document_BT: Tensor) -> Tensor:
-    # The first token of a row begins a document, whatever number the row before ended with.
-    begins = torch.ones_like(document_BT, dtype=torch.bool)
-    begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    return F.pad(starts, (0, 1), value=document_BT.numel()).int()
 
 
 def _gradient_of(x: Tensor | None, none: Tensor) -> Tensor:

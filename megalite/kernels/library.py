@@ -146,7 +146,7 @@ def explain(operation: str, device: str) -> tuple[str, str]:
 def _attention_on(capability: tuple[int, int]) -> str:
     """Say which of torch's kernels computes attention on a GPU of this compute capability, and
     why."""
-    from megalite.kernels.attention import CUDNN_IS_QUICKER, prefers_cudnn
+    from megalite.kernels.attention_on_gpus import CUDNN_IS_QUICKER, prefers_cudnn
 
     quick = " and ".join(f"{major}.x" for major in CUDNN_IS_QUICKER)
     if prefers_cudnn(capability, deterministic=False):

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megalite.kernels.attention import AttentionKind, attention_mask, split_heads
+from megalite.kernels.attention import split_heads
+from megalite.kernels.attention_kinds import AttentionKind, attention_mask
 from megalite.kernels.library import pick
 from megalite.kernels.partial_attention import attend, attend_backward
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 
 TILE = 256
 """Queries of short documents that are computed at once, under a mask. Each call costs about as much

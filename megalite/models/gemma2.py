@@ -12,7 +12,7 @@ import torch.nn as nn
 from pydantic import Field
 from torch import Tensor
 
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.architecture import Architecture
 from megalite.models.gemma import GELU, Gemma
 from megalite.models.hf import agreed

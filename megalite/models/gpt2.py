@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
 from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layers import (

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.kernels.activation import clamped_glu
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models import rope
 from megalite.models.experts import ROUTED, RoutedConfig, RoutedLayer, routed_from_hf, routed_to_hf
 from megalite.models.hf import check_quantisation

@@ -9,7 +9,7 @@ import torch.nn as nn
 from pydantic import Field
 from torch import Tensor
 
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models import llama
 from megalite.models.layers import SequenceInfo
 from megalite.models.llama import (

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.architecture import LatentSpec

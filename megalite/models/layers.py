@@ -13,16 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.kernels.attention import (
-    PLAIN,
-    AttentionKind,
-    attention,
-    check_cross,
-    eager_attention,
-    largest_logits,
-    self_attention,
-    split_heads,
-)
+from megalite.kernels.attention import attention, eager_attention, self_attention, split_heads
+from megalite.kernels.attention_kinds import PLAIN, AttentionKind, check_cross
+from megalite.kernels.largest_logits import largest_logits
 from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import LossTerms, cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm

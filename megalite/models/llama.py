@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.kernels.activation import geglu, swiglu
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.architecture import (

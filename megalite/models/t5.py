@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megalite.config import MOST_LAYERS, ModelConfig
 from megalite.kernels.activation import geglu
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.architecture import (
     Architecture,
     AttentionSpec,

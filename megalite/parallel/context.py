@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from megalite.comm.collectives import Result, start_shift
 from megalite.comm.mesh import Axis
-from megalite.kernels.attention import AttentionKind, largest_of
+from megalite.kernels.attention_kinds import AttentionKind
+from megalite.kernels.largest_logits import largest_of
 from megalite.kernels.partial_attention import attend, attend_backward
 from megalite.kernels.sinks import sinks_gradient, with_sinks
 from megalite.models.context_cut import Block, ContextCut, take
@@ -87,7 +88,7 @@ class RingAttention:
         source: SequenceInfo | None = None,
     ) -> Tensor:
         """Return the largest logit of each head over this rank's queries and the keys of all ranks,
-        fp32 [H]; see `kernels.attention.largest_logits`. The keys travel the ring for it once
+        fp32 [H]; see `kernels.largest_logits`. The keys travel the ring for it once
         more."""
         kind, q = kind.within(q_BTHK.shape[1] * self.axis.size), q_BTHK.transpose(1, 2)
         cut, rank = _cut_of(places, self.axis), self.axis.rank

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from megalite.comm.collectives import all_gather, reduce_scatter
 from megalite.comm.mesh import Axis
-from megalite.kernels.attention import AttentionKind, attention, eager_attention
+from megalite.kernels.attention import attention, eager_attention
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.context_cut import take
 from megalite.models.layers import SequenceInfo
 

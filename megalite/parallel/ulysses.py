@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from megalite.comm.collectives import start_all_to_all
 from megalite.comm.mesh import Axis
-from megalite.kernels.attention import AttentionKind, attention, largest_logits, self_attention
+from megalite.kernels.attention import attention, self_attention
+from megalite.kernels.attention_kinds import AttentionKind
+from megalite.kernels.largest_logits import largest_logits
 from megalite.kernels.sinks import attention_with_sinks, self_attention_with_sinks
 from megalite.models.layers import SequenceInfo
 
@@ -79,7 +81,7 @@ class UlyssesAttention:
         source: SequenceInfo | None = None,
     ) -> Tensor:
         """Return the largest logit of each of this rank's heads, fp32 [H], and -inf for those of
-        other ranks; see `kernels.attention.largest_logits`. Queries and keys travel for it once
+        other ranks; see `kernels.largest_logits`. Queries and keys travel for it once
         more."""
         found, heads, groups = self._whole(q_BTHK, k_BTGK)
         q, k = found.unflatten(2, (-1, k_BTGK.shape[-1])).split((heads, groups), 2)

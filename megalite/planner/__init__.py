@@ -6,7 +6,7 @@ layout is best.
     shapes.py       what one tensor rank holds and computes of each layer, by the weight table and the architecture
     kernels.py      time of single kernels
     cost.py         time of one layer, the embedding and the head, forward and backward
-    activations.py  bytes kept for the backward pass
+    activations.py  bytes kept for the backward pass; attention_activations.py, cross_activations.py: by attention
     schedule.py     order of passes of each pipeline rank, taken from torch
     simulate.py     a step, event by event
     memory.py       bytes of each pipeline rank at its peak

@@ -9,8 +9,8 @@ from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.kernels.divergence import ROWS
 from megalite.plan import Plan, make_plan
-from megalite.planner.activations import FP32, layer_bytes, rope_bytes
-from megalite.planner.shapes import ModelTable, shapes_of
+from megalite.planner.activations import layer_bytes, rope_bytes
+from megalite.planner.shapes import FP32, ModelTable, shapes_of
 
 WIDENED = 5
 """Tensors in fp32 of the rows of logits that an objective compares at a time."""

@@ -18,8 +18,6 @@ from megalite.engine.optimizers import MatrixOptimizer
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Cut, Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (
-    FP32,
-    INT64,
     PartBytes,
     bias_bytes,
     embedding_bytes,
@@ -29,7 +27,7 @@ from megalite.planner.activations import (
 )
 from megalite.planner.frozen import FrozenBytes
 from megalite.planner.schedule import Order
-from megalite.planner.shapes import LayerShapes, Shapes, each, runs
+from megalite.planner.shapes import FP32, INT64, LayerShapes, Shapes, each, runs
 from megalite.planner.sizes import StageSizes
 
 

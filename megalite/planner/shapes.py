@@ -30,6 +30,12 @@ from megalite.planner.sizes import LocalSizes
 
 T = TypeVar("T")
 
+FP32, INT64 = 4, 8
+"""Bytes of a number."""
+
+RANDOM_BYTES = 3 * INT64
+"""Bytes held per number while counter_random makes dropout masks."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -127,6 +133,11 @@ class Shapes:
     def pairs(self) -> int:
         """Number of pairs of a query on this rank with a key of its whole sequence, of one sample."""
         return self.tokens // self.micro_batch_size * self.seq_length
+
+    @property
+    def tokens_here(self) -> int:
+        """Tokens of the residual stream on this rank: a share under sequence parallelism."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
 
     @property
     def hidden_bytes(self) -> int:

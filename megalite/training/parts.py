@@ -18,7 +18,7 @@ from megalite.data.dataset import Split
 from megalite.data.loader import Batches, MicroBatch
 from megalite.engine import Engine, make_engine
 from megalite.kernels import library
-from megalite.kernels.attention import note_documents
+from megalite.kernels.attention_on_gpus import note_documents
 from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
 from megalite.models.context_cut import ContextCut, take

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import megalite.kernels.largest_logits as logits_module
 from megalite.checkpoint.folder import step_folder
 from megalite.engine.qk_clip import scale_rows_
 from megalite.errors import ConfigError
-from megalite.kernels import attention
-from megalite.kernels.attention import AttentionKind, attention_mask, largest_logits
+from megalite.kernels.attention_kinds import AttentionKind, attention_mask
+from megalite.kernels.largest_logits import largest_logits
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import train
@@ -46,7 +47,7 @@ def test_the_largest_logits_are_those_of_whole_matrices(
         ~attention_mask(documents, documents, KINDS[kind]), -torch.inf
     ).amax((0, 2, 3))
     for at_once in (2**24, 7 * 3 * 6 * 23, 1):  # all, pieces of 7 queries, one query at a time
-        monkeypatch.setattr(attention, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(logits_module, "LOGITS_AT_ONCE", at_once)
         found = largest_logits(q, k, documents if packed else None, KINDS[kind])
         # Sums of 8 products in fp32.
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)

@@ -25,7 +25,8 @@ from megalite.infer.cells import (
 )
 from megalite.infer.generate import Generator, load_model
 from megalite.infer.ranks import load_on_ranks
-from megalite.kernels.attention import AttentionKind, eager_heads
+from megalite.kernels.attention import eager_heads
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models import model_config
 from megalite.models.layers import CoreAttention
 from ranks import run_ranks

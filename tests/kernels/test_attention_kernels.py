@@ -14,14 +14,9 @@ from torch import Tensor
 import megalite.kernels.attention as attention_module
 from exactness import DTYPES, check_against_float64, device, devices, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
-from megalite.kernels import library
-from megalite.kernels.attention import (
-    PLAIN,
-    AttentionKind,
-    attention,
-    eager_attention,
-    self_attention,
-)
+from megalite.kernels import attention_on_gpus, library
+from megalite.kernels.attention import attention, eager_attention, self_attention
+from megalite.kernels.attention_kinds import PLAIN, AttentionKind
 
 # (B, T, H, G, K): a token, odd sizes, lengths and heads that fill no tile, several blocks of
 # queries and of keys, one task a query head and one a key/value head, and nothing at all.
@@ -574,8 +569,8 @@ def test_flash_attention_3_is_taken_on_hopper(
         ((10, 0), sys.modules["flash_attn"]),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
-        assert attention_module._flash_package(torch.device("cuda")) is wanted
-    assert attention_module._first((qkv := random(2, 3), None)) is qkv
+        assert attention_on_gpus._flash_package(torch.device("cuda")) is wanted
+    assert attention_on_gpus._first((qkv := random(2, 3), None)) is qkv
 
 
 @pytest.mark.parametrize(
@@ -594,7 +589,7 @@ def test_attention_of_a_gpu_follows_one_rule(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     before = torch._C._get_sdp_priority_order()
-    with attention_module._backends(torch.device("cuda")):
+    with attention_on_gpus.sdpa_backends(torch.device("cuda")):
         order, backends = torch._C._get_sdp_priority_order(), torch.nn.attention.SDPBackend
         wanted = backends.CUDNN_ATTENTION if cudnn else backends.FLASH_ATTENTION
         assert order[0] == int(wanted)
@@ -645,7 +640,7 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ).view_as(q)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention_module, "_takes_varlen", lambda *parts: True)
+    monkeypatch.setattr(attention_module, "takes_varlen", lambda *parts: True)
     monkeypatch.setattr(library, "_wishes", KernelsConfig(attention="torch"))
     return calls
 

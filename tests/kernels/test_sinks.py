@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from exactness import DTYPES, check_against_float64, device  # noqa: F401, device: a fixture
-from megalite.kernels.attention import AttentionKind, attention_mask, eager_heads, split_heads
+from megalite.kernels.attention import eager_heads, split_heads
+from megalite.kernels.attention_kinds import AttentionKind, attention_mask
 from megalite.kernels.sinks import attention_with_sinks, self_attention_with_sinks
 
 DOCUMENT = torch.tensor([0] * 9 + [1] * 20 + [2] * 8)[None].repeat(2, 1)

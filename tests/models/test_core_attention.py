@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megalite.config import TrainConfig
 from megalite.infer.cache import Row, add_cache, lay_out
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
 from megalite.parallel.apply import apply_recompute
 

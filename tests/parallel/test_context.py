@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megalite.comm.collectives import start_shift
 from megalite.comm.mesh import Axis
 from megalite.errors import ConfigError
-from megalite.kernels.attention import PLAIN, AttentionKind, attention_mask
+from megalite.kernels.attention_kinds import PLAIN, AttentionKind, attention_mask
 from megalite.kernels.partial_attention import attend, attend_backward
 from megalite.models.context_cut import Block, ContextCut, take
 from megalite.models.layers import CoreAttention, Dropout, SequenceInfo

@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention_kinds import AttentionKind
 
 TOKENS, HEADS, SIZE = 1024, 8, 64
 """Tokens of a micro-batch, or one row where rows are longer; heads, and the size of one."""

@@ -36,7 +36,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, length: int, slots: int) -> None:
     """Print a line for each kind of cache."""
     from megalite.infer.cache import KVCache, Row, lay_out
-    from megalite.kernels.attention import PLAIN
+    from megalite.kernels.attention_kinds import PLAIN
 
     cpu = torch.device("cpu")
     sizes = [
