@@ -74,6 +74,15 @@ def open_recorder(folder: Path, *overrides: str, **resume: Any) -> Recorder:
     return Recorder(make_config(*overrides), folder, num_params=123_456, **resume)
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that `plot` has drawn in a test, with their axes, as they come."""
+    drawn: list[Any] = []
+    made = plot.new_figure
+    monkeypatch.setattr(plot, "new_figure", lambda *size: drawn.append(made(*size)) or drawn[-1])
+    return drawn
+
+
 def test_a_resumed_run_leaves_the_metrics_of_one_that_never_stopped(tmp_path: Path) -> None:
     whole = open_recorder(tmp_path / "whole")
     play(whole, 1, 20)
@@ -230,26 +239,18 @@ def test_the_plot_is_a_picture_with_every_part(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_short_run_is_drawn_over_whole_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Any] = []
-    made = plot.new_figure
-    monkeypatch.setattr(plot, "new_figure", lambda *size: drawn.append(made(*size)) or drawn[-1])
+def test_a_short_run_is_drawn_over_whole_steps(tmp_path: Path, figures: list[Any]) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
     for step in range(1, 6):
         sink.step(record(step))
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    ticks = drawn[0].axes[1].get_xticks()
+    ticks = figures[0].axes[1].get_xticks()
     assert all(tick == round(tick) for tick in ticks), "a step has no half"
 
 
 def test_low_losses_and_what_is_predicted_are_in_sight_and_a_spike_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, figures: list[Any]
 ) -> None:
-    drawn: list[Any] = []
-    made = plot.new_figure
-    monkeypatch.setattr(plot, "new_figure", lambda *size: drawn.append(made(*size)) or drawn[-1])
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
     for step in range(1, 201):
         sink.step(record(step, loss=50.0 if step == 90 else 2.0 if step % 20 == 0 else 4.0))
@@ -258,7 +259,7 @@ def test_low_losses_and_what_is_predicted_are_in_sight_and_a_spike_is_not(
         return plot.np.repeat([[8.0], [8.1], [8.3]], len(steps), axis=1)
 
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", band=band)
-    upper = drawn[0].axes[0]
+    upper = figures[0].axes[0]
     low, high = upper.get_ylim()
     assert 1.0 < low < 2.0
     assert 8.3 < high < 40.0

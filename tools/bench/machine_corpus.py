@@ -248,69 +248,72 @@ def write_pages(folder: Path) -> int:
     return len(paths)
 
 
+DAMAGED = (
+    "bad.jsonl:1",
+    "bad.jsonl:2",
+    "bad.jsonl:3",
+    "truncated.jsonl.gz",
+    "truncated.warc.gz",
+    "shift-jis.txt",
+)
+"""Files, and lines of such, that the report must name."""
+
+COPIES = {"exact-copy": "good-0", "near-copy": "good-1", "spaced-copy": "good-2"}
+"""Copies, and the documents that they are of. Either of the two may stay."""
+
+
 def check(folder: Path, output: Path) -> int:
     """Prints every planted case that became of something else than it should. Returns how many."""
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    kept = _kept(output)
+    text = "".join(kept.values())
+    told = "\n".join(report["messages"])
+    failures = [*_wrong_fates(folder, kept), *_wrong_text(text)]
+    failures += [f"{name}: not reported" for name in DAMAGED if name not in told]
+    found = f"all {len(planted())} planted cases and the damaged files were found"
+    print("\n".join(failures) or found)
+    return len(failures)
+
+
+def _kept(output: Path) -> dict[str, str]:
+    """Returns the texts of the planted documents that are in a split, by their ids."""
     kept = {}
     for split in ("train", "valid", "test"):
-        if (output / split).exists():
-            for document in read_files(
-                list_files([str(output / split)], Report()), Reading(metadata=True), Report()
-            ):
-                if document.metadata["source"] == PLANTED:
-                    kept[document.metadata["id"]] = (split, document.text)
-    failures = [
-        f"{name}: should be {'kept' if fate == 'kept' else f'dropped by {fate}'}"
-        for name, (fate, _) in planted().items()
+        if not (output / split).exists():
+            continue
+        files = list_files([str(output / split)], Report())
+        for document in read_files(files, Reading(metadata=True), Report()):
+            if document.metadata["source"] == PLANTED:
+                kept[document.metadata["id"]] = document.text
+    return kept
+
+
+def _wrong_fates(folder: Path, kept: dict[str, str]) -> Iterator[str]:
+    """Yields what is wrong about which documents were kept."""
+    for name, (fate, _) in planted().items():
         # Of two near duplicates either may stay.
-        if fate != "near"
-        and (fate == "kept") != (name in kept)
-        and name not in ("good-0", "good-1", "good-2")
-    ]
-    for copy, original in (
-        ("exact-copy", "good-0"),
-        ("near-copy", "good-1"),
-        ("spaced-copy", "good-2"),
-    ):
+        if fate == "near" or name in COPIES.values():
+            continue
+        if (fate == "kept") != (name in kept):
+            wanted = "kept" if fate == "kept" else f"dropped by {fate}"
+            yield f"{name}: should be {wanted}"
+    for copy, original in COPIES.items():
         if (copy in kept) == (original in kept):
-            failures.append(f"{copy} and {original}: one of the two should be kept")
-    for name in (
-        "latin",
-        "good-last",
-        "<urn:page-70>",
-        str(folder / PLANTED / "latin.txt") + ":1",
-        "cut-2000",
-    ):
+            yield f"{copy} and {original}: one of the two should be kept"
+    latin = str(folder / PLANTED / "latin.txt") + ":1"
+    for name in ("latin", "good-last", "<urn:page-70>", latin, "cut-2000"):
         if name not in kept:
-            failures.append(f"{name}: should be kept")
-    text = "".join(text for _, text in kept.values())
-    failures += [
-        f"{secret} is still there"
-        for secret in ("jane.doe", "81.2.69.142", "2a00:1450")
-        if secret in text
-    ]
-    failures += [
-        f"{mended} is not there"
-        for mended in ("It’s naïve", "harböur", "pâtisserie")
-        if mended not in text
-    ]
-    failures += [f"{junk} is still there" for junk in ("Ã©", "Menu entry") if junk in text]
-    told = "\n".join(report["messages"])
-    for name in (
-        "bad.jsonl:1",
-        "bad.jsonl:2",
-        "bad.jsonl:3",
-        "truncated.jsonl.gz",
-        "truncated.warc.gz",
-        "shift-jis.txt",
-    ):
-        if name not in told:
-            failures.append(f"{name}: not reported")
-    print(
-        "\n".join(failures)
-        or f"all {len(planted())} planted cases and the damaged files were found"
-    )
-    return len(failures)
+            yield f"{name}: should be kept"
+
+
+def _wrong_text(text: str) -> Iterator[str]:
+    """Yields what is still in the kept `text`, or no longer, against what should be."""
+    for gone in ("jane.doe", "81.2.69.142", "2a00:1450", "Ã©", "Menu entry"):
+        if gone in text:
+            yield f"{gone} is still there"
+    for mended in ("It’s naïve", "harböur", "pâtisserie"):
+        if mended not in text:
+            yield f"{mended} is not there"
 
 
 def main() -> int:
