@@ -52,6 +52,10 @@ V3 = {
 """Of its width, whose rows for eight experts a token are what is most."""
 
 
+T5 = {"preset": "t5-base", "num_layers": 6, "encoder_layers": 3}
+BERT = {"preset": "bert-base", "num_layers": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+
+
 class Case(NamedTuple):
     """A config to run dry."""
 

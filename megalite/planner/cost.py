@@ -4,9 +4,10 @@ micro-batch."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import comb
+from math import ceil, comb
 
 from megalite.parallel.expert import goes_to_all
+from megalite.parallel.stage import TILE
 from megalite.planner.kernels import Kernels
 from megalite.planner.network import Group, Network
 from megalite.planner.shapes import LayerShapes, Matrix, Shapes
@@ -125,7 +126,7 @@ class Costs:
             recompute
         ]
         # What is computed again ends with what the last product is computed from.
-        last = self._leave_bytes if layer.matrices[-1].reduces else 0.0
+        last = self._leave_bytes(self._whole) if layer.matrices[-1].reduces else 0.0
         sent_again = self._forward_tensor_bytes(layer) - last if recompute == "full" else 0.0
         to_experts = total.expert_bytes / 2 if recompute == "full" else 0.0
         return total + PassTimes(0.0, again, again, 0.0, sent_again, expert_bytes=to_experts)
@@ -138,12 +139,13 @@ class Costs:
         passes = 2 + (4 if shapes.tensor > 1 else 0)
         both = self._whole * (shapes.tokens + shapes.source_tokens) / shapes.tokens
         looked_up = passes * both
-        forward = self.kernels.memory(looked_up, 4) + self._leave()
+        forward = self.kernels.memory(looked_up, 4) + self._leave(both)
         if shapes.frozen:
-            return PassTimes(forward, 0.0, 0.0, 0.0, self._sent(self._whole))
+            return PassTimes(forward, 0.0, 0.0, 0.0, self._leave_bytes(both))
         # The gradient is a zeroed table that rows are added to.
-        backward = self.kernels.memory(looked_up + table * shapes.element, 4) + self._gather_back()
-        times = PassTimes(forward, backward, 0.0, backward, 2 * self._sent(self._whole))
+        zeroed = table * shapes.element
+        backward = self.kernels.memory(looked_up + zeroed, 4) + self._gather_back(both)
+        times = PassTimes(forward, backward, 0.0, backward, 2 * self._sent(both))
         return times + self._accumulation(table, ACCUMULATE_BYTES)
 
     def end(self) -> PassTimes:
@@ -156,6 +158,10 @@ class Costs:
         shapes = self.shapes
         memory = self.kernels.memory
         tokens = shapes.mean_head_tokens
+        if tokens < shapes.tokens:
+            # Of each slice of the sequence they are filled up to whole tiles.
+            slices = shapes.tensor if shapes.sequence else 1
+            tokens = min(slices * TILE * ceil(tokens / (slices * TILE)), shapes.tokens)
         logit_bytes = tokens * shapes.vocab * shapes.element / 2
         chunks = -(-tokens // (shapes.loss_chunk or tokens))
         loss_forward, loss_backward = (
@@ -178,7 +184,9 @@ class Costs:
         if shapes.loss_chunk is not None:
             return around + self._chunked_product(shapes.loss_chunk, chunks)
         share = tokens / shapes.tokens
-        matrix = Matrix(shapes.vocab, shapes.hidden, gathers=True, reduces=False, used=share)
+        # Only what is to be predicted goes into the head.
+        size = shapes.vocab, shapes.hidden
+        matrix = Matrix(*size, gathers=True, reduces=False, used=share, sent=share)
         return (
             around + self._product(matrix) + self._accumulation(elements, self._product_add_bytes)
         )
@@ -198,8 +206,8 @@ class Costs:
             accumulated = shapes.vocab * shapes.hidden * self._product_add_bytes
             added = self.kernels.memory(float(accumulated), 1)
         backward = forward + chunks * (gradients + added)
-        forward += self._gather_back()
-        backward += self._leave()  # the reduction of the input's gradient
+        forward += self._gather_back(self._whole)
+        backward += self._leave(self._whole)  # the reduction of the input's gradient
         return PassTimes(forward, backward, backward, 0.0, 2 * self._sent(self._whole))
 
     # --- parts of a layer -------------------------------------------------------------------------
@@ -231,9 +239,18 @@ class Costs:
             for_weight += (self._rounding(None, x) + self._rounding(None, grad)) * fp8
         if shapes.tensor == 1 or not (matrix.gathers or matrix.reduces):
             return PassTimes(forward, for_input + for_weight, for_input, for_weight, 0.0)
+        return self._with_collectives(matrix, forward, for_input, for_weight)
+
+    def _with_collectives(
+        self, matrix: Matrix, forward: float, for_input: float, for_weight: float
+    ) -> PassTimes:
+        """Return the times of a matrix at a way into a tensor-parallel region or out of it, from
+        those of its three products."""
+        shapes = self.shapes
+        whole = self._whole * matrix.sent
         if not shapes.sequence:
-            message = self.network.all_reduce(self._whole, self.network.tensor)
-            bytes_sent = 2 * self._sent(self._whole)
+            message = self.network.all_reduce(whole, self.network.tensor)
+            bytes_sent = 2 * self._sent(whole)
             if matrix.gathers:
                 # The input's gradient is reduced beside the weight-gradient GEMM.
                 backward = for_input + max(message, for_weight)
@@ -244,10 +261,14 @@ class Costs:
         # The input of a column-parallel product is gathered again for its weight gradient; experts
         # keep theirs.
         times = 3 if matrix.gathers and not shapes.frozen and matrix.count == 1 else 2
-        bytes_sent = times * self._sent(self._whole)
-        message = self.network.gather(self._whole, self.network.tensor)
-        beside = self._beside if self.kernels.software.hides_tensor else lambda work: work + message
-        copies = self._cut_copies(matrix.gathers)
+        bytes_sent = times * self._sent(whole)
+        message = self.network.gather(whole, self.network.tensor)
+
+        def beside(work: float) -> float:
+            is_hidden = self.kernels.software.hides_tensor
+            return self._beside(work, message) if is_hidden else work + message
+
+        copies = self._cut_copies(matrix.gathers, whole)
         if matrix.gathers:
             backward = max(message, for_input) + max(message, for_weight)
             apart = PassTimes(
@@ -298,24 +319,23 @@ class Costs:
         # There and back, in the forward pass and in the backward pass.
         return PassTimes(2 * time, 2 * time, 2 * time, 0.0, 0.0, expert_bytes=4 * sent)
 
-    def _beside(self, work: float) -> float:
-        """Return the time of a product that is overlapped with its collective.
+    def _beside(self, work: float, message: float) -> float:
+        """Return the time of a product that is overlapped with its collective, from those of both.
 
         Both run in as many pieces as there are tensor ranks; all but one piece of the shorter of
         the two is hidden."""
-        message = self.network.gather(self._whole, self.network.tensor)
         pieces = self.shapes.tensor
         return max(work, message) + min(work, message) / pieces
 
-    def _cut_copies(self, gathers: bool) -> float:
+    def _cut_copies(self, gathers: bool, whole: float) -> float:
         """Return the time of the copies that put slices of a sequence together, or take them
-        apart."""
+        apart; `whole` are the bytes of all of it."""
         if self.kernels.software.sequence_first:
             return 0.0
         # The slices of one sequence arrive in order.
         if gathers and self.shapes.micro_batch_size == 1:
             return 0.0
-        return self.kernels.memory(2.0 * self._whole, 1)
+        return self.kernels.memory(2.0 * whole, 1)
 
     def _attention(self, layer: LayerShapes) -> PassTimes:
         """Return the times of attention.
@@ -467,18 +487,18 @@ class Costs:
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def _leave(self) -> float:
+    def _leave(self, whole: float) -> float:
         """Return the time to leave a tensor-parallel region (reduce-from-region) with nothing to
-        overlap."""
+        overlap; `whole` are the bytes of the hidden states of the whole sequence."""
         if self.shapes.sequence:
-            return self.network.gather(self._whole, self.network.tensor)
-        return self.network.all_reduce(self._whole, self.network.tensor)
+            return self.network.gather(whole, self.network.tensor)
+        return self.network.all_reduce(whole, self.network.tensor)
 
-    def _gather_back(self) -> float:
-        """Return the time to gather the slices of sequence parallelism."""
+    def _gather_back(self, whole: float) -> float:
+        """Return the time to gather the slices of sequence parallelism, `whole` bytes together."""
         if not self.shapes.sequence:
             return 0.0
-        return self.network.gather(self._whole, self.network.tensor)
+        return self.network.gather(whole, self.network.tensor)
 
     def _sent(self, num_bytes: float) -> float:
         """Return the bytes that each rank of a ring sends for a collective over `num_bytes`."""
@@ -486,16 +506,17 @@ class Costs:
 
     def _forward_tensor_bytes(self, layer: LayerShapes) -> float:
         """Return the bytes a layer sends within the tensor group in its forward pass."""
-        if not self.shapes.sequence:
-            return sum(matrix.reduces for matrix in layer.matrices) * self._leave_bytes
-        collectives = sum(matrix.gathers + matrix.reduces for matrix in layer.matrices)
-        return collectives * self._sent(self._whole)
+        reduced = sum(matrix.reduces * matrix.sent for matrix in layer.matrices)
+        found = reduced * self._leave_bytes(self._whole)
+        if self.shapes.sequence:
+            gathered = sum(matrix.gathers * matrix.sent for matrix in layer.matrices)
+            found += gathered * self._sent(self._whole)
+        return found
 
-    @property
-    def _leave_bytes(self) -> float:
-        """Bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends twice what
-        a reduce-scatter does."""
-        return (1 if self.shapes.sequence else 2) * self._sent(self._whole)
+    def _leave_bytes(self, whole: float) -> float:
+        """Return the bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends
+        twice what a reduce-scatter does."""
+        return (1 if self.shapes.sequence else 2) * self._sent(whole)
 
 
 def _sent_once(layer: LayerShapes, group: Group) -> float:

@@ -106,7 +106,9 @@ def rank_memories(
         )
         held["weights"] += frozen.weights[rank]
         activations, transient = _in_passes(order[rank], stages)
-        updating = _whole_matrices(plan, own, matrix_bytes(config))
+        # Behind the passes: the gradient of the other end of the pipeline, then the update.
+        received = max(size.trained.tied for size in own) * FP32
+        updating = max(received, _whole_matrices(plan, own, matrix_bytes(config)))
         if updating > activations + transient:
             activations, transient = 0, updating
         buffers = (
@@ -358,7 +360,9 @@ def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradien
         return min(PIECE, bucket) if replicas > 1 else 0
 
     dense = gathered(
-        sum(size.total for size in trained), max(size.largest for size in trained), Cut(plan.tensor)
+        sum(size.written for size in trained),
+        max(size.largest_written for size in trained),
+        Cut(plan.tensor),
     )
     experts = gathered(
         sum(sum(size.experts.layers) for size in trained),

@@ -58,6 +58,9 @@ class Matrix:
     used: float = 1.0
     """Share of them that a token of this rank is multiplied with, on average; more where tokens of
     others come."""
+    sent: float = 1.0
+    """Tokens that the collectives around it carry, for each of the layer's: those of an encoder, where
+    it takes their states."""
     fp8: bool = False
     """True if `train.fp8` rounds the operands of its products."""
 
@@ -398,6 +401,7 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float, of_source: float) -> t
                 used=weight.used * plan.experts.expert * routed
                 if folded
                 else weight.used * (of_source if makes_keys else 1.0),
+                sent=of_source if makes_keys else 1.0,
                 fp8=kind.fp8[number],
             )
         )

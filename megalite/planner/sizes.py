@@ -57,6 +57,13 @@ class StageSizes:
     """Of each layer, elements that are gathered as codes of fp8 where they are gathered; those of
     experts as well."""
 
+    tied: int = 0
+    """Elements of an embedding whose gradient is added to that of a pipeline's other end."""
+
+    written: int = 0
+    """Elements of the weights that the stage writes into checkpoints: a tied one is the first's."""
+    largest_written: int = 0
+
     unfrozen: StageSizes | None = None
     """The same for the trained weights only, if some are frozen."""
 
@@ -142,6 +149,7 @@ class LocalSizes:
         ends = [place for place in ENDS if stage.holds(place)]
         layers = stage.layers
         places = [*layers, *ends]
+        own = [place for place in places if stage.first or place != "both"]
         return StageSizes(
             before=first + both if stage.first else 0,
             layers=tuple(self.total.get(number, 0) for number in layers),
@@ -156,6 +164,9 @@ class LocalSizes:
             quantised=sum(self.quantised.get(place, 0) for place in places),
             quantised_bytes=sum(self.quantised_bytes.get(place, 0) for place in places),
             coded=tuple(self.coded.get(number, 0) for number in layers),
+            tied=both if stage.first != stage.last else 0,
+            written=sum(self.total.get(place, 0) for place in own),
+            largest_written=max((self.largest.get(place, 0) for place in own), default=0),
             unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from dry_runs import AHEAD, GPT2, LLAMA, MISTRAL, MIXTRAL, V3, Case, Dry, built, run_dry
+from dry_runs import AHEAD, BERT, GPT2, LLAMA, MISTRAL, MIXTRAL, T5, V3, Case, Dry, built, run_dry
 from megalite.dryrun.match import bytes_by_axis
 from megalite.errors import ConfigError
 from megalite.planner.estimate import estimate, memory_of
@@ -26,6 +26,9 @@ FULL, SELECTIVE, DOCUMENTS = (
     "train.recompute=selective",
     "data.document_mask=true",
 )
+SHORT = "data.seq_length=480", "data.tokenizer=nowhere", "train.micro_batch_size=4"
+MASKED = *SHORT, "objective.name=masked_lm"
+SPANS = *SHORT, "objective.name=span_corruption"
 
 
 def tensor(ranks: int) -> str:
@@ -52,7 +55,8 @@ SAMPLE = {
     "zero 2": Case(LLAMA, 4, ("parallel.zero_stage=2",)),
     "documents": Case(LLAMA, 8, (DOCUMENTS,)),
     "codes of fp8": Case(LLAMA, 4, ("train.fp8.recipe=blockwise", "train.fp8.param_gather=true")),
-    "full, tensor": Case(LLAMA, 8, (FULL, tensor(4)), "0"),
+    # Encoder and decoder have other lengths; all of the encoder's states are gathered in each layer.
+    "t5, tensor, pipeline": Case(T5, 4, (*SPANS, tensor(2), pipeline(2)), "0,2"),
     "mixtral, tensor": Case(MIXTRAL, 8, (tensor(4),), "0"),
     "experts, few tokens": Case(MIXTRAL, 4, (expert(2), "data.seq_length=64"), "0"),
     "predictors, pipeline": Case(AHEAD, 8, (expert(4), pipeline(2)), "0,4"),
@@ -63,7 +67,7 @@ SAMPLE = {
 OTHERS = {
     "experts": Case(MIXTRAL, 8, (expert(4),), "0,1,2,3"),
     "predictors": Case(AHEAD, 4, (expert(4), "train.recompute=full"), "0"),
-    "tied, pipeline": Case(LLAMA | {"tie_embeddings": True}, 8, (pipeline(2),), "0"),
+    "tied, pipeline": Case(LLAMA | {"tie_embeddings": True}, 8, (pipeline(2),), "0,4"),
     "alone": Case(LLAMA, 1, ("train.global_batch_size=2",)),
     "data": Case(LLAMA, 8),
     "zero 0": Case(LLAMA, 8, ("parallel.zero_stage=0",)),
@@ -79,6 +83,16 @@ OTHERS = {
     "chunks": Case(LLAMA, 8, ("train.loss_chunk=1024",)),
     "chunks, tensor": Case(LLAMA, 16, ("train.loss_chunk=1024", tensor(8))),
     "full": Case(LLAMA, 8, (FULL,)),
+    "full, tensor": Case(LLAMA, 8, (FULL, tensor(4)), "0"),
+    "t5, tensor": Case(T5, 4, (*SPANS, tensor(2)), "0"),
+    "t5, tensor, whole sequence": Case(
+        T5, 4, (*SPANS, tensor(4), "parallel.sequence=false"), "0,1"
+    ),
+    "t5, full, tensor": Case(T5, 4, (*SPANS, FULL, tensor(4)), "0,1"),
+    "bert, tensor": Case(BERT, 4, (*MASKED, tensor(4)), "0"),
+    "bert, tensor, whole sequence": Case(
+        BERT, 4, (*MASKED, tensor(4), "parallel.sequence=false"), "0"
+    ),
     "selective": Case(LLAMA, 8, (SELECTIVE,)),
     "selective, tensor": Case(LLAMA, 16, (SELECTIVE, tensor(4))),
     "1f1b over 4": Case(LLAMA, 8, (pipeline(4),)),
