@@ -239,12 +239,15 @@ def open_recorder(
 def _epochs(config: Config, train: Mixture) -> Iterator[str]:
     """Yield lines for the console: how often the run goes through its sources, and what a step is
     of that."""
-    epochs = train.epochs(config.train.samples_after(config.train.steps))
+    num_samples = config.train.samples_after(config.train.steps)
+    epochs = train.epochs(num_samples)
     most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
     share = config.train.global_batch_size / train.num_samples
-    rows = sum(source.num_rows for source in train.sources if isinstance(source, RowSource))
-    is_labelled = all(isinstance(source, RowSource) for source in train.sources)
-    a_step = f"{rows * share:,.1f} of {rows:,} rows, " if is_labelled else ""
+    labelled = [source for source in train.sources if isinstance(source, RowSource)]
+    a_step = ""
+    if len(labelled) == len(train.sources):
+        rows = sum(source.num_rows for source in labelled)
+        a_step = f"{rows * share:,.1f} of {rows:,} rows, "
     shown = ", ".join(f"{name} {count:.2f}" for name, count in most)
     yield f"epochs: {shown}; a step is {a_step}{share:.3g} of an epoch"
     for name, source in zip(train.names, train.sources, strict=True):

@@ -357,7 +357,11 @@ def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:
     for file, sizes in tensors.items():
         by_stem.setdefault(file.split("-")[0], {})[file] = sizes
     for stem, files in by_stem.items():
-        weight_map = {name: Path(file).name for file, sizes in files.items() for name in sizes}
-        total = sum(size for sizes in files.values() for size in sizes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map: dict[str, str] = {}
+        total = 0
+        for file, sizes in files.items():
+            weight_map |= dict.fromkeys(sizes, Path(file).name)
+            total += sum(sizes.values())
+        weight_map = dict(sorted(weight_map.items()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -151,9 +151,8 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         replicas = replace(world, name="replicas")
     else:
         # One group over both axes, since gradients are summed over data and context ranks at once.
-        replicas = _axis(
-            "replicas", grid["data", "context"]._flatten(backend_override=backend).get_group()
-        )
+        both = grid["data", "context"]._flatten(backend_override=backend)
+        replicas = _axis("replicas", both.get_group())
     # replicas × tensor: all of the world but the pipeline. Groups that exist are used again, since
     # each one costs a communicator, with NCCL also buffers on the device.
     if plan.pipeline == 1:
@@ -164,12 +163,14 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         stage = axes["tensor"]
     else:
         names = tuple(name for name in sizes if name != "pipeline")
-        stage = _axis("stage", grid[names]._flatten(backend_override=backend).get_group())
-    pipeline, data, context, tensor = (
-        axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor")
-    )
+        of_stage = grid[names]._flatten(backend_override=backend)
+        stage = _axis("stage", of_stage.get_group())
+    pipeline, data = axes.get("pipeline", ALONE), axes.get("data", ALONE)
+    context, tensor = axes.get("context", ALONE), axes.get("tensor", ALONE)
     mesh = Mesh(pipeline, data, context, tensor, replicas, stage, world, device)
-    return replace(mesh, expert_fold=_fold_experts(plan, mesh)) if plan.folds_experts else mesh
+    if plan.folds_experts:
+        return replace(mesh, expert_fold=_fold_experts(plan, mesh))
+    return mesh
 
 
 def _fold_experts(plan: Plan, mesh: Mesh) -> Fold:

@@ -171,38 +171,35 @@ class BucketState(BucketWeights):
             master, grad = whole.master[of], whole.grad[of]
             return replace(whole, master=master, weights=weights, grad=grad, states=states)
 
-        for start in range(part.start, part.stop, AT_ONCE) if self.stored else ():
+        if not self.stored:
+            states = {name: state[part] for name, state in self.states.items()}
+            update(piece(part, states))
+            return
+        for start in range(part.start, part.stop, AT_ONCE):
             some = slice(start, min(start + AT_ONCE, part.stop))
             states = {name: state.read(some) for name, state in self.stored.items()}
             update(piece(some, states))
             for name, state in self.stored.items():
                 state.write(some, states[name])
-        if not self.stored:
-            update(piece(part, {name: state[part] for name, state in self.states.items()}))
 
     def note_begun(self, begun: Mapping[str, int]) -> None:
         """Set `runs`: the parts of what is stepped whose states began after the same number of
         updates, as `Engine.load` is told, each with that number."""
-        found: list[tuple[slice, int]] = []
+        # Where a part begins in the bucket, and its number. Padding goes with the weight before it.
+        starts: list[int] = []
+        numbers: list[int] = []
         for slot in self.layout.slots:
             number = begun.get(slot.weight.hf[0], 0)
-            if found and found[-1][1] == number:
-                continue
-            if found:
-                found[-1] = (slice(found[-1][0].start, slot.start), found[-1][1])
-            # Padding goes with the weight before it.
-            found.append((slice(slot.start if found else 0, self.layout.size), number))
-        inside = [
-            (
-                slice(
-                    max(part.start, self.stepped.start) - self.stepped.start,
-                    min(part.stop, self.stepped.stop) - self.stepped.start,
-                ),
-                number,
-            )
-            for part, number in found
-        ]
-        self.runs = [(part, number) for part, number in inside if part.start < part.stop]
+            if not numbers or numbers[-1] != number:
+                starts.append(slot.start if starts else 0)
+                numbers.append(number)
+        stops = [*starts[1:], self.layout.size]
+        self.runs = []
+        first, last = self.stepped.start, self.stepped.stop
+        for start, stop, number in zip(starts, stops, numbers, strict=True):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                self.runs.append((slice(low - first, high - first), number))
 
     def shard(self, lr: float) -> Shard:
         """Return what the optimizer updates, in a step whose schedule says `lr`."""

@@ -78,25 +78,29 @@ class NativeEngine:
             # Biases that balance a router's load go through the same buckets: their "gradient" is a
             # count of tokens, which a reduction sums as any other.
             members[BY_COUNTS] = Member(partial(ByCounts, config.model.bias_rate), (), 1.0, 0.0)
-        self.buckets = [
-            BucketState(
-                b, mesh, self.dtype, plan.zero_stage, _sharded_states(b, optimizer), optimizer
-            )
-            for b in layout
-            if not b.frozen
-        ]
-        self.frozen = [
-            BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen and not b.quantised
-        ]
-        self.quantised = [QuantisedBucket(b, mesh) for b in layout if b.quantised]
+        self.buckets: list[BucketState] = []
+        self.frozen: list[BucketWeights] = []
+        self.quantised: list[QuantisedBucket] = []
+        for b in layout:
+            if b.quantised:
+                self.quantised.append(QuantisedBucket(b, mesh))
+            elif b.frozen:
+                self.frozen.append(BucketWeights(b, mesh, self.dtype))
+            else:
+                states = _sharded_states(b, optimizer)
+                bucket = BucketState(b, mesh, self.dtype, plan.zero_stage, states, optimizer)
+                self.buckets.append(bucket)
         in_few_bits = {name: w for b in self.quantised for name, w in b.weights.items()}
         self.gradients = Gradients(
             models, self.buckets, self.frozen, in_few_bits, mesh, plan.zero_stage
         )
         # The next forward pass needs first what the backward pass finished last.
-        self._forward_order = sorted(
-            self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots))
-        )
+        number_of = _number_in(weights)
+
+        def first_needed(bucket: BucketState) -> int:
+            return min(number_of(slot) for slot in bucket.layout.slots)
+
+        self._forward_order = sorted(self.buckets, key=first_needed)
         self.optimizers = {name: member.build() for name, member in members.items()}
         self._matrices: dict[str, Matrices] = {}
         self._sums: dict[str, Sums] = {}

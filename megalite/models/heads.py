@@ -161,7 +161,9 @@ def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[s
     of_sentences = _lacking_for_sentences(rows, files)
     # A head that is there in part is no missing one, but a damaged file.
     is_all = config.task == "masked" and len(lacking) == len(head)
-    return lacking | of_sentences if config.has_classes or is_all else of_sentences
+    if config.has_classes or is_all:
+        return lacking | of_sentences
+    return of_sentences
 
 
 def _lacking_for_sentences(rows: Sequence[Weight], files: Container[str]) -> set[str]:
@@ -225,7 +227,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 def _labels(hf: dict[str, Any]) -> list[str]:
     """Return the names of the classes. Classes that config.json leaves out have no names, and by
     rule there are two."""
-    count, most = hf.get("num_labels") or 2, max(most for _, most in NUM_LABELS.values())
+    count = hf.get("num_labels") or 2
+    most = max(most for _, most in NUM_LABELS.values())
     if count > most:
         raise ConfigError(
             f"config.json has num_labels = {shown(count)}, more than the {most:,} that there can be"
@@ -238,7 +241,8 @@ def _labels(hf: dict[str, Any]) -> list[str]:
     numbers = hf.get("label2id")
     # Names that transformers filled in before the classes had any carry no information.
     unnamed = {f"LABEL_{number}": number for number in names}
-    if numbers and numbers not in (unnamed, {name: number for number, name in names.items()}):
+    own = {name: number for number, name in names.items()}
+    if numbers and numbers not in (unnamed, own):
         disagree(f"id2label = {given}", f"label2id = {numbers}")
     return [names[number] for number in sorted(names)]
 

@@ -195,8 +195,11 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, site: str, over_heads: bool = False, over_features: bool = False):
         super().__init__()
-        self.p, self.site, self.over_heads, self.shard = p, key_of(site), over_heads, (0, 1)
-        self.over_features, self.features, self.parts = over_features, (0, 1), 1
+        self.p = p
+        self.site = key_of(site)
+        self.over_heads, self.over_features = over_heads, over_features
+        self.shard, self.features = (0, 1), (0, 1)
+        self.parts = 1
 
     def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
         """Drop elements of `x` [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in
@@ -207,23 +210,37 @@ class Dropout(nn.Module):
 
     def drop(self, x: Tensor, places: SequenceInfo, key_B: Tensor) -> Tensor:
         """Drop elements of `x`; `key_B` has the key of each sample."""
-        rank, ranks = self.shard
-        # The index that one process would have given each element, whatever part of the input is
-        # here: first come the heads of the whole model, or the tokens of the whole sequence.
-        if self.over_heads:
-            heads, queries, num_keys = x.shape[1:]
-            head_H1 = rank * heads + torch.arange(heads, device=x.device)[:, None]
-            query_BHT = head_H1 * (queries * self.parts) + places.index_BT[:, None]
-            index = query_BHT[..., None] * num_keys + torch.arange(num_keys, device=x.device)
-        else:
-            inner, (part, parts) = x[0, 0].numel(), self.features
-            token_BT1 = places.index_BT.chunk(ranks, 1)[rank][..., None]
-            index = (token_BT1 * parts + part) * inner + torch.arange(inner, device=x.device)
+        find_index = self._index_of_scores if self.over_heads else self._index_of_features
+        index = find_index(x, places.index_BT).view(-1, *x.shape[1:])
         # A key a sample and site: two dropouts of a model must not drop the same elements.
-        keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
-        keep = uniform(keys, index.view(-1, *x.shape[1:])) >= self.p
+        keys = random_bits(self.site, key_B)
+        keys = keys.view(-1, *[1] * (x.dim() - 1))
+        keep = uniform(keys, index) >= self.p
         # Inverted dropout: the expectation stays.
-        return x * (keep / (1.0 - self.p)).to(x.dtype)
+        scale = keep / (1.0 - self.p)
+        return x * scale.to(x.dtype)
+
+    # The index that one process would have given each element, whatever part of the input is here:
+    # first come the heads of the whole model, or the tokens of the whole sequence.
+
+    def _index_of_scores(self, x_BHTS: Tensor, index_BT: Tensor) -> Tensor:
+        """Return the index of each score in those of the whole model, [B or 1,H,T,S] int64."""
+        heads, queries, num_keys = x_BHTS.shape[1:]
+        rank, _ = self.shard
+        head_H = rank * heads + torch.arange(heads, device=x_BHTS.device)
+        all_queries = queries * self.parts
+        query_BHT = head_H[:, None] * all_queries + index_BT[:, None]
+        key_S = torch.arange(num_keys, device=x_BHTS.device)
+        return query_BHT[..., None] * num_keys + key_S
+
+    def _index_of_features(self, x: Tensor, index_BT: Tensor) -> Tensor:
+        """Return the index of each feature in those of the whole sequence, [B or 1,T,D] int64."""
+        rank, ranks = self.shard
+        part, parts = self.features
+        token_BT = index_BT.chunk(ranks, 1)[rank]
+        inner = x[0, 0].numel()
+        feature_D = torch.arange(inner, device=x.device)
+        return (token_BT[..., None] * parts + part) * inner + feature_D
 
 
 def make_embedding(rows: int, width: int) -> nn.Embedding:

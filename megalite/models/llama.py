@@ -365,7 +365,8 @@ def attention_rows(
 ) -> tuple[Weight, ...]:
     """Return the rows of attention. `qkv` names the Hugging Face modules that make up the
     projection, `hf_out` that of the output; `norms` are rows between them."""
-    q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
+    q = config.num_attention_heads * config.head_size
+    kv = config.kv_heads * config.head_size
     # `unit` keeps a head whole where tensor parallelism cuts; `parts` cuts q, k and v apart.
     parts, unit, std = (q, kv, kv), config.head_size, config.init_std
     names = {
@@ -382,8 +383,13 @@ def attention_rows(
         init=residual_std(config),
     )  # fmt: skip
     out_bias = row_bias("attention.out", f"self_attn.{hf_out}", config.hidden_size)
-    # A list times a bool: the list, or nothing.
-    return (matrix, *[bias] * config.biases.qkv, *norms, out, *[out_bias] * config.biases.out)
+    rows = [matrix]
+    if config.biases.qkv:
+        rows.append(bias)
+    rows += [*norms, out]
+    if config.biases.out:
+        rows.append(out_bias)
+    return tuple(rows)
 
 
 def row_bias(name: str, hf: str, size: int) -> Weight:

@@ -254,16 +254,21 @@ class Weight:
             return (-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *self.shape[1:])
         # [stack…, out, in]: which dimension is cut.
         cut = {"expert": 0, "column": self.stack, "row": self.stack + 1}[self.shard]
-        for size in self.parts if self.parts and self.shard == "column" else (self.shape[cut],):
+        whole = self.shape[cut]
+        sizes = self.parts if self.parts and self.shard == "column" else (whole,)
+        for size in sizes:
             if size % (self.unit * tensor):
-                features = (
-                    f"{size // self.unit} heads of {self.unit}"
-                    if self.unit > 1
-                    else f"{size} features"
-                )
-                what = f"{size} experts" if self.shard == "expert" else features
+                what = self._counted(size)
                 raise ValueError(f"{self.name} has {what}, which do not divide by {tensor}")
-        return (*self.shape[:cut], self.shape[cut] // tensor, *self.shape[cut + 1 :])
+        return (*self.shape[:cut], whole // tensor, *self.shape[cut + 1 :])
+
+    def _counted(self, size: int) -> str:
+        """Return what the dimension that is cut counts, of this `size`, for a message."""
+        if self.shard == "expert":
+            return f"{size} experts"
+        if self.unit > 1:
+            return f"{size // self.unit} heads of {self.unit}"
+        return f"{size} features"
 
     def _experts_of_one(self, expert: int, tensor: int) -> Weight:
         """Return the row as if the model had only those experts that one of `expert` ranks has."""
@@ -299,11 +304,14 @@ class Weight:
         # Each group is cut on its own: the local rows are this rank's share of q, then of k, then
         # of v.
         groups = (rows,) if self.shard == "expert" else self.row_groups
-        starts = accumulate(groups, initial=0)
-        return [
-            (start + rank * size // tensor, start + (rank + 1) * size // tensor)
-            for start, size in zip(starts, groups, strict=False)
-        ]
+        ranges: list[tuple[int, int]] = []
+        start = 0
+        for size in groups:
+            low = start + rank * size // tensor
+            high = start + (rank + 1) * size // tensor
+            ranges.append((low, high))
+            start += size
+        return ranges
 
     def _columns(self, rank: int, tensor: int) -> tuple[int, int]:
         """Return the range of input features that a rank holds."""
@@ -322,21 +330,24 @@ class Weight:
         # Whole rows are read, and what is too much at both ends is cut off at last.
         first, last = start // width, -(-stop // width)
         columns = self._columns(rank % tensor, tensor) if self.row_shape else None
-        found, offset = [], 0
+        found: list[Tensor] = []
+        offset = 0
         for low, high in self._row_ranges(rank, tensor, expert):
-            # Local rows [offset, offset + high - low) are logical rows [low, high).
-            a, b = max(first, offset), min(last, offset + high - low)
-            if a < b:
-                found.append(
-                    read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1)
-                )
-            offset += high - low
+            # Local rows [offset, end) are logical rows [low, high).
+            end = offset + high - low
+            begin, stop_here = max(first, offset), min(last, end)
+            if begin < stop_here:
+                to_logical = low - offset
+                rows = read_rows(self, begin + to_logical, stop_here + to_logical, columns)
+                found.append(rows.reshape(-1))
+            offset = end
         # Rows beyond the vocabulary: no logical row stands for them.
         padding = max(0, last - max(offset, first)) * width
         if padding or not found:
             found.append(found[0].new_zeros(padding) if found else torch.zeros(padding))
-        flat = torch.cat(found) if len(found) > 1 else found[0]
-        return flat[start - first * width : stop - first * width]
+        flat = _joined(found)
+        before = first * width
+        return flat[start - before : stop - before]
 
     def rectangles(
         self, rank: int, tensor: int, start: int, stop: int, expert: int = 1
@@ -455,24 +466,26 @@ class Weight:
         sizes = self._rows_of_each()
         if stacked:
             sizes = (self.shape[self.stack],) * prod(self.shape[: self.stack])
-        pieces, offset = [], 0
+        pieces: list[Tensor] = []
+        offset = 0
         for number, rows in enumerate(sizes):
-            low, high = max(start, offset) - offset, min(stop, offset + rows) - offset
+            low = max(start, offset) - offset
+            high = min(stop, offset + rows) - offset
             offset += rows
             if low >= high:
                 continue
-            where = (slice(low, high),) if columns is None else (slice(low, high), slice(*columns))
+            where = _ranges_of(slice(low, high), columns)
             # Stored [in, out]: exchange the ranges here, and the dimensions of what was read below.
-            where = where[::-1] if self.transpose else where
+            if self.transpose:
+                where = where[::-1]
             if stacked:
-                matrix = [int(at) for at in np.unravel_index(number, self.shape[: self.stack])]
-                piece = fetch(self.hf[0], (*(slice(at, at + 1) for at in matrix), *where)).flatten(
-                    0, self.stack
-                )
+                indices = np.unravel_index(number, self.shape[: self.stack])
+                matrix = [slice(int(at), int(at) + 1) for at in indices]
+                piece = fetch(self.hf[0], (*matrix, *where)).flatten(0, self.stack)
             else:
                 piece = fetch(self.hf[number], where)
             pieces.append(piece.transpose(0, 1) if self.transpose else piece)
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return _joined(pieces)
 
     def _rows_of_each(self) -> tuple[int, ...]:
         """Return how many rows each Hugging Face tensor holds."""
@@ -488,15 +501,14 @@ class Weight:
             # Logical rows are ordered (part, group, row in group), stored ones (group, part, row in
             # group). At most one group's rows of a part are contiguous in both.
             part = bisect_right(ends, start)
-            group, inside = divmod(start - (ends[part] - self.parts[part]), sizes[part])
+            row_in_part = start - (ends[part] - self.parts[part])
+            group, inside = divmod(row_in_part, sizes[part])
             count = min(sizes[part] - inside, stop - start)
             row = group * sum(sizes) + sum(sizes[:part]) + inside
-            rows = slice(row, row + count)
-            pieces.append(
-                fetch(self.hf[0], (rows,) if columns is None else (rows, slice(*columns)))
-            )
+            where = _ranges_of(slice(row, row + count), columns)
+            pieces.append(fetch(self.hf[0], where))
             start += count
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return _joined(pieces)
 
     def initial_rows(
         self,
@@ -508,26 +520,39 @@ class Weight:
     ) -> Tensor:
         """Return initial values of logical rows [start, stop), cut to `columns`, on `device`: a
         function of (`seed`, name, element index), whatever the layout."""
+        # Whole rows are drawn, and cut to `columns` below: an element's random number goes by its
+        # place in the logical tensor. Counter-based: no state, so any slice can be drawn on any
+        # rank in any order.
+        key = key_of(seed, self.name)
         width = prod(self.row_shape)
+        first, last = start * width, stop * width
         if isinstance(self.init, float):
-            # Whole rows are drawn, and cut to `columns` below: an element's random number goes by
-            # its place in the logical tensor.
-            flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
+            flat = normal(key, first, last, device) * self.init
         elif isinstance(self.init, Uniform):
-            index = torch.arange(start * width, stop * width, device=device)
-            # Counter-based: no state, so any slice can be drawn on any rank in any order.
-            flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
+            index = torch.arange(first, last, device=device)
+            flat = (uniform(key, index) * 2.0 - 1.0) * self.init.bound
         elif isinstance(self.init, tuple):
             sizes = torch.tensor(self.row_groups, device=device)
             stds = torch.tensor(self.init, device=device)
             std_of_rows = stds.repeat_interleave(sizes, output_size=self.num_rows)[start:stop]
-            flat = normal(key_of(seed, self.name), start * width, stop * width, device)
-            flat = (flat.view(-1, width) * std_of_rows[:, None]).flatten()
+            rows = normal(key, first, last, device).view(-1, width)
+            flat = (rows * std_of_rows[:, None]).flatten()
         else:
-            flat = torch.full(
-                ((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device
-            )
-        return flat if columns is None else flat.view(-1, *self.row_shape)[:, slice(*columns)]
+            constant = 1.0 if self.init == "ones" else 0.0
+            flat = torch.full((last - first,), constant, device=device)
+        if columns is None:
+            return flat
+        return flat.view(-1, *self.row_shape)[:, slice(*columns)]
+
+
+def _ranges_of(rows: slice, columns: tuple[int, int] | None) -> tuple[slice, ...]:
+    """Return the ranges of a tensor's dimensions: `rows`, and the `columns` of a matrix."""
+    return (rows,) if columns is None else (rows, slice(*columns))
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Concatenate `pieces`; a single one is returned without a copy."""
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]

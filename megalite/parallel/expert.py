@@ -216,9 +216,9 @@ def by_all_to_all(x_BTD: Tensor, index_BTK: Tensor, axis: Axis, here: int) -> Ro
     arriving[axis.rank] = counts[axis.rank]
     # The only host synchronisation: how many rows each rank sends to each other.
     leaves, arrives = read_counts(counts, arriving, axis.rank, index_BTK.numel())
-    sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
-    leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
-    groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
+    sent = [sum(by_expert) for by_expert in leaves]
+    received = [sum(by_expert) for by_expert in arrives]
+    groups = _groups_of(index_BTK, counts_E, leaves)
     there, back = Exchange(sent, received, axis), Exchange(received, sent, axis)
     return Routes(groups, there, back, arriving, arrives)
 
@@ -227,28 +227,42 @@ def by_all_gather(x_BTD: Tensor, index_BTK: Tensor, axis: Axis, here: int) -> Ro
     """Prepare an all-gather of the tokens `x` of all ranks, which each have as many, and of the
     experts `index` that they visit. A collective."""
     tokens = start_gather_along(x_BTD.detach().flatten(0, -2), axis, 0)
-    index_TK, num_rows, ranks = index_BTK.flatten(0, -2), index_BTK.numel(), axis.size
+    index_TK = index_BTK.flatten(0, -2)
+    num_rows = index_BTK.numel()
+    rank, ranks = axis.rank, axis.size
     number_R = torch.arange(ranks, device=index_BTK.device)
     # As if each rank's tokens visited experts of their own: sorted by rank, then by expert, the
     # order in which rows arrive.
-    apart = all_gather(index_TK, axis, 0).view(ranks, *index_TK.shape)
-    apart = (apart + number_R[:, None, None] * (ranks * here)).flatten(0, 1)
+    index_RTK = all_gather(index_TK, axis, 0).view(ranks, *index_TK.shape)
+    first_expert_R = number_R * (ranks * here)
+    apart = (index_RTK + first_expert_R[:, None, None]).flatten(0, 1)
     counts_N = count_rows(apart, ranks * ranks * here)
     counts = counts_N.view(ranks, ranks, here)  # from each rank, to each rank, to each expert there
     token_N, _ = sort_by_expert(apart, counts_N)
-    arriving = counts[:, axis.rank].contiguous()
-    leaves, arrives = read_counts(counts[axis.rank], arriving, axis.rank, num_rows)
+    leaving, arriving = counts[rank], counts[:, rank].contiguous()
+    leaves, arrives = read_counts(leaving, arriving, rank, num_rows)
     # Rows of one rank for this one lie together: behind those for the ranks before it.
-    received_R, before_R = arriving.sum(1), counts[:, : axis.rank].sum((1, 2))
-    total = sum(map(sum, arrives))
-    first_R = number_R * num_rows + before_R - (received_R.cumsum(0) - received_R)
+    received_R = arriving.sum(1)
+    before_R = counts[:, :rank].sum((1, 2))
+    total = sum(sum(by_expert) for by_expert in arrives)
+    # Where a rank's rows begin among those of all ranks, and among those that this rank takes.
+    among_all_R = number_R * num_rows + before_R
+    among_taken_R = received_R.cumsum(0) - received_R
+    first_R = among_all_R - among_taken_R
     place_M = first_R.repeat_interleave(received_R, output_size=total)
     place_M = place_M + torch.arange(total, device=place_M.device)
-    counts_E = counts[axis.rank].flatten()
-    leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
-    groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
+    groups = _groups_of(index_BTK, leaving.flatten(), leaves)
     there = Gathering(place_M, num_rows, axis, False, tokens, token_N[place_M])
-    return Routes(groups, there, Gathering(place_M, num_rows, axis, True), arriving, arrives)
+    back = Gathering(place_M, num_rows, axis, True)
+    return Routes(groups, there, back, arriving, arrives)
+
+
+def _groups_of(index_BTK: Tensor, counts_E: Tensor, leaves: list[list[int]]) -> Groups:
+    """Return this rank's rows sorted by expert. `counts_E` has how many visit each expert of all
+    ranks, `leaves` the same on the host, by rank."""
+    on_host = [count for by_expert in leaves for count in by_expert]
+    order_N, row_TK = sort_by_expert(index_BTK, counts_E)
+    return Groups(order_N, row_TK, RowCounts(counts_E, on_host))
 
 
 def read_counts(

@@ -35,51 +35,66 @@ def fullest_rank(
     """Return what the rank holds that holds most, which decides whether a layout fits: of dense
     weights, and of experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight
     cannot be cut."""
-    pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
-    dense = Cut(config.parallel.tensor)
+    pipeline = config.parallel.pipeline
+    dense, experts = Cut(config.parallel.tensor), expert_cut(config.parallel)
     # Once a weight: the stages of all pipeline ranks ask for it again.
-    local: dict[str, int] = {}
-    quantised: dict[str, int] = {}
+    local: dict[str, Held] = {}
     for weight in weights:
         cut = experts if weight.is_expert else dense
-        try:
-            local[weight.name] = prod(weight.local_shape(*cut))
-            quantised[weight.name] = weight.quantised_bytes(*cut)
-        except ValueError as error:
-            names = (
-                {"expert": "expert", "tensor": "expert_tensor"}
-                if cut != dense
-                else {"tensor": "tensor"}
-            )
-            asked = ", ".join(
-                f"parallel.{name} = {getattr(cut, axis)}" for axis, name in names.items()
-            )
-            raise ConfigError(f"{asked}: {error}") from None
-    kept = {
-        weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights
-    }
+        local[weight.name] = _held_of(weight, cut, ranks // cut.holders, config, cut != dense)
     per_rank = []
     for rank in range(pipeline):
-        rows = [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)]
-        # Apart for dense weights and experts: a ZeRO stage shards each over other numbers of ranks.
-        held = []
-        for cut in dict.fromkeys((dense, experts)):
-            own = [weight for weight in rows if (experts if weight.is_expert else dense) == cut]
-            trained = [weight.name for weight in own if not weight.frozen]
-            held.append(
-                Held(
-                    sum(local[weight.name] for weight in own),
-                    sum(local[name] for name in trained),
-                    sum(kept[name] for name in trained),
-                    ranks // cut.holders,
-                    sum(local[weight.name] for weight in own if quantised[weight.name]),
-                    sum(quantised[weight.name] for weight in own),
-                    sum(local[weight.name] for weight in own if weight.coded),
-                )
-            )
+        of_dense: list[Held] = []
+        of_experts: list[Held] = []
+        for stage in stages[rank::pipeline]:
+            for weight in stage.weights(weights):
+                # Apart where a ZeRO stage shards experts over another number of ranks.
+                is_apart = weight.is_expert and experts != dense
+                own = of_experts if is_apart else of_dense
+                own.append(local[weight.name])
+        held = [_sum_of(of_dense, ranks // dense.holders)]
+        if experts != dense:
+            held.append(_sum_of(of_experts, ranks // experts.holders))
         per_rank.append(tuple(held))
     # By parameters first; a list compares trained ones and states only between equals.
     return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
+
+
+def _held_of(weight: Sized, cut: Cut, replicas: int, config: Config, is_apart: bool) -> Held:
+    """Return what a rank holds of a `weight` under its `cut`; `is_apart`: experts are cut by
+    settings of their own. Raise ConfigError where it cannot be cut so."""
+    try:
+        params = prod(weight.local_shape(*cut))
+        quantised_bytes = weight.quantised_bytes(*cut)
+    except ValueError as error:
+        asked = f"parallel.tensor = {cut.tensor}"
+        if is_apart:
+            asked = f"parallel.expert = {cut.expert}, parallel.expert_tensor = {cut.tensor}"
+        raise ConfigError(f"{asked}: {error}") from None
+    trained = 0 if weight.frozen else params
+    return Held(
+        params,
+        trained,
+        trained * weight.num_states(config.optimizer),
+        replicas,
+        params if quantised_bytes else 0,
+        quantised_bytes,
+        params if weight.coded else 0,
+    )
+
+
+def _sum_of(weights: Sequence[Held], replicas: int) -> Held:
+    """Return what a rank holds of all `weights`, which have so many `replicas`."""
+    params = trained = quantised = quantised_bytes = coded = 0
+    states = 0.0
+    for each in weights:
+        params += each.params
+        trained += each.trained
+        states += each.states
+        quantised += each.quantised
+        quantised_bytes += each.quantised_bytes
+        coded += each.coded
+    return Held(params, trained, states, replicas, quantised, quantised_bytes, coded)
 
 
 def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:

@@ -28,14 +28,15 @@ def make_stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ..
         )
     else:
         counts = balance(num_layers, num_stages, _head_cost(config, weights))
-    starts = [sum(counts[:index]) for index in range(num_stages)]
-    predictors, end = len(config.model.architecture.predictors), num_stages - 1
-    return tuple(
-        StageSpan(
-            index, start, start + count, index == 0, index == end, predictors * (index == end)
-        )
-        for index, (start, count) in enumerate(zip(starts, counts, strict=True))
-    )
+    num_predictors = len(config.model.architecture.predictors)
+    stages: list[StageSpan] = []
+    start = 0
+    for index, count in enumerate(counts):
+        is_first, is_last = index == 0, index == num_stages - 1
+        predictors = num_predictors if is_last else 0
+        stages.append(StageSpan(index, start, start + count, is_first, is_last, predictors))
+        start += count
+    return tuple(stages)
 
 
 def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:

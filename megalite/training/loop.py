@@ -36,34 +36,33 @@ def run_steps(
     `parts` are trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns
     why the run ended."""
     # A token of a longer sequence costs more attention; runs may begin with shorter ones.
-    flops = {
-        length: model_flops_per_token(run.config, length) for length in run.config.data.seq_lengths
-    }
-    meter = Meter(
-        flops[run.config.data.seq_length], run.mesh.world.size, run.mesh.device, parts.dtype
-    )
-    guard = Guard(run.config, run.mesh, loader)
+    config, mesh = run.config, run.mesh
+    lengths = config.data.seq_lengths
+    flops = {length: model_flops_per_token(config, length) for length in lengths}
+    meter = Meter(flops[config.data.seq_length], mesh.world.size, mesh.device, parts.dtype)
+    guard = Guard(config, mesh, loader)
     hooks, save = make_hooks(run, parts, loader, data, saver, guard, start, requests)
     with ExitStack() as stack, StepLog(run.recorder, meter) as log:
         for hook in hooks:
             stack.enter_context(hook)
-        if ending := next(filter(None, (hook.before_first() for hook in hooks)), None):
-            return ending
+        for hook in hooks:
+            if ending := hook.before_first():
+                return ending
         for number in range(start.step + 1, run.last_step + 1):
             NOW.begin("first step" if number == start.step + 1 else "training", number)
-            step, before = Step(number), loader.samples
-            meter.flops_per_token = flops[run.config.data.length_of(number)]
+            step = Step(number)
+            samples_before = loader.samples
+            meter.flops_per_token = flops[config.data.length_of(number)]
             train_step(step, run, parts, loader, guard, hooks)
-            log.add(step.record, (step.samples - before) * run.config.sample_tokens)
+            num_samples = step.samples - samples_before
+            log.add(step.record, num_samples * config.sample_tokens)
             # Asked once and before any of them acts: `act` of one may look at what the others are
             # to do.
             step.due = [hook for hook in hooks if hook.is_due(step)]
             step.saves = save in step.due
             if step.due:
                 log.wait()
-            # next() stops at the first hook that ends the run: a guard that does so keeps `save`
-            # from writing a checkpoint.
-            ending = next(filter(None, (hook.act(step) for hook in hooks)), None)
+            ending = _first_ending(hooks, step)
             if ending:
                 # No gather may be under way when the process groups are destroyed.
                 parts.engine.wait_for_params()
@@ -77,6 +76,17 @@ def run_steps(
             # What hooks did (evaluation, saving) is not counted as training.
             meter.start()
     return Ending(Exit.DONE)
+
+
+def _first_ending(hooks: Sequence[Hook], step: Step) -> Ending | None:
+    """Have `hooks` act after a step, up to the first that ends the run. Return how it does, or
+    None."""
+    for hook in hooks:
+        ending = hook.act(step)
+        # The others do not act: a guard that ends the run keeps a checkpoint from being written.
+        if ending:
+            return ending
+    return None
 
 
 def train_step(

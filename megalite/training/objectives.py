@@ -218,14 +218,17 @@ class ClassSets(NextToken):
         )
 
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        labels_BT, logits_BTC = inputs.labels_BT, out.whole()
+        labels_BT = inputs.labels_BT
         assert labels_BT is not None
+        logits_BTC = out.whole()
         is_here_BT1 = (labels_BT != IGNORE)[..., None]
         there_BTC = in_set(labels_BT.clamp(min=0), 0, self.num_classes) & is_here_BT1
         told_BTC = (logits_BTC > 0) & is_here_BT1
+        right_BTC = there_BTC & told_BTC
         exact_BT1 = (there_BTC == told_BTC).all(2, keepdim=True) & is_here_BT1
-        counts = torch.cat((exact_BT1, there_BTC, told_BTC, there_BTC & told_BTC), 2)
-        return self.loss(logits_BTC, labels_BT).sum(1), counts.sum(1, dtype=torch.float32)
+        counts = torch.cat((exact_BT1, there_BTC, told_BTC, right_BTC), 2)
+        losses_BT = self.loss(logits_BTC, labels_BT)
+        return losses_BT.sum(1), counts.sum(1, dtype=torch.float32)
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         num_exact, of_classes = judged[0], judged[1:]
@@ -362,13 +365,14 @@ class DPO:
         assert micro.documents is not None
         reference_BP2 = self.references[split].of(micro.samples).unflatten(1, (-1, 2))
         # On the host, from the whole sequence: a context rank sees only a part of each answer.
-        num_labels = sum_by_document(
-            (micro.labels != IGNORE).float(), micro.documents, 2 * reference_BP2.shape[1]
-        )
-        real_BP, device = (num_labels > 0).unflatten(1, (-1, 2)).all(2), inputs.tokens_BT.device
-        return replace(
-            inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size)
-        )
+        is_label_BT = (micro.labels != IGNORE).float()
+        num_answers = 2 * reference_BP2.shape[1]
+        num_labels = sum_by_document(is_label_BT, micro.documents, num_answers)
+        real_BP = (num_labels > 0).unflatten(1, (-1, 2)).all(2)
+        device = inputs.tokens_BT.device
+        share = 1 / self.context.size
+        pairs = Pairs(real_BP.to(device), reference_BP2.to(device), share)
+        return replace(inputs, pairs=pairs)
 
     def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
         return inputs
@@ -380,20 +384,24 @@ class DPO:
         beta, smoothing = self.config.beta, self.config.label_smoothing
         # A loss is -log p of one token: summed, an answer's log-probability, of which each context
         # rank has a part.
-        mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
+        num_answers = 2 * pairs.real_BP.shape[1]
+        mine = -sum_by_document(losses_BT, document_BT, num_answers)
         # Documents 2p and 2p + 1 are the chosen and the rejected answer of pair p.
         policy_BP2 = summed_over(mine, self.context).unflatten(1, (-1, 2))
         rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)
-        margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
-        loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
+        chosen_BP, rejected_BP = rewards_BP2.unbind(-1)
+        margin_BP = chosen_BP - rejected_BP
+        # With a chance of `smoothing` the preference was noted the wrong way round.
+        right_BP, wrong_BP = F.logsigmoid(margin_BP), F.logsigmoid(-margin_BP)
+        loss_BP = -(1 - smoothing) * right_BP - smoothing * wrong_BP
         loss_B = loss_BP.masked_fill(~pairs.real_BP, 0.0).sum(1)
         # Every context rank has the whole loss, but the gradient of its own tokens only: the value
         # is divided among them, the gradient is not.
         loss_B = loss_B - loss_B.detach() * (1 - pairs.share)
-        found = torch.stack(
-            (*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1
-        ).detach()
-        return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) * pairs.share
+        is_right_BP = (margin_BP > 0).float()
+        found_BPM = torch.stack((chosen_BP, rejected_BP, margin_BP, is_right_BP), -1).detach()
+        found_BPM = found_BPM.masked_fill(~pairs.real_BP[..., None], 0.0)
+        return loss_B, found_BPM.sum(1) * pairs.share
 
     def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return self.measure(out, inputs)

@@ -158,12 +158,10 @@ def forward_backward(
     batch, the objective's metrics and the means of layers' own losses: NaN where nothing of the
     `batch` has a label, in which case the gradient is exactly 0."""
     objective, layers = parts.objective, parts.layer_losses
-    inputs = [
-        objective.complete(
-            make_inputs(micro, mesh, seed, parts.needs, parts.by_documents), micro, "train"
-        )
-        for micro in batch
-    ]
+    inputs = []
+    for micro in batch:
+        given = make_inputs(micro, mesh, seed, parts.needs, parts.by_documents)
+        inputs.append(objective.complete(given, micro, "train"))
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
     parts.train()
     inputs = objective.look_ahead(_outputs(parts, inputs, parts.needs), inputs)
@@ -175,22 +173,23 @@ def forward_backward(
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
 
     def loss_of(out: Tensor, micro: Inputs) -> Tensor:
-        loss_B, metrics_BM = objective.measure(parts.last_stage.read(out, parts.needs), micro)
+        output = parts.last_stage.read(out, parts.needs)
+        loss_B, metrics_BM = objective.measure(output, micro)
         # A sum over this micro-batch, divided by the labels of the whole global batch:
         # micro-batches and replicas then add up to the mean. Means of micro-batches would weigh
         # rare labels more.
         loss = loss_B.sum() / count
-        found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
+        metrics_M = metrics_BM.sum(0) / count
+        found.add_(torch.cat((loss.detach()[None], metrics_M)))
         return loss
 
     # Context, tensor and pipeline ranks share rows; only data ranks have others.
     num_rows = sum(len(micro.tokens) for micro in batch) * mesh.data.size
+    num_tokens = num_rows * batch[0].tokens.shape[1]
+    # 0 where nothing has a label: layers' own losses have no gradient then, either.
+    scale = parts.engine.loss_scale * (num_labels > 0).float()
     for each in layers.here:
-        each.begin(
-            num_rows * batch[0].tokens.shape[1],
-            num_rows,
-            parts.engine.loss_scale * (num_labels > 0).float(),
-        )
+        each.begin(num_tokens, num_rows, scale)
     for match in parts.matches:
         match.count = count
     if parts.pipeline:
@@ -282,17 +281,23 @@ def make_inputs(
         cut = None
         index = torch.arange(length, device=mesh.device)[None]
     micro = micro.to(mesh.device)
-    # From the whole documents, and cut afterwards: a part does not know where its documents began.
-    position = index if micro.documents is None else take(positions_of(micro.documents), index)
-    document = None if micro.documents is None else take(micro.documents, index)
-    # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
+    position, document, whole_document = index, None, None
     whole: int | Tensor = length
     if micro.documents is not None:
-        whole = take(lengths_of(micro.documents)[..., 0], index)[..., None]
-    keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    whole_document = micro.documents if context.size > 1 else None
-    if micro.documents is not None and document is not None and on_host is not None:
-        note_documents(document if context.size == 1 else micro.documents, on_host)
+        # From the whole documents, and cut afterwards: a part does not know where its documents
+        # began.
+        position = take(positions_of(micro.documents), index)
+        document = take(micro.documents, index)
+        # A document gives the same beside others as alone, even with RoPE that is scaled by the
+        # length.
+        lengths_BT = lengths_of(micro.documents)[..., 0]
+        whole = take(lengths_BT, index)[..., None]
+        whole_document = micro.documents if context.size > 1 else None
+        if on_host is not None:
+            note_documents(document if context.size == 1 else micro.documents, on_host)
+    keys = None
+    if seed is not None:
+        keys = random_bits(key_of(seed, "dropout"), micro.samples)
     types = None if micro.types is None else take(micro.types, index)
     source = None if micro.source is None else _source_of(micro, micro.source, keys, context)
     places = SequenceInfo(
@@ -327,24 +332,24 @@ def validate(
         for out, micro, read in forward(parts, next(loader), mesh, objective.judges, split):
             # Which source each row comes from follows from its number in the run: nothing is sent
             # along.
-            source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
+            source, _ = mixture.order.locate(read.samples.numpy())
+            source_B = torch.from_numpy(source).to(mesh.device)
             loss_B, judged = objective.judge(out, micro)
             found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
             # fp64: over millions of tokens fp32 sums would depend on how rows are spread.
-            sums.index_add_(0, source, found.double())
+            sums.index_add_(0, source_B, found.double())
     # Only last stages have losses; the others' sums are 0, so that a sum over the pipeline gives
     # every rank the result.
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
+    losses, counts, judged = of_source[:, 0], of_source[:, 1], of_source[:, 2:]
     total, count = of_source[:, :2].sum(0).tolist()
     loss = total / count if count else math.nan
-    record = {"loss": loss, **objective.summary(loss, count, of_source[:, 2:].sum(0))}
+    record = {"loss": loss, **objective.summary(loss, count, judged.sum(0))}
     if not count:
         record = dict.fromkeys(record, math.nan)
     if len(mixture.names) > 1:
-        each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
-        record |= {
-            f"loss/{name}": x
-            for name, x in zip(mixture.names, each, strict=True)
-            if math.isfinite(x)
-        }
+        means = (losses / counts).tolist()  # NaN where the batches have none of a source
+        for name, mean in zip(mixture.names, means, strict=True):
+            if math.isfinite(mean):
+                record[f"loss/{name}"] = mean
     return record
