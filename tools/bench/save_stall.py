@@ -94,13 +94,8 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
             )
         shares += [waited / took] if step > 1 else []
     if rank == 0:
-        size = (
-            sum(
-                path.stat().st_size
-                for path in (folder / "checkpoints").glob("step-*/**/*.safetensors")
-            )
-            / 2e9
-        )
+        files = (folder / "checkpoints").glob("step-*/**/*.safetensors")
+        size = sum(path.stat().st_size for path in files) / 2e9
         print(
             f"{arguments.preset}, {sum(weight.numel for weight in weights) / 1e6:.0f}M parameters, {size:.2f} GB, "
             f"{ranks} ranks, {device}, torch {torch.__version__}, Python {platform.python_version()}, load average "
