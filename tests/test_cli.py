@@ -289,9 +289,7 @@ def test_ops_says_that_kernels_are_missing(
         library.own.cache_clear()
     rows = capsys.readouterr().out.splitlines()[1:]
     assert all(row.split()[1] == "torch" for row in rows)
-    # On a processor with AMX, oneDNN's product would be taken with the kernels as well.
-    assert all("install a C++ compiler" in row for row in rows if "AMX" not in row)
-    assert sum("AMX" in row for row in rows) <= 1
+    assert all("install a C++ compiler" in row for row in rows)
 
 
 FAULTS = [(errno.ENOENT, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ESTALE, 1)]

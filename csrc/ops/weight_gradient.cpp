@@ -33,11 +33,11 @@ void accumulate(const Tensor& into, const Tensor& grad_in, const Tensor& x_in, b
 
   const Tensor grad = rows_contiguous(grad_in), x = rows_contiguous(x_in);
   megalite::TileShape tile{};
-  megalite::cpu::tile_shape(tile);
-  const int64_t step = type == megalite::Type::f32 ? 1 : tile.bf16_step;
-  const int64_t parts = divide_up(tokens, BLOCK_TOKENS), part = divide_up(divide_up(tokens, parts), step) * step;
+  megalite::cpu::tile_shape(type, tile);
+  const int64_t parts = divide_up(tokens, BLOCK_TOKENS);
+  const int64_t part = divide_up(divide_up(tokens, parts), tile.step) * tile.step;
   const int64_t panels = divide_up(columns, tile.columns);
-  const Tensor packed = at::empty({panels, part / step, tile.columns * step}, x.options());
+  const Tensor packed = at::empty({panels, part / tile.step, tile.columns * tile.step}, x.options());
   // Blocks of one size, as many for each thread.
   const int64_t threads = at::get_num_threads();
   const int64_t wanted = divide_up(divide_up(rows, BLOCK_ROWS), threads) * threads;

@@ -6,11 +6,12 @@
 
 namespace megalite {
 
+// Of a tile of the result; its depth is a whole number of steps of so many tokens.
 struct TileShape {
-  int64_t rows, columns, bf16_step;
+  int64_t rows, columns, step;
 };
 
-// Panels of a tile's columns of x: [panels, steps, columns * step], filled up with zeros.
+// Panels of a tile's columns of x: [panels, steps, columns * step], filled up with zeros to whole steps.
 struct PackPanels {
   Type type;
   const void* x;
@@ -28,7 +29,7 @@ struct WeightGradient {
 
 }  // namespace megalite
 
-MEGALITE_CPU_KERNEL(tile_shape, (TileShape& shape), (shape))
+MEGALITE_CPU_KERNEL(tile_shape, (Type type, TileShape& shape), (type, shape))
 MEGALITE_CPU_KERNEL(pack_panels, (const PackPanels& a, int64_t begin, int64_t end), (a, begin, end))
 // Blocks of `block` rows [begin, end); `block` is a multiple of the tile's rows.
 MEGALITE_CPU_KERNEL(weight_gradient, (const WeightGradient& a, int64_t begin, int64_t end), (a, begin, end))

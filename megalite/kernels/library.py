@@ -97,14 +97,6 @@ def pick(operation: str, x: Tensor) -> str:
     # torch.
     if wish not in ("auto", "megalite"):
         return wish
-    # oneDNN computes bf16 products with AMX, which megalite's weight-gradient kernel does not use.
-    if (
-        wish == "auto"
-        and operation == "weight_gradient"
-        and x.dtype == torch.bfloat16
-        and has_matrix_unit()
-    ):
-        return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
@@ -129,8 +121,6 @@ def explain(operation: str, device: str) -> tuple[str, str]:
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish, f"kernels.{operation} asks for it"
-    if wish == "auto" and operation == "weight_gradient" and device == "cpu" and has_matrix_unit():
-        return "torch", "oneDNN uses this processor's AMX for bf16"
     if _takes(operation, device, torch.float32):
         isa = f", runs with {own().isa()}" if device == "cpu" else ""  # type: ignore[union-attr]
         if operation == "attention" and _amx_is_taken(operation):
@@ -184,7 +174,8 @@ def why_not_built() -> str:
 
 @functools.cache
 def has_matrix_unit() -> bool:
-    """Return whether this CPU has AMX tiles, which oneDNN uses and megalite's kernels do not."""
+    """Return whether this CPU has AMX tiles, which oneDNN uses. Of megalite's kernels those of weight
+    gradients and of experts do."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -227,6 +228,58 @@ def test_a_row_does_not_depend_on_others(dtype: torch.dtype, device: torch.devic
         whole = of(slice(None), operation, x)
         for some in (slice(5, 6), slice(5, 9), slice(7, 60)):
             assert torch.equal(of(some, operation, x), whole[some])
+
+
+@pytest.fixture
+def amx() -> Iterator[None]:
+    module = library.own()
+    if module is not None:
+        module.set_isa(3)
+    if module is None or module.isa() != "amx":
+        pytest.skip("this CPU has no AMX")
+    yield
+    module.set_isa(99)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 130])
+@pytest.mark.parametrize("depth", [32, 160])
+def test_products_on_tiles_of_amx(depth: int, columns: int, amx: None) -> None:
+    """Of experts with no row, and with fewer and more than fill a tile of 16, or two."""
+    counts = torch.tensor([0, 1, 15, 16, 17, 32, 33, 70])
+    rows = random(int(counts.sum()), depth).bfloat16()
+    for transpose in (False, True):
+        shape = (depth, columns) if transpose else (columns, depth)
+        weight = random(len(counts), *shape, seed=1).bfloat16()
+        product = partial(torch.ops.megalite.grouped_product, transpose=transpose)
+        found, first = product(rows, weight, counts), 0
+        for expert, count in enumerate(counts.tolist()):
+            own, first = rows[first : first + count], first + count
+            matrix = weight[expert].double() if transpose else weight[expert].double().t()
+            assert error(found[first - count : first], own.double() @ matrix) <= BOUND[own.dtype]
+            # To the bit: one row alone, and from 9 of 33 on.
+            for some in (slice(0, 1), slice(8, 33)):
+                alone = torch.zeros_like(counts)
+                alone[expert] = len(own[some])
+                whole = found[first - count : first][some]
+                assert torch.equal(product(own[some].contiguous(), weight, alone), whole)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 40), (96, 130)])
+def test_weight_gradients_on_tiles_of_amx(rows: int, columns: int, amx: None) -> None:
+    """Of experts, and of more tokens than are packed at a time; they are not rounded to bf16."""
+    counts = torch.tensor([0, 1, 31, 32, 33, 2101])
+    tokens, first = int(counts.sum()), 0
+    grad = random(tokens, rows).bfloat16()
+    x = random(tokens, 2 * columns, seed=1).bfloat16()[:, columns:]  # rows that lie apart
+    into = random(len(counts), rows, columns, seed=2).float()
+    for add in (False, True):
+        found = into.clone()
+        torch.ops.megalite.grouped_weight_gradient_(found, grad, x, counts, add)
+        for expert, part in enumerate(x.double().split(counts.tolist())):
+            of_rows = grad[first : first + len(part)].double()
+            first = (first + len(part)) % tokens
+            wanted = of_rows.t() @ part + into[expert].double() * add
+            assert error(found[expert], wanted) <= 1e-5
 
 
 @needs_kernels

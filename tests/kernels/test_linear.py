@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from torch import Tensor
 
 from exactness import BOUND, DTYPES, check_against_float64, device, error, needs_kernels  # noqa: F401
-from megalite.config.kernels import KernelsConfig
-from megalite.kernels import library
 from megalite.kernels.linear import (
     ALONE,
     NoCollectives,
@@ -31,14 +28,6 @@ SHAPES = [
     (0, 4, 5),
     (6, 0, 5),
 ]
-
-
-@pytest.fixture(autouse=True)
-def kernels_whatever_the_processor() -> Iterator[None]:
-    """On one with AMX, oneDNN's bf16 product would be taken, which is rounded before it is added."""
-    library.use(KernelsConfig(weight_gradient="megalite"))
-    yield
-    library.use(KernelsConfig())
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -66,8 +66,6 @@ def config_of(model: dict[str, Any], *overrides: str) -> Config:
         "data": {"train": [{"path": "x"}], "seq_length": 256},
         "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2},
         "optimizer": {"lr": 1e-3},
-        # On processors with AMX torch's is taken otherwise, whose product stands beside the gradient.
-        "kernels": {"weight_gradient": "megalite"},
     }
     return parse_config(values, overrides)
 

@@ -1,7 +1,9 @@
 #include "../grouped_product.h"
 
 #include <memory>
+#include <type_traits>
 
+#include "amx.h"
 #include "panel.h"
 
 namespace megalite::cpu::MEGALITE_ISA {
@@ -52,6 +54,19 @@ void product(const GroupedProduct& a, int64_t begin, int64_t end) {
       pack_columns(weight + column, a.columns, a.depth, width, panel.get());
     else
       pack_rows(weight + column * a.depth, a.depth, width, panel.get());
+#ifdef MEGALITE_AMX
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (isa() == amx && a.depth % AMX_DEPTH == 0) {
+        T* out = static_cast<T*>(a.out) + first * a.columns + column;
+        amx_product(
+            static_cast<const T*>(a.x) + first * a.depth, a.depth, last - first, a.depth, panel.get(), width,
+            [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
+              for (int64_t r = 0; r < count; ++r) amx_round(sums[r], wanted, out + (row + r) * a.columns + from);
+            });
+        continue;
+      }
+    }
+#endif
     for (int64_t row = first; row < last; row += TILE_ROWS)
       some_rows(
           std::min<int64_t>(TILE_ROWS, last - row), static_cast<const T*>(a.x) + row * a.depth, a.depth, panel.get(),

@@ -5,7 +5,8 @@
 
 namespace megalite {
 
-enum Isa : int { base = 0, avx2 = 1, avx512 = 2 };
+// amx: the kernels of avx512, and tiles where a kernel has use for them.
+enum Isa : int { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The best that this machine has, unless set_isa (tests) chose a lesser one.
 int isa();
@@ -22,7 +23,7 @@ void set_isa(int chosen);
   namespace megalite::cpu { \
   inline void name parameters { \
     switch (isa()) { \
-      case 2: return avx512::name arguments; \
+      case 3: case 2: return avx512::name arguments; \
       case 1: return avx2::name arguments; \
       default: return base::name arguments; \
     } \

@@ -2,15 +2,30 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
-#include "tile.h"
+#include "amx.h"
+#include "panel.h"
 
 namespace megalite::cpu::MEGALITE_ISA {
 
 namespace {
 
 template <class T>
-int64_t steps_of(int64_t tokens) { return (tokens + STEP<T> - 1) / STEP<T>; }
+constexpr bool takes_amx() {
+#ifdef MEGALITE_AMX
+  return std::is_same_v<T, bf16>;
+#else
+  return false;
+#endif
+}
+
+// Steps of the depth, as many as what computes here wants.
+template <class T>
+int64_t steps_of(int64_t tokens) {
+  const int64_t at_once = takes_amx<T>() && isa() == amx ? 32 : STEP<T>;
+  return (tokens + at_once - 1) / at_once * (at_once / STEP<T>);
+}
 
 template <class T>
 void interleave_whole(const T* from, int64_t stride, int64_t columns, T* to) {
@@ -42,10 +57,12 @@ void pack(const PackPanels& a, int64_t begin, int64_t end) {
     const int64_t first = panel * TILE_COLUMNS;
     const T* x = static_cast<const T*>(a.x) + first;
     T* to = static_cast<T*>(a.to) + panel * steps * step_size;
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t step = 0; step < steps; ++step, to += step_size) {
       const int64_t token = step * STEP<T>;
-      interleave<TILE_COLUMNS>(x + token * a.stride, a.stride, a.tokens - token, a.columns - first, to);
-      to += step_size;
+      if (token < a.tokens)
+        interleave<TILE_COLUMNS>(x + token * a.stride, a.stride, a.tokens - token, a.columns - first, to);
+      else
+        std::fill(to, to + step_size, T{});
     }
   }
 }
@@ -104,8 +121,60 @@ void tile_of_rows(
   }
 }
 
+#ifdef MEGALITE_AMX
+
+// Rows [0, width) of the result, the columns of [tokens, width], as rows of `depth` tokens, filled up with zeros, that lie
+// `to_stride` apart. Squares of 16 pairs of tokens are transposed.
+void pack_transposed(
+    const bf16* grad, int64_t stride, int64_t tokens, int64_t depth, int64_t width, bf16* to, int64_t to_stride) {
+  static_assert(WIDTH == AMX_ROWS);
+  for (int64_t token = 0; token < depth; token += AMX_DEPTH)
+    for (int64_t row = 0; row < width; row += WIDTH) {
+      bits square[WIDTH];
+      for (int64_t step = 0; step < WIDTH; ++step) {
+        const int64_t at = token + step * STEP<bf16>;
+        bf16 pairs[WIDTH * STEP<bf16>] = {};
+        if (at < tokens) interleave<WIDTH>(grad + at * stride + row, stride, tokens - at, width - row, pairs);
+        square[step] = load_vector<bits>(pairs);
+      }
+      transpose(square);
+      for (int64_t r = 0; r < std::min<int64_t>(WIDTH, width - row); ++r)
+        store_vector(to + (row + r) * to_stride + token, square[r]);
+    }
+}
+
+void product_by_amx(const WeightGradient& a, int64_t begin, int64_t end) {
+  const int64_t depth = steps_of<bf16>(a.tokens) * STEP<bf16>, panel_size = depth * TILE_COLUMNS;
+  const int64_t stride = depth + AMX_DEPTH;  // rows a power of two apart would share a line of the cache
+  std::unique_ptr<bf16[]> rows_of_grad(new bf16[a.block * stride]);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
+    pack_transposed(
+        static_cast<const bf16*>(a.grad) + first, a.grad_stride, a.tokens, depth, rows, rows_of_grad.get(), stride);
+    for (int64_t column = 0; column < a.columns; column += TILE_COLUMNS) {
+      float* into = a.into + first * a.columns + column;
+      amx_product(
+          rows_of_grad.get(), stride, rows, depth,
+          static_cast<const bf16*>(a.panels) + column / TILE_COLUMNS * panel_size,
+          std::min<int64_t>(TILE_COLUMNS, a.columns - column),
+          [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
+            for (int64_t r = 0; r < count; ++r) {
+              float* to = into + (row + r) * a.columns + from;
+#pragma omp simd
+              for (int64_t i = 0; i < wanted; ++i) to[i] = a.add ? to[i] + sums[r][i] : sums[r][i];
+            }
+          });
+    }
+  }
+}
+
+#endif
+
 template <class T>
 void product(const WeightGradient& a, int64_t begin, int64_t end) {
+#ifdef MEGALITE_AMX
+  if (takes_amx<T>() && isa() == amx) return product_by_amx(a, begin, end);
+#endif
   const int64_t steps = steps_of<T>(a.tokens);
   const int64_t tile_size = steps * STEP<T> * TILE_ROWS, panel_size = steps * STEP<T> * TILE_COLUMNS;
   std::unique_ptr<T[]> tiles(new T[a.block / TILE_ROWS * tile_size]);
@@ -125,7 +194,12 @@ void product(const WeightGradient& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void tile_shape(TileShape& shape) { shape = {TILE_ROWS, TILE_COLUMNS, STEP<bf16>}; }
+void tile_shape(Type type, TileShape& shape) {
+  shape = {TILE_ROWS, TILE_COLUMNS, type == Type::f32 ? STEP<float> : STEP<bf16>};
+#ifdef MEGALITE_AMX
+  if (type != Type::f32 && isa() == amx) shape = {2 * AMX_ROWS, TILE_COLUMNS, AMX_DEPTH};
+#endif
+}
 
 void pack_panels(const PackPanels& a, int64_t begin, int64_t end) { MEGALITE_BY_TYPE(a.type, pack, a, begin, end); }
 
