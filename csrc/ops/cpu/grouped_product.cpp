@@ -1,6 +1,5 @@
 #include "../grouped_product.h"
 
-#include <memory>
 #include <type_traits>
 
 #include "amx.h"
@@ -42,7 +41,7 @@ void some_rows(int64_t rows, const T* x, int64_t depth, const T* panel, T* out, 
 template <class T>
 void product(const GroupedProduct& a, int64_t begin, int64_t end) {
   const int64_t steps = (a.depth + STEP<T> - 1) / STEP<T>;
-  std::unique_ptr<T[]> panel(new T[std::max<int64_t>(1, steps * TILE_COLUMNS * STEP<T>)]);
+  const Aligned<T> panel(steps * TILE_COLUMNS * STEP<T>);
   for (int64_t at = begin; at < end; ++at) {
     // Neighbours in this order are of different experts, so that threads share each of them.
     const int64_t expert = at % a.experts, column = at / a.experts * TILE_COLUMNS;
@@ -51,15 +50,15 @@ void product(const GroupedProduct& a, int64_t begin, int64_t end) {
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     const T* weight = static_cast<const T*>(a.weight) + expert * a.columns * a.depth;
     if (a.transpose)
-      pack_columns(weight + column, a.columns, a.depth, width, panel.get());
+      pack_columns(weight + column, a.columns, a.depth, width, panel.at);
     else
-      pack_rows(weight + column * a.depth, a.depth, width, panel.get());
+      pack_rows(weight + column * a.depth, a.depth, width, panel.at);
 #ifdef MEGALITE_AMX
     if constexpr (std::is_same_v<T, bf16>) {
       if (isa() == amx && a.depth % AMX_DEPTH == 0) {
         T* out = static_cast<T*>(a.out) + first * a.columns + column;
         amx_product(
-            static_cast<const T*>(a.x) + first * a.depth, a.depth, last - first, a.depth, panel.get(), width,
+            static_cast<const T*>(a.x) + first * a.depth, a.depth, last - first, a.depth, panel.at, width,
             [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
               for (int64_t r = 0; r < count; ++r) amx_round(sums[r], wanted, out + (row + r) * a.columns + from);
             });
@@ -69,7 +68,7 @@ void product(const GroupedProduct& a, int64_t begin, int64_t end) {
 #endif
     for (int64_t row = first; row < last; row += TILE_ROWS)
       some_rows(
-          std::min<int64_t>(TILE_ROWS, last - row), static_cast<const T*>(a.x) + row * a.depth, a.depth, panel.get(),
+          std::min<int64_t>(TILE_ROWS, last - row), static_cast<const T*>(a.x) + row * a.depth, a.depth, panel.at,
           static_cast<T*>(a.out) + row * a.columns + column, a.columns, width);
   }
 }

@@ -1,7 +1,5 @@
 #include "../newton_schulz.h"
 
-#include <memory>
-
 #include "panel.h"
 
 namespace megalite::cpu::MEGALITE_ISA {
@@ -43,18 +41,15 @@ void some_rows(const AddedProduct& a, const T* panel, int64_t row, int64_t colum
 }
 
 template <class T>
-std::unique_ptr<T[]> new_panel(int64_t depth) {
-  const int64_t steps = (depth + STEP<T> - 1) / STEP<T>;
-  return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, steps * TILE_COLUMNS * STEP<T>)]);
-}
+int64_t panel_size(int64_t depth) { return (depth + STEP<T> - 1) / STEP<T> * STEP<T> * TILE_COLUMNS; }
 
 template <class T>
 void product(const AddedProduct& a, int64_t begin, int64_t end) {
-  const auto panel = new_panel<T>(a.depth);
+  const Aligned<T> panel(panel_size<T>(a.depth));
   for (int64_t column = begin * TILE_COLUMNS; column < std::min(end * TILE_COLUMNS, a.columns); column += TILE_COLUMNS) {
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
-    pack_columns(static_cast<const T*>(a.b) + column, a.columns, a.depth, width, panel.get());
-    for (int64_t row = 0; row < a.rows; row += TILE_ROWS) some_rows(a, panel.get(), row, column, width);
+    pack_columns(static_cast<const T*>(a.b) + column, a.columns, a.depth, width, panel.at);
+    for (int64_t row = 0; row < a.rows; row += TILE_ROWS) some_rows(a, panel.at, row, column, width);
   }
 }
 
@@ -91,18 +86,18 @@ void up_to_diagonal(const AddedProduct& a, const T* panel, int64_t row, int64_t 
 
 template <class T>
 void symmetric(const AddedProduct& a, int64_t begin, int64_t end) {
-  const auto panel = new_panel<T>(a.depth);
+  const Aligned<T> panel(panel_size<T>(a.depth));
   const int64_t panels = (a.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
   for (int64_t at = begin; at < end; ++at) {
     // A panel goes from the diagonal down: long ones and short ones by turns, so that threads have as much to do.
     const int64_t column = (at % 2 ? panels - 1 - at / 2 : at / 2) * TILE_COLUMNS;
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
-    pack_rows(static_cast<const T*>(a.a) + column * a.depth, a.depth, width, panel.get());
+    pack_rows(static_cast<const T*>(a.a) + column * a.depth, a.depth, width, panel.at);
     for (int64_t row = column; row < a.rows; row += TILE_ROWS) {
       if (row + TILE_ROWS <= a.rows)
-        up_to_diagonal<1>(a, panel.get(), row, column, width);
+        up_to_diagonal<1>(a, panel.at, row, column, width);
       else
-        some_rows(a, panel.get(), row, column, width);
+        some_rows(a, panel.at, row, column, width);
     }
     mirror(static_cast<T*>(a.out), a.rows, column);
   }

@@ -6,6 +6,8 @@
 //   b: the step's columns next to each other, pairs of bf16 interleaved: at b + step * b_step
 #pragma once
 
+#include <new>
+
 #include "vec.h"
 
 #ifdef __AVX512BF16__
@@ -31,6 +33,17 @@ typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
 
 template <class T> constexpr int STEP = 1;  // elements of the depth in a step
 template <> constexpr int STEP<bf16> = 2;
+
+// Room for `size` elements that begins with a line of the cache: a register or a tile that lies across two takes twice as long.
+template <class T>
+struct Aligned {
+  explicit Aligned(int64_t size) : at(static_cast<T*>(::operator new(sizeof(T) * size, ALIGNMENT))) {}
+  ~Aligned() { ::operator delete(at, ALIGNMENT); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+  static constexpr std::align_val_t ALIGNMENT{64};
+  T* const at;
+};
 
 template <class V>
 inline V load_vector(const void* from) {

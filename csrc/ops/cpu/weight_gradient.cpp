@@ -1,7 +1,6 @@
 #include "../weight_gradient.h"
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 
 #include "amx.h"
@@ -146,15 +145,15 @@ void pack_transposed(
 void product_by_amx(const WeightGradient& a, int64_t begin, int64_t end) {
   const int64_t depth = steps_of<bf16>(a.tokens) * STEP<bf16>, panel_size = depth * TILE_COLUMNS;
   const int64_t stride = depth + AMX_DEPTH;  // rows a power of two apart would share a line of the cache
-  std::unique_ptr<bf16[]> rows_of_grad(new bf16[a.block * stride]);
+  const Aligned<bf16> rows_of_grad(a.block * stride);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
     pack_transposed(
-        static_cast<const bf16*>(a.grad) + first, a.grad_stride, a.tokens, depth, rows, rows_of_grad.get(), stride);
+        static_cast<const bf16*>(a.grad) + first, a.grad_stride, a.tokens, depth, rows, rows_of_grad.at, stride);
     for (int64_t column = 0; column < a.columns; column += TILE_COLUMNS) {
       float* into = a.into + first * a.columns + column;
       amx_product(
-          rows_of_grad.get(), stride, rows, depth,
+          rows_of_grad.at, stride, rows, depth,
           static_cast<const bf16*>(a.panels) + column / TILE_COLUMNS * panel_size,
           std::min<int64_t>(TILE_COLUMNS, a.columns - column),
           [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
@@ -177,15 +176,15 @@ void product(const WeightGradient& a, int64_t begin, int64_t end) {
 #endif
   const int64_t steps = steps_of<T>(a.tokens);
   const int64_t tile_size = steps * STEP<T> * TILE_ROWS, panel_size = steps * STEP<T> * TILE_COLUMNS;
-  std::unique_ptr<T[]> tiles(new T[a.block / TILE_ROWS * tile_size]);
+  const Aligned<T> tiles(a.block / TILE_ROWS * tile_size);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
-    pack_tiles(static_cast<const T*>(a.grad) + first, a.grad_stride, a.tokens, rows, tiles.get());
+    pack_tiles(static_cast<const T*>(a.grad) + first, a.grad_stride, a.tokens, rows, tiles.at);
     for (int64_t column = 0; column < a.columns; column += TILE_COLUMNS) {
       const T* panel = static_cast<const T*>(a.panels) + column / TILE_COLUMNS * panel_size;
       for (int64_t row = 0; row < rows; row += TILE_ROWS)
         tile_of_rows(
-            std::min<int64_t>(TILE_ROWS, rows - row), steps, tiles.get() + row / TILE_ROWS * tile_size, panel,
+            std::min<int64_t>(TILE_ROWS, rows - row), steps, tiles.at + row / TILE_ROWS * tile_size, panel,
             a.into + (first + row) * a.columns + column, a.columns,
             std::min<int64_t>(TILE_COLUMNS, a.columns - column), a.add);
     }
