@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -122,15 +122,34 @@ def _key(options: Sequence[str | Path], files: Sequence[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def _compile(source: Path, options: Sequence[str | Path], made_from: Sequence[Path]) -> Path:
-    """Return the object of `source`, from the cache where nothing of `made_from` has changed."""
-    object_file = CACHE / f"{source.name}-{_key(options, [source, *made_from])}.o"
+def _object_of(source: Path, options: Sequence[str | Path], made_from: Sequence[Path]) -> Path:
+    """Return where the object of `source` is kept."""
+    return CACHE / f"{source.name}-{_key(options, [source, *made_from])}.o"
+
+
+def _compile(
+    source: Path,
+    options: Sequence[str | Path],
+    made_from: Sequence[Path],
+    headers: Future[Path] | None = None,
+) -> Path:
+    """Return the object of `source`, from the cache where nothing of `made_from` has changed.
+    `headers` are those of `_precompile`."""
+    object_file = _object_of(source, options, made_from)
     if not object_file.exists():
+        found = [f"-I{headers.result()}"] if headers else []
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             written = Path(folder) / "object.o"
-            _run([COMPILER, *options, "-c", source, "-o", written])
+            _run([COMPILER, *found, *options, "-c", source, "-o", written])
             written.rename(object_file)
     return object_file
+
+
+def _precompile(folder: Path, options: Sequence[str | Path]) -> Path:
+    """Compile torch's headers into `folder`, which takes longer than all wrappers without them."""
+    written = folder / "wrappers.h.gch"
+    _run([COMPILER, *options, "-x", "c++-header", FAKE / "wrappers.h", "-o", written])
+    return folder
 
 
 def _translated(folder: Path) -> Path:
@@ -161,16 +180,19 @@ def build() -> Path:
         *WRAPPER_FLAGS,
         f"-I{OPS.relative_to(ROOT)}",
         *compiling,
-        "-include",
-        "wrappers.h",
         include,
     ]
+    wrapper_options, made_from = [*torch_options, "-include", "wrappers.h"], [*fake, *headers]
     with (
         tempfile.TemporaryDirectory(dir=CACHE) as folder,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         cuda = _translated(Path(folder))
         kernels = [*fake, *headers, *sorted(cuda.glob("*.cuh"))]
+        wrappers = wrapper_sources()
+        are_kept = all(_object_of(file, wrapper_options, made_from).exists() for file in wrappers)
+        # First: the wrappers wait for it.
+        precompiled = None if are_kept else pool.submit(_precompile, Path(folder), torch_options)
         jobs = [
             *(
                 pool.submit(_compile, file, [*RUNTIME_FLAGS, include], own)
@@ -181,8 +203,8 @@ def build() -> Path:
                 for file in sorted(cuda.glob("*.cpp"))
             ),
             *(
-                pool.submit(_compile, file, torch_options, [*fake, *headers])
-                for file in wrapper_sources()
+                pool.submit(_compile, file, wrapper_options, made_from, precompiled)
+                for file in wrappers
             ),
         ]
         objects = [job.result() for job in jobs]

@@ -97,7 +97,9 @@ EVERY = [
     Layout(tensor=2, sequence=True),
     Layout(pipeline=2, schedule="zero_bubble"),
 ]
-"""Of every model; the others of Llama."""
+"""Of the two models in FAMILIES; the others of Llama. The rest of the families has two of them."""
+FAMILIES = ("llama", "gpt2")
+OF_EACH = (EVERY[0], EVERY[2])
 LAYOUTS = [
     *EVERY,
     Layout(1, loss_chunk=5),
@@ -134,10 +136,13 @@ RUNS = [
     (model, layout)
     for layout in LAYOUTS
     for model in MODELS
-    if not model.startswith("wide") and (model == "llama" or layout in EVERY)
+    if not model.startswith("wide")
+    and (model == "llama" or layout in (EVERY if model in FAMILIES else OF_EACH))
 ]
 RUNS += [(model, Layout(expert=2)) for model in ("mixtral", "qwen3_moe", "deepseek_v3")]
-RUNS += [(model, layout) for layout in IN_FEW_BITS for model in MODELS if model.startswith("wide")]
+WIDE_MODELS = [model for model in MODELS if model.startswith("wide")]
+RUNS += [(model, IN_FEW_BITS[0]) for model in WIDE_MODELS]
+RUNS += [(model, IN_FEW_BITS[1]) for model in ("wide", "wide phi3")]
 RUNS += [("t5", layout) for layout in OF_T5]
 RUNS += [
     ("wide", Layout(tensor=2, sequence=True, recompute="full", quantize="nf4")),
@@ -147,11 +152,8 @@ RUNS += [
     ("qwen3_moe", Layout(tensor=2, quantize="int8")),
 ]
 WITH_MAGNITUDES = [
-    *(
-        (model, replace(layout, dora=True))
-        for layout in EVERY
-        for model in ("llama", "qwen2", "gpt2")
-    ),
+    *((model, replace(layout, dora=True)) for layout in EVERY for model in FAMILIES),
+    ("qwen2", Layout(1, dora=True)),
     ("phi3", Layout(tensor=2, dora=True)),
     ("gpt_neox", Layout(tensor=2, sequence=True, dora=True)),
     ("deepseek_v3", Layout(tensor=2, dora=True)),
@@ -163,6 +165,13 @@ WITH_MAGNITUDES = [
 """DoRA: of models with and without biases, fused and not."""
 OF_DORA = {model for model, _ in WITH_MAGNITUDES}
 RUNS += WITH_MAGNITUDES
+MORE_RUNS = [
+    *((model, layout) for model in MODELS for layout in EVERY if not model.startswith("wide")),
+    *((model, layout) for model in WIDE_MODELS for layout in IN_FEW_BITS),
+    *(("qwen2", replace(layout, dora=True)) for layout in EVERY),
+]
+"""Run with --whole."""
+ALL_RUNS = [*dict.fromkeys([*RUNS, *MORE_RUNS])]
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -299,7 +308,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layout], Result]:
-    """Every run that is asked for, all of two ranks in one spawn. DeepSpeed's come last, since it
+    """Every run that is asked for, all of two ranks in one spawn. DeepSpeed has its own, since it
     replaces functions of torch."""
     asked = [
         (each["model"], each["layout"])
@@ -311,15 +320,12 @@ def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layou
         asked += [(model, layout) for layout in (each["layout"], DROPPING[0], DRY[model])]
     found: dict[tuple[str, Layout], Result] = {}
     engines = ["native"] + ["deepspeed"] * (importlib.util.find_spec("deepspeed") is not None)
-    for ranks in (1, 2):
-        every = [*RUNS, *((model, layout) for model in DRY for layout in DROPPING)]
-        of_these = [
-            (m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines
-        ]
-        runs = [run for run in of_these if run in asked]
-        runs.sort(key=lambda run: engines.index(run[1].engine))
+    every = [*ALL_RUNS, *((model, layout) for model in DRY for layout in DROPPING)]
+    for ranks, engine in [(1, "native"), *((2, engine) for engine in engines)]:
+        runs = [run for run in every if run in asked]
+        runs = [run for run in runs if (run[1].ranks, run[1].engine) == (ranks, engine)]
         of_ranks = (
-            run_ranks(ranks, run_all, root, runs)
+            run_ranks(ranks, run_all, root, runs, deepspeed=engine == "deepspeed")
             if ranks > 1 and runs
             else [run_all(0, 1, root, runs)]
         )
@@ -409,7 +415,12 @@ def reference(folder: Path, quantize: str | None = None, dora: bool = False) -> 
     return result
 
 
-@pytest.mark.parametrize(("model", "layout"), RUNS, ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_two_steps_are_those_of_peft:
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize(("model", "layout"), ALL_RUNS if whole else RUNS, ids=str)
+
+
 def test_two_steps_are_those_of_peft(
     model: str, layout: Layout, root: Path, results: dict[tuple[str, Layout], Result]
 ) -> None:
