@@ -24,6 +24,7 @@ from torch import Tensor
 from megalite.checkpoint.quantised import Scaled
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.kernels.blockwise import look_up_pairs, pairs_of
+from megalite.kernels.int8 import round_rows
 from megalite.models import peft, read_hf_config, weight_table
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
@@ -35,7 +36,6 @@ INT4_ROWS = 128
 """Rows up to which the int4 kernel is quicker than dequantising and a product in bf16."""
 INT4_GROUPS = (32, 64, 128, 256)
 """Columns of a scale that torch's int4 kernel takes."""
-SMALLEST = torch.finfo(torch.float32).tiny
 AT_ONCE = 2**20
 """Numbers that are dequantised at a time."""
 
@@ -53,14 +53,10 @@ class Int8Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).float()
-        # As llm-compressor has it: the largest number is 127.5 steps from 0.
-        scale = (rows.abs().amax(1, keepdim=True) / 127.5).clamp_(min=SMALLEST)
-        numbers = (rows / scale).round_().clamp_(-128, 127).to(torch.int8)
         # Unsigned with a zero of 128: oneDNN computes signed inputs number by number.
-        unsigned = numbers.view(torch.uint8) ^ 128
+        numbers, scale = round_rows(x.flatten(0, -2))
         out = torch.ops.onednn.qlinear_pointwise(
-            unsigned, 1.0, 128, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32,
+            numbers, 1.0, 128, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32,
             "none", [], "",
         )  # fmt: skip
         out *= scale
