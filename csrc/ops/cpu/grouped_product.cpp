@@ -38,38 +38,49 @@ void some_rows(int64_t rows, const T* x, int64_t depth, const T* panel, T* out, 
   }
 }
 
+// Columns [column, column + width) of an expert's rows, by a packed panel of its weight.
+template <class T>
+void columns_of(const GroupedProduct& a, int64_t expert, int64_t column, const T* panel) {
+  const int64_t first = a.first[expert], last = a.first[expert + 1];
+  const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out) + column;
+#ifdef MEGALITE_AMX
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (isa() == amx && a.depth % AMX_DEPTH == 0)
+      return amx_product(
+          x + first * a.depth, a.depth, last - first, a.depth, panel, width,
+          [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
+            for (int64_t r = 0; r < count; ++r)
+              amx_round(sums[r], wanted, out + (first + row + r) * a.columns + from);
+          });
+  }
+#endif
+  for (int64_t row = first; row < last; row += TILE_ROWS)
+    some_rows(
+        std::min<int64_t>(TILE_ROWS, last - row), x + row * a.depth, a.depth, panel, out + row * a.columns, a.columns,
+        width);
+}
+
 template <class T>
 void product(const GroupedProduct& a, int64_t begin, int64_t end) {
   const int64_t steps = (a.depth + STEP<T> - 1) / STEP<T>;
   const Aligned<T> panel(steps * TILE_COLUMNS * STEP<T>);
-  for (int64_t at = begin; at < end; ++at) {
-    // Neighbours in this order are of different experts, so that threads share each of them.
-    const int64_t expert = at % a.experts, column = at / a.experts * TILE_COLUMNS;
-    const int64_t first = a.first[expert], last = a.first[expert + 1];
-    if (first == last) continue;
-    const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
+  // Neighbours among the blocks are of different experts, so that threads share each of them. A thread takes all of its
+  // blocks of one expert, whose rows stay in its cache, before the next.
+  for (int64_t next = begin; next < std::min(begin + a.experts, end); ++next) {
+    const int64_t expert = next % a.experts;
+    if (a.first[expert] == a.first[expert + 1]) continue;
     const T* weight = static_cast<const T*>(a.weight) + expert * a.columns * a.depth;
-    if (a.transpose)
-      pack_columns(weight + column, a.columns, a.depth, width, panel.at);
-    else
-      pack_rows(weight + column * a.depth, a.depth, width, panel.at);
-#ifdef MEGALITE_AMX
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (isa() == amx && a.depth % AMX_DEPTH == 0) {
-        T* out = static_cast<T*>(a.out) + first * a.columns + column;
-        amx_product(
-            static_cast<const T*>(a.x) + first * a.depth, a.depth, last - first, a.depth, panel.at, width,
-            [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
-              for (int64_t r = 0; r < count; ++r) amx_round(sums[r], wanted, out + (row + r) * a.columns + from);
-            });
-        continue;
-      }
+    for (int64_t block = next; block < end; block += a.experts) {
+      const int64_t column = block / a.experts * TILE_COLUMNS;
+      const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
+      if (a.transpose)
+        pack_columns(weight + column, a.columns, a.depth, width, panel.at);
+      else
+        pack_rows(weight + column * a.depth, a.depth, width, panel.at);
+      columns_of(a, expert, column, panel.at);
     }
-#endif
-    for (int64_t row = first; row < last; row += TILE_ROWS)
-      some_rows(
-          std::min<int64_t>(TILE_ROWS, last - row), static_cast<const T*>(a.x) + row * a.depth, a.depth, panel.at,
-          static_cast<T*>(a.out) + row * a.columns + column, a.columns, width);
   }
 }
 
