@@ -9,7 +9,7 @@ layout is best.
     activations.py  bytes kept for the backward pass; attention_activations.py, cross_activations.py: by attention
     schedule.py     order of passes of each pipeline rank, taken from torch
     simulate.py     a step, event by event
-    memory.py       bytes of each pipeline rank at its peak
+    memory.py       bytes of each pipeline rank at its peak; deepspeed.py: under DeepSpeed
     estimate.py     all of it for one plan
     search.py       all layouts that fit, ranked
     report.py       the result as text; timeline.py: as a picture

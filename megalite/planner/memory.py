@@ -25,6 +25,7 @@ from megalite.planner.activations import (
     layer_bytes,
     rope_bytes,
 )
+from megalite.planner.deepspeed import deepspeed_bytes
 from megalite.planner.frozen import FrozenBytes
 from megalite.planner.schedule import Order
 from megalite.planner.shapes import FP32, INT64, LayerShapes, Shapes, each, runs
@@ -111,21 +112,27 @@ def rank_memories(
         updating = max(received, _whole_matrices(plan, own, matrix_bytes(config)))
         if updating > activations + transient:
             activations, transient = 0, updating
-        buffers = (
-            _tokens(plan, shapes)
-            + _messages(plan, spans) * shapes.handed_bytes
-            + _buckets(plan, config, own, on_gloo)
-            + _gathered_weights(plan, own, shapes.element)
-            + (frozen.states if spans[-1].last else 0)
-        )
-        checkpoint = 0 if on_gloo else _checkpoint(plan, config, own, held["gradients"])
+        buffers = _tokens(plan, shapes) + (frozen.states if spans[-1].last else 0)
+        if plan.engine == "deepspeed":
+            passes = activations + transient
+            found = deepspeed_bytes(
+                plan, config, own[0], stages[0], counts.head, passes, held["optimizer"]
+            )
+            transient = found.pop("passes") - activations
+            buffers += found.pop("buffers")
+            checkpoint = found.pop("checkpoint")
+            held |= found
+        else:
+            buffers += _messages(plan, spans) * shapes.handed_bytes
+            buffers += _buckets(plan, config, own, on_gloo)
+            checkpoint = _checkpoint(plan, config, own, held["gradients"])
         memories.append(
             Memory(
                 **held,
                 activations=activations,
                 transient=transient,
                 buffers=buffers,
-                checkpoint=checkpoint,
+                checkpoint=0 if on_gloo else checkpoint,
             )
         )
     return tuple(memories)
@@ -370,12 +377,3 @@ def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradien
         plan.experts,
     )
     return max(dense, experts) * FP32 + (gradients if plan.zero_stage < 2 else 0)
-
-
-def _gathered_weights(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:
-    """Count the gathered weights of ZeRO 3: those of one layer, and the prefetched ones of the
-    next."""
-    if plan.zero_stage != 3:
-        return 0
-    layers = [layer for size in sizes for layer in size.layers]
-    return 2 * max(layers, default=0) * element
