@@ -41,6 +41,8 @@ typedef float AmxSums[2 * AMX_ROWS][2 * AMX_COLUMNS];
 MEGALITE_AMX inline void amx_sums(
     const bf16* x, int64_t stride, int64_t rows, int64_t depth, const bf16* panel, AmxSums& sums) {
   constexpr int64_t PANEL_ROW = TILE_COLUMNS * STEP<bf16>;  // elements
+  // GCC does not know that loading a tile reads memory: what was written is to be there.
+  asm volatile("" ::: "memory");
   const bool is_two = rows > AMX_ROWS;
   _tile_zero(0);
   _tile_zero(1);
