@@ -23,7 +23,7 @@ from megalite.kernels.attention_on_gpus import (
     takes_varlen,
     varlen_attention,
 )
-from megalite.kernels.library import added, own, pick, torch_takes_full_rows
+from megalite.kernels.library import added, own, pick
 
 
 def self_attention(
@@ -47,8 +47,7 @@ def self_attention(
     function = added.get("self_attention")
     if function and bias is None:
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
-    is_masked = document_BT is not None or bias is not None
-    if not function and _is_own(qkv_BTNK, kind, is_masked):
+    if not function and _is_own(qkv_BTNK, kind):
         # The operator also returns the log-sum-exp of the scores, which its backward pass reads.
         return torch.ops.megalite.attention_forward(
             qkv_BTNK, num_heads, num_kv_heads, document_BT, None, None,
@@ -57,13 +56,10 @@ def self_attention(
     return attention(*split_heads(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind, bias=bias)
 
 
-def _is_own(x_BTNK: Tensor, kind: AttentionKind, is_masked: bool) -> bool:
-    """Return whether megalite's kernel computes attention of such a kind; `is_masked`: within
-    documents, or with a bias."""
-    if kind.softcap is not None or kind.sinks or pick("attention", x_BTNK) != "megalite":
-        return False
-    is_full = not (kind.causal or is_masked or kind.window)
-    return not (is_full and torch_takes_full_rows(x_BTNK.dtype, x_BTNK.shape[1]))
+def _is_own(x_BTNK: Tensor, kind: AttentionKind) -> bool:
+    """Return whether megalite's kernel computes attention of such a kind."""
+    has_kernel = kind.softcap is None and not kind.sinks
+    return has_kernel and pick("attention", x_BTNK) == "megalite"
 
 
 def attention(
@@ -101,7 +97,7 @@ def attention(
     if ours and pick("attention", q_BTHK) == "flash_attn":
         return flash_attention(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
     is_crossing = source_BS is not None and bias is None and k_BSGK.shape == v_BSGV.shape
-    if is_crossing and _is_own(q_BTHK, kind, True):
+    if is_crossing and _is_own(q_BTHK, kind):
         kv = torch.cat((k_BSGK, v_BSGV), 2)
         return torch.ops.megalite.attention_forward(
             q_BTHK, q_BTHK.shape[2], k_BSGK.shape[2], document_BT, kv, source_BS,

@@ -100,21 +100,6 @@ def pick(operation: str, x: Tensor) -> str:
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
-FULL_ROWS = 512
-"""Tokens of a row from which on torch's attention is the quicker on the CPU where bf16 tokens attend
-to all of the row and the processor has AMX (tools/bench/attention.py). Of rows in documents, windows
-or biases, and of shorter ones, megalite's is."""
-
-
-def torch_takes_full_rows(dtype: torch.dtype, length: int) -> bool:
-    """Return whether torch computes attention of each token to all `length` of a row on the CPU."""
-    return length >= FULL_ROWS and dtype == torch.bfloat16 and _amx_is_taken("attention")
-
-
-def _amx_is_taken(operation: str) -> bool:
-    return getattr(_wishes, operation) == "auto" and has_matrix_unit()
-
-
 def explain(operation: str, device: str) -> tuple[str, str]:
     """Return (implementation, reason) of `operation` for fp32 and bf16 tensors of a `device` type,
     for a person."""
@@ -123,8 +108,6 @@ def explain(operation: str, device: str) -> tuple[str, str]:
         return wish, f"kernels.{operation} asks for it"
     if _takes(operation, device, torch.float32):
         isa = f", runs with {own().isa()}" if device == "cpu" else ""  # type: ignore[union-attr]
-        if operation == "attention" and _amx_is_taken(operation):
-            isa += f"; torch, with AMX, where bf16 tokens attend to all of {FULL_ROWS} or more"
         return "megalite", f"built{isa}"
     if operation == "attention" and device == "cuda" and torch.cuda.is_available():
         return "torch", _attention_on(torch.cuda.get_device_capability())
@@ -173,13 +156,6 @@ def why_not_built() -> str:
 
 
 @functools.cache
-def has_matrix_unit() -> bool:
-    """Return whether this CPU has AMX tiles, which oneDNN uses. Of megalite's kernels those of weight
-    gradients and of experts do."""
-    return torch.cpu._is_amx_tile_supported()
-
-
-@functools.cache
 def _warn_once() -> None:
     warnings.warn(f"{why_not_built()}. Plain torch computes instead, more slowly.", stacklevel=3)
 
@@ -191,7 +167,6 @@ def tell_compiler() -> None:
     This is not a decorator on `_takes`, because that would import torch's compiler, which takes a
     second of every process."""
     torch.compiler.assume_constant_result(_takes)
-    torch.compiler.assume_constant_result(_amx_is_taken)
 
 
 def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megalite.kernels.library import has_matrix_unit, pick
+from megalite.kernels.library import pick
 
 Coefficients = tuple[float, float, float]
 
@@ -110,11 +110,8 @@ def _tall_step(x: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Return whether megalite's kernel multiplies `x`: on the CPU, but not where oneDNN has a
-    matrix unit for bf16."""
-    is_quicker_in_torch = x.dtype == torch.bfloat16 and has_matrix_unit()
-    on_cpu = x.device.type == "cpu" and x.dim() == 2
-    return on_cpu and not is_quicker_in_torch and pick("optimizer", x) == "megalite"
+    """Return whether megalite's kernel multiplies `x`: on the CPU, one matrix."""
+    return x.device.type == "cpu" and x.dim() == 2 and pick("optimizer", x) == "megalite"
 
 
 def iteration_products(rows: int, columns: int) -> tuple[tuple[int, int, int], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,22 +20,31 @@ needs_kernels = pytest.mark.skipif(not BUILT, reason="megalite's kernels are not
 DTYPES = list(BOUND)
 
 
-def devices() -> list[str]:
-    """Where kernels are built for: CPU instruction sets by their number, and CUDA."""
+def devices(with_amx: bool = False) -> list[str]:
+    """Where kernels are built for: CPU instruction sets by their number, and CUDA. Few have a use
+    for AMX: their tests ask for it."""
     module = library.own()
     if module is None:
         return ["cpu"]
-    # What is above them, AMX, is for single kernels, whose tests ask for it.
-    best = {"avx2": 1, "avx512": 2, "amx": 2}.get(module.isa(), 0)
+    best = {"avx2": 1, "avx512": 2, "amx": 2 + with_amx}.get(module.isa(), 0)
     return [f"cpu-{isa}" for isa in range(best + 1)] + (
         ["cuda"] if module.has_cuda and torch.cuda.is_available() else []
     )
 
 
 @pytest.fixture(params=devices())
-def device(request: pytest.FixtureRequest) -> Any:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Each device in turn; on the CPU, each set of instructions."""
-    name, _, isa = request.param.partition("-")
+    yield from _running_on(request.param)
+
+
+@pytest.fixture(params=devices(with_amx=True))
+def device_with_amx(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    yield from _running_on(request.param)
+
+
+def _running_on(place: str) -> Iterator[torch.device]:
+    name, _, isa = place.partition("-")
     if isa:
         module = library.own()
         assert module is not None

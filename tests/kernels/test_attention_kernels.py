@@ -12,7 +12,8 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 import megalite.kernels.attention as attention_module
-from exactness import DTYPES, check_against_float64, device, devices, needs_kernels  # noqa: F401, device is a fixture
+from exactness import DTYPES, check_against_float64, devices, needs_kernels
+from exactness import device_with_amx as device  # noqa: F401, a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import attention_on_gpus, library
 from megalite.kernels.attention import attention, eager_attention, self_attention
@@ -80,6 +81,12 @@ def plain_parts(
     return (probabilities @ v).transpose(1, 2).flatten(2)
 
 
+def head_size() -> int:
+    """One that fills no vector, or for AMX, which takes whole tiles, one that does."""
+    module = library.own()
+    return 64 if module is not None and module.isa() == "amx" else 24
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -111,7 +118,7 @@ def test_self_attention(
 def test_documents(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     """Two rows with different documents, and numbers that do not begin at 0."""
     document = torch.stack((numbers(*lengths) + 3, 2 * numbers(*reversed(lengths))))
-    qkv = random(2, document.shape[1], 8, 24)
+    qkv = random(2, document.shape[1], 8, head_size())
     check_against_float64(
         lambda x: self_attention(x, 4, 2, document.to(device)),
         lambda x: plain_attention(x, 4, 2, document),
@@ -174,7 +181,7 @@ def test_encoders_rows(
     document = None
     if lengths is not None:
         document = torch.stack((numbers(*lengths) + 3, 2 * numbers(*reversed(lengths))))
-    qkv = random(2, length, 8, 24)
+    qkv = random(2, length, 8, head_size())
     for kind in (
         AttentionKind(causal=False, scale=0.3),
         AttentionKind(100, causal=False),
@@ -215,8 +222,8 @@ def test_packed_documents_of_another_sequence(
     document, source = (torch.stack((numbers(*of), numbers(*of) + 1)) for of in (lengths, sources))
     free = AttentionKind(causal=False)
     parts = [
-        random(2, len(document[0]), 4, 24),
-        *(random(2, len(source[0]), 2, 24, seed=seed) for seed in (1, 2)),
+        random(2, len(document[0]), 4, head_size()),
+        *(random(2, len(source[0]), 2, head_size(), seed=seed) for seed in (1, 2)),
     ]
     check_against_float64(
         lambda q, k, v: attention(q, k, v, document, free, source),
@@ -225,28 +232,6 @@ def test_packed_documents_of_another_sequence(
         dtype,
         device,
     )
-
-
-def test_the_rule_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where AMX makes torch the quicker, and where megalite's kernel is asked for by name."""
-    full, is_own = AttentionKind(causal=False), attention_module._is_own
-    long, short = torch.zeros(1, 512, 3, 1).bfloat16(), torch.zeros(1, 511, 3, 1).bfloat16()
-    monkeypatch.setattr(library, "_takes", lambda *_: True)
-    monkeypatch.setattr(library, "has_matrix_unit", lambda: True)
-    assert not is_own(long, full, False)
-    assert is_own(long, full, True)
-    assert is_own(long, AttentionKind(64, causal=False), False)
-    assert is_own(long, PLAIN, False)
-    assert is_own(long.float(), full, False)
-    assert is_own(short, full, False)
-    assert not is_own(short, AttentionKind(softcap=1.0), False)
-    told = library.explain("attention", "cpu")[1]
-    assert told.endswith("torch, with AMX, where bf16 tokens attend to all of 512 or more")
-    monkeypatch.setattr(library, "_wishes", KernelsConfig(attention="megalite"))
-    assert is_own(long, full, False)
-    monkeypatch.setattr(library, "has_matrix_unit", lambda: False)
-    monkeypatch.setattr(library, "_wishes", KernelsConfig())
-    assert is_own(long, full, False)
 
 
 BATCH, LENGTH, HEADS = 2, 24, 4
@@ -362,7 +347,7 @@ def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # no
 @pytest.mark.parametrize("batch", [2, 8])
 def test_no_number_of_threads_changes_a_bit(batch: int) -> None:
     """Where each query head is a task, and where each key/value head is."""
-    qkv, grad = random(batch, 150, 8, 40).bfloat16(), random(batch, 150, 160).bfloat16()
+    qkv, grad = random(batch, 150, 8, 64).bfloat16(), random(batch, 150, 256).bfloat16()
 
     def run() -> tuple[Tensor, ...]:
         out, lse = torch.ops.megalite.attention_forward(qkv, 4, 2, None)
@@ -667,7 +652,6 @@ def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     built = ModuleType("_ops")
     built.has_cuda, built.isa = 1, lambda: "avx2"  # type: ignore[attr-defined]
     monkeypatch.setattr(library, "own", lambda: built)
-    monkeypatch.setattr(library, "has_matrix_unit", lambda: False)
     assert library.explain("attention", "cuda") == (
         "torch",
         "megalite's own attention is for the CPU",

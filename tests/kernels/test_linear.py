@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactness import BOUND, DTYPES, check_against_float64, device, error, needs_kernels  # noqa: F401
+from exactness import BOUND, DTYPES, check_against_float64, error, needs_kernels
+from exactness import device_with_amx as device  # noqa: F401, a fixture
 from megalite.kernels.linear import (
     ALONE,
     NoCollectives,

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from exactness import BOUND, error, needs_kernels
+from exactness import device_with_amx as device  # noqa: F401, a fixture: the set of instructions
 
-# Whole tiles of 6 rows and 64 columns, their ends, an odd depth.
-SHAPES = [(1, 1), (5, 3), (64, 64), (71, 33), (130, 201), (256, 300)]
+# Whole tiles of 6 rows and 64 columns, their ends, an odd depth; what fits AMX.
+SHAPES = [(1, 1), (5, 3), (64, 64), (71, 33), (130, 201), (160, 96), (256, 300)]
 OPS = torch.ops.megalite
 
 
@@ -21,7 +22,11 @@ def made(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @needs_kernels
 @pytest.mark.parametrize("dtype", list(BOUND))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_a_step_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_products_of_a_step_against_float64(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,  # noqa: F811
+) -> None:
     x = made(shape, dtype)
     gram = OPS.symmetric_product(x, None, 1.0, 0.0)
     polynomial = OPS.symmetric_product(gram, gram, 0.25, -0.5)

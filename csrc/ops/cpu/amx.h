@@ -5,8 +5,10 @@
 // summed in the order of the depth, whatever rows are beside it.
 #pragma once
 
+#include <algorithm>
+
 #include "isa.h"
-#include "panel.h"
+#include "tile.h"
 
 #if defined(__AVX512BF16__) && defined(__linux__)
 #define MEGALITE_AMX __attribute__((target("amx-tile,amx-bf16")))  // beside what the file is compiled for
@@ -31,6 +33,7 @@ MEGALITE_AMX inline void amx_configure(int64_t rows) {
     shape.rows[i] = static_cast<uint8_t>(of_tile[i]);
     shape.row_bytes[i] = of_tile[i] ? 64 : 0;  // a tile without rows is none, and is not touched
   }
+  asm volatile("" : : "r"(&shape) : "memory");  // GCC takes it that only the first eight bytes are read
   _tile_loadconfig(&shape);
 }
 

@@ -1,6 +1,6 @@
 // Attention by tiles, softmax and all (Dao et al. 2022): scores exist for a few queries and keys at a time, and the
-// backward pass computes them again. Every product goes through `tile`, a strip of rows of a result at once: rows are
-// queries or keys, and no strip straddles a block. With bf16, probabilities and the gradients of scores are rounded to
+// backward pass computes them again. Every product is of a strip of rows of a result at once, by vectors or on AMX: rows
+// are queries or keys, and no strip straddles a block. With bf16, probabilities and the gradients of scores are rounded to
 // it for the products that follow; all sums are fp32.
 #include "../attention.h"
 
@@ -9,6 +9,7 @@
 #include <new>
 #include <type_traits>
 
+#include "amx.h"
 #include "tile.h"
 
 namespace megalite::cpu::MEGALITE_ISA {
@@ -19,8 +20,6 @@ constexpr int64_t QUERIES = ATTENTION_QUERIES;
 // Keys that a strip of queries meets at once. Forward: few, so that they stay near. Backward: more, because
 // the sums over them are read and written once a block.
 constexpr int64_t FORWARD_KEYS = 128, BACKWARD_KEYS = 192;
-// Strips that go together from one product to the next step: while the first waits for a result, others have work.
-constexpr int64_t GROUP = 4 * TILE_ROWS;
 static_assert(QUERIES % TILE_ROWS == 0 && BACKWARD_KEYS % TILE_ROWS == 0 && TILE_ROWS % 2 == 0);
 static_assert(FORWARD_KEYS % TILE_COLUMNS == 0 && BACKWARD_KEYS % TILE_COLUMNS == 0);
 static_assert(ATTENTION_KEYS % TILE_COLUMNS == 0 && ATTENTION_SIZE % WIDTH == 0);
@@ -235,9 +234,9 @@ void multiply_columns(
   }
 }
 
-// c = keep c + a b for TILE_ROWS rows and `vectors` vectors of columns. `keep` has a factor a row; null: c is not read.
+// ByVectors::multiply.
 template <class T>
-void multiply(
+void multiply_strip(
     int64_t steps, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t vectors, float* c,
     int64_t c_row, const float* keep) {
   for (int64_t v = 0, count; v < vectors; v += count) {
@@ -254,7 +253,105 @@ void multiply(
   }
 }
 
-constexpr float ones[TILE_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+// How a strip is multiplied: by vectors, six rows at a time, which are what a tile holds.
+template <class T>
+struct ByVectors {
+  typedef T Number;
+  static constexpr int64_t ROWS = TILE_ROWS;
+  // Strips that go together from one product to the next step: while the first waits for a result, others have work.
+  static constexpr int64_t GROUP = 4 * ROWS;
+  static constexpr int64_t SPAN = WIDTH;  // what the keys of a strip are rounded to
+  static constexpr int64_t FILLED = ROWS;  // what the queries of a block are filled up to
+  static constexpr bool IS_WHOLE = false;  // whether products read all that is in a span, and not up to its last key
+  static constexpr bool TURNED = false;    // whether gradients of keys are summed as columns
+  static constexpr float ADD[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};  // c += a b
+
+  // c = keep c + a b for ROWS rows and `vectors` vectors of columns. `keep` has a factor a row; null: c is not read.
+  static void multiply(
+      int64_t steps, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t vectors, float* c,
+      int64_t c_row, const float* keep) {
+    multiply_strip<T>(steps, a, a_row, a_step, b, b_step, vectors, c, c_row, keep);
+  }
+};
+
+#ifdef MEGALITE_AMX
+
+// The same on AMX's tiles, sixteen rows at a time; the head size is a multiple of AMX_DEPTH.
+struct ByTiles {
+  typedef bf16 Number;
+  static constexpr int64_t ROWS = AMX_ROWS, GROUP = 2 * ROWS, SPAN = AMX_DEPTH, FILLED = AMX_DEPTH;
+  static constexpr bool IS_WHOLE = true, TURNED = true;
+  static constexpr float ADD[ROWS] = {};
+
+  MEGALITE_AMX ByTiles() { amx_configure(2 * AMX_ROWS); }
+  MEGALITE_AMX ~ByTiles() { _tile_release(); }
+
+  static void multiply(
+      int64_t steps, const bf16* a, int64_t a_row, int64_t, const bf16* b, int64_t b_step, int64_t vectors, float* c,
+      int64_t c_row, const float* keep) {
+    if (keep && keep != ADD)
+      for (int64_t r = 0; r < ROWS; ++r)
+        for (int64_t v = 0; v < vectors; ++v) {
+          float* at = c + r * c_row + v * WIDTH;
+          store_vector(at, load_vector<vec>(at) * keep[r]);
+        }
+    for (; vectors > 0; vectors -= 4, b += 4 * WIDTH * STEP<bf16>, c += 4 * WIDTH) {
+      switch (smaller(vectors, 4)) {
+        case 1: multiply_tiles<1>(steps, a, a_row, b, b_step, c, c_row, keep); break;
+        case 2: multiply_tiles<2>(steps, a, a_row, b, b_step, c, c_row, keep); break;
+        case 3: multiply_tiles<3>(steps, a, a_row, b, b_step, c, c_row, keep); break;
+        default: multiply_tiles<4>(steps, a, a_row, b, b_step, c, c_row, keep);
+      }
+    }
+  }
+
+ private:
+  template <int C>
+  static void multiply_tiles(
+      int64_t steps, const bf16* a, int64_t a_row, const bf16* b, int64_t b_step, float* c, int64_t c_row,
+      bool is_added) {
+    const int64_t c_bytes = c_row * sizeof(float), a_bytes = a_row * sizeof(bf16), b_bytes = b_step * sizeof(bf16);
+    constexpr int64_t NEXT = AMX_COLUMNS * STEP<bf16>;
+    asm volatile("" ::: "memory");  // as in amx_sums
+    if (is_added) {
+      _tile_loadd(0, c, c_bytes);
+      if constexpr (C > 1) _tile_loadd(1, c + AMX_COLUMNS, c_bytes);
+      if constexpr (C > 2) _tile_loadd(2, c + 2 * AMX_COLUMNS, c_bytes);
+      if constexpr (C > 3) _tile_loadd(3, c + 3 * AMX_COLUMNS, c_bytes);
+    } else {
+      _tile_zero(0);
+      if constexpr (C > 1) _tile_zero(1);
+      if constexpr (C > 2) _tile_zero(2);
+      if constexpr (C > 3) _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; step += AMX_DEPTH / STEP<bf16>) {
+      const bf16* columns = b + step * b_step;
+      _tile_loadd(4, a + step * STEP<bf16>, a_bytes);
+      _tile_loadd(5, columns, b_bytes);
+      _tile_dpbf16ps(0, 4, 5);
+      if constexpr (C > 1) {
+        _tile_loadd(6, columns + NEXT, b_bytes);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      if constexpr (C > 2) {
+        _tile_loadd(7, columns + 2 * NEXT, b_bytes);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      if constexpr (C > 3) {
+        _tile_loadd(5, columns + 3 * NEXT, b_bytes);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+    }
+    _tile_stored(0, c, c_bytes);
+    if constexpr (C > 1) _tile_stored(1, c + AMX_COLUMNS, c_bytes);
+    if constexpr (C > 2) _tile_stored(2, c + 2 * AMX_COLUMNS, c_bytes);
+    if constexpr (C > 3) _tile_stored(3, c + 3 * AMX_COLUMNS, c_bytes);
+  }
+};
+static_assert(QUERIES % ByTiles::FILLED == 0 && FORWARD_KEYS % AMX_DEPTH == 0 && BACKWARD_KEYS % AMX_DEPTH == 0);
+static_assert(ATTENTION_KEYS % AMX_DEPTH == 0);
+
+#endif
 
 // Sizes and strides of one call, in elements.
 template <class T>
@@ -271,8 +368,8 @@ struct Layout {
   const int64_t group;           // query heads of a key/value head
 };
 
-// Keys of a block: [first, end) are those that a strip of queries reaches. `first` is rounded down to a vector's begin,
-// and `last` is `end` rounded up. Empty where first >= last.
+// Keys of a block: [first, end) are those that a strip of queries reaches. `first` is rounded down to what a product takes
+// at once, and `last` is `end` rounded up. Empty where first >= last.
 struct Span { int64_t first, end, last; };
 
 // Who attends to whom, in one row of the batch. Queries beyond the last one, which fill up a strip, are as the last.
@@ -288,18 +385,20 @@ struct Reach {
     return ends ? ends[last] : last + 1;
   }
   // Of the strip that begins with `query`, in the `keys` keys from `begin` on.
+  template <class S>
   Span span(int64_t query, int64_t begin, int64_t keys) const {
-    const int64_t from = larger(round_down(first(query), WIDTH) - begin, 0);
-    const int64_t to = larger(smaller(end(query + TILE_ROWS - 1) - begin, keys), 0);
-    return {smaller(from, keys), to, round_up(to, WIDTH)};
+    const int64_t from = larger(round_down(first(query), S::SPAN) - begin, 0);
+    const int64_t to = larger(smaller(end(query + S::ROWS - 1) - begin, keys), 0);
+    return {smaller(from, keys), to, round_up(to, S::SPAN)};
   }
 };
 
 // Scores of keys that a strip of queries, the first of them `query`, does not reach become -infinity. `scores` are of
 // keys [begin, end).
+template <class S>
 inline void hide(const Reach& reach, int64_t query, float* scores, int64_t row, int64_t begin, int64_t end) {
-  if (reach.first(query + TILE_ROWS - 1) <= begin && reach.end(query) >= end) return;
-  for (int r = 0; r < TILE_ROWS; ++r, scores += row) {
+  if (reach.first(query + S::ROWS - 1) <= begin && reach.end(query) >= end) return;
+  for (int r = 0; r < S::ROWS; ++r, scores += row) {
     const int64_t first = reach.first(query + r), last = reach.end(query + r);
     for (int64_t key = begin; key < end && key < first; ++key) scores[key - begin] = -INFINITY;
     for (int64_t key = end; key-- > begin && key >= last;) scores[key - begin] = -INFINITY;
@@ -315,9 +414,10 @@ struct Bias {
   int64_t row, length, sources;
   float factor;
   // To the scores of a strip of queries, the first of them `query`, and keys [begin, end).
+  template <class S>
   void add(int64_t query, float* scores, int64_t scores_row, int64_t begin, int64_t end) const {
     if (!from) return;
-    for (int64_t r = 0; r < TILE_ROWS && query + r < length; ++r, scores += scores_row) {
+    for (int64_t r = 0; r < S::ROWS && query + r < length; ++r, scores += scores_row) {
       const float* bias = from + (query + r) * row + begin;
       const int64_t count = smaller(end, sources) - begin;
 #pragma omp simd
@@ -325,6 +425,19 @@ struct Bias {
     }
   }
 };
+
+// Zeros for the keys that fill up the last block of what `pack_rows` made: products on tiles read them.
+template <class T>
+void fill_up(T* packed, const Layout<T>& at, int64_t keys) {
+  std::fill(packed + round_up(keys, STEP<T>) * at.padded, packed + at.length * at.padded, T{});
+}
+
+// Steps of the depth of a product over the keys of a span.
+template <class S>
+int64_t steps_of(const Span& span) {
+  constexpr int64_t step = STEP<typename S::Number>;
+  return ((S::IS_WHOLE ? span.last : span.end) - span.first + step - 1) / step;
+}
 
 template <class T>
 void pack(const AttentionForward& a, int64_t begin, int64_t end) {
@@ -336,16 +449,17 @@ void pack(const AttentionForward& a, int64_t begin, int64_t end) {
     pack_columns(static_cast<const T*>(a.k) + from, a.k_token, a.sources, a.size, packed);
     pack_rows(
         static_cast<const T*>(a.v) + from, a.k_token, a.sources, a.size, packed + at.length * at.padded, at.padded);
+    fill_up(packed + at.length * at.padded, at, a.sources);
   }
 }
 
 // One strip's softmax over scores[begin..end), which lie in rows of FORWARD_KEYS: their e^(score - largest) go to
 // `probabilities`, and `largest`, `sum` take them in. `keep` gets the factors of what was summed up before.
-template <class T>
+template <class S>
 inline void take_in(
-    const float* scores, int64_t begin, int64_t end, float scale, float* top, vec* sum, T* probabilities,
-    float* keep) {
-  for (int r = 0; r < TILE_ROWS; ++r) {
+    const float* scores, int64_t begin, int64_t end, float scale, float* top, vec* sum,
+    typename S::Number* probabilities, float* keep) {
+  for (int r = 0; r < S::ROWS; ++r) {
     const float* row = scores + r * FORWARD_KEYS;
     vec high = load_vector<vec>(row + begin);
     for (int64_t i = begin + WIDTH; i < end; i += WIDTH) {
@@ -356,7 +470,7 @@ inline void take_in(
     top[r] = highest > before ? highest : before;
     keep[r] = exp2(vec{} + (before - top[r]) * scale)[0];
   }
-  for (int r = 0; r < TILE_ROWS; ++r) {
+  for (int r = 0; r < S::ROWS; ++r) {
     const float* row = scores + r * FORWARD_KEYS;
     const float offset = top[r] * scale;
     vec added = sum[r] * keep[r];
@@ -369,13 +483,15 @@ inline void take_in(
   }
 }
 
-template <class T>
+template <class S>
 void forward(const AttentionForward& a, int64_t begin, int64_t end) {
+  typedef typename S::Number T;
+  [[maybe_unused]] const S strips{};
   const Layout<T> at(a);
   const int64_t blocks = (a.length + QUERIES - 1) / QUERIES, panel = at.steps * TILE_COLUMNS * STEP<T>;
   const float scale = a.scale * LOG2E;
-  const Buffer<T> q(QUERIES * at.padded), probabilities(GROUP * FORWARD_KEYS);
-  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(GROUP * FORWARD_KEYS), keep(GROUP);
+  const Buffer<T> q(QUERIES * at.padded), probabilities(S::GROUP * FORWARD_KEYS);
+  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(S::GROUP * FORWARD_KEYS), keep(S::GROUP);
   const Buffer<vec> sum(QUERIES);
 
   for (int64_t item = begin; item < end; ++item) {
@@ -384,7 +500,7 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     const int64_t h = item / blocks % a.heads, b = item / blocks / a.heads, g = h / at.group;
     const Reach reach(a, b);
     const Bias bias(a, b, h);
-    const int64_t q0 = block * QUERIES, rows = smaller(QUERIES, a.length - q0), padded_rows = round_up(rows, TILE_ROWS);
+    const int64_t q0 = block * QUERIES, rows = smaller(QUERIES, a.length - q0), padded_rows = round_up(rows, S::FILLED);
     const T* from = static_cast<const T*>(a.q) + (b * a.length + q0) * a.q_token + h * a.size;
     const T* k = static_cast<const T*>(a.packed) + (b * a.kv_heads + g) * 2 * at.length * at.padded;
     const T* v = k + at.length * at.padded;
@@ -394,33 +510,33 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
 
     const int64_t k_end = reach.end(q0 + rows - 1);
     for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < k_end; k0 += FORWARD_KEYS) {
-      for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
-        const int64_t g1 = smaller(g0 + GROUP, padded_rows);
-        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+      for (int64_t g0 = 0; g0 < padded_rows; g0 += S::GROUP) {
+        const int64_t g1 = smaller(g0 + S::GROUP, padded_rows);
+        for (int64_t r0 = g0; r0 < g1; r0 += S::ROWS) {
+          const Span span = reach.span<S>(q0 + r0, k0, FORWARD_KEYS);
           for (int64_t c = round_down(span.first, TILE_COLUMNS); c < span.last; c += TILE_COLUMNS) {
             const int64_t from_column = larger(span.first, c), to_column = smaller(span.last, c + TILE_COLUMNS);
-            multiply<T>(
+            S::multiply(
                 at.steps, q + r0 * at.padded, at.padded, STEP<T>,
                 k + (k0 + c) / TILE_COLUMNS * panel + (from_column - c) * STEP<T>, TILE_COLUMNS * STEP<T>,
                 (to_column - from_column) / WIDTH, scores + (r0 - g0) * FORWARD_KEYS + from_column, FORWARD_KEYS,
                 nullptr);
           }
         }
-        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+        for (int64_t r0 = g0; r0 < g1; r0 += S::ROWS) {
+          const Span span = reach.span<S>(q0 + r0, k0, FORWARD_KEYS);
           if (span.first >= span.last) continue;
           const int64_t place = (r0 - g0) * FORWARD_KEYS;
-          bias.add(q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
-          hide(reach, q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
-          take_in<T>(
+          bias.add<S>(q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
+          hide<S>(reach, q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
+          take_in<S>(
               scores + place, span.first, span.last, scale, top + r0, sum + r0, probabilities + place, keep + r0 - g0);
         }
-        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+        for (int64_t r0 = g0; r0 < g1; r0 += S::ROWS) {
+          const Span span = reach.span<S>(q0 + r0, k0, FORWARD_KEYS);
           if (span.first >= span.last) continue;
-          multiply<T>(
-              (span.end - span.first + STEP<T> - 1) / STEP<T>, probabilities + (r0 - g0) * FORWARD_KEYS + span.first,
+          S::multiply(
+              steps_of<S>(span), probabilities + (r0 - g0) * FORWARD_KEYS + span.first,
               FORWARD_KEYS, STEP<T>, v + (k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors,
               out + r0 * at.padded, at.padded, k0 <= reach.first(q0 + r0) ? nullptr : keep + (r0 - g0));
         }
@@ -440,43 +556,59 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
 }
 
 // A block of queries of one head, as the products of the backward pass read it, and its gradient.
-template <class T>
+template <class S>
 struct Queries {
+  typedef typename S::Number T;
   explicit Queries(const Layout<T>& at)
       : q(QUERIES * at.padded), grad(QUERIES * at.padded), q_steps(QUERIES * at.padded),
-        grad_steps(QUERIES * at.padded), lse(QUERIES), delta(QUERIES), dq(QUERIES * at.padded) {}
+        grad_steps(QUERIES * at.padded), q_columns(S::TURNED ? QUERIES * at.padded : 0),
+        grad_columns(S::TURNED ? QUERIES * at.padded : 0), lse(QUERIES), delta(QUERIES), dq(QUERIES * at.padded) {}
   const Buffer<T> q, grad, q_steps, grad_steps;
+  const Buffer<T> q_columns, grad_columns;  // [padded_size, QUERIES]
   const Buffer<float> lse, delta;  // log2 of the sum of e^score; grad . out
   const Buffer<float> dq;
 };
 
 // Keys and values of one head, the same, and the sums of their gradients so far.
-template <class T>
+template <class S>
 struct Keys {
+  typedef typename S::Number T;
   explicit Keys(const Layout<T>& at)
       : k_columns(at.length * at.padded), v_columns(at.length * at.padded), k_steps(at.length * at.padded),
-        dk(round_up(at.length, TILE_ROWS) * at.padded), dv(round_up(at.length, TILE_ROWS) * at.padded) {}
+        dk(round_up(at.length, S::ROWS) * at.padded), dv(round_up(at.length, S::ROWS) * at.padded) {}
   const Buffer<T> k_columns, v_columns, k_steps;
-  const Buffer<float> dk, dv;
+  const Buffer<float> dk, dv;  // [length, padded_size], or turned
 };
 
 // Scores of a block of queries and a block of keys, in rows of BACKWARD_KEYS: probabilities and gradients.
-template <class T>
+template <class S>
 struct Scores {
+  typedef typename S::Number T;
   Scores()
       : p(QUERIES * BACKWARD_KEYS), ds(QUERIES * BACKWARD_KEYS),
-        ds_rows_of_bf16(STEP<T> == 1 ? 0 : QUERIES * BACKWARD_KEYS), raw(GROUP * TILE_COLUMNS),
-        dp(GROUP * TILE_COLUMNS) {}
+        ds_rows_of_bf16(STEP<T> == 1 ? 0 : QUERIES * BACKWARD_KEYS), raw(S::GROUP * TILE_COLUMNS),
+        dp(S::GROUP * TILE_COLUMNS) {}
   const Buffer<T> p, ds;             // queries as steps of the depth
   const Buffer<T> ds_rows_of_bf16;   // the same as ds, with keys as steps of the depth; fp32 reads ds itself
   const Buffer<float> raw, dp;       // what the first two are made of, for a few strips
   T* ds_rows() const { return STEP<T> == 1 ? ds : ds_rows_of_bf16; }
 };
 
-template <class T>
+// Pairs [steps, columns] as [columns, steps], whose rows lie `to_row` numbers apart; both are multiples of WIDTH.
+inline void turn_pairs(const bf16* from, int64_t steps, int64_t columns, bf16* to, int64_t to_row) {
+  for (int64_t step = 0; step < steps; step += WIDTH)
+    for (int64_t column = 0; column < columns; column += WIDTH) {
+      bits square[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) square[i] = load_vector<bits>(from + ((step + i) * columns + column) * 2);
+      transpose(square);
+      for (int i = 0; i < WIDTH; ++i) store_vector(to + (column + i) * to_row + step * 2, square[i]);
+    }
+}
+
+template <class S, class T>
 void load_queries(
     const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t h, int64_t q0, int64_t rows,
-    const Queries<T>& to) {
+    const Queries<S>& to) {
   const int64_t out_row = a.heads * a.size, place = ((b * a.length + q0) * a.heads + h) * a.size;
   const T* q = static_cast<const T*>(a.q) + (b * a.length + q0) * a.q_token + h * a.size;
   const T* grad = static_cast<const T*>(a.grad) + place;
@@ -488,21 +620,25 @@ void load_queries(
     to.lse[r] = a.lse[(b * a.heads + h) * a.length + q0 + r] * LOG2E;
   }
   // Rows that fill up the last strip are zeros: they add nothing.
-  const int64_t padded_rows = round_up(rows, TILE_ROWS);
+  const int64_t padded_rows = round_up(rows, S::FILLED);
   for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) to.q[i] = to.grad[i] = T{};
   std::memset(to.dq, 0, padded_rows * at.padded * sizeof(float));
   for (int64_t r = rows; r < padded_rows; ++r) to.lse[r] = to.delta[r] = 0.0f;
   pack_rows<T>(to.q, at.padded, padded_rows, at.padded, to.q_steps, at.padded);
   pack_rows<T>(to.grad, at.padded, padded_rows, at.padded, to.grad_steps, at.padded);
+  if constexpr (S::TURNED) {
+    turn_pairs(to.q_steps, padded_rows / STEP<T>, at.padded, to.q_columns, QUERIES);
+    turn_pairs(to.grad_steps, padded_rows / STEP<T>, at.padded, to.grad_columns, QUERIES);
+  }
 }
 
 // From raw scores and dP of one strip, in rows of TILE_COLUMNS, the columns of `span`: P = e^(score - lse) and
 // dS = P (dP - delta), which also takes the place of dP if KEEPS.
-template <bool KEEPS, class T>
+template <bool KEEPS, class S, class T>
 inline void differentiate(
     const float* raw, float* dp, Span span, float scale, const float* lse, const float* delta, T* p, T* ds,
     T* ds_rows) {
-  for (int r = 0; r < TILE_ROWS; r += 2)
+  for (int r = 0; r < S::ROWS; r += 2)
     for (int64_t i = span.first; i < span.last; i += WIDTH) {
       vec probability[2], gradient[2];
       for (int j = 0; j < 2; ++j) {
@@ -518,12 +654,13 @@ inline void differentiate(
 }
 
 // That the strip at r0 does not reach the keys [begin, end) of a block.
-template <class T>
-inline void clear(const Scores<T>& to, int64_t r0, int64_t begin, int64_t end) {
-  for (int64_t r = r0; r < r0 + TILE_ROWS; r += STEP<T>)
+template <class S>
+inline void clear(const Scores<S>& to, int64_t r0, int64_t begin, int64_t end) {
+  typedef typename S::Number T;
+  for (int64_t r = r0; r < r0 + S::ROWS; r += STEP<T>)
     for (int64_t i = r * BACKWARD_KEYS + begin * STEP<T>; i < r * BACKWARD_KEYS + end * STEP<T>; ++i)
       to.p[i] = to.ds[i] = T{};
-  for (int64_t r = r0; r < r0 + TILE_ROWS; ++r)
+  for (int64_t r = r0; r < r0 + S::ROWS; ++r)
     for (int64_t i = begin; i < end; ++i) to.ds_rows()[r * BACKWARD_KEYS + i] = T{};
 }
 
@@ -537,8 +674,9 @@ struct BiasGradient {
         sources(a.sources) {}
   float* to;
   int64_t length, sources;
+  template <class S>
   void add(int64_t query, const float* ds, int64_t begin, int64_t end) const {
-    for (int64_t r = 0; r < TILE_ROWS && query + r < length; ++r, ds += TILE_COLUMNS) {
+    for (int64_t r = 0; r < S::ROWS && query + r < length; ++r, ds += TILE_COLUMNS) {
       float* row = to + (query + r) * sources + begin;
       const int64_t count = smaller(end, sources) - begin;
 #pragma omp simd
@@ -548,39 +686,39 @@ struct BiasGradient {
 };
 
 // P and dS of a block.
-template <class T>
+template <class S, class T>
 void score(
     const Layout<T>& at, const Reach& reach, const Bias& bias, const BiasGradient& dbias, const Pair& pair, float scale,
-    const Queries<T>& queries, const Keys<T>& keys, const Scores<T>& to) {
+    const Queries<S>& queries, const Keys<S>& keys, const Scores<S>& to) {
   constexpr int64_t columns_step = TILE_COLUMNS * STEP<T>;
   for (int64_t c = 0; c < pair.keys; c += TILE_COLUMNS) {
     const int64_t k0 = pair.k0 + c, panel = k0 * at.steps * STEP<T>;
-    for (int64_t g0 = 0; g0 < pair.rows; g0 += GROUP) {
-      const int64_t g1 = smaller(g0 + GROUP, pair.rows);
-      for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-        const Span span = reach.span(pair.q0 + r0, k0, TILE_COLUMNS);
+    for (int64_t g0 = 0; g0 < pair.rows; g0 += S::GROUP) {
+      const int64_t g1 = smaller(g0 + S::GROUP, pair.rows);
+      for (int64_t r0 = g0; r0 < g1; r0 += S::ROWS) {
+        const Span span = reach.span<S>(pair.q0 + r0, k0, TILE_COLUMNS);
         const int64_t columns = panel + span.first * STEP<T>, vectors = (span.last - span.first) / WIDTH;
         const int64_t from = r0 * at.padded, place = (r0 - g0) * TILE_COLUMNS + span.first;
-        multiply<T>(
+        S::multiply(
             at.steps, queries.q + from, at.padded, STEP<T>, keys.k_columns + columns, columns_step, vectors,
             to.raw + place, TILE_COLUMNS, nullptr);
-        multiply<T>(
+        S::multiply(
             at.steps, queries.grad + from, at.padded, STEP<T>, keys.v_columns + columns, columns_step, vectors,
             to.dp + place, TILE_COLUMNS, nullptr);
       }
-      for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-        const Span span = reach.span(pair.q0 + r0, k0, TILE_COLUMNS);
+      for (int64_t r0 = g0; r0 < g1; r0 += S::ROWS) {
+        const Span span = reach.span<S>(pair.q0 + r0, k0, TILE_COLUMNS);
         const bool is_empty = span.first >= span.last;
-        // Of causal attention, no product reads what lies behind the span.
-        if (reach.ends) clear(to, r0, c + (is_empty ? 0 : span.last), c + TILE_COLUMNS);
+        // Of causal attention, no product of vectors reads what lies behind the span.
+        if (reach.ends || S::IS_WHOLE) clear(to, r0, c + (is_empty ? 0 : span.last), c + TILE_COLUMNS);
         if (span.first > 0) clear(to, r0, c, c + span.first);
         if (is_empty) continue;
         const int64_t from = (r0 - g0) * TILE_COLUMNS, place = r0 * BACKWARD_KEYS + c * STEP<T>;
         float* raw = to.raw + from + span.first;
-        bias.add(pair.q0 + r0, raw, TILE_COLUMNS, k0 + span.first, k0 + span.last);
-        hide(reach, pair.q0 + r0, raw, TILE_COLUMNS, k0 + span.first, k0 + span.last);
+        bias.add<S>(pair.q0 + r0, raw, TILE_COLUMNS, k0 + span.first, k0 + span.last);
+        hide<S>(reach, pair.q0 + r0, raw, TILE_COLUMNS, k0 + span.first, k0 + span.last);
         const auto run = [&](auto keeps) {
-          differentiate<keeps.value, T>(
+          differentiate<keeps.value, S, T>(
               to.raw + from, to.dp + from, span, scale, queries.lse + r0, queries.delta + r0, to.p + place,
               to.ds + place, to.ds_rows() + r0 * BACKWARD_KEYS + c);
         };
@@ -589,68 +727,113 @@ void score(
           continue;
         }
         run(std::true_type());
-        dbias.add(pair.q0 + r0, to.dp + from + span.first, k0 + span.first, k0 + span.last);
+        dbias.add<S>(pair.q0 + r0, to.dp + from + span.first, k0 + span.first, k0 + span.last);
       }
     }
   }
 }
 
-// dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the strips of queries from `begin` on, and until `done`.
-template <class T>
-void add_to_keys(
-    const Layout<T>& at, const Reach& reach, const Pair& pair, const Queries<T>& queries, const Scores<T>& scores,
-    const Keys<T>& to) {
+// dV^T += dO^T P and dK^T += Q^T dS. A block of keys is reached by the queries from `begin` on, and until `done`.
+template <class S, class T>
+void add_to_turned_keys(
+    const Layout<T>& at, const Reach& reach, const Pair& pair, const Queries<S>& queries, const Scores<S>& scores,
+    const Keys<S>& to) {
   constexpr int64_t step = BACKWARD_KEYS * STEP<T>;
-  for (int64_t s = 0, begin = 0, done = 0; s < pair.keys; s += TILE_ROWS) {
+  for (int64_t c = 0, begin = 0, done = 0; c < pair.keys; c += TILE_COLUMNS) {
+    const int64_t key = pair.k0 + c, columns = smaller(TILE_COLUMNS, pair.keys - c);
+    while (begin < pair.rows && reach.end(pair.q0 + begin + S::FILLED - 1) <= key) begin += S::FILLED;
+    while (done < pair.rows && reach.first(pair.q0 + done) < key + columns) ++done;
+    if (begin >= done) continue;
+    const int64_t steps = (round_up(done, S::FILLED) - begin) / STEP<T>, from = begin * BACKWARD_KEYS + c * STEP<T>;
+    for (int64_t row = 0; row < at.padded; row += S::ROWS) {
+      const int64_t rows = row * QUERIES + begin, place = row * at.length + key;
+      S::multiply(
+          steps, queries.grad_columns + rows, QUERIES, STEP<T>, scores.p + from, step, columns / WIDTH, to.dv + place,
+          at.length, S::ADD);
+      S::multiply(
+          steps, queries.q_columns + rows, QUERIES, STEP<T>, scores.ds + from, step, columns / WIDTH, to.dk + place,
+          at.length, S::ADD);
+    }
+  }
+}
+
+// dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the strips of queries from `begin` on, and until `done`.
+template <class S, class T>
+void add_to_keys(
+    const Layout<T>& at, const Reach& reach, const Pair& pair, const Queries<S>& queries, const Scores<S>& scores,
+    const Keys<S>& to) {
+  if constexpr (S::TURNED) return add_to_turned_keys(at, reach, pair, queries, scores, to);
+  constexpr int64_t step = BACKWARD_KEYS * STEP<T>;
+  for (int64_t s = 0, begin = 0, done = 0; s < pair.keys; s += S::ROWS) {
     const int64_t key = pair.k0 + s;
-    while (begin < pair.rows && reach.end(pair.q0 + begin + TILE_ROWS - 1) <= key) begin += TILE_ROWS;
-    while (done < pair.rows && reach.first(pair.q0 + done) < key + TILE_ROWS) ++done;
+    while (begin < pair.rows && reach.end(pair.q0 + begin + S::ROWS - 1) <= key) begin += S::ROWS;
+    while (done < pair.rows && reach.first(pair.q0 + done) < key + S::ROWS) ++done;
     if (begin >= done) continue;
     const int64_t steps = (done - begin + STEP<T> - 1) / STEP<T>, from = begin * BACKWARD_KEYS + s * STEP<T>;
     const int64_t columns = begin * at.padded, columns_step = at.padded * STEP<T>, place = key * at.padded;
-    multiply<T>(
+    S::multiply(
         steps, scores.p + from, STEP<T>, step, queries.grad_steps + columns, columns_step, at.vectors, to.dv + place,
-        at.padded, ones);
-    multiply<T>(
+        at.padded, S::ADD);
+    S::multiply(
         steps, scores.ds + from, STEP<T>, step, queries.q_steps + columns, columns_step, at.vectors, to.dk + place,
-        at.padded, ones);
+        at.padded, S::ADD);
   }
 }
 
 // dQ += dS K.
-template <class T>
+template <class S, class T>
 void add_to_queries(
-    const Layout<T>& at, const Reach& reach, const Pair& pair, const Keys<T>& keys, const Scores<T>& scores,
-    const Queries<T>& to) {
-  for (int64_t r0 = 0; r0 < pair.rows; r0 += TILE_ROWS) {
-    const Span span = reach.span(pair.q0 + r0, pair.k0, BACKWARD_KEYS);
+    const Layout<T>& at, const Reach& reach, const Pair& pair, const Keys<S>& keys, const Scores<S>& scores,
+    const Queries<S>& to) {
+  for (int64_t r0 = 0; r0 < pair.rows; r0 += S::ROWS) {
+    const Span span = reach.span<S>(pair.q0 + r0, pair.k0, BACKWARD_KEYS);
     if (span.first >= span.end) continue;
-    multiply<T>(
-        (span.end - span.first + STEP<T> - 1) / STEP<T>, scores.ds_rows() + r0 * BACKWARD_KEYS + span.first,
+    S::multiply(
+        steps_of<S>(span), scores.ds_rows() + r0 * BACKWARD_KEYS + span.first,
         BACKWARD_KEYS, STEP<T>, keys.k_steps + (pair.k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors,
-        to.dq + r0 * at.padded, at.padded, ones);
+        to.dq + r0 * at.padded, at.padded, S::ADD);
   }
 }
 
-template <class T>
-void load_keys(const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t g, const Keys<T>& to) {
+template <class S, class T>
+void load_keys(const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t g, const Keys<S>& to) {
   const int64_t from = b * a.sources * a.k_token + g * a.size;
   const T *k = static_cast<const T*>(a.k) + from, *v = static_cast<const T*>(a.v) + from;
   pack_columns<T>(k, a.k_token, a.sources, a.size, to.k_columns);
   pack_columns<T>(v, a.k_token, a.sources, a.size, to.v_columns);
   pack_rows<T>(k, a.k_token, a.sources, a.size, to.k_steps, at.padded);
-  const int64_t rows = round_up(at.length, TILE_ROWS);
+  fill_up<T>(to.k_steps, at, a.sources);
+  const int64_t rows = round_up(at.length, S::ROWS);
   std::memset(to.dk, 0, rows * at.padded * sizeof(float));
   std::memset(to.dv, 0, rows * at.padded * sizeof(float));
 }
 
+// WIDTH columns of [size, from_row] as rows [WIDTH, size].
+inline void turn_back(const float* from, int64_t from_row, int64_t size, float* to) {
+  for (int64_t row = 0; row < size; row += WIDTH) {
+    bits square[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) square[i] = load_vector<bits>(from + (row + i) * from_row);
+    transpose(square);
+    for (int i = 0; i < WIDTH; ++i) store_vector(to + i * size + row, square[i]);
+  }
+}
+
 // The gradients of keys and values, from one of the parts.
-template <class T>
+template <class S, class T>
 void write_keys(
-    const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t g, int64_t part, const Keys<T>& keys) {
+    const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t g, int64_t part, const Keys<S>& keys) {
   const int64_t place = b * a.sources * a.k_token + g * a.size;
+  const Buffer<float> dk_rows(S::TURNED ? WIDTH * at.padded : 0), dv_rows(S::TURNED ? WIDTH * at.padded : 0);
   for (int64_t t = 0; t < a.sources; ++t) {
     const float *dk = keys.dk + t * at.padded, *dv = keys.dv + t * at.padded;
+    if constexpr (S::TURNED) {
+      if (t % WIDTH == 0) {
+        turn_back(keys.dk + t, at.length, at.padded, dk_rows);
+        turn_back(keys.dv + t, at.length, at.padded, dv_rows);
+      }
+      dk = dk_rows + t % WIDTH * at.padded;
+      dv = dv_rows + t % WIDTH * at.padded;
+    }
     if (a.partial) {
       float* to = a.partial + (((b * a.kv_heads + g) * a.parts + part) * 2 * a.sources + t) * a.size;
       write_row(to, dk, a.size, a.scale);
@@ -662,13 +845,15 @@ void write_keys(
   }
 }
 
-template <class T>
+template <class S>
 void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
+  typedef typename S::Number T;
+  [[maybe_unused]] const S strips{};
   const Layout<T> at(a);
   const int64_t heads = at.group / a.parts;
-  const Queries<T> queries(at);
-  const Keys<T> keys(at);
-  const Scores<T> scores;
+  const Queries<S> queries(at);
+  const Keys<S> keys(at);
+  const Scores<S> scores;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item % a.batch, part = item / a.batch % a.parts, g = item / a.batch / a.parts;
     const int64_t h0 = g * at.group + part * heads;
@@ -681,8 +866,8 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
         const int64_t rows = smaller(QUERIES, a.length - q0), k_end = reach.end(q0 + rows - 1);
         load_queries(a, at, b, h, q0, rows, queries);
         for (int64_t k0 = round_down(reach.first(q0), BACKWARD_KEYS); k0 < k_end; k0 += BACKWARD_KEYS) {
-          const int64_t count = smaller(BACKWARD_KEYS, round_up(k_end - k0, TILE_ROWS));
-          const Pair pair{q0, round_up(rows, TILE_ROWS), k0, count};
+          const int64_t count = smaller(BACKWARD_KEYS, round_up(k_end - k0, S::TURNED ? S::SPAN : S::ROWS));
+          const Pair pair{q0, round_up(rows, S::FILLED), k0, count};
           score(at, reach, bias, dbias, pair, a.scale * LOG2E, queries, keys, scores);
           add_to_keys(at, reach, pair, queries, scores, keys);
           add_to_queries(at, reach, pair, keys, scores, queries);
@@ -714,6 +899,10 @@ void add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {
     }
 }
 
+#ifdef MEGALITE_AMX
+bool takes_tiles(const Attention& a) { return isa() == amx && a.type == Type::bf16 && a.size % AMX_DEPTH == 0; }
+#endif
+
 }  // namespace
 
 void attention_pack(const AttentionForward& a, int64_t begin, int64_t end) {
@@ -721,11 +910,17 @@ void attention_pack(const AttentionForward& a, int64_t begin, int64_t end) {
 }
 
 void attention_forward(const AttentionForward& a, int64_t begin, int64_t end) {
-  MEGALITE_BY_TYPE(a.type, forward, a, begin, end);
+#ifdef MEGALITE_AMX
+  if (takes_tiles(a)) return forward<ByTiles>(a, begin, end);
+#endif
+  a.type == Type::f32 ? forward<ByVectors<float>>(a, begin, end) : forward<ByVectors<bf16>>(a, begin, end);
 }
 
 void attention_backward(const AttentionBackward& a, int64_t begin, int64_t end) {
-  MEGALITE_BY_TYPE(a.type, backward, a, begin, end);
+#ifdef MEGALITE_AMX
+  if (takes_tiles(a)) return backward<ByTiles>(a, begin, end);
+#endif
+  a.type == Type::f32 ? backward<ByVectors<float>>(a, begin, end) : backward<ByVectors<bf16>>(a, begin, end);
 }
 
 void attention_add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {

@@ -1,10 +1,28 @@
 #include "../newton_schulz.h"
 
+#include <type_traits>
+
+#include "amx.h"
 #include "panel.h"
 
 namespace megalite::cpu::MEGALITE_ISA {
 
 namespace {
+
+// A row of the result in the columns [column, column + width), of the sums of its products.
+template <class T>
+void write_row(const AddedProduct& a, int64_t row, int64_t column, int64_t width, const float* sums) {
+  const int64_t first = row * a.columns + column;
+  T* const out = static_cast<T*>(a.out) + first;
+  if (a.add) {
+    const T* const add = static_cast<const T*>(a.add) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(a.alpha * sums[i] + a.beta * to_float(add[i]));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(a.alpha * sums[i]);
+  }
+}
 
 // R rows of the result from `row` on, in the columns [column, column + width) of a panel: C vectors at most.
 template <int R, int C, class T>
@@ -12,18 +30,9 @@ void rows_of(const AddedProduct& a, const T* panel, int64_t row, int64_t column,
   vec acc[R][C] = {};
   multiply_rows(static_cast<const T*>(a.a) + row * a.depth, a.depth, panel, acc);
   for (int r = 0; r < R; ++r) {
-    const int64_t first = (row + r) * a.columns + column;
-    T* const out = static_cast<T*>(a.out) + first;
     float sums[C * WIDTH];
     std::memcpy(sums, acc[r], sizeof sums);
-    if (a.add) {
-      const T* const add = static_cast<const T*>(a.add) + first;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(a.alpha * sums[i] + a.beta * to_float(add[i]));
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) out[i] = from_float<T>(a.alpha * sums[i]);
-    }
+    write_row<T>(a, row + r, column, width, sums);
   }
 }
 
@@ -40,6 +49,24 @@ void some_rows(const AddedProduct& a, const T* panel, int64_t row, int64_t colum
   }
 }
 
+// Rows [from, a.rows) of the result on AMX. Returns whether it takes them.
+template <class T>
+bool rows_on_tiles(const AddedProduct& a, const T* panel, int64_t from, int64_t column, int64_t width) {
+#ifdef MEGALITE_AMX
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (isa() == amx && a.depth % AMX_DEPTH == 0) {
+      amx_product(
+          static_cast<const T*>(a.a) + from * a.depth, a.depth, a.rows - from, a.depth, panel, width,
+          [&](int64_t row, int64_t count, int64_t first, int64_t wanted, const AmxSums& sums) {
+            for (int64_t r = 0; r < count; ++r) write_row<T>(a, from + row + r, column + first, wanted, sums[r]);
+          });
+      return true;
+    }
+  }
+#endif
+  return false;
+}
+
 template <class T>
 int64_t panel_size(int64_t depth) { return (depth + STEP<T> - 1) / STEP<T> * STEP<T> * TILE_COLUMNS; }
 
@@ -49,6 +76,7 @@ void product(const AddedProduct& a, int64_t begin, int64_t end) {
   for (int64_t column = begin * TILE_COLUMNS; column < std::min(end * TILE_COLUMNS, a.columns); column += TILE_COLUMNS) {
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     pack_columns(static_cast<const T*>(a.b) + column, a.columns, a.depth, width, panel.at);
+    if (rows_on_tiles(a, panel.at, 0, column, width)) continue;
     for (int64_t row = 0; row < a.rows; row += TILE_ROWS) some_rows(a, panel.at, row, column, width);
   }
 }
@@ -93,12 +121,14 @@ void symmetric(const AddedProduct& a, int64_t begin, int64_t end) {
     const int64_t column = (at % 2 ? panels - 1 - at / 2 : at / 2) * TILE_COLUMNS;
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     pack_rows(static_cast<const T*>(a.a) + column * a.depth, a.depth, width, panel.at);
-    for (int64_t row = column; row < a.rows; row += TILE_ROWS) {
-      if (row + TILE_ROWS <= a.rows)
-        up_to_diagonal<1>(a, panel.at, row, column, width);
-      else
-        some_rows(a, panel.at, row, column, width);
-    }
+    // On tiles what is above the diagonal of a panel's first rows is computed, too.
+    if (!rows_on_tiles(a, panel.at, column, column, width))
+      for (int64_t row = column; row < a.rows; row += TILE_ROWS) {
+        if (row + TILE_ROWS <= a.rows)
+          up_to_diagonal<1>(a, panel.at, row, column, width);
+        else
+          some_rows(a, panel.at, row, column, width);
+      }
     mirror(static_cast<T*>(a.out), a.rows, column);
   }
 }
