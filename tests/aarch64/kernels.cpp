@@ -139,7 +139,7 @@ void weight_gradients(Type type) {
   constexpr int64_t tokens = 26, rows = 19, columns = 41;
   const auto x = numbers<T>(tokens * columns), grad = numbers<T>(tokens * rows);
   TileShape tile{};
-  cpu::tile_shape(tile);
+  cpu::tile_shape(type, tile);
   const int64_t panels = (columns + tile.columns - 1) / tile.columns;
   std::vector<T> packed(panels * tokens * tile.columns);
   auto into = numbers<float>(rows * columns);
