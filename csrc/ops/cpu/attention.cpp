@@ -5,8 +5,6 @@
 #include "../attention.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "amx.h"
@@ -31,21 +29,6 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
 inline int64_t round_up(int64_t x, int64_t multiple) { return round_down(x + multiple - 1, multiple); }
-
-// Memory of its own for one task.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : at_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 1, 64)))) {
-    if (!at_) throw std::bad_alloc();
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(at_); }
-  operator T*() const { return at_; }
-
- private:
-  T* at_;
-};
 
 // 2^x to 2e-7 for x < 1; 0 below -126. A polynomial for the fraction in [0, 1], exact at both of its ends.
 inline vec exp2(vec x) {

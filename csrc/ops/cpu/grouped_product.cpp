@@ -65,7 +65,7 @@ void columns_of(const GroupedProduct& a, int64_t expert, int64_t column, const T
 template <class T>
 void product(const GroupedProduct& a, int64_t begin, int64_t end) {
   const int64_t steps = (a.depth + STEP<T> - 1) / STEP<T>;
-  const Aligned<T> panel(steps * TILE_COLUMNS * STEP<T>);
+  const Buffer<T> panel(steps * TILE_COLUMNS * STEP<T>);
   // Neighbours among the blocks are of different experts, so that threads share each of them. A thread takes all of its
   // blocks of one expert, whose rows stay in its cache, before the next.
   for (int64_t next = begin; next < std::min(begin + a.experts, end); ++next) {

@@ -72,7 +72,7 @@ int64_t panel_size(int64_t depth) { return (depth + STEP<T> - 1) / STEP<T> * STE
 
 template <class T>
 void product(const AddedProduct& a, int64_t begin, int64_t end) {
-  const Aligned<T> panel(panel_size<T>(a.depth));
+  const Buffer<T> panel(panel_size<T>(a.depth));
   for (int64_t column = begin * TILE_COLUMNS; column < std::min(end * TILE_COLUMNS, a.columns); column += TILE_COLUMNS) {
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     pack_columns(static_cast<const T*>(a.b) + column, a.columns, a.depth, width, panel.at);
@@ -114,7 +114,7 @@ void up_to_diagonal(const AddedProduct& a, const T* panel, int64_t row, int64_t 
 
 template <class T>
 void symmetric(const AddedProduct& a, int64_t begin, int64_t end) {
-  const Aligned<T> panel(panel_size<T>(a.depth));
+  const Buffer<T> panel(panel_size<T>(a.depth));
   const int64_t panels = (a.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
   for (int64_t at = begin; at < end; ++at) {
     // A panel goes from the diagonal down: long ones and short ones by turns, so that threads have as much to do.

@@ -36,11 +36,11 @@ template <> constexpr int STEP<bf16> = 2;
 
 // Room for `size` elements that begins with a line of the cache: a register or a tile that lies across two takes twice as long.
 template <class T>
-struct Aligned {
-  explicit Aligned(int64_t size) : at(static_cast<T*>(::operator new(sizeof(T) * size, ALIGNMENT))) {}
-  ~Aligned() { ::operator delete(at, ALIGNMENT); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
+struct Buffer {
+  explicit Buffer(int64_t size) : at(static_cast<T*>(::operator new(sizeof(T) * size, ALIGNMENT))) {}
+  ~Buffer() { ::operator delete(at, ALIGNMENT); }
+  Buffer(const Buffer&) = delete;
+  operator T*() const { return at; }
   static constexpr std::align_val_t ALIGNMENT{64};
   T* const at;
 };

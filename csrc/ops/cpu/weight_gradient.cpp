@@ -145,7 +145,7 @@ void pack_transposed(
 void product_by_amx(const WeightGradient& a, int64_t begin, int64_t end) {
   const int64_t depth = steps_of<bf16>(a.tokens) * STEP<bf16>, panel_size = depth * TILE_COLUMNS;
   const int64_t stride = depth + AMX_DEPTH;  // rows a power of two apart would share a line of the cache
-  const Aligned<bf16> rows_of_grad(a.block * stride);
+  const Buffer<bf16> rows_of_grad(a.block * stride);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
     pack_transposed(
@@ -176,7 +176,7 @@ void product(const WeightGradient& a, int64_t begin, int64_t end) {
 #endif
   const int64_t steps = steps_of<T>(a.tokens);
   const int64_t tile_size = steps * STEP<T> * TILE_ROWS, panel_size = steps * STEP<T> * TILE_COLUMNS;
-  const Aligned<T> tiles(a.block / TILE_ROWS * tile_size);
+  const Buffer<T> tiles(a.block / TILE_ROWS * tile_size);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
     pack_tiles(static_cast<const T*>(a.grad) + first, a.grad_stride, a.tokens, rows, tiles.at);

@@ -112,8 +112,8 @@ class MatrixOptimizer:
         raise NotImplementedError
 
     def message_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the precision in which matrices lie, and travel to their owners and back, of a model whose
-        weights are in `dtype`: where `solve` rounds to that anyway, it spares half of the bytes."""
+        """Return the precision in which matrices lie, and travel to their owners and back, of a
+        model whose weights are in `dtype`: where `solve` rounds to that anyway, it spares half of the bytes."""
         return torch.float32
 
     def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
