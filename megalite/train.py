@@ -13,9 +13,8 @@ from typing import Any
 from megalite import make_callable
 from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.load import states_begun
-from megalite.checkpoint.match import base_files, check_match
-from megalite.checkpoint.resume import find_checkpoint, leave_newer, way_back
-from megalite.checkpoint.save import Saver
+from megalite.checkpoint.match import check_match
+from megalite.checkpoint.resume import leave_newer, way_back
 from megalite.checkpoint.train_state import read_train_state
 from megalite.checkpoint.unneeded import left_behind
 from megalite.comm.collectives import all_agree
@@ -48,7 +47,7 @@ from megalite.training.loop import run_steps
 from megalite.training.objectives import DPO
 from megalite.training.parts import RankModel, build
 from megalite.training.reference import prepare_references
-from megalite.training.run import Data, Run, Start, initial_state, make_loader
+from megalite.training.run import DISK, Data, Run, Start, Storage, make_loader
 
 make_callable(__name__)  # as `train`, below
 
@@ -57,9 +56,10 @@ MOST_EPOCHS = 10
 """Times through labelled rows above which a run warns."""
 
 
-def train(config: Config) -> Exit:
+def train(config: Config, storage: Storage = DISK) -> Exit:
     """Train as `config` says, on the ranks this process was started among; resumes by itself.
-    Returns DONE; STOPPED after a signal, BAD_NUMBERS or CORRUPTED for what `health` checks.
+    `storage` holds its checkpoints and models. Returns DONE; STOPPED after a signal, BAD_NUMBERS or
+    CORRUPTED for what `health` checks.
 
     Raises ConfigError, DataError or CheckpointError, before the first step, where something asked
     for cannot be done; NotSaved after the last step."""
@@ -79,7 +79,7 @@ def train(config: Config) -> Exit:
     with held(config.run.folder) if mesh.world.rank == 0 else nullcontext():
         all_agree(True, mesh)  # no rank writes to the folder before rank 0 holds it
         with Watchdog(config, mesh):
-            return train_on(mesh, config, plan, data, tokenizer, tasks)
+            return train_on(mesh, config, plan, data, tokenizer, tasks, storage)
 
 
 def train_on(
@@ -89,11 +89,12 @@ def train_on(
     data: Data,
     tokenizer: Tokenizer | None,
     tasks: TasksInTraining | None,
+    storage: Storage = DISK,
 ) -> Exit:
     """Train on a `mesh` of ranks that have met; a run that is sent back begins again here.
 
     `config`, `plan` and `data` are alike on all ranks; `tokenizer` and `tasks` are None where the
-    run needs none."""
+    run needs none; `storage` holds checkpoints and models."""
     check_same_everywhere(config, data, mesh)
     # How often the run was sent back, by step.
     limit, sent_back = (
@@ -102,9 +103,9 @@ def train_on(
     )
     ended: Ending | None = None
     with StopRequests(mesh) as requests:
-        parts = build(config, plan, mesh)
+        parts = build(config, plan, mesh, storage.open_model)
         while ended is None or ended.status is None:
-            run, start = open_run(config, plan, mesh, data, tokenizer, tasks, ended)
+            run, start = open_run(config, plan, mesh, data, tokenizer, tasks, ended, storage)
             sent_back[start.step] += ended is not None
             status = "failed"
             try:
@@ -130,10 +131,11 @@ def open_run(
     tokenizer: Tokenizer | None,
     tasks: TasksInTraining | None,
     sent_back: Ending | None,
+    storage: Storage,
 ) -> tuple[Run, Start]:
     """Find the checkpoint or model to begin from, and check that it fits `config`, `plan` and
     `data`; only then is anything written. `sent_back` is the ending that sent the run back to a
-    checkpoint, or None; `tokenizer` and `tasks` are those of `train_on`.
+    checkpoint, or None; `tokenizer`, `tasks` and `storage` are those of `train_on`.
 
     Raises ConfigError, CheckpointError or DataError."""
     # A run that was sent back goes on from what it saved itself, whatever it began with.
@@ -142,9 +144,9 @@ def open_run(
     )
     root, train = config.run.folder / "checkpoints", data["train"]
     assert train is not None
-    checkpoint, told = find_checkpoint(root, resume, mesh, config.health.bad_steps_limit)
+    checkpoint, told = storage.find(root, resume, mesh, config.health.bad_steps_limit)
     state: dict[str, Any] = {"step": 0, "data": {"samples": 0}, "wandb_id": None}
-    base = base_files(config)
+    base = storage.base_files(config)
     if checkpoint:
         state = read_train_state(checkpoint)
     if checkpoint and not sent_back:
@@ -169,7 +171,7 @@ def open_run(
     band = _expected_losses(config)
     trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
     begun = states_begun(checkpoint, state, config, trained) if checkpoint else {}
-    start = Start(state, initial_state(config, mesh, checkpoint), base, begun)
+    start = Start(state, storage.initial_state(config, mesh, checkpoint), base, begun)
     all_agree(True, mesh)  # a start that any rank refuses has written nothing
     recorder = None
     if mesh.world.rank == 0:
@@ -178,7 +180,7 @@ def open_run(
         told += [f"the config before is kept as {kept}"] if kept else []
         recorder = open_recorder(config, plan, state, tokenizer, mesh, band)
         told += filter(None, [unused_gpus(mesh.device.type)])
-    run = Run(config, plan, mesh, recorder, tasks, samples, targets)
+    run = Run(config, plan, mesh, recorder, tasks, samples, targets, storage)
     run.say(*told)
     return run, start
 
@@ -282,7 +284,7 @@ def train_from(
     )
     weights = weight_table(config.model, config.lora, config.train.fp8)
     table = [weight for weight in weights if not weight.frozen]
-    saver = Saver(
+    saver = run.storage.make_saver(
         folder / "checkpoints",
         config.checkpoint.keep,
         table,

@@ -16,7 +16,7 @@ from megalite.data.loader import MicroBatch
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.training.parts import build, forward_backward
-from megalite.training.run import initial_state
+from megalite.training.run import DISK
 
 
 class LiveBytes(TorchDispatchMode):
@@ -60,7 +60,7 @@ def measure_step(rank: int, world_size: int, config: Config) -> dict[str, int]:
     with LiveBytes() as live:
         mesh = make_mesh(plan, Launch(rank, world_size, 0).device)
         parts = build(config, plan, mesh)
-        parts.engine.load(initial_state(config, mesh, None))
+        parts.engine.load(DISK.initial_state(config, mesh, None))
         batch = [_micro_batch(config, number) for number in range(plan.micro_batches)]
         for _ in range(2):
             live.reset_peak()

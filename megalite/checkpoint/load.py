@@ -4,7 +4,7 @@ rank reads only its slices.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from megalite.models.weights import RowReader, Weight
 from megalite.utils.outside import shown
 from megalite.utils.resources import read_yaml
 
+OpenModel = Callable[..., ReadState]
+"""Opens the weights of a Hugging Face folder, as `from_hf` does."""
 VALUES = ("weight", "master", EMA)
 """Kinds that hold a weight's value. The others are the optimizer's states, which begin at zero."""
 
@@ -247,14 +249,15 @@ def for_adapters(
     checkpoint: Path | None,
     mesh: Mesh,
     device: torch.device | str,
+    open_model: OpenModel = from_hf,
 ) -> ReadState:
     """Return a reader for a LoRA run: frozen weights from the model it started from, adapters from
     elsewhere.
 
     Adapters and their moments come from `checkpoint`; without one, from `config.lora.adapter` or
     the seed. `weights` is the table with the adapters, `mesh` says which part of each a rank holds;
-    `device` computes initial weights. Raises CheckpointError if names or shapes are not those of
-    the model, ConfigError if that is an adapter itself."""
+    `device` computes initial weights, `open_model` opens the frozen model. Raises CheckpointError
+    if names or shapes are not those of the model, ConfigError if that is an adapter itself."""
     assert config.lora is not None
     assert config.model.hf is not None
     if peft.is_adapter(config.model.hf):
@@ -265,7 +268,7 @@ def for_adapters(
     frozen = [weight for weight in weights if weight.frozen]
     trained = [weight for weight in weights if not weight.frozen]
     # Frozen weights are in no checkpoint of a LoRA run; match.py has compared the files' digests.
-    base = from_hf(config.model.hf, frozen, config.model, mesh)
+    base = open_model(config.model.hf, frozen, config.model, mesh)
     if checkpoint:
         states = _with_masters(checkpoint, config, trained)
         own = _from_folder(checkpoint, trained, config.model, mesh, states, peft.TENSORS)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megalite.checkpoint.folder import step_folder
 from megalite.config import Config
 from megalite.data.indexed import token_dtype
 from megalite.data.indexed_writer import IndexedWriter
@@ -38,6 +39,12 @@ class Start(NamedTuple):
     def begins_at(self) -> int:
         """Return the step of the checkpoint that it resumes from; 0 for none."""
         return self.number * self.steps
+
+
+def dry_checkpoint(run: Path, step: int) -> Path:
+    """Return the folder of a checkpoint of a run that is run dry. None is among those that the run
+    would find by itself: all ranks of a start begin from the one that they are told."""
+    return step_folder(run / "saved", step)
 
 
 def dry_config(config: Config, folder: Path, start: Start) -> Config:
@@ -69,10 +76,12 @@ def dry_config(config: Config, folder: Path, start: Start) -> Config:
         "fim": None,
         "augment": None,
     }
+    run = config.run.model_copy(update={"dir": folder / "runs"})
+    resume = dry_checkpoint(run.folder, start.begins_at) if start.number else "never"
     return _updated(
         config,
         {
-            "run": {"dir": folder / "runs"},
+            "run": {"dir": run.dir},
             # Made-up tokens need no tokenizer, no split and nothing rearranged: shapes are what
             # counts.
             "data": found | document,
@@ -84,7 +93,7 @@ def dry_config(config: Config, folder: Path, start: Start) -> Config:
                 "epochs": None,
                 "compile": False,
             },
-            "checkpoint": {"resume": "auto" if start.number else "never"},
+            "checkpoint": {"resume": resume},
             "observe": _without_tracking(config),
             "health": {"hang_timeout_s": 0},
             "profile": {"steps": ()},

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from megalite.comm.mesh import Mesh
 from megalite.dryrun.device import Places
 
 KINDS = {
@@ -24,6 +25,9 @@ KINDS = {
     "reduce_scatter_single_coalesced": "reduce_scatter",
 }  # fmt: skip
 """Methods of torch's ProcessGroup, and the collectives that they are."""
+AXES = {"world": "world", "stage": "data", "replicas": "data", "pipeline": "pipeline", "context": "context",
+        "tensor": "tensor"}  # fmt: skip
+"""Axes of a mesh that the log tells apart, and its names of them."""
 
 
 class Work(dist.Work):
@@ -127,10 +131,17 @@ class Log:
             )
         return self._group_numbers[name]
 
-    def name_axis(self, axis: str, group: Any) -> None:
-        """Name a group, if it is one, after the axis of the mesh that it is."""
-        if group is not None:
-            self.groups[self._number_of(group)]["axis"] = axis
+    def name_axes(self, mesh: Mesh) -> None:
+        """Note which axis of the mesh each group is. Of a group that is several axes, the last name
+        counts."""
+        fold = mesh.expert_fold
+        named = [(getattr(mesh, axis), name) for axis, name in AXES.items()]
+        if fold:
+            experts = [(axis, "expert") for axis in (fold.holders, fold.tensor, fold.expert)]
+            named = [(fold.replicas, "data"), *experts, *named]
+        for axis, name in named:
+            if axis.group is not None:
+                self.groups[self._number_of(axis.group)]["axis"] = name
 
     def batch(self, operations: list[dist.P2POp]) -> list[Work]:
         """Start messages at once, in the place of torch's `batch_isend_irecv`."""

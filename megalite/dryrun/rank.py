@@ -4,7 +4,6 @@ it did."""
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import traceback
 from collections import Counter
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalite.dryrun.checkpoint import resume_without_numbers, write_checkpoint
 from megalite.dryrun.device import Places
 
 STEADY = "training"
@@ -78,6 +76,8 @@ def run_rank(job: Job, device: Any, places: Places) -> Record:
         "RANK": job.rank,
         "WORLD_SIZE": job.world_size,
         "LOCAL_RANK": job.rank % job.gpus_per_node,
+        # Memory that ranks of a host share is not there.
+        "LOCAL_WORLD_SIZE": 1,
     }
     os.environ |= {name: str(value) for name, value in env.items()}
     record = Record(job.rank)
@@ -85,14 +85,15 @@ def run_rank(job: Job, device: Any, places: Places) -> Record:
     phases = Phases(device, places, log, record)
     try:
         from megalite.config_file import load_config
+        from megalite.dryrun.checkpoint import DryStorage
         from megalite.errors import ConfigError, DataError
         from megalite.train import train
 
         config = load_config(Path(job.config))
-        stand_in(record, log, phases, places)
-        _stand_in_for_checkpoints(job, config, phases)
+        stand_in(log, phases, places)
+        storage = DryStorage(job, config, record, log, phases, places)
         try:
-            status = train(config)
+            status = train(config, storage)
         except (ConfigError, DataError) as error:
             record.error, record.mistake = str(error), True
         else:
@@ -178,47 +179,21 @@ def use_of(function: str, phase: str) -> str:
     return "logits" if function.endswith(":project") else "activations"
 
 
-def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
+def stand_in(log: Any, phases: Phases, places: Places) -> None:
     """Put stand-ins in the place of what a rank alone, without data and without a GPU, cannot
     do."""
     from megalite.dryrun.deepspeed import spans_of
-    from megalite.engine import gather
     from megalite.engine.deepspeed import DeepSpeedEngine
     from megalite.kernels import library
-    from megalite.parallel import expert, overlap
-    from megalite.runtime.activity import Activity
+    from megalite.parallel import expert
+    from megalite.runtime.activity import NOW
 
-    train: Any = importlib.import_module("megalite.train")  # which is also its function
-    begin, make_mesh = Activity.begin, train.make_mesh
-
-    def noted_begin(self: Activity, phase: str, step: int) -> None:
+    def begin(phase: str, step: int) -> None:
         phases.begin(phase)
         phases.first_step = phases.first_step or step
-        begin(self, phase, step)
 
-    def named_mesh(*arguments: Any) -> Any:
-        mesh = make_mesh(*arguments)
-        if log:
-            _name_axes(log, mesh)
-        return mesh
-
-    Activity.begin = noted_begin  # type: ignore[method-assign]
-    train.make_mesh = named_mesh
-    # The kernels that a GPU would have, whether they are built here or not.
-    library._takes = lambda operation, device, dtype: (
-        device == "cpu" or operation not in library.CPU_ONLY
-    )
-
-    # What a save puts together on the host has no memory: it could be the whole model.
-    def host_memory(like: Any, *shape: int, pinned: bool = False) -> Any:
-        if not pinned:
-            places.ask("waits: copies to the host")
-        found = like.new_empty(shape, device="meta")
-        record.gathered += found.nbytes
-        return found
-
-    gather.host_memory = host_memory
-    overlap.has_symmetric_memory = lambda x, axis: False
+    NOW.watcher = begin
+    library.assume_built()
 
     def balanced_counts(leaving: Any, arriving: Any, rank: int, num_rows: int) -> Any:
         places.ask("waits: a number is read")
@@ -226,43 +201,10 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
         return _balanced_counts(ranks, experts, rank, num_rows)
 
     expert.read_counts = balanced_counts
-    _without_weights(train)
     DeepSpeedEngine._share_spans = spans_of  # type: ignore[method-assign,assignment]
     if log:
         _static_pipelines()
         places.on_wait = log.synchronize
-
-
-def _stand_in_for_checkpoints(job: Job, config: Any, phases: Phases) -> None:
-    """Write a checkpoint without numbers, where one is asked for, and resume from such a one."""
-    from megalite.checkpoint.save import Saver
-
-    def write(saver: Any, folder: Path, collect: Any, train_state: dict[str, Any]) -> None:
-        if job.leaves and job.rank == 0:
-            write_checkpoint(saver, config, folder, train_state)
-
-    Saver._write = write  # type: ignore[method-assign,assignment]
-    if job.begins_at:
-        train: Any = importlib.import_module("megalite.train")
-        open_run = train.open_run
-
-        def noted_open(*arguments: Any) -> Any:
-            phases.begin(RESTART)
-            return open_run(*arguments)
-
-        train.open_run = noted_open
-        resume_without_numbers()
-
-
-def _name_axes(log: Any, mesh: Any) -> None:
-    """Tell the log which axis of the mesh each process group is. Of a group that is several axes,
-    the last name counts."""
-    fold = mesh.expert_fold
-    for axis in (fold.replicas, fold.holders, fold.tensor, fold.expert) if fold else ():
-        log.name_axis("data" if axis is fold.replicas else "expert", axis.group)
-    for name in ("world", "stage", "replicas", "pipeline", "context", "tensor"):
-        shown = "data" if name in ("stage", "replicas") else name
-        log.name_axis(shown, getattr(mesh, name).group)
 
 
 def _balanced_counts(
@@ -277,29 +219,6 @@ def _balanced_counts(
         for number in range(ranks)
     ]
     return leaves, [leaves[rank]] * ranks
-
-
-def _without_weights(train: Any) -> None:
-    """Read no weights of models: their values change nothing here."""
-    import torch
-
-    from megalite.infer import ranks
-    from megalite.training import reference
-
-    def read(weight: Any, kind: str, start: int, stop: int) -> Any:
-        return torch.empty(stop - start)
-
-    initial = train.initial_state
-    # Patched where they are looked up: each module has imported the name for itself.
-
-    def state(config: Any, mesh: Any, checkpoint: Path | None) -> Any:
-        is_there = checkpoint or not config.model.hf
-        return initial(config, mesh, checkpoint) if is_there else read
-
-    train.initial_state = state
-    reference.initial_state = train.initial_state
-    train.base_files = reference.base_files = lambda config: {}
-    ranks.from_hf = lambda *arguments: read
 
 
 def _static_pipelines() -> None:

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megalite.config import Config
-from megalite.dryrun.checkpoint import show_checkpoints
 from megalite.dryrun.data import Start, dry_config
 from megalite.dryrun.match import compare, play
 from megalite.dryrun.rank import Job, Record
@@ -75,7 +74,6 @@ def dry_runs(
     with tempfile.TemporaryDirectory(prefix="megalite-dryrun-") as folder:
         for start, plan in enumerate(plans):
             place = Start(steps, start, len(plans))
-            show_checkpoints(Path(folder) / "runs")
             jobs = make_jobs(config, plan, wanted[start], hardware, place, Path(folder))
             records = run_jobs(jobs, Path(folder) / f"{start}")
             outcomes.append(_judge(config, plan, hardware, records, ranks, place, num_gpus[start]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Protocol
 
@@ -55,9 +56,11 @@ def host_memory(like: Tensor, *shape: int, pinned: bool = False) -> Tensor:
 
 class HostBuffers:
     """Reuse memory on the host each time the same tensors are copied in the same order. New memory
-    costs ten times the copy in page faults, and a device copies quickly to pinned memory only."""
+    costs ten times the copy in page faults, and a device copies quickly to pinned memory only.
+    `allocate` makes it, as `host_memory` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[..., Tensor] = host_memory) -> None:
+        self._allocate = allocate
         self._buffers: list[Tensor] = []
         self._next = 0
         self._scratch: dict[torch.dtype, Tensor] = {}
@@ -72,7 +75,7 @@ class HostBuffers:
         known = self._buffers[self._next] if self._next < len(self._buffers) else None
         # Another order of copies than last time: what was kept from here on fits no more.
         if known is None or (known.shape, known.dtype) != (shape, like.dtype):
-            known = host_memory(like, *shape, pinned=like.device.type == "cuda")
+            known = self._allocate(like, *shape, pinned=like.device.type == "cuda")
             self._buffers[self._next :] = [known]
         self._next += 1
         return known
@@ -81,7 +84,7 @@ class HostBuffers:
         """Return such memory whose content is needed until the next call only."""
         known = self._scratch.get(like.dtype)
         if known is None or known.numel() < prod(shape):
-            known = host_memory(like, prod(shape), pinned=like.device.type == "cuda")
+            known = self._allocate(like, prod(shape), pinned=like.device.type == "cuda")
             self._scratch[like.dtype] = known
         return known[: prod(shape)].view(shape)
 

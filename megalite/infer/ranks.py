@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.checkpoint.load import dtype_of, from_hf
+from megalite.checkpoint.load import OpenModel, dtype_of, from_hf
 from megalite.comm.collectives import all_gather
 from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import Config, ModelConfig, TrainConfig
@@ -171,14 +171,15 @@ def load_stage(
     mesh: Mesh,
     train: TrainConfig,
     dtype: torch.dtype | None = None,
+    open_model: OpenModel = from_hf,
 ) -> tuple[Stage, torch.dtype]:
     """Load the part `span` of the Hugging Face model in `folder`, frozen, as this rank of `mesh`
-    has it under `plan`. Return it with its precision: `dtype`, by default the stored one. Raise
-    CheckpointError."""
+    has it under `plan`; `open_model` opens it. Return it with its precision: `dtype`, by default
+    the stored one. Raise CheckpointError."""
     # As in training, but without an engine: parameters are read straight into the parallel model.
     table, model = weight_table(config), build_model(config)
     apply_parallelism(model, table, plan, span, mesh, train)
-    read = from_hf(folder, table, config, mesh)
+    read = open_model(folder, table, config, mesh)
     tensors = {}
     for weight in span.weights(table):
         shape = torch.Size(weight.local_shape(*mesh.fold_of(weight).cut))

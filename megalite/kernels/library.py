@@ -41,6 +41,7 @@ CPU_ONLY = ("attention", "weight_gradient")
 
 # Of the process, not of a model: kernels are called from deep inside modules that hold no config.
 _wishes = KernelsConfig()
+_assumed = False
 added: dict[str, Callable[..., Any]] = {}
 """Functions of plugins that `use` has chosen, by the name of the one here that each stands for, and
 whose signature it has."""
@@ -169,7 +170,15 @@ def tell_compiler() -> None:
     torch.compiler.assume_constant_result(_takes)
 
 
+def assume_built() -> None:
+    """Choose from now on as if every kernel were built for GPUs: a dry run asks for shapes alone."""
+    global _assumed
+    _assumed = True
+
+
 def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:
+    if _assumed:
+        return device == "cpu" or operation not in CPU_ONLY
     module = own()
     # What is no floating point are numbers of experts.
     if module is None or (dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16)):

@@ -8,6 +8,7 @@ half of a note, and the rest a moment later."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -32,15 +33,18 @@ class Activity:
         "step",
         "timer",
         "waits_in",
+        "watcher",
     )
 
     def __init__(self) -> None:
         self.beats = 0
         """Grows with every note: as long as it does, there is progress."""
+        self.watcher: Callable[[str, int], object] = lambda phase, step: None
+        """Called with each phase and step that begin."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget all notes; only `beats` goes on growing."""
+        """Forget all notes; only `beats` goes on growing, and `watcher` stays."""
         self.counts: defaultdict[str, int] = defaultdict(int)
         """How many collectives were begun over each axis of the mesh. Ranks of a group count
         alike."""
@@ -52,6 +56,7 @@ class Activity:
     def begin(self, phase: str, step: int) -> None:
         """Note that a phase begins. Only "training" is expected to make steady progress; see
         `HealthConfig.patience_s`."""
+        self.watcher(phase, step)
         self.phase, self.step = phase, step
         self.do("")
 

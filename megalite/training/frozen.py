@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from megalite.checkpoint.load import OpenModel, from_hf
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.errors import ConfigError
@@ -105,9 +106,15 @@ class FrozenModel:
         return found
 
 
-def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) -> FrozenModel:
+def load_frozen(
+    folder: Path,
+    config: Config,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    open_model: OpenModel = from_hf,
+) -> FrozenModel:
     """Load the Hugging Face model in `folder`, in the precision `dtype`, on the layout of `config`
-    over `mesh`.
+    over `mesh`; `open_model` opens it.
 
     Raises ConfigError where it does not fit the layout, and CheckpointError where it cannot be
     read."""
@@ -130,7 +137,7 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
     except ConfigError as error:
         raise ConfigError(f"the model in {folder}: {error}") from None
     stages = [
-        load_stage(folder, model, plan, span, mesh, train, dtype)[0]
+        load_stage(folder, model, plan, span, mesh, train, dtype, open_model)[0]
         for span in plan.stages_of(mesh.pipeline.rank)
     ]
     pipeline = None

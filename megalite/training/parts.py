@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.load import OpenModel, from_hf
 from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
@@ -70,9 +71,9 @@ class RankModel:
             stage.train(mode)
 
 
-def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
-    """Build this rank's part of the model, with its weights still zero. Chooses the process's
-    kernels."""
+def build(config: Config, plan: Plan, mesh: Mesh, open_model: OpenModel = from_hf) -> RankModel:
+    """Build this rank's part of the model, with its weights still zero; `open_model` opens the
+    frozen model beside it, where the objective has one. Chooses the process's kernels."""
     library.use(config.kernels, config.train.deterministic)
     table = weight_table(config.model, config.lora, config.train.fp8)
     spans = plan.stages_of(mesh.pipeline.rank)
@@ -93,7 +94,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     if matches:
         num_losses[METRIC] = len(matches)
     engine = make_engine(stages, rows, plan, mesh, config)
-    return connected(config, plan, mesh, stages, engine, deferred, num_losses, matches)
+    return connected(config, plan, mesh, stages, engine, deferred, num_losses, matches, open_model)
 
 
 def connected(
@@ -105,10 +106,12 @@ def connected(
     deferred: list[WeightGradStore | None],
     num_losses: Counter[str],
     matches: tuple[HiddenMatch, ...] = (),
+    open_model: OpenModel = from_hf,
 ) -> RankModel:
     """Return the parts of a rank that has `stages`, with what joins them to those of other ranks.
     `deferred` are the stores of the stages' weight gradients, `num_losses` how many layers of the
-    whole model have a loss of each name, `matches` the pairs of layers that are compared."""
+    whole model have a loss of each name, `matches` the pairs of layers that are compared;
+    `open_model` opens the frozen model."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     num_rows = vocab_size_of(weight_table(config.model, config.lora))
     pipeline = None
@@ -125,7 +128,7 @@ def connected(
         pipeline = Pipeline(stages, plan, mesh, hidden, deferred, source)
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, num_rows)
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
-    frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
+    frozen = None if folder is None else load_frozen(folder, config, mesh, dtype, open_model)
     if frozen and matches:
         frozen.tap({match.pair.teacher for match in matches})
     here = [

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalite.checkpoint.match import base_files
 from megalite.comm.collectives import all_agree, all_reduce
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
@@ -26,7 +25,7 @@ from megalite.parallel.stage import Inputs
 from megalite.runtime.activity import NOW
 from megalite.training.objectives import DPO, Reference, sum_by_document
 from megalite.training.parts import RankModel, forward
-from megalite.training.run import Data, Run, initial_state, make_loader
+from megalite.training.run import Data, Run, make_loader
 from megalite.utils.changes import Change, changes
 from megalite.utils.files import replacing
 from megalite.utils.tensor_files import save_file
@@ -178,7 +177,7 @@ def prepare_references(run: Run, parts: RankModel, data: Data) -> None:
     assert isinstance(parts.objective, DPO)
     mixtures = {split: mixture for split, mixture in data.items() if mixture}
     path = run.config.run.folder / "reference.safetensors"
-    made_of = reference_parts(mixtures, run.config, base_files(run.config))
+    made_of = reference_parts(mixtures, run.config, run.storage.base_files(run.config))
     found, changed = read_references(path, made_of, mixtures)
     # Ranks may see different files on a shared disk: all compute, or none.
     if not all_agree(found is not None, run.mesh) or found is None:
@@ -190,7 +189,7 @@ def prepare_references(run: Run, parts: RankModel, data: Data) -> None:
             run.say(f"again, since other ones were kept: {'; '.join(map(str, changed))}")
         # The trained model stands in for its own reference; `train_from` loads the run's weights
         # afterwards.
-        parts.engine.load(initial_state(run.config, run.mesh, None))
+        parts.engine.load(run.storage.initial_state(run.config, run.mesh, None))
         parts.train(False)
         found = {
             split: compute_reference(

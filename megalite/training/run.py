@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
-from megalite.checkpoint.resume import way_back
+from megalite.checkpoint.load import OpenModel, for_adapters, from_checkpoint, from_hf, from_seed
+from megalite.checkpoint.match import base_files
+from megalite.checkpoint.resume import find_checkpoint, way_back
+from megalite.checkpoint.save import Saver
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.data.dataset import Split
@@ -46,6 +48,34 @@ class Start:
         return int(self.state["step"])
 
 
+class Storage:
+    """Finds, reads and saves a run's checkpoints, and reads the models that it begins from: what a
+    disk holds. A dry run, whose files have no numbers, hands another to `train`."""
+
+    find = staticmethod(find_checkpoint)
+    base_files = staticmethod(base_files)
+    open_model: OpenModel = staticmethod(from_hf)
+    make_saver: Callable[..., Saver] = Saver
+
+    def initial_state(self, config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
+        """Return where weights and optimizer state come from: a `checkpoint` to resume, a model to
+        start from, or the seed.
+
+        Raises CheckpointError or ConfigError where these do not go with `config`."""
+        weights = weight_table(config.model, config.lora)
+        if config.lora:
+            return for_adapters(config, weights, checkpoint, mesh, mesh.device, self.open_model)
+        if checkpoint:
+            return from_checkpoint(config, weights, checkpoint, mesh)
+        if config.model.hf:
+            return self.open_model(config.model.hf, weights, config.model, mesh, config.train.seed)
+        return from_seed(config.train.seed, mesh, mesh.device)
+
+
+DISK = Storage()
+"""Where all runs keep what they save, but for dry ones."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run on one rank: what was asked for, and where to print what happens."""
@@ -58,6 +88,7 @@ class Run:
     tasks: TasksInTraining | None = None
     samples: SamplesInTraining | None = None
     targets: TargetsInTraining | None = None
+    storage: Storage = DISK
 
     def say(self, *lines: str) -> None:
         """Print lines to the console of rank 0."""
@@ -95,21 +126,6 @@ class Run:
             return "finished"
         # "stopped" tells people that it goes on when started again: after bad numbers it would not.
         return "stopped" if ended.status in (Exit.DONE, Exit.STOPPED) else "failed"
-
-
-def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
-    """Return where weights and optimizer state come from: a `checkpoint` to resume, a model to
-    start from, or the seed.
-
-    Raises CheckpointError or ConfigError where these do not go with `config`."""
-    weights = weight_table(config.model, config.lora)
-    if config.lora:
-        return for_adapters(config, weights, checkpoint, mesh, mesh.device)
-    if checkpoint:
-        return from_checkpoint(config, weights, checkpoint, mesh)
-    if config.model.hf:
-        return from_hf(config.model.hf, weights, config.model, mesh, config.train.seed)
-    return from_seed(config.train.seed, mesh, mesh.device)
 
 
 def make_loader(

@@ -23,7 +23,7 @@ from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
 from megalite.train import train
 from megalite.training.parts import build, forward_backward
-from megalite.training.run import initial_state
+from megalite.training.run import DISK
 from ranks import run_ranks
 from small_runs import curve_of, make_config
 
@@ -115,7 +115,7 @@ def steps_on(rank: int, world_size: int, configs: list[Config]) -> list[dict[str
         plan = make_plan(config, table, world_size)
         mesh = make_mesh(plan, CPU)
         parts = build(config, plan, mesh)
-        parts.engine.load(initial_state(config, mesh, None))
+        parts.engine.load(DISK.initial_state(config, mesh, None))
         generator = torch.Generator().manual_seed(0)
         owners = {
             weight.name: plan.rank_at(

@@ -23,7 +23,7 @@ from megalite.data.loader import MicroBatch
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.training.parts import build, forward_backward
-from megalite.training.run import initial_state
+from megalite.training.run import DISK
 from megalite.training.schedules import learning_rate
 from ranks import cases_asked_for, run_ranks
 from tiny_models import CASES, auto_class, source_of, their_logits
@@ -238,7 +238,7 @@ def run(folder: Path, layout: Layout) -> Result:
     shape = (plan.pipeline, plan.data, plan.context, plan.tensor, *plan.experts)
     mesh = MESHES[shape] = MESHES.get(shape) or make_mesh(plan, torch.device("cpu"))
     parts = build(config, plan, mesh)
-    parts.engine.load(initial_state(config, mesh, None))
+    parts.engine.load(DISK.initial_state(config, mesh, None))
     trained = [weight for weight in table if not weight.frozen]
     owners = {
         weight.name: plan.rank_at(

@@ -30,7 +30,7 @@ from megalite.models.peft import with_adapter_fields
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
 from megalite.train import train
-from megalite.training.run import initial_state
+from megalite.training.run import DISK
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, train_on_rank
 from tiny_models import CASES
@@ -176,7 +176,7 @@ def test_magnitudes_begin_as_the_norms_of_what_is_multiplied_by(
     stored = load_file(root / "base" / "model.safetensors")
     for rank in range(2):
         mesh = replace(Mesh.alone(), tensor=Axis(2, rank))
-        read = initial_state(config, mesh, None)
+        read = DISK.initial_state(config, mesh, None)
         for row in (each for each in table if each.name.endswith("_m")):
             (shape,) = row.local_shape(2)
             module = (
@@ -204,7 +204,7 @@ def test_a_run_goes_on_from_the_adapter_of_another(root: Path, runs: dict[str, C
     )
     table = weight_table(config.model, config.lora)
     stored = load_file(folder / "adapter_model.safetensors")
-    read = initial_state(config, Mesh.alone(), None)
+    read = DISK.initial_state(config, Mesh.alone(), None)
     for weight in (weight for weight in table if not weight.frozen):
         assert torch.equal(
             read(weight, "weight", 0, weight.numel).view(weight.shape), stored.pop(weight.hf[0])

@@ -18,7 +18,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.plan import plan as plan_of
 from megalite.train import train
 from megalite.training.parts import build, forward
-from megalite.training.run import Run, initial_state, make_loader
+from megalite.training.run import DISK, Run, make_loader
 from ranks import run_ranks
 from small_runs import curve_of, make_config, train_on_rank, write_corpus
 
@@ -68,7 +68,7 @@ def batches_of(config: Config) -> tuple[list[MicroBatch], list[MicroBatch], Any,
     parts, data = build(config, plan, mesh), build_mixtures(config)["train"]
     assert data is not None
     run = Run(config, plan, mesh, None)
-    parts.engine.load(initial_state(config, mesh, None))
+    parts.engine.load(DISK.initial_state(config, mesh, None))
     with make_loader(data, run) as loader:
         read = next(loader)
     with make_loader(data, run) as loader:
