@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.architecture import Architecture
-from megalite.models.layers import CoreAttention, SequenceInfo, make_embedding
+from megalite.models.core_attention import CoreAttention
+from megalite.models.layers import SequenceInfo, make_embedding
 from megalite.models.llama import (
     KEYS,
     Attention,

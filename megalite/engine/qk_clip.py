@@ -21,7 +21,7 @@ from megalite.comm.mesh import Mesh
 from megalite.config import QKClipConfig
 from megalite.engine.buckets import BucketState
 from megalite.errors import ConfigError
-from megalite.models.layers import CoreAttention
+from megalite.models.core_attention import CoreAttention
 
 
 @dataclass

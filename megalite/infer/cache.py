@@ -27,8 +27,9 @@ from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import eager_heads
 from megalite.kernels.attention_kinds import AttentionKind
 from megalite.kernels.library import pick
+from megalite.models.core_attention import CoreAttention
 from megalite.models.latent import LatentAttention
-from megalite.models.layers import CoreAttention, Decoder, SequenceInfo
+from megalite.models.layers import Decoder, SequenceInfo
 
 READ_AT_ONCE = 32
 """The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries

@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.kernels.activation import gelu
+from megalite.models.dropout import Dropout
 from megalite.models.gpt2 import MLP, Attention, GPT2Like, linear_rows, norm_rows
 from megalite.models.hf import REQUIRED, Keys, check_padding
 from megalite.models.layers import (
     CrossEntropy,
     Decoder,
-    Dropout,
     LayerNorm,
     SequenceInfo,
     make_embedding,

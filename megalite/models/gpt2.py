@@ -15,12 +15,12 @@ from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
 from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
 from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layers import (
-    CoreAttention,
     CrossEntropy,
     Decoder,
-    Dropout,
     LayerNorm,
     SequenceInfo,
     make_embedding,

@@ -22,7 +22,8 @@ from megalite.kernels.attention_kinds import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.architecture import LatentSpec
-from megalite.models.layers import CoreAttention, RMSNorm, SequenceInfo
+from megalite.models.core_attention import CoreAttention
+from megalite.models.layers import RMSNorm, SequenceInfo
 from megalite.models.llama import LlamaLike, Shared, residual_std
 from megalite.models.weights import Weight
 

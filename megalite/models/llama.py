@@ -26,9 +26,9 @@ from megalite.models.architecture import (
     LayerSpec,
     MixerSpec,
 )
+from megalite.models.core_attention import CoreAttention
 from megalite.models.hf import REQUIRED, Keys, check_padding
 from megalite.models.layers import (
-    CoreAttention,
     CrossEntropy,
     Decoder,
     LayerNorm,

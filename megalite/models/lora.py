@@ -28,7 +28,8 @@ from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.kernels.linear import input_gradient, linear, weight_gradient
 from megalite.models.dora import Total, factors
-from megalite.models.layers import Decoder, Dropout, SequenceInfo
+from megalite.models.dropout import Dropout
+from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.weights import Uniform, Weight
 from megalite.utils.spelling import did_you_mean
 

@@ -25,12 +25,7 @@ from megalite.models.hf import (
     refuse_others,
     require,
 )
-from megalite.models.layers import (
-    LayerNorm,
-    RMSNorm,
-    SequenceInfo,
-    UnshiftedLayerNorm,
-)
+from megalite.models.layers import LayerNorm, RMSNorm, SequenceInfo, UnshiftedLayerNorm
 from megalite.models.llama import Attention, Layer, Llama, layer_table, norm_row
 from megalite.models.weights import Weight, embedding_row, head_rows, layer_rows
 from megalite.models.windows import LAYER_TYPES, LayerType, TwoRopes

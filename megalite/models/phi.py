@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.models import rope
-from megalite.models.layers import Dropout
+from megalite.models.dropout import Dropout
 from megalite.models.llama import (
     LIKE_LLAMA,
     Biases,

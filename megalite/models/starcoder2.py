@@ -10,7 +10,7 @@ import torch.nn as nn
 from pydantic import Field
 from torch import Tensor
 
-from megalite.models.layers import Dropout
+from megalite.models.dropout import Dropout
 from megalite.models.llama import (
     LIKE_LLAMA,
     Biases,

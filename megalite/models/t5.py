@@ -28,12 +28,12 @@ from megalite.models.architecture import (
     FeedForwardSpec,
     LayerSpec,
 )
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
 from megalite.models.hf import REQUIRED, Keys, require
 from megalite.models.layers import (
-    CoreAttention,
     CrossEntropy,
     Decoder,
-    Dropout,
     RMSNorm,
     SequenceInfo,
     Source,

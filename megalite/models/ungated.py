@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megalite.kernels.activation import gelu
 from megalite.models.architecture import Architecture, FeedForwardSpec, MixerSpec
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
 from megalite.models.hf import require
-from megalite.models.layers import CoreAttention, Dropout, LayerNorm, RMSNorm, SequenceInfo
+from megalite.models.layers import LayerNorm, RMSNorm, SequenceInfo
 from megalite.models.llama import Attention, Llama, LlamaLike, residual_std, row_bias
 from megalite.models.weights import Weight
 

@@ -19,8 +19,8 @@ from megalite.config import Config
 from megalite.engine.native import NativeEngine
 from megalite.kernels.optimizer import sum_of_squares
 from megalite.models import weight_table
+from megalite.models.core_attention import CoreAttention
 from megalite.models.fp8 import fp8_weights
-from megalite.models.layers import CoreAttention
 from megalite.models.weights import Weight
 from megalite.observe.steps import Record
 from megalite.observe.underflow import Underflow

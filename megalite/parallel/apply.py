@@ -21,10 +21,12 @@ from megalite.kernels.linear import WeightGradStore
 from megalite.kernels.nvfp4 import Nvfp4
 from megalite.kernels.recipes import RECIPES
 from megalite.kernels.schemes import make_scheme
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
 from megalite.models.experts import Experts
 from megalite.models.fp8 import fp8_weights
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import CoreAttention, Decoder, Dropout, SequenceInfo
+from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.weights import Weight
 from megalite.parallel.expert import ParallelGroupedLinear
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of

@@ -25,10 +25,12 @@ from megalite.comm.mesh import Axis, Fold, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.bert import SentenceHead
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.models.latent import LatentAttention
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import ColumnLoss, CoreAttention, CrossEntropy, Dropout, RMSNorm
+from megalite.models.layers import ColumnLoss, CrossEntropy, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention

@@ -19,8 +19,8 @@ from megalite.infer.batch import Batch, Predictor
 from megalite.infer.in_training import TrainingModel
 from megalite.infer.ranks import RanksModel
 from megalite.infer.sampling import Sampling
+from megalite.models.core_attention import CoreAttention
 from megalite.models.latent import LatentAttention
-from megalite.models.layers import CoreAttention
 from megalite.parallel.stage import Inputs
 from megalite.runtime.activity import NOW
 from megalite.training.distill import OnPolicyConfig

@@ -28,7 +28,7 @@ from megalite.infer.generate import Generator, find_model, load_model
 from megalite.infer.habits import LIKELY, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import LIKELIEST, Sampling, choose, warp
-from megalite.models.layers import CoreAttention
+from megalite.models.core_attention import CoreAttention
 from megalite.train import train
 from ranks import run_ranks
 from scripted import Bytes

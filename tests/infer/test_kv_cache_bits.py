@@ -28,7 +28,7 @@ from megalite.infer.ranks import load_on_ranks
 from megalite.kernels.attention import eager_heads
 from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models import model_config
-from megalite.models.layers import CoreAttention
+from megalite.models.core_attention import CoreAttention
 from ranks import run_ranks
 from scripted import Bytes
 from tiny_models import CASES, save_model

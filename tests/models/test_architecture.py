@@ -11,9 +11,10 @@ from megalite.config import ModelConfig
 from megalite.errors import ConfigError
 from megalite.models import build_model, from_hf_config, model_config, weight_table
 from megalite.models.architecture import AttentionSpec, ExpertsSpec, LatentSpec, LayerSpec
+from megalite.models.core_attention import CoreAttention
 from megalite.models.experts import SparseMLP
 from megalite.models.latent import LatentAttention
-from megalite.models.layers import CoreAttention, LayerNorm, RMSNorm
+from megalite.models.layers import LayerNorm, RMSNorm
 from megalite.models.llama import Attention
 from tiny_models import CASES
 

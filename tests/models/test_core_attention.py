@@ -16,7 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from megalite.config import TrainConfig
 from megalite.infer.cache import Row, add_cache, lay_out
 from megalite.kernels.attention_kinds import AttentionKind
-from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
+from megalite.models.layers import SequenceInfo
 from megalite.parallel.apply import apply_recompute
 
 CPU = torch.device("cpu")

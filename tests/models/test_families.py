@@ -23,7 +23,9 @@ from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import build_model, from_hf_config, model_config, to_hf_config, weight_table
-from megalite.models.layers import IGNORE, CoreAttention, CrossEntropy, Dropout, SequenceInfo
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
+from megalite.models.layers import IGNORE, CrossEntropy, SequenceInfo
 from megalite.parallel.stage import positions_of
 from megalite.training.parts import make_inputs
 from tiny_models import (

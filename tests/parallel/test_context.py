@@ -27,7 +27,9 @@ from megalite.errors import ConfigError
 from megalite.kernels.attention_kinds import PLAIN, AttentionKind, attention_mask
 from megalite.kernels.partial_attention import attend, attend_backward
 from megalite.models.context_cut import Block, ContextCut, take
-from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
+from megalite.models.core_attention import CoreAttention
+from megalite.models.dropout import Dropout
+from megalite.models.layers import SequenceInfo
 from megalite.parallel.context import RingAttention
 from megalite.parallel.rules import apply_rules
 from megalite.parallel.ulysses import UlyssesAttention

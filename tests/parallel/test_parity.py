@@ -28,9 +28,10 @@ from megalite.engine.native import NativeEngine
 from megalite.errors import ConfigError
 from megalite.kernels import experts
 from megalite.models import family, weight_table
+from megalite.models.core_attention import CoreAttention
 from megalite.models.experts import RoutedLayer
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import CoreAttention, SequenceInfo, Source, last_of
+from megalite.models.layers import SequenceInfo, Source, last_of
 from megalite.models.weights import Weight
 from megalite.parallel import expert
 from megalite.plan import Plan, make_plan

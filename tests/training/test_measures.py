@@ -17,7 +17,7 @@ from megalite.config import Config
 from megalite.data.mixture import build_mixtures
 from megalite.errors import ConfigError
 from megalite.models import family, weight_table
-from megalite.models.layers import CoreAttention
+from megalite.models.core_attention import CoreAttention
 from megalite.observe.noise import estimate
 from megalite.plan import make_plan
 from megalite.train import train
