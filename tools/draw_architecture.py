@@ -114,7 +114,7 @@ CHECKPOINT = {
             "Over the replicas to the owner of the bucket, then over",
             "the tensor ranks to the owner of the weight.",
         ),
-        ("engine.layout:choose_owners", "engine.gather:Gather", "models.weights:Weight.assemble"),
+        ("engine.layout:choose_owners", "engine.gather:Gather", "models.sharding:assemble"),
     ),
     "files": Step(
         "Every owner writes its files",
@@ -160,7 +160,7 @@ CHECKPOINT = {
         ),
         (
             "checkpoint.load:from_checkpoint",
-            "models.weights:Weight.read_local",
+            "models.sharding:read_local",
             "engine.native:NativeEngine.load",
         ),
     ),

@@ -25,7 +25,8 @@ from megalite.models import peft, read_hf_config
 from megalite.models.heads import lacking_head
 from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.projections import PREFIX
-from megalite.models.weights import RowReader, Weight
+from megalite.models.sharding import RowReader, read_local
+from megalite.models.weights import Weight
 from megalite.utils.outside import shown
 from megalite.utils.resources import read_yaml
 
@@ -436,6 +437,6 @@ def _from_folder(
 def _local(weight: Weight, read_rows: RowReader, mesh: Mesh, start: int, stop: int) -> Tensor:
     """Return elements [start, stop) of this rank's part of a weight."""
     fold = mesh.fold_of(weight)
-    return weight.read_local(
-        read_rows, fold.holders.rank, fold.tensor.size, start, stop, fold.expert.size
+    return read_local(
+        weight, read_rows, fold.holders.rank, fold.tensor.size, start, stop, fold.expert.size
     )

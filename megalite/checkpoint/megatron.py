@@ -23,6 +23,7 @@ from megalite.checkpoint.torch_file import StoredTensor, TorchFile, Unknown, loa
 from megalite.config import MOST_LAYERS, ModelConfig
 from megalite.errors import CheckpointError, ConfigError
 from megalite.models import model_config, weight_table
+from megalite.models.sharding import assemble
 from megalite.models.weights import Weight
 from megalite.utils.outside import beside, read_limited, reading, shown
 
@@ -142,7 +143,7 @@ def open_megatron(
             return shards[0]
         if weight.shard == "vocab":
             return torch.cat(shards)[: weight.shape[0]].clone()  # without the padding
-        return weight.assemble(shards)
+        return assemble(weight, shards)
 
     return model, weights, read
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megalite.comm.mesh import Axis, Fold, Mesh
 from megalite.engine.layout import is_cut
+from megalite.models.sharding import assemble
 from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
 
@@ -114,7 +115,7 @@ def assemble_on(
     return (
         None
         if parts is None
-        else weight.assemble([part.view(shape) for part in parts], fold.expert.size)
+        else assemble(weight, [part.view(shape) for part in parts], fold.expert.size)
     )
 
 
@@ -190,4 +191,4 @@ class GatherAside:
         assert parts is not None
         shape = weight.local_shape(*fold.cut)
         pieces = parts.chunk(fold.holders.size if cut else 1)
-        return weight.assemble([part.view(shape) for part in pieces], fold.expert.size)
+        return assemble(weight, [part.view(shape) for part in pieces], fold.expert.size)

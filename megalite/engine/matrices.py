@@ -29,6 +29,8 @@ from megalite.comm.mesh import Mesh
 from megalite.engine.buckets import BucketState
 from megalite.engine.layout import Slot
 from megalite.engine.optimizers import MatrixOptimizer
+from megalite.models.sharding import assemble, read_local
+from megalite.models.weights import joined
 from megalite.plan import Cut
 
 STEP = "Optimizer.step"
@@ -242,7 +244,7 @@ class Matrices:
                 for _, pieces in sorted(by_side.items())
             ]
             # A stack of experts [E, rows, columns] becomes rows, as `split` counts them.
-            logical[number] = weight.assemble(locals_, cut.expert).flatten(0, weight.stack)
+            logical[number] = assemble(weight, locals_, cut.expert).flatten(0, weight.stack)
         return logical
 
     @record_function(STEP)
@@ -265,7 +267,8 @@ class Matrices:
         slot = self.matrices[held.matrix].slot
         rows = solved[held.matrix]
         fold = self._bucket_of(held.matrix).fold
-        return slot.weight.read_local(
+        return read_local(
+            slot.weight,
             # The same mapping by which a rank reads its part of a checkpoint, here from the solved
             # matrix.
             lambda _, low, high, columns: (
@@ -280,8 +283,3 @@ class Matrices:
 
     def _bucket_of(self, number: int) -> BucketState:
         return self.buckets[self.matrices[number].bucket]
-
-
-def joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Return flat tensors as one, without a copy where there is one only."""
-    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]

@@ -12,6 +12,7 @@ from megalite.comm.mesh import Mesh
 from megalite.engine import ReadState
 from megalite.engine.layout import Bucket
 from megalite.kernels.quantised import KINDS, Int8, Nf4, QuantisedWeight
+from megalite.models.sharding import local_part
 from megalite.models.weights import Weight
 
 
@@ -36,7 +37,7 @@ class QuantisedBucket:
         uncut = replace(weight, shard=None)
         whole = read(uncut, "weight", 0, weight.numel).to(device).view(weight.shape)
         numbers, place = in_few_bits(weight, whole)
-        rows, columns = weight.local_part(self.mesh.tensor.rank, self.mesh.tensor.size)
+        rows, columns = local_part(weight, self.mesh.tensor.rank, self.mesh.tensor.size)
         parameter.adopt(numbers.part(place[rows].to(device), columns))
 
 

@@ -22,7 +22,8 @@ from megalite.engine import ReadState
 from megalite.engine.buckets import BucketState
 from megalite.engine.matrices import STEP
 from megalite.engine.optimizers import AllMatrices, Piece, Shard, SummingOptimizer
-from megalite.models.weights import Rectangle, Weight
+from megalite.models.sharding import Rectangle, rectangles
+from megalite.models.weights import Weight
 from megalite.plan import Cut
 
 
@@ -127,7 +128,7 @@ class Sums:
         stepped, matrices = bucket.stepped, len(self._rows)
         low, high = max(start, stepped.start), min(stop, stepped.stop)
         for found in _cut(
-            weight.rectangles(rank, cut.tensor, low - start, high - start, cut.expert)
+            rectangles(weight, rank, cut.tensor, low - start, high - start, cut.expert)
         ):
             first = column + found.matrix * columns
             self._rectangles.append(

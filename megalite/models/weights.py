@@ -8,7 +8,7 @@ read this table; there is no second mapping.
 
 Terms: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in
 torch.nn.Linear; the *local* tensor is what one of its *holders* has of it: of the tensor ranks, or
-for a stack of experts of expert × expert-tensor ranks, in this order (see `Cut`)."""
+for a stack of experts of expert × expert-tensor ranks, in this order (see `Cut`, and sharding.py)."""
 
 from __future__ import annotations
 
@@ -45,21 +45,6 @@ class Uniform(NamedTuple):
     """Uniform initial values between -bound and bound."""
 
     bound: float
-
-
-class Rectangle(NamedTuple):
-    """A part of one of a weight's matrices that lies in one piece in a flattened local tensor:
-    whole rows, or a part of a single row."""
-
-    start: int
-    """First of its elements in the local tensor."""
-    stop: int
-    matrix: int
-    """Number of the matrix among the `row_groups`."""
-    rows: tuple[int, int]
-    """Range of logical rows."""
-    columns: tuple[int, int]
-    """Range of logical columns; (0, 1) where the weight has no columns."""
 
 
 @dataclass(frozen=True)
@@ -228,17 +213,11 @@ class Weight:
         column = replace(self, shape=(self.num_rows, 1), transpose=False)
         return [rows[:, 0] for rows in column.to_hf(numbers).values()]
 
-    def local_part(self, rank: int, tensor: int) -> tuple[Tensor, tuple[int, int]]:
-        """Return the numbers of the logical rows, int64, and the range of columns that a rank holds
-        of a matrix."""
-        ranges = [torch.arange(low, high) for low, high in self._row_ranges(rank, tensor)]
-        return torch.cat(ranges), self._columns(rank, tensor)
-
     def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
         """Return the shape on each of `expert` × `tensor` ranks, of which `expert` share the
         experts. Raises ValueError when the weight cannot be cut evenly."""
         if expert > 1:
-            return self._experts_of_one(expert, tensor).local_shape(tensor)
+            return self.experts_of_one(expert, tensor).local_shape(tensor)
         if self.quantised == "nf4":
             width = self.shape[1] // (tensor if self.shard == "row" else 1)
             if width % BLOCK:
@@ -270,7 +249,7 @@ class Weight:
             return f"{size // self.unit} heads of {self.unit}"
         return f"{size} features"
 
-    def _experts_of_one(self, expert: int, tensor: int) -> Weight:
+    def experts_of_one(self, expert: int, tensor: int) -> Weight:
         """Return the row as if the model had only those experts that one of `expert` ranks has."""
         num_experts = self.shape[0]
         if num_experts % expert:
@@ -283,117 +262,6 @@ class Weight:
             )
         # Asked for shapes and ranges only: it has no names of tensors.
         return replace(self, shape=(num_experts // expert, *self.shape[1:]), hf=("",))
-
-    def _row_ranges(self, rank: int, tensor: int, expert: int = 1) -> list[tuple[int, int]]:
-        """Return the logical row ranges that make up the local rows, in local order. Padding rows,
-        always last, are left out."""
-        if expert > 1:
-            # Holders are expert-major: which experts, then which part of them. Experts of a rank
-            # are neighbours, so their rows lie `before` rows further on.
-            number, rank = divmod(rank, tensor)
-            own = self._experts_of_one(expert, tensor)
-            before = number * own.num_rows
-            return [(before + low, before + high) for low, high in own._row_ranges(rank, tensor)]
-        rows = self.num_rows
-        if tensor == 1 or self.shard in (None, "row"):
-            return [(0, rows)]
-        if self.shard == "vocab":
-            held = self.local_shape(tensor)[0]
-            first = min(rank * held, rows)
-            return [(first, min(first + held, rows))]
-        # Each group is cut on its own: the local rows are this rank's share of q, then of k, then
-        # of v.
-        groups = (rows,) if self.shard == "expert" else self.row_groups
-        ranges: list[tuple[int, int]] = []
-        start = 0
-        for size in groups:
-            low = start + rank * size // tensor
-            high = start + (rank + 1) * size // tensor
-            ranges.append((low, high))
-            start += size
-        return ranges
-
-    def _columns(self, rank: int, tensor: int) -> tuple[int, int]:
-        """Return the range of input features that a rank holds."""
-        if self.shard == "row" and tensor > 1:
-            width = self.row_shape[0] // tensor
-            return rank * width, (rank + 1) * width
-        return 0, self.row_shape[0]
-
-    def read_local(
-        self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int, expert: int = 1
-    ) -> Tensor:
-        """Return elements [start, stop) of the flattened local tensor of `rank`, one of `expert` ×
-        `tensor` ranks; `read_rows` gives logical rows. Padding is zero."""
-        # Elements of one local row; 1 for a bias or a norm.
-        width = prod(self.local_shape(tensor, expert)[self.stack + 1 :])
-        # Whole rows are read, and what is too much at both ends is cut off at last.
-        first, last = start // width, -(-stop // width)
-        columns = self._columns(rank % tensor, tensor) if self.row_shape else None
-        found: list[Tensor] = []
-        offset = 0
-        for low, high in self._row_ranges(rank, tensor, expert):
-            # Local rows [offset, end) are logical rows [low, high).
-            end = offset + high - low
-            begin, stop_here = max(first, offset), min(last, end)
-            if begin < stop_here:
-                to_logical = low - offset
-                rows = read_rows(self, begin + to_logical, stop_here + to_logical, columns)
-                found.append(rows.reshape(-1))
-            offset = end
-        # Rows beyond the vocabulary: no logical row stands for them.
-        padding = max(0, last - max(offset, first)) * width
-        if padding or not found:
-            found.append(found[0].new_zeros(padding) if found else torch.zeros(padding))
-        flat = _joined(found)
-        before = first * width
-        return flat[start - before : stop - before]
-
-    def rectangles(
-        self, rank: int, tensor: int, start: int, stop: int, expert: int = 1
-    ) -> Iterator[Rectangle]:
-        """Yield what elements [start, stop) of the flattened local tensor of `rank`, one of
-        `expert` × `tensor` ranks, are of the weight's matrices. Padding is left out."""
-        left, right = self._columns(rank % tensor, tensor) if self.row_shape else (0, 1)
-        width, offset = right - left, 0
-        ends = list(accumulate(self.row_groups))
-        for low, high in self._row_ranges(rank, tensor, expert):
-            # A range of rows may go over several matrices (tensor rank's parts of q, k, v;
-            # experts).
-            while low < high:
-                matrix = bisect_right(ends, low)
-                last = min(high, ends[matrix])
-                begin, end = max(start, offset), min(stop, offset + (last - low) * width)
-                while begin < end:
-                    row, inside = divmod(begin - offset, width)
-                    rows = (end - begin) // width if inside == 0 else 0
-                    # Whole rows at once where it begins with one, else the rest of the row that is
-                    # cut.
-                    size = rows * width or min(width - inside, end - begin)
-                    within = (left, right) if rows else (left + inside, left + inside + size)
-                    yield Rectangle(
-                        begin, begin + size, matrix, (low + row, low + row + max(rows, 1)), within
-                    )
-                    begin += size
-                offset += (last - low) * width
-                low = last
-
-    def assemble(self, locals_: Sequence[Tensor], expert: int = 1) -> Tensor:
-        """Return the logical tensor from the local tensors of all ranks that hold it (one, where it
-        is replicated), of which `expert` share the experts."""
-        if len(locals_) == 1:
-            return locals_[0]
-        tensor = len(locals_) // expert
-        # The inverse of `read_local`, by the same ranges: there is no second mapping.
-        full = locals_[0].new_empty(self.num_rows, *self.row_shape)
-        for rank, local in enumerate(locals_):
-            rows = local.flatten(0, self.stack)
-            columns = (slice(*self._columns(rank % tensor, tensor)),) if self.row_shape else ()
-            offset = 0
-            for low, high in self._row_ranges(rank, tensor, expert):
-                full[(slice(low, high), *columns)] = rows[offset : offset + high - low]
-                offset += high - low
-        return full.view(self.shape)
 
     # --- as Hugging Face tensors ------------------------------------------------------------------
 
@@ -485,7 +353,7 @@ class Weight:
             else:
                 piece = fetch(self.hf[number], where)
             pieces.append(piece.transpose(0, 1) if self.transpose else piece)
-        return _joined(pieces)
+        return joined(pieces)
 
     def _rows_of_each(self) -> tuple[int, ...]:
         """Return how many rows each Hugging Face tensor holds."""
@@ -508,7 +376,7 @@ class Weight:
             where = _ranges_of(slice(row, row + count), columns)
             pieces.append(fetch(self.hf[0], where))
             start += count
-        return _joined(pieces)
+        return joined(pieces)
 
     def initial_rows(
         self,
@@ -550,13 +418,9 @@ def _ranges_of(rows: slice, columns: tuple[int, int] | None) -> tuple[slice, ...
     return (rows,) if columns is None else (rows, slice(*columns))
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
+def joined(pieces: list[Tensor]) -> Tensor:
     """Concatenate `pieces`; a single one is returned without a copy."""
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-
-RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
-"""(weight, first row, last row, column range of a matrix) → those logical elements."""
 
 
 def embedding_row(config: ModelConfig, hf: str) -> Weight:

@@ -27,6 +27,7 @@ from megalite.models.experts import Experts
 from megalite.models.fp8 import fp8_weights
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import Decoder, SequenceInfo
+from megalite.models.sharding import local_part
 from megalite.models.weights import Weight
 from megalite.parallel.expert import ParallelGroupedLinear
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
@@ -113,7 +114,7 @@ def apply_fp8(model: Decoder, weights: Sequence[Weight], fp8: Fp8Config) -> None
             recipe = RECIPES[fp8.recipe].on(cut, _agree(module.axis))
             if isinstance(recipe, Nvfp4):
                 row, axis = chosen[f"{name}.weight"], module.axis
-                recipe = recipe.of(name, row.local_part(axis.rank, axis.size)[0])
+                recipe = recipe.of(name, local_part(row, axis.rank, axis.size)[0])
                 by_chance.append(module)
             module.recipe = recipe
     if by_chance:

@@ -14,6 +14,7 @@ from megalite.engine.optimizers import AllMatrices, MatrixOptimizer, Piece, Shar
 from megalite.errors import ConfigError
 from megalite.kernels import newton_schulz
 from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize
+from megalite.models.sharding import rectangles
 from megalite.models.weights import Weight
 
 STEPS = 20
@@ -171,7 +172,7 @@ def pieces_of(
 ) -> list[Piece]:
     pieces = []
     for low, high in ((0, 107), (107, 240)):
-        for found in weight.rectangles(0, 1, low, high):
+        for found in rectangles(weight, 0, 1, low, high):
             master_, variance_, grad_ = (
                 x[found.start : found.stop].view(found.rows[1] - found.rows[0], -1)
                 for x in (master, variance, grad)

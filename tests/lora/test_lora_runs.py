@@ -27,6 +27,7 @@ from megalite.infer.ranks import load_on_ranks
 from megalite.models import model_config, weight_table
 from megalite.models.layers import SequenceInfo
 from megalite.models.peft import with_adapter_fields
+from megalite.models.sharding import assemble
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
 from megalite.train import train
@@ -227,7 +228,7 @@ def test_adapters_begin_as_peft_has_them() -> None:
         meshes = [replace(Mesh.alone(), tensor=Axis(2, rank)) for rank in range(2)]
         locals_ = [from_seed(3, mesh)(a, "weight", 0, a.numel // 2) for mesh in meshes]
         if a.shard == "row":
-            whole = a.assemble([x.view(a.local_shape(2)) for x in locals_])
+            whole = assemble(a, [x.view(a.local_shape(2)) for x in locals_])
             assert torch.equal(whole, values.view(a.shape))
 
 

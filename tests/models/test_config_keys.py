@@ -35,6 +35,7 @@ from megalite.models import (
 )
 from megalite.models.hf import REQUIRED
 from megalite.models.layers import Decoder
+from megalite.models.sharding import read_local
 from megalite.models.weights import Weight
 from megalite.registry import families
 from tiny_models import (
@@ -209,7 +210,9 @@ def ours_with(weights: dict[str, Tensor], config: ModelConfig) -> Decoder:
 
     model = build_model(config)
     parameters = {
-        weight.name: nn.Parameter(weight.read_local(rows, 0, 1, 0, weight.numel).view(weight.shape))
+        weight.name: nn.Parameter(
+            read_local(weight, rows, 0, 1, 0, weight.numel).view(weight.shape)
+        )
         for weight in weight_table(config)
     }
     set_parameters(model, parameters)

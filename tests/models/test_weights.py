@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.models import build_model, from_hf_config, model_config, to_hf_config, weight_table
+from megalite.models.sharding import assemble, read_local
 from megalite.models.weights import VOCAB_MULTIPLE, Weight, layer_rows
 from megalite.plan import Cut
 from tiny_models import CASES, IDS, as_stored, auto_class
@@ -107,8 +108,14 @@ def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
     local = local_of(weight, rank, cut)
     assert local.shape == weight.local_shape(*cut)
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, local.numel())] * 2)))
-    found = weight.read_local(
-        lambda w, *where: w.rows_from_hf(fetch, *where), rank, cut.tensor, start, stop, cut.expert
+    found = read_local(
+        weight,
+        lambda w, *where: w.rows_from_hf(fetch, *where),
+        rank,
+        cut.tensor,
+        start,
+        stop,
+        cut.expert,
     )
     assert torch.equal(found, local.flatten()[start:stop])
     width = local.flatten(0, weight.stack)[0].numel()
@@ -120,7 +127,7 @@ def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
 def test_the_parts_of_all_ranks_make_the_whole(case: tuple[Weight, Cut]) -> None:
     weight, cut = case
     locals_ = [local_of(weight, rank, cut) for rank in range(cut.holders)]
-    assert torch.equal(weight.assemble(locals_, cut.expert), logical_of(weight))
+    assert torch.equal(assemble(weight, locals_, cut.expert), logical_of(weight))
 
 
 @given(case=weights(), data=st.data())
@@ -168,7 +175,8 @@ def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, Cut], se
     whole = weight.initial_rows(seed, 0, weight.num_rows, None).view(weight.shape)
     shape = torch.Size(weight.local_shape(*cut))
     locals_ = [
-        weight.read_local(
+        read_local(
+            weight,
             lambda w, *where: w.initial_rows(seed, *where),
             rank,
             cut.tensor,
@@ -178,7 +186,7 @@ def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, Cut], se
         ).view(shape)
         for rank in range(cut.holders)
     ]
-    assert torch.equal(weight.assemble(locals_, cut.expert), whole)
+    assert torch.equal(assemble(weight, locals_, cut.expert), whole)
 
 
 def test_initial_values_are_those_of_the_row() -> None:

@@ -23,6 +23,7 @@ from megalite.kernels.fp8 import Name, Recipe
 from megalite.models import build_model, weight_table
 from megalite.models.fp8 import fp8_weights
 from megalite.models.layers import SequenceInfo, last_of
+from megalite.models.sharding import local_part
 from megalite.models.weights import Weight
 from megalite.parallel.tensor import ParallelLinear
 from megalite.plan import make_plan
@@ -103,7 +104,7 @@ class Noting:
 
 def part_of(weight: Weight, kind: int, whole: Tensor, layout: Layout, rank: int) -> Tensor:
     """What a rank should have of one of these, of which one process has the whole."""
-    rows, columns = weight.local_part(*((rank, 2) if "tensor" in layout else (0, 1)))
+    rows, columns = local_part(weight, *((rank, 2) if "tensor" in layout else (0, 1)))
     if kind == 1:
         return whole[rows, slice(*columns)]
     if "context" in layout:  # a piece from the front and one from the back
