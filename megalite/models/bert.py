@@ -16,7 +16,7 @@ from torch import Tensor
 from megalite.kernels.activation import gelu
 from megalite.models.dropout import Dropout
 from megalite.models.gpt2 import MLP, Attention, GPT2Like, linear_rows, norm_rows
-from megalite.models.hf import REQUIRED, Keys, check_padding
+from megalite.models.hf import SIZES, Keys, check_padding
 from megalite.models.layers import (
     CrossEntropy,
     Decoder,
@@ -261,12 +261,7 @@ def weights(config: BertConfig) -> Iterator[Weight]:
 _POOLER = "of a pooler in Google's own code, which transformers does not read"
 KEYS = Keys().but(
     used={
-        "vocab_size": REQUIRED,
-        "hidden_size": REQUIRED,
-        "intermediate_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
-        "max_position_embeddings": REQUIRED,
+        **SIZES,
         "type_vocab_size": 2,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-12,

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.models import rope
-from megalite.models.hf import REQUIRED, Keys, require
+from megalite.models.hf import SIZES, Keys, require
 from megalite.models.layers import LayerNorm
 from megalite.models.llama import Attention, Biases, Llama, Names, Shared, norm_rows, table
 from megalite.models.ungated import MLP, Ungated, attention_rows, is_tanh, mlp_rows
@@ -96,15 +96,10 @@ def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
 NAMES = Names("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", "embed_out")
 KEYS = Keys().but(
     used={
-        "vocab_size": REQUIRED,
-        "hidden_size": REQUIRED,
-        "intermediate_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
+        **SIZES,
         "num_key_value_heads": None,
         "head_dim": None,
         "hidden_act": "gelu",
-        "max_position_embeddings": REQUIRED,
         "original_max_position_embeddings": None,
         "layer_norm_eps": 1e-5,
         "initializer_range": 0.02,

@@ -16,6 +16,14 @@ from megalite.utils.outside import check_regular, read_object, shown
 
 REQUIRED: Any = object()
 """Stands for the usual value of a key that config.json cannot leave out."""
+SIZES: Mapping[str, Any] = dict.fromkeys(
+    (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "max_position_embeddings",
+    ),
+    REQUIRED,
+)  # fmt: skip
+"""Keys that most families use and config.json cannot leave out."""
 LARGEST_HEADER = 100_000_000
 """Bytes of the longest header that safetensors reads."""
 

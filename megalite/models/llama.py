@@ -27,7 +27,7 @@ from megalite.models.architecture import (
     MixerSpec,
 )
 from megalite.models.core_attention import CoreAttention
-from megalite.models.hf import REQUIRED, Keys, check_padding
+from megalite.models.hf import SIZES, Keys, check_padding
 from megalite.models.layers import (
     CrossEntropy,
     Decoder,
@@ -502,14 +502,9 @@ def residual_std(config: ModelConfig) -> float:
 
 LIKE_LLAMA = Keys().but(
     used={
-        "vocab_size": REQUIRED,
-        "hidden_size": REQUIRED,
-        "intermediate_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
+        **SIZES,
         "num_key_value_heads": None,
         "head_dim": None,
-        "max_position_embeddings": REQUIRED,
         "original_max_position_embeddings": None,
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.02,

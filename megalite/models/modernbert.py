@@ -17,7 +17,7 @@ from megalite.kernels.attention_kinds import AttentionKind
 from megalite.models import llama, rope
 from megalite.models.architecture import Architecture
 from megalite.models.hf import (
-    REQUIRED,
+    SIZES,
     Keys,
     agreed,
     check_padding,
@@ -154,12 +154,7 @@ def weights(config: ModernBertConfig) -> Iterator[Weight]:
 _SPARSE = "which logits transformers returns beside the loss"
 KEYS = Keys().but(
     used={
-        "vocab_size": REQUIRED,
-        "hidden_size": REQUIRED,
-        "intermediate_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
-        "max_position_embeddings": REQUIRED,
+        **SIZES,
         "original_max_position_embeddings": None,
         "norm_eps": 1e-5,
         "initializer_range": 0.02,
