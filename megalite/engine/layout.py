@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 from megalite.config import Config, OptimizerConfig, Treatment
 from megalite.kernels.blockwise import DYNAMIC_BLOCK
@@ -32,13 +31,9 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Weights that are reduced together; they agree in all that the optimizer and the reduction
-    must know."""
+class Kind:
+    """What all weights of a bucket agree in: all that the optimizer and the reduction must know."""
 
-    slots: tuple[Slot, ...]
-    size: int
-    """Elements, a multiple of `alignment` × replicas, so that it splits into equal aligned shards."""
     treatment: Treatment
     """How the optimizer updates them."""
     cut: bool
@@ -58,6 +53,15 @@ class Bucket:
     """Gathered as codes of fp8, of which ranks have no more than these."""
     alignment: int
     """Weights, and shards, begin at multiples of so many elements."""
+
+
+@dataclass(frozen=True)
+class Bucket(Kind):
+    """Weights of one kind, which are reduced together."""
+
+    slots: tuple[Slot, ...]
+    size: int
+    """Elements, a multiple of `alignment` × replicas, so that it splits into equal aligned shards."""
 
     @property
     def is_held(self) -> bool:
@@ -89,7 +93,7 @@ def make_buckets(
     `plan` says what is cut and summed, `optimizer` how each is updated.
 
     A weight larger than `max_elements` gets a bucket to itself."""
-    open_slots: dict[_Kind, list[Slot]] = {}
+    open_slots: dict[Kind, list[Slot]] = {}
     closed: list[Bucket] = []
     # Everything in this key must be one and the same for a whole bucket, since a bucket is reduced
     # by one collective and updated by one call of the optimizer: mixing two kinds would need a
@@ -97,7 +101,7 @@ def make_buckets(
     for weight in reversed(weights):
         coded = weight.coded and plan.gathers(weight)
         plain = weight.frozen or optimizer.keeps_fp32(weight)
-        kind = _Kind(
+        kind = Kind(
             optimizer.treatment(weight),
             is_cut(weight, plan.cut_of(weight)),
             weight.sums_over_tensor_ranks(plan.sequence),
@@ -125,32 +129,17 @@ def make_buckets(
     return tuple(sorted(closed, key=lambda bucket: (bucket.tied, bucket.is_held)))
 
 
-class _Kind(NamedTuple):
-    """What all weights of a bucket must agree in; see `Bucket`."""
-
-    treatment: Treatment
-    """How the optimizer updates them."""
-    cut: bool
-    partial_grad: bool
-    tied: bool
-    frozen: bool
-    of_experts: bool
-    quantised: bool
-    in_codes: bool
-    alignment: int
-
-
 def is_cut(weight: Weight, cut: Cut) -> bool:
     """Return whether the holders of a weight each have another part of it."""
     return cut.holders > 1 and (weight.shard is not None or cut.expert > 1)
 
 
-def _close(slots: list[Slot], kind: _Kind, plan: Plan) -> Bucket:
+def _close(slots: list[Slot], kind: Kind, plan: Plan) -> Bucket:
     # Padded at the end, so that every replica's shard has the same length and starts aligned: a
     # reduce-scatter cuts a buffer into equal pieces wherever weights begin in it.
     replicas = plan.replicas_of(plan.cut_of(slots[0].weight))
     size = _round_up(slots[-1].stop, kind.alignment * replicas)
-    return Bucket(tuple(slots), size, **kind._asdict())
+    return Bucket(**vars(kind), slots=tuple(slots), size=size)
 
 
 def _round_up(value: int, multiple: int) -> int:
