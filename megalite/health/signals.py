@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from megalite.comm.collectives import start_highest
@@ -71,12 +71,7 @@ class StopRequests:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             # SIGINT comes from a person, to whom the process may listen again.
             late = self._agreed and number != signal.SIGINT

@@ -11,7 +11,6 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from megalite.errors import DataError
@@ -92,12 +91,7 @@ class Answers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # Once at the end and not for each: a power cut costs the last answers, which are asked again.
         os.fsync(self._file)
         os.close(self._file)
