@@ -111,8 +111,9 @@ def test_srun_ranks_meet_on_the_first_host(bare: pytest.MonkeyPatch, tmp_path: P
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "node[3-4]" ] && printf "127.0.0.1\\nnode4\\n"\n')
     scontrol.chmod(0o755)
+    # The port follows from the number of the job: tests that run beside these must have another.
     set_all(
-        bare, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="node[1-4]", SLURM_JOB_ID=123_456,
+        bare, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="node[1-4]", SLURM_JOB_ID=os.getpid(),
         SLURM_STEP_NODELIST="node[3-4]", SLURM_STEP_ID=5, SLURM_STEP_NUM_TASKS=2,
     )  # fmt: skip
     ports = run_ranks(2, join_over_slurm)
