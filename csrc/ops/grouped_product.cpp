@@ -20,14 +20,11 @@ Tensor grouped_product(const Tensor& x_in, const Tensor& weight_in, const Tensor
   megalite::check_shape(counts, {experts}, op, "counts");
   const std::vector<int64_t> first = megalite::first_rows(counts, rows, op);
   const Tensor out = at::empty({rows, columns}, x.options());
-  int64_t block = 0;
-  megalite::cpu::grouped_product_columns(block);
   const megalite::GroupedProduct a{
       type, x.data_ptr(), weight.data_ptr(), out.data_ptr(), first.data(), experts, columns, depth, transpose};
-  if (out.numel() > 0)
-    at::parallel_for(0, experts * ((columns + block - 1) / block), 1, [&](int64_t begin, int64_t end) {
-      megalite::cpu::grouped_product(a, begin, end);
-    });
+  at::parallel_for(0, out.numel(), 1, [&](int64_t begin, int64_t end) {
+    megalite::cpu::grouped_product(a, begin, end);
+  });
   return out;
 }
 

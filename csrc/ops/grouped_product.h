@@ -19,7 +19,6 @@ struct GroupedProduct {
 
 }  // namespace megalite
 
-// Of all experts, blocks of a tile's columns [begin, end): an expert has as many as cover its columns.
+// A part of the work, which is all results one after another: an expert's block of columns is computed, for all of its
+// rows, by the part in which it begins.
 MEGALITE_CPU_KERNEL(grouped_product, (const GroupedProduct& a, int64_t begin, int64_t end), (a, begin, end))
-// Columns of a block.
-MEGALITE_CPU_KERNEL(grouped_product_columns, (int64_t& columns), (columns))

@@ -82,20 +82,21 @@ inline void amx_round(const float* sums, int64_t count, bf16* to) {
 }
 
 // Calls write(row, count, column, width, sums) for the sums of blocks of x [rows, depth], whose rows lie `stride` apart, and
-// `width` columns of a panel; `depth` is a multiple of AMX_DEPTH.
+// `width` columns of panels that follow one another; `depth` is a multiple of AMX_DEPTH.
 template <class Write>
 MEGALITE_AMX inline void amx_product(
-    const bf16* x, int64_t stride, int64_t rows, int64_t depth, const bf16* panel, int64_t width, Write write) {
+    const bf16* x, int64_t stride, int64_t rows, int64_t depth, const bf16* panels, int64_t width, Write write) {
   alignas(64) AmxSums sums;
   int64_t configured = 0;
-  // Half of the panel stays in the nearest cache while the rows pass by.
-  for (int64_t column = 0; column < width; column += 2 * AMX_COLUMNS) {
-    const int64_t wanted = std::min(2 * AMX_COLUMNS, width - column);
-    for (int64_t row = 0; row < rows; row += 2 * AMX_ROWS) {
-      const int64_t here = std::min(2 * AMX_ROWS, rows - row);
-      if (here != configured) amx_configure(configured = here);
-      amx_sums(x + row * stride, stride, here, depth, panel + column * STEP<bf16>, sums);
-      write(row, here, column, wanted, sums);
+  // A block of rows stays in the nearest cache while the panels pass by, and its results are written side by side: row
+  // after row of one column would wait for memory three times as long.
+  for (int64_t row = 0; row < rows; row += 2 * AMX_ROWS) {
+    const int64_t here = std::min(2 * AMX_ROWS, rows - row);
+    if (here != configured) amx_configure(configured = here);
+    for (int64_t column = 0; column < width; column += 2 * AMX_COLUMNS) {
+      const bf16* panel = panels + column / TILE_COLUMNS * TILE_COLUMNS * depth;
+      amx_sums(x + row * stride, stride, here, depth, panel + column % TILE_COLUMNS * STEP<bf16>, sums);
+      write(row, here, column, std::min(2 * AMX_COLUMNS, width - column), sums);
     }
   }
   _tile_release();  // oneDNN's kernels make tiles of their own

@@ -38,55 +38,54 @@ void some_rows(int64_t rows, const T* x, int64_t depth, const T* panel, T* out, 
   }
 }
 
-// Columns [column, column + width) of an expert's rows, by a packed panel of its weight.
+// Columns [column, column + width) of an expert's rows, by packed panels of its weight.
 template <class T>
-void columns_of(const GroupedProduct& a, int64_t expert, int64_t column, const T* panel) {
+void columns_of(const GroupedProduct& a, int64_t expert, int64_t column, int64_t width, const T* panels) {
   const int64_t first = a.first[expert], last = a.first[expert + 1];
-  const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out) + column;
 #ifdef MEGALITE_AMX
   if constexpr (std::is_same_v<T, bf16>) {
     if (isa() == amx && a.depth % AMX_DEPTH == 0)
       return amx_product(
-          x + first * a.depth, a.depth, last - first, a.depth, panel, width,
+          x + first * a.depth, a.depth, last - first, a.depth, panels, width,
           [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
             for (int64_t r = 0; r < count; ++r)
               amx_round(sums[r], wanted, out + (first + row + r) * a.columns + from);
           });
   }
 #endif
-  for (int64_t row = first; row < last; row += TILE_ROWS)
-    some_rows(
-        std::min<int64_t>(TILE_ROWS, last - row), x + row * a.depth, a.depth, panel, out + row * a.columns, a.columns,
-        width);
+  for (int64_t at = 0; at < width; at += TILE_COLUMNS, panels += panel_size<T>(a.depth))
+    for (int64_t row = first; row < last; row += TILE_ROWS)
+      some_rows(
+          std::min<int64_t>(TILE_ROWS, last - row), x + row * a.depth, a.depth, panels, out + row * a.columns + at,
+          a.columns, std::min<int64_t>(TILE_COLUMNS, width - at));
 }
 
 template <class T>
 void product(const GroupedProduct& a, int64_t begin, int64_t end) {
-  const int64_t steps = (a.depth + STEP<T> - 1) / STEP<T>;
-  const Buffer<T> panel(steps * TILE_COLUMNS * STEP<T>);
-  // Neighbours among the blocks are of different experts, so that threads share each of them. A thread takes all of its
-  // blocks of one expert, whose rows stay in its cache, before the next.
-  for (int64_t next = begin; next < std::min(begin + a.experts, end); ++next) {
-    const int64_t expert = next % a.experts;
-    if (a.first[expert] == a.first[expert + 1]) continue;
+  const int64_t size = panel_size<T>(a.depth), blocks = (a.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+  const int64_t most = panels_at_once(size * sizeof(T));
+  const Buffer<T> panels(std::min(most, blocks) * size);
+  for (int64_t expert = 0; expert < a.experts; ++expert) {
+    const int64_t work = (a.first[expert + 1] - a.first[expert]) * TILE_COLUMNS, before = a.first[expert] * a.columns;
+    if (work == 0) continue;
+    // The first block that begins at `part` of all work or behind it.
+    const auto block_at = [&](int64_t part) { return std::clamp<int64_t>((part - before + work - 1) / work, 0, blocks); };
     const T* weight = static_cast<const T*>(a.weight) + expert * a.columns * a.depth;
-    for (int64_t block = next; block < end; block += a.experts) {
-      const int64_t column = block / a.experts * TILE_COLUMNS;
-      const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
+    const int64_t stop = std::min(block_at(end) * TILE_COLUMNS, a.columns);
+    for (int64_t column = block_at(begin) * TILE_COLUMNS; column < stop; column += most * TILE_COLUMNS) {
+      const int64_t width = std::min(most * TILE_COLUMNS, stop - column);
       if (a.transpose)
-        pack_columns(weight + column, a.columns, a.depth, width, panel.at);
+        pack_columns(weight + column, a.columns, a.depth, width, panels.at);
       else
-        pack_rows(weight + column * a.depth, a.depth, width, panel.at);
-      columns_of(a, expert, column, panel.at);
+        pack_rows(weight + column * a.depth, a.depth, width, panels.at);
+      columns_of(a, expert, column, width, panels.at);
     }
   }
 }
 
 }  // namespace
-
-void grouped_product_columns(int64_t& columns) { columns = TILE_COLUMNS; }
 
 void grouped_product(const GroupedProduct& a, int64_t begin, int64_t end) {
   MEGALITE_BY_TYPE(a.type, product, a, begin, end);

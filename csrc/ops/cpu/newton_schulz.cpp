@@ -68,9 +68,6 @@ bool rows_on_tiles(const AddedProduct& a, const T* panel, int64_t from, int64_t 
 }
 
 template <class T>
-int64_t panel_size(int64_t depth) { return (depth + STEP<T> - 1) / STEP<T> * STEP<T> * TILE_COLUMNS; }
-
-template <class T>
 void product(const AddedProduct& a, int64_t begin, int64_t end) {
   const Buffer<T> panel(panel_size<T>(a.depth));
   for (int64_t column = begin * TILE_COLUMNS; column < std::min(end * TILE_COLUMNS, a.columns); column += TILE_COLUMNS) {

@@ -8,6 +8,13 @@
 
 namespace megalite::cpu::MEGALITE_ISA {
 
+// How many packed panels of so many bytes stay in a core's L2 while rows pass by.
+inline int64_t panels_at_once(int64_t bytes) { return (1 << 20) / std::clamp<int64_t>(bytes, 1, 1 << 20); }
+
+// Elements of a packed panel.
+template <class T>
+constexpr int64_t panel_size(int64_t depth) { return (depth + STEP<T> - 1) / STEP<T> * STEP<T> * TILE_COLUMNS; }
+
 // Rows for columns, of WIDTH vectors: log2(WIDTH) times the first half is zipped with the second.
 inline void transpose(bits (&rows)[WIDTH]) {
   bits low, high;
@@ -25,9 +32,9 @@ inline void transpose(bits (&rows)[WIDTH]) {
   }
 }
 
-// Columns [0, width) of W = weight^T as [steps, TILE_COLUMNS, STEP], zeros where the width or the depth end.
+// A panel of columns [0, width) of W = weight^T as [steps, TILE_COLUMNS, STEP], zeros where the width or the depth end.
 template <class T>
-inline void pack_rows(const T* weight, int64_t depth, int64_t width, T* to) {
+inline void pack_rows_of_panel(const T* weight, int64_t depth, int64_t width, T* to) {
   const int64_t steps = (depth + STEP<T> - 1) / STEP<T>, whole = depth / STEP<T>;
   if (width < TILE_COLUMNS || whole < steps) std::fill(to, to + steps * TILE_COLUMNS * STEP<T>, T{});
   static_assert(sizeof(T) * STEP<T> == 4, "a step of a column is a number of a vector");
@@ -47,25 +54,44 @@ inline void pack_rows(const T* weight, int64_t depth, int64_t width, T* to) {
       to[(whole * TILE_COLUMNS + column) * STEP<T>] = weight[column * depth + depth - 1];
 }
 
-// Columns [0, width) of W = weight [depth, stride] likewise.
+// Columns [0, width) of W = weight^T as panels that follow one another.
+template <class T>
+inline void pack_rows(const T* weight, int64_t depth, int64_t width, T* to) {
+  for (int64_t first = 0; first < width; first += TILE_COLUMNS, to += panel_size<T>(depth))
+    pack_rows_of_panel(weight + first * depth, depth, std::min<int64_t>(TILE_COLUMNS, width - first), to);
+}
+
+template <class T>
+inline void interleave_whole(const T* from, int64_t stride, int64_t columns, T* to) {
+  if constexpr (STEP<T> == 2) {
+    const T* second = from + stride;
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) {
+      const uint32_t pair = from[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+      std::memcpy(to + 2 * i, &pair, 4);
+    }
+  } else {
+    std::memcpy(to, from, sizeof(T) * columns);
+  }
+}
+
+// The next step of a [depth, width], its elements of the depth interleaved; zeros where the depth or the width end.
+template <int COLUMNS, class T>
+inline void interleave(const T* from, int64_t stride, int64_t depth, int64_t width, T* to) {
+  if (width >= COLUMNS && depth >= STEP<T>) return interleave_whole(from, stride, COLUMNS, to);
+  std::fill(to, to + COLUMNS * STEP<T>, T{});
+  if (depth >= STEP<T>) return interleave_whole(from, stride, width, to);
+  for (int64_t i = 0; i < std::min<int64_t>(width, COLUMNS); ++i) to[i * STEP<T>] = from[i];
+}
+
+// Columns [0, width) of W = weight [depth, stride] likewise. Whole rows are read, as they lie in memory.
 template <class T>
 inline void pack_columns(const T* weight, int64_t stride, int64_t depth, int64_t width, T* to) {
-  for (int64_t at = 0; at < depth; at += STEP<T>, to += TILE_COLUMNS * STEP<T>) {
-    const T* from = weight + at * stride;
-    if (width < TILE_COLUMNS || at + STEP<T> > depth) std::fill(to, to + TILE_COLUMNS * STEP<T>, T{});
-    if constexpr (STEP<T> == 2) {
-      if (at + 1 < depth) {
-        const T* second = from + stride;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-          const uint32_t pair = from[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
-          std::memcpy(to + 2 * i, &pair, 4);
-        }
-        continue;
-      }
-    }
-    for (int64_t i = 0; i < width; ++i) to[i * STEP<T>] = from[i];
-  }
+  for (int64_t at = 0; at < depth; at += STEP<T>)
+    for (int64_t first = 0; first < width; first += TILE_COLUMNS)
+      interleave<TILE_COLUMNS>(
+          weight + at * stride + first, stride, depth - at, width - first,
+          to + first / TILE_COLUMNS * panel_size<T>(depth) + at * TILE_COLUMNS);
 }
 
 // acc += R rows of x [rows, depth] times the first C vectors of columns of a panel.

@@ -27,29 +27,6 @@ int64_t steps_of(int64_t tokens) {
 }
 
 template <class T>
-void interleave_whole(const T* from, int64_t stride, int64_t columns, T* to) {
-  if constexpr (STEP<T> == 2) {
-    const T* second = from + stride;
-#pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) {
-      const uint32_t pair = from[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
-      std::memcpy(to + 2 * i, &pair, 4);
-    }
-  } else {
-    std::memcpy(to, from, sizeof(T) * columns);
-  }
-}
-
-// The next step of a [tokens, width], its tokens interleaved; zeros where the tokens or the width end.
-template <int COLUMNS, class T>
-void interleave(const T* from, int64_t stride, int64_t tokens, int64_t width, T* to) {
-  if (width >= COLUMNS && tokens >= STEP<T>) return interleave_whole(from, stride, COLUMNS, to);
-  std::fill(to, to + COLUMNS * STEP<T>, T{});
-  if (tokens >= STEP<T>) return interleave_whole(from, stride, width, to);
-  for (int64_t i = 0; i < std::min<int64_t>(width, COLUMNS); ++i) to[i * STEP<T>] = from[i];
-}
-
-template <class T>
 void pack(const PackPanels& a, int64_t begin, int64_t end) {
   const int64_t steps = steps_of<T>(a.tokens), step_size = TILE_COLUMNS * STEP<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -143,19 +120,19 @@ void pack_transposed(
 }
 
 void product_by_amx(const WeightGradient& a, int64_t begin, int64_t end) {
-  const int64_t depth = steps_of<bf16>(a.tokens) * STEP<bf16>, panel_size = depth * TILE_COLUMNS;
+  const int64_t depth = steps_of<bf16>(a.tokens) * STEP<bf16>;
+  const int64_t at_once = panels_at_once(depth * TILE_COLUMNS * sizeof(bf16)) * TILE_COLUMNS;
   const int64_t stride = depth + AMX_DEPTH;  // rows a power of two apart would share a line of the cache
   const Buffer<bf16> rows_of_grad(a.block * stride);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
     pack_transposed(
         static_cast<const bf16*>(a.grad) + first, a.grad_stride, a.tokens, depth, rows, rows_of_grad.at, stride);
-    for (int64_t column = 0; column < a.columns; column += TILE_COLUMNS) {
+    for (int64_t column = 0; column < a.columns; column += at_once) {
       float* into = a.into + first * a.columns + column;
       amx_product(
-          rows_of_grad.at, stride, rows, depth,
-          static_cast<const bf16*>(a.panels) + column / TILE_COLUMNS * panel_size,
-          std::min<int64_t>(TILE_COLUMNS, a.columns - column),
+          rows_of_grad.at, stride, rows, depth, static_cast<const bf16*>(a.panels) + column * depth,
+          std::min(at_once, a.columns - column),
           [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
             for (int64_t r = 0; r < count; ++r) {
               float* to = into + (row + r) * a.columns + from;
