@@ -67,34 +67,53 @@ FEWEST_ROWS = 16
 other bits, and have other results at an expert than among many."""
 
 
-def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
-    """Return the router's logits in fp32, whatever the dtypes: [… ,D] → [… ,E]."""
+def router_logits(x: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x` [… ,D] and the router's logits of it in fp32, whatever the dtypes: [… ,E].
+
+    What the experts visit is the `x` that is returned: its gradient and that of the logits are
+    added up in one pass."""
     return _RouterLogits.apply(x, weight_ED)
 
 
 class _RouterLogits(Function):
-    """Keep the input as it is, not in fp32."""
+    """Keep the input as it is, not in fp32. In bf16 two experts could swap places by rounding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight_ED)
-        rows = x.flatten(0, -2).float()
-        # fp32 copies of x and the weight live in here only. In bf16 two experts could swap places
-        # by rounding.
-        return product(_enough(rows), weight_ED.float())[: len(rows)].reshape(
-            *x.shape[:-1], len(weight_ED)
-        )
+        x_TD = x.flatten(0, -2)
+        if _routes(x_TD, weight_ED):
+            logits_TE = torch.ops.megalite.router_logits(x_TD, weight_ED)
+        else:
+            logits_TE = product(_enough(x_TD.float()), weight_ED.float())[: len(x_TD)]
+        return x.view_as(x), logits_TE.view(*x.shape[:-1], len(weight_ED))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight_ED = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad
-        grad_x = input_gradient(grad, weight_ED.float()).to(x.dtype) if of_x else None
-        if not of_weight:
-            return grad_x, None
-        return grad_x, weight_gradient(grad.flatten(0, -2), x.flatten(0, -2).float()).to(
-            weight_ED.dtype
-        )
+        x_TD, grad_TE, before_TD = (y.flatten(0, -2) for y in (x, grad, grad_x))
+        own_kernel = _routes(x_TD, weight_ED)
+        grad_weight = None
+        if of_weight and own_kernel:
+            grad_weight = torch.ops.megalite.router_weight_gradient(grad_TE, x_TD)
+        elif of_weight:
+            grad_weight = weight_gradient(grad_TE, x_TD.float())
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_ED.dtype)
+        if not of_x:
+            return None, grad_weight
+        if own_kernel:
+            sum_TD = torch.ops.megalite.router_input_gradient(grad_TE, weight_ED, before_TD)
+        else:
+            sum_TD = (before_TD.float() + input_gradient(grad_TE, weight_ED.float())).to(x.dtype)
+        return sum_TD.view_as(x), grad_weight
+
+
+def _routes(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the router's own kernels take these."""
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype
+    return on_cpu and pick("experts", x) == "megalite"
 
 
 def _enough(rows: Tensor) -> Tensor:
@@ -447,6 +466,18 @@ def _register() -> None:
     @torch.library.register_fake("megalite::sum_rows_backward")
     def _(grad: Tensor, rows: Tensor, row: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return torch.empty_like(rows), torch.empty_like(weight)
+
+    @torch.library.register_fake("megalite::router_logits")
+    def _(x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(len(x), len(weight), dtype=torch.float32)
+
+    @torch.library.register_fake("megalite::router_input_gradient")
+    def _(grad: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+        return torch.empty_like(before)
+
+    @torch.library.register_fake("megalite::router_weight_gradient")
+    def _(grad: Tensor, x: Tensor) -> Tensor:
+        return grad.new_empty(grad.shape[1], x.shape[1])
 
     @torch.library.register_fake("megalite::grouped_product")
     def _(rows: Tensor, weight: Tensor, counts: Tensor, transpose: bool) -> Tensor:

@@ -199,7 +199,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `x`, with the router's losses attached, and for each token its experts in
         ascending order: their weights [B,T,K], fp32, and indices [B,T,K]."""
-        logits_BTE = router_logits(x_BTD, self.weight)
+        x_BTD, logits_BTE = router_logits(x_BTD, self.weight)
         if self.logit_bias is not None:
             logits_BTE = logits_BTE + self.logit_bias.float()
         score_BTE = logits_BTE.softmax(-1) if self.scores_by == "softmax" else logits_BTE.sigmoid()
