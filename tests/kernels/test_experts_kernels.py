@@ -301,6 +301,34 @@ def test_repeats_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None: 
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [0, 40, 200])
+def test_threads_share_experts_of_any_size(most: int, dtype: torch.dtype) -> None:
+    """`most` rows are of one expert: with 200 of 300, more than two threads' shares are."""
+    index = visits(300, 8, 1)
+    index[:most] = 2
+    groups = group_by_expert(index, 8)
+    rows, grad = random(300, 150).to(dtype), random(300, 200, seed=1).to(dtype)
+    weight = random(8, 200, 150, seed=2).to(dtype)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        into = torch.full((8, 200, 150), torch.nan)
+        accumulate_grouped_weight_gradient(into, grad, rows, groups.counts, add=False)
+        found.append(
+            (
+                into,
+                grouped_product(rows, weight, groups.counts),
+                grouped_input_gradient(grad, weight, groups.counts),
+            )
+        )
+    torch.set_num_threads(threads)
+    for some in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], some, strict=True))
+    wanted = grouped_weight_gradient(grad.double(), rows.double(), groups.counts)
+    assert error(found[0][0], wanted) <= BOUND[dtype]
+
+
 @needs_kernels
 def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
     ops, scores = torch.ops.megalite, torch.zeros(3, 4, device=device)
