@@ -6,16 +6,38 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "isa.h"
 #include "tile.h"
 
 #if defined(__AVX512BF16__) && defined(__linux__)
 #define MEGALITE_AMX __attribute__((target("amx-tile,amx-bf16")))  // beside what the file is compiled for
+#endif
 
 namespace megalite::cpu::MEGALITE_ISA {
 
 constexpr int64_t AMX_ROWS = 16, AMX_COLUMNS = 16, AMX_DEPTH = 32;
+
+typedef float AmxSums[2 * AMX_ROWS][2 * AMX_COLUMNS];
+
+// Whether products of numbers of type T, over so large a depth, run on AMX here.
+template <class T>
+inline bool on_amx([[maybe_unused]] int64_t depth) {
+#ifdef MEGALITE_AMX
+  return std::is_same_v<T, bf16> && isa() == amx && depth % AMX_DEPTH == 0;
+#else
+  return false;
+#endif
+}
+
+// In the place of the functions below, which are of bf16, for what `on_amx` says no to: they are compiled, and not called.
+template <class T>
+inline void amx_round(const float*, int64_t, T*) {}
+template <class T, class Write>
+inline void amx_product(const T*, int64_t, int64_t, int64_t, const T*, int64_t, Write) {}
+
+#ifdef MEGALITE_AMX
 
 // What ldtilecfg reads.
 struct alignas(64) AmxShape {
@@ -36,8 +58,6 @@ MEGALITE_AMX inline void amx_configure(int64_t rows) {
   asm volatile("" : : "r"(&shape) : "memory");  // GCC takes it that only the first eight bytes are read
   _tile_loadconfig(&shape);
 }
-
-typedef float AmxSums[2 * AMX_ROWS][2 * AMX_COLUMNS];
 
 // Sums [rows, 32] of x [rows, depth], whose rows lie `stride` apart, and 32 columns of a panel, by the tiles that
 // `amx_configure(rows)` made.
@@ -102,6 +122,6 @@ MEGALITE_AMX inline void amx_product(
   _tile_release();  // oneDNN's kernels make tiles of their own
 }
 
-}  // namespace megalite::cpu::MEGALITE_ISA
-
 #endif
+
+}  // namespace megalite::cpu::MEGALITE_ISA

@@ -883,7 +883,7 @@ void add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {
 }
 
 #ifdef MEGALITE_AMX
-bool takes_tiles(const Attention& a) { return isa() == amx && a.type == Type::bf16 && a.size % AMX_DEPTH == 0; }
+bool takes_tiles(const Attention& a) { return a.type == Type::bf16 && on_amx<bf16>(a.size); }
 #endif
 
 }  // namespace

@@ -1,7 +1,5 @@
 #include "../grouped_product.h"
 
-#include <type_traits>
-
 #include "amx.h"
 #include "panel.h"
 
@@ -44,17 +42,12 @@ void columns_of(const GroupedProduct& a, int64_t expert, int64_t column, int64_t
   const int64_t first = a.first[expert], last = a.first[expert + 1];
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out) + column;
-#ifdef MEGALITE_AMX
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (isa() == amx && a.depth % AMX_DEPTH == 0)
-      return amx_product(
-          x + first * a.depth, a.depth, last - first, a.depth, panels, width,
-          [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
-            for (int64_t r = 0; r < count; ++r)
-              amx_round(sums[r], wanted, out + (first + row + r) * a.columns + from);
-          });
-  }
-#endif
+  if (on_amx<T>(a.depth))
+    return amx_product(
+        x + first * a.depth, a.depth, last - first, a.depth, panels, width,
+        [&](int64_t row, int64_t count, int64_t from, int64_t wanted, const AmxSums& sums) {
+          for (int64_t r = 0; r < count; ++r) amx_round(sums[r], wanted, out + (first + row + r) * a.columns + from);
+        });
   for (int64_t at = 0; at < width; at += TILE_COLUMNS, panels += panel_size<T>(a.depth))
     for (int64_t row = first; row < last; row += TILE_ROWS)
       some_rows(

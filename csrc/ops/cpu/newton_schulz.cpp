@@ -1,7 +1,5 @@
 #include "../newton_schulz.h"
 
-#include <type_traits>
-
 #include "amx.h"
 #include "panel.h"
 
@@ -49,22 +47,14 @@ void some_rows(const AddedProduct& a, const T* panel, int64_t row, int64_t colum
   }
 }
 
-// Rows [from, a.rows) of the result on AMX. Returns whether it takes them.
+// Rows [from, a.rows) of the result on AMX.
 template <class T>
-bool rows_on_tiles(const AddedProduct& a, const T* panel, int64_t from, int64_t column, int64_t width) {
-#ifdef MEGALITE_AMX
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (isa() == amx && a.depth % AMX_DEPTH == 0) {
-      amx_product(
-          static_cast<const T*>(a.a) + from * a.depth, a.depth, a.rows - from, a.depth, panel, width,
-          [&](int64_t row, int64_t count, int64_t first, int64_t wanted, const AmxSums& sums) {
-            for (int64_t r = 0; r < count; ++r) write_row<T>(a, from + row + r, column + first, wanted, sums[r]);
-          });
-      return true;
-    }
-  }
-#endif
-  return false;
+void rows_on_tiles(const AddedProduct& a, const T* panel, int64_t from, int64_t column, int64_t width) {
+  amx_product(
+      static_cast<const T*>(a.a) + from * a.depth, a.depth, a.rows - from, a.depth, panel, width,
+      [&](int64_t row, int64_t count, int64_t first, int64_t wanted, const AmxSums& sums) {
+        for (int64_t r = 0; r < count; ++r) write_row<T>(a, from + row + r, column + first, wanted, sums[r]);
+      });
 }
 
 template <class T>
@@ -73,8 +63,10 @@ void product(const AddedProduct& a, int64_t begin, int64_t end) {
   for (int64_t column = begin * TILE_COLUMNS; column < std::min(end * TILE_COLUMNS, a.columns); column += TILE_COLUMNS) {
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     pack_columns(static_cast<const T*>(a.b) + column, a.columns, a.depth, width, panel.at);
-    if (rows_on_tiles(a, panel.at, 0, column, width)) continue;
-    for (int64_t row = 0; row < a.rows; row += TILE_ROWS) some_rows(a, panel.at, row, column, width);
+    if (on_amx<T>(a.depth))
+      rows_on_tiles(a, panel.at, 0, column, width);
+    else
+      for (int64_t row = 0; row < a.rows; row += TILE_ROWS) some_rows(a, panel.at, row, column, width);
   }
 }
 
@@ -119,7 +111,9 @@ void symmetric(const AddedProduct& a, int64_t begin, int64_t end) {
     const int64_t width = std::min<int64_t>(TILE_COLUMNS, a.columns - column);
     pack_rows(static_cast<const T*>(a.a) + column * a.depth, a.depth, width, panel.at);
     // On tiles what is above the diagonal of a panel's first rows is computed, too.
-    if (!rows_on_tiles(a, panel.at, column, column, width))
+    if (on_amx<T>(a.depth))
+      rows_on_tiles(a, panel.at, column, column, width);
+    else
       for (int64_t row = column; row < a.rows; row += TILE_ROWS) {
         if (row + TILE_ROWS <= a.rows)
           up_to_diagonal<1>(a, panel.at, row, column, width);

@@ -1,7 +1,6 @@
 #include "../weight_gradient.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "amx.h"
 #include "panel.h"
@@ -10,19 +9,10 @@ namespace megalite::cpu::MEGALITE_ISA {
 
 namespace {
 
-template <class T>
-constexpr bool takes_amx() {
-#ifdef MEGALITE_AMX
-  return std::is_same_v<T, bf16>;
-#else
-  return false;
-#endif
-}
-
 // Steps of the depth, as many as what computes here wants.
 template <class T>
 int64_t steps_of(int64_t tokens) {
-  const int64_t at_once = takes_amx<T>() && isa() == amx ? 32 : STEP<T>;
+  const int64_t at_once = on_amx<T>(0) ? AMX_DEPTH : STEP<T>;
   return (tokens + at_once - 1) / at_once * (at_once / STEP<T>);
 }
 
@@ -149,7 +139,7 @@ void product_by_amx(const WeightGradient& a, int64_t begin, int64_t end) {
 template <class T>
 void product(const WeightGradient& a, int64_t begin, int64_t end) {
 #ifdef MEGALITE_AMX
-  if (takes_amx<T>() && isa() == amx) return product_by_amx(a, begin, end);
+  if (on_amx<T>(0)) return product_by_amx(a, begin, end);
 #endif
   const int64_t steps = steps_of<T>(a.tokens);
   const int64_t tile_size = steps * STEP<T> * TILE_ROWS, panel_size = steps * STEP<T> * TILE_COLUMNS;
@@ -172,9 +162,7 @@ void product(const WeightGradient& a, int64_t begin, int64_t end) {
 
 void tile_shape(Type type, TileShape& shape) {
   shape = {TILE_ROWS, TILE_COLUMNS, type == Type::f32 ? STEP<float> : STEP<bf16>};
-#ifdef MEGALITE_AMX
-  if (type != Type::f32 && isa() == amx) shape = {2 * AMX_ROWS, TILE_COLUMNS, AMX_DEPTH};
-#endif
+  if (type != Type::f32 && on_amx<bf16>(0)) shape = {2 * AMX_ROWS, TILE_COLUMNS, AMX_DEPTH};
 }
 
 void pack_panels(const PackPanels& a, int64_t begin, int64_t end) { MEGALITE_BY_TYPE(a.type, pack, a, begin, end); }
