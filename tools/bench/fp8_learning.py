@@ -54,7 +54,7 @@ def config_of(recipe: str | None, seed: int, arguments: argparse.Namespace) -> d
 def run_all(arguments: argparse.Namespace) -> Curves:
     """Return the curve of each recipe, bf16 among them, and seed."""
     seeds, runs = range(1, arguments.seeds + 1), arguments.output / "runs"
-    cases = [(name, seed) for seed in seeds for name in (BF16, *RECIPES)]
+    cases = [(name, seed) for seed in seeds for name in (BF16, *arguments.recipes)]
     jobs = []
     for name, seed in cases:
         run = {"name": f"{name}-seed{seed}", "dir": str(runs)}
@@ -73,7 +73,7 @@ def report(curves: Curves, arguments: argparse.Namespace) -> str:
         "| recipe | last loss from bf16's, mean of the seeds | least and most |",
         "|---|---|---|",
     ]
-    for recipe in RECIPES:
+    for recipe in arguments.recipes:
         last = [gap[-1] for gap in gaps(curves, recipe)]
         lines.append(
             f"| {recipe} | {statistics.mean(last):+.2%} | {min(last):+.2%} to {max(last):+.2%} |"
@@ -86,6 +86,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("fp8-learning"), help="folder for runs")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=[*RECIPES],
+        metavar="NAME",
+        help="(default: all)",
+    )
     parser.add_argument("--steps", type=int, help="(default 300)")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -99,7 +107,7 @@ def main() -> int:
     curves = run_all(arguments)
     text = report(curves, arguments)
     (arguments.output / "report.md").write_text(text)
-    draw(arguments.output / "gap.png", curves, tuple(RECIPES), BOUND)
+    draw(arguments.output / "gap.png", curves, tuple(arguments.recipes), BOUND)
     print(text)
     return int(abs(last_gap(curves, "blockwise")) > BOUND)
 
