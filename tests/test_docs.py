@@ -12,7 +12,13 @@ import pytest
 import yaml
 
 from megalite.config import OptimizerConfig
-from megalite.runtime.environment import ALWAYS, DETERMINISTIC, OLD_ALLOCATOR, set_defaults
+from megalite.runtime.environment import (
+    ALLOCATOR,
+    ALWAYS,
+    DETERMINISTIC,
+    OLD_ALLOCATOR,
+    set_defaults,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -83,7 +89,8 @@ def test_the_page_of_clusters_lists_the_variables_that_are_set(
         (
             {OLD_ALLOCATOR: "a", "TORCH_NCCL_HIGH_PRIORITY": "0"},
             False,
-            {"TORCH_NCCL_HIGH_PRIORITY": "0"},
+            {name: value for name, value in ALWAYS.items() if name != ALLOCATOR}
+            | {"TORCH_NCCL_HIGH_PRIORITY": "0"},
         ),
     ):
         monkeypatch.setattr(os, "environ", dict(known))

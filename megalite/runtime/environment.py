@@ -15,6 +15,9 @@ ALWAYS = {
     # A collective is put on the device before the products that were launched ahead of it, and runs
     # beside them.
     "TORCH_NCCL_HIGH_PRIORITY": "1",
+    # Tensors on the CPU of 2 MB and more ask Linux for huge pages: memory is found with fewer
+    # lookups, and steps are a few percent shorter.
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 DETERMINISTIC = {
     # Without it, cuBLAS may sum in another order in each run.
@@ -24,8 +27,8 @@ DETERMINISTIC = {
 
 
 def set_defaults(deterministic: bool) -> None:
-    """Set the variables that nobody has set. Call it before torch first uses a GPU or makes a
-    process group."""
+    """Set the variables that nobody has set. Call it before torch makes its first tensor, uses a
+    GPU or makes a process group."""
     for name, value in (ALWAYS | (DETERMINISTIC if deterministic else {})).items():
         if name != ALLOCATOR or OLD_ALLOCATOR not in os.environ:
             os.environ.setdefault(name, value)

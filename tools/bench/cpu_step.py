@@ -29,6 +29,7 @@ import torch
 
 from ceilings import product_rate
 from megalite.observe.throughput import model_flops_per_token
+from megalite.runtime.environment import set_defaults
 from megalite.runtime.host_memory import keep_freed_memory
 from peers import Step, batches, config_of, megalite_step, transformers_step
 
@@ -127,6 +128,7 @@ def main() -> None:
         help="measure memory instead, of all or of the one named",
     )
     arguments = parser.parse_args()
+    set_defaults(deterministic=False)
     torch.set_num_threads(arguments.threads)
     if arguments.memory and arguments.memory != "all":
         measure_memory(arguments.memory, arguments)

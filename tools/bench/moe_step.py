@@ -19,6 +19,7 @@ import torch
 from megalite.config import Config
 from megalite.models import model_config, to_hf_config
 from megalite.models.experts import RoutedConfig
+from megalite.runtime.environment import set_defaults
 from megalite.runtime.host_memory import keep_freed_memory
 from peers import Step, batches, config_of, megalite_step, next_token_loss, optimized
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    set_defaults(deterministic=False)
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     steps: dict[str, Step] = {"megalite": megalite_step(config_of(arguments), CPU)}
