@@ -21,9 +21,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from dies_with_parent import end_with_parent
 
-# Ranks are forked from a process that has imported what takes long: they start within a tenth of a
-# second.
-SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "dies_with_parent",
     "tampered_ranks",
@@ -33,10 +30,28 @@ PRELOADED = [
     "matplotlib.figure",
     "pytest",
 ]
-SERVER.set_forkserver_preload(PRELOADED)
+
+
+class RankServer(multiprocessing.forkserver.ForkServer):
+    """A process that has imported `modules`, which takes long, and of which ranks are forked: they
+    start within a tenth of a second."""
+
+    def __init__(self, modules: list[str]):
+        super().__init__()
+        self.set_forkserver_preload(modules)
+
+    def ensure_running(self) -> None:
+        # Python 3.11 starts it without this process's sys.path, and it passes over in silence what
+        # it does not find: the modules of this folder.
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
+            super().ensure_running()
+
+
+SERVER = multiprocessing.get_context("forkserver")
+multiprocessing.forkserver.connect_to_new_process = RankServer(PRELOADED).connect_to_new_process
 # Not by the one server of all ranks: DeepSpeed replaces functions of torch.
-OF_DEEPSPEED = multiprocessing.forkserver.ForkServer()
-OF_DEEPSPEED.set_forkserver_preload([*PRELOADED, "with_deepspeed"])
+OF_DEEPSPEED = RankServer([*PRELOADED, "with_deepspeed"])
 
 
 def run_ranks(

@@ -7,7 +7,8 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed.module_inject  # noqa: F401
+import deepspeed.module_inject
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._inductor.compile_fx  # noqa: F401
 
 import megalite.engine.deepspeed  # noqa: F401

@@ -141,7 +141,7 @@ def test_offload_to_the_host_and_released_weights_equal_native(tmp_path: Path) -
         stage(3, *cpu, "parallel.offload.parameters=cpu"),
     ]
     configs = [make_config(tmp_path, "llama", *BASE, *variant) for variant in [(), *variants]]
-    wanted, *all_found = run_ranks(2, two_steps, configs)[0]
+    wanted, *all_found = run_ranks(2, two_steps, configs, deepspeed=True)[0]
     assert [found.pop("released", None) for found in all_found] == [None, None, True, True]
     for found in all_found:
         check_equal(found, wanted, 1e-5)  # the project's bound for every layout in fp32
@@ -159,7 +159,7 @@ def test_offload_to_nvme_equals_native(tmp_path: Path, request: pytest.FixtureRe
     nvme = ("parallel.offload.optimizer=nvme", f"parallel.offload.nvme_path={tmp_path / 'nvme'}")
     variants = [(), stage(3, *nvme), stage(3, *nvme, "parallel.offload.parameters=nvme")]
     configs = [make_config(tmp_path, "llama", *large, *variant) for variant in variants]
-    wanted, *all_found = run_ranks(2, two_steps, configs)[0]
+    wanted, *all_found = run_ranks(2, two_steps, configs, deepspeed=True)[0]
     files = {path.name.split("-")[0] for path in (tmp_path / "nvme").rglob("*.swp")}
     assert {"exp_avg", "exp_avg_sq"} < files
     assert any("param" in name for name in files)
@@ -202,7 +202,7 @@ def test_bf16_state_passes_between_engines_bitwise(tmp_path: Path) -> None:
     native = make_config(tmp_path, "llama", *base, "kernels.weight_gradient=torch")
     variants = [stage(1), stage(2), stage(3)]
     others = [make_config(tmp_path, "llama", *base, *variant) for variant in variants]
-    for state, returned, after in run_ranks(2, hand_over, native, others)[0]:
+    for state, returned, after in run_ranks(2, hand_over, native, others, deepspeed=True)[0]:
         assert {name.split()[0] for name in state} == {"weight", "master", "exp_avg", "exp_avg_sq"}
         assert returned.keys() == state.keys()
         assert all(torch.equal(returned[name], tensor) and returned[name].dtype == tensor.dtype
@@ -232,7 +232,7 @@ def test_runs_resume_bitwise_and_across_engines(
         make_config(tmp_path, "llama", "run.name=changing", *short, *change) for change in changes
     ]
     # Native ones first: DeepSpeed replaces functions of torch.
-    run_ranks(2, train_on_rank, [native, unbroken, first, rest, *changing])
+    run_ranks(2, train_on_rank, [native, unbroken, first, rest, *changing], deepspeed=True)
     assert curve_of(rest) == curve_of(unbroken)
     assert metrics_of(rest)[-1]["valid_loss"] == metrics_of(unbroken)[-1]["valid_loss"]
     for mine, theirs in zip(curve_of(changing[-1]), curve_of(native), strict=True):
