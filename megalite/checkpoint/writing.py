@@ -272,14 +272,12 @@ class Writing:
                 fsync(path)
                 files[name] = digest(path)
                 NOW.beats += 1
-        # Last: whoever finds a manifest may rely on all that it names.
-        write_json(self.temporary / MANIFEST, {"files": files})
         # Folders hold the names of their files, which an fsync of the files does not save.
-        for folder in (
-            *(path for path in self.temporary.rglob("*") if path.is_dir()),
-            self.temporary,
-        ):
+        for folder in (path for path in self.temporary.rglob("*") if path.is_dir()):
             fsync(folder)
+        # Last, and with it the names in its folder: whoever finds a manifest may rely on all that
+        # it names.
+        write_json(self.temporary / MANIFEST, {"files": files})
 
     def _give_name(self) -> None:
         """Rename the folder to its final name, durably. A checkpoint of the same step is kept until

@@ -16,7 +16,7 @@ import yaml
 
 from megalite.config_file import parse_config
 from megalite.plan import make_plan
-from megalite.planner.cost import _sent_once
+from megalite.planner.cost import PassTimes, _sent_once
 from megalite.planner.estimate import Outlook
 from megalite.planner.hardware import find_hardware
 from megalite.planner.kernels import MEGATRON, Software
@@ -106,6 +106,15 @@ def test_what_a_dispatcher_does_is_seen() -> None:
     row = next(row for row in ROWS if row[3] == "b200" and row[10] == 32)
     each_for_itself = replace(HIDING, once_a_node=False, hides_experts=False)
     assert predicted(row, each_for_itself) < predicted(row, BRIDGE) < predicted(row, HIDING)
+
+
+@pytest.mark.parametrize("shorter", ["forward", "backward", "backward_input"])
+def test_messages_beside_work_cost_what_they_take_longer(shorter: str) -> None:
+    messages = PassTimes(3.0, 7.0, 5.0, 0.0, tensor_bytes=10.0)
+    work = PassTimes(2.0, 4.0, 1.0, 3.0, tensor_bytes=0.0)
+    left = PassTimes(1.0, 3.0, 4.0, 0.0, tensor_bytes=10.0)
+    assert messages.beyond(work) == left
+    assert messages.beyond(replace(work, **{shorter: 8.0})) == replace(left, **{shorter: 0.0})
 
 
 @pytest.mark.parametrize(("experts", "visited", "ranks", "per_node"), [(8, 3, 4, 2), (6, 2, 6, 2)])
