@@ -7,6 +7,6 @@ export OMP_NUM_THREADS=1 # ranks of distributed tests share the cores
 ruff check megalite tools tests
 ruff format --check megalite tools tests
 mypy
-# Two lanes: many tests wait, for a time limit or for ranks. The tests of a file stay together, as some share what they
-# have trained, and tests/conftest.py says which files come first. `bash tools/test.sh -n 0` runs all in one process.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three lanes on two cores: many tests wait, for a time limit or for ranks. The tests of a file stay together, as some share
+# what they have trained, and tests/conftest.py says which files come first. `bash tools/test.sh -n 0` runs all in one process.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,6 +1,6 @@
 // The memory of a GPU that is not there: addresses without memory behind them, every allocation counted.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
 
 #include <cstdint>

@@ -2,8 +2,13 @@
 // the CPU or of CUDA. A wrapper is registered once and serves both devices.
 #pragma once
 
-#include <ATen/ATen.h>
+// Not all of ATen, which takes longer to read than all else in a file.
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 

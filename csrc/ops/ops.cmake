@@ -46,6 +46,8 @@ target_include_directories(_ops SYSTEM PRIVATE ${torch_includes})
 target_compile_options(_ops PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
 target_compile_definitions(_ops PRIVATE AT_PARALLEL_OPENMP=1 _GLIBCXX_USE_CXX11_ABI=${torch_cxx11_abi})
 target_link_directories(_ops PRIVATE ${torch_lib})
+# torch's headers take longer to compile than what a file does with them.
+target_precompile_headers(_ops PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${CMAKE_CURRENT_LIST_DIR}/operator.h>")
 target_link_libraries(_ops PRIVATE torch torch_cpu c10)
 set_target_properties(_ops PROPERTIES CXX_VISIBILITY_PRESET hidden)
 if(NOT isas STREQUAL "base")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.folder import MANIFEST, digest, write_json
+from megalite.checkpoint.load import VALUES
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.comm.mesh import Mesh
@@ -66,8 +67,15 @@ class DryStorage(Storage):
         from a seed. Raises CheckpointError where names and shapes in `checkpoint` are others."""
         if config.model.hf and not checkpoint:
             return _empty
-        read = super().initial_state(config, mesh, checkpoint)
-        return _empty if checkpoint else read
+        of_weights = super().initial_state(config, mesh, checkpoint)
+        if checkpoint:
+            return _empty
+
+        def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
+            # Optimizer states begin at zero, and can be most of the host's memory.
+            return (of_weights if kind in VALUES else _empty)(weight, kind, start, stop)
+
+        return read
 
     def make_saver(self, *arguments: Any, **options: Any) -> Saver:
         """Return a saver that writes a checkpoint only where it is resumed from later, on rank 0."""

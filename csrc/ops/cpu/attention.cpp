@@ -28,7 +28,6 @@ constexpr float LOWEST = -1e38f;  // below every score, yet its product with log
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
-inline int64_t round_up(int64_t x, int64_t multiple) { return round_down(x + multiple - 1, multiple); }
 
 // 2^x to 2e-7 for x < 1; 0 below -126. A polynomial for the fraction in [0, 1], exact at both of its ends.
 inline vec exp2(vec x) {

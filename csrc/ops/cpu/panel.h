@@ -13,7 +13,7 @@ inline int64_t panels_at_once(int64_t bytes) { return (1 << 20) / std::clamp<int
 
 // Elements of a packed panel.
 template <class T>
-constexpr int64_t panel_size(int64_t depth) { return (depth + STEP<T> - 1) / STEP<T> * STEP<T> * TILE_COLUMNS; }
+constexpr int64_t panel_size(int64_t depth) { return round_up(depth, STEP<T>) * TILE_COLUMNS; }
 
 // Rows for columns, of WIDTH vectors: log2(WIDTH) times the first half is zipped with the second.
 inline void transpose(bits (&rows)[WIDTH]) {

@@ -8,8 +8,6 @@ namespace {
 
 constexpr int64_t TOKENS = 128;  // whose columns stay in the nearest cache for a weight's gradient
 
-int64_t whole(int64_t size, int64_t by) { return (size + by - 1) / by * by; }
-
 template <class T>
 void as_floats(const T* from, int64_t count, float* to) {
 #pragma omp simd
@@ -26,7 +24,7 @@ void logits_of(const float* x, int64_t size, const float* panel, int64_t rows, i
 
 template <class T>
 void logits(const RouterLogits& a, int64_t begin, int64_t end) {
-  const Buffer<float> weight(a.experts * a.size), panels(whole(a.experts, TILE_COLUMNS) * a.size), x(TILE_ROWS * a.size);
+  const Buffer<float> weight(a.experts * a.size), panels(round_up(a.experts, TILE_COLUMNS) * a.size), x(TILE_ROWS * a.size);
   as_floats(static_cast<const T*>(a.weight), a.experts * a.size, weight.at);
   pack_rows(weight.at, a.size, a.experts, panels.at);
   std::fill(x.at, x.at + TILE_ROWS * a.size, 0.0f);
@@ -50,7 +48,7 @@ void logits(const RouterLogits& a, int64_t begin, int64_t end) {
 
 template <class T>
 void input_gradient(const RouterInputGradient& a, int64_t begin, int64_t end) {
-  const int64_t stride = whole(a.size, TILE_COLUMNS);
+  const int64_t stride = round_up(a.size, TILE_COLUMNS);
   const Buffer<float> weight(a.experts * stride), grad(TILE_ROWS * a.experts);
   std::fill(weight.at, weight.at + a.experts * stride, 0.0f);
   for (int64_t e = 0; e < a.experts; ++e)
@@ -79,7 +77,7 @@ void input_gradient(const RouterInputGradient& a, int64_t begin, int64_t end) {
 // Columns [column, column + width), summed over TOKENS at a time: one sum over all would lose digits.
 template <class T>
 void weight_gradient_columns(const RouterWeightGradient& a, int64_t column, int64_t width) {
-  const int64_t experts = whole(a.experts, TILE_ROWS);
+  const int64_t experts = round_up(a.experts, TILE_ROWS);
   const Buffer<float> total(experts * TILE_COLUMNS), grad(TOKENS * experts), x(TOKENS * TILE_COLUMNS);
   std::fill(total.at, total.at + experts * TILE_COLUMNS, 0.0f);
   std::fill(grad.at, grad.at + TOKENS * experts, 0.0f);

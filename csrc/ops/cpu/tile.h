@@ -31,6 +31,8 @@ constexpr int TILE_ROWS = 6, TILE_COLUMNS = TILE_VECTORS * WIDTH;
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
 
+constexpr int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
 template <class T> constexpr int STEP = 1;  // elements of the depth in a step
 template <> constexpr int STEP<bf16> = 2;
 

@@ -142,13 +142,13 @@ void product(const WeightGradient& a, int64_t begin, int64_t end) {
   if (on_amx<T>(0)) return product_by_amx(a, begin, end);
 #endif
   const int64_t steps = steps_of<T>(a.tokens);
-  const int64_t tile_size = steps * STEP<T> * TILE_ROWS, panel_size = steps * STEP<T> * TILE_COLUMNS;
+  const int64_t tile_size = steps * STEP<T> * TILE_ROWS;
   const Buffer<T> tiles(a.block / TILE_ROWS * tile_size);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
     pack_tiles(static_cast<const T*>(a.grad) + first, a.grad_stride, a.tokens, rows, tiles.at);
     for (int64_t column = 0; column < a.columns; column += TILE_COLUMNS) {
-      const T* panel = static_cast<const T*>(a.panels) + column / TILE_COLUMNS * panel_size;
+      const T* panel = static_cast<const T*>(a.panels) + column / TILE_COLUMNS * panel_size<T>(a.tokens);
       for (int64_t row = 0; row < rows; row += TILE_ROWS)
         tile_of_rows(
             std::min<int64_t>(TILE_ROWS, rows - row), steps, tiles.at + row / TILE_ROWS * tile_size, panel,
