@@ -57,6 +57,20 @@ def test_logits_and_gradients(
     assert error(matrix.grad, grad.T @ x) <= BOUND[dtype]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tokens_logits_do_not_depend_on_others(dtype: torch.dtype, kernels: str) -> None:
+    """Or it would visit other experts in a batch than in the answer to one request."""
+    x, weight = random(300, 96, seed=0, dtype=dtype), random(61, 96, seed=1, dtype=dtype)
+    library.use(KernelsConfig(experts=kernels))
+    try:
+        together = router_logits(x, weight)[1]
+        for count in (1, 2, 15, 17):
+            assert torch.equal(router_logits(x[:count], weight)[1], together[:count]), count
+    finally:
+        library.use(KernelsConfig())
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
