@@ -105,6 +105,7 @@ class Costs:
         size = sum(matrix.elements for matrix in layer.matrices)
         accumulation = self._accumulation(size, self._product_add_bytes)
         total += self._attention(layer) + self._elementwise(layer) + accumulation
+        total += self._entering_keys(layer)
         dispatch = self._dispatch(layer)
         total += dispatch.beyond(total) if self.kernels.software.hides_experts else dispatch
         if layer.quantised:
@@ -125,8 +126,10 @@ class Costs:
         again = {"none": 0.0, "selective": activation + some, "full": total.forward - last_product}[
             recompute
         ]
-        # What is computed again ends with what the last product is computed from.
-        last = self._leave_bytes(self._whole) if layer.matrices[-1].reduces else 0.0
+        # What is computed again ends with what the last product is computed from, where no rows of
+        # other ranks' experts are added behind it.
+        is_last = layer.matrices[-1].reduces and not dispatch.expert_bytes
+        last = self._leave_bytes(self._whole) if is_last else 0.0
         sent_again = self._forward_tensor_bytes(layer) - last if recompute == "full" else 0.0
         to_experts = total.expert_bytes / 2 if recompute == "full" else 0.0
         return total + PassTimes(0.0, again, again, 0.0, sent_again, expert_bytes=to_experts)
@@ -247,7 +250,7 @@ class Costs:
         """Return the times of a matrix at a way into a tensor-parallel region or out of it, from
         those of its three products."""
         shapes = self.shapes
-        whole = self._whole * matrix.sent
+        whole = self._around(matrix)
         if not shapes.sequence:
             message = self.network.all_reduce(whole, self.network.tensor)
             bytes_sent = 2 * self._sent(whole)
@@ -506,12 +509,31 @@ class Costs:
 
     def _forward_tensor_bytes(self, layer: LayerShapes) -> float:
         """Return the bytes a layer sends within the tensor group in its forward pass."""
-        reduced = sum(matrix.reduces * matrix.sent for matrix in layer.matrices)
-        found = reduced * self._leave_bytes(self._whole)
+        reduced = sum(self._around(matrix) for matrix in layer.matrices if matrix.reduces)
+        found = self._leave_bytes(reduced)
         if self.shapes.sequence:
-            gathered = sum(matrix.gathers * matrix.sent for matrix in layer.matrices)
-            found += gathered * self._sent(self._whole)
+            gathered = sum(self._around(matrix) for matrix in layer.matrices if matrix.gathers)
+            found += self._sent(gathered + self._shared_keys(layer))
         return found
+
+    def _entering_keys(self, layer: LayerShapes) -> PassTimes:
+        """Return the times of the keys that all heads share on their way into the tensor-parallel
+        region, which they enter by themselves."""
+        whole = self._shared_keys(layer)
+        if not whole or self.shapes.tensor == 1:
+            return NOTHING
+        forward, backward = self._gather_back(whole), self._leave(whole)
+        return PassTimes(forward, backward, backward, 0.0, 2 * self._sent(whole))
+
+    def _shared_keys(self, layer: LayerShapes) -> float:
+        """Return the bytes, over the whole sequence, of the keys that all heads share."""
+        return float(self.shapes.tokens * layer.shared_keys * self.shapes.element)
+
+    def _around(self, matrix: Matrix) -> float:
+        """Return the bytes, over the whole sequence, that a collective at a matrix carries: its
+        input on the way in, which may be latents, its output on the way out."""
+        width = matrix.columns if matrix.gathers else matrix.rows
+        return self.shapes.tokens * width * self.shapes.element * matrix.sent
 
     def _leave_bytes(self, whole: float) -> float:
         """Return the bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends

@@ -172,6 +172,8 @@ class LayerShapes(Shapes):
     """Features of a head's values that come from latents, as they are; 0 where they do not."""
     latents: int
     """Features of a token's latents."""
+    shared_keys: int
+    """Features of a token's keys that all heads share, beside its latents."""
     inner: int
     """Features that a token has within the MLP, over all experts it visits."""
     routed_tokens: int
@@ -485,6 +487,7 @@ def _layer_shapes(
         else mixer.value_size,
         latent_value=mixer.value_size if isinstance(mixer, LatentSpec) else 0,
         latents=mixer.kv_rank + (mixer.q_rank or 0) if isinstance(mixer, LatentSpec) else 0,
+        shared_keys=mixer.rope_size if isinstance(mixer, LatentSpec) else 0,
         inner=feed_forward.active_inner // model.tensor,
         routed_tokens=routed,
         expert=plan.experts.expert,

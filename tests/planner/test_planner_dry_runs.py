@@ -60,8 +60,19 @@ SAMPLE = {
     "mixtral, tensor": Case(MIXTRAL, 8, (tensor(4),), "0"),
     "experts, few tokens": Case(MIXTRAL, 4, (expert(2), "data.seq_length=64"), "0"),
     "predictors, pipeline": Case(AHEAD, 8, (expert(4), pipeline(2)), "0,4"),
-    "deepseek, full, interleaved": Case(
-        V3, 4, (expert(2), pipeline(2), FULL, *INTERLEAVED, "train.global_batch_size=8"), "0,2"
+    "deepseek, tensor, full, interleaved": Case(
+        V3,
+        8,
+        (
+            tensor(2),
+            expert(2),
+            "parallel.expert_tensor=1",
+            pipeline(2),
+            FULL,
+            *INTERLEAVED,
+            "train.global_batch_size=8",
+        ),
+        "0,4",
     ),
 }
 OTHERS = {
