@@ -60,10 +60,8 @@ def quantise_nvfp4(
     inverse = torch.full_like(whole, LARGEST * LARGEST_SCALE) / whole
     # Of zeros, or of numbers so small that the inverse overflows: they become zero.
     inverse = torch.where(inverse.isinf(), 0.0, inverse)
-    inverse = torch.where(whole.isfinite(), inverse, torch.nan)
     scales = (largest / LARGEST * inverse).to(torch.float8_e4m3fn).float()
-    # A cast makes 448 of what is not finite.
-    scales = torch.where(whole.isfinite(), scales, torch.nan)
+    # 0 times what is not finite is NaN; the cast may have made 448 of it.
     decoded = scales * torch.where(inverse > 0, 1 / inverse, 0.0 * whole)
     up = torch.where(decoded > 0, 1 / decoded, torch.where(decoded == 0, 0.0, torch.nan))
     codes = to_e2m1(x.float() * spread(up, block, x.shape), chance)
