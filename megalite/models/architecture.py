@@ -54,8 +54,8 @@ class AttentionSpec(MixerSpec):
     """Dropout of the probabilities."""
     bias: bool = False
     """True if a bias that is trained is added to the scores."""
-    rope: bool = True
-    """True if queries and keys are rotated by their positions."""
+    rope_size: int = 0
+    """Features of a head's queries and keys that are rotated by their positions."""
     head_norms: bool = False
     """True if queries and keys are normalized."""
 
@@ -87,16 +87,13 @@ class AttentionSpec(MixerSpec):
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec(AttentionSpec):
     """Describes latent attention, in which each head has keys and values made from one latent of a
-    token."""
+    token. All heads share the features of keys that are rotated."""
 
     kv_rank: int
     """Features of that latent."""
     q_rank: int | None
     """Features of the latent that queries are made from. None: they are made from the hidden
     states."""
-    rope_size: int
-    """Features of a head's queries and keys that have positions; all heads share those of the
-    keys."""
 
     def num_elements(self, hidden_size: int) -> int:
         """Return the elements of what makes latents, of what makes heads from them, and of the

@@ -74,7 +74,6 @@ class GPT2Like(ModelConfig):
             value_size=self.head_size,
             causal=self.is_causal,
             dropout=self.attention_dropout,
-            rope=False,
         )
         layer = LayerSpec(
             attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu")

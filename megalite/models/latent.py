@@ -88,7 +88,7 @@ class LatentConfig(LlamaLike):
         return LatentSpec(
             num_heads=self.num_attention_heads, num_kv_heads=self.num_attention_heads, head_size=self.head_size,
             value_size=self.v_head_dim, scale=self.attention(layer).scale, kv_rank=self.kv_lora_rank,
-            q_rank=self.q_lora_rank, rope_size=self.qk_rope_head_dim,
+            q_rank=self.q_lora_rank, rope_size=self.rotary_size,
         )  # fmt: skip
 
 

@@ -169,7 +169,7 @@ class LlamaLike(ModelConfig):
             softcap=kind.softcap,
             scale=kind.scale,
             causal=kind.causal,
-            rope=self.turn(layer) is not None,
+            rope_size=0 if self.turn(layer) is None else self.rotary_size,
             head_norms=self.HEAD_NORMS,
         )
 

@@ -136,7 +136,7 @@ class T5Config(ModelConfig):
         heads: dict[str, Any] = {
             "num_heads": self.num_attention_heads, "num_kv_heads": self.num_attention_heads,
             "head_size": self.head_dim, "value_size": self.head_dim, "scale": 1.0, "dropout": self.dropout,
-            "bias": True, "rope": False,
+            "bias": True,
         }  # fmt: skip
         activation = "gelu" if self.is_gated else "relu"
         feed_forward = FeedForwardSpec(

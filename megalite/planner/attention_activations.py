@@ -14,10 +14,15 @@ def _projection(shapes: LayerShapes) -> int:
 
 
 def latents(shapes: LayerShapes) -> int:
-    """Count what latent attention keeps beside: latents and their norms, and the output without
-    what values were filled up with."""
+    """Count what latent attention keeps beside: the output without what values were filled up with,
+    and what heads are made from."""
     of_values = shapes.tokens * shapes.heads * shapes.latent_value
-    return (of_values + 2 * shapes.tokens_here * shapes.latents) * shapes.element
+    return of_values * shapes.element + _sources_of_heads(shapes)
+
+
+def _sources_of_heads(shapes: LayerShapes) -> int:
+    """Count latents, and their norms."""
+    return 2 * shapes.tokens_here * shapes.latents * shapes.element
 
 
 def attended(shapes: LayerShapes) -> int:
@@ -185,8 +190,9 @@ def attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
     size = attention_kept(shapes, on_gloo) + _projection(shapes)
     if not shapes.writes_scores:
         size += _repeated(shapes, on_gloo)
-    if shapes.latents:  # gradients of the queries, and of what keys and values are made from
-        size += latents(shapes) + _projection(shapes)
+    # The output without what was filled up is freed by then, and whatever follows needs less: a
+    # gradient of heads is a part of the projection's.
+    size += _sources_of_heads(shapes)
     if _fuses_bias(shapes, on_gloo):
         size += _scores(shapes) * shapes.element  # the gradient of the bias, of each sample
     elif _adds_bias(shapes, on_gloo):

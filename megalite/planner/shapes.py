@@ -421,7 +421,6 @@ def shapes_of(
     _, source, length = config.lengths
     tokens = plan.micro_batch_size * length // plan.context
     hidden, num_predicted = config.model.hidden_size, 1 + len(architecture.predictors)
-    rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
         source_tokens=plan.micro_batch_size * source // plan.context,
@@ -435,7 +434,7 @@ def shapes_of(
         norm_hidden=hidden // plan.tensor if plan.sequence else hidden,
         vocab=table.vocab.local_shape(plan.tensor)[0],
         loss_chunk=None if train.loss_chunk is None else min(train.loss_chunk, tokens),
-        rope_size=max(rotated, default=0),
+        rope_size=max((mixer.rope_size for mixer in architecture.attentions), default=0),
         rms_norm=architecture.norm == "rms",
         logit_softcap=architecture.logit_softcap is not None,
         hidden_dropout=architecture.hidden_dropout > 0,
@@ -475,6 +474,7 @@ def _layer_shapes(
         expert_tensor = plan.experts.tensor
         routed = model.tokens // (plan.tensor if plan.sequence else 1) * expert_tensor
     heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
+    latent = mixer if isinstance(mixer, LatentSpec) else None
     return LayerShapes(
         **vars(model),
         heads=heads // model.tensor,
@@ -482,12 +482,10 @@ def _layer_shapes(
         head_size=mixer.head_size,
         # Flash attention needs keys and values of one width: the values of latent attention are
         # padded.
-        value_size=max(mixer.value_size, mixer.head_size)
-        if isinstance(mixer, LatentSpec)
-        else mixer.value_size,
-        latent_value=mixer.value_size if isinstance(mixer, LatentSpec) else 0,
-        latents=mixer.kv_rank + (mixer.q_rank or 0) if isinstance(mixer, LatentSpec) else 0,
-        shared_keys=mixer.rope_size if isinstance(mixer, LatentSpec) else 0,
+        value_size=max(mixer.value_size, mixer.head_size) if latent else mixer.value_size,
+        latent_value=latent.value_size if latent else 0,
+        latents=latent.kv_rank + (latent.q_rank or 0) if latent else 0,
+        shared_keys=latent.rope_size if latent else 0,
         inner=feed_forward.active_inner // model.tensor,
         routed_tokens=routed,
         expert=plan.experts.expert,
@@ -496,7 +494,7 @@ def _layer_shapes(
         visited=feed_forward.experts_per_token if isinstance(feed_forward, ExpertsSpec) else 0,
         gated=feed_forward.gated,
         gelu_gate=feed_forward.gated and feed_forward.activation == "gelu",
-        rope=mixer.rope,
+        rope=mixer.rope_size > 0,
         norms=kind.spec.num_norms,
         joins=kind.spec.joins,
         head_norms=mixer.head_norms,

@@ -80,7 +80,8 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
             assert attention.q.out_features == mixer.num_heads * mixer.head_size
             assert attention.out.in_features == mixer.num_heads * mixer.value_size
         else:
-            assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
+            is_rotated = isinstance(attention, Attention) and attention.turn is not None
+            assert bool(mixer.rope_size) == is_rotated
             features = (
                 mixer.num_heads + mixer.num_kv_heads
             ) * mixer.head_size + mixer.num_kv_heads * mixer.value_size

@@ -74,6 +74,8 @@ SAMPLE = {
         ),
         "0,4",
     ),
+    # Without experts, whose rows are more, attention is the fullest moment of a layer.
+    "latents, dense": Case(V3 | {"first_k_dense_replace": 4}, 2, (tensor(2), FULL), "0"),
 }
 OTHERS = {
     "experts": Case(MIXTRAL, 8, (expert(4),), "0,1,2,3"),
