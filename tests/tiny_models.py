@@ -181,6 +181,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3-ungrouped": DEEPSEEK | {
+        "v_head_dim": 20,  # larger than a key
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "norm_topk_prob": False,
         "rope_interleave": False, "rms_norm_eps": 1e-3, "tie_word_embeddings": True,
         "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7},

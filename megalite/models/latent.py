@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -78,7 +77,7 @@ class LatentConfig(LlamaLike):
             or not scaling.mscale_all_dim
             or scaling.factor == 1
         ):
-            return AttentionKind()
+            return AttentionKind(scale=self.head_size**-0.5)
         # Not in the cosines and sines, which keys and queries without positions do not meet.
         # YaRN's temperature, squared, as it would have scaled both queries and keys.
         factor = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0
@@ -114,6 +113,39 @@ class LatentCache(Protocol):
         [B,T,H·value_size]."""
 
 
+class _Heads(torch.autograd.Function):
+    """Put heads together as one tensor [B,T,3·H,C], with which attention is fused, and writes no
+    scores, on every device. What is shorter than C, the larger of K and V, ends in zeros.
+
+    Written in place: a copy of each part on the way would be as large as the result."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHK: Tensor, kv_BTHF: Tensor, k_BTR: Tensor) -> Tensor:
+        """Take queries, the part without positions P of keys and values V beside each other, and
+        the keys' part with positions R = K - P, which all heads share."""
+        heads, keys, rotated = *q_BTHK.shape[2:], k_BTR.shape[-1]
+        plain = keys - rotated
+        value = kv_BTHF.shape[-1] - plain
+        ctx.sizes = plain, rotated, value
+        qkv_BTNC = q_BTHK.new_empty(*q_BTHK.shape[:2], 3 * heads, max(keys, value))
+        q_BTHC, k_BTHC, v_BTHC = qkv_BTNC.chunk(3, 2)
+        q_BTHC[..., :keys] = q_BTHK
+        k_BTHC[..., :plain] = kv_BTHF[..., :plain]
+        k_BTHC[..., plain:keys] = k_BTR[:, :, None]
+        v_BTHC[..., :value] = kv_BTHF[..., plain:]
+        for x_BTHC, size in ((q_BTHC, keys), (k_BTHC, keys), (v_BTHC, value)):
+            x_BTHC[..., size:] = 0
+        return qkv_BTNC
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plain, rotated, value = ctx.sizes
+        q_BTHC, k_BTHC, v_BTHC = grad_BTNC.chunk(3, 2)
+        kv_BTHF = torch.cat((k_BTHC[..., :plain], v_BTHC[..., :value]), -1)
+        keys = plain + rotated
+        return q_BTHC[..., :keys], kv_BTHF, k_BTHC[..., plain:keys].sum(2)
+
+
 class LatentAttention(nn.Module):
     """Attention whose keys and values come from latents."""
 
@@ -143,7 +175,7 @@ class LatentAttention(nn.Module):
             return self.out(self.attend_to_latents(self.cache, x_BTD, shared))
         # In a function of their own, so that what heads are put together from is freed before they
         # attend.
-        return self.out(self.attend(*self.heads(x_BTD, shared), shared.places))
+        return self.out(self.attend(self.heads(x_BTD, shared), shared.places))
 
     def attend_to_latents(self, cache: LatentCache, x_BTD: Tensor, shared: Shared) -> Tensor:
         """Attend to the latents in the cache, [B,T,H·V]. What makes keys of latents is multiplied
@@ -152,7 +184,7 @@ class LatentAttention(nn.Module):
         q_BTHK, latent_BTL, k_BTR = self.project(x_BTD, shared)
         keys_B1SC = cache.write(torch.cat((latent_BTL, k_BTR), -1), shared.places)
         if keys_B1SC is None:
-            return self.attend(*self.expand(q_BTHK, latent_BTL, k_BTR), shared.places)
+            return self.attend(self.expand(q_BTHK, latent_BTL, k_BTR), shared.places)
         q_BTHP, q_BTHR = q_BTHK.split((self.plain, self.turned), -1)
         keys_HPL, values_HVL = cache.up.unflatten(0, (-1, self.plain + self.value)).split(
             (self.plain, self.value), 1
@@ -164,18 +196,14 @@ class LatentAttention(nn.Module):
         out = cache.attend(q_BTHC, keys_B1SC, size, shared.places, kind)
         return torch.einsum("bthl,hvl->bthv", out.unflatten(-1, (-1, size)), values_HVL).flatten(2)
 
-    def heads(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys [B,T,H,K] and values [B,T,H,V] of the heads on this rank."""
+    def heads(self, x_BTD: Tensor, shared: Shared) -> Tensor:
+        """Return queries, keys and values of the heads on this rank, [B,T,3·H,C]."""
         return self.expand(*self.project(x_BTD, shared))
 
-    def expand(
-        self, q_BTHK: Tensor, latent_BTL: Tensor, k_BTR: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, q_BTHK: Tensor, latent_BTL: Tensor, k_BTR: Tensor) -> Tensor:
         """Return what `heads` does, from what `project` does."""
-        kv_BTHK = self.kv(latent_BTL).unflatten(-1, (-1, self.plain + self.value))
-        k_BTHP, v_BTHV = kv_BTHK.split((self.plain, self.value), -1)
-        k_BTHK = torch.cat((k_BTHP, k_BTR[:, :, None].expand(-1, -1, k_BTHP.shape[2], -1)), -1)
-        return q_BTHK, k_BTHK, v_BTHV
+        kv_BTHF = self.kv(latent_BTL).unflatten(-1, (-1, self.plain + self.value))
+        return _Heads.apply(q_BTHK, kv_BTHF, k_BTR)
 
     def project(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B,T,H,K] of the heads on this rank, latents [B,T,L], and the part of keys
@@ -198,18 +226,12 @@ class LatentAttention(nn.Module):
         # contiguous: the norm's kernel takes rows without gaps.
         return q_BTHK, self.kv_norm(latent_BTL.contiguous()), k_BTR
 
-    def attend(
-        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, places: SequenceInfo
-    ) -> Tensor:
-        """Attend to values of another size: [B,T,H·V]. Smaller ones are filled up to the size of
-        keys, with which attention is fused, and writes no scores, on every device."""
-        heads, size, value = *q_BTHK.shape[2:], v_BTHV.shape[-1]
-        if value > size:
-            return self.core.attend(q_BTHK, k_BTHK, v_BTHV, places)
-        # Zeros behind the values give zeros behind the outputs, which are cut off.
-        qkv_BTNK = torch.cat((q_BTHK, k_BTHK, F.pad(v_BTHV, (0, size - value))), 2)
-        out_BTHK = self.core(qkv_BTNK, heads, heads, places).unflatten(-1, (heads, size))
-        return out_BTHK[..., :value].flatten(2)
+    def attend(self, qkv_BTNC: Tensor, places: SequenceInfo) -> Tensor:
+        """Attend within what `heads` returns: [B,T,H·V]."""
+        heads = qkv_BTNC.shape[2] // 3
+        out_BTHC = self.core(qkv_BTNC, heads, heads, places).unflatten(-1, (heads, -1))
+        # Zeros behind the values gave zeros behind the outputs.
+        return out_BTHC[..., : self.value].flatten(2)
 
     def rotate(self, x_BTNR: Tensor, cos_sin: rope.CosSin) -> Tensor:
         """Rotate the part of heads that has positions."""

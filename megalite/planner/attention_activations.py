@@ -172,6 +172,11 @@ def attention_forward(shapes: LayerShapes, on_gloo: bool) -> int:
         queries = at_once // shapes.seq_length * shapes.head_size * shapes.element
         mask = at_once // (shapes.micro_batch_size * shapes.heads)
         size = max(size, _projection(shapes) + at_once * 2 * shapes.element + queries + mask)
+    if shapes.latents:
+        # Beside what heads are put together as: queries, and keys without positions and values.
+        features = 2 * shapes.head_size - shapes.shared_keys + shapes.latent_value
+        put_together = shapes.tokens * shapes.heads * features * shapes.element
+        size = max(size, _projection(shapes) + put_together + _sources_of_heads(shapes))
     if shapes.by_heads:
         # Its features by rank; as they arrive, behind each other, and in the order of tokens.
         size = max(size, 5 * _projection(shapes))
