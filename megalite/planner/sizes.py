@@ -61,8 +61,10 @@ class StageSizes:
     """Elements of an embedding whose gradient is added to that of a pipeline's other end."""
 
     written: int = 0
-    """Elements of the weights that the stage writes into checkpoints: a tied one is the first's."""
+    """Elements of the weights that the stage writes into checkpoints, without those `experts`: a tied
+    one is the first's."""
     largest_written: int = 0
+    """The largest of these weights."""
 
     unfrozen: StageSizes | None = None
     """The same for the trained weights only, if some are frozen."""
@@ -117,6 +119,8 @@ class LocalSizes:
         self.largest_solved = 0
         self.total: dict[Place, int] = {}
         self.largest: dict[Place, int] = {}
+        self.written: dict[Place, int] = {}
+        self.largest_written: dict[Place, int] = {}
         self.largest_looked_up = 0
         self.quantised: dict[Place, int] = {}
         self.quantised_bytes: dict[Place, int] = {}
@@ -133,6 +137,10 @@ class LocalSizes:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
+            if not (weight.is_expert and plan.folds_experts):
+                self.written[weight.place] = self.written.get(weight.place, 0) + size
+                most = max(self.largest_written.get(weight.place, 0), size)
+                self.largest_written[weight.place] = most
             kept = 0.0 if weight.frozen else size * weight.num_states(optimizer)
             self.states[weight.place] = self.states.get(weight.place, 0) + kept
             solved = size if optimizer.products(weight) and not weight.frozen else 0
@@ -165,8 +173,8 @@ class LocalSizes:
             quantised_bytes=sum(self.quantised_bytes.get(place, 0) for place in places),
             coded=tuple(self.coded.get(number, 0) for number in layers),
             tied=both if stage.first != stage.last else 0,
-            written=sum(self.total.get(place, 0) for place in own),
-            largest_written=max((self.largest.get(place, 0) for place in own), default=0),
+            written=sum(self.written.get(place, 0) for place in own),
+            largest_written=max((self.largest_written.get(place, 0) for place in own), default=0),
             unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
 
