@@ -65,14 +65,15 @@ SAMPLE = {
         8,
         (
             tensor(2),
-            expert(2),
+            expert(4),
+            "model.num_experts=16",
             "parallel.expert_tensor=1",
             pipeline(2),
             FULL,
             *INTERLEAVED,
             "train.global_batch_size=8",
         ),
-        "0,4",
+        "0,2,4,6",  # the replicas that gather other weights
     ),
     # Without experts, whose rows are more, attention is the fullest moment of a layer.
     "latents, dense": Case(V3 | {"first_k_dense_replace": 4}, 2, (tensor(2), FULL), "0"),
