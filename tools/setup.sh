@@ -17,6 +17,18 @@ stage() { # WHAT COMMAND...
     echo "     took $((SECONDS - began)) s"
 }
 
+# Compiles while pip, which takes one core, installs what megalite uses. `pip` is that of setup_environment.
+install_megalite() ( # a shell of its own, as it has a trap
+    log=$(mktemp)
+    set -m # so that the compilers, too, are in a group that can be stopped
+    # Against the torch that is installed, not a second one in a build environment of its own.
+    "${pip[@]}" --quiet --no-build-isolation --no-deps --editable . >"$log" 2>&1 &
+    set +m
+    trap 'kill -- "-$!" 2>/dev/null || true; rm -f "$log"' EXIT
+    "${pip[@]}" --no-build-isolation --only-deps '.[all,dev]'
+    wait "$!" || { cat "$log" >&2; exit 1; }
+)
+
 setup_environment() {
     local wanted python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
@@ -33,16 +45,18 @@ setup_environment() {
             echo "  bash $0 --cpu${*:+ ${*@Q}} takes a torch without them"
         fi
         [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-        local stages=0 torch pip=(.venv/bin/python -m pip install --disable-pip-version-check --constraint tools/constraints.txt)
+        # Bytecode is made of what is imported, when it first is: that of everything takes as long as the rest.
+        local stages=0 torch pip=(.venv/bin/python -m pip install --disable-pip-version-check --no-compile
+            --constraint tools/constraints.txt)
         # A person sees what is downloaded, and how much of it; a log has the stages.
         [[ -t 1 ]] || pip+=(--quiet)
+        # The pip of older Pythons takes three times as long to find what goes together.
+        "${pip[@]}" --quiet --upgrade pip
         # torch first and by exact version: another package would pull in whichever is newest.
         torch=$(grep '^torch==' tools/constraints.txt)
         stage torch "${pip[@]}" ${cpu:+--extra-index-url https://download.pytorch.org/whl/cpu} "$torch${cpu:++cpu}" numpy
         stage "what builds megalite" "${pip[@]}" scikit-build-core pybind11 cmake ninja
-        # Built against the torch that is installed, not a second one in a build environment of its own.
-        stage "megalite, whose kernels are compiled (some minutes), and what it uses" \
-            "${pip[@]}" --no-build-isolation --editable '.[all,dev]'
+        stage "megalite, whose kernels are compiled (some minutes), and what it uses" install_megalite
         echo "$wanted" >.venv/.megalite
     fi
     export PATH="$root/.venv/bin:$PATH"
