@@ -232,7 +232,7 @@ class Pipeline:
 
 class _WithGradients(Function):
     """The loss as it is; every stream that arrived has a gradient, of zeros if it has no part in
-    the loss, as torch sends one back for each."""
+    the loss. torch before 2.13 raises an error where it has none to send back."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *streams: Tensor) -> Tensor:
