@@ -45,9 +45,7 @@ setup_environment() {
             echo "  bash $0 --cpu${*:+ ${*@Q}} takes a torch without them"
         fi
         [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-        # Bytecode is made of what is imported, when it first is: that of everything takes as long as the rest.
-        local stages=0 torch pip=(.venv/bin/python -m pip install --disable-pip-version-check --no-compile
-            --constraint tools/constraints.txt)
+        local stages=0 torch pip=(.venv/bin/python -m pip install --disable-pip-version-check --constraint tools/constraints.txt)
         # A person sees what is downloaded, and how much of it; a log has the stages.
         [[ -t 1 ]] || pip+=(--quiet)
         # The pip of older Pythons takes three times as long to find what goes together.
