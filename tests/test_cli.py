@@ -95,6 +95,13 @@ print("compiler:", "torch._dynamo" in sys.modules)
     assert found.stdout == "compiler: False\n", found.stderr
 
 
+def test_preprocessing_imports_no_torch() -> None:
+    """It takes a second of the tool's start, and of each worker's."""
+    program = "import sys, megalite.data.preprocess; print('torch:', 'torch' in sys.modules)"
+    found = python("-c", program)
+    assert found.stdout == "torch: False\n", found.stderr
+
+
 @pytest.mark.parametrize("example", [line for lines in EXAMPLES.values() for line in lines])
 def test_an_example_in_a_help_is_a_command(example: str) -> None:
     """A flag that was renamed, or a verb, is found in the text that says how to call it."""

@@ -50,7 +50,7 @@ from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import Report, list_documents
 from megalite.data.metadata import Preprocessed, check_inputs, other_settings
 from megalite.data.origins import writing_origins
-from megalite.data.sentences import split_sentences
+from megalite.data.sentence_ends import split_sentences
 from megalite.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,

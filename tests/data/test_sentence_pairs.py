@@ -13,7 +13,8 @@ from megalite.data.dataset import Windows, empty_windows
 from megalite.data.indexed import IndexedDataset
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.preprocess import preprocess
-from megalite.data.sentences import SentencePairs, Specials, split_sentences
+from megalite.data.sentence_ends import split_sentences
+from megalite.data.sentences import SentencePairs, Specials
 from megalite.errors import DataError
 
 CLS, SEP = 2, 3
