@@ -233,6 +233,9 @@ def choices_of(case: Case) -> list[tuple[str, Any]]:
         "micro",
         "recompute",
         "loss_chunk",
+        "context_method",
+        "optimizer",
+        "overlap",
     )
     return [
         ("model", model),
@@ -241,14 +244,15 @@ def choices_of(case: Case) -> list[tuple[str, Any]]:
     ]
 
 
-def every_pair(cases: Sequence[Case]) -> list[Case]:
-    """As few of the cases as a greedy choice finds that have every pair of settings that any of
-    them has. A fault in a combination mostly needs two settings (Kuhn et al. 2004, "Software fault
+def every_pair(cases: Sequence[Case], beside: Sequence[Case] = ()) -> list[Case]:
+    """As few of the cases as a greedy choice finds that, `beside` others, have every pair of
+    settings that any of them has. A fault in a combination mostly needs two settings (Kuhn et al. 2004, "Software fault
     interactions"); cases that the plan refuses are passed over."""
     pairs: dict[Case, set[Pair]] = {
         case: set(itertools.combinations(choices_of(case), 2)) for case in cases
     }
     missing, chosen = set().union(*pairs.values()), []
+    missing -= set().union(*(itertools.combinations(choices_of(case), 2) for case in beside))
     while missing and pairs:
         best = max(pairs, key=lambda case: len(pairs[case] & missing))
         new = pairs.pop(best) & missing
@@ -537,11 +541,13 @@ def fits(model: str, layout: Layout) -> bool:
 
 
 TURNS = [layout for layout in LAYOUTS if layout.ranks >= 4 or layout.engine == "deepspeed"]
+COMPILED = [layout for layout in LAYOUTS if layout.compile]
 
 
 def has_turn(model: str, layout: Layout) -> bool:
     """Where it would take long, layouts are given to one model after the other."""
-    return layout not in TURNS or model == ("llama", "gpt2-packed")[TURNS.index(layout) % 2]
+    turns = COMPILED if layout.compile else TURNS
+    return layout not in turns or model == ("llama", "gpt2-packed")[turns.index(layout) % 2]
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -604,11 +610,23 @@ def config_of(model: str, layout: Layout) -> Config:
     )  # fmt: skip
 
 
+def is_chosen_from(case: Case) -> bool:
+    """Whether other models than the first have no need of a layout for its own sake."""
+    model, layout = case
+    return (
+        model != "llama" and layout.ranks == 2 and layout.engine == "native" and not layout.compile
+    )
+
+
+EACH = [
+    (model, layout) for layout in LAYOUTS for model in MODELS if fits(model, layout) and has_turn(model, layout)
+]  # fmt: skip
+WHOLE = [case for case in EACH if not is_chosen_from(case)]
+
 CASES = [
-    *(
-        (model, layout) for layout in LAYOUTS for model in MODELS
-        if fits(model, layout) and has_turn(model, layout)
-    ),
+    *WHOLE,
+    *every_pair([case for case in EACH if is_chosen_from(case)], WHOLE),
+    ("gpt2", Layout(2, tensor=2, sequence=True)),  # dropout and biases, whose products are not in parts
     *(("moe-packed", layout) for layout in WITH_EXPERTS),
     *(("latent-packed", layout) for layout in WITH_LATENTS),
     *(("ahead-packed", layout) for layout in WITH_PREDICTORS),
