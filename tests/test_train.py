@@ -67,14 +67,15 @@ RESUMED = [
 def test_resumed_run_is_bitwise_the_unbroken_one(
     tmp_path: Path, ranks: int, layout: tuple[str, ...], model: str
 ) -> None:
-    unbroken = make_config(tmp_path, model, *layout, "run.name=unbroken")
-    first = make_config(tmp_path, model, *layout, "run.name=broken", "train.stop_at=5")
-    rest = make_config(tmp_path, model, *layout, "run.name=broken")
+    settings = (*layout, "train.steps=8", "observe.eval_every=4")
+    unbroken = make_config(tmp_path, model, *settings, "run.name=unbroken")
+    first = make_config(tmp_path, model, *settings, "run.name=broken", "train.stop_at=3")
+    rest = make_config(tmp_path, model, *settings, "run.name=broken")
     run_ranks(ranks, train_on_rank, [unbroken, first, rest])
-    assert [line[0] for line in curve_of(rest)] == list(range(1, 17))
+    assert [line[0] for line in curve_of(rest)] == list(range(1, 9))
     assert curve_of(rest) == curve_of(unbroken)
     assert metrics_of(rest)[-1]["valid_loss"] == metrics_of(unbroken)[-1]["valid_loss"]
-    wanted, found = tensors_of(unbroken, 16), tensors_of(rest, 16)
+    wanted, found = tensors_of(unbroken, 8), tensors_of(rest, 8)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
