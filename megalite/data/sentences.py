@@ -1,6 +1,6 @@
-"""Put sentences together to pairs of which a model tells whether the second
-follows the first: next-sentence prediction (BERT, Devlin et al. 2019), or their order (ALBERT, Lan et
-al. 2020; what Megatron-LM's BERT does).
+"""Put sentences together to pairs of which a model tells whether the second follows the first:
+next-sentence prediction (BERT, Devlin et al. 2019), or their order (ALBERT, Lan et al. 2020; what
+Megatron-LM's BERT does).
 
 Legend: n = samples asked for, S = spans of sentences, each of one document."""
 
