@@ -246,8 +246,8 @@ def choices_of(case: Case) -> list[tuple[str, Any]]:
 
 def every_pair(cases: Sequence[Case], beside: Sequence[Case] = ()) -> list[Case]:
     """As few of the cases as a greedy choice finds that, `beside` others, have every pair of
-    settings that any of them has. A fault in a combination mostly needs two settings (Kuhn et al. 2004, "Software fault
-    interactions"); cases that the plan refuses are passed over."""
+    settings that any of them has. A fault in a combination mostly needs two settings (Kuhn et al.
+    2004, "Software fault interactions"); cases that the plan refuses are passed over."""
     pairs: dict[Case, set[Pair]] = {
         case: set(itertools.combinations(choices_of(case), 2)) for case in cases
     }
